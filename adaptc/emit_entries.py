@@ -1,0 +1,61 @@
+"""The entries of `emit`: what to write, and where."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import AfterValidator, Field
+
+from adaptc.spec_errors import fault, invalid
+from adaptc.spec_part import Many, OneOf, Part, PathText
+
+OutputPath = Annotated[PathText, Field(description="where it goes, relative to the spec file")]
+
+
+class TorchEmit(Part):
+    """The trainable module."""
+
+    format: Literal["torch"]
+    path: OutputPath
+
+
+class OnnxEmit(Part):
+    """An ONNX program."""
+
+    format: Literal["onnx"]
+    path: OutputPath
+    adapters: Literal["folded", "live", "none"] = Field(
+        "folded", description="folded away, kept as inputs, or left out"
+    )
+    opset: Annotated[int, Field(ge=18, le=25)] | None = Field(
+        None, description="ONNX opset; the exporter's own if left out"
+    )
+
+
+class PeftEmit(Part):
+    """A PEFT checkpoint of the adapter."""
+
+    format: Literal["peft"]
+    path: OutputPath
+
+
+FORMATS: dict[str, type[Part]] = {"torch": TorchEmit, "onnx": OnnxEmit, "peft": PeftEmit}
+
+EmitEntry: TypeAlias = Annotated[TorchEmit | OnnxEmit | PeftEmit, OneOf("format", lambda: FORMATS)]
+
+
+def _separate(entries: tuple[EmitEntry, ...]) -> tuple[EmitEntry, ...]:
+    paths = [os.path.normpath(entry.path) for entry in entries]
+    again = [index for index, path in enumerate(paths) if path in paths[:index]]
+    if again:
+        raise invalid(
+            *(
+                fault(f"emit.{paths.index(paths[i])} writes to {paths[i]!r} too", loc=(i, "path"))
+                for i in again
+            )
+        )
+    return entries
+
+
+EmitEntries = Annotated[Many[EmitEntry], AfterValidator(_separate)]

@@ -1,0 +1,80 @@
+"""What adaptc raises. Every error says where, what was expected and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+
+class AdaptcError(Exception):
+    """Something adaptc refuses or could not do; its text is meant for the person who wrote the spec."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong in a spec: its place, the words, and notes on what to do."""
+
+    message: str
+    file: str = "<spec>"
+    line: int | None = None
+    column: int | None = None
+    text: str = ""
+    key: str = ""
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        place = self.file if self.line is None else f"{self.file}:{self.line}:{self.column}"
+        lines = [f"{place}: {self.key}: {self.message}" if self.key else f"{place}: {self.message}"]
+        if self.line is not None and self.text:
+            number = str(self.line).rjust(4)
+            caret = " " * ((self.column or 1) - 1) + "^"
+            lines += [f"{number} | {self.text}", f"{' ' * len(number)} | {caret}"]
+        lines += [f"  {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+class SpecError(AdaptcError):
+    """The spec (or the command line) is wrong; holds every problem found, not only the first."""
+
+    exit_code = 2
+
+    def __init__(self, problems: Iterable[Problem]):
+        self.problems: Sequence[Problem] = tuple(problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+class TraceError(AdaptcError):
+    """The model could not be traced into a graph; quotes the user's own source line where there is one."""
+
+
+class WeightError(AdaptcError):
+    """A weight or checkpoint file is missing, truncated, mis-shaped, not finite, pickled or of another base."""
+
+
+class ProofError(AdaptcError):
+    """Two graphs that must agree do not, within the stated tolerance."""
+
+
+class VerifyError(AdaptcError):
+    """A graph is not legal for the stage it is in: a pass is at fault, not the spec."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a pass will not rewrite something: a value, not an exception, until somebody asked for that rewrite."""
+
+    reason: str
+    nodes: tuple[str, ...] = field(default=())
+
+    def __str__(self) -> str:
+        return self.reason + (f" (nodes: {', '.join(self.nodes)})" if self.nodes else "")
+
+
+class RefusedError(AdaptcError):
+    """A rewrite that the spec asked for was refused; carries the refusals."""
+
+    def __init__(self, refusals: Iterable[Refusal]):
+        self.refusals = tuple(refusals)
+        super().__init__("\n".join(str(refusal) for refusal in self.refusals))

@@ -1,0 +1,107 @@
+"""Weight expressions: traced to ATen, spliced in front of a site, and evaluated when folded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from adaptc.graph import ORIGIN, Graph
+from adaptc.weights import Weight
+
+Traced = tuple[fx.Graph, list[str]]
+
+
+def trace_expression(function: Callable[..., torch.Tensor], W: Any, theta: Mapping[str, Any]) -> Traced:
+    """Trace `function(W, **theta)` on fake tensors; gives the graph and the order of its inputs after W."""
+    names = list(theta)
+
+    def positional(W: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
+        return function(W, **dict(zip(names, values, strict=True)))
+
+    return make_fx(positional)(W, *theta.values()).graph, names
+
+
+def splice(graph: Graph, traced: Traced, value: fx.Node, theta: Mapping[str, fx.Node], like: fx.Node, tag: int) -> fx.Node:
+    """Copy a traced expression in front of `like`; gives the node of its result.
+
+    Args:
+        graph: the host.
+        traced: the expression.
+        value: the node of the weight so far.
+        theta: the nodes of the parameters.
+        like: the first user of the weight; new nodes take its origin.
+        tag: the number of the adaptation, kept on each new node.
+    """
+    expression, names = traced
+    inputs = [n for n in expression.nodes if n.op == "placeholder"]
+    mapping = dict(zip(inputs, [value, *(theta[name] for name in names)], strict=True))
+    known = set(graph.module.graph.nodes)
+    with graph.module.graph.inserting_before(like):
+        result = graph.module.graph.graph_copy(expression, mapping)
+    for node in graph.module.graph.nodes:
+        if node not in known:
+            node.meta = {"val": node.meta.get("val"), "adaptation": tag}
+            node.meta |= {k: v for k, v in like.meta.items() if k in ORIGIN}
+    assert isinstance(result, fx.Node)
+    return result
+
+
+@dataclass(frozen=True)
+class Expression:
+    """A subgraph of weights only, cut out of its graph so that it can be evaluated later.
+
+    Attributes:
+        nodes: its operations in order of execution.
+        result: the node whose value it gives.
+        leaves: weight name -> weight, as bound when it was cut out.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    result: fx.Node
+    leaves: Mapping[str, Weight]
+
+    def evaluate(self) -> torch.Tensor:
+        """Compute it: in float64 for float32 weights, in float32 for narrower ones."""
+        wide = torch.float64 if self.result.meta["val"].dtype in (torch.float32, torch.float64) else torch.float32
+        values: dict[fx.Node, Any] = {}
+        with torch.no_grad():
+            for node in self.nodes:
+                if node.op == "get_attr":
+                    tensor = self.leaves[str(node.target)].load()
+                    values[node] = tensor.to(wide) if tensor.dtype.is_floating_point else tensor
+                else:
+                    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__)  # type: ignore[arg-type]
+                    values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return values[self.result]
+
+
+def cut(graph: Graph, result: fx.Node) -> Expression:
+    """Cut the expression of a node out of the graph.
+
+    Raises:
+        ValueError: the node depends on an input, so it is no expression of weights only.
+    """
+    order: dict[fx.Node, None] = {}
+
+    def visit(node: fx.Node) -> None:
+        if node in order:
+            return
+        if node.op == "placeholder" or node.target == "training":
+            raise ValueError(f"{result.name} depends on {node.name}, which is no weight")
+        for operand in node.all_input_nodes:
+            visit(operand)
+        order[node] = None
+
+    visit(result)
+    # A copy, since the graph's own nodes are erased when it is folded.
+    copied = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    for node in order:
+        mapping[node] = copied.node_copy(node, mapping.__getitem__)
+    leaves = {str(n.target): graph.weights[str(n.target)] for n in order if n.op == "get_attr"}
+    return Expression(tuple(mapping.values()), mapping[result], leaves)

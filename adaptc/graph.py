@@ -1,0 +1,221 @@
+"""The graph: ATen operations on named weights that are not there yet."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from adaptc.inputs import InputSpec
+from adaptc.method import Method, Param
+from adaptc.sites import Site, Use, module_of
+from adaptc.trace.base import Base
+from adaptc.weights import Weight
+
+ORIGIN = ("nn_module_stack", "stack_trace")
+"""What a node's meta says of where it came from."""
+STAGES = ("traced", "adapted", "quantized", "factored", "folded")
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """One method on one site, as inserted."""
+
+    site: Site
+    method: Method
+    adapter: str
+    entry: int
+    params: Mapping[str, tuple[str, Param]]
+    """Argument of the method's expression -> (name in the graph, parameter)."""
+
+
+@dataclass
+class Graph:
+    """A model as a `torch.fx` graph of ATen operations.
+
+    Attributes:
+        module: the graph module; its parameters are fake tensors (shapes and dtypes only).
+        weights: every parameter and buffer by name, loaded on request.
+        aliases: every such name -> the first name of the same tensor.
+        buffers: the names that are buffers; `transient` those that a state dict leaves out.
+        inputs: the model's inputs; outputs: the names of its outputs.
+        sites: the places that can be adapted.
+        heads: modules that are output heads, which `all-linear` leaves out.
+        base: where the model comes from.
+        adaptations: what was inserted so far, in order.
+        adapted: (weight, first node that uses it) -> the node that holds its adapted value.
+        stage: which legality table holds.
+    """
+
+    module: fx.GraphModule
+    weights: dict[str, Weight]
+    aliases: dict[str, str]
+    buffers: frozenset[str]
+    transient: frozenset[str]
+    inputs: tuple[InputSpec, ...]
+    outputs: tuple[str, ...]
+    sites: tuple[Site, ...]
+    heads: frozenset[str]
+    base: Base
+    adaptations: list[Adaptation] = field(default_factory=list)
+    adapted: dict[tuple[str, str], str] = field(default_factory=dict)
+    stage: str = "traced"
+
+    @property
+    def nodes(self) -> Iterable[fx.Node]:
+        """The nodes, in the order of execution."""
+        return self.module.graph.nodes
+
+    @property
+    def operations(self) -> list[str]:
+        """The operations by name, in order: what the folded graph must share with the base, one for one."""
+        return [str(node.target) for node in self.nodes if node.op == "call_function"]
+
+    @property
+    def placeholders(self) -> list[fx.Node]:
+        """The input nodes."""
+        return [node for node in self.nodes if node.op == "placeholder"]
+
+    @property
+    def fake_mode(self) -> Any:
+        """The fake-tensor mode that the graph's values live in."""
+        return next(node.meta["val"].fake_mode for node in self.placeholders)
+
+    def by_name(self) -> dict[str, fx.Node]:
+        """All nodes by name."""
+        return {node.name: node for node in self.nodes}
+
+    @property
+    def parameter_sites(self) -> list[Site]:
+        """Every parameter as a site of its own, biases too: what whole-module methods choose from."""
+        return [
+            replace(site, kind="parameter", transposed=False, bias=None, bias_uses=()) for site in self.sites
+        ]
+
+    def call(self, target: Any, *args: Any, like: fx.Node) -> fx.Node:
+        """Insert an operation at the current insertion point, its value and origin recorded."""
+        node = self.module.graph.call_function(target, args)
+        values = fx.node.map_arg(args, lambda operand: operand.meta.get("val", False))
+        with self.fake_mode, torch.no_grad():
+            node.meta["val"] = target(*values)
+        node.meta |= {k: v for k, v in like.meta.items() if k in ORIGIN}
+        return node
+
+    def attach(self, name: str, weight: Weight) -> None:
+        """Add a parameter under a full name."""
+        self.weights[name] = weight
+        self.aliases[name] = name
+        fake = self.fake_mode
+        with fake:
+            value = torch.empty(weight.shape, dtype=weight.dtype)
+        put(self.module, name, nn.Parameter(value, requires_grad=False))
+
+    def parameter_node(self, name: str) -> fx.Node:
+        """The node that reads a weight; made at the top of the graph if there is none yet."""
+        for node in self.nodes:
+            if node.op == "get_attr" and node.target == name:
+                return node
+        graph = self.module.graph
+        first = next(node for node in graph.nodes if node.op != "placeholder")
+        with graph.inserting_before(first):
+            node = graph.get_attr(name)
+        with self.fake_mode:
+            node.meta["val"] = torch.empty(self.weights[name].shape, dtype=self.weights[name].dtype)
+        return node
+
+    def value_of(self, parameter: str, uses: Sequence[Use], nodes: Mapping[str, fx.Node]) -> fx.Node:
+        """The node that these uses read a weight from: its expression where it is adapted, else the weight."""
+        name = self.adapted.get((parameter, uses[0].node))
+        return nodes[name] if name else self.parameter_node(parameter)
+
+    def copy(self) -> Graph:
+        """A graph that can be rewritten without touching this one; weights are shared."""
+        module = fx.GraphModule(self.module, copy.deepcopy(self.module.graph))
+        for name, value in list(self.module.named_parameters(remove_duplicate=False)):
+            put(module, name, value)
+        return replace(
+            self, module=module, weights=dict(self.weights), aliases=dict(self.aliases),
+            adaptations=list(self.adaptations), adapted=dict(self.adapted),
+        )  # fmt: skip
+
+    def clean(self) -> None:
+        """Drop dead nodes, check the graph's structure and regenerate its code."""
+        self.module.graph.eliminate_dead_code()
+        self.module.graph.lint()
+        self.module.recompile()
+
+    @property
+    def adapter_names(self) -> list[str]:
+        """The names of the inserted parameters."""
+        return [name for a in self.adaptations for name, _ in a.params.values()]
+
+    def text(self) -> str:
+        """The graph as text, a line a node: result, operation, operands, shape, module."""
+        return "\n".join(line for node in self.nodes if (line := _line(node)))
+
+
+def put(module: nn.Module, name: str, value: torch.Tensor, persistent: bool = True) -> None:
+    """Set a parameter or buffer under a dotted name, making plain containers on the way."""
+    *path, leaf = name.split(".")
+    for part in path:
+        if part not in module._modules:
+            module.add_module(part, nn.Module())
+        module = module._modules[part]  # type: ignore[assignment]
+    if isinstance(value, nn.Parameter):
+        module._buffers.pop(leaf, None)
+        module.register_parameter(leaf, value)
+    else:
+        module._parameters.pop(leaf, None)
+        module.register_buffer(leaf, value, persistent=persistent)
+
+
+def bind(graph: Graph, trainable: Iterable[str] = ()) -> fx.GraphModule:
+    """Materialise a graph: a plain module that owns its weights under the base's own names.
+
+    Tensors with several names stay one tensor. Only `trainable` parameters require grad.
+    """
+    wanted = set(trainable)
+    module = fx.GraphModule(nn.Module(), fx.Graph())
+    made: dict[str, torch.Tensor] = {}
+    for name, weight in graph.weights.items():
+        first = graph.aliases.get(name, name)
+        if first not in made:
+            tensor = graph.weights[first].load()
+            if first not in graph.buffers:
+                tensor = nn.Parameter(tensor, requires_grad=first in wanted)
+            made[first] = tensor
+        put(module, name, made[first], persistent=name not in graph.transient)
+    module.graph = copy.deepcopy(graph.module.graph)
+    return module
+
+
+def _line(node: fx.Node) -> str:
+    if node.op == "output":
+        return f"return {_operand(node.args[0])}"
+    shape = _shape(node.meta.get("val"))
+    if node.op in ("placeholder", "get_attr"):
+        kind = "input" if node.op == "placeholder" else "weight"
+        return f"%{node.name} = {kind} {node.target}  {shape}".rstrip()
+    target = str(node.target) if isinstance(node.target, torch._ops.OpOverload) else getattr(
+        node.target, "__name__", str(node.target))  # fmt: skip
+    operands = [_operand(a) for a in node.args] + [f"{k}={_operand(v)}" for k, v in node.kwargs.items()]
+    module = module_of(node)[0]
+    return f"%{node.name} = {target}({', '.join(operands)})  {shape}" + (f"  # {module}" if module else "")
+
+
+def _operand(value: Any) -> str:
+    if isinstance(value, fx.Node):
+        return f"%{value.name}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_operand(item) for item in value) + "]"
+    return str(value)
+
+
+def _shape(value: Any) -> str:
+    if not isinstance(value, torch.Tensor):
+        return ""
+    return f"{str(value.dtype).removeprefix('torch.')}[{', '.join(str(size) for size in value.shape)}]"

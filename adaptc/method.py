@@ -1,0 +1,146 @@
+"""Adaptation methods: what one states, and the registry they stand in.
+
+A method file holds maths only. Inserting, factoring, folding, saving and exporting are derived from
+`params` and `weight` by the compiler, once for all methods.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
+
+from pydantic import Field
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+    from adaptc.sites import Site
+
+Rank = Annotated[int, Field(gt=0, description="rank of the low-rank product")]
+Alpha = Annotated[float, Field(gt=0, description="numerator of the scale alpha / r")]
+Dropout = Annotated[float, Field(ge=0, lt=1, description="dropout on the input of the trained branch")]
+Patterns = Annotated[tuple[str, ...], Field(description="globs, or re: regexes, on the module's full name")]
+
+Init = Literal["zeros", "ones", "kaiming-uniform", "normal"]
+"""How a new parameter starts, when it does not depend on the base weight."""
+
+
+@dataclass(frozen=True)
+class Param:
+    """One trained tensor of a method at a site.
+
+    Attributes:
+        shape: its shape, in the orientation checkpoints store it.
+        init: a named initialisation, or a function of the site's weight `W (out, in)` in float32 and a
+            seeded generator.
+        key: what follows the module's name in a checkpoint, as PEFT spells it (`lora_A.weight`).
+    """
+
+    shape: tuple[int, ...]
+    init: Init | Callable[[Tensor, Generator], Tensor]
+    key: str
+
+
+@dataclass(frozen=True)
+class PeftFormat:
+    """How PEFT's `adapter_config.json` spells a method.
+
+    Attributes:
+        type: PEFT's `peft_type`.
+        options: our option's name -> PEFT's key.
+        fixed: keys that must have, and are written with, this value (`use_dora: true`).
+    """
+
+    type: str
+    options: Mapping[str, str]
+    fixed: Mapping[str, object] = field(default_factory=dict)
+
+
+class Method:
+    """What every kind of method states. Subclasses are frozen dataclasses whose fields are the options."""
+
+    name: ClassVar[str]
+    kinds: ClassVar[frozenset[str]]
+    """The kinds of site it can sit on: `linear`, ... or `parameter` for any parameter of a module."""
+    peft: ClassVar[PeftFormat | None] = None
+    aliases: ClassVar[Mapping[str, str]] = {}
+    """Other spellings of an option, such as PEFT's own (`lora_alpha` for `alpha`)."""
+    identity_at_init: ClassVar[bool] = True
+
+    def at(self, site: Site) -> Self:
+        """The method with its per-layer options (patterns) resolved for one site."""
+        return self
+
+    def refuses(self, site: Site) -> str | None:
+        """Why it cannot sit on this site, or None if it can."""
+        return None
+
+    def params(self, site: Site) -> dict[str, Param]:
+        """The trained tensors at a site: argument name of the expression -> parameter."""
+        raise NotImplementedError
+
+
+class WeightMethod(Method):
+    """A method that says what a weight becomes: `W' = E(W, θ)`, W of shape `(out, in)`.
+
+    `weight` and `bias` are written with tensor methods and operators; they are traced once per shape and
+    spliced in front of the site. A field named `dropout` is applied to the input of every term of the sum
+    that does not hold the base weight.
+    """
+
+    dropout: float = 0.0
+
+    def weight(self, W: Tensor, **theta: Tensor) -> Tensor:
+        """The adapted weight `(out, in)`."""
+        raise NotImplementedError
+
+    def bias(self, b: Tensor, **theta: Tensor) -> Tensor:
+        """The adapted bias `(out,)`; the base's own unless the method says otherwise."""
+        return b
+
+    @classmethod
+    def adapts_bias(cls) -> bool:
+        """Whether the method changes a bias at all."""
+        return cls.bias is not WeightMethod.bias
+
+
+METHODS: dict[str, type[Method]] = {}
+"""Every method known, by the name it has in a spec. Filled by the decorator; see `registry.load`."""
+
+
+M = TypeVar("M", bound=type[Method])
+
+
+def method(name: str) -> Callable[[M], M]:
+    """Register a method under the name a spec calls it by.
+
+    Raises:
+        ValueError: the name is not kebab-case, is taken by another class, or the class is no frozen dataclass.
+    """
+
+    def register(cls: M) -> M:
+        if re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name) is None:
+            raise ValueError(f"a method's name is lower case with hyphens, got {name!r}")
+        known = METHODS.get(name)
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"method {name!r} is registered already, by {known.__module__}.{known.__qualname__}")
+        if "__dataclass_params__" not in vars(cls) or not cls.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+            raise ValueError(f"method {name!r}: write @method above @dataclass(frozen=True)")
+        cls.name = name
+        METHODS[name] = cls
+        return cls
+
+    return register
+
+
+def options_of(instance: Method) -> dict[str, Any]:
+    """The options of a method as plain values, for a manifest or a checkpoint."""
+    return {f.name: getattr(instance, f.name) for f in dataclasses.fields(instance)}  # type: ignore[arg-type]
+
+
+def summary(cls: type[Method]) -> str:
+    """The first line of a method's docstring: its equation."""
+    return next((line.strip() for line in (cls.__doc__ or "").splitlines() if line.strip()), "")

@@ -1,0 +1,53 @@
+"""How patterns meet module names: globs, `re:`, layer ranges, and the nearest right spelling."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Iterable, Sequence
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a glob (`*.query`) or a full-match regex (`re:.*\\.query`) names this module."""
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], name) is not None
+    return fnmatch.fnmatchcase(name, pattern)
+
+
+def matches_any(patterns: Sequence[str], name: str) -> bool:
+    """Whether at least one of the patterns names this module."""
+    return any(matches(pattern, name) for pattern in patterns)
+
+
+def matches_peft_key(key: str, name: str) -> bool:
+    """Whether a key of PEFT's `rank_pattern` or `alpha_pattern` covers this module: `(.*\\.)?(key)$`."""
+    return re.match(rf"(.*\.)?({key})$", name) is not None
+
+
+def layer_of(name: str) -> int | None:
+    """The first numbered segment of a module's name: `encoder.layer.3.output` is layer 3."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def parse_layers(text: str) -> frozenset[int]:
+    """Read `"0-5,11"` into a set of layer numbers.
+
+    Raises:
+        ValueError: the text is not made of numbers and ranges.
+    """
+    layers: set[int] = set()
+    for part in text.replace(" ", "").split(","):
+        found = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if found is None:
+            raise ValueError(f"expected layers such as '0-5,11', got {text!r}")
+        first, last = int(found[1]), int(found[2] or found[1])
+        if last < first:
+            raise ValueError(f"the range {part!r} runs backwards")
+        layers.update(range(first, last + 1))
+    return frozenset(layers)
+
+
+def nearest(word: str, known: Iterable[str], count: int = 3, cutoff: float = 0.55) -> list[str]:
+    """Known spellings close to a word that was not found, best first."""
+    return difflib.get_close_matches(word, list(known), n=count, cutoff=cutoff)

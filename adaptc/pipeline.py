@@ -1,0 +1,141 @@
+"""Passes, and the runner that checks them: requires, call, ensures, then the stage's legality table."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+from adaptc.errors import AdaptcError, RefusedError, Refusal, VerifyError
+from adaptc.graph import STAGES, Graph
+from adaptc.verify import verify
+
+
+class Pass:
+    """A transformation of a graph. Subclasses are frozen dataclasses whose fields are the options.
+
+    A pass rewrites the graph it is given in place; the runner hands it a copy of the user's.
+    """
+
+    name: ClassVar[str]
+    takes: ClassVar[frozenset[str]] = frozenset(STAGES)
+    """The stages it can start from."""
+    leaves: ClassVar[str | None] = None
+    """The stage it leaves; None where it does not change it."""
+
+    def requires(self, graph: Graph) -> list[Refusal]:
+        """Why this graph cannot be rewritten; empty if it can."""
+        return []
+
+    def call(self, graph: Graph) -> bool:
+        """Rewrite the graph; True if anything changed."""
+        raise NotImplementedError
+
+    def ensures(self, graph: Graph) -> str | None:
+        """What does not hold afterwards though it must, or None."""
+        return None
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """What a pass did: for the manifest and the screen."""
+
+    name: str
+    seconds: float
+    nodes_before: int
+    nodes_after: int
+    modified: bool
+
+
+PASSES: dict[str, type[Pass]] = {}
+"""Every pass known, by the name it has in a spec. Filled by the decorator; see `registry.load`."""
+
+P = TypeVar("P", bound=type[Pass])
+
+
+def graph_pass(name: str) -> Callable[[P], P]:
+    """Register a pass under the name a spec calls it by.
+
+    Raises:
+        ValueError: the name is not kebab-case, is taken by another class, or a stage is unknown.
+    """
+
+    def register(cls: P) -> P:
+        if re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name) is None:
+            raise ValueError(f"a pass's name is lower case with hyphens, got {name!r}")
+        unknown = (set(cls.takes) | ({cls.leaves} - {None})) - set(STAGES)
+        if unknown:
+            raise ValueError(f"pass {name!r} names unknown stages {sorted(map(str, unknown))}; known: {', '.join(STAGES)}")
+        known = PASSES.get(name)
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"pass {name!r} is registered already, by {known.__module__}.{known.__qualname__}")
+        cls.name = name
+        PASSES[name] = cls
+        return cls
+
+    return register
+
+
+def check_order(passes: Sequence[Pass], stage: str = "traced") -> str | None:
+    """The first pass that cannot start from the stage it finds, in words; None if the order is right."""
+    for item in passes:
+        if stage not in item.takes:
+            wanted = " or ".join(s for s in STAGES if s in item.takes)
+            return f"{item.name} takes a graph that is {wanted}, but finds one that is {stage}"
+        stage = item.leaves or stage
+    return None
+
+
+def run(
+    graph: Graph,
+    passes: Iterable[Pass],
+    records: list[PassRecord] | None = None,
+    after: Callable[[str, Graph], Any] | None = None,
+) -> Graph:
+    """Run passes in the order written, on a copy, checking each.
+
+    Args:
+        graph: left as it is.
+        passes: the pipeline.
+        records: what each pass did is appended here.
+        after: called with the pass's name and the graph after each pass.
+
+    Raises:
+        RefusedError: a pass refuses the graph.
+        VerifyError: a pass left a graph that is not legal, or not what it ensures.
+    """
+    graph = graph.copy()
+    done: list[str] = []
+    for item in passes:
+        wrong = check_order([item], graph.stage)
+        if wrong:
+            raise RefusedError([Refusal(wrong)])
+        refusals = item.requires(graph)
+        if refusals:
+            raise RefusedError(refusals)
+        start, before = time.perf_counter(), len(graph.module.graph.nodes)
+        try:
+            modified = item.call(graph)
+            graph.stage = item.leaves or graph.stage
+            graph.clean()
+            broken = item.ensures(graph)
+            if broken:
+                raise VerifyError(broken)
+            verify(graph)
+        except AdaptcError:
+            raise
+        except Exception as error:
+            raise VerifyError(_said(item.name, done, f"{type(error).__name__}: {error}")) from error
+        done.append(item.name)
+        seconds = time.perf_counter() - start
+        if records is not None:
+            records.append(PassRecord(item.name, seconds, before, len(graph.module.graph.nodes), modified))
+        if after is not None:
+            after(item.name, graph)
+    return graph
+
+
+def _said(name: str, done: list[str], message: str) -> str:
+    return f"pass {name} failed (after {', '.join(done) or 'no other'}): {message}"

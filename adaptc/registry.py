@@ -1,0 +1,52 @@
+"""Finds methods and passes: those shipped under `adaptc.passes`, and those of installed packages."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from functools import cache
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING
+
+from adaptc.method import METHODS, Method
+
+if TYPE_CHECKING:
+    from adaptc.pipeline import Pass
+
+ENTRY_POINT_GROUP = "adaptc.passes"
+
+
+def _import_all(package_name: str) -> None:
+    package = importlib.import_module(package_name)
+    for found in pkgutil.iter_modules(package.__path__, package_name + "."):
+        importlib.import_module(found.name)
+
+
+@cache
+def load_methods() -> dict[str, type[Method]]:
+    """Every method, shipped or of an installed package. The shipped ones do not import torch."""
+    _import_all("adaptc.passes.insert")
+    for entry_point in entry_points(group=ENTRY_POINT_GROUP):
+        entry_point.load()
+    return METHODS
+
+
+def method_named(name: str) -> type[Method]:
+    """The class of a method.
+
+    Raises:
+        KeyError: nothing of that name is registered.
+    """
+    load_methods()
+    return METHODS[name]
+
+
+@cache
+def load_passes() -> dict[str, type[Pass]]:
+    """Every pass, and one `insert-` pass for every method. Imports torch."""
+    from adaptc.insert import insert_pass
+    from adaptc.pipeline import PASSES
+
+    for package in ("factor", "fold"):
+        _import_all(f"adaptc.passes.{package}")
+    return {**PASSES, **{f"insert-{name}": insert_pass(cls) for name, cls in load_methods().items()}}

@@ -1,0 +1,1 @@
+"""Where a base comes from, and how it becomes a graph without its weights."""

@@ -1,0 +1,40 @@
+"""A base: a model ready to be traced, its weights apart from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import fx, nn
+
+from adaptc.inputs import InputSpec
+from adaptc.weights import Weight
+
+
+@dataclass
+class Base:
+    """What is traced.
+
+    Attributes:
+        describe: one line for people: where the model comes from.
+        model: the module; the parameters of a Hugging Face base are fake. None for a saved program.
+        program: the traced program, for a base that has no module.
+        weights: name -> weight, for every persistent parameter and buffer.
+        inputs: the model's inputs.
+        heads: modules that are output heads.
+        files: the base's weight files; empty for a base in memory.
+        notes: what the loader chose or changed, for the person.
+        config: the model's own configuration, for artifacts.
+    """
+
+    describe: str
+    model: nn.Module | None
+    inputs: tuple[InputSpec, ...]
+    weights: Callable[[], dict[str, Weight]]
+    program: fx.GraphModule | None = None
+    heads: frozenset[str] = frozenset()
+    files: tuple[Path, ...] = ()
+    notes: list[str] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)

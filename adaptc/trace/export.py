@@ -1,0 +1,187 @@
+"""The one tracer: `torch.export`, without strict mode, into a graph of ATen operations."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import Dim
+from torch.utils import _pytree as pytree
+
+from adaptc.errors import TraceError
+from adaptc.inputs import InputSpec
+
+aten = torch.ops.aten
+REGIONS = (torch.ops.higher_order.wrap_with_set_grad_enabled, torch.ops.higher_order.wrap_with_autocast)
+EXAMPLE_SIZES = (3, 17, 11, 19, 23, 29, 31)
+"""Sizes given to named dimensions while tracing: different from one another, and from 1."""
+
+
+def example_sizes(inputs: Sequence[InputSpec], among: Sequence[int] = EXAMPLE_SIZES) -> dict[str, int]:
+    """A size for every named dimension, in the order of appearance."""
+    names = dict.fromkeys(dim for spec in inputs for dim in spec.dims if isinstance(dim, str))
+    if len(names) > len(among):
+        raise TraceError(f"at most {len(among)} named dimensions are supported, got {', '.join(names)}")
+    return dict(zip(names, among, strict=False))
+
+
+def example_tensors(
+    inputs: Sequence[InputSpec], sizes: Mapping[str, int], seed: int = 0, pad: bool = False
+) -> dict[str, torch.Tensor]:
+    """Random inputs, one distinct tensor each.
+
+    Integers lie below the input's `high`; masks are ones, with `pad` zeros at the end of some rows.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for spec in inputs:
+        shape = [sizes[dim] if isinstance(dim, str) else dim for dim in spec.dims]
+        dtype = getattr(torch, spec.dtype)
+        if dtype.is_floating_point:
+            tensor = torch.randn(shape, generator=generator).to(dtype)
+        elif dtype == torch.bool or "mask" in spec.name:
+            tensor = torch.ones(shape, dtype=dtype)
+            if pad and tensor.dim() == 2 and tensor.shape[1] > 1:
+                tensor[-1, -(tensor.shape[1] // 2) :] = 0
+        else:
+            tensor = torch.randint(0, spec.high or 2, shape, generator=generator).to(dtype)
+        tensors[spec.name] = tensor
+    return tensors
+
+
+def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False) -> fx.GraphModule:
+    """Trace a module to ATen operations with its named dimensions left open.
+
+    Raises:
+        TraceError: torch.export refused the model; the text quotes the model's own source line.
+    """
+    examples = example_tensors(inputs, example_sizes(inputs))
+    was = model.training
+    model.train(training)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(
+                model, (), examples, dynamic_shapes=dynamic_shapes(inputs), strict=False
+            )
+    except Exception as error:
+        raise TraceError(_explain(model, error)) from error
+    finally:
+        model.train(was)
+    return normalise(program.module(check_guards=False))
+
+
+def dynamic_shapes(inputs: Sequence[InputSpec]) -> dict[str, dict[int, Any]]:
+    """What torch.export calls the named dimensions."""
+    return {
+        spec.name: {index: Dim.DYNAMIC for index, dim in enumerate(spec.dims) if isinstance(dim, str)}
+        for spec in inputs
+    }
+
+
+def normalise(module: fx.GraphModule) -> fx.GraphModule:
+    """A fresh graph module without the trace's own assertions, whose device constants follow its inputs."""
+    module = fx.GraphModule(module, module.graph)
+    graph = module.graph
+    _inline_regions(module)
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    device: fx.Node | None = None
+    for node in list(graph.nodes):
+        if node.target in (aten._assert_tensor_metadata.default, torch._check):
+            graph.erase_node(node)
+            continue
+        constants = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, torch.device)]
+        if node.op == "call_function" and constants and placeholders:
+            if device is None:
+                with graph.inserting_after(placeholders[-1]):
+                    device = graph.call_function(getattr, (placeholders[0], "device"))
+            found = device
+            node.args = tuple(found if isinstance(a, torch.device) else a for a in node.args)
+            node.kwargs = {k: found if isinstance(v, torch.device) else v for k, v in node.kwargs.items()}
+    graph.eliminate_dead_code()
+    graph.lint()
+    module.recompile()
+    return module
+
+
+def _inline_regions(module: fx.GraphModule) -> None:
+    """Put the body of `torch.no_grad` and autocast regions into the graph itself.
+
+    What leaves a region without gradients is detached, which says the same to autograd.
+    """
+    graph = module.graph
+    for node in list(graph.nodes):
+        if node.target not in REGIONS:
+            continue
+        at = next(i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and _region(module, a) is not None)
+        body = _region(module, node.args[at])
+        assert body is not None
+        inputs = [n for n in body.graph.nodes if n.op == "placeholder"]
+        with graph.inserting_before(node):
+            results = graph.graph_copy(body.graph, dict(zip(inputs, node.args[at + 1 :], strict=True)))  # type: ignore[arg-type]
+            values = list(results) if isinstance(results, (list, tuple)) else [results]
+            if node.args[0] is False and node.target is torch.ops.higher_order.wrap_with_set_grad_enabled:
+                values = [_detached(graph, value) for value in values]
+        for user in list(node.users):
+            user.replace_all_uses_with(values[user.args[1]])  # type: ignore[arg-type, index]
+            graph.erase_node(user)
+        graph.erase_node(node)
+    graph.eliminate_dead_code()
+    if any(n.op == "get_attr" and _region(module, n) is not None for n in graph.nodes):
+        _inline_regions(module)
+
+
+def _region(module: fx.GraphModule, node: object) -> fx.GraphModule | None:
+    if not isinstance(node, fx.Node) or node.op != "get_attr":
+        return None
+    found = getattr(module, str(node.target), None)
+    return found if isinstance(found, fx.GraphModule) else None
+
+
+def _detached(graph: fx.Graph, value: fx.Node) -> fx.Node:
+    if not value.meta["val"].dtype.is_floating_point:
+        return value
+    node = graph.call_function(aten.detach.default, (value,))
+    node.meta = dict(value.meta)
+    return node
+
+
+def output_names(module: fx.GraphModule) -> tuple[str, ...]:
+    """The names of the outputs: keys of a dict or model output, else `output`, `output_1`, ..."""
+    spec = module.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
+    tree = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    paths = [path for path, _ in pytree.tree_flatten_with_path(tree)[0]]
+    names = []
+    for index, path in enumerate(paths):
+        parts = [str(getattr(key, "key", getattr(key, "idx", key))).strip(".'[]") for key in path]
+        named = any(isinstance(getattr(key, "key", None), str) for key in path)
+        names.append(".".join(parts) if named else "output" + (f"_{index}" if index else ""))
+    return tuple(names)
+
+
+def _explain(model: nn.Module, error: Exception) -> str:
+    text = str(error).strip()
+    first = next((line for line in text.splitlines() if line.strip()), type(error).__name__)
+    frames = re.findall(r'File "([^"]+)", line (\d+), in \S+\n\s*(.*)', text)
+    trace = error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        if "/torch/" not in code.co_filename and "/adaptc/" not in code.co_filename:
+            frames.append((code.co_filename, str(trace.tb_lineno), ""))
+        trace = trace.tb_next
+    outside = [f for f in frames if "/torch/" not in f[0] and "/adaptc/" not in f[0]]
+    lines = [f"{type(model).__name__} could not be traced: {first}"]
+    if outside:
+        path, line, source = outside[-1]
+        lines.append(f"  at {path}:{line}" + (f"    {source}" if source else ""))
+    if "specialized" in text or "Constraints violated" in text:
+        lines.append("  a dimension that is named in `inputs` is fixed by the model: write it as a number there")
+    lines.append(
+        "  torch.export needs a forward whose control flow does not depend on tensor values: "
+        "use torch.where or torch.cond there, or move that choice out of forward"
+    )
+    return "\n".join(lines)

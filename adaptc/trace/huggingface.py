@@ -1,0 +1,229 @@
+"""Hugging Face bases: a directory or hub id, any task with an Auto class, weights left on disk."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from adaptc.errors import TraceError, WeightError
+from adaptc.inputs import InputSpec
+from adaptc.names import nearest
+from adaptc.trace.base import Base
+from adaptc.trace.module import held_weights
+from adaptc.weights import Held, Stored, Weight, read_safetensors
+
+CONFIG = "config.json"
+
+
+@cache
+def tasks() -> dict[str, str]:
+    """Task name -> Auto class, for every Auto class transformers has: `causal-lm` -> `AutoModelForCausalLM`."""
+    import transformers
+
+    found = {"feature-extraction": "AutoModel"}
+    for name in dir(transformers):
+        if name.startswith("AutoModelFor"):
+            words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", name.removeprefix("AutoModelFor"))
+            found[words.lower().replace("seq2-seq", "seq2seq")] = name
+    return dict(sorted(found.items()))
+
+
+def unknown_task(task: str) -> str | None:
+    """The words for a task nobody has an Auto class for, or None."""
+    if task in tasks():
+        return None
+    near = nearest(task, tasks())
+    hint = f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+    return f"unknown task {task!r}{hint} known: {', '.join(tasks())}"
+
+
+def load(model: str, task: str, dtype: str | None, trust: bool, seed: int, inputs: tuple[InputSpec, ...]) -> Base:
+    """A Hugging Face base whose parameters are fake until bound.
+
+    Raises:
+        TraceError: the configuration cannot be read, or the inputs cannot be derived.
+    """
+    import transformers
+
+    directory = Path(model)
+    auto = getattr(transformers, tasks()[task])
+    try:
+        config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=trust)
+    except Exception as error:
+        first = str(error).strip().splitlines()[0]
+        raise TraceError(f"base.model: {model}: its configuration cannot be read: {first}") from error
+    for part in (config, *(v for v in vars(config).values() if isinstance(v, transformers.PretrainedConfig))):
+        if hasattr(part, "use_cache"):
+            part.use_cache = False
+    notes = _no_layer_drop(config)
+    kind = dtype or _dtype_of(config)
+    config.dtype = getattr(torch, kind)
+    try:
+        with torch.device("meta"):
+            module = auto.from_config(config, dtype=config.dtype, trust_remote_code=trust)
+    except ValueError as error:
+        raise TraceError(f"base: {model} cannot be loaded for task {task!r}: {str(error).splitlines()[0]}") from error
+    fake_parameters(module)
+    files = tuple(sorted(directory.glob("*.safetensors"))) if directory.is_dir() else ()
+
+    def weights() -> dict[str, Weight]:
+        found = stored_weights(module, directory, config.dtype) if files else None
+        return found or pretrained_weights(auto, model, config, trust, seed, notes)
+
+    return Base(
+        describe=f"{model} ({type(module).__name__}, {kind})", model=module, weights=weights, heads=_heads(module),
+        inputs=inputs or derive_inputs(module, config), files=files, notes=notes, config=config.to_dict(),
+    )  # fmt: skip
+
+
+def fake_parameters(model: nn.Module) -> None:
+    """Turn a model built on the meta device into one of fake CPU tensors, whose computed buffers are real.
+
+    Meta constants in a trace would lose their values; fake tensors on the CPU keep devices and constants right.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                made.setdefault(id(parameter), nn.Parameter(FakeTensor(mode, parameter.data, torch.device("cpu"))))
+                module._parameters[name] = made[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                made.setdefault(id(buffer), FakeTensor(mode, buffer, torch.device("cpu")))
+                module._buffers[name] = made[id(buffer)]
+    for module in model.modules():
+        transient = [n for n in module._non_persistent_buffers_set if module._buffers.get(n) is not None]
+        for name in transient:
+            buffer = module._buffers[name]
+            assert buffer is not None
+            module._buffers[name] = torch.empty_like(buffer, device="cpu")
+        if transient:  # transformers computes these where it initialises weights; they are in no checkpoint
+            model._init_weights(module)  # type: ignore[operator]
+
+
+def stored_weights(model: nn.Module, directory: Path, dtype: torch.dtype) -> dict[str, Weight] | None:
+    """The checkpoint's tensors under the model's names, or None where transformers must convert or initialise.
+
+    Raises:
+        WeightError: a file is broken, missing, or a tensor has another shape than the configuration says.
+    """
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        names = ["model.safetensors"] if (directory / "model.safetensors").is_file() else []
+    stored: dict[str, Stored] = {}
+    for name in names:
+        stored |= read_safetensors(directory / name)
+    prefix = getattr(model, "base_model_prefix", "") + "."
+    firsts = first_names(model)
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    found: dict[str, Weight] = {}
+    for name, first in firsts.items():
+        spellings = [spelling for n, f in firsts.items() if f == first for spelling in (n, n.removeprefix(prefix), prefix + n)]
+        source = next((stored[spelling] for spelling in (name, *spellings) if spelling in stored), None)
+        tensor = model.get_parameter(name) if name not in buffers else buffers[name]
+        if name in buffers and not isinstance(tensor, FakeTensor):
+            found[name] = Held(tensor)
+            continue
+        if source is None:
+            return None
+        if source.shape != tuple(tensor.shape):
+            raise WeightError(
+                f"{source.file}: tensor {source.key!r} has shape {list(source.shape)}, but {CONFIG} describes "
+                f"{list(tensor.shape)} for {name}; the file and the configuration belong to different models"
+            )
+        target = dtype if tensor.dtype.is_floating_point else source.dtype
+        found[name] = Stored(source.file, source.key, source.shape, target)
+    return found
+
+
+def first_names(model: nn.Module) -> dict[str, str]:
+    """Every name of a parameter or buffer -> the first name of the same tensor."""
+    seen: dict[int, str] = {}
+    both = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name: seen.setdefault(id(tensor), name) for name, tensor in both}
+
+
+def pretrained_weights(
+    auto: Any, model: str, config: Any, trust: bool, seed: int, notes: list[str]
+) -> dict[str, Weight]:
+    """The weights as transformers itself loads them: renamed, converted, new heads initialised from the seed.
+
+    Raises:
+        WeightError: transformers cannot load them, or only a pickle is there.
+    """
+    if Path(model).is_dir() and not any(Path(model).glob("*.safetensors*")):
+        pickles = sorted(p.name for p in Path(model).glob("*.bin"))
+        what = f"only pickles ({', '.join(pickles)}), which can run code" if pickles else "no weights"
+        raise WeightError(f"{model} holds {what}; expected model.safetensors (save_pretrained writes it)")
+    state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    try:
+        loaded, info = auto.from_pretrained(
+            model, config=config, dtype=config.dtype, trust_remote_code=trust, use_safetensors=True,
+            output_loading_info=True,
+        )  # fmt: skip
+    except Exception as error:
+        raise WeightError(f"{model}: transformers cannot load the weights: {str(error).splitlines()[0]}") from error
+    finally:
+        torch.random.set_rng_state(state)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        notes.append(f"not in the checkpoint, initialised from seed {seed}: {', '.join(missing)}")
+    return held_weights(loaded)
+
+
+def derive_inputs(model: nn.Module, config: Any) -> tuple[InputSpec, ...]:
+    """The inputs of a model, from its main input's name and configuration.
+
+    Raises:
+        TraceError: they cannot be derived.
+    """
+    main = getattr(model, "main_input_name", "input_ids")
+    if main == "input_ids":
+        found = [InputSpec("input_ids", "int64", ("batch", "seq")), InputSpec("attention_mask", "int64", ("batch", "seq"))]
+        if getattr(config, "is_encoder_decoder", False):
+            found.append(InputSpec("decoder_input_ids", "int64", ("batch", "decoder_seq")))
+        return tuple(found)
+    if main == "pixel_values" and getattr(config, "image_size", None):
+        size = config.image_size
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        channels = getattr(config, "num_channels", 3)
+        kind = str(config.dtype).removeprefix("torch.")
+        return (InputSpec("pixel_values", kind, ("batch", channels, height, width)),)
+    raise TraceError(
+        f"the inputs of {type(model).__name__} cannot be derived; write them in the spec, such as\n"
+        f"  inputs:\n    {main}: float32[batch, 80, 3000]"
+    )
+
+
+def _dtype_of(config: Any) -> str:
+    kind = getattr(config, "dtype", None) or torch.float32
+    return str(kind).removeprefix("torch.")
+
+
+def _heads(model: nn.Module) -> frozenset[str]:
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if get is not None else None
+    names = {name for name, module in model.named_modules() if head is not None and module is head}
+    if not names and type(model).__name__.endswith("Classification"):
+        names = {name for name, _ in model.named_children() if name in ("classifier", "score")}
+    return frozenset(names)
+
+
+def _no_layer_drop(config: Any) -> list[str]:
+    notes = []
+    for part in (config, *(v for v in vars(config).values() if hasattr(v, "to_dict"))):
+        for key in [k for k in vars(part) if k.endswith("layerdrop") and getattr(part, k)]:
+            setattr(part, key, 0.0)
+            notes.append(f"{key} is set to 0: a graph has a fixed number of layers")
+    return notes

@@ -1,0 +1,129 @@
+"""Bases that are modules: given in Python, made by a factory, or saved as a `torch.export` program."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from adaptc.errors import TraceError
+from adaptc.inputs import InputSpec
+from adaptc.trace.base import Base
+from adaptc.trace.export import normalise
+from adaptc.weights import Held, Weight
+
+
+def held_weights(module: nn.Module) -> dict[str, Weight]:
+    """Every parameter and buffer of a module by name, aliases included; the tensors are shared, not copied."""
+    found: dict[str, Weight] = {}
+    for name, tensor in module.named_parameters(remove_duplicate=False):
+        found[name] = Held(tensor)
+    for name, tensor in module.named_buffers(remove_duplicate=False):
+        found[name] = Held(tensor)
+    return found
+
+
+def from_module(model: nn.Module, inputs: Sequence[InputSpec], describe: str = "") -> Base:
+    """A module in memory."""
+    describe = describe or f"{type(model).__module__}.{type(model).__qualname__}"
+    return Base(describe=describe, model=model, inputs=tuple(inputs), weights=lambda: held_weights(model))
+
+
+def from_factory(name: str, args: Mapping[str, Any], inputs: Sequence[InputSpec], dtype: str | None) -> Base:
+    """Call `pkg.module:factory` with the spec's arguments.
+
+    Raises:
+        TraceError: it cannot be imported, fails, or returns no module.
+    """
+    module_name, _, attribute = name.partition(":")
+    try:
+        factory: Any = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            factory = getattr(factory, part)
+        model = factory(**args)
+    except Exception as error:
+        raise TraceError(
+            f"base.python: {name} failed: {type(error).__name__}: {error}\n"
+            "  expected an importable 'package.module:factory' that takes base.args and returns a torch.nn.Module"
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise TraceError(f"base.python: {name} returned {type(model).__name__}, expected a torch.nn.Module")
+    if dtype is not None:
+        model = model.to(getattr(torch, dtype))
+    return from_module(model, inputs, describe=name)
+
+
+def from_program(path: Path, inputs: Sequence[InputSpec]) -> Base:
+    """A program saved by `torch.export.save`.
+
+    Raises:
+        TraceError: the file is missing or is no such program.
+    """
+    if not path.is_file():
+        raise TraceError(f"{path}: no such file; expected a program saved by torch.export.save")
+    try:
+        program = torch.export.load(str(path))
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise TraceError(f"{path}: not a program saved by torch.export.save ({first})") from error
+    graph_module = normalise(program.module(check_guards=False))
+    found = inputs or _program_inputs(graph_module)
+    return Base(
+        describe=str(path), model=None, program=graph_module, inputs=tuple(found),
+        weights=lambda: held_weights(graph_module), files=(path,),
+    )  # fmt: skip
+
+
+def _program_inputs(module: torch.fx.GraphModule) -> list[InputSpec]:
+    names: dict[str, str] = {}
+    inputs = []
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            value = node.meta["val"]
+            dims: list[str | int] = []
+            for size in value.shape:
+                if isinstance(size, int):
+                    dims.append(size)
+                else:
+                    dims.append(names.setdefault(str(size), f"dim{len(names)}"))
+            inputs.append(InputSpec(node.name, str(value.dtype).removeprefix("torch."), tuple(dims)))
+    return inputs
+
+
+def inputs_from_examples(
+    model: nn.Module, examples: Sequence[Any] | Mapping[str, Any], dynamic: Mapping[str, Any] | None
+) -> tuple[InputSpec, ...]:
+    """Name and describe example inputs by the module's own signature.
+
+    Args:
+        model: the module.
+        examples: positional inputs, or inputs by name; all tensors.
+        dynamic: `{"x": {0: "batch"}}`; all other dimensions keep the example's size.
+
+    Raises:
+        TraceError: an input is no tensor, or `dynamic` names something that is no input.
+    """
+    signature = inspect.signature(model.forward)
+    try:
+        bound = signature.bind(**examples) if isinstance(examples, Mapping) else signature.bind(*examples)
+    except TypeError as error:
+        raise TraceError(f"the example inputs do not fit {type(model).__name__}.forward{signature}: {error}") from None
+    found = []
+    names = dict(dynamic or {})
+    for name, value in bound.arguments.items():
+        if not isinstance(value, torch.Tensor):
+            raise TraceError(f"example input {name!r} is a {type(value).__name__}; every traced input must be a tensor")
+        axes = names.pop(name, None) or {}
+        dims = tuple(axes.get(index, size) for index, size in enumerate(value.shape))
+        dtype = str(value.dtype).removeprefix("torch.")
+        high = int(value.max()) + 1 if not value.dtype.is_floating_point and value.numel() else None
+        found.append(replace(InputSpec(name, dtype, dims), high=high))
+    if names:
+        raise TraceError(f"dynamic names {', '.join(names)}, but the inputs are {', '.join(bound.arguments)}")
+    return tuple(found)

@@ -1,0 +1,118 @@
+"""From a base to a graph: one trace, fake weights, sites found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from adaptc.errors import TraceError, WeightError
+from adaptc.graph import Graph, put
+from adaptc.inputs import InputSpec
+from adaptc.sites import find_sites
+from adaptc.trace.base import Base
+from adaptc.trace.export import export, output_names
+from adaptc.trace.huggingface import first_names
+from adaptc.weights import Computed, Held, Weight
+
+aten = torch.ops.aten
+
+
+def trace(base: Base) -> Graph:
+    """Trace a base in evaluation mode. No weight is read.
+
+    Raises:
+        TraceError: torch.export refused the model, or an input of the spec is not used by it.
+    """
+    traced = base.program if base.model is None else export(base.model, base.inputs)
+    assert traced is not None
+    owner: nn.Module = traced if base.model is None else base.model
+    aliases = first_names(owner)
+    buffers = {name for name, _ in owner.named_buffers(remove_duplicate=False)}
+    persistent = set(owner.state_dict(keep_vars=True))
+    mode = next(n.meta["val"].fake_mode for n in traced.graph.nodes if n.op == "placeholder")
+
+    bound = cache(base.weights)
+    weights: dict[str, Weight] = {}
+    for name in aliases:
+        tensor = _attribute(owner, name)
+        weights[name] = Computed(tuple(tensor.shape), tensor.dtype, _loader(bound, name, tuple(tensor.shape)))
+    for node in traced.graph.nodes:
+        if node.op == "get_attr" and node.target not in weights:
+            tensor = _attribute(traced, str(node.target))
+            if isinstance(tensor, FakeTensor):
+                raise TraceError(f"the trace holds a constant without a value: {node.target}")
+            weights[str(node.target)] = Held(tensor)
+            aliases[str(node.target)] = str(node.target)
+            buffers.add(str(node.target))
+
+    module = fx.GraphModule(nn.Module(), fx.Graph())
+    with mode:
+        for name, weight in weights.items():
+            fake = torch.empty(weight.shape, dtype=weight.dtype)
+            put(module, name, fake if name in buffers else nn.Parameter(fake, requires_grad=False))
+            for node in traced.graph.find_nodes(op="get_attr", target=name):
+                node.meta["val"] = fake
+    module.graph = traced.graph
+    graph = Graph(
+        module=module, weights=weights, aliases=aliases, buffers=frozenset(buffers),
+        transient=frozenset(buffers - persistent), inputs=_inputs(base, traced), outputs=output_names(traced),
+        sites=tuple(find_sites(traced.graph, aliases, set(aliases) - buffers)), heads=base.heads, base=base,
+    )  # fmt: skip
+    graph.clean()
+    return graph
+
+
+def _loader(bound: Callable[[], dict[str, Weight]], name: str, shape: tuple[int, ...]) -> Callable[[], torch.Tensor]:
+    def load() -> torch.Tensor:
+        weight = bound()[name]
+        if weight.shape != shape:
+            raise WeightError(f"{name} has shape {list(weight.shape)}, but the traced model has {list(shape)}")
+        return weight.load()
+
+    return load
+
+
+def _attribute(module: nn.Module, name: str) -> torch.Tensor:
+    path, _, leaf = name.rpartition(".")
+    return getattr(module.get_submodule(path), leaf)
+
+
+def _inputs(base: Base, traced: fx.GraphModule) -> tuple[InputSpec, ...]:
+    placeholders = {n.name: n for n in traced.graph.nodes if n.op == "placeholder"}
+    unused = [spec.name for spec in base.inputs if spec.name in placeholders and not placeholders[spec.name].users]
+    if unused:
+        raise TraceError(
+            f"the model does not use {', '.join(unused)}: take the input out, or check that the names fit forward"
+        )
+    found = []
+    for spec in base.inputs:
+        node = placeholders.get(spec.name)
+        integer = node is not None and not getattr(torch, spec.dtype).is_floating_point and spec.dtype != "bool"
+        found.append(replace(spec, high=_high(node) or spec.high) if integer and node is not None else spec)
+    return tuple(found)
+
+
+def _high(node: fx.Node) -> int | None:
+    """The smallest table that values of an integer input are looked up in."""
+    bounds: list[int] = []
+    seen: set[fx.Node] = set()
+    queue = [node]
+    while queue:
+        current = queue.pop()
+        for user in current.users:
+            if user in seen or user.op != "call_function":
+                continue
+            seen.add(user)
+            value = user.meta.get("val")
+            if user.target is aten.embedding.default and user.args[1] is current:
+                bounds.append(user.args[0].meta["val"].shape[0])  # type: ignore[union-attr]
+            elif user.target is aten.cross_entropy_loss.default and user.args[1] is current:
+                bounds.append(int(user.args[0].meta["val"].shape[1]))  # type: ignore[union-attr]
+            elif isinstance(value, torch.Tensor) and value.dtype in (torch.int64, torch.int32):
+                queue.append(user)
+    return min(bounds) if bounds else None

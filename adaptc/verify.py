@@ -1,0 +1,97 @@
+"""What is legal at each stage: checked after every pass, always."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from adaptc.errors import VerifyError
+from adaptc.graph import Graph
+from adaptc.sites import module_of, source_of
+
+PYTHON_FUNCTIONS: frozenset[Callable[..., Any]] = frozenset({
+    getattr, operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv, operator.truediv,
+    operator.mod, operator.neg, operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge,
+    operator.pow, torch.sym_max, torch.sym_min, torch.sym_float, torch.sym_int, torch.sym_not, torch.sym_sum,
+    torch.sym_ite,
+})  # fmt: skip
+"""Functions on sizes, flags and devices that may stand beside operations on tensors."""
+
+
+def verify(graph: Graph) -> None:
+    """Check a graph against its stage's table.
+
+    All stages: the structure holds, every operation is a registered one, every name is a weight of the right
+    shape, and shapes and dtypes propagate to the recorded outputs. `adapted`, `factored`: every inserted
+    parameter is read. `folded`: none is, and no operation on weights alone is left of them.
+
+    Raises:
+        VerifyError: one of these does not hold; quotes the node and its source line.
+    """
+    graph.module.graph.lint()
+    for node in graph.nodes:
+        _check_node(graph, node)
+    inserted = set(graph.adapter_names)
+    read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    if graph.stage == "folded" and inserted:
+        raise VerifyError(f"the folded graph still holds the adapters {', '.join(sorted(inserted))}")
+    if graph.stage in ("adapted", "quantized", "factored") and not inserted <= read:
+        raise VerifyError(f"inserted, but not read by any operation: {', '.join(sorted(inserted - read))}")
+    _propagate(graph)
+
+
+def _check_node(graph: Graph, node: fx.Node) -> None:
+    if node.op in ("placeholder", "output"):
+        return
+    if node.op == "get_attr":
+        if node.target == "training":
+            return
+        weight = graph.weights.get(str(node.target))
+        if weight is None:
+            raise VerifyError(f"{node.target} is read, but there is no weight of that name")
+        if tuple(node.meta["val"].shape) != weight.shape or node.meta["val"].dtype != weight.dtype:
+            raise VerifyError(f"{node.target} is {list(weight.shape)}, but the graph takes it as {node.meta['val']}")
+    elif node.op != "call_function":
+        raise VerifyError(f"{node.op} is not allowed in a graph: {node.format_node()}")
+    elif not isinstance(node.target, torch._ops.OpOverload) and node.target not in PYTHON_FUNCTIONS:
+        raise VerifyError(f"not a registered operation: {node.format_node()}{_where(node)}")
+
+
+def _propagate(graph: Graph) -> None:
+    """Run every operation on fake tensors again and compare shape and dtype with what the graph records."""
+    values: dict[fx.Node, Any] = {}
+    with graph.fake_mode, torch.no_grad():
+        for node in graph.nodes:
+            if node.op in ("placeholder", "get_attr"):
+                values[node] = False if node.target == "training" else node.meta["val"]
+                continue
+            if node.op != "call_function":
+                continue
+            args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__)  # type: ignore[arg-type]
+            try:
+                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            except Exception as error:
+                raise VerifyError(f"{node.format_node()} does not fit its operands: {error}{_where(node)}") from error
+            recorded = node.meta.get("val")
+            if isinstance(recorded, torch.Tensor) and _differ(values[node], recorded):
+                raise VerifyError(
+                    f"{node.format_node()} gives {values[node]}, but the graph records {recorded}{_where(node)}"
+                )
+            if recorded is None:
+                node.meta["val"] = values[node]
+
+
+def _differ(value: Any, recorded: torch.Tensor) -> bool:
+    if not isinstance(value, torch.Tensor) or value.dtype != recorded.dtype or value.dim() != recorded.dim():
+        return True
+    pairs = zip(value.shape, recorded.shape, strict=True)
+    return any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in pairs)
+
+
+def _where(node: fx.Node) -> str:
+    module, source = module_of(node)[0], source_of(node)
+    return (f"\n  in {module}" if module else "") + (f", from {source}" if source else "")

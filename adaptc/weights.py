@@ -1,0 +1,160 @@
+"""Weights, bound late: a graph holds names, shapes and dtypes; each tensor is loaded when somebody asks."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from adaptc.errors import WeightError
+
+
+class Weight(ABC):
+    """One tensor of a graph: shape and dtype now, data when `load` is called."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @abstractmethod
+    def load(self) -> torch.Tensor:
+        """The data, of `shape` and `dtype`; not to be changed in place."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes the tensor takes when loaded."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True, eq=False)
+class Held(Weight):
+    """A tensor in memory, such as a parameter of the user's module; later changes to it are seen."""
+
+    tensor: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        """The tensor's shape."""
+        return tuple(self.tensor.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        """The tensor's dtype."""
+        return self.tensor.dtype
+
+    def load(self) -> torch.Tensor:
+        """The tensor itself, without its autograd history."""
+        return self.tensor.detach()
+
+
+@dataclass(frozen=True, eq=False)
+class Stored(Weight):
+    """A tensor in a safetensors file, memory-mapped; cast to `dtype` where the file holds another."""
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def load(self) -> torch.Tensor:
+        """Read this one tensor."""
+        return open_safetensors(self.file).get_tensor(self.key).to(self.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Computed(Weight):
+    """A tensor made on request, such as a folded weight or an initial value."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], torch.Tensor]
+
+    def load(self) -> torch.Tensor:
+        """Compute it."""
+        return self.make()
+
+
+@lru_cache(maxsize=64)
+def _open(path: str, _modified: int) -> Any:
+    return safe_open(path, framework="pt")
+
+
+def open_safetensors(path: Path) -> Any:
+    """A memory-mapped safetensors file.
+
+    Raises:
+        WeightError: the file is missing, truncated, or something else.
+    """
+    try:
+        return _open(str(path), path.stat().st_mtime_ns)
+    except FileNotFoundError:
+        raise WeightError(f"{path}: no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise WeightError(
+            f"{path}: not a whole safetensors file ({error}); it may be truncated: copy or download it again"
+        ) from None
+
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # fmt: skip
+
+
+def read_safetensors(path: Path) -> dict[str, Stored]:
+    """The tensors of a safetensors file, none of them loaded."""
+    file = open_safetensors(path)
+    found = {}
+    for key in file.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
+        piece = file.get_slice(key)
+        if piece.get_dtype() not in DTYPES:
+            raise WeightError(f"{path}: tensor {key!r} has dtype {piece.get_dtype()}, which adaptc does not read")
+        found[key] = Stored(path, key, tuple(piece.get_shape()), DTYPES[piece.get_dtype()])
+    return found
+
+
+def sha256_of_files(paths: Iterable[Path]) -> str:
+    """SHA-256 over the bytes of the files, in the order of their names."""
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def sha256_of_tensors(weights: Iterable[tuple[str, Weight]]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(weights, key=lambda item: item[0]):
+        digest.update(f"{name} {weight.dtype} {list(weight.shape)}\n".encode())
+        tensor = weight.load().detach().cpu().contiguous()
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+def seeded(seed: int, name: str) -> torch.Generator:
+    """A generator that depends on the seed and the parameter's name, not on the order of initialisation."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def initial(init: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """A named initialisation, in float32."""
+    tensor = torch.empty(shape)
+    match init:
+        case "zeros":
+            return tensor.zero_()
+        case "ones":
+            return tensor.fill_(1.0)
+        case "normal":
+            return tensor.normal_(std=0.02, generator=generator)
+        case "kaiming-uniform":
+            return torch.nn.init.kaiming_uniform_(tensor, a=5**0.5, generator=generator)
+    raise ValueError(f"unknown initialisation {init!r}")

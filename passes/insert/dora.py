@@ -1,0 +1,39 @@
+"""DoRA: weight-decomposed low-rank adaptation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from adaptc.low_rank import LowRank
+from adaptc.method import Param, PeftFormat, method
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from adaptc.sites import Site
+
+
+@method("dora")
+@dataclass(frozen=True)
+class Dora(LowRank):
+    """W' = m V / ‖V‖,  V = W + (alpha / r) B A        m (out,)   A (r, in)   B (out, r)
+
+    Liu et al. 2024, equation 5; ‖V‖ is the norm of each row and a constant in the backward pass (section 4.3).
+    m starts as ‖W‖, so that W' = W.
+    """
+
+    peft: ClassVar[PeftFormat | None] = PeftFormat("LORA", LowRank.peft_options, fixed={"use_dora": True})
+
+    def params(self, site: Site) -> dict[str, Param]:
+        """A (r, in) Kaiming-uniform, B (out, r) zero, m (out,) the norms of W's rows."""
+        return {
+            "A": Param((self.r, site.in_features), "kaiming-uniform", "lora_A.weight"),
+            "B": Param((site.out_features, self.r), "zeros", "lora_B.weight"),
+            "m": Param((site.out_features,), lambda W, _: W.norm(dim=1), "lora_magnitude_vector"),
+        }
+
+    def weight(self, W: Tensor, *, A: Tensor, B: Tensor, m: Tensor) -> Tensor:
+        """m V / ‖V‖, of shape (out, in)."""
+        V = W + self.scale * (B @ A)
+        return (m / V.detach().norm(dim=1)).unsqueeze(1) * V

@@ -1,0 +1,33 @@
+"""Full fine-tuning of chosen modules, such as a new classifier."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from adaptc.method import Param, WeightMethod, method
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from adaptc.sites import Site
+
+
+@method("full")
+@dataclass(frozen=True)
+class Full(WeightMethod):
+    """W' = V        V of W's own shape
+
+    Every parameter of the chosen modules is trained whole (PEFT's `modules_to_save`). V starts as W, and W is
+    kept, so that adapters can be swapped.
+    """
+
+    kinds: ClassVar[frozenset[str]] = frozenset({"parameter"})
+
+    def params(self, site: Site) -> dict[str, Param]:
+        """V, a copy of the base's parameter."""
+        return {"V": Param(site.shape, lambda W, _: W, site.leaf)}
+
+    def weight(self, W: Tensor, *, V: Tensor) -> Tensor:
+        """V in place of W."""
+        return V

@@ -1,0 +1,51 @@
+"""(IA)³: infused adapter by inhibiting and amplifying inner activations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Self
+
+from adaptc.method import Param, Patterns, PeftFormat, WeightMethod, method
+from adaptc.names import matches_any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from adaptc.sites import Site
+
+
+@method("ia3")
+@dataclass(frozen=True)
+class Ia3(WeightMethod):
+    """W' = l W,  b' = l b  (keys, values)   or   W' = W l  (input of a feed-forward)     l (out, 1) or (1, in)
+
+    Liu et al. 2022, section 3.3. Sites named by `feedforward` scale what comes in, all others what goes out,
+    bias included, as in PEFT. l starts at one.
+    """
+
+    feedforward: Patterns = ()
+
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
+    aliases: ClassVar[Mapping[str, str]] = {"feedforward_modules": "feedforward"}
+    peft: ClassVar[PeftFormat | None] = PeftFormat(
+        type="IA3",
+        options={"feedforward": "feedforward_modules"},
+    )
+
+    def at(self, site: Site) -> Self:
+        """Feed-forward or not, decided once for the site."""
+        return replace(self, feedforward=("*",) if matches_any(self.feedforward, site.module) else ())
+
+    def params(self, site: Site) -> dict[str, Param]:
+        """l, all ones."""
+        shape = (1, site.in_features) if self.feedforward else (site.out_features, 1)
+        return {"l": Param(shape, "ones", "ia3_l")}
+
+    def weight(self, W: Tensor, *, l: Tensor) -> Tensor:  # noqa: E741 (the paper's name)
+        """W with its columns (feed-forward) or rows scaled by l, of shape (out, in)."""
+        return W * l
+
+    def bias(self, b: Tensor, *, l: Tensor) -> Tensor:  # noqa: E741
+        """The bias scaled with the output, of shape (out,)."""
+        return b if self.feedforward else b * l.squeeze(1)
