@@ -46,15 +46,13 @@ EmitEntry: TypeAlias = Annotated[TorchEmit | OnnxEmit | PeftEmit, OneOf("format"
 
 
 def _separate(entries: tuple[EmitEntry, ...]) -> tuple[EmitEntry, ...]:
-    paths = [os.path.normpath(entry.path) for entry in entries]
-    again = [index for index, path in enumerate(paths) if path in paths[:index]]
-    if again:
-        raise invalid(
-            *(
-                fault(f"emit.{paths.index(paths[i])} writes to {paths[i]!r} too", loc=(i, "path"))
-                for i in again
-            )
-        )
+    first: dict[str, int] = {}
+    faults = []
+    for index, path in enumerate(os.path.normpath(entry.path) for entry in entries):
+        if first.setdefault(path, index) != index:
+            faults.append(fault(f"emit.{first[path]} writes to {path!r} too", loc=(index, "path")))
+    if faults:
+        raise invalid(*faults)
     return entries
 
 

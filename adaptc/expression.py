@@ -26,7 +26,9 @@ def trace_expression(function: Callable[..., torch.Tensor], W: Any, theta: Mappi
     return make_fx(positional)(W, *theta.values()).graph, names
 
 
-def splice(graph: Graph, traced: Traced, value: fx.Node, theta: Mapping[str, fx.Node], like: fx.Node, tag: int) -> fx.Node:
+def splice(
+    graph: Graph, traced: Traced, value: fx.Node, theta: Mapping[str, fx.Node], like: fx.Node, tag: int
+) -> fx.Node:
     """Copy a traced expression in front of `like`; gives the node of its result.
 
     Args:
@@ -67,7 +69,11 @@ class Expression:
 
     def evaluate(self) -> torch.Tensor:
         """Compute it: in float64 for float32 weights, in float32 for narrower ones."""
-        wide = torch.float64 if self.result.meta["val"].dtype in (torch.float32, torch.float64) else torch.float32
+        wide = (
+            torch.float64
+            if self.result.meta["val"].dtype in (torch.float32, torch.float64)
+            else torch.float32
+        )
         values: dict[fx.Node, Any] = {}
         with torch.no_grad():
             for node in self.nodes:
@@ -78,6 +84,25 @@ class Expression:
                     args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__)  # type: ignore[arg-type]
                     values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         return values[self.result]
+
+
+@dataclass(frozen=True, eq=False)
+class Folded(Weight):
+    """A folded weight: its expression, evaluated wide and rounded once to the storage dtype."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    expression: Expression
+
+    def load(self) -> torch.Tensor:
+        """Evaluate and round."""
+        return self.expression.evaluate().to(self.dtype).contiguous()
+
+    def rounding_error(self) -> float:
+        """What rounding to the storage dtype cost: the largest change over the largest value."""
+        exact = self.expression.evaluate()
+        rounded = exact.to(self.dtype).to(exact.dtype)
+        return float((rounded - exact).abs().max() / exact.abs().max().clamp_min(1e-30))
 
 
 def cut(graph: Graph, result: fx.Node) -> Expression:

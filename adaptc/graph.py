@@ -13,7 +13,7 @@ from torch import fx, nn
 from adaptc.inputs import InputSpec
 from adaptc.method import Method, Param
 from adaptc.sites import Site, Use, module_of
-from adaptc.trace.base import Base
+from adaptc.tracing.base import Base
 from adaptc.weights import Weight
 
 ORIGIN = ("nn_module_stack", "stack_trace")
@@ -23,10 +23,11 @@ STAGES = ("traced", "adapted", "quantized", "factored", "folded")
 
 @dataclass(frozen=True)
 class Adaptation:
-    """One method on one site, as inserted."""
+    """One method on one site, as inserted: `method` has the options of this site, `declared` those of the entry."""
 
     site: Site
     method: Method
+    declared: Method
     adapter: str
     entry: int
     params: Mapping[str, tuple[str, Param]]
@@ -138,9 +139,13 @@ class Graph:
         for name, value in list(self.module.named_parameters(remove_duplicate=False)):
             put(module, name, value)
         return replace(
-            self, module=module, weights=dict(self.weights), aliases=dict(self.aliases),
-            adaptations=list(self.adaptations), adapted=dict(self.adapted),
-        )  # fmt: skip
+            self,
+            module=module,
+            weights=dict(self.weights),
+            aliases=dict(self.aliases),
+            adaptations=list(self.adaptations),
+            adapted=dict(self.adapted),
+        )
 
     def clean(self) -> None:
         """Drop dead nodes, check the graph's structure and regenerate its code."""
@@ -181,12 +186,13 @@ def bind(graph: Graph, trainable: Iterable[str] = ()) -> fx.GraphModule:
     wanted = set(trainable)
     module = fx.GraphModule(nn.Module(), fx.Graph())
     made: dict[str, torch.Tensor] = {}
-    for name, weight in graph.weights.items():
+    for name in graph.weights:
         first = graph.aliases.get(name, name)
         if first not in made:
             tensor = graph.weights[first].load()
-            if first not in graph.buffers:
-                tensor = nn.Parameter(tensor, requires_grad=first in wanted)
+            # Training changes buffers in place, and those of the user's module are theirs.
+            owned = first in graph.buffers
+            tensor = tensor.clone() if owned else nn.Parameter(tensor, requires_grad=first in wanted)
             made[first] = tensor
         put(module, name, made[first], persistent=name not in graph.transient)
     module.graph = copy.deepcopy(graph.module.graph)
@@ -200,8 +206,11 @@ def _line(node: fx.Node) -> str:
     if node.op in ("placeholder", "get_attr"):
         kind = "input" if node.op == "placeholder" else "weight"
         return f"%{node.name} = {kind} {node.target}  {shape}".rstrip()
-    target = str(node.target) if isinstance(node.target, torch._ops.OpOverload) else getattr(
-        node.target, "__name__", str(node.target))  # fmt: skip
+    target = (
+        str(node.target)
+        if isinstance(node.target, torch._ops.OpOverload)
+        else getattr(node.target, "__name__", str(node.target))
+    )
     operands = [_operand(a) for a in node.args] + [f"{k}={_operand(v)}" for k, v in node.kwargs.items()]
     module = module_of(node)[0]
     return f"%{node.name} = {target}({', '.join(operands)})  {shape}" + (f"  # {module}" if module else "")

@@ -56,14 +56,21 @@ class Insert(Pass):
             here = method.at(site)
             reason = here.refuses(site)
             if reason:
-                refusals.append(Refusal(f"{method.name}: {reason}\n  site {site}", (site.uses[0].node,)))
+                refusals.append(Refusal(f"{method.name}: {reason[1]}\n  site {site}", (site.uses[0].node,)))
                 continue
-            taken = [n for n in (parameter_name(site, here, self.adapter, p) for p in here.params(site).values())
-                     if n in graph.weights]  # fmt: skip
+            taken = [
+                n
+                for n in (parameter_name(site, here, self.adapter, p) for p in here.params(site).values())
+                if n in graph.weights
+            ]
             if taken:
-                refusals.append(Refusal(
-                    f"{method.name}: the adapter {self.adapter!r} sits on {site.module} already; "
-                    "give this entry another `name`", (site.uses[0].node,)))  # fmt: skip
+                refusals.append(
+                    Refusal(
+                        f"{method.name}: the adapter {self.adapter!r} sits on {site.module} already; "
+                        "give this entry another `name`",
+                        (site.uses[0].node,),
+                    )
+                )
         return refusals
 
     def call(self, graph: Graph) -> bool:
@@ -84,9 +91,13 @@ class Insert(Pass):
         return f"{self.name} planned {', '.join(sorted(left))}, but did not rewrite it" if left else None
 
     def _insert(
-        self, graph: Graph, site: Site, method: WeightMethod, traced: dict[Any, Traced], nodes: dict[str, fx.Node]
+        self,
+        graph: Graph,
+        site: Site,
+        method: WeightMethod,
+        traced: dict[Any, Traced],
+        nodes: dict[str, fx.Node],
     ) -> None:
-        like = nodes[site.uses[0].node]
         value = graph.value_of(site.parameter, site.uses, nodes)
         named: dict[str, tuple[str, Param]] = {}
         theta: dict[str, fx.Node] = {}
@@ -96,17 +107,25 @@ class Insert(Pass):
             theta[argument] = graph.parameter_node(name)
             named[argument] = (name, param)
         tag = len(graph.adaptations)
-        graph.adaptations.append(Adaptation(site, method, self.adapter, self.entry, named))
+        graph.adaptations.append(Adaptation(site, method, self.method, self.adapter, self.entry, named))
 
         def weight(W: torch.Tensor, **values: torch.Tensor) -> torch.Tensor:
             return site.view(method.weight(site.view(W), **values))
 
-        targets: list[tuple[tuple[Use, ...], Callable[..., torch.Tensor], str]] = [(site.uses, weight, site.parameter)]
+        targets: list[tuple[tuple[Use, ...], Callable[..., torch.Tensor], str]] = [
+            (site.uses, weight, site.parameter)
+        ]
         if site.bias is not None and method.adapts_bias():
             targets.append((site.bias_uses, method.bias, site.bias))
         for uses, function, parameter in targets:
             before = graph.value_of(parameter, uses, nodes)
-            key = (repr(method), function.__name__, site.transposed, tuple(before.meta["val"].shape), str(site.dtype))
+            key = (
+                repr(method),
+                function.__name__,
+                site.transposed,
+                tuple(before.meta["val"].shape),
+                str(site.dtype),
+            )
             if key not in traced:
                 with graph.fake_mode:
                     traced[key] = trace_expression(
@@ -150,9 +169,21 @@ def insert_pass(cls: type[Method]) -> type[Insert]:
     fields: list[Any] = []
     for f in dataclasses.fields(cls):  # type: ignore[arg-type]
         factory = f.default_factory
-        fields.append((f.name, Any, dataclasses.field(default_factory=factory) if factory is not dataclasses.MISSING
-                       else dataclasses.field(default=f.default)))  # fmt: skip
+        fields.append(
+            (
+                f.name,
+                Any,
+                dataclasses.field(default_factory=factory)
+                if factory is not dataclasses.MISSING
+                else dataclasses.field(default=f.default),
+            )
+        )
     name = "Insert" + "".join(part.capitalize() for part in cls.name.split("-"))
     made = dataclasses.make_dataclass(name, fields, bases=(Insert,), frozen=True)
-    made.method_class, made.name, made.__doc__, made.__module__ = cls, f"insert-{cls.name}", cls.__doc__, cls.__module__
+    made.method_class, made.name, made.__doc__, made.__module__ = (
+        cls,
+        f"insert-{cls.name}",
+        cls.__doc__,
+        cls.__module__,
+    )
     return made

@@ -42,13 +42,15 @@ class LowRank(WeightMethod):
     def at(self, site: Site) -> Self:
         """The rank and alpha in force at this site: patterns first, then the entry's own."""
         rank = next((v for k, v in self.rank_pattern.items() if matches_peft_key(k, site.module)), self.r)
-        alpha = next((v for k, v in self.alpha_pattern.items() if matches_peft_key(k, site.module)), self.alpha)
+        alpha = next(
+            (v for k, v in self.alpha_pattern.items() if matches_peft_key(k, site.module)), self.alpha
+        )
         return replace(self, r=rank, alpha=alpha, rank_pattern={}, alpha_pattern={})
 
-    def refuses(self, site: Site) -> str | None:
+    def refuses(self, site: Site) -> tuple[str, str] | None:
         """A rank above the smaller side of the weight adds parameters and no freedom."""
         limit = min(site.in_features, site.out_features)
-        return f"rank r must be at most {limit} here, got {self.r}" if self.r > limit else None
+        return ("r", f"rank r must be at most {limit} here, got {self.r}") if self.r > limit else None
 
     @property
     def scale(self) -> float:

@@ -52,11 +52,16 @@ class PeftFormat:
         type: PEFT's `peft_type`.
         options: our option's name -> PEFT's key.
         fixed: keys that must have, and are written with, this value (`use_dora: true`).
+        modules: options that are patterns here and lists of module names there.
+        joins: the list in another method's configuration that holds this method's modules, for a method that
+            has no checkpoint of its own (`modules_to_save`).
     """
 
-    type: str
-    options: Mapping[str, str]
+    type: str | None
+    options: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, object] = field(default_factory=dict)
+    modules: frozenset[str] = frozenset()
+    joins: str | None = None
 
 
 class Method:
@@ -74,8 +79,8 @@ class Method:
         """The method with its per-layer options (patterns) resolved for one site."""
         return self
 
-    def refuses(self, site: Site) -> str | None:
-        """Why it cannot sit on this site, or None if it can."""
+    def refuses(self, site: Site) -> tuple[str, str] | None:
+        """The option at fault and why the method cannot sit on this site, or None if it can."""
         return None
 
     def params(self, site: Site) -> dict[str, Param]:
@@ -126,7 +131,9 @@ def method(name: str) -> Callable[[M], M]:
             raise ValueError(f"a method's name is lower case with hyphens, got {name!r}")
         known = METHODS.get(name)
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f"method {name!r} is registered already, by {known.__module__}.{known.__qualname__}")
+            raise ValueError(
+                f"method {name!r} is registered already, by {known.__module__}.{known.__qualname__}"
+            )
         if "__dataclass_params__" not in vars(cls) or not cls.__dataclass_params__.frozen:  # type: ignore[attr-defined]
             raise ValueError(f"method {name!r}: write @method above @dataclass(frozen=True)")
         cls.name = name

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a glob (`*.query`) or a full-match regex (`re:.*\\.query`) names this module."""
+    r"""Whether a glob (`*.query`) or a full-match regex (`re:.*\.query`) names this module."""
     if pattern.startswith("re:"):
         return re.fullmatch(pattern[3:], name) is not None
     return fnmatch.fnmatchcase(name, pattern)
@@ -21,7 +21,7 @@ def matches_any(patterns: Sequence[str], name: str) -> bool:
 
 
 def matches_peft_key(key: str, name: str) -> bool:
-    """Whether a key of PEFT's `rank_pattern` or `alpha_pattern` covers this module: `(.*\\.)?(key)$`."""
+    r"""Whether a key of PEFT's `rank_pattern` or `alpha_pattern` covers this module: `(.*\.)?(key)$`."""
     return re.match(rf"(.*\.)?({key})$", name) is not None
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
-from adaptc.errors import AdaptcError, RefusedError, Refusal, VerifyError
+from adaptc.errors import AdaptcError, Refusal, RefusedError, VerifyError
 from adaptc.graph import STAGES, Graph
 from adaptc.verify import verify
 
@@ -67,10 +67,14 @@ def graph_pass(name: str) -> Callable[[P], P]:
             raise ValueError(f"a pass's name is lower case with hyphens, got {name!r}")
         unknown = (set(cls.takes) | ({cls.leaves} - {None})) - set(STAGES)
         if unknown:
-            raise ValueError(f"pass {name!r} names unknown stages {sorted(map(str, unknown))}; known: {', '.join(STAGES)}")
+            raise ValueError(
+                f"pass {name!r} names unknown stages {sorted(map(str, unknown))}; known: {', '.join(STAGES)}"
+            )
         known = PASSES.get(name)
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f"pass {name!r} is registered already, by {known.__module__}.{known.__qualname__}")
+            raise ValueError(
+                f"pass {name!r} is registered already, by {known.__module__}.{known.__qualname__}"
+            )
         cls.name = name
         PASSES[name] = cls
         return cls

@@ -42,7 +42,9 @@ def select(graph: Graph, target: Target, exclude: Sequence[str], method: Method)
     whole = "parameter" in method.kinds
     candidates = graph.parameter_sites if whole else [s for s in graph.sites if s.kind in method.kinds]
     patterns, wanted = _patterns(target)
-    heads = sorted({s.module for s in candidates if s.module in graph.heads}) if ALL_LINEAR in patterns else []
+    heads = (
+        sorted({s.module for s in candidates if s.module in graph.heads}) if ALL_LINEAR in patterns else []
+    )
     used: set[str] = set()
     chosen, excluded = [], []
     for site in candidates:
@@ -82,7 +84,9 @@ def _patterns(target: Target) -> tuple[list[str], Any]:
     kind = target.get("type")
 
     def wanted(site: Site) -> bool:
-        return (kind is None or matches(kind, site.type)) and (layers is None or layer_of(site.module) in layers)
+        return (kind is None or matches(kind, site.type)) and (
+            layers is None or layer_of(site.module) in layers
+        )
 
     return [names] if isinstance(names, str) else list(names), wanted
 
@@ -92,8 +96,11 @@ def _near(graph: Graph, unused: Sequence[str], candidates: Sequence[Site]) -> tu
     lasts = {module.rpartition(".")[2]: module for module in modules}
     found: list[str] = []
     for pattern in unused:
-        others = [f"{s.module} ({s.type}, not {'/'.join({c.kind for c in candidates}) or 'adaptable'})"
-                  for s in graph.parameter_sites if matches(pattern, s.module)][:2]  # fmt: skip
+        others = [
+            f"{s.module} ({s.type}, not {'/'.join({c.kind for c in candidates}) or 'adaptable'})"
+            for s in graph.parameter_sites
+            if matches(pattern, s.module)
+        ][:2]
         last = pattern.removeprefix("re:").rpartition(".")[2].strip("*$^\\")
         found += others or nearest(pattern, modules, 2) or [lasts[n] for n in nearest(last, lasts, 2)]
         found += [m for m in modules if matches("*." + pattern, m)][:2]

@@ -68,7 +68,9 @@ class Site:
         return W.t() if self.transposed else W
 
     def __str__(self) -> str:
-        sides = f"{self.in_features} -> {self.out_features}" if self.kind == "linear" else str(list(self.shape))
+        sides = (
+            f"{self.in_features} -> {self.out_features}" if self.kind == "linear" else str(list(self.shape))
+        )
         return f"{self.module} ({self.kind} {sides})" + (f", from {self.source}" if self.source else "")
 
 
@@ -167,8 +169,16 @@ def _site(module: str, own: str, type_name: str, node: fx.Node, uses: list[tuple
                     bias = str(at.target)
                     bias_uses.append(Use(user.name, form.bias))
     return Site(
-        module=module, type=type_name, kind="linear" if linear else "parameter", parameter=str(node.target),
-        leaf=own.rpartition(".")[2], shape=tuple(value.shape), dtype=value.dtype, transposed=transposed,
-        uses=tuple(Use(user.name, index) for user, index in uses), bias=bias, bias_uses=tuple(bias_uses),
+        module=module,
+        type=type_name,
+        kind="linear" if linear else "parameter",
+        parameter=str(node.target),
+        leaf=own.rpartition(".")[2],
+        shape=tuple(value.shape),
+        dtype=value.dtype,
+        transposed=transposed,
+        uses=tuple(Use(user.name, index) for user, index in uses),
+        bias=bias,
+        bias_uses=tuple(bias_uses),
         source=source_of(uses[0][0]),
-    )  # fmt: skip
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,13 @@ class Source:
         path: the file, or None for a spec given as a Python mapping (which has no lines).
         data: the data, overrides applied.
         text: the YAML with the positions in it, if there is a file.
-        overrides: what each `--set` put in place -> its text.
+        overrides: the place that each `--set` changed, and its text, in the order applied.
     """
 
     path: Path | None
     data: dict[str, Any]
     text: YamlText | None = None
-    overrides: Mapping[Loc, str] = field(default_factory=dict)
+    overrides: tuple[tuple[Loc, str], ...] = ()
 
     @classmethod
     def read(cls, path: Path) -> Source:
@@ -58,14 +58,14 @@ class Source:
             raise SpecError(replace(problem, line=None, key=dotted) for problem in error.problems) from None
         except LookupError as error:
             raise SpecError([Problem(str(error.args[0]), file=origin, key=dotted)]) from None
-        return replace(self, data=data, overrides={**self.overrides, loc: origin})
+        return replace(self, data=data, overrides=(*self.overrides, (loc, origin)))
 
     def problem(self, loc: Loc, message: str, *notes: str, at_key: bool = False) -> Problem:
         """A problem with the value at `loc` (or its key); placed at the nearest parent if not written."""
         key = ".".join(str(part) for part in loc)
-        origin = next((text for set_at, text in self.overrides.items() if loc[: len(set_at)] == set_at), None)
-        if origin is not None or self.text is None:
-            return Problem(message, file=origin or "<dict>", key=key, notes=notes)
+        set_here = [text for place, text in self.overrides if loc[: len(place)] == place]
+        if set_here or self.text is None:
+            return Problem(message, file=set_here[-1] if set_here else "<dict>", key=key, notes=notes)
         return self.text.problem(self.text.position(loc, at_key), message, *notes, key=key)
 
 

@@ -41,7 +41,7 @@ def _pass(entry: Any) -> str | dict[str, dict[str, Any]]:
         return entry
     if isinstance(entry, Mapping) and len(entry) == 1:
         name, options = next(iter(entry.items()))
-        if isinstance(options, Mapping | None):
+        if isinstance(name, str) and isinstance(options, Mapping | None):
             return {name: dict(options or {})}
     raise invalid(fault(f"expected a pass's name, or one name with its options, got {got(entry)}"))
 
@@ -68,7 +68,7 @@ class Spec(Part):
     passes: Many[PassEntry] | None = Field(
         None, description="the pipeline; `adaptc plan` prints the one in force"
     )
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="of new parameters and example inputs")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of new parameters and example inputs")
 
     _source: Source | None = PrivateAttr(default=None)
 

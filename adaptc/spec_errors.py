@@ -116,7 +116,7 @@ def _words(kind: str, value: object, context: Mapping[str, Any], message: str) -
         return "required, but missing"
     if kind == "value_error":
         return str(context["error"])
-    if kind in ("string_too_short", "too_short"):
+    if context.get("min_length") == 1:
         return "must not be empty"
     if kind == "finite_number":
         return f"must be a finite number, got {got(value)}"

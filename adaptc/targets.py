@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, model_validator
 
 from adaptc.names import parse_layers
 from adaptc.spec_errors import fault, got, invalid
@@ -54,7 +54,9 @@ class LayerTarget(Part):
         return self
 
 
-_PATTERNS = TypeAdapter[tuple[str, ...]](Annotated[Patterns, Field(min_length=1)])
+_PATTERNS = TypeAdapter[tuple[str, ...]](
+    Annotated[Patterns, Field(min_length=1)], config=ConfigDict(strict=True)
+)
 
 
 def _target(value: Any) -> tuple[str, ...] | dict[str, Any]:
@@ -62,7 +64,7 @@ def _target(value: Any) -> tuple[str, ...] | dict[str, Any]:
         return LayerTarget.model_validate(value).model_dump(exclude_none=True)
     if not isinstance(value, str | list | tuple):
         raise invalid(fault(f"expected a pattern, a list of patterns or a mapping, got {got(value)}"))
-    return _PATTERNS.validate_python(value, strict=True)
+    return _PATTERNS.validate_python(value)
 
 
 Target = Annotated[

@@ -13,12 +13,33 @@ from adaptc.errors import VerifyError
 from adaptc.graph import Graph
 from adaptc.sites import module_of, source_of
 
-PYTHON_FUNCTIONS: frozenset[Callable[..., Any]] = frozenset({
-    getattr, operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv, operator.truediv,
-    operator.mod, operator.neg, operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge,
-    operator.pow, torch.sym_max, torch.sym_min, torch.sym_float, torch.sym_int, torch.sym_not, torch.sym_sum,
-    torch.sym_ite,
-})  # fmt: skip
+PYTHON_FUNCTIONS: frozenset[Callable[..., Any]] = frozenset(
+    {
+        getattr,
+        operator.getitem,
+        operator.add,
+        operator.sub,
+        operator.mul,
+        operator.floordiv,
+        operator.truediv,
+        operator.mod,
+        operator.neg,
+        operator.eq,
+        operator.ne,
+        operator.lt,
+        operator.le,
+        operator.gt,
+        operator.ge,
+        operator.pow,
+        torch.sym_max,
+        torch.sym_min,
+        torch.sym_float,
+        torch.sym_int,
+        torch.sym_not,
+        torch.sym_sum,
+        torch.sym_ite,
+    }
+)
 """Functions on sizes, flags and devices that may stand beside operations on tensors."""
 
 
@@ -54,7 +75,9 @@ def _check_node(graph: Graph, node: fx.Node) -> None:
         if weight is None:
             raise VerifyError(f"{node.target} is read, but there is no weight of that name")
         if tuple(node.meta["val"].shape) != weight.shape or node.meta["val"].dtype != weight.dtype:
-            raise VerifyError(f"{node.target} is {list(weight.shape)}, but the graph takes it as {node.meta['val']}")
+            raise VerifyError(
+                f"{node.target} is {list(weight.shape)}, but the graph takes it as {node.meta['val']}"
+            )
     elif node.op != "call_function":
         raise VerifyError(f"{node.op} is not allowed in a graph: {node.format_node()}")
     elif not isinstance(node.target, torch._ops.OpOverload) and node.target not in PYTHON_FUNCTIONS:
@@ -75,7 +98,9 @@ def _propagate(graph: Graph) -> None:
             try:
                 values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
             except Exception as error:
-                raise VerifyError(f"{node.format_node()} does not fit its operands: {error}{_where(node)}") from error
+                raise VerifyError(
+                    f"{node.format_node()} does not fit its operands: {error}{_where(node)}"
+                ) from error
             recorded = node.meta.get("val")
             if isinstance(recorded, torch.Tensor) and _differ(values[node], recorded):
                 raise VerifyError(

@@ -102,10 +102,17 @@ def open_safetensors(path: Path) -> Any:
 
 
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
     "BOOL": torch.bool,
-}  # fmt: skip
+}
 
 
 def read_safetensors(path: Path) -> dict[str, Stored]:
@@ -115,7 +122,9 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
     for key in file.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
         piece = file.get_slice(key)
         if piece.get_dtype() not in DTYPES:
-            raise WeightError(f"{path}: tensor {key!r} has dtype {piece.get_dtype()}, which adaptc does not read")
+            raise WeightError(
+                f"{path}: tensor {key!r} has dtype {piece.get_dtype()}, which adaptc does not read"
+            )
         found[key] = Stored(path, key, tuple(piece.get_shape()), DTYPES[piece.get_dtype()])
     return found
 

@@ -74,11 +74,10 @@ class YamlText:
 
     def position(self, loc: Loc, at_key: bool = False) -> Position:
         """Where the value (or its key) stands; for what is not written, where its nearest parent does."""
-        if at_key and loc in self._keys:
-            return self._keys[loc]
-        while loc and loc not in self._values:
-            loc = loc[:-1]
-        return self._values.get(loc, (1, 1))
+        for table in (self._keys, self._values) if at_key else (self._values, self._keys):
+            if loc in table:
+                return table[loc]
+        return self.position(loc[:-1]) if loc else (1, 1)
 
     def problem(self, position: Position, message: str, *notes: str, key: str = "") -> Problem:
         """A problem at a place of this text, which is quoted."""
@@ -88,7 +87,10 @@ class YamlText:
         return Problem(message, self._file, line, column, quoted, key, notes)
 
     def _build(self, node: Node, loc: Loc) -> Any:
-        position = self._values[loc] = _position(node.start_mark)
+        position = _position(node.start_mark)
+        # ruamel puts an empty value behind the line break: its key is the better place.
+        if node.start_mark.index < node.end_mark.index:
+            self._values[loc] = position
         self._count += 1
         if self._count > MAX_VALUES:
             raise self._error(position, f"more than {MAX_VALUES} values (are anchors expanded in anchors?)")

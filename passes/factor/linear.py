@@ -11,7 +11,7 @@ from torch import fx
 from adaptc.graph import Adaptation, Graph
 from adaptc.pipeline import Pass, graph_pass
 from adaptc.sites import LINEAR_FORMS
-from adaptc.trace.modes import training_node
+from adaptc.tracing.modes import training_node
 
 aten = torch.ops.aten
 TRANSPOSES = {aten.t.default, aten.transpose.int, aten.permute.default}
@@ -67,7 +67,9 @@ class _Rewrite:
         """Emit the factored form in front of the node, and let its users read that."""
         form = LINEAR_FORMS[self.node.target]
         x, weight = self.node.args[form.input], self.node.args[form.weight]
-        bias = self.node.args[form.bias] if form.bias is not None and len(self.node.args) > form.bias else None
+        bias = (
+            self.node.args[form.bias] if form.bias is not None and len(self.node.args) > form.bias else None
+        )
         assert isinstance(x, fx.Node)
         assert isinstance(weight, fx.Node)
         with self.graph.module.graph.inserting_before(self.node):
@@ -104,7 +106,9 @@ class _Rewrite:
         if not isinstance(matrix, fx.Node) or not _same_shape(matrix, E):
             return None
         if not isinstance(scale, fx.Node):
-            if matrix.target is aten.mm.default and self.worth(matrix):  # the narrowest place is between the two
+            if matrix.target is aten.mm.default and self.worth(
+                matrix
+            ):  # the narrowest place is between the two
                 outer, inner = (1, 0) if flipped else (0, 1)
                 narrow = self.apply(x, matrix.args[inner], flipped)  # type: ignore[arg-type]
                 return self.apply(self.emit(E.target, narrow, scale), matrix.args[outer], flipped, bias)  # type: ignore[arg-type]
@@ -139,7 +143,9 @@ class _Rewrite:
         if not p or self.holds_base(term):
             return x
         if (tag, x) not in self.dropped:
-            self.dropped[tag, x] = self.emit(aten.dropout.default, x, p, training_node(self.graph.module.graph))
+            self.dropped[tag, x] = self.emit(
+                aten.dropout.default, x, p, training_node(self.graph.module.graph)
+            )
         return self.dropped[tag, x]
 
     def adaptation(self, tag: int) -> Adaptation:

@@ -6,28 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import fx
 
 from adaptc.errors import Refusal
-from adaptc.expression import Expression, cut
+from adaptc.expression import Folded, cut
 from adaptc.graph import Graph
 from adaptc.pipeline import Pass, graph_pass
 from adaptc.sites import Use
 from adaptc.weights import Weight
-
-
-@dataclass(frozen=True, eq=False)
-class Folded(Weight):
-    """A folded weight: its expression, evaluated wide and rounded once to the storage dtype."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    expression: Expression
-
-    def load(self) -> torch.Tensor:
-        """Evaluate and round."""
-        return self.expression.evaluate().to(self.dtype).contiguous()
 
 
 @graph_pass("fold")
@@ -46,11 +32,14 @@ class Fold(Pass):
             own = {use.node for use in uses}
             others = [user for user in _users(graph, name) if user.name not in own]
             if others:
-                refusals.append(Refusal(
-                    f"{name} cannot be folded into: the same tensor is also used by "
-                    f"{', '.join(sorted({str(user.target) for user in others}))}, which would change too\n"
-                    "  keep the adapter live (`adapters: live`), or leave this layer out of the target",
-                    tuple(user.name for user in others)))  # fmt: skip
+                refusals.append(
+                    Refusal(
+                        f"{name} cannot be folded into: the same tensor is also used by "
+                        f"{', '.join(sorted({str(user.target) for user in others}))}, which would change too\n"
+                        "  keep the adapter live (`adapters: live`), or leave this layer out of the target",
+                        tuple(user.name for user in others),
+                    )
+                )
         return refusals
 
     def call(self, graph: Graph) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from adaptc.method import Param, WeightMethod, method
+from adaptc.method import Param, PeftFormat, WeightMethod, method
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,6 +23,7 @@ class Full(WeightMethod):
     """
 
     kinds: ClassVar[frozenset[str]] = frozenset({"parameter"})
+    peft: ClassVar[PeftFormat | None] = PeftFormat(None, joins="modules_to_save")
 
     def params(self, site: Site) -> dict[str, Param]:
         """V, a copy of the base's parameter."""

@@ -31,6 +31,7 @@ class Ia3(WeightMethod):
     peft: ClassVar[PeftFormat | None] = PeftFormat(
         type="IA3",
         options={"feedforward": "feedforward_modules"},
+        modules=frozenset({"feedforward"}),
     )
 
     def at(self, site: Site) -> Self:

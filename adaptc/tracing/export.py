@@ -117,7 +117,9 @@ def _inline_regions(module: fx.GraphModule) -> None:
     for node in list(graph.nodes):
         if node.target not in REGIONS:
             continue
-        at = next(i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and _region(module, a) is not None)
+        at = next(
+            i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and _region(module, a) is not None
+        )
         body = _region(module, node.args[at])
         assert body is not None
         inputs = [n for n in body.graph.nodes if n.op == "placeholder"]
@@ -179,7 +181,9 @@ def _explain(model: nn.Module, error: Exception) -> str:
         path, line, source = outside[-1]
         lines.append(f"  at {path}:{line}" + (f"    {source}" if source else ""))
     if "specialized" in text or "Constraints violated" in text:
-        lines.append("  a dimension that is named in `inputs` is fixed by the model: write it as a number there")
+        lines.append(
+            "  a dimension that is named in `inputs` is fixed by the model: write it as a number there"
+        )
     lines.append(
         "  torch.export needs a forward whose control flow does not depend on tensor values: "
         "use torch.where or torch.cond there, or move that choice out of forward"

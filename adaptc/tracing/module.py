@@ -14,8 +14,8 @@ from torch import nn
 
 from adaptc.errors import TraceError
 from adaptc.inputs import InputSpec
-from adaptc.trace.base import Base
-from adaptc.trace.export import normalise
+from adaptc.tracing.base import Base
+from adaptc.tracing.export import normalise
 from adaptc.weights import Held, Weight
 
 
@@ -75,9 +75,13 @@ def from_program(path: Path, inputs: Sequence[InputSpec]) -> Base:
     graph_module = normalise(program.module(check_guards=False))
     found = inputs or _program_inputs(graph_module)
     return Base(
-        describe=str(path), model=None, program=graph_module, inputs=tuple(found),
-        weights=lambda: held_weights(graph_module), files=(path,),
-    )  # fmt: skip
+        describe=str(path),
+        model=None,
+        program=graph_module,
+        inputs=tuple(found),
+        weights=lambda: held_weights(graph_module),
+        files=(path,),
+    )
 
 
 def _program_inputs(module: torch.fx.GraphModule) -> list[InputSpec]:
@@ -113,12 +117,16 @@ def inputs_from_examples(
     try:
         bound = signature.bind(**examples) if isinstance(examples, Mapping) else signature.bind(*examples)
     except TypeError as error:
-        raise TraceError(f"the example inputs do not fit {type(model).__name__}.forward{signature}: {error}") from None
+        raise TraceError(
+            f"the example inputs do not fit {type(model).__name__}.forward{signature}: {error}"
+        ) from None
     found = []
     names = dict(dynamic or {})
     for name, value in bound.arguments.items():
         if not isinstance(value, torch.Tensor):
-            raise TraceError(f"example input {name!r} is a {type(value).__name__}; every traced input must be a tensor")
+            raise TraceError(
+                f"example input {name!r} is a {type(value).__name__}; every traced input must be a tensor"
+            )
         axes = names.pop(name, None) or {}
         dims = tuple(axes.get(index, size) for index, size in enumerate(value.shape))
         dtype = str(value.dtype).removeprefix("torch.")

@@ -15,8 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from adaptc.errors import TraceError, WeightError
 from adaptc.inputs import InputSpec
 from adaptc.names import nearest
-from adaptc.trace.base import Base
-from adaptc.trace.module import held_weights
+from adaptc.tracing.base import Base
+from adaptc.tracing.module import held_weights
 from adaptc.weights import Held, Stored, Weight, read_safetensors
 
 CONFIG = "config.json"
@@ -30,7 +30,9 @@ def tasks() -> dict[str, str]:
     found = {"feature-extraction": "AutoModel"}
     for name in dir(transformers):
         if name.startswith("AutoModelFor"):
-            words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", name.removeprefix("AutoModelFor"))
+            words = re.sub(
+                r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", name.removeprefix("AutoModelFor")
+            )
             found[words.lower().replace("seq2-seq", "seq2seq")] = name
     return dict(sorted(found.items()))
 
@@ -44,7 +46,9 @@ def unknown_task(task: str) -> str | None:
     return f"unknown task {task!r}{hint} known: {', '.join(tasks())}"
 
 
-def load(model: str, task: str, dtype: str | None, trust: bool, seed: int, inputs: tuple[InputSpec, ...]) -> Base:
+def load(
+    model: str, task: str, dtype: str | None, trust: bool, seed: int, inputs: tuple[InputSpec, ...]
+) -> Base:
     """A Hugging Face base whose parameters are fake until bound.
 
     Raises:
@@ -69,7 +73,9 @@ def load(model: str, task: str, dtype: str | None, trust: bool, seed: int, input
         with torch.device("meta"):
             module = auto.from_config(config, dtype=config.dtype, trust_remote_code=trust)
     except ValueError as error:
-        raise TraceError(f"base: {model} cannot be loaded for task {task!r}: {str(error).splitlines()[0]}") from error
+        raise TraceError(
+            f"base: {model} cannot be loaded for task {task!r}: {str(error).splitlines()[0]}"
+        ) from error
     fake_parameters(module)
     files = tuple(sorted(directory.glob("*.safetensors"))) if directory.is_dir() else ()
 
@@ -78,9 +84,15 @@ def load(model: str, task: str, dtype: str | None, trust: bool, seed: int, input
         return found or pretrained_weights(auto, model, config, trust, seed, notes)
 
     return Base(
-        describe=f"{model} ({type(module).__name__}, {kind})", model=module, weights=weights, heads=_heads(module),
-        inputs=inputs or derive_inputs(module, config), files=files, notes=notes, config=config.to_dict(),
-    )  # fmt: skip
+        describe=f"{model} ({type(module).__name__}, {kind})",
+        model=module,
+        weights=weights,
+        heads=_heads(module),
+        inputs=inputs or derive_inputs(module, config),
+        files=files,
+        notes=notes,
+        config=config.to_dict(),
+    )
 
 
 def fake_parameters(model: nn.Module) -> None:
@@ -93,7 +105,9 @@ def fake_parameters(model: nn.Module) -> None:
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                made.setdefault(id(parameter), nn.Parameter(FakeTensor(mode, parameter.data, torch.device("cpu"))))
+                made.setdefault(
+                    id(parameter), nn.Parameter(FakeTensor(mode, parameter.data, torch.device("cpu")))
+                )
                 module._parameters[name] = made[id(parameter)]
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
@@ -128,7 +142,12 @@ def stored_weights(model: nn.Module, directory: Path, dtype: torch.dtype) -> dic
     buffers = dict(model.named_buffers(remove_duplicate=False))
     found: dict[str, Weight] = {}
     for name, first in firsts.items():
-        spellings = [spelling for n, f in firsts.items() if f == first for spelling in (n, n.removeprefix(prefix), prefix + n)]
+        spellings = [
+            spelling
+            for n, f in firsts.items()
+            if f == first
+            for spelling in (n, n.removeprefix(prefix), prefix + n)
+        ]
         source = next((stored[spelling] for spelling in (name, *spellings) if spelling in stored), None)
         tensor = model.get_parameter(name) if name not in buffers else buffers[name]
         if name in buffers and not isinstance(tensor, FakeTensor):
@@ -169,11 +188,17 @@ def pretrained_weights(
     torch.manual_seed(seed)
     try:
         loaded, info = auto.from_pretrained(
-            model, config=config, dtype=config.dtype, trust_remote_code=trust, use_safetensors=True,
+            model,
+            config=config,
+            dtype=config.dtype,
+            trust_remote_code=trust,
+            use_safetensors=True,
             output_loading_info=True,
-        )  # fmt: skip
+        )
     except Exception as error:
-        raise WeightError(f"{model}: transformers cannot load the weights: {str(error).splitlines()[0]}") from error
+        raise WeightError(
+            f"{model}: transformers cannot load the weights: {str(error).splitlines()[0]}"
+        ) from error
     finally:
         torch.random.set_rng_state(state)
     missing = sorted(info["missing_keys"])
@@ -190,7 +215,10 @@ def derive_inputs(model: nn.Module, config: Any) -> tuple[InputSpec, ...]:
     """
     main = getattr(model, "main_input_name", "input_ids")
     if main == "input_ids":
-        found = [InputSpec("input_ids", "int64", ("batch", "seq")), InputSpec("attention_mask", "int64", ("batch", "seq"))]
+        found = [
+            InputSpec("input_ids", "int64", ("batch", "seq")),
+            InputSpec("attention_mask", "int64", ("batch", "seq")),
+        ]
         if getattr(config, "is_encoder_decoder", False):
             found.append(InputSpec("decoder_input_ids", "int64", ("batch", "decoder_seq")))
         return tuple(found)

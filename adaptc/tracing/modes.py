@@ -26,17 +26,33 @@ def training_node(graph: fx.Graph) -> fx.Node:
         return graph.get_attr("training")
 
 
-def mark_training_arguments(graph: fx.Graph) -> bool:
-    """Make every `train`/`training` argument of an operation follow the module. True if there was one."""
-    changed = False
+def mark_training_arguments(graph: fx.Graph) -> None:
+    """Make what a trace in training mode fixed follow the module: `train=True`, `training=True`, `dropout_p=p`."""
     for node in list(graph.nodes):
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             continue
         for index, argument in enumerate(node.target._schema.arguments):
-            if argument.name in ("train", "training") and index < len(node.args) and isinstance(node.args[index], bool):
-                node.update_arg(index, training_node(graph))
-                changed = True
-    return changed
+            keyword = argument.name in node.kwargs
+            value = node.kwargs.get(argument.name) if keyword else node.args[index] if index < len(node.args) else None
+            follows = _following(graph, node, argument.name, value)
+            if follows is not None and keyword:
+                node.update_kwarg(argument.name, follows)
+            elif follows is not None:
+                node.update_arg(index, follows)
+
+
+def _following(graph: fx.Graph, node: fx.Node, argument: str, value: Any) -> fx.Node | None:
+    if argument in ("train", "training") and value is True:
+        return training_node(graph)
+    if argument == "dropout_p" and isinstance(value, float) and value > 0:
+        return _scaled_by_training(graph, node, value)
+    return None
+
+
+def _scaled_by_training(graph: fx.Graph, node: fx.Node, p: float) -> fx.Node:
+    flag = training_node(graph)
+    with graph.inserting_before(node):
+        return graph.call_function(operator.mul, (p, flag))
 
 
 def follow_training(graph: fx.Graph, training: fx.Graph) -> None:
@@ -83,7 +99,8 @@ def _merge(graph: fx.Graph, theirs: fx.Node, ours: fx.Node, pairs: dict[fx.Node,
         return
     width = max(len(theirs.args), len(ours.args))
     ours.args = tuple(
-        _merge_value(graph, ours, _argument(ours, index), _argument(theirs, index), pairs) for index in range(width)
+        _merge_value(graph, ours, _argument(ours, index), _argument(theirs, index), pairs)
+        for index in range(width)
     )
     ours.kwargs = {
         key: _merge_value(graph, ours, ours.kwargs.get(key), theirs.kwargs.get(key), pairs)
@@ -97,22 +114,20 @@ def _argument(node: fx.Node, index: int) -> Any:
     return node.target._schema.arguments[index].default_value  # type: ignore[union-attr]
 
 
-def _merge_value(graph: fx.Graph, node: fx.Node, ours: Any, theirs: Any, pairs: dict[fx.Node, fx.Node]) -> Any:
+def _merge_value(
+    graph: fx.Graph, node: fx.Node, ours: Any, theirs: Any, pairs: dict[fx.Node, fx.Node]
+) -> Any:
     if isinstance(ours, fx.Node) and isinstance(theirs, fx.Node):
         mapped = pairs.get(theirs)
         return mapped if mapped is not None and mapped.meta.get("inserted_dropout") else ours
     if isinstance(ours, (list, tuple)) and isinstance(theirs, (list, tuple)) and len(ours) == len(theirs):
-        return type(ours)(
-            _merge_value(graph, node, a, b, pairs) for a, b in zip(ours, theirs, strict=True)
-        )  # type: ignore[call-arg]
+        return type(ours)(_merge_value(graph, node, a, b, pairs) for a, b in zip(ours, theirs, strict=True))  # type: ignore[call-arg]
     if type(ours) is type(theirs) and ours == theirs:
         return ours
     if ours is False and theirs is True:
         return training_node(graph)
     if ours == 0 and isinstance(theirs, float):
-        flag = training_node(graph)
-        with graph.inserting_before(node):
-            return graph.call_function(operator.mul, (theirs, flag))
+        return _scaled_by_training(graph, node, theirs)
     return _differs(node)
 
 
@@ -126,7 +141,11 @@ def _insert_dropout(graph: fx.Graph, theirs: fx.Node, source: fx.Node, before: f
 
 
 def _updates_buffer(node: fx.Node) -> bool:
-    return node.target is aten.add_.Tensor and isinstance(node.args[0], fx.Node) and node.args[0].op == "get_attr"
+    return (
+        node.target is aten.add_.Tensor
+        and isinstance(node.args[0], fx.Node)
+        and node.args[0].op == "get_attr"
+    )
 
 
 def _insert_update(graph: fx.Graph, theirs: fx.Node, before: fx.Node) -> None:

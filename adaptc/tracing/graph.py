@@ -14,9 +14,9 @@ from adaptc.errors import TraceError, WeightError
 from adaptc.graph import Graph, put
 from adaptc.inputs import InputSpec
 from adaptc.sites import find_sites
-from adaptc.trace.base import Base
-from adaptc.trace.export import export, output_names
-from adaptc.trace.huggingface import first_names
+from adaptc.tracing.base import Base
+from adaptc.tracing.export import export, output_names
+from adaptc.tracing.huggingface import first_names
 from adaptc.weights import Computed, Held, Weight
 
 aten = torch.ops.aten
@@ -59,19 +59,30 @@ def trace(base: Base) -> Graph:
                 node.meta["val"] = fake
     module.graph = traced.graph
     graph = Graph(
-        module=module, weights=weights, aliases=aliases, buffers=frozenset(buffers),
-        transient=frozenset(buffers - persistent), inputs=_inputs(base, traced), outputs=output_names(traced),
-        sites=tuple(find_sites(traced.graph, aliases, set(aliases) - buffers)), heads=base.heads, base=base,
-    )  # fmt: skip
+        module=module,
+        weights=weights,
+        aliases=aliases,
+        buffers=frozenset(buffers),
+        transient=frozenset(buffers - persistent),
+        inputs=_inputs(base, traced),
+        outputs=output_names(traced),
+        sites=tuple(find_sites(traced.graph, aliases, set(aliases) - buffers)),
+        heads=base.heads,
+        base=base,
+    )
     graph.clean()
     return graph
 
 
-def _loader(bound: Callable[[], dict[str, Weight]], name: str, shape: tuple[int, ...]) -> Callable[[], torch.Tensor]:
+def _loader(
+    bound: Callable[[], dict[str, Weight]], name: str, shape: tuple[int, ...]
+) -> Callable[[], torch.Tensor]:
     def load() -> torch.Tensor:
         weight = bound()[name]
         if weight.shape != shape:
-            raise WeightError(f"{name} has shape {list(weight.shape)}, but the traced model has {list(shape)}")
+            raise WeightError(
+                f"{name} has shape {list(weight.shape)}, but the traced model has {list(shape)}"
+            )
         return weight.load()
 
     return load
@@ -84,7 +95,9 @@ def _attribute(module: nn.Module, name: str) -> torch.Tensor:
 
 def _inputs(base: Base, traced: fx.GraphModule) -> tuple[InputSpec, ...]:
     placeholders = {n.name: n for n in traced.graph.nodes if n.op == "placeholder"}
-    unused = [spec.name for spec in base.inputs if spec.name in placeholders and not placeholders[spec.name].users]
+    unused = [
+        spec.name for spec in base.inputs if spec.name in placeholders and not placeholders[spec.name].users
+    ]
     if unused:
         raise TraceError(
             f"the model does not use {', '.join(unused)}: take the input out, or check that the names fit forward"
@@ -92,7 +105,9 @@ def _inputs(base: Base, traced: fx.GraphModule) -> tuple[InputSpec, ...]:
     found = []
     for spec in base.inputs:
         node = placeholders.get(spec.name)
-        integer = node is not None and not getattr(torch, spec.dtype).is_floating_point and spec.dtype != "bool"
+        integer = (
+            node is not None and not getattr(torch, spec.dtype).is_floating_point and spec.dtype != "bool"
+        )
         found.append(replace(spec, high=_high(node) or spec.high) if integer and node is not None else spec)
     return tuple(found)
 

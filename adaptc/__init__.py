@@ -1,0 +1,60 @@
+"""adaptc: a declarative graph-compiler for adapted models.
+
+Everything public is here, and imported when first used, so that `import adaptc` does not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from adaptc import passes as passes
+    from adaptc.api import load as load
+    from adaptc.api import load_adapter as load_adapter
+    from adaptc.api import run as run
+    from adaptc.api import save_adapter as save_adapter
+    from adaptc.api import trace as trace
+    from adaptc.compiled import Compiled as Compiled
+    from adaptc.compiler import compile as compile
+    from adaptc.errors import AdaptcError as AdaptcError
+    from adaptc.errors import ProofError as ProofError
+    from adaptc.errors import RefusedError as RefusedError
+    from adaptc.errors import SpecError as SpecError
+    from adaptc.graph import Graph as Graph
+    from adaptc.method import Param as Param
+    from adaptc.method import WeightMethod as WeightMethod
+    from adaptc.pipeline import Pass as Pass
+    from adaptc.pipeline import graph_pass as graph_pass
+    from adaptc.spec import Spec as Spec
+
+_HOMES = {
+    "compile": "adaptc.compiler",
+    "Compiled": "adaptc.compiled",
+    "Spec": "adaptc.spec",
+    "Graph": "adaptc.graph",
+    "trace": "adaptc.api",
+    "run": "adaptc.api",
+    "load": "adaptc.api",
+    "save_adapter": "adaptc.api",
+    "load_adapter": "adaptc.api",
+    "Pass": "adaptc.pipeline",
+    "graph_pass": "adaptc.pipeline",
+    "Param": "adaptc.method",
+    "WeightMethod": "adaptc.method",
+    "AdaptcError": "adaptc.errors",
+    "SpecError": "adaptc.errors",
+    "ProofError": "adaptc.errors",
+    "RefusedError": "adaptc.errors",
+}
+__all__ = sorted([*_HOMES, "passes"])
+
+
+def __getattr__(name: str) -> Any:
+    if name == "passes":
+        return import_module("adaptc.passes")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'adaptc' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,51 @@
+"""The functions of the Python API that are not a method of something else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import fx, nn
+
+from adaptc.emit.torch import load_adapter_into, load_torch, save_adapter_of
+from adaptc.graph import Graph
+from adaptc.pipeline import Pass
+from adaptc.pipeline import run as run_passes
+from adaptc.tracing.graph import trace as trace_base
+from adaptc.tracing.module import from_module, inputs_from_examples
+
+
+def trace(
+    model: nn.Module,
+    example_inputs: Sequence[Any] | Mapping[str, Any],
+    dynamic: Mapping[str, Any] | None = None,
+) -> Graph:
+    """Trace a module into a graph: ATen operations on weights that are bound later.
+
+    Args:
+        model: the module.
+        example_inputs: tensors, by position or by name.
+        dynamic: `{"x": {0: "batch"}}`, the dimensions that vary.
+    """
+    return trace_base(from_module(model, inputs_from_examples(model, example_inputs, dynamic)))
+
+
+def run(graph: Graph, passes: Sequence[Pass]) -> Graph:
+    """Run passes in the order written, each checked; the graph given is left as it is."""
+    return run_passes(graph, passes)
+
+
+def load(path: str | Path) -> fx.GraphModule:
+    """Bring a torch artifact back as a trainable module."""
+    return load_torch(Path(path))
+
+
+def save_adapter(module: fx.GraphModule, directory: str | Path) -> None:
+    """Write the adapters of a module that adaptc made, as PEFT checkpoints."""
+    save_adapter_of(module, Path(directory))
+
+
+def load_adapter(module: fx.GraphModule, directory: str | Path) -> None:
+    """Replace the adapters' weights of a module by those of a checkpoint; all or nothing."""
+    load_adapter_into(module, Path(directory))

@@ -1,0 +1,113 @@
+"""What a plan costs: parameters, memory and operations, from shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from adaptc.graph import Graph
+
+aten = torch.ops.aten
+BATCH, LENGTH = 1, 128
+"""The example that operations are counted for: one row, 128 of everything else that is dynamic."""
+PRODUCTS = {
+    aten.linear.default: 0,
+    aten.addmm.default: 1,
+    aten.mm.default: 0,
+    aten.matmul.default: 0,
+    aten.bmm.default: 0,
+}
+"""Matrix products -> the operand whose last side is summed over."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Sizes in parameters, bytes and floating-point operations (a multiply and an add are two)."""
+
+    parameters: int
+    trainable: int
+    weight_bytes: int
+    train_bytes: int
+    run_bytes: int
+    base_flops: int
+    added_flops: int
+    example: str
+
+    @property
+    def share(self) -> float:
+        """Trainable over all parameters of the base."""
+        return self.trainable / max(1, self.parameters)
+
+
+def budget(base: Graph, adapted: Graph, factored: Graph) -> Budget:
+    """The cost of training and running an adapted model. Activations are not counted."""
+    firsts = {first for name, first in base.aliases.items() if first not in base.buffers}
+    weights = {name: base.weights[name] for name in firsts}
+    adapters = {name: adapted.weights[name] for name in adapted.adapter_names}
+    total = sum(torch.Size(w.shape).numel() for w in weights.values())
+    trainable = sum(torch.Size(w.shape).numel() for w in adapters.values())
+    held = sum(w.nbytes for w in weights.values())
+    added = sum(w.nbytes for w in adapters.values())
+    before = flops(base)
+    return Budget(
+        parameters=total,
+        trainable=trainable,
+        weight_bytes=held,
+        train_bytes=held + 2 * added + 8 * trainable,  # weights and gradients, then Adam's two float32 states
+        run_bytes=held,
+        base_flops=before,
+        added_flops=flops(factored) - before,
+        example=f"batch {BATCH}, length {LENGTH}",
+    )
+
+
+def flops(graph: Graph) -> int:
+    """Operations of every matrix product and attention of a graph, for the example."""
+    sizes = _symbols(graph)
+    total = 0
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        if node.target in PRODUCTS:
+            summed = _operand(node, PRODUCTS[node.target], sizes)[-1]
+            total += 2 * _count(_shape(node.meta["val"], sizes)) * summed
+        elif node.target is aten.scaled_dot_product_attention.default:
+            query, key = _operand(node, 0, sizes), _operand(node, 1, sizes)
+            total += 4 * _count(query) * key[-2]
+        elif str(node.target).startswith("aten.conv") and "val" in node.meta:
+            weight = _operand(node, 1, sizes)
+            total += 2 * _count(_shape(node.meta["val"], sizes)) * _count(weight[1:])
+    return total
+
+
+def _operand(node: fx.Node, index: int, sizes: Mapping[Any, int]) -> list[int]:
+    operand = node.args[index]
+    assert isinstance(operand, fx.Node)
+    return _shape(operand.meta["val"], sizes)
+
+
+def _symbols(graph: Graph) -> dict[Any, int]:
+    """Every symbolic size of the inputs -> its value in the example."""
+    found: dict[Any, int] = {}
+    specs = {spec.name: spec for spec in graph.inputs}
+    for node in graph.placeholders:
+        dims = specs[node.name].dims if node.name in specs else ()
+        for size, dim in zip(node.meta["val"].shape, dims, strict=False):
+            if isinstance(size, torch.SymInt):
+                found[size.node.expr] = BATCH if dim == "batch" else LENGTH
+    return found
+
+
+def _shape(value: torch.Tensor, sizes: Mapping[Any, int]) -> list[int]:
+    return [int(s.node.expr.subs(sizes)) if isinstance(s, torch.SymInt) else int(s) for s in value.shape]
+
+
+def _count(shape: list[int]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total

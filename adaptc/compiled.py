@@ -1,0 +1,195 @@
+"""A compiled model: the adapted graph, and every product made from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from adaptc import checkpoint
+from adaptc.emit.torch import META, load_adapter_into
+from adaptc.errors import WeightError
+from adaptc.expression import Folded
+from adaptc.graph import Graph, bind
+from adaptc.pipeline import PassRecord, run
+from adaptc.plan import Plan
+from adaptc.proof import Proof, gradients, prove, randomised, runner, tolerance
+from adaptc.registry import load_passes
+from adaptc.spec import Spec
+from adaptc.tracing.export import export
+from adaptc.tracing.modes import follow_training, mark_training_arguments
+from adaptc.weights import Held, sha256_of_files, sha256_of_tensors
+
+
+class Compiled:
+    """What `adaptc.compile` gives back.
+
+    Attributes:
+        spec: the spec as resolved.
+        plan: sites, budget and pipeline.
+        base: the traced graph.
+        graph: the adapted graph; its adapter weights follow `module` once that is made.
+        proofs: what was proved so far.
+        records: what each pass did.
+    """
+
+    def __init__(self, spec: Spec, plan: Plan, base: Graph, records: list[PassRecord], after: Any = None):
+        self.spec, self.plan, self.base, self.records = spec, plan, base, records
+        self.graph = plan.adapted
+        self.proofs: list[Proof] = []
+        self._after = after
+        self._load_checkpoints()
+
+    @cached_property
+    def module(self) -> fx.GraphModule:
+        """The trainable module: only the adaptation requires grad, and train()/eval() are followed."""
+        graph = self.trainable_graph()
+        module = bind(graph, graph.adapter_names)
+        module.meta[META] = self.about(graph)
+        parameters = dict(module.named_parameters())
+        for name in graph.adapter_names:
+            self.graph.weights[name] = Held(parameters[name])
+        return module
+
+    def trainable_graph(self) -> Graph:
+        """The factored graph in both modes; adapters as they stand."""
+        base = self.base.copy()
+        if base.base.model is not None:
+            follow_training(base.module.graph, export(base.base.model, base.base.inputs, training=True).graph)
+        else:
+            mark_training_arguments(base.module.graph)
+        graph = run(base, self.plan.passes)
+        graph.weights.update({name: self.graph.weights[name] for name in graph.adapter_names})
+        return self._run(graph, "factor")
+
+    def live_graph(self) -> Graph:
+        """The factored graph in evaluation mode; adapters as they stand."""
+        return self._run(self.graph, "factor")
+
+    def folded_graph(self) -> Graph:
+        """The folded graph, proved against the live one: as the adapters stand, and with random ones."""
+        folded = self._run(self.graph, "fold")
+        for name, graph in (("fold", self.graph), ("fold, random adapters", randomised(self.graph))):
+            if any(proof.name == name for proof in self.proofs) and name != "fold":
+                continue
+            fold = load_passes()["fold"]
+            other = (
+                folded
+                if graph is self.graph
+                else run(graph, [fold()])
+                if graph.stage in fold.takes
+                else graph
+            )
+            live = self._run(graph, "factor", record=False)
+            self._prove(name, live, runner(bind(live)), runner(bind(other)))
+        return folded
+
+    def fold(self) -> fx.GraphModule:
+        """A module with the base's operations and names, and no adaptation left.
+
+        Raises:
+            RefusedError: a tensor that would be folded into is used elsewhere too.
+            ProofError: the folded module computes something else.
+        """
+        module = bind(self.folded_graph())
+        module.meta[META] = self.about(self.base)
+        return module.eval()
+
+    def check_gradients(self) -> None:
+        """Every trained parameter gets a gradient, and nothing else does.
+
+        Raises:
+            ProofError: names what does not.
+        """
+        graph = randomised(self.trainable_graph())
+        gradients(bind(graph, graph.adapter_names), graph, graph.adapter_names)
+
+    def save_adapter(self, directory: str | Path) -> None:
+        """Write the adapters as PEFT checkpoints."""
+        from adaptc.emit.products import emit_one
+
+        emit_one(self, {"format": "peft", "path": str(directory)})
+
+    def load_adapter(self, directory: str | Path) -> None:
+        """Replace the adapters' weights by those of a checkpoint.
+
+        Raises:
+            WeightError: it does not fit what was inserted.
+        """
+        load_adapter_into(self.module, Path(directory))
+
+    def emit(self, format: str, path: str | Path, **options: Any) -> None:
+        """Write one product, as an `emit` entry of a spec would: `emit("onnx", path, adapters="folded")`.
+
+        Raises:
+            SpecError: the format or an option is unknown.
+            AdaptcError: it cannot be made, or its proof failed; nothing is left at `path`.
+        """
+        from adaptc.emit.products import emit_one
+
+        emit_one(self, {"format": format, "path": str(path), **options})
+
+    @cached_property
+    def base_sha256(self) -> str:
+        """SHA-256 of the base: of its weight files, or of its tensors where there are none."""
+        if self.base.base.files:
+            return sha256_of_files(self.base.base.files)
+        names = [n for n, first in self.base.aliases.items() if n == first]
+        return sha256_of_tensors((name, self.base.weights[name]) for name in names)
+
+    def about(self, graph: Graph) -> dict[str, Any]:
+        """What a module by itself must know: to save and load its adapters, and to be saved."""
+        return {
+            "inputs": [asdict(spec) for spec in graph.inputs],
+            "outputs": list(graph.outputs),
+            "names": {name: graph.aliases.get(name, name) for name in graph.weights},
+            "buffers": sorted(graph.buffers),
+            "transient": sorted(graph.transient),
+            "trainable": graph.adapter_names,
+            "adapters": checkpoint.as_json(checkpoint.records_of(graph)),
+            "base": {"name": self.base.base.describe, "sha256": self.base_sha256},
+        }
+
+    def rounding(self, folded: Graph) -> dict[str, float]:
+        """What rounding to the storage dtype cost each folded weight, relative to its largest value."""
+        return {name: w.rounding_error() for name, w in folded.weights.items() if isinstance(w, Folded)}
+
+    def _run(self, graph: Graph, name: str, record: bool = True) -> Graph:
+        """Run `factor` or `fold` where the graph is at a stage they take."""
+        item = load_passes()[name]()
+        if graph.stage not in item.takes:
+            return graph
+        return run(graph, [item], self.records if record else None, self._after if record else None)
+
+    def _prove(self, name: str, graph: Graph, reference: Any, candidate: Any) -> Proof:
+        proof = prove(name, graph.inputs, reference, candidate, tolerance(graph), seed=self.spec.seed)
+        self.proofs = [p for p in self.proofs if p.name != name] + [proof]
+        return proof
+
+    def _load_checkpoints(self) -> None:
+        found = checkpoint.records_of(self.graph)
+        for path in dict.fromkeys(p.checkpoint.path for p in self.plan.entries if p.checkpoint is not None):
+            planned = [p for p in self.plan.entries if p.checkpoint is not None and p.checkpoint.path == path]
+            holds = planned[0].checkpoint
+            assert holds is not None
+            if holds.base_sha256 and holds.base_sha256 != self.base_sha256:
+                raise WeightError(
+                    f"{path}: this adapter was trained on another base: its own has SHA-256 {holds.base_sha256[:12]}…, "
+                    f"{self.base.base.describe} has {self.base_sha256[:12]}…"
+                )
+            wanted = [(p.entry, p.insert.method.name, p.insert.adapter) for p in planned]
+            records = [r for r in found if (r.entry, r.method, r.adapter) in wanted]
+            values: Mapping[str, Any] = checkpoint.assign(holds, records)
+            for name, weight in values.items():
+                kind = self.graph.weights[name].dtype
+                self.graph.weights[name] = Held(weight.load().to(kind))
+
+
+def tensors_of(compiled: Compiled) -> dict[str, torch.Tensor]:
+    """The adapters' tensors as they stand."""
+    return {name: compiled.graph.weights[name].load() for name in compiled.graph.adapter_names}

@@ -1,0 +1,128 @@
+"""From a spec to a compiled model: spec, base, trace, plan, passes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from adaptc.compiled import Compiled
+from adaptc.errors import TraceError
+from adaptc.graph import Graph, bind
+from adaptc.pipeline import PassRecord
+from adaptc.plan import Plan, make_plan
+from adaptc.proof import prove, runner, tolerance
+from adaptc.spec import Spec, load, require_base, resolve_path
+from adaptc.tracing.base import Base
+from adaptc.tracing.graph import trace
+
+After = Callable[[str, Graph], Any]
+
+
+def compile(
+    spec: str | os.PathLike[str] | Mapping[str, Any] | Spec,
+    *,
+    model: nn.Module | None = None,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+    dynamic: Mapping[str, Any] | None = None,
+    overrides: Sequence[str] = (),
+    after: After | None = None,
+) -> Compiled:
+    """Compile a spec; products are written by `Compiled.emit`, or by the command line.
+
+    Args:
+        spec: a file, a mapping, or a Spec.
+        model: a module to adapt, in place of the spec's base.
+        example_inputs: tensors the module takes, by position or by name; the spec's `inputs` may stand instead.
+        dynamic: `{"x": {0: "batch"}}`, the dimensions that vary.
+        overrides: `--set` settings.
+        after: called with a pass's name and the graph after each pass.
+
+    Raises:
+        SpecError: the spec is wrong; holds every problem found.
+        AdaptcError: the model cannot be traced, a pass refuses, or a proof does not hold.
+    """
+    loaded = load(spec, overrides)
+    base = make_base(loaded, model, example_inputs, dynamic)
+    graph = trace(base)
+    if after is not None:
+        after("trace", graph)
+    records: list[PassRecord] = []
+    plan = make_plan(loaded, graph, after)
+    records += plan.records
+    compiled = Compiled(loaded, plan, graph, records, after)
+    if base.model is not None and not base.files and model is not None:
+        compiled.proofs.append(
+            prove("trace", graph.inputs, runner(base.model), runner(bind(graph)), tolerance(graph))
+        )
+    return compiled
+
+
+def plan(
+    spec: str | os.PathLike[str] | Mapping[str, Any] | Spec, overrides: Sequence[str] = ()
+) -> tuple[Spec, Plan]:
+    """Plan a spec without reading a weight."""
+    loaded = load(spec, overrides)
+    return loaded, make_plan(loaded, trace(make_base(loaded)))
+
+
+def make_base(
+    spec: Spec,
+    model: nn.Module | None = None,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+    dynamic: Mapping[str, Any] | None = None,
+) -> Base:
+    """The base that a spec (or a call) names.
+
+    Raises:
+        SpecError: there is none, it is missing, or its task is unknown.
+        TraceError: it cannot be made.
+    """
+    from adaptc.tracing import module as modules
+
+    inputs = tuple(spec.inputs.values())
+    if model is not None:
+        if example_inputs is not None:
+            inputs = modules.inputs_from_examples(model, example_inputs, dynamic)
+        if not inputs:
+            raise TraceError("a model needs example_inputs=(x,), or `inputs` in the spec")
+        return modules.from_module(model, inputs)
+    entry = require_base(spec)
+    try:
+        if entry.python is not None:
+            return modules.from_factory(entry.python, entry.args, inputs, entry.dtype)
+        if entry.program is not None:
+            return modules.from_program(resolve_path(spec, entry.program), inputs)
+        return _huggingface(spec, entry, inputs)
+    except TraceError as error:
+        key = next(k for k in ("python", "program", "model") if getattr(entry, k) is not None)
+        raise spec.error(("base", key), *str(error).splitlines()) from error
+
+
+def _huggingface(spec: Spec, entry: Any, inputs: tuple[Any, ...]) -> Base:
+    try:
+        from adaptc.tracing import huggingface
+    except ImportError as error:
+        raise spec.error(("base", "model"), "needs transformers", "pip install 'adaptc[hf]'") from error
+    unknown = huggingface.unknown_task(entry.task)
+    if unknown:
+        raise spec.error(("base", "task"), unknown)
+    directory = resolve_path(spec, entry.model)
+    if directory.exists():
+        if not (directory / huggingface.CONFIG).is_file():
+            raise spec.error(
+                ("base", "model"),
+                f"{directory} holds no {huggingface.CONFIG}",
+                "expected a Hugging Face model directory",
+            )
+        return huggingface.load(
+            str(directory), entry.task, entry.dtype, entry.trust_remote_code, spec.seed, inputs
+        )
+    if entry.model.startswith((".", "/", "~")) or entry.model.count("/") > 1 or Path(entry.model).suffix:
+        raise spec.error(
+            ("base", "model"), f"{directory}: no such directory", "paths are relative to the spec file"
+        )
+    return huggingface.load(entry.model, entry.task, entry.dtype, entry.trust_remote_code, spec.seed, inputs)

@@ -1,0 +1,1 @@
+"""What comes out: a trainable torch artifact, an ONNX program, an adapter's checkpoint; all written atomically."""

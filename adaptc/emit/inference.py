@@ -1,0 +1,63 @@
+"""The graph as an exporter wants it: evaluation mode, no labels, one name for each tensor."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from adaptc.graph import Graph
+
+aten = torch.ops.aten
+LABELS = "labels"
+
+
+def inference_graph(graph: Graph) -> Graph:
+    """A copy that only evaluates: dropout is gone, tied weights have one name, and a loss and its labels are
+    left out where other outputs remain.
+    """
+    graph = graph.copy()
+    nodes = graph.module.graph
+    _evaluate(nodes)
+    kept = _kept_outputs(graph)
+    output = next(n for n in nodes.nodes if n.op == "output")
+    results = output.args[0]
+    flat = list(results) if isinstance(results, (list, tuple)) else [results]
+    output.args = (tuple(flat[i] for i in kept),)
+    nodes.set_codegen(fx.graph.CodeGen())
+    for node in list(nodes.nodes):
+        if node.op == "get_attr" and graph.aliases.get(str(node.target), node.target) != node.target:
+            node.target = graph.aliases[str(node.target)]
+        elif node.target is aten.view.default:
+            node.target = aten.reshape.default  # the decompositions may lay a tensor out in another order
+    nodes.eliminate_dead_code()
+    for node in [n for n in nodes.nodes if n.op == "placeholder" and not n.users]:
+        nodes.erase_node(node)
+    names = {n.name for n in nodes.nodes if n.op == "placeholder"}
+    graph.inputs = tuple(spec for spec in graph.inputs if spec.name in names)
+    graph.outputs = tuple(graph.outputs[i] for i in kept)
+    graph.module.recompile()
+    return graph
+
+
+def _evaluate(nodes: fx.Graph) -> None:
+    for flag in [n for n in nodes.nodes if n.op == "get_attr" and n.target == "training"]:
+        for user in list(flag.users):
+            if user.target is aten.dropout.default:
+                user.replace_all_uses_with(user.args[0])  # type: ignore[arg-type]
+                nodes.erase_node(user)
+            else:
+                user.args = tuple(False if a is flag else a for a in user.args)
+        nodes.erase_node(flag)
+
+
+def _kept_outputs(graph: Graph) -> list[int]:
+    """The outputs that do not need labels; all of them where each one does."""
+    tainted: set[fx.Node] = {n for n in graph.placeholders if n.name == LABELS}
+    for node in graph.nodes:
+        if any(operand in tainted for operand in node.all_input_nodes) and node.op != "output":
+            tainted.add(node)
+    output = next(n for n in graph.nodes if n.op == "output")
+    results = output.args[0]
+    flat = list(results) if isinstance(results, (list, tuple)) else [results]
+    kept = [i for i, value in enumerate(flat) if value not in tainted]
+    return kept or list(range(len(flat)))

@@ -1,0 +1,47 @@
+"""The manifest: what was compiled from what, what each pass did, and every proof."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from adaptc.weights import sha256_of_files
+
+MANIFEST = "manifest.json"
+PACKAGES = ("adaptc", "torch", "onnx", "onnxruntime", "onnxscript", "transformers")
+
+
+def versions() -> dict[str, str]:
+    """The versions of what took part; packages that are not installed are left out."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def write_manifest(
+    path: Path, common: dict[str, Any], product: dict[str, Any], files: list[Path], old: Path | None = None
+) -> None:
+    """Write `manifest.json` for one product, keeping the entries of other products in the same folder.
+
+    Args:
+        path: the manifest to write.
+        common: what all products of the compile share.
+        product: what is true of this one: `name`, its proofs.
+        files: its files, whose hashes are recorded.
+        old: the manifest now in that folder, if any.
+    """
+    hashes = {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of_files([file])} for file in files}
+    products: dict[str, Any] = {}
+    if old is not None and old.is_file():
+        try:
+            products = json.loads(old.read_text()).get("products", {})
+        except json.JSONDecodeError:
+            products = {}
+    products[product["name"]] = {**product, "files": hashes}
+    path.write_text(json.dumps({**common, "products": products}, indent=2, default=str) + "\n")

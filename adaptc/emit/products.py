@@ -1,0 +1,169 @@
+"""Every product of a compile: staged, proved from its files, and put in place together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adaptc import checkpoint
+from adaptc.compiled import Compiled, tensors_of
+from adaptc.emit.inference import inference_graph
+from adaptc.emit.manifest import MANIFEST, versions, write_manifest
+from adaptc.emit.onnx import OPSET, export_onnx, onnx_runner
+from adaptc.emit.staging import Staging
+from adaptc.emit.torch import META, PROGRAM, load_torch, save_torch
+from adaptc.errors import ProofError
+from adaptc.graph import Graph, bind
+from adaptc.plan import site_json
+from adaptc.proof import Proof, runner
+from adaptc.spec import dump, load, resolve_path
+
+Observer = Callable[[str, Proof | None], None]
+
+
+def emit_all(
+    compiled: Compiled, entries: Sequence[Any], observe: Observer | None = None, into: Path | None = None
+) -> list[Path]:
+    """Write the products of a spec's `emit` entries; all are in place afterwards, or none.
+
+    Args:
+        compiled: the compiled model.
+        entries: validated entries.
+        observe: told of each product and proof.
+        into: a directory that replaces the spec's own folder.
+    """
+    done = []
+    with Staging() as staging:
+        for entry in entries:
+            final = into / entry.path if into else resolve_path(compiled.spec, entry.path)
+            if observe:
+                observe(f"{entry.format} {final}", None)
+            proof = WRITERS[entry.format](compiled, entry, staging, final)
+            if observe and proof is not None:
+                observe("", proof)
+            done.append(final)
+    return done
+
+
+def emit_one(compiled: Compiled, entry: Mapping[str, Any]) -> None:
+    """Write one product, from an entry as a spec would hold it."""
+    path = Path(entry["path"]).absolute()
+    checked = load({"emit": [{**entry, "path": str(path)}]}).emit
+    emit_all(compiled, checked)
+
+
+def _torch(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> Proof | None:
+    compiled.check_gradients()
+    directory = staging.path(final)
+    module = compiled.module
+    save_torch(module, directory)
+    about = module.meta[META]
+    common = _common(compiled)
+    manifest = directory / MANIFEST
+    write_manifest(
+        manifest, common, {"name": PROGRAM, "format": "torch", "module": about}, [directory / PROGRAM]
+    )
+    proof = compiled._prove("torch artifact", compiled.graph, runner(module), runner(load_torch(directory)))
+    product = {"name": PROGRAM, "format": "torch", "module": about, "proof": asdict(proof)}
+    write_manifest(manifest, common, product, [directory / PROGRAM])
+    return proof
+
+
+def _onnx(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> Proof:
+    graph = {"folded": compiled.folded_graph, "live": compiled.live_graph, "none": lambda: compiled.base}[
+        entry.adapters
+    ]()
+    path = staging.path(final)
+    opset = entry.opset or OPSET
+    metadata = {
+        "adaptc.version": versions().get("adaptc", ""),
+        "adaptc.base": compiled.base.base.describe,
+        "adaptc.base_sha256": compiled.base_sha256,
+        "adaptc.adapters": entry.adapters,
+        "adaptc.methods": ", ".join(p.insert.method.name for p in compiled.plan.entries),
+    }
+    nodes = export_onnx(graph, path, opset, metadata)
+    evaluated = inference_graph(graph)
+    proof = compiled._prove(f"onnx, {entry.adapters}", evaluated, _runner(evaluated), onnx_runner(path))
+    files = [path, *(p for p in [path.with_name(path.name + ".data")] if p.exists())]
+    product = {
+        "name": final.name,
+        "format": "onnx",
+        "adapters": entry.adapters,
+        "opset": opset,
+        "nodes": nodes,
+        "inputs": {s.name: str(s) for s in evaluated.inputs},
+        "outputs": list(evaluated.outputs),
+        "proof": asdict(proof),
+    }
+    if entry.adapters == "folded":
+        product["rounding"] = compiled.rounding(graph)
+        product["operations"] = {"base": len(compiled.base.operations), "folded": len(graph.operations)}
+    for extra in files[1:]:
+        extra.replace(staging.path(final.with_name(extra.name)))
+    _manifest_beside(compiled, staging, final, product, files)
+    return proof
+
+
+def _runner(graph: Graph) -> Any:
+    module = bind(graph)
+    names = {spec.name for spec in graph.inputs}
+    run = runner(module)
+    return lambda tensors: run({name: tensor for name, tensor in tensors.items() if name in names})
+
+
+def _peft(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> None:
+    directory = staging.path(final)
+    records = checkpoint.records_of(compiled.graph)
+    values = tensors_of(compiled)
+    checkpoint.save(
+        records, values, directory, {"name": compiled.base.base.describe, "sha256": compiled.base_sha256}
+    )
+    for path, members in zip(checkpoint.directories(directory), checkpoint.group(records), strict=True):
+        for name, weight in checkpoint.assign(checkpoint.read(path), members).items():
+            if not torch.equal(weight.load(), values[name].cpu()):
+                raise ProofError(f"{name} was not read back as it was written")
+    files = sorted(p for p in directory.rglob("*") if p.is_file())
+    write_manifest(directory / MANIFEST, _common(compiled), {"name": "adapter", "format": "peft"}, files)
+
+
+WRITERS: dict[str, Callable[[Compiled, Any, Staging, Path], Proof | None]] = {
+    "torch": _torch,
+    "onnx": _onnx,
+    "peft": _peft,
+}
+
+
+def _manifest_beside(
+    compiled: Compiled, staging: Staging, final: Path, product: dict[str, Any], files: list[Path]
+) -> None:
+    place = final.parent / MANIFEST
+    earlier = staging.staged(place)
+    write_manifest(staging.path(place), _common(compiled), product, files, old=earlier or place)
+
+
+def _common(compiled: Compiled) -> dict[str, Any]:
+    base = compiled.base.base
+    what = {}
+    for planned in compiled.plan.entries:
+        for site in planned.selection.sites:
+            what.setdefault(site.parameter, site_json(site) | {"methods": []})["methods"].append(
+                planned.insert.method.name
+            )
+    return {
+        "versions": versions(),
+        "spec": dump(compiled.spec),
+        "base": {"model": base.describe, "sha256": compiled.base_sha256, "notes": base.notes},
+        "adapters": [
+            {"path": str(p.checkpoint.path), "sha256": p.checkpoint.sha256}
+            for p in compiled.plan.entries
+            if p.checkpoint is not None
+        ],
+        "sites": list(what.values()),
+        "passes": [asdict(record) for record in compiled.records],
+        "proofs": [asdict(proof) for proof in compiled.proofs],
+    }

@@ -1,0 +1,160 @@
+"""The torch artifact: a `torch.export` program and what makes it a trainable module again."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from adaptc.checkpoint import AdapterRecord, assign, directories, group, read, save
+from adaptc.emit.manifest import MANIFEST
+from adaptc.errors import WeightError
+from adaptc.graph import put
+from adaptc.inputs import InputSpec
+from adaptc.peft_config import check_options
+from adaptc.tracing.export import dynamic_shapes, example_sizes, example_tensors, normalise
+from adaptc.tracing.modes import mark_training_arguments
+
+PROGRAM = "program.pt2"
+META = "adaptc"
+"""The key of a module's `meta` under which adaptc keeps what it knows of it."""
+
+
+def save_torch(module: fx.GraphModule, directory: Path) -> None:
+    """Write a trainable module: no pickle, no need of the base's files.
+
+    The program is traced in training mode, whose literals become the module's mode again on loading.
+    """
+    about = module.meta[META]
+    inputs = [InputSpec(**{**i, "dims": tuple(i["dims"])}) for i in about["inputs"]]
+    examples = example_tensors(inputs, example_sizes(inputs))
+    was = module.training
+    module.train()
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(
+                module, (), examples, dynamic_shapes=dynamic_shapes(inputs), strict=False
+            )
+            directory.mkdir(parents=True, exist_ok=True)
+            torch.export.save(program, str(directory / PROGRAM))
+    finally:
+        module.train(was)
+        with torch.no_grad():
+            for name, buffer in module.named_buffers():
+                buffer.copy_(buffers[name])
+
+
+def load_torch(directory: Path) -> fx.GraphModule:
+    """Bring a torch artifact back as a trainable module.
+
+    Raises:
+        WeightError: it is no such artifact, or broken.
+    """
+    manifest = directory / MANIFEST
+    if not manifest.is_file() or not (directory / PROGRAM).is_file():
+        raise WeightError(
+            f"{directory}: not a torch artifact of adaptc; expected {MANIFEST} and {PROGRAM} there"
+        )
+    try:
+        about = json.loads(manifest.read_text())["products"][PROGRAM]["module"]
+    except (json.JSONDecodeError, KeyError) as error:
+        raise WeightError(f"{manifest}: broken, or not of a torch artifact ({error})") from None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.load(str(directory / PROGRAM))
+    except Exception as error:
+        raise WeightError(
+            f"{directory / PROGRAM}: broken or truncated ({str(error).splitlines()[0]})"
+        ) from error
+    module = normalise(program.module(check_guards=False))
+    mark_training_arguments(module.graph)
+    module.recompile()
+    return _restore(module, about)
+
+
+def _restore(module: fx.GraphModule, about: Mapping[str, Any]) -> fx.GraphModule:
+    """Tie what was tied, in the base's order, and let only the adaptation require grad."""
+    trainable = set(about["trainable"])
+    found: dict[str, torch.Tensor] = {}
+    made = fx.GraphModule(nn.Module(), fx.Graph())
+    tensors = {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
+    for name, first in about["names"].items():
+        if first not in found:
+            spelled = next((n for n in (first, *_others(about["names"], first)) if n in tensors), None)
+            if spelled is None:
+                raise WeightError(f"the program holds no tensor {first!r}, which the manifest names")
+            tensor = tensors[spelled]
+            found[first] = (
+                tensor.detach()
+                if first in about["buffers"]
+                else nn.Parameter(tensor.detach(), first in trainable)
+            )
+        put(made, name, found[first], persistent=name not in about["transient"])
+    for name, tensor in tensors.items():  # constants of the graph itself
+        if name not in about["names"]:
+            put(made, name, tensor.detach(), persistent=False)
+    made.graph = module.graph
+    made.meta[META] = dict(about)
+    return made.train()
+
+
+def _others(names: Mapping[str, str], first: str) -> list[str]:
+    return [name for name, same in names.items() if same == first]
+
+
+def records(module: fx.GraphModule) -> list[AdapterRecord]:
+    """The adapters of a module that adaptc made.
+
+    Raises:
+        WeightError: adaptc did not make it.
+    """
+    about = getattr(module, "meta", {}).get(META)
+    if about is None:
+        raise WeightError(
+            f"{type(module).__name__} was not made by adaptc: it holds no record of its adapters"
+        )
+    return [AdapterRecord.from_json(record) for record in about["adapters"]]
+
+
+def load_adapter_into(module: fx.GraphModule, directory: Path) -> None:
+    """Copy a checkpoint's tensors into a module's adapters; nothing is changed if they do not fit.
+
+    Raises:
+        WeightError: the checkpoint does not fit the module's adapters.
+    """
+    own = records(module)
+    base = module.meta[META]["base"]["sha256"]
+    parameters = dict(module.named_parameters())
+    values = {}
+    found = [read(path) for path in directories(directory)]
+    groups = group(own)
+    if len(found) != len(groups):
+        raise WeightError(
+            f"{directory}: {len(found)} checkpoints there, but the module holds {len(groups)} adapters"
+        )
+    for checkpoint, members in zip(found, groups, strict=True):
+        if checkpoint.base_sha256 and checkpoint.base_sha256 != base:
+            raise WeightError(
+                f"{checkpoint.path}: this adapter was trained on another base (SHA-256 {checkpoint.base_sha256[:12]}…)"
+            )
+        check_options(checkpoint, members[0])
+        values |= assign(checkpoint, members)
+    with torch.no_grad():
+        for name, weight in values.items():
+            parameters[name].copy_(weight.load())
+
+
+def save_adapter_of(module: fx.GraphModule, directory: Path) -> None:
+    """Write a module's adapters as PEFT checkpoints."""
+    save(records(module), dict(module.named_parameters()), directory, module.meta[META]["base"])

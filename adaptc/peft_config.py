@@ -1,0 +1,148 @@
+"""From PEFT's `adapter_config.json` to an entry: which method, which options, which layers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from adaptc.checkpoint import AdapterRecord, Checkpoint
+from adaptc.errors import WeightError
+from adaptc.method import Method
+from adaptc.registry import load_methods
+
+DESCRIPTIVE = frozenset(
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "revision",
+        "task_type",
+        "inference_mode",
+        "peft_type",
+        "peft_version",
+        "target_modules",
+        "exclude_modules",
+        "modules_to_save",
+        "layers_to_transform",
+        "layers_pattern",
+        "fan_in_fan_out",
+        "megatron_core",
+        "qalora_group_size",
+        "runtime_config",
+        "ensure_weight_tying",
+    }
+)
+"""Keys that say where the adapter sits or came from, not what it computes."""
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Initialisations that also change the base's weights, which a checkpoint does not hold."""
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What a checkpoint's configuration asks for."""
+
+    method: type[Method]
+    options: dict[str, Any]
+    target: Any
+    exclude: tuple[str, ...]
+
+
+def declared(checkpoint: Checkpoint) -> Declared:
+    """Read a configuration.
+
+    Raises:
+        WeightError: adaptc does not know the method, or an option that would change the result.
+    """
+    config = checkpoint.config
+    if config.get("adaptc_method"):
+        return _own(checkpoint)
+    kind = config.get("peft_type")
+    for cls in load_methods().values():
+        if cls.peft is None or cls.peft.type is None or cls.peft.type != kind:
+            continue
+        if any(bool(config.get(key)) != bool(value) for key, value in cls.peft.fixed.items()):
+            continue
+        _check_rest(checkpoint, cls)
+        options = {ours: config[theirs] for ours, theirs in cls.peft.options.items() if theirs in config}
+        for name in cls.peft.modules:
+            options[name] = tuple(_patterns(options.get(name) or ()))
+        saved = [p for m in checkpoint.saved_modules for p in (m, f"*.{m}", f"{m}.*", f"*.{m}.*")]
+        exclude = (*_patterns(config.get("exclude_modules") or ()), *saved)
+        return Declared(cls, options, _target(checkpoint), exclude)
+    known = sorted({cls.peft.type for cls in load_methods().values() if cls.peft and cls.peft.type})
+    raise WeightError(
+        f"{checkpoint.path}: peft_type {kind!r} is not a method this adaptc has; it reads {', '.join(known)}"
+    )
+
+
+def check_options(checkpoint: Checkpoint, record: AdapterRecord) -> None:
+    """Check that a checkpoint's options give what the inserted adapter computes.
+
+    Raises:
+        WeightError: it is of another method, or an option differs.
+    """
+    found = declared(checkpoint)
+    if found.method.name != record.method:
+        raise WeightError(
+            f"{checkpoint.path}: a {found.method.name} adapter, but the module holds {record.method}"
+        )
+    for key, value in found.options.items():
+        plain = list(value) if isinstance(value, tuple) else value
+        per_layer = found.method.peft is not None and key in found.method.peft.modules
+        if key != "dropout" and not per_layer and plain != record.options.get(key):
+            raise WeightError(
+                f"{checkpoint.path}: {key} is {plain!r} there, but the module was compiled with "
+                f"{record.options.get(key)!r}; compile it with that option, or with `adapter: {checkpoint.path}`"
+            )
+
+
+def _own(checkpoint: Checkpoint) -> Declared:
+    config = checkpoint.config
+    cls = load_methods().get(config["adaptc_method"])
+    if cls is None:
+        raise WeightError(
+            f"{checkpoint.path}: method {config['adaptc_method']!r} is not installed; install the package that has it"
+        )
+    return Declared(cls, dict(config.get("adaptc_options") or {}), list(config["target_modules"]), ())
+
+
+def _check_rest(checkpoint: Checkpoint, cls: type[Method]) -> None:
+    assert cls.peft is not None
+    read = DESCRIPTIVE | set(cls.peft.options.values()) | set(cls.peft.fixed)
+    for key, value in checkpoint.config.items():
+        if key in read or key.startswith("init_"):
+            continue
+        if value and value != "none":
+            raise WeightError(
+                f"{checkpoint.path}: option {key}: {value!r} changes what {cls.name} computes, "
+                "and this adaptc does not read it"
+            )
+    init = next((v for k, v in checkpoint.config.items() if k.startswith("init_") and isinstance(v, str)), "")
+    if init.startswith(CHANGES_BASE):
+        raise WeightError(
+            f"{checkpoint.path}: initialised by {init!r}, which changes the base's weights too; save it with PEFT's "
+            "path_initial_model_for_weight_conversion, so that it fits the original base"
+        )
+
+
+def _patterns(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value if value == "all-linear" else f"re:{value}"]
+    return [pattern for name in value for pattern in (_literal(name), f"re:.*\\.{re.escape(name)}")]
+
+
+def _literal(name: str) -> str:
+    return f"re:{re.escape(name)}"
+
+
+def _target(checkpoint: Checkpoint) -> Any:
+    config: Mapping[str, Any] = checkpoint.config
+    patterns = _patterns(config.get("target_modules") or ())
+    if not patterns:
+        raise WeightError(f"{checkpoint.path}: its configuration names no target_modules")
+    layers = config.get("layers_to_transform")
+    if layers is None:
+        return patterns
+    numbers = [layers] if isinstance(layers, int) else layers
+    return {"name": patterns, "layers": ",".join(str(n) for n in numbers)}

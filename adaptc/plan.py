@@ -1,0 +1,314 @@
+"""The plan: which site gets what, at which cost, by which passes. No weight is read."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from adaptc.adapt_entries import AdapterEntry
+from adaptc.budget import Budget, budget
+from adaptc.checkpoint import Checkpoint, directories, read
+from adaptc.errors import Problem, SpecError, WeightError
+from adaptc.graph import Graph
+from adaptc.insert import Insert, parameter_name
+from adaptc.names import nearest
+from adaptc.peft_config import declared
+from adaptc.pipeline import Pass, check_order, run
+from adaptc.registry import load_methods, load_passes
+from adaptc.select import Selection
+from adaptc.sites import Site
+from adaptc.spec import Spec, resolve_path
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One thing to insert: from an entry of the spec, or from a checkpoint that an entry names."""
+
+    entry: int
+    insert: Insert
+    selection: Selection
+    checkpoint: Checkpoint | None = None
+
+
+@dataclass
+class Plan:
+    """What compiling will do.
+
+    Attributes:
+        entries: what is inserted, in order.
+        passes: the pipeline that every product starts with.
+        budget: parameters, memory and operations.
+        notes: what the person should know: patterns without a match, excluded heads, what cannot fold.
+        adapted: the graph after the pipeline; its weights are not loaded.
+    """
+
+    entries: list[Planned]
+    passes: list[Pass]
+    budget: Budget
+    notes: list[str]
+    adapted: Graph
+    records: list[Any] = field(default_factory=list)
+
+    @property
+    def sites(self) -> list[Site]:
+        """Every matched site, entry by entry."""
+        return [site for planned in self.entries for site in planned.selection.sites]
+
+    @property
+    def pipeline(self) -> list[str]:
+        """The passes by name; `factor` follows for the trainable module, `fold` for the folded one."""
+        return [item.name for item in self.passes]
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain data."""
+        return {
+            "entries": [_entry_json(planned) for planned in self.entries],
+            "passes": self.pipeline,
+            "budget": dataclasses.asdict(self.budget) | {"trainable_share": self.budget.share},
+            "notes": self.notes,
+        }
+
+
+def make_plan(spec: Spec, graph: Graph, after: Any = None) -> Plan:
+    """Match every entry with the graph, check that each can be inserted, and count.
+
+    Raises:
+        SpecError: a target matches nothing, a method cannot sit on a layer, a name is taken, a layer has no
+            path to the output, or the passes stand in an impossible order. All problems at once.
+        WeightError: an adapter's checkpoint cannot be read.
+    """
+    entries = [planned for index in range(len(spec.adapt)) for planned in _planned(spec, graph, index)]
+    problems = [problem for planned in entries for problem in _problems(spec, graph, planned)]
+    problems += _name_clashes(spec, entries)
+    if problems:
+        raise SpecError(problems)
+    passes = _pipeline(spec, entries)
+    wrong = check_order(passes)
+    if wrong:
+        raise spec.error(("passes",), wrong, "see `adaptc passes` for the stages each pass takes and leaves")
+    records: list[Any] = []
+    adapted = run(graph, passes, records, after)
+    factor, fold = load_passes()["factor"](), load_passes()["fold"]()
+    factored = run(adapted, [factor]) if adapted.stage in factor.takes else adapted
+    notes = [*graph.base.notes, *_notes(entries)]
+    if adapted.stage in fold.takes:
+        notes += [f"cannot be folded: {refusal}" for refusal in fold.requires(adapted)]
+    return Plan(entries, passes, budget(graph, adapted, factored), notes, adapted, records)
+
+
+def _planned(spec: Spec, graph: Graph, index: int) -> list[Planned]:
+    entry = spec.adapt[index]
+    passes = load_passes()
+    if not isinstance(entry, AdapterEntry):
+        make: Any = passes[f"insert-{entry.method}"]
+        item = make(
+            target=entry.target,
+            exclude=entry.exclude,
+            adapter=entry.name,
+            entry=index,
+            seed=spec.seed,
+            **entry.options(),
+        )
+        return [Planned(index, item, item.selection(graph))]
+    found = []
+    try:
+        for directory in directories(resolve_path(spec, entry.adapter)):
+            checkpoint = read(directory, entry.allow_pickle)
+            what = declared(checkpoint)
+            name = entry.name or (
+                directory.name if directory != resolve_path(spec, entry.adapter) else "default"
+            )
+            make = passes[f"insert-{what.method.name}"]
+            item = make(
+                target=what.target,
+                exclude=what.exclude,
+                adapter=name,
+                entry=index,
+                seed=spec.seed,
+                **what.options,
+            )
+            found.append(Planned(index, item, item.selection(graph), checkpoint))
+            found += _joined(spec, graph, index, name, checkpoint)
+    except WeightError as error:
+        raise WeightError(f"{spec.source.problem(('adapt', index, 'adapter'), str(error))}") from error
+    return found
+
+
+def _joined(spec: Spec, graph: Graph, index: int, name: str, checkpoint: Checkpoint) -> list[Planned]:
+    if not checkpoint.saved_modules:
+        return []
+    cls = next(c for c in load_methods().values() if c.peft is not None and c.peft.joins == "modules_to_save")
+    target = [pattern for module in checkpoint.saved_modules for pattern in (module, f"*.{module}")]
+    make: Any = load_passes()[f"insert-{cls.name}"]
+    item = make(target=target, adapter=name, entry=index, seed=spec.seed)
+    return [Planned(index, item, item.selection(graph), checkpoint)]
+
+
+def _problems(spec: Spec, graph: Graph, planned: Planned) -> list[Problem]:
+    method, selection = planned.insert.method, planned.selection
+    key = "adapter" if planned.checkpoint is not None else "target"
+    if not selection.sites:
+        return [spec.source.problem(("adapt", planned.entry, key), *_no_match(graph, planned))]
+    found: dict[str, Problem] = {}
+    for site in selection.sites:
+        refused = method.at(site).refuses(site)
+        if refused:
+            option, reason = refused
+            found.setdefault(
+                option,
+                spec.source.problem(
+                    ("adapt", planned.entry, option), f"{method.name}: {reason}", f"site {site}"
+                ),
+            )
+        elif not reaches_output(graph, site):
+            found.setdefault(
+                site.module,
+                spec.source.problem(
+                    ("adapt", planned.entry, key),
+                    f"{site.module} is on no path to the output that carries a gradient, so it cannot be trained",
+                    f"site {site}",
+                    "leave it out with `exclude`",
+                ),
+            )
+    return list(found.values())
+
+
+def _no_match(graph: Graph, planned: Planned) -> tuple[str, ...]:
+    method, selection = planned.insert.method, planned.selection
+    kinds = "/".join(sorted(method.kinds))
+    words = [f"{method.name}: the target matches no {kinds} layer of {graph.base.describe}"]
+    if selection.excluded:
+        words.append(f"`exclude` took out all that matched: {', '.join(selection.excluded[:4])}")
+    if selection.near:
+        words.append(f"near: {', '.join(selection.near)}")
+    unread = sorted({n.rpartition(".")[0] for n in graph.weights} - {s.module for s in graph.sites})
+    hidden = [
+        m
+        for m in unread
+        if any(p.removeprefix("re:").strip("*.") in m for p in selection.unused if p.strip("*."))
+    ]
+    if hidden:
+        words.append(f"on no path to the output: {', '.join(hidden[:4])}")
+    modules = [s.module for s in graph.sites if s.kind in method.kinds]
+    shown = list(dict.fromkeys(modules))[:4]
+    words.append(
+        f"such layers are: {', '.join(shown) or 'none'}{', ...' if len(modules) > len(shown) else ''}"
+    )
+    if planned.checkpoint is not None:
+        words.append("the adapter was trained on another base, or on another task's model: see base.task")
+    return tuple(words)
+
+
+def reaches_output(graph: Graph, site: Site) -> bool:
+    """Whether a change of this site's weight can reach the output, and a gradient come back."""
+    detach = torch.ops.aten.detach.default
+    nodes = graph.by_name()
+    queue = [nodes[use.node] for use in site.uses]
+    seen: set[fx.Node] = set(queue)
+    while queue:
+        node = queue.pop()
+        if node.op == "output":
+            return True
+        value = node.meta.get("val")
+        if node.target is detach or (isinstance(value, torch.Tensor) and not value.dtype.is_floating_point):
+            continue
+        new = [user for user in node.users if user not in seen]
+        seen.update(new)
+        queue += new
+    return False
+
+
+def _name_clashes(spec: Spec, entries: Sequence[Planned]) -> list[Problem]:
+    taken: dict[str, int] = {}
+    problems = []
+    for planned in entries:
+        for site in planned.selection.sites:
+            method = planned.insert.method.at(site)
+            if method.refuses(site):
+                continue
+            names = [
+                parameter_name(site, method, planned.insert.adapter, p) for p in method.params(site).values()
+            ]
+            clash = next((n for n in names if n in taken), None)
+            if clash:
+                problems.append(
+                    spec.source.problem(
+                        ("adapt", planned.entry),
+                        f"{method.name}: entry {taken[clash]} puts an adapter named {planned.insert.adapter!r} on "
+                        f"{site.module} already",
+                        "give one of them another `name`",
+                    )
+                )
+                break
+            taken |= dict.fromkeys(names, planned.entry)
+    return problems
+
+
+def _pipeline(spec: Spec, entries: Sequence[Planned]) -> list[Pass]:
+    inserts: list[Pass] = [planned.insert for planned in entries]
+    if spec.passes is None:
+        return inserts
+    known = load_passes()
+    passes: list[Pass] = []
+    for index, item in enumerate(spec.passes):
+        name, options = (item, {}) if isinstance(item, str) else next(iter(item.items()))
+        if name == "insert":
+            passes += inserts
+            continue
+        if name not in known:
+            near = nearest(name, [*known, "insert"])
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise spec.error(
+                ("passes", index), f"unknown pass {name!r}{hint}", f"known: insert, {', '.join(known)}"
+            )
+        try:
+            passes.append(known[name](**options))
+        except TypeError as error:
+            fields = ", ".join(f.name for f in dataclasses.fields(known[name])) or "none"  # type: ignore[arg-type]
+            raise spec.error(("passes", index), f"{name}: {error}", f"its options: {fields}") from None
+    if inserts and not set(map(id, inserts)) <= set(map(id, passes)):
+        raise spec.error(("passes",), "the pipeline leaves out `insert`, which puts in what `adapt` asks for")
+    return passes
+
+
+def _notes(entries: Sequence[Planned]) -> list[str]:
+    notes = []
+    for planned in entries:
+        where, selection = f"adapt.{planned.entry}", planned.selection
+        if planned.checkpoint is None:
+            notes += [f"{where}: pattern {pattern!r} matches nothing" for pattern in selection.unused]
+        if selection.heads:
+            notes.append(f"{where}: all-linear leaves out the output head {', '.join(selection.heads)}")
+    return notes
+
+
+def _entry_json(planned: Planned) -> dict[str, Any]:
+    selection = planned.selection
+    return {
+        "entry": planned.entry,
+        "method": planned.insert.method.name,
+        "adapter": planned.insert.adapter,
+        "checkpoint": str(planned.checkpoint.path) if planned.checkpoint else None,
+        "sites": [site_json(site) for site in selection.sites],
+        "excluded": list(selection.excluded),
+        "unused_patterns": list(selection.unused) if planned.checkpoint is None else [],
+        "near_misses": list(selection.near),
+    }
+
+
+def site_json(site: Site) -> dict[str, Any]:
+    """A site as plain data."""
+    return {
+        "module": site.module,
+        "type": site.type,
+        "kind": site.kind,
+        "parameter": site.parameter,
+        "shape": list(site.shape),
+        "dtype": str(site.dtype).removeprefix("torch."),
+        "source": site.source,
+    }

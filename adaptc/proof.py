@@ -1,0 +1,165 @@
+"""Proofs: both sides of a rewrite run on the same fresh inputs, and the error is held against a tolerance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from adaptc.errors import ProofError
+from adaptc.graph import Graph
+from adaptc.inputs import InputSpec
+from adaptc.tracing.export import EXAMPLE_SIZES, example_sizes, example_tensors
+from adaptc.weights import Held, seeded
+
+EPSILONS = 512
+"""Tolerated error, in units of the dtype's machine epsilon, relative to the largest output: rounding of some
+hundred operations in another order, and far below what a wrong rewrite makes."""
+SIZES = ((2, 5, 4, 3, 6, 7, 8), (1, 1, 1, 1, 1, 1, 1), EXAMPLE_SIZES)
+"""Sizes of the named dimensions: small and other than those traced, one of each, and those traced."""
+Runner = Callable[[Mapping[str, torch.Tensor]], Sequence[torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was compared, on which shapes, and how far apart it was.
+
+    `absolute` and `relative` are the largest over all outputs and shapes; `relative` is over the largest
+    reference value of that output.
+    """
+
+    name: str
+    absolute: float
+    relative: float
+    tolerance: float
+    shapes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        held = f"{self.name}: largest error {self.relative:.1e} of {self.tolerance:.1e} allowed"
+        return f"{held}, on {', '.join(self.shapes)}"
+
+
+def tolerance(graph: Graph) -> float:
+    """The tolerated relative error, by the narrowest dtype of the weights."""
+    kinds = [w.dtype for w in graph.weights.values() if w.dtype.is_floating_point] or [torch.float32]
+    epsilon = max(torch.finfo(kind).eps for kind in kinds)
+    return EPSILONS * epsilon if epsilon < 1e-6 else 32 * epsilon
+
+
+def prove(
+    name: str,
+    inputs: Sequence[InputSpec],
+    reference: Runner,
+    candidate: Runner,
+    allowed: float,
+    seed: int = 0,
+) -> Proof:
+    """Run both sides on fresh random inputs of several shapes, padded rows among them.
+
+    Raises:
+        ProofError: the sides differ by more than the tolerance, or one is not finite where the other is; or
+            the reference itself runs on none of the shapes.
+    """
+    absolute = relative = 0.0
+    shapes: list[str] = []
+    failure: Exception | None = None
+    for number, among in enumerate(SIZES):
+        sizes = example_sizes(inputs, among)
+        label = " ".join(f"{k}={v}" for k, v in sizes.items()) or "fixed sizes"
+        if label in shapes:
+            continue
+        tensors = example_tensors(inputs, sizes, seed=seed + number, pad=True)
+        try:
+            expected = reference(tensors)
+        except Exception as error:  # the model itself does not take this size
+            failure = error
+            continue
+        got = candidate(tensors)
+        if len(expected) != len(got):
+            raise ProofError(f"{name}: {len(expected)} outputs became {len(got)}")
+        for index, (a, b) in enumerate(zip(expected, got, strict=True)):
+            if a.shape != b.shape:
+                raise ProofError(
+                    f"{name}: output {index} is {list(b.shape)}, expected {list(a.shape)} ({label})"
+                )
+            error, scale = _error(a, b)
+            absolute, relative = max(absolute, error), max(relative, error / scale)
+        shapes.append(label)
+    if not shapes:
+        raise ProofError(f"{name}: the model runs on none of the proof's shapes: {failure}")
+    proof = Proof(name, absolute, relative, allowed, tuple(shapes))
+    if not relative <= allowed:
+        raise ProofError(f"the proof failed: {proof}")
+    return proof
+
+
+def _error(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:
+    a, b = a.detach().double(), b.detach().double()
+    if not torch.equal(torch.isfinite(a), torch.isfinite(b)):
+        return float("inf"), 1.0
+    mask = torch.isfinite(a)
+    if not mask.any():
+        return 0.0, 1.0
+    a, b = a[mask], b[mask]
+    return float((a - b).abs().max()), max(float(a.abs().max()), 1e-12)
+
+
+def runner(module: torch.nn.Module) -> Runner:
+    """Run a module in evaluation mode and flatten its outputs."""
+
+    def call(tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        was = module.training
+        module.eval()
+        try:
+            with torch.no_grad():
+                result = module(**tensors)
+        finally:
+            module.train(was)
+        return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+
+    return call
+
+
+def randomised(graph: Graph, seed: int = 0) -> Graph:
+    """The graph with noise added to every inserted parameter, so that no zero hides a mistake."""
+    copied = graph.copy()
+    for name in copied.adapter_names:
+        value = copied.weights[name].load().float()
+        noise = torch.randn(value.shape, generator=seeded(seed, name))
+        scale = 0.1 * (value.std() if value.numel() > 1 and value.std() > 0 else value.abs().mean()) + 0.02
+        copied.weights[name] = Held((value + scale * noise).to(copied.weights[name].dtype))
+    return copied
+
+
+def gradients(module: torch.nn.Module, graph: Graph, names: Sequence[str]) -> None:
+    """Check that with random adapters every trained parameter gets a gradient, and nothing else does.
+
+    Raises:
+        ProofError: names what got none, or what got one though it is frozen.
+    """
+    tensors = example_tensors(graph.inputs, example_sizes(graph.inputs), seed=1)
+    was = module.training
+    module.eval()
+    leaves = [leaf for leaf in pytree.tree_leaves(module(**tensors)) if isinstance(leaf, torch.Tensor)]
+    module.train(was)
+    # Random weights on the outputs: a plain sum has no gradient through a softmax or a layer norm.
+    total: Any = sum(
+        (leaf * torch.randn(leaf.shape).to(leaf.dtype)).sum() for leaf in leaves if leaf.requires_grad
+    )
+    if not isinstance(total, torch.Tensor):
+        raise ProofError("no output depends on anything trained")
+    total.backward()
+    wanted = set(names)
+    found = {n: p.grad is not None and bool(p.grad.abs().max() > 0) for n, p in module.named_parameters()}
+    without = sorted(n for n in wanted if not found.get(n))
+    frozen = sorted(n for n, has in found.items() if has and n not in wanted)
+    if without:
+        raise ProofError(
+            f"{len(without)} trained parameters get no gradient, such as {without[0]}: that layer has no effect on the "
+            "output; leave it out with `exclude`"
+        )
+    if frozen:
+        raise ProofError(f"frozen, but gets a gradient: {', '.join(frozen[:3])}")

@@ -1,0 +1,104 @@
+"""The JSON Schema says what `load` accepts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adaptc.registry import load_methods
+from adaptc.schema import schema
+from adaptc.source import Source
+
+SPECS = Path(__file__).parent.parent / "specs"
+GOOD = {
+    "version": 1,
+    "base": {"model": "m", "dtype": "float16"},
+    "inputs": {"x": "int64[batch, 3]"},
+    "adapt": [
+        {"method": "lora", "target": "all-linear", "r": 4, "lora_alpha": 8},
+        {"method": "ia3", "target": {"layers": "0-3"}, "feedforward": ["*.down"]},
+        {"adapter": "./a"},
+    ],
+    "emit": [{"format": "onnx", "path": "x", "opset": 20}],
+    "passes": ["a", {"b": {"c": 1}}],
+}
+
+
+def definition(name: str) -> dict[str, Any]:
+    return schema()["$defs"][name]
+
+
+def test_the_kept_schema_is_up_to_date() -> None:
+    code = "from adaptc.schema import schema_text; print(schema_text(), end='')"
+    # A fresh process: other tests register methods of their own in this one.
+    fresh = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert (SPECS / "schema.json").read_text() == fresh, "run: adaptc schema > specs/schema.json"
+
+
+def test_it_names_itself() -> None:
+    assert schema()["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+    assert schema()["$id"] == "urn:adaptc:spec:1"
+    assert schema()["required"] == ["version"]
+    assert schema()["additionalProperties"] is False
+
+
+def test_entries_are_told_apart_by_method() -> None:
+    methods, adapter = schema()["properties"]["adapt"]["items"]["anyOf"]
+    assert set(methods["discriminator"]["mapping"]) == set(load_methods())
+    assert adapter == {"$ref": "#/$defs/AdapterEntry"}
+    assert definition("LoraEntry")["properties"]["method"]["const"] == "lora"
+
+
+def test_options_have_limits_defaults_and_words() -> None:
+    lora = definition("LoraEntry")
+    assert lora["description"].startswith("W' = W + (alpha / r) B A")
+    assert lora["properties"]["r"] == {
+        "default": 8,
+        "description": "rank of the low-rank product",
+        "exclusiveMinimum": 0,
+        "title": "R",
+        "type": "integer",
+    }
+    assert lora["properties"]["lora_alpha"]["description"] == "another spelling of alpha"
+    assert lora["required"] == ["method", "target"]
+
+
+def test_emits_are_told_apart_by_format() -> None:
+    assert set(schema()["properties"]["emit"]["items"]["discriminator"]["mapping"]) == {
+        "onnx",
+        "peft",
+        "torch",
+    }
+
+
+def test_it_accepts_and_refuses_what_load_does() -> None:
+    jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed")
+    validator = jsonschema.Draft202012Validator(schema())
+    jsonschema.Draft202012Validator.check_schema(schema())
+    validator.validate(GOOD)
+    bad = [
+        {},
+        {"version": 2},
+        {"version": 1, "adpt": []},
+        {"version": 1, "adapt": [{"method": "lorra", "target": "x"}]},
+        {"version": 1, "adapt": [{"method": "lora"}]},
+        {"version": 1, "adapt": [{"method": "lora", "target": "x", "r": 0}]},
+        {"version": 1, "adapt": [{"method": "lora", "target": "x", "r": "8"}]},
+        {"version": 1, "adapt": [{"method": "ia3", "target": "x", "r": 8}]},
+        {"version": 1, "adapt": [{"method": "lora", "target": {"role": "x"}}]},
+        {"version": 1, "inputs": {"x": "int46[n]"}},
+        {"version": 1, "quantize": [{"method": "nf4"}]},
+        {"version": 1, "emit": [{"format": "hf", "path": "x"}]},
+        {"version": 1, "emit": [{"format": "onnx", "path": "x", "opset": 26}]},
+    ]
+    assert [spec for spec in bad if validator.is_valid(spec)] == []
+
+
+@pytest.mark.parametrize("path", sorted(SPECS.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_spec_fits_it(path: Path) -> None:
+    jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed")
+    jsonschema.Draft202012Validator(schema()).validate(Source.read(path).data)
