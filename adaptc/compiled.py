@@ -21,7 +21,7 @@ from adaptc.plan import Plan
 from adaptc.proof import Proof, gradients, prove, randomised, runner, tolerance
 from adaptc.registry import load_passes
 from adaptc.spec import Spec
-from adaptc.tracing.export import export
+from adaptc.tracing.export import export, output_class
 from adaptc.tracing.modes import follow_training, mark_training_arguments
 from adaptc.weights import Held, sha256_of_files, sha256_of_tensors
 
@@ -147,6 +147,7 @@ class Compiled:
         return {
             "inputs": [asdict(spec) for spec in graph.inputs],
             "outputs": list(graph.outputs),
+            "output_class": output_class(graph.module),
             "names": {name: graph.aliases.get(name, name) for name in graph.weights},
             "buffers": sorted(graph.buffers),
             "transient": sorted(graph.transient),

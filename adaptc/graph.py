@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +19,8 @@ from adaptc.weights import Weight
 
 ORIGIN = ("nn_module_stack", "stack_trace")
 """What a node's meta says of where it came from."""
+VERIFIED = "verified"
+"""The signature a node had when its value was last computed."""
 STAGES = ("traced", "adapted", "quantized", "factored", "folded")
 
 
@@ -104,6 +107,7 @@ class Graph:
         with self.fake_mode, torch.no_grad():
             node.meta["val"] = target(*values)
         node.meta |= {k: v for k, v in like.meta.items() if k in ORIGIN}
+        node.meta[VERIFIED] = signature(node)
         return node
 
     def attach(self, name: str, weight: Weight) -> None:
@@ -135,7 +139,7 @@ class Graph:
 
     def copy(self) -> Graph:
         """A graph that can be rewritten without touching this one; weights are shared."""
-        module = fx.GraphModule(self.module, copy.deepcopy(self.module.graph))
+        module = fx.GraphModule(self.module, copy_nodes(self.module.graph))
         for name, value in list(self.module.named_parameters(remove_duplicate=False)):
             put(module, name, value)
         return replace(
@@ -161,6 +165,19 @@ class Graph:
     def text(self) -> str:
         """The graph as text, a line a node: result, operation, operands, shape, module."""
         return "\n".join(line for node in self.nodes if (line := _line(node)))
+
+
+def copy_nodes(nodes: fx.Graph) -> fx.Graph:
+    """A deep copy of the nodes; recorded values are shared."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own, from copying its pytree specs
+        return copy.deepcopy(nodes)
+
+
+def signature(node: fx.Node) -> Any:
+    """What a node's value depends on: its operation, and the recorded values of its operands."""
+    operands = fx.node.map_arg((node.args, dict(node.kwargs)), lambda operand: id(operand.meta.get("val")))
+    return (node.target, repr(operands))
 
 
 def put(module: nn.Module, name: str, value: torch.Tensor, persistent: bool = True) -> None:
@@ -195,7 +212,7 @@ def bind(graph: Graph, trainable: Iterable[str] = ()) -> fx.GraphModule:
             tensor = tensor.clone() if owned else nn.Parameter(tensor, requires_grad=first in wanted)
             made[first] = tensor
         put(module, name, made[first], persistent=name not in graph.transient)
-    module.graph = copy.deepcopy(graph.module.graph)
+    module.graph = copy_nodes(graph.module.graph)
     return module
 
 

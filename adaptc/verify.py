@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from adaptc.errors import VerifyError
-from adaptc.graph import Graph
+from adaptc.graph import VERIFIED, Graph, signature
 from adaptc.sites import module_of, source_of
 
 PYTHON_FUNCTIONS: frozenset[Callable[..., Any]] = frozenset(
@@ -85,29 +85,28 @@ def _check_node(graph: Graph, node: fx.Node) -> None:
 
 
 def _propagate(graph: Graph) -> None:
-    """Run every operation on fake tensors again and compare shape and dtype with what the graph records."""
-    values: dict[fx.Node, Any] = {}
+    """Run every operation that is new, or has new operands, on fake tensors and compare with what is recorded."""
     with graph.fake_mode, torch.no_grad():
         for node in graph.nodes:
-            if node.op in ("placeholder", "get_attr"):
-                values[node] = False if node.target == "training" else node.meta["val"]
+            if node.op != "call_function" or node.meta.get(VERIFIED) == signature(node):
                 continue
-            if node.op != "call_function":
-                continue
-            args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__)  # type: ignore[arg-type]
+            args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), _recorded)  # type: ignore[arg-type]
             try:
-                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                value = node.target(*args, **kwargs)  # type: ignore[operator]
             except Exception as error:
                 raise VerifyError(
                     f"{node.format_node()} does not fit its operands: {error}{_where(node)}"
                 ) from error
-            recorded = node.meta.get("val")
-            if isinstance(recorded, torch.Tensor) and _differ(values[node], recorded):
+            recorded = node.meta.setdefault("val", value)
+            if isinstance(recorded, torch.Tensor) and _differ(value, recorded):
                 raise VerifyError(
-                    f"{node.format_node()} gives {values[node]}, but the graph records {recorded}{_where(node)}"
+                    f"{node.format_node()} gives {value}, but the graph records {recorded}{_where(node)}"
                 )
-            if recorded is None:
-                node.meta["val"] = values[node]
+            node.meta[VERIFIED] = signature(node)
+
+
+def _recorded(node: fx.Node) -> Any:
+    return False if node.target == "training" else node.meta["val"]
 
 
 def _differ(value: Any, recorded: torch.Tensor) -> bool:

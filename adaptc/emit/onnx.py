@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -54,6 +55,8 @@ def export_onnx(
 def _export(graph: Graph, opset: int) -> Any:
     examples = example_tensors(graph.inputs, example_sizes(graph.inputs))
     graph.module.eval()
+    quiet = logging.getLogger("torch.onnx._internal.exporter._registration")
+    quiet.setLevel(logging.ERROR)  # it warns of every operation of packages that are not installed
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -26,11 +26,14 @@ class Staging:
         return self
 
     def path(self, final: Path) -> Path:
-        """A place to write what will become `final`, on the same file system.
+        """A place to write what will become `final`, on the same file system; the same one when asked again.
 
         Raises:
             AdaptcError: its folder cannot be written to.
         """
+        staged = self.staged(final)
+        if staged is not None:
+            return staged
         try:
             final.parent.mkdir(parents=True, exist_ok=True)
             _sweep(final)
@@ -42,7 +45,7 @@ class Staging:
 
     def staged(self, final: Path) -> Path | None:
         """Where an earlier output of this run waits to become `final`, if one does."""
-        return next((staged for staged, other in reversed(self._staged) if other == final), None)
+        return next((staged for staged, other in self._staged if other == final), None)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

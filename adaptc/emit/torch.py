@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import warnings
 from collections.abc import Mapping
@@ -66,6 +67,9 @@ def load_torch(directory: Path) -> fx.GraphModule:
         about = json.loads(manifest.read_text())["products"][PROGRAM]["module"]
     except (json.JSONDecodeError, KeyError) as error:
         raise WeightError(f"{manifest}: broken, or not of a torch artifact ({error})") from None
+    home = about["output_class"].rpartition(".")[0]
+    if home.startswith("transformers."):
+        importlib.import_module(home)  # makes its output class known to torch.export
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -165,6 +165,12 @@ def output_names(module: fx.GraphModule) -> tuple[str, ...]:
     return tuple(names)
 
 
+def output_class(module: fx.GraphModule) -> str:
+    """The full name of the class that holds the outputs, such as a model output of transformers."""
+    spec = module.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
+    return "" if spec.is_leaf() else f"{spec.type.__module__}.{spec.type.__qualname__}"
+
+
 def _explain(model: nn.Module, error: Exception) -> str:
     text = str(error).strip()
     first = next((line for line in text.splitlines() if line.strip()), type(error).__name__)

@@ -11,7 +11,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from adaptc.errors import TraceError, WeightError
-from adaptc.graph import Graph, put
+from adaptc.graph import VERIFIED, Graph, put, signature
 from adaptc.inputs import InputSpec
 from adaptc.sites import find_sites
 from adaptc.tracing.base import Base
@@ -70,6 +70,9 @@ def trace(base: Base) -> Graph:
         heads=base.heads,
         base=base,
     )
+    for node in graph.nodes:  # torch.export has just computed these values
+        if "val" in node.meta:
+            node.meta[VERIFIED] = signature(node)
     graph.clean()
     return graph
 

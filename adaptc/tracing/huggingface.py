@@ -184,8 +184,13 @@ def pretrained_weights(
         pickles = sorted(p.name for p in Path(model).glob("*.bin"))
         what = f"only pickles ({', '.join(pickles)}), which can run code" if pickles else "no weights"
         raise WeightError(f"{model} holds {what}; expected model.safetensors (save_pretrained writes it)")
+    import transformers
+
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # what it would say of missing keys is a note of ours
+    transformers.logging.disable_progress_bar()
     try:
         loaded, info = auto.from_pretrained(
             model,
@@ -201,6 +206,8 @@ def pretrained_weights(
         ) from error
     finally:
         torch.random.set_rng_state(state)
+        transformers.logging.set_verbosity(verbosity)
+        transformers.logging.enable_progress_bar()
     missing = sorted(info["missing_keys"])
     if missing:
         notes.append(f"not in the checkpoint, initialised from seed {seed}: {', '.join(missing)}")

@@ -23,7 +23,7 @@ def training_node(graph: fx.Graph) -> fx.Node:
             return node
     first = next(node for node in graph.nodes if node.op != "placeholder")
     with graph.inserting_before(first):
-        return graph.get_attr("training")
+        return graph.create_node("get_attr", "training")
 
 
 def mark_training_arguments(graph: fx.Graph) -> None:
@@ -33,7 +33,13 @@ def mark_training_arguments(graph: fx.Graph) -> None:
             continue
         for index, argument in enumerate(node.target._schema.arguments):
             keyword = argument.name in node.kwargs
-            value = node.kwargs.get(argument.name) if keyword else node.args[index] if index < len(node.args) else None
+            value = (
+                node.kwargs.get(argument.name)
+                if keyword
+                else node.args[index]
+                if index < len(node.args)
+                else None
+            )
             follows = _following(graph, node, argument.name, value)
             if follows is not None and keyword:
                 node.update_kwarg(argument.name, follows)

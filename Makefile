@@ -1,0 +1,34 @@
+# Everything a person runs. `make help` lists it.
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+READY := $(VENV)/.ready
+PYTHON3 ?= python3
+
+.PHONY: help demo test test-all bench check clean
+help:  ## list the commands
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON3) -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' setuptools
+	@touch $(READY)
+
+demo: $(READY)  ## the main job on the real all-MiniLM-L6-v2: adapt, train, fold, export, prove
+	$(PYTHON) demo/demo.py
+
+test: $(READY)  ## the quick tests, a few minutes
+	$(PYTHON) -m pytest -q -n 2 -m "not slow"
+
+test-all: $(READY)  ## all tests
+	$(PYTHON) -m pytest -q -n 2
+
+bench: $(READY)  ## figures beside PEFT, as ratios from one run
+	$(PYTHON) -m benchmarks
+
+check: $(READY)  ## lint, format, types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright --pythonpath $(PYTHON)
+
+clean:  ## remove the virtual environment and build products
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,36 @@
+"""The registries as rows, for the command line and the docs."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from adaptc.method import summary
+from adaptc.registry import load_methods, load_passes
+
+
+def method_rows() -> list[dict[str, Any]]:
+    """A row a method: name, equation, the sites it sits on, its options, PEFT's name for it."""
+    return [
+        {
+            "method": name,
+            "equation": summary(cls),
+            "sits on": ", ".join(sorted(cls.kinds)),
+            "options": ", ".join(f.name for f in dataclasses.fields(cls)) or "none",  # type: ignore[arg-type]
+            "PEFT": (cls.peft.type or cls.peft.joins or "") if cls.peft else "",
+        }
+        for name, cls in sorted(load_methods().items())
+    ]
+
+
+def pass_rows() -> list[dict[str, Any]]:
+    """A row a pass: name, what it does, the stages it takes, the stage it leaves."""
+    return [
+        {
+            "pass": name,
+            "does": next(iter((cls.__doc__ or "").strip().splitlines()), ""),
+            "takes": ", ".join(sorted(cls.takes)),
+            "leaves": cls.leaves or "as it was",
+        }
+        for name, cls in sorted(load_passes().items())
+    ]

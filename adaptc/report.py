@@ -1,0 +1,121 @@
+"""What a person sees: tables and progress on standard error, tables that were asked for on standard output."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from adaptc.plan import Plan, Planned
+from adaptc.proof import Proof
+from adaptc.sites import Site
+
+
+class Report:
+    """Writes for people; says nothing when `quiet`, so that standard output holds one JSON document."""
+
+    def __init__(self, quiet: bool = False):
+        self.quiet = quiet
+        self.out = Console(quiet=quiet, highlight=False, soft_wrap=True)
+        self.err = Console(quiet=quiet, stderr=True, highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def working(self, what: str) -> Iterator[None]:
+        """A spinner while something runs."""
+        with self.err.status(what):
+            yield
+
+    def graph(self, name: str, text: str) -> None:
+        """A graph's text after a pass."""
+        self.err.print(f"after {name}:", markup=False)
+        self.err.print(text, markup=False)
+
+    def plan(self, plan: Plan) -> None:
+        """The plan: sites, budget, pipeline, notes."""
+        for planned in plan.entries:
+            self.out.print(_entry(planned))
+        cost = plan.budget
+        self.out.print(
+            f"parameters  {cost.parameters:,} in the base, {cost.trainable:,} trainable ({cost.share:.3%})\n"
+            f"memory      {_bytes(cost.run_bytes)} to run, {_bytes(cost.train_bytes)} to train "
+            "(weights, gradients, Adam; no activations)\n"
+            f"operations  {cost.base_flops:,} for {cost.example}; live adapters add {cost.added_flops:,} "
+            f"({cost.added_flops / max(1, cost.base_flops):.2%}), folded ones none\n"
+            f"passes      {' > '.join(plan.pipeline) or 'none'}, then factor (trainable, live) or fold (folded)"
+        )
+        for note in plan.notes:
+            self.out.print(f"note        {note}", markup=False)
+
+    def progress(self, what: str, proof: Proof | None) -> None:
+        """A product that is being written, or a proof that held."""
+        if proof is None:
+            self.err.print(f"writing {what}", markup=False)
+        else:
+            self.err.print(f"proved  {proof}", markup=False)
+
+    def done(self, paths: Sequence[Path]) -> None:
+        """What was written."""
+        for path in paths:
+            self.out.print(f"wrote {path} ({_bytes(_size(path))})", markup=False)
+
+    def table(self, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Rows of equal keys as a table."""
+        table = Table(title=title, show_lines=False)
+        for column in rows[0]:
+            table.add_column(column, overflow="fold")
+        for row in rows:
+            table.add_row(*(str(value) for value in row.values()))
+        Console(highlight=False).print(table)
+
+
+def _entry(planned: Planned) -> Table:
+    method, selection = planned.insert.method, planned.selection
+    source = f", from {planned.checkpoint.path}" if planned.checkpoint else ""
+    table = Table(
+        title=f"adapt.{planned.entry}: {method.name} {planned.insert.adapter!r}{source}", title_justify="left"
+    )
+    for column in ("site", "times", "kind", "shape", "trained each", "source"):
+        table.add_column(column, overflow="fold")
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for site in selection.sites:
+        trained = sum(_count(p.shape) for p in method.at(site).params(site).values())
+        shape = " x ".join(map(str, site.shape))
+        row = (_pattern(site), site.type or site.kind, shape, f"{trained:,}", site.source)
+        groups.setdefault(row, []).append(1)
+    for row, members in groups.items():
+        table.add_row(row[0], str(len(members)), *row[1:])
+    if selection.unused and planned.checkpoint is None:
+        table.caption = (
+            f"matches nothing: {', '.join(selection.unused)}; near: {', '.join(selection.near) or 'none'}"
+        )
+    return table
+
+
+def _pattern(site: Site) -> str:
+    name = site.module if site.kind == "linear" else f"{site.module}.{site.leaf}"
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+
+
+def _count(shape: Sequence[int]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def _size(path: Path) -> int:
+    files = [path] if path.is_file() else path.rglob("*")
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

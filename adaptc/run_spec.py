@@ -1,0 +1,74 @@
+"""What `adaptc compile` does: compile, emit, and say so."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from adaptc.compiler import compile as compile_spec
+from adaptc.emit.products import emit_all
+from adaptc.errors import AdaptcError, SpecError
+from adaptc.graph import Graph
+from adaptc.registry import load_passes
+from adaptc.report import Report
+from adaptc.spec import load
+
+
+def run_spec(
+    spec: Path,
+    overrides: Sequence[str],
+    output_dir: Path | None,
+    print_after: str | None,
+    dump_graphs: Path | None,
+    report: Report,
+) -> dict[str, Any]:
+    """Compile a spec file and write its products; gives the result as plain data.
+
+    Raises:
+        AdaptcError: anything that makes the exit code other than 0.
+    """
+    loaded = load(spec, overrides)
+    if not loaded.emit:
+        raise loaded.error(
+            ("emit",), "nothing to write", "such as emit: [{format: onnx, path: build/model.onnx}]"
+        )
+    known = {"all", "trace", *load_passes()}
+    if print_after is not None and print_after not in known:
+        raise SpecError([_unknown_pass(print_after, known)])
+    steps = 0
+
+    def after(name: str, graph: Graph) -> None:
+        nonlocal steps
+        if print_after in (name, "all"):
+            report.graph(name, graph.text())
+        if dump_graphs is not None:
+            _dump(dump_graphs / f"{steps:02}-{name}.txt", graph.text())
+        steps += 1
+
+    with report.working("tracing and planning"):
+        compiled = compile_spec(loaded, after=after)
+    report.plan(compiled.plan)
+    paths = emit_all(compiled, loaded.emit, report.progress, output_dir)
+    report.done(paths)
+    return {
+        "outputs": [str(path) for path in paths],
+        "plan": compiled.plan.to_json(),
+        "passes": [asdict(record) for record in compiled.records],
+        "proofs": [asdict(proof) for proof in compiled.proofs],
+    }
+
+
+def _unknown_pass(name: str, known: set[str]) -> Any:
+    from adaptc.errors import Problem
+
+    return Problem(f"unknown pass {name!r}; known: {', '.join(sorted(known))}", file="--print-after")
+
+
+def _dump(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    except OSError as error:
+        raise AdaptcError(f"cannot write {path}: {error.strerror or error}") from error

@@ -1,0 +1,94 @@
+"""A first spec: written for a model and a trained adapter, with a comment where there is a choice."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from adaptc.errors import SpecError
+
+TEXT = """\
+# adaptc plan {name}      shows what this matches and costs; reads no weights
+# adaptc compile {name}   writes what `emit` asks for, with proofs
+version: 1
+base:
+  model: {model}
+  task: {task}          # which head: feature-extraction, causal-lm, sequence-classification, ...
+adapt:
+{adapt}
+emit:
+{emit}
+"""
+TRAIN = """\
+  - method: lora              # adaptc methods lists the others
+    target: all-linear        # or globs on module names: ["*.query", "*.value"]
+    r: 8
+    alpha: 16
+    dropout: 0.05"""
+LOADED = """\
+  - adapter: {adapter}        # method, targets, options and weights come from it"""
+EMIT_TRAIN = """\
+  - {format: torch, path: build/trainable}           # adaptc.load brings it back; train it
+  # - {format: onnx, path: build/model.onnx}         # folded: no adapter left to pay for"""
+EMIT_FOLDED = """\
+  - {format: onnx, path: build/model.onnx}           # folded: no adapter left to pay for
+  # - {format: onnx, path: build/live.onnx, adapters: live}
+  # - {format: torch, path: build/trainable}         # to train on"""
+HEADS = {
+    "ForCausalLM": "causal-lm",
+    "LMHeadModel": "causal-lm",
+    "ForConditionalGeneration": "seq2seq-lm",
+    "ForSequenceClassification": "sequence-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForMaskedLM": "masked-lm",
+    "ForImageClassification": "image-classification",
+}
+"""How the last words of a class in config.json's `architectures` name its task."""
+
+
+def starter_spec(model: Path, adapter: Path | None, folder: Path) -> str:
+    """A commented spec for a model directory.
+
+    Raises:
+        SpecError: there is no model, or no adapter, at the path.
+    """
+    config = _config(model, "config.json", "a Hugging Face model directory")
+    task = _task(config)
+    adapt = TRAIN
+    if adapter is not None:
+        found = _config(adapter, "adapter_config.json", "a trained adapter's directory")
+        adapt = LOADED.format(adapter=_relative(adapter, folder))
+        if found.get("task_type") == "SEQ_CLS":
+            task = "sequence-classification"
+    return TEXT.format(
+        name="spec.yaml",
+        model=_relative(model, folder),
+        task=task,
+        adapt=adapt,
+        emit=EMIT_TRAIN if adapter is None else EMIT_FOLDED,
+    )
+
+
+def _task(config: dict[str, object]) -> str:
+    architectures = config.get("architectures")
+    name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+    return next((task for ending, task in HEADS.items() if name.endswith(ending)), "feature-extraction")
+
+
+def _config(directory: Path, name: str, expected: str) -> dict[str, object]:
+    from adaptc.errors import Problem
+
+    file = directory / name
+    if not file.is_file():
+        raise SpecError([Problem(f"no {name} there; expected {expected}", file=str(directory))])
+    try:
+        return json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise SpecError([Problem(f"not JSON: {error}", file=str(file))]) from None
+
+
+def _relative(path: Path, folder: Path) -> str:
+    relative = os.path.relpath(path, folder)
+    return relative if relative.startswith(".") else f"./{relative}"

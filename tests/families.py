@@ -1,0 +1,399 @@
+"""The bases the laws are tested on: tiny, random, and non-zero in every weight."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from adaptc.compiled import Compiled
+from adaptc.compiler import make_base
+from adaptc.graph import Graph
+from adaptc.plan import make_plan
+from adaptc.registry import load_methods
+from adaptc.spec import load
+from adaptc.tracing.graph import trace
+from adaptc.tracing.module import from_module, inputs_from_examples
+
+VOCABULARY = 99
+EPSILONS = 512
+"""Tolerated error in units of the dtype's machine epsilon, relative to the largest reference value."""
+
+
+def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
+    """No zero, no one and no two equal values anywhere, so that no mistake hides behind them."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator) * 0.1
+        is_scale = parameter.dim() == 1 and name.endswith("weight")
+        parameter.data.copy_(noise + 1 if is_scale else noise)
+    for name, buffer in module.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.1)
+        if name.endswith("running_var"):
+            buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
+    return module
+
+
+class Mlp(nn.Module):
+    """Linear layers with batch norm and dropout between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(16, 32)
+        self.norm = nn.BatchNorm1d(32)
+        self.drop = nn.Dropout(0.2)
+        self.mid = nn.Linear(32, 24, bias=False)
+        self.down = nn.Linear(24, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.drop(F.relu(self.norm(self.up(x))))
+        return self.down(F.gelu(self.mid(x)))
+
+
+class Block(nn.Module):
+    """A transformer block written by hand: attention is matmul and softmax."""
+
+    def __init__(self, width: int = 32, heads: int = 4) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+        self.out = nn.Linear(width, width)
+        self.wide, self.narrow = nn.Linear(width, 48), nn.Linear(48, width)
+        self.drop = nn.Dropout(0.1)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        batch, length, width = x.shape
+        h = self.norm1(x)
+        q, k, v = (
+            f(h).view(batch, length, self.heads, -1).transpose(1, 2)
+            for f in (self.query, self.key, self.value)
+        )
+        scores = torch.matmul(q, k.transpose(-1, -2)) / (width // self.heads) ** 0.5
+        scores = scores.masked_fill(mask[:, None, None, :] == 0, -1e4)
+        mixed = torch.matmul(self.drop(torch.softmax(scores, -1)), v)
+        x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, width))
+        return x + self.narrow(self.drop(F.gelu(self.wide(self.norm2(x)))))
+
+
+class Matmul(nn.Module):
+    """`x @ W + b`, W stored (in, out)."""
+
+    def __init__(self, inner: int, outer: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.empty(inner, outer)), nn.Parameter(torch.empty(outer))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight + self.bias
+
+
+class Addmm(Matmul):
+    """`addmm(b, x, W)` on a flattened view, as GPT-2 does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight)
+        return flat.view(*x.shape[:-1], self.weight.shape[1])
+
+
+class Raw(nn.Module):
+    """Matrix products without `nn.Linear`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Matmul(16, 24), Addmm(24, 32)
+        self.third = Matmul(32, 16)
+        self.last = nn.Linear(16, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.second(torch.tanh(self.first(x))))
+        x = torch.mm(x.reshape(-1, 32), self.third.weight).reshape(*x.shape[:-1], 16)
+        return self.last(torch.tanh(x))
+
+
+def _llama() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            attention_dropout=0.1,
+            max_position_embeddings=64,
+        )
+    )
+
+
+def _gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=VOCABULARY,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            n_positions=64,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
+
+
+def _bert() -> nn.Module:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_labels=3,
+            max_position_embeddings=64,
+        )
+    )
+
+
+def _t5() -> nn.Module:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=VOCABULARY,
+            d_model=32,
+            d_ff=48,
+            d_kv=8,
+            num_layers=2,
+            num_heads=4,
+            decoder_start_token_id=0,
+        )
+    )
+
+
+@dataclass(frozen=True)
+class Family:
+    """A base and what is adapted in it."""
+
+    build: Callable[[], nn.Module]
+    target: tuple[str, ...]
+    feedforward: tuple[str, ...]
+    whole: tuple[str, ...]
+    """Modules for methods that take whole modules."""
+    task: str | None = None
+    output: str = "logits"
+    cache: bool = False
+    """forward takes `use_cache`."""
+
+
+FAMILIES = {
+    "llama": Family(
+        _llama, ("*_proj",), ("*.down_proj",), ("*.layers.0.mlp", "model.norm"), "causal-lm", cache=True
+    ),
+    "gpt2": Family(
+        _gpt2,
+        ("*.c_attn", "*.c_proj", "*.c_fc"),
+        ("*.mlp.c_proj",),
+        ("*.h.0.mlp", "*.ln_f"),
+        "causal-lm",
+        cache=True,
+    ),
+    "bert": Family(
+        _bert,
+        ("*.query", "*.value", "*.dense"),
+        ("*.output.dense",),
+        ("classifier", "*.layer.1.output"),
+        "sequence-classification",
+    ),
+    "t5": Family(
+        _t5,
+        ("*.q", "*.v", "*.wi", "*.wo"),
+        ("*.wo",),
+        ("decoder.block.1", "encoder.final_layer_norm"),
+        "seq2seq-lm",
+        cache=True,
+    ),
+    "mlp": Family(Mlp, ("up", "mid", "down"), ("down",), ("down", "norm"), output="output"),
+    "block": Family(
+        Block,
+        ("query", "key", "value", "out", "wide", "narrow"),
+        ("narrow",),
+        ("out", "norm1"),
+        output="output",
+    ),
+    "raw": Family(Raw, ("first", "second", "third", "last"), ("second",), ("second", "last"), output="output"),
+}
+HUGGING_FACE = tuple(name for name, family in FAMILIES.items() if family.task)
+PLAIN = tuple(name for name, family in FAMILIES.items() if not family.task)
+SHAPES = ((2, 7), (1, 5), (4, 1), (1, 1))
+"""(batch, sequence) other than traced; the first is padded, among the others are one row and one token."""
+
+
+def inputs(name: str, batch: int = 2, length: int = 7, pad: bool = False, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random inputs of a family; with `pad`, the last row is padded on the right."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+
+    def ids(*shape: int) -> torch.Tensor:
+        return torch.randint(3, VOCABULARY, shape, generator=generator)
+
+    mask = torch.ones(batch, length, dtype=torch.int64)
+    if pad and length > 1:
+        mask[-1, -(length // 2) :] = 0
+    if name == "mlp":
+        return {"x": torch.randn(batch, 16, generator=generator)}
+    if name == "raw":
+        return {"x": torch.randn(batch, length, 16, generator=generator)}
+    if name == "block":
+        return {"x": torch.randn(batch, length, 32, generator=generator), "mask": mask}
+    found = {"input_ids": ids(batch, length), "attention_mask": mask}
+    if name == "t5":
+        found["decoder_input_ids"] = ids(batch, length + 2)
+    return found
+
+
+def close(got: torch.Tensor, want: torch.Tensor, epsilons: float = EPSILONS, dtype: Any = None) -> None:
+    """Equal to within a number of the dtype's epsilons, relative to the largest reference value."""
+    assert got.shape == want.shape
+    assert got.dtype == want.dtype
+    kind = dtype or want.dtype
+    got, want = got.detach().double(), want.detach().double()
+    assert torch.isfinite(want).all()
+    scale = want.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    error = float((got - want).abs().max() / scale) / torch.finfo(kind).eps
+    assert error <= epsilons, f"off by {error:.1f} eps of {kind}, {epsilons} allowed"
+
+
+def differs(got: torch.Tensor, want: torch.Tensor) -> None:
+    """Not equal, by far more than rounding: guards a comparison against being empty."""
+    scale = want.detach().abs().max()
+    eps = torch.finfo(want.dtype).eps
+    assert float((got - want).detach().abs().max() / scale) > 4 * EPSILONS * eps, "nothing was changed"
+
+
+def outputs(module: nn.Module, tensors: Mapping[str, torch.Tensor], names: Sequence[str], **more: Any) -> dict[str, torch.Tensor]:
+    """The outputs of a model by the names a graph gives them."""
+    result = module(**tensors, **more)
+    if isinstance(result, torch.Tensor):
+        result = {names[0]: result}
+    return {name: result[name] for name in names}
+
+
+def perturb(module: nn.Module, names: Sequence[str] | None = None, seed: int = 5) -> None:
+    """Add noise to everything trained, deterministically, so that no adapter is the identity."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad if names is None else name in names:
+                noise = 0.1 * torch.randn(parameter.shape, generator=generator)
+                parameter.add_(noise.to(parameter.dtype))
+
+
+@cache
+def field_names(method: str) -> frozenset[str]:
+    return frozenset(f.name for f in dataclasses.fields(load_methods()[method]))  # type: ignore[arg-type]
+
+
+def entry(method: str, name: str, **options: Any) -> dict[str, Any]:
+    """An `adapt` entry of a method for a family."""
+    family = FAMILIES[name]
+    whole = "parameter" in load_methods()[method].kinds
+    found: dict[str, Any] = {"method": method, "target": list(family.whole if whole else family.target)}
+    if "r" in field_names(method):
+        found["r"] = 4
+    if "feedforward" in field_names(method):
+        found["feedforward"] = list(family.feedforward)
+    return found | options
+
+
+class Zoo:
+    """Every family: built, saved and traced once."""
+
+    def __init__(self, root: Path) -> None:
+        import transformers
+
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        self.root = root
+        self._eager: dict[str, nn.Module] = {}
+        self._graphs: dict[tuple[str, str | None], Graph] = {}
+        self._compiled: dict[tuple[str, str], Compiled] = {}
+
+    def eager(self, name: str) -> nn.Module:
+        """The model itself, in evaluation mode; not to be changed."""
+        if name not in self._eager:
+            torch.manual_seed(0)
+            model = randomise(FAMILIES[name].build())
+            if hasattr(model, "tie_weights"):
+                model.tie_weights()
+            if FAMILIES[name].task:
+                model.save_pretrained(self.root / name)
+            self._eager[name] = model.eval()
+        return self._eager[name]
+
+    def fresh(self, name: str) -> nn.Module:
+        """A copy that a test may change."""
+        return copy.deepcopy(self.eager(name))
+
+    def directory(self, name: str) -> Path:
+        """Where a Hugging Face model is saved."""
+        self.eager(name)
+        return self.root / name
+
+    def base_of(self, name: str, **more: Any) -> dict[str, Any]:
+        """The `base` of a spec."""
+        return {"model": str(self.directory(name)), "task": FAMILIES[name].task, **more}
+
+    def run_eager(self, name: str, tensors: Mapping[str, torch.Tensor], model: nn.Module | None = None) -> dict[str, torch.Tensor]:
+        """The outputs of the eager model."""
+        more = {"use_cache": False} if FAMILIES[name].cache else {}
+        return outputs(model or self.eager(name), tensors, self.graph(name).outputs, **more)
+
+    def graph(self, name: str, dtype: str | None = None) -> Graph:
+        """The traced graph; not to be changed."""
+        if (name, dtype) not in self._graphs:
+            if FAMILIES[name].task:
+                base = make_base(load({"base": self.base_of(name, **({"dtype": dtype} if dtype else {}))}))
+            else:
+                model = self.eager(name)
+                if dtype:
+                    model = self.fresh(name).to(getattr(torch, dtype))
+                examples = inputs(name, 3, 11)
+                if dtype:
+                    examples["x"] = examples["x"].to(getattr(torch, dtype))
+                base = from_module(model, inputs_from_examples(model, examples, self.dynamic(name)))
+            self._graphs[name, dtype] = trace(base)
+        return self._graphs[name, dtype]
+
+    def dynamic(self, name: str) -> dict[str, dict[int, str]]:
+        """The dynamic dimensions of a plain module's inputs."""
+        axes = {0: "batch"} if name == "mlp" else {0: "batch", 1: "seq"}
+        return {key: axes for key in inputs(name)}
+
+    def compiled(self, name: str, adapt: Sequence[Mapping[str, Any]], dtype: str | None = None, **spec: Any) -> Compiled:
+        """`adaptc.compile` on a base that is traced already."""
+        base = {"base": self.base_of(name)} if FAMILIES[name].task else {}
+        loaded = load({**base, "adapt": list(adapt), **spec})
+        graph = self.graph(name, dtype)
+        plan = make_plan(loaded, graph)
+        return Compiled(loaded, plan, graph, list(plan.records))
+
+    def adapted(self, method: str, name: str) -> Compiled:
+        """A compiled model with a method, its adapters perturbed; shared, so not to be changed."""
+        if (method, name) not in self._compiled:
+            compiled = self.compiled(name, [entry(method, name)])
+            perturb(compiled.module)
+            self._compiled[method, name] = compiled
+        return self._compiled[method, name]
