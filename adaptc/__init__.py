@@ -28,6 +28,26 @@ if TYPE_CHECKING:
     from adaptc.pipeline import graph_pass as graph_pass
     from adaptc.spec import Spec as Spec
 
+__all__ = [
+    "AdaptcError",
+    "Compiled",
+    "Graph",
+    "Param",
+    "Pass",
+    "ProofError",
+    "RefusedError",
+    "Spec",
+    "SpecError",
+    "WeightMethod",
+    "compile",
+    "graph_pass",
+    "load",
+    "load_adapter",
+    "passes",
+    "run",
+    "save_adapter",
+    "trace",
+]
 _HOMES = {
     "compile": "adaptc.compiler",
     "Compiled": "adaptc.compiled",
@@ -47,7 +67,6 @@ _HOMES = {
     "ProofError": "adaptc.errors",
     "RefusedError": "adaptc.errors",
 }
-__all__ = sorted([*_HOMES, "passes"])
 
 
 def __getattr__(name: str) -> Any:

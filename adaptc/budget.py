@@ -14,7 +14,7 @@ from adaptc.graph import Graph
 aten = torch.ops.aten
 BATCH, LENGTH = 1, 128
 """The example that operations are counted for: one row, 128 of everything else that is dynamic."""
-PRODUCTS = {
+PRODUCTS: dict[Any, int] = {
     aten.linear.default: 0,
     aten.addmm.default: 1,
     aten.mm.default: 0,
@@ -95,7 +95,7 @@ def _symbols(graph: Graph) -> dict[Any, int]:
     found: dict[Any, int] = {}
     specs = {spec.name: spec for spec in graph.inputs}
     for node in graph.placeholders:
-        dims = specs[node.name].dims if node.name in specs else ()
+        dims = specs[str(node.target)].dims
         for size, dim in zip(node.meta["val"].shape, dims, strict=False):
             if isinstance(size, torch.SymInt):
                 found[size.node.expr] = BATCH if dim == "batch" else LENGTH

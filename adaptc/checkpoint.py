@@ -1,178 +1,42 @@
-"""Adapter checkpoints: what an adapter is made of, and PEFT's own files for it."""
+"""Adapter checkpoints as found on disk: read, checked, and matched with what was inserted."""
 
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+import pickle
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from adaptc.errors import WeightError
-from adaptc.graph import Graph
-from adaptc.method import PeftFormat, options_of
-from adaptc.names import matches_any
-from adaptc.registry import method_named
 from adaptc.weights import Held, Weight, open_safetensors, read_safetensors, sha256_of_files
 
-CONFIG, TENSORS, PICKLE, ORDER = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "adapter_model.bin",
-    "adapters.json",
-)
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+PICKLE, ORDER = "adapter_model.bin", "adapters.json"
 PREFIX = "base_model.model."
 BASE_HASH = "base_sha256"
 
 
 @dataclass(frozen=True)
-class AdapterTensor:
-    """One trained tensor: its name in the graph, its key in a checkpoint (without PEFT's prefix), its shape."""
-
-    name: str
-    key: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class AdapterRecord:
-    """One entry of a spec as inserted: enough to save, load and swap its tensors without the graph."""
-
-    adapter: str
-    entry: int
-    method: str
-    options: Mapping[str, Any]
-    modules: tuple[str, ...]
-    transposed: bool
-    tensors: tuple[AdapterTensor, ...]
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> AdapterRecord:
-        """Read what `asdict` wrote."""
-        tensors = tuple(AdapterTensor(t["name"], t["key"], tuple(t["shape"])) for t in data["tensors"])
-        return cls(**{**data, "modules": tuple(data["modules"]), "tensors": tensors})
-
-    @property
-    def format(self) -> PeftFormat | None:
-        """How PEFT spells the method, if it has it."""
-        return method_named(self.method).peft
-
-
-def records_of(graph: Graph) -> list[AdapterRecord]:
-    """What was inserted into a graph, an entry at a time, in order."""
-    groups: dict[tuple[int, str], list[Any]] = {}
-    for adaptation in graph.adaptations:
-        groups.setdefault((adaptation.entry, adaptation.method.name), []).append(adaptation)
-    found = []
-    for (entry, method), group in groups.items():
-        tensors = tuple(
-            AdapterTensor(name, f"{a.site.module}.{param.key}".lstrip("."), param.shape)
-            for a in group
-            for name, param in a.params.values()
-        )
-        modules = tuple(dict.fromkeys(a.site.module for a in group))
-        transposed = any(a.site.transposed for a in group)
-        options = json.loads(json.dumps(options_of(group[0].declared), default=list))
-        found.append(AdapterRecord(group[0].adapter, entry, method, options, modules, transposed, tensors))
-    return found
-
-
-def save(
-    records: Sequence[AdapterRecord],
-    values: Mapping[str, torch.Tensor],
-    directory: Path,
-    base: Mapping[str, str],
-) -> None:
-    """Write adapters as PEFT checkpoints: one in `directory`, or several below it with their order.
-
-    Args:
-        records: what was inserted.
-        values: the tensors by their names in the graph.
-        directory: made if missing.
-        base: `name` and `sha256` of the base, kept in the checkpoint.
-    """
-    groups = group(records)
-    if not groups:
-        raise WeightError("there is no adapter to save: nothing was inserted")
-    names = [""] if len(groups) == 1 else _directories(groups)
-    for name, members in zip(names, groups, strict=True):
-        target = directory / name
-        target.mkdir(parents=True, exist_ok=True)
-        tensors = {
-            PREFIX + t.key: values[t.name].detach().cpu().contiguous().clone()
-            for r in members
-            for t in r.tensors
-        }
-        metadata = {"format": "pt", **({BASE_HASH: base["sha256"]} if base.get("sha256") else {})}
-        save_file(tensors, target / TENSORS, metadata=metadata)
-        (target / CONFIG).write_text(
-            json.dumps(_config(members, base.get("name")), indent=2, sort_keys=True) + "\n"
-        )
-    if len(groups) > 1:
-        (directory / ORDER).write_text(json.dumps({"order": names}, indent=2) + "\n")
-
-
-def group(records: Sequence[AdapterRecord]) -> list[list[AdapterRecord]]:
-    """Records that share a checkpoint: a method, and what joins its configuration."""
-    groups = [[r] for r in records if r.format is None or not r.format.joins]
-    for record in records:
-        if record.format is not None and record.format.joins:
-            host = next(
-                (g for g in groups if g[0].adapter == record.adapter and g[0].format and g[0].format.type),
-                None,
-            )
-            if host is None:
-                groups.append([record])
-            else:
-                host.append(record)
-    return groups
-
-
-def _directories(groups: Sequence[Sequence[AdapterRecord]]) -> list[str]:
-    names = [group[0].adapter for group in groups]
-    if max(Counter(names).values()) > 1:
-        names = [f"{group[0].adapter}-{group[0].method}" for group in groups]
-    return [name if names.count(name) == 1 else f"{name}-{index}" for index, name in enumerate(names)]
-
-
-def _config(group: Sequence[AdapterRecord], base: str | None) -> dict[str, Any]:
-    host, joined = group[0], group[1:]
-    config: dict[str, Any] = {"base_model_name_or_path": base, "inference_mode": True, "task_type": None}
-    if host.format is None or host.format.type is None:
-        return config | {
-            "peft_type": None,
-            "adaptc_method": host.method,
-            "adaptc_options": dict(host.options),
-            "target_modules": list(host.modules),
-        }
-    config |= {"peft_type": host.format.type, "target_modules": list(host.modules), **host.format.fixed}
-    if host.transposed:
-        config["fan_in_fan_out"] = True
-    for ours, theirs in host.format.options.items():
-        value = host.options[ours]
-        config[theirs] = (
-            [m for m in host.modules if matches_any(value, m)] if ours in host.format.modules else value
-        )
-    for record in joined:
-        assert record.format is not None
-        assert record.format.joins is not None
-        config.setdefault(record.format.joins, []).extend(record.modules)
-    return config
-
-
-@dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint as found on disk; tensors are not loaded."""
+    """A checkpoint as found on disk; tensors are not loaded.
+
+    Attributes:
+        path: its directory.
+        config: its configuration.
+        tensors: key without PEFT's prefix -> tensor.
+        base_sha256: the base it was trained on, where adaptc wrote it.
+        saved_modules: modules trained whole whose tensors it holds.
+    """
 
     path: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, Weight]
     base_sha256: str | None = None
-    saved_modules: tuple[str, ...] = field(default=())
+    saved_modules: tuple[str, ...] = ()
 
     @property
     def sha256(self) -> str:
@@ -181,11 +45,28 @@ class Checkpoint:
 
 
 def directories(path: Path) -> list[Path]:
-    """The checkpoints in a directory, in the order they apply."""
+    """The checkpoints in a directory, in the order they apply.
+
+    Raises:
+        WeightError: the file that holds the order is broken.
+    """
     order = path / ORDER
-    if order.is_file():
-        return [path / name for name in json.loads(order.read_text())["order"]]
-    return [path]
+    if not order.is_file():
+        return [path]
+    names = _json(order).get("order")
+    plain = isinstance(names, list) and all(isinstance(n, str) and Path(n).name == n for n in names)
+    if not names or not plain:
+        raise WeightError(f'{order}: expected {{"order": [...]}} with the names of the folders beside it')
+    return [path / name for name in names]
+
+
+def missing(path: Path) -> str | None:
+    """Why there is no checkpoint at a path, or None if there is one."""
+    if not path.is_dir():
+        return f"{path}: no such directory; expected an adapter's checkpoint with {CONFIG} and {TENSORS}"
+    if not (path / CONFIG).is_file() and not (path / ORDER).is_file():
+        return f"{path}: no {CONFIG} there, so this is no adapter's checkpoint (save_pretrained writes one)"
+    return None
 
 
 def read(path: Path, allow_pickle: bool = False) -> Checkpoint:
@@ -194,79 +75,130 @@ def read(path: Path, allow_pickle: bool = False) -> Checkpoint:
     Raises:
         WeightError: it is missing, truncated, pickled, or not an adapter of a known format.
     """
-    if not path.is_dir():
-        raise WeightError(
-            f"{path}: no such directory; expected an adapter's checkpoint with {CONFIG} and {TENSORS}"
-        )
-    if not (path / CONFIG).is_file():
-        raise WeightError(
-            f"{path}: no {CONFIG} there, so this is no adapter's checkpoint (save_pretrained writes one)"
-        )
-    try:
-        config = json.loads((path / CONFIG).read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise WeightError(f"{path / CONFIG}: not JSON ({error})") from None
+    absent = missing(path)
+    if absent or not (path / CONFIG).is_file():
+        raise WeightError(absent or f"{path}: no {CONFIG} there")
+    config = _json(path / CONFIG)
     sha = None
     if (path / TENSORS).is_file():
         sha = (open_safetensors(path / TENSORS).metadata() or {}).get(BASE_HASH)
         tensors: Mapping[str, Weight] = read_safetensors(path / TENSORS)
     elif (path / PICKLE).is_file():
-        if not allow_pickle:
-            raise WeightError(
-                f"{path / PICKLE} is a pickle, which can run code when opened; save the adapter as {TENSORS}, "
-                "or write `allow_pickle: true` in this entry if you trust it"
-            )
-        loaded = torch.load(path / PICKLE, map_location="cpu", weights_only=True)
-        tensors = {key: Held(value) for key, value in loaded.items()}
+        tensors = _unpickled(path / PICKLE, allow_pickle)
     else:
         raise WeightError(f"{path}: no {TENSORS} there")
-    foreign = next((key for key in tensors if not key.startswith(PREFIX)), None)
-    if foreign is not None:
-        raise WeightError(
-            f"{path}: tensor {foreign!r} does not start with {PREFIX!r}: not a checkpoint as PEFT writes it"
-        )
+    for key, weight in tensors.items():
+        if not key.startswith(PREFIX):
+            raise WeightError(
+                f"{path}: tensor {key!r} does not start with {PREFIX!r}: not a checkpoint as PEFT writes it"
+            )
+        if not weight.dtype.is_floating_point:
+            kind = str(weight.dtype).removeprefix("torch.")
+            raise WeightError(f"{path}: tensor {key!r} is {kind}; trained weights are floating-point numbers")
     named = {key.removeprefix(PREFIX): weight for key, weight in tensors.items()}
-    saved = tuple(m for m in config.get("modules_to_save") or () if any(_below(m, key) for key in named))
+    listed = config.get("modules_to_save") or []
+    saved = tuple(m for m in listed if any(f".{key}".find(f".{m}.") >= 0 for key in named))
     return Checkpoint(path, config, named, sha, saved)
 
 
-def _below(module: str, key: str) -> bool:
-    return f".{key}".find(f".{module}.") >= 0
+def match(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Check a checkpoint's keys and shapes against what was inserted; no tensor is loaded.
 
-
-def assign(checkpoint: Checkpoint, records: Iterable[AdapterRecord]) -> dict[str, Weight]:
-    """Match a checkpoint's tensors with inserted parameters: name in the graph -> tensor.
+    Args:
+        checkpoint: the checkpoint.
+        expected: key without PEFT's prefix -> shape.
 
     Raises:
-        WeightError: a tensor is missing, left over, mis-shaped, or not finite.
+        WeightError: a tensor is missing, left over or mis-shaped.
     """
-    left = dict(checkpoint.tensors)
-    found: dict[str, Weight] = {}
-    for record in records:
-        for tensor in record.tensors:
-            weight = left.pop(tensor.key, None)
-            if weight is None:
-                raise WeightError(
-                    f"{checkpoint.path}: tensor {PREFIX + tensor.key!r} is missing; the file is incomplete"
-                )
-            if weight.shape != tensor.shape:
-                raise WeightError(
-                    f"{checkpoint.path}: tensor {PREFIX + tensor.key!r} has shape {list(weight.shape)}, but this base "
-                    f"and this configuration need {list(tensor.shape)}; the adapter was trained on another base, "
-                    "or its configuration was changed"
-                )
-            if not torch.isfinite(weight.load()).all():
-                raise WeightError(f"{checkpoint.path}: tensor {PREFIX + tensor.key!r} holds NaN or infinity")
-            found[tensor.name] = weight
+    held = checkpoint.tensors
+    absent = [key for key in expected if key not in held]
+    left = [key for key in held if key not in expected]
+    shifted = _shift(left, set(expected)) if left else None
+    if shifted:
+        raise WeightError(
+            f"{checkpoint.path}: {shifted}; it was trained on another task's model: see base.task"
+        )
+    if absent:
+        raise WeightError(
+            f"{checkpoint.path}: tensor {PREFIX + absent[0]!r} is missing; the file is incomplete, "
+            "or the adapter was trained on another base"
+        )
+    for key, shape in expected.items():
+        if held[key].shape != shape:
+            raise WeightError(
+                f"{checkpoint.path}: tensor {PREFIX + key!r} has shape {list(held[key].shape)}, but this base and "
+                f"this configuration need {list(shape)}; the adapter was trained on another base, "
+                "or its configuration was changed"
+            )
     if left:
-        shown = ", ".join(repr(PREFIX + key) for key in list(left)[:3])
+        shown = ", ".join(repr(PREFIX + key) for key in left[:3])
         raise WeightError(
             f"{checkpoint.path}: {len(left)} tensors fit no layer this adapter was given: {shown}; "
             "it was trained on another base, or holds something this version does not read"
         )
+
+
+def load(checkpoint: Checkpoint, keys: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Load tensors that were matched.
+
+    Raises:
+        WeightError: one holds a value that is not finite.
+    """
+    found = {}
+    for key in keys:
+        found[key] = checkpoint.tensors[key].load()
+        if not torch.isfinite(found[key]).all():
+            raise WeightError(f"{checkpoint.path}: tensor {PREFIX + key!r} holds NaN or infinity")
     return found
 
 
-def as_json(records: Sequence[AdapterRecord]) -> list[dict[str, Any]]:
-    """Records as plain data, for a manifest."""
-    return [asdict(record) for record in records]
+def check_base(checkpoint: Checkpoint, sha256: str) -> None:
+    """Check that a checkpoint which names its base names this one.
+
+    Raises:
+        WeightError: it was trained on another.
+    """
+    if checkpoint.base_sha256 and checkpoint.base_sha256 != sha256:
+        raise WeightError(
+            f"{checkpoint.path}: this adapter was trained on another base: its own has SHA-256 "
+            f"{checkpoint.base_sha256[:12]}..., this one {sha256[:12]}..."
+        )
+
+
+def _shift(left: list[str], expected: set[str]) -> str | None:
+    """Words for keys that fit but for a module put in front, or left out there; None if they do not."""
+    for key in left:
+        first, _, rest = key.partition(".")
+        if rest in expected:
+            return f"its keys start with '{first}.', which this model's do not"
+        longer = next((name for name in expected if name.partition(".")[2] == key), None)
+        if longer:
+            return f"this model's keys start with '{longer.partition('.')[0]}.', which its keys do not"
+    return None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise WeightError(f"{path}: not JSON ({error})") from None
+    if not isinstance(data, dict):
+        raise WeightError(f"{path}: expected a JSON object, got {type(data).__name__}")
+    return data
+
+
+def _unpickled(path: Path, allowed: bool) -> dict[str, Weight]:
+    if not allowed:
+        raise WeightError(
+            f"{path} is a pickle, which can run code when opened; save the adapter as {TENSORS}, "
+            "or write `allow_pickle: true` in this entry if you trust it"
+        )
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, OSError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise WeightError(f"{path}: truncated, or more than tensors is in it ({first})") from None
+    if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+        raise WeightError(f"{path}: expected a dict of tensors, got {type(loaded).__name__}")
+    return {str(key): Held(value) for key, value in loaded.items()}

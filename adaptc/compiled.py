@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -11,13 +10,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from adaptc import checkpoint
+from adaptc import adapters
+from adaptc.checkpoint import check_base
 from adaptc.emit.torch import META, load_adapter_into
 from adaptc.errors import WeightError
 from adaptc.expression import Folded
 from adaptc.graph import Graph, bind
 from adaptc.pipeline import PassRecord, run
-from adaptc.plan import Plan
+from adaptc.plan import Plan, Planned
 from adaptc.proof import Proof, gradients, prove, randomised, runner, tolerance
 from adaptc.registry import load_passes
 from adaptc.spec import Spec
@@ -152,7 +152,7 @@ class Compiled:
             "buffers": sorted(graph.buffers),
             "transient": sorted(graph.transient),
             "trainable": graph.adapter_names,
-            "adapters": checkpoint.as_json(checkpoint.records_of(graph)),
+            "adapters": adapters.as_json(adapters.records_of(graph)),
             "base": {"name": self.base.base.describe, "sha256": self.base_sha256},
         }
 
@@ -173,22 +173,25 @@ class Compiled:
         return proof
 
     def _load_checkpoints(self) -> None:
-        found = checkpoint.records_of(self.graph)
-        for path in dict.fromkeys(p.checkpoint.path for p in self.plan.entries if p.checkpoint is not None):
-            planned = [p for p in self.plan.entries if p.checkpoint is not None and p.checkpoint.path == path]
-            holds = planned[0].checkpoint
-            assert holds is not None
-            if holds.base_sha256 and holds.base_sha256 != self.base_sha256:
-                raise WeightError(
-                    f"{path}: this adapter was trained on another base: its own has SHA-256 {holds.base_sha256[:12]}…, "
-                    f"{self.base.base.describe} has {self.base_sha256[:12]}…"
+        found = adapters.records_of(self.graph)
+        by_path: dict[Path, list[Planned]] = {}
+        for planned in self.plan.entries:
+            if planned.checkpoint is not None:
+                by_path.setdefault(planned.checkpoint.path, []).append(planned)
+        for members in by_path.values():
+            checkpoint = members[0].checkpoint
+            assert checkpoint is not None
+            wanted = [(p.entry, p.insert.method.name, p.insert.adapter) for p in members]
+            try:
+                if checkpoint.base_sha256:
+                    check_base(checkpoint, self.base_sha256)
+                values = adapters.assign(
+                    checkpoint, [r for r in found if (r.entry, r.method, r.adapter) in wanted]
                 )
-            wanted = [(p.entry, p.insert.method.name, p.insert.adapter) for p in planned]
-            records = [r for r in found if (r.entry, r.method, r.adapter) in wanted]
-            values: Mapping[str, Any] = checkpoint.assign(holds, records)
-            for name, weight in values.items():
-                kind = self.graph.weights[name].dtype
-                self.graph.weights[name] = Held(weight.load().to(kind))
+            except WeightError as error:
+                raise self.spec.weight_error(("adapt", members[0].entry, "adapter"), error) from None
+            for name, value in values.items():
+                self.graph.weights[name] = Held(value.to(self.graph.weights[name].dtype))
 
 
 def tensors_of(compiled: Compiled) -> dict[str, torch.Tensor]:

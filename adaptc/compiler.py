@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from adaptc.compiled import Compiled
-from adaptc.errors import TraceError
+from adaptc.errors import InputError, TraceError
 from adaptc.graph import Graph, bind
 from adaptc.pipeline import PassRecord
 from adaptc.plan import Plan, make_plan
@@ -47,12 +48,13 @@ def compile(
     """
     loaded = load(spec, overrides)
     base = make_base(loaded, model, example_inputs, dynamic)
-    graph = trace(base)
+    graph = _trace(loaded, base)
     if after is not None:
         after("trace", graph)
     records: list[PassRecord] = []
     plan = make_plan(loaded, graph, after)
     records += plan.records
+    _ = base.bound  # a broken checkpoint is found before anything is written
     compiled = Compiled(loaded, plan, graph, records, after)
     if base.model is not None and not base.files and model is not None:
         compiled.proofs.append(
@@ -66,7 +68,14 @@ def plan(
 ) -> tuple[Spec, Plan]:
     """Plan a spec without reading a weight."""
     loaded = load(spec, overrides)
-    return loaded, make_plan(loaded, trace(make_base(loaded)))
+    return loaded, make_plan(loaded, _trace(loaded, make_base(loaded)))
+
+
+def _trace(spec: Spec, base: Base) -> Graph:
+    try:
+        return trace(base)
+    except InputError as error:
+        raise spec.error(("inputs",), *str(error).splitlines()) from error
 
 
 def make_base(
@@ -93,6 +102,7 @@ def make_base(
     entry = require_base(spec)
     try:
         if entry.python is not None:
+            _importable(spec)
             return modules.from_factory(entry.python, entry.args, inputs, entry.dtype)
         if entry.program is not None:
             return modules.from_program(resolve_path(spec, entry.program), inputs)
@@ -100,6 +110,13 @@ def make_base(
     except TraceError as error:
         key = next(k for k in ("python", "program", "model") if getattr(entry, k) is not None)
         raise spec.error(("base", key), *str(error).splitlines()) from error
+
+
+def _importable(spec: Spec) -> None:
+    """Let a factory stand in a file beside the spec, or in the working directory."""
+    for folder in (str(spec.directory), str(Path.cwd())):
+        if folder not in sys.path:
+            sys.path.insert(0, folder)
 
 
 def _huggingface(spec: Spec, entry: Any, inputs: tuple[Any, ...]) -> Base:

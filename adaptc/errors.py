@@ -49,6 +49,10 @@ class TraceError(AdaptcError):
     """The model could not be traced into a graph; quotes the user's own source line where there is one."""
 
 
+class InputError(TraceError):
+    """The inputs named do not fit the model."""
+
+
 class WeightError(AdaptcError):
     """A weight or checkpoint file is missing, truncated, mis-shaped, not finite, pickled or of another base."""
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
 
 from adaptc.graph import ORIGIN, Graph
 from adaptc.weights import Weight
@@ -81,7 +82,7 @@ class Expression:
                     tensor = self.leaves[str(node.target)].load()
                     values[node] = tensor.to(wide) if tensor.dtype.is_floating_point else tensor
                 else:
-                    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__)  # type: ignore[arg-type]
+                    args, kwargs = map_arg((node.args, dict(node.kwargs)), values.__getitem__)  # type: ignore[arg-type]
                     values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         return values[self.result]
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.node import map_arg
 
 from adaptc.inputs import InputSpec
 from adaptc.method import Method, Param
@@ -103,7 +104,7 @@ class Graph:
     def call(self, target: Any, *args: Any, like: fx.Node) -> fx.Node:
         """Insert an operation at the current insertion point, its value and origin recorded."""
         node = self.module.graph.call_function(target, args)
-        values = fx.node.map_arg(args, lambda operand: operand.meta.get("val", False))
+        values = map_arg(args, lambda operand: operand.meta.get("val", False))
         with self.fake_mode, torch.no_grad():
             node.meta["val"] = target(*values)
         node.meta |= {k: v for k, v in like.meta.items() if k in ORIGIN}
@@ -142,6 +143,8 @@ class Graph:
         module = fx.GraphModule(self.module, copy_nodes(self.module.graph))
         for name, value in list(self.module.named_parameters(remove_duplicate=False)):
             put(module, name, value)
+        for name, value in list(self.module.named_buffers(remove_duplicate=False)):
+            put(module, name, value)
         return replace(
             self,
             module=module,
@@ -176,7 +179,7 @@ def copy_nodes(nodes: fx.Graph) -> fx.Graph:
 
 def signature(node: fx.Node) -> Any:
     """What a node's value depends on: its operation, and the recorded values of its operands."""
-    operands = fx.node.map_arg((node.args, dict(node.kwargs)), lambda operand: id(operand.meta.get("val")))
+    operands = map_arg((node.args, dict(node.kwargs)), lambda operand: id(operand.meta.get("val")))
     return (node.target, repr(operands))
 
 

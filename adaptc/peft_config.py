@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from adaptc.checkpoint import AdapterRecord, Checkpoint
+from pydantic import TypeAdapter, ValidationError
+
+from adaptc.adapters import AdapterRecord
+from adaptc.checkpoint import CONFIG, Checkpoint
 from adaptc.errors import WeightError
-from adaptc.method import Method
+from adaptc.method import Method, options_of
 from adaptc.registry import load_methods
+from adaptc.select import ALL_LINEAR
 
 DESCRIPTIVE = frozenset(
     {
@@ -66,10 +69,10 @@ def declared(checkpoint: Checkpoint) -> Declared:
         _check_rest(checkpoint, cls)
         options = {ours: config[theirs] for ours, theirs in cls.peft.options.items() if theirs in config}
         for name in cls.peft.modules:
-            options[name] = tuple(_patterns(options.get(name) or ()))
+            options[name] = tuple(_patterns(checkpoint, cls.peft.options[name]))
         saved = [p for m in checkpoint.saved_modules for p in (m, f"*.{m}", f"{m}.*", f"*.{m}.*")]
-        exclude = (*_patterns(config.get("exclude_modules") or ()), *saved)
-        return Declared(cls, options, _target(checkpoint), exclude)
+        exclude = (*_patterns(checkpoint, "exclude_modules"), *saved)
+        return Declared(cls, _checked(checkpoint, cls, options), _target(checkpoint), exclude)
     known = sorted({cls.peft.type for cls in load_methods().values() if cls.peft and cls.peft.type})
     raise WeightError(
         f"{checkpoint.path}: peft_type {kind!r} is not a method this adaptc has; it reads {', '.join(known)}"
@@ -104,7 +107,8 @@ def _own(checkpoint: Checkpoint) -> Declared:
         raise WeightError(
             f"{checkpoint.path}: method {config['adaptc_method']!r} is not installed; install the package that has it"
         )
-    return Declared(cls, dict(config.get("adaptc_options") or {}), list(config["target_modules"]), ())
+    options = _checked(checkpoint, cls, dict(config.get("adaptc_options") or {}))
+    return Declared(cls, options, _target(checkpoint), ())
 
 
 def _check_rest(checkpoint: Checkpoint, cls: type[Method]) -> None:
@@ -126,23 +130,49 @@ def _check_rest(checkpoint: Checkpoint, cls: type[Method]) -> None:
         )
 
 
-def _patterns(value: Any) -> list[str]:
+def _checked(checkpoint: Checkpoint, cls: type[Method], options: dict[str, Any]) -> dict[str, Any]:
+    """The options as the method takes them, held against the same bounds as in a spec."""
+    try:
+        return options_of(TypeAdapter(cls).validate_python(options))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        ours = str(first["loc"][0]) if first["loc"] else ""
+        key = cls.peft.options.get(ours, ours) if cls.peft else ours
+        place = ".".join([key, *map(str, first["loc"][1:])])
+        words = first["msg"].lower().replace("input should", "it should")
+        raise WeightError(f"{checkpoint.path / CONFIG}: {place}: {words}, got {first['input']!r}") from None
+
+
+def _patterns(checkpoint: Checkpoint, key: str) -> list[str]:
+    """PEFT's way to name modules: text is a regex on the full name, an item of a list the name's ending."""
+    value = checkpoint.config.get(key)
     if isinstance(value, str):
-        return [value if value == "all-linear" else f"re:{value}"]
-    return [pattern for name in value for pattern in (_literal(name), f"re:.*\\.{re.escape(name)}")]
-
-
-def _literal(name: str) -> str:
-    return f"re:{re.escape(name)}"
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise WeightError(
+                f"{checkpoint.path / CONFIG}: {key}: {value!r} is not a regular expression: {error}"
+            ) from None
+        return [value if value == ALL_LINEAR else f"re:{value}"]
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise WeightError(
+            f"{checkpoint.path / CONFIG}: {key}: expected text or a list of names, got {value!r}"
+        )
+    return [f"re:(.*\\.)?{re.escape(name)}" for name in value]
 
 
 def _target(checkpoint: Checkpoint) -> Any:
-    config: Mapping[str, Any] = checkpoint.config
-    patterns = _patterns(config.get("target_modules") or ())
+    patterns = _patterns(checkpoint, "target_modules")
     if not patterns:
-        raise WeightError(f"{checkpoint.path}: its configuration names no target_modules")
-    layers = config.get("layers_to_transform")
+        raise WeightError(f"{checkpoint.path / CONFIG}: its configuration names no target_modules")
+    layers = checkpoint.config.get("layers_to_transform")
     if layers is None:
         return patterns
     numbers = [layers] if isinstance(layers, int) else layers
+    if not isinstance(numbers, list) or not all(type(number) is int for number in numbers):
+        raise WeightError(
+            f"{checkpoint.path / CONFIG}: layers_to_transform: expected layer numbers, got {layers!r}"
+        )
     return {"name": patterns, "layers": ",".join(str(n) for n in numbers)}

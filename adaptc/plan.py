@@ -12,7 +12,7 @@ from torch import fx
 
 from adaptc.adapt_entries import AdapterEntry
 from adaptc.budget import Budget, budget
-from adaptc.checkpoint import Checkpoint, directories, read
+from adaptc.checkpoint import Checkpoint, directories, match, missing, read
 from adaptc.errors import Problem, SpecError, WeightError
 from adaptc.graph import Graph
 from adaptc.insert import Insert, parameter_name
@@ -87,6 +87,7 @@ def make_plan(spec: Spec, graph: Graph, after: Any = None) -> Plan:
     problems += _name_clashes(spec, entries)
     if problems:
         raise SpecError(problems)
+    _match_checkpoints(spec, entries)
     passes = _pipeline(spec, entries)
     wrong = check_order(passes)
     if wrong:
@@ -117,6 +118,9 @@ def _planned(spec: Spec, graph: Graph, index: int) -> list[Planned]:
         return [Planned(index, item, item.selection(graph))]
     found = []
     try:
+        absent = missing(resolve_path(spec, entry.adapter))
+        if absent:
+            raise spec.error(("adapt", index, "adapter"), absent)
         for directory in directories(resolve_path(spec, entry.adapter)):
             checkpoint = read(directory, entry.allow_pickle)
             what = declared(checkpoint)
@@ -135,7 +139,7 @@ def _planned(spec: Spec, graph: Graph, index: int) -> list[Planned]:
             found.append(Planned(index, item, item.selection(graph), checkpoint))
             found += _joined(spec, graph, index, name, checkpoint)
     except WeightError as error:
-        raise WeightError(f"{spec.source.problem(('adapt', index, 'adapter'), str(error))}") from error
+        raise spec.weight_error(("adapt", index, "adapter"), error) from None
     return found
 
 
@@ -147,6 +151,24 @@ def _joined(spec: Spec, graph: Graph, index: int, name: str, checkpoint: Checkpo
     make: Any = load_passes()[f"insert-{cls.name}"]
     item = make(target=target, adapter=name, entry=index, seed=spec.seed)
     return [Planned(index, item, item.selection(graph), checkpoint)]
+
+
+def _match_checkpoints(spec: Spec, entries: Sequence[Planned]) -> None:
+    """Hold the keys and shapes of every checkpoint against what will be inserted for it."""
+    for path in dict.fromkeys(p.checkpoint.path for p in entries if p.checkpoint is not None):
+        members = [p for p in entries if p.checkpoint is not None and p.checkpoint.path == path]
+        expected = {
+            f"{site.module}.{param.key}".lstrip("."): param.shape
+            for planned in members
+            for site in planned.selection.sites
+            for param in planned.insert.method.at(site).params(site).values()
+        }
+        checkpoint = members[0].checkpoint
+        assert checkpoint is not None
+        try:
+            match(checkpoint, expected)
+        except WeightError as error:
+            raise spec.weight_error(("adapt", members[0].entry, "adapter"), error) from None
 
 
 def _problems(spec: Spec, graph: Graph, planned: Planned) -> list[Problem]:

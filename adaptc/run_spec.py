@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptc.compiler import compile as compile_spec
+from adaptc.emit.places import places
 from adaptc.emit.products import emit_all
 from adaptc.errors import AdaptcError, SpecError
 from adaptc.graph import Graph
@@ -34,6 +35,7 @@ def run_spec(
         raise loaded.error(
             ("emit",), "nothing to write", "such as emit: [{format: onnx, path: build/model.onnx}]"
         )
+    places(loaded, loaded.emit, output_dir)
     known = {"all", "trace", *load_passes()}
     if print_after is not None and print_after not in known:
         raise SpecError([_unknown_pass(print_after, known)])

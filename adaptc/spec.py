@@ -21,7 +21,7 @@ from pydantic import (
 from adaptc.adapt_entries import AdaptEntry
 from adaptc.base_entry import Base, Inputs
 from adaptc.emit_entries import EmitEntries
-from adaptc.errors import Problem, SpecError
+from adaptc.errors import Problem, SpecError, WeightError
 from adaptc.inputs import InputSpec
 from adaptc.source import Source
 from adaptc.spec_errors import fault, got, invalid, problems
@@ -103,6 +103,10 @@ class Spec(Part):
     def error(self, loc: Loc, message: str, *notes: str) -> SpecError:
         """An error at a place of this spec, for whoever finds something wrong later on."""
         return SpecError([self.source.problem(loc, message, *notes)])
+
+    def weight_error(self, loc: Loc, error: WeightError) -> WeightError:
+        """The same error, with the place of this spec that led to it."""
+        return WeightError(str(self.source.problem(loc, str(error))))
 
 
 def load(spec: str | os.PathLike[str] | Mapping[str, Any] | Spec, overrides: Sequence[str] = ()) -> Spec:

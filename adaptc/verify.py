@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 
 from adaptc.errors import VerifyError
 from adaptc.graph import VERIFIED, Graph, signature
@@ -90,7 +91,7 @@ def _propagate(graph: Graph) -> None:
         for node in graph.nodes:
             if node.op != "call_function" or node.meta.get(VERIFIED) == signature(node):
                 continue
-            args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), _recorded)  # type: ignore[arg-type]
+            args, kwargs = map_arg((node.args, dict(node.kwargs)), _recorded)  # type: ignore[arg-type]
             try:
                 value = node.target(*args, **kwargs)  # type: ignore[operator]
             except Exception as error:

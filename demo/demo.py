@@ -131,7 +131,9 @@ def main() -> None:
     after = accuracy(module.eval(), batches, held_out)
 
     console.print("\nfolding, exporting and proving:")
-    paths = emit_all(compiled, compiled.spec.emit, lambda _, proof: proof and console.print(f"  {proof}"), BUILD)
+    paths = emit_all(
+        compiled, compiled.spec.emit, lambda _, proof: proof and console.print(f"  {proof}"), BUILD
+    )
     folded, live, base = paths[:3]
     feeds = {k: v.numpy() for k, v in batches(held_out[:8]).items() if k != "labels"}
     seconds = latencies([base, live, folded], feeds)

@@ -22,6 +22,7 @@ from adaptc.registry import load_methods
 from adaptc.spec import load
 from adaptc.tracing.graph import trace
 from adaptc.tracing.module import from_module, inputs_from_examples
+from adaptc.weights import Held
 
 VOCABULARY = 99
 EPSILONS = 512
@@ -291,14 +292,21 @@ def outputs(module: nn.Module, tensors: Mapping[str, torch.Tensor], names: Seque
     return {name: result[name] for name in names}
 
 
-def perturb(module: nn.Module, names: Sequence[str] | None = None, seed: int = 5) -> None:
-    """Add noise to everything trained, deterministically, so that no adapter is the identity."""
+def perturbed(values: Mapping[str, torch.Tensor], seed: int = 5) -> dict[str, torch.Tensor]:
+    """Add noise to every adapter, deterministically, so that none is the identity."""
     generator = torch.Generator().manual_seed(seed)
+    return {
+        name: (value + 0.1 * torch.randn(value.shape, generator=generator)).to(value.dtype)
+        for name, value in values.items()
+    }
+
+
+def perturb(module: nn.Module, seed: int = 5) -> None:
+    """Add noise to everything trained."""
+    trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
     with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if parameter.requires_grad if names is None else name in names:
-                noise = 0.1 * torch.randn(parameter.shape, generator=generator)
-                parameter.add_(noise.to(parameter.dtype))
+        for name, value in perturbed(trained, seed).items():
+            trained[name].copy_(value)
 
 
 @cache
@@ -306,15 +314,15 @@ def field_names(method: str) -> frozenset[str]:
     return frozenset(f.name for f in dataclasses.fields(load_methods()[method]))  # type: ignore[arg-type]
 
 
-def entry(method: str, name: str, **options: Any) -> dict[str, Any]:
+def entry(method: str, family: str, **options: Any) -> dict[str, Any]:
     """An `adapt` entry of a method for a family."""
-    family = FAMILIES[name]
+    base = FAMILIES[family]
     whole = "parameter" in load_methods()[method].kinds
-    found: dict[str, Any] = {"method": method, "target": list(family.whole if whole else family.target)}
+    found: dict[str, Any] = {"method": method, "target": list(base.whole if whole else base.target)}
     if "r" in field_names(method):
         found["r"] = 4
     if "feedforward" in field_names(method):
-        found["feedforward"] = list(family.feedforward)
+        found["feedforward"] = list(base.feedforward)
     return found | options
 
 
@@ -390,10 +398,27 @@ class Zoo:
         plan = make_plan(loaded, graph)
         return Compiled(loaded, plan, graph, list(plan.records))
 
+    def initial(self, method: str, name: str) -> Compiled:
+        """A compiled model with a method as initialised; shared, so not to be changed."""
+        key = (method, name)
+        if key not in self._compiled:
+            self._compiled[key] = self.compiled(name, [entry(method, name)])
+            _ = self._compiled[key].module
+        return self._compiled[key]
+
     def adapted(self, method: str, name: str) -> Compiled:
-        """A compiled model with a method, its adapters perturbed; shared, so not to be changed."""
-        if (method, name) not in self._compiled:
-            compiled = self.compiled(name, [entry(method, name)])
-            perturb(compiled.module)
-            self._compiled[method, name] = compiled
-        return self._compiled[method, name]
+        """The same with perturbed adapters: its own graph, and a module that shares no adapter with `initial`."""
+        first = self.initial(method, name)
+        compiled = copy.copy(first)
+        compiled.__dict__.pop("module", None)
+        compiled.graph = first.graph.copy()
+        values = perturbed({n: first.graph.weights[n].load() for n in first.graph.adapter_names})
+        compiled.graph.weights.update({n: Held(value) for n, value in values.items()})
+        compiled.proofs, compiled.records = list(first.proofs), list(first.records)
+        compiled.__dict__["module"] = module = copy.deepcopy(first.module)
+        with torch.no_grad():
+            for key, parameter in module.named_parameters():
+                if key in values:
+                    parameter.copy_(values[key])
+                    compiled.graph.weights[key] = Held(parameter)
+        return compiled

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import fx
+from torch.fx.graph import CodeGen
 
 from adaptc.graph import Graph
 
@@ -23,7 +24,7 @@ def inference_graph(graph: Graph) -> Graph:
     results = output.args[0]
     flat = list(results) if isinstance(results, (list, tuple)) else [results]
     output.args = (tuple(flat[i] for i in kept),)
-    nodes.set_codegen(fx.graph.CodeGen())
+    nodes.set_codegen(CodeGen())
     for node in list(nodes.nodes):
         if node.op == "get_attr" and graph.aliases.get(str(node.target), node.target) != node.target:
             node.target = graph.aliases[str(node.target)]
@@ -32,7 +33,7 @@ def inference_graph(graph: Graph) -> Graph:
     nodes.eliminate_dead_code()
     for node in [n for n in nodes.nodes if n.op == "placeholder" and not n.users]:
         nodes.erase_node(node)
-    names = {n.name for n in nodes.nodes if n.op == "placeholder"}
+    names = {n.target for n in nodes.nodes if n.op == "placeholder"}
     graph.inputs = tuple(spec for spec in graph.inputs if spec.name in names)
     graph.outputs = tuple(graph.outputs[i] for i in kept)
     graph.module.recompile()
@@ -52,7 +53,7 @@ def _evaluate(nodes: fx.Graph) -> None:
 
 def _kept_outputs(graph: Graph) -> list[int]:
     """The outputs that do not need labels; all of them where each one does."""
-    tainted: set[fx.Node] = {n for n in graph.placeholders if n.name == LABELS}
+    tainted: set[fx.Node] = {n for n in graph.placeholders if n.target == LABELS}
     for node in graph.nodes:
         if any(operand in tainted for operand in node.all_input_nodes) and node.op != "output":
             tainted.add(node)

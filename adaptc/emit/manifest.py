@@ -36,12 +36,23 @@ def write_manifest(
         files: its files, whose hashes are recorded.
         old: the manifest now in that folder, if any.
     """
-    hashes = {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of_files([file])} for file in files}
-    products: dict[str, Any] = {}
-    if old is not None and old.is_file():
-        try:
-            products = json.loads(old.read_text()).get("products", {})
-        except json.JSONDecodeError:
-            products = {}
+    hashes = {
+        _name(file, path): {"bytes": file.stat().st_size, "sha256": sha256_of_files([file])} for file in files
+    }
+    products = _products(old) if old is not None else {}
     products[product["name"]] = {**product, "files": hashes}
     path.write_text(json.dumps({**common, "products": products}, indent=2, default=str) + "\n")
+
+
+def _name(file: Path, manifest: Path) -> str:
+    folder = manifest.parent
+    return str(file.relative_to(folder)) if file.is_relative_to(folder) else file.name
+
+
+def _products(manifest: Path) -> dict[str, Any]:
+    """The products that a manifest names; none where it is missing or broken."""
+    try:
+        products = json.loads(manifest.read_text(encoding="utf-8"))["products"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return products if isinstance(products, dict) else {}

@@ -129,9 +129,8 @@ def _name(model: Any, graph: Graph) -> None:
     import onnx_ir as ir
 
     known: dict[str, str] = {}
-    by_name = {value.name: value for value in model.graph.inputs}
-    for spec in graph.inputs:
-        value = by_name[spec.name]
+    for spec, value in zip(graph.inputs, model.graph.inputs, strict=True):
+        value.name = spec.name
         for index, dim in enumerate(spec.dims):
             if isinstance(dim, str):
                 known.setdefault(str(_text(value.shape[index])), dim)

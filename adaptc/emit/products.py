@@ -9,18 +9,20 @@ from typing import Any
 
 import torch
 
-from adaptc import checkpoint
+from adaptc import adapters, checkpoint
 from adaptc.compiled import Compiled, tensors_of
 from adaptc.emit.inference import inference_graph
 from adaptc.emit.manifest import MANIFEST, versions, write_manifest
 from adaptc.emit.onnx import OPSET, export_onnx, onnx_runner
+from adaptc.emit.peft import save
+from adaptc.emit.places import places
 from adaptc.emit.staging import Staging
 from adaptc.emit.torch import META, PROGRAM, load_torch, save_torch
 from adaptc.errors import ProofError
 from adaptc.graph import Graph, bind
 from adaptc.plan import site_json
 from adaptc.proof import Proof, runner
-from adaptc.spec import dump, load, resolve_path
+from adaptc.spec import dump, load
 
 Observer = Callable[[str, Proof | None], None]
 
@@ -36,24 +38,23 @@ def emit_all(
         observe: told of each product and proof.
         into: a directory that replaces the spec's own folder.
     """
-    done = []
+    paths = places(compiled.spec, entries, into)
     with Staging() as staging:
-        for entry in entries:
-            final = into / entry.path if into else resolve_path(compiled.spec, entry.path)
+        for entry, final in zip(entries, paths, strict=True):
             if observe:
                 observe(f"{entry.format} {final}", None)
             proof = WRITERS[entry.format](compiled, entry, staging, final)
             if observe and proof is not None:
                 observe("", proof)
-            done.append(final)
-    return done
+    return paths
 
 
 def emit_one(compiled: Compiled, entry: Mapping[str, Any]) -> None:
     """Write one product, from an entry as a spec would hold it."""
     path = Path(entry["path"]).absolute()
-    checked = load({"emit": [{**entry, "path": str(path)}]}).emit
-    emit_all(compiled, checked)
+    checked = load({"emit": [{**entry, "path": str(path)}]})
+    places(checked, checked.emit)
+    emit_all(compiled, checked.emit)
 
 
 def _torch(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> Proof | None:
@@ -118,14 +119,12 @@ def _runner(graph: Graph) -> Any:
 
 def _peft(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> None:
     directory = staging.path(final)
-    records = checkpoint.records_of(compiled.graph)
+    records = adapters.records_of(compiled.graph)
     values = tensors_of(compiled)
-    checkpoint.save(
-        records, values, directory, {"name": compiled.base.base.describe, "sha256": compiled.base_sha256}
-    )
-    for path, members in zip(checkpoint.directories(directory), checkpoint.group(records), strict=True):
-        for name, weight in checkpoint.assign(checkpoint.read(path), members).items():
-            if not torch.equal(weight.load(), values[name].cpu()):
+    save(records, values, directory, {"name": compiled.base.base.describe, "sha256": compiled.base_sha256})
+    for path, members in zip(checkpoint.directories(directory), adapters.group(records), strict=True):
+        for name, value in adapters.assign(checkpoint.read(path), members).items():
+            if not torch.equal(value, values[name].cpu()):
                 raise ProofError(f"{name} was not read back as it was written")
     files = sorted(p for p in directory.rglob("*") if p.is_file())
     write_manifest(directory / MANIFEST, _common(compiled), {"name": "adapter", "format": "peft"}, files)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import tempfile
@@ -11,16 +12,20 @@ from typing import Self
 
 from adaptc.errors import AdaptcError
 
+OLD = "old"
+"""What an output that is being replaced is called meanwhile, beside the new one."""
+
 
 class Staging:
-    """A context in which outputs are staged. Leaving it without an error puts all of them in place.
+    """A context in which outputs are staged. Leaving it without an error puts all of them in place, or none.
 
-    After an error, or a kill before the renames, the old outputs are whole; staged files are removed, or carry
-    a name that starts with a dot and are removed by the next run.
+    After an error, or a kill, the old outputs are whole: what a killed run had moved away or left behind is put
+    back or removed by the next run that writes there.
     """
 
     def __init__(self) -> None:
         self._staged: list[tuple[Path, Path]] = []
+        self._made: list[Path] = []
 
     def __enter__(self) -> Self:
         return self
@@ -35,9 +40,9 @@ class Staging:
         if staged is not None:
             return staged
         try:
-            final.parent.mkdir(parents=True, exist_ok=True)
+            self._make_parents(final.parent)
             _sweep(final)
-            folder = Path(tempfile.mkdtemp(prefix=f".{final.name}.adaptc-", dir=final.parent))
+            folder = Path(tempfile.mkdtemp(prefix=f".{final.name}.adaptc-{os.getpid()}-", dir=final.parent))
         except OSError as error:
             raise AdaptcError(f"cannot write to {final.parent}: {error.strerror or error}") from error
         self._staged.append((folder / final.name, final))
@@ -52,32 +57,70 @@ class Staging:
     ) -> None:
         try:
             if kind is None:
-                for staged, final in self._staged:
-                    _replace(staged, final)
+                self._put_in_place()
         finally:
             for staged, _ in self._staged:
                 shutil.rmtree(staged.parent, ignore_errors=True)
+            for folder in reversed(self._made):
+                if folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()
+
+    def _make_parents(self, folder: Path) -> None:
+        missing = [p for p in (folder, *folder.parents) if not p.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        self._made += reversed(missing)
+
+    def _put_in_place(self) -> None:
+        done: list[tuple[Path, Path]] = []
+        try:
+            for staged, final in self._staged:
+                done.append((staged, final))
+                _replace(staged, final)
+        except OSError as error:
+            for staged, final in reversed(done):
+                _put_back(staged, final)
+            raise AdaptcError(
+                f"cannot write {done[-1][1]}: {error.strerror or error}; every earlier output is as it was"
+            ) from error
 
 
 def _replace(staged: Path, final: Path) -> None:
-    old = staged.parent / "old"
-    if final.exists() and (final.is_dir() or staged.is_dir()):
-        os.replace(
-            final, old
-        )  # a directory cannot be renamed over: the old one is kept until the new is there
+    """Put the new output in place, keeping the old one beside it until all are."""
+    old = staged.parent / OLD
+    if final.is_file():
         try:
-            os.replace(staged, final)
+            os.link(final, old)  # the rename below is then atomic, and the old file still has a name
         except OSError:
-            os.replace(old, final)
-            raise
-    else:
-        os.replace(staged, final)
+            shutil.copy2(final, old)
+    elif final.exists():
+        os.replace(final, old)
+    os.replace(staged, final)
+
+
+def _put_back(staged: Path, final: Path) -> None:
+    old = staged.parent / OLD
+    if not staged.exists() and final.exists():
+        os.replace(final, staged)
+    if old.exists() and not final.exists():
+        os.replace(old, final)
 
 
 def _sweep(final: Path) -> None:
     """Remove what an earlier run that was killed left; put back an old output it had moved away."""
-    for folder in final.parent.glob(f".{final.name}.adaptc-*"):
-        old = folder / "old"
-        if old.exists() and not final.exists():
-            os.replace(old, final)
+    for folder in final.parent.glob(f".{glob.escape(final.name)}.adaptc-*"):
+        owner = folder.name.rpartition(".adaptc-")[2].partition("-")[0]
+        if owner.isdecimal() and _alive(int(owner)):
+            continue
+        if (folder / OLD).exists() and not final.exists():
+            os.replace(folder / OLD, final)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from adaptc.checkpoint import AdapterRecord, assign, directories, group, read, save
+from adaptc.adapters import AdapterRecord, assign, group
+from adaptc.checkpoint import check_base, directories, read
 from adaptc.emit.manifest import MANIFEST
+from adaptc.emit.peft import save
 from adaptc.errors import WeightError
 from adaptc.graph import put
 from adaptc.inputs import InputSpec
@@ -137,26 +139,22 @@ def load_adapter_into(module: fx.GraphModule, directory: Path) -> None:
     Raises:
         WeightError: the checkpoint does not fit the module's adapters.
     """
-    own = records(module)
     base = module.meta[META]["base"]["sha256"]
-    parameters = dict(module.named_parameters())
-    values = {}
     found = [read(path) for path in directories(directory)]
-    groups = group(own)
+    groups = group(records(module))
     if len(found) != len(groups):
         raise WeightError(
             f"{directory}: {len(found)} checkpoints there, but the module holds {len(groups)} adapters"
         )
+    values: dict[str, torch.Tensor] = {}
     for checkpoint, members in zip(found, groups, strict=True):
-        if checkpoint.base_sha256 and checkpoint.base_sha256 != base:
-            raise WeightError(
-                f"{checkpoint.path}: this adapter was trained on another base (SHA-256 {checkpoint.base_sha256[:12]}…)"
-            )
+        check_base(checkpoint, base)
         check_options(checkpoint, members[0])
         values |= assign(checkpoint, members)
+    parameters = dict(module.named_parameters())
     with torch.no_grad():
-        for name, weight in values.items():
-            parameters[name].copy_(weight.load())
+        for name, value in values.items():
+            parameters[name].copy_(value)
 
 
 def save_adapter_of(module: fx.GraphModule, directory: Path) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from torch import fx, nn
 
@@ -26,7 +26,6 @@ class Base:
         heads: modules that are output heads.
         files: the base's weight files; empty for a base in memory.
         notes: what the loader chose or changed, for the person.
-        config: the model's own configuration, for artifacts.
     """
 
     describe: str
@@ -37,4 +36,8 @@ class Base:
     heads: frozenset[str] = frozenset()
     files: tuple[Path, ...] = ()
     notes: list[str] = field(default_factory=list)
-    config: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def bound(self) -> dict[str, Weight]:
+        """The weights, found once: headers are read and held against the model, tensors are not loaded."""
+        return self.weights()

@@ -144,8 +144,8 @@ def _region(module: fx.GraphModule, node: object) -> fx.GraphModule | None:
     return found if isinstance(found, fx.GraphModule) else None
 
 
-def _detached(graph: fx.Graph, value: fx.Node) -> fx.Node:
-    if not value.meta["val"].dtype.is_floating_point:
+def _detached(graph: fx.Graph, value: Any) -> Any:
+    if not isinstance(value, fx.Node) or not value.meta["val"].dtype.is_floating_point:
         return value
     node = graph.call_function(aten.detach.default, (value,))
     node.meta = dict(value.meta)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from adaptc.errors import TraceError, WeightError
+from adaptc.errors import InputError, TraceError, WeightError
 from adaptc.graph import VERIFIED, Graph, put, signature
 from adaptc.inputs import InputSpec
 from adaptc.sites import find_sites
@@ -36,11 +35,10 @@ def trace(base: Base) -> Graph:
     persistent = set(owner.state_dict(keep_vars=True))
     mode = next(n.meta["val"].fake_mode for n in traced.graph.nodes if n.op == "placeholder")
 
-    bound = cache(base.weights)
     weights: dict[str, Weight] = {}
     for name in aliases:
         tensor = _attribute(owner, name)
-        weights[name] = Computed(tuple(tensor.shape), tensor.dtype, _loader(bound, name, tuple(tensor.shape)))
+        weights[name] = Computed(tuple(tensor.shape), tensor.dtype, _loader(base, name, tuple(tensor.shape)))
     for node in traced.graph.nodes:
         if node.op == "get_attr" and node.target not in weights:
             tensor = _attribute(traced, str(node.target))
@@ -77,11 +75,9 @@ def trace(base: Base) -> Graph:
     return graph
 
 
-def _loader(
-    bound: Callable[[], dict[str, Weight]], name: str, shape: tuple[int, ...]
-) -> Callable[[], torch.Tensor]:
+def _loader(base: Base, name: str, shape: tuple[int, ...]) -> Callable[[], torch.Tensor]:
     def load() -> torch.Tensor:
-        weight = bound()[name]
+        weight = base.bound[name]
         if weight.shape != shape:
             raise WeightError(
                 f"{name} has shape {list(weight.shape)}, but the traced model has {list(shape)}"
@@ -97,22 +93,23 @@ def _attribute(module: nn.Module, name: str) -> torch.Tensor:
 
 
 def _inputs(base: Base, traced: fx.GraphModule) -> tuple[InputSpec, ...]:
-    placeholders = {n.name: n for n in traced.graph.nodes if n.op == "placeholder"}
-    unused = [
-        spec.name for spec in base.inputs if spec.name in placeholders and not placeholders[spec.name].users
-    ]
+    """The inputs in the order of the model's own signature, with the bounds of integers."""
+    specs = {spec.name: spec for spec in base.inputs}
+    nodes = {str(n.target): n for n in traced.graph.nodes if n.op == "placeholder"}
+    if set(specs) != set(nodes):
+        raise InputError(f"the model takes {', '.join(nodes)}, but the inputs are {', '.join(specs)}")
+    unused = [name for name, node in nodes.items() if not node.users]
     if unused:
-        raise TraceError(
+        raise InputError(
             f"the model does not use {', '.join(unused)}: take the input out, or check that the names fit forward"
         )
-    found = []
-    for spec in base.inputs:
-        node = placeholders.get(spec.name)
-        integer = (
-            node is not None and not getattr(torch, spec.dtype).is_floating_point and spec.dtype != "bool"
-        )
-        found.append(replace(spec, high=_high(node) or spec.high) if integer and node is not None else spec)
-    return tuple(found)
+    return tuple(_bounded(specs[name], node) for name, node in nodes.items())
+
+
+def _bounded(spec: InputSpec, node: fx.Node) -> InputSpec:
+    if spec.dtype not in ("int64", "int32"):
+        return spec
+    return replace(spec, high=_high(node) or spec.high)
 
 
 def _high(node: fx.Node) -> int | None:

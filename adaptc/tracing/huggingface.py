@@ -62,25 +62,25 @@ def load(
         config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=trust)
     except Exception as error:
         first = str(error).strip().splitlines()[0]
-        raise TraceError(f"base.model: {model}: its configuration cannot be read: {first}") from error
+        raise TraceError(f"{model}: its configuration cannot be read: {first}") from error
     for part in (config, *(v for v in vars(config).values() if isinstance(v, transformers.PretrainedConfig))):
         if hasattr(part, "use_cache"):
             part.use_cache = False
     notes = _no_layer_drop(config)
     kind = dtype or _dtype_of(config)
-    config.dtype = getattr(torch, kind)
+    config.dtype = stored = getattr(torch, kind)
     try:
         with torch.device("meta"):
             module = auto.from_config(config, dtype=config.dtype, trust_remote_code=trust)
     except ValueError as error:
         raise TraceError(
-            f"base: {model} cannot be loaded for task {task!r}: {str(error).splitlines()[0]}"
+            f"{model} cannot be loaded for task {task!r}: {str(error).splitlines()[0]}"
         ) from error
     fake_parameters(module)
     files = tuple(sorted(directory.glob("*.safetensors"))) if directory.is_dir() else ()
 
     def weights() -> dict[str, Weight]:
-        found = stored_weights(module, directory, config.dtype) if files else None
+        found = stored_weights(module, directory, stored) if files else None
         return found or pretrained_weights(auto, model, config, trust, seed, notes)
 
     return Base(
@@ -91,7 +91,6 @@ def load(
         inputs=inputs or derive_inputs(module, config),
         files=files,
         notes=notes,
-        config=config.to_dict(),
     )
 
 

@@ -50,6 +50,8 @@ def mark_training_arguments(graph: fx.Graph) -> None:
 def _following(graph: fx.Graph, node: fx.Node, argument: str, value: Any) -> fx.Node | None:
     if argument in ("train", "training") and value is True:
         return training_node(graph)
+    if node.target is aten.add_.Tensor and argument == "other" and value is True:  # batch norm's counter
+        return training_node(graph)
     if argument == "dropout_p" and isinstance(value, float) and value > 0:
         return _scaled_by_training(graph, node, value)
     return None

@@ -49,11 +49,11 @@ def from_factory(name: str, args: Mapping[str, Any], inputs: Sequence[InputSpec]
         model = factory(**args)
     except Exception as error:
         raise TraceError(
-            f"base.python: {name} failed: {type(error).__name__}: {error}\n"
+            f"{name} failed: {type(error).__name__}: {error}\n"
             "  expected an importable 'package.module:factory' that takes base.args and returns a torch.nn.Module"
         ) from error
     if not isinstance(model, nn.Module):
-        raise TraceError(f"base.python: {name} returned {type(model).__name__}, expected a torch.nn.Module")
+        raise TraceError(f"{name} returned {type(model).__name__}, expected a torch.nn.Module")
     if dtype is not None:
         model = model.to(getattr(torch, dtype))
     return from_module(model, inputs, describe=name)
@@ -96,7 +96,7 @@ def _program_inputs(module: torch.fx.GraphModule) -> list[InputSpec]:
                     dims.append(size)
                 else:
                     dims.append(names.setdefault(str(size), f"dim{len(names)}"))
-            inputs.append(InputSpec(node.name, str(value.dtype).removeprefix("torch."), tuple(dims)))
+            inputs.append(InputSpec(str(node.target), str(value.dtype).removeprefix("torch."), tuple(dims)))
     return inputs
 
 

@@ -14,6 +14,7 @@ from adaptc.sites import LINEAR_FORMS
 from adaptc.tracing.modes import training_node
 
 aten = torch.ops.aten
+SCALES = {aten.mul.Tensor, aten.div.Tensor}
 TRANSPOSES = {aten.t.default, aten.transpose.int, aten.permute.default}
 
 
@@ -86,10 +87,12 @@ class _Rewrite:
             return self.product(x, E, flipped, bias)
         if E.target is aten.add.Tensor and not E.kwargs and all(_same_shape(a, E) for a in args):
             terms = sorted(args, key=lambda a: not self.holds_base(a))  # type: ignore[arg-type]
+            if not self.gains(E, terms[1]):  # type: ignore[arg-type]
+                return self.product(x, E, flipped, bias)
             first = self.apply(x, terms[0], flipped, bias)  # type: ignore[arg-type]
             second = self.apply(self.drop(x, E, terms[1]), terms[1], flipped)  # type: ignore[arg-type]
             return self.emit(aten.add.Tensor, first, second)
-        if E.target in (aten.mul.Tensor, aten.div.Tensor):
+        if E.target in SCALES:
             scaled = self.scaled(x, E, flipped, bias)
             if scaled is not None:
                 return scaled
@@ -151,6 +154,16 @@ class _Rewrite:
     def adaptation(self, tag: int) -> Adaptation:
         """The adaptation that an expression's node belongs to."""
         return self.graph.adaptations[tag]
+
+    def gains(self, E: fx.Node, term: fx.Node) -> bool:
+        """Whether a term of the sum E is better kept apart: it has dropout of its own, or is thin."""
+        if getattr(self.adaptation(E.meta["adaptation"]).method, "dropout", 0.0) and not self.holds_base(
+            term
+        ):
+            return True
+        while term.target in SCALES and not isinstance(term.args[1], fx.Node):
+            term = term.args[0]  # type: ignore[assignment]
+        return term.target is aten.mm.default and self.worth(term)
 
     def worth(self, E: fx.Node) -> bool:
         """Whether two thin products cost less than building the full one, forward and backward."""

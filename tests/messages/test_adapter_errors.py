@@ -92,7 +92,9 @@ def tensors(adapter: Path) -> Callable[[Callable[[dict[str, torch.Tensor]], Any]
     return change
 
 
-def test_the_whole_adapter_compiles(cli: Callable[..., Any], spec: Callable[..., Path], adapter: Path) -> None:
+def test_the_whole_adapter_compiles(
+    cli: Callable[..., Any], spec: Callable[..., Path], adapter: Path
+) -> None:
     path = spec()
     result = cli("compile", path)
     assert result.code == 0, result.err
@@ -122,9 +124,7 @@ def test_no_configuration(refused: Callable[..., str], adapter: Path) -> None:
     assert f"{adapter}: no adapter_config.json there" in refused(code=2)
 
 
-@pytest.mark.parametrize(
-    "text", [b"", b"{", b'{"peft_type": "LORA",', b"\xff\xfe\x00", b"LORA"], ids=["empty", "open", "cut", "bytes", "word"]
-)  # fmt: skip
+@pytest.mark.parametrize("text", [b"", b"{", b'{"peft_type": "LORA",', b"\xff\xfe\x00", b"LORA"])
 def test_configuration_is_not_json(refused: Callable[..., str], adapter: Path, text: bytes) -> None:
     (adapter / "adapter_config.json").write_bytes(text)
     assert f"{adapter / 'adapter_config.json'}: not JSON" in refused()
@@ -170,7 +170,9 @@ def test_no_tensors(refused: Callable[..., str], adapter: Path) -> None:
 # damaged tensors
 
 
-@pytest.mark.parametrize("keep", [0, 5, 200, 0.5, -1], ids=["empty", "5 bytes", "in the header", "half", "less one byte"])
+@pytest.mark.parametrize(
+    "keep", [0, 5, 200, 0.5, -1], ids=["empty", "5 bytes", "in the header", "half", "less one byte"]
+)
 def test_truncated(refused: Callable[..., str], adapter: Path, keep: float) -> None:
     file = adapter / "adapter_model.safetensors"
     data = file.read_bytes()
@@ -399,7 +401,9 @@ def test_wrapper_of_another_task(
 
     config = transformers.AutoConfig.from_pretrained(bert)
     made = peft_adapter(transformers.BertForSequenceClassification(config))
-    path = write(f"base: {{model: {bert}}}\nadapt:\n  - adapter: {made}\nemit: [{{format: peft, path: out}}]\n")
+    path = write(
+        f"base: {{model: {bert}}}\nadapt:\n  - adapter: {made}\nemit: [{{format: peft, path: out}}]\n"
+    )
     result = cli("compile", path)
     assert result.code in (1, 2), result.err
     assert "Traceback" not in result.err

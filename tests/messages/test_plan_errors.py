@@ -1,8 +1,9 @@
-"""What is wrong with a base, a target, a pipeline or an output is said in words, at its place, with the right exit code."""
+"""What is wrong with a base, a target, a pipeline or an output is said at its place, with the right exit code."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,13 @@ EMIT = "emit: [{format: peft, path: out}]\n"
 
 def base(factory: str, inputs: str = '{x: "float32[batch, 16]"}') -> str:
     return f'base: {{python: "message_models:{factory}"}}\ninputs: {inputs}\n'
+
+
+FORMATS = ["peft", "torch", "onnx"]
+
+
+def emit(form: str) -> str:
+    return f"emit: [{{format: {form}, path: out/product}}]\n"
 
 
 def lora(**keys: object) -> str:
@@ -56,24 +64,30 @@ def test_nothing_matches(refused: Callable[..., tuple[str, str]]) -> None:
     text, place = refused(NET + lora(target=["*.qurey"]))
     assert place == "6:13"
     assert "adapt.0.target: lora: the target matches no linear layer of message_models:build" in text
-    assert "near: layers.0.query" in text
+    assert re.search(r"near: .*layers\.\d\.query", text)
 
 
 def test_every_problem_is_said_at_once(refused: Callable[..., tuple[str, str]]) -> None:
-    entries = lora(target=["*.qurey"]) + "  - {method: ia3, target: '*.valeu'}\n" + "  - {method: lora, target: head, r: 9}\n"
+    entries = (
+        lora(target=["*.qurey"])
+        + "  - {method: ia3, target: '*.valeu'}\n"
+        + "  - {method: lora, target: head, r: 9}\n"
+    )
     text, _ = refused(NET + entries)
     assert ":6:13: adapt.0.target: " in text
     assert ":7:27: adapt.1.target: " in text
-    assert ":8:39: adapt.2.r: " in text
+    assert ":8:37: adapt.2.r: " in text
 
 
-def test_one_pattern_of_several_matches_nothing(cli: Callable[..., Any], write: Callable[[str], Path]) -> None:
+def test_one_pattern_of_several_matches_nothing(
+    cli: Callable[..., Any], write: Callable[[str], Path]
+) -> None:
     path = write(NET + lora(target=["*.query", "*.valeu"]))
     for words in ([], ["--json"]):
         result = cli("plan", path, *words)
         assert result.code == 0, result.err
         assert "*.valeu" in result.out
-        assert "layers.0.value" in result.out, "the near miss is not shown"
+        assert re.search(r"layers\.\d\.value", result.out), "the near miss is not shown"
 
 
 @pytest.mark.parametrize("target", ["query", "layers.0", "Linear", "re:query", "layers.*.que"])
@@ -140,10 +154,8 @@ def test_two_entries_of_other_names_do_not(cli: Callable[..., Any], write: Calla
     assert cli("plan", path).code == 0
 
 
-@pytest.mark.parametrize("target", ["spare", "*spare*", ["main", "spare"]])
+@pytest.mark.parametrize("target", ["spare", "*spare*", ["spare"]])
 def test_on_no_path_to_the_output(refused: Callable[..., tuple[str, str]], target: Any) -> None:
-    if isinstance(target, list):
-        pytest.skip("a pattern that matches nothing beside one that does is a note")
     text, place = refused(base("unused") + lora(target=target))
     assert place == "6:13"
     assert "spare" in text
@@ -274,49 +286,70 @@ def test_a_named_dimension_that_is_fixed(refused: Callable[..., tuple[str, str]]
         ("build", '{x: "float32[batch, 16]", z: "float32[batch, 16]"}', "z"),
         ("build", '{z: "float32[batch, 16]"}', "z"),
         ("two_inputs", '{x: "float32[batch, 16]"}', "y"),
-        ("build", '{x: "float32[batch, 17]"}', "x"),
-        ("build", '{x: "int64[batch, 16]"}', "x"),
     ],
-    ids=["not used", "unknown", "another name", "missing", "another width", "another dtype"],
+    ids=["not used", "unknown", "another name", "missing"],
 )
 def test_inputs_that_do_not_fit(
-    refused: Callable[..., tuple[str, str]], cli: Callable[..., Any], factory: str, inputs: str, name: str
+    refused: Callable[..., tuple[str, str]], factory: str, inputs: str, name: str
 ) -> None:
-    text = base(factory, inputs) + lora(target="*")
-    message, place = refused(text, 2)
+    message, place = refused(base(factory, inputs) + lora(target="*"))
     assert place.startswith("3:"), "the inputs stand in line 3"
-    assert name in message
+    assert re.search(rf"\b{name}\b", message)
+    assert "inspect.py" not in message, "that is not the user's own code"
+    assert "control flow" not in message, "nothing is wrong with the control flow"
+
+
+def test_inputs_of_another_width(refused: Callable[..., tuple[str, str]], models: Path) -> None:
+    text, _ = refused(base("build", '{x: "float32[batch, 17]"}') + lora(target="*.query"), 1)
+    assert f"{models}:12" in text, "the line that fails is not quoted"
+
+
+@pytest.mark.parametrize("form", ["torch", "onnx"])
+def test_inputs_of_another_dtype(cli: Callable[..., Any], write: Callable[[str], Path], form: str) -> None:
+    path = write(base("build", '{x: "int64[batch, 16]"}') + lora(target="*.query") + emit(form))
+    result = cli("compile", path)
+    assert result.code == 1
+    assert "Traceback" not in result.err, result.err
+    assert "dtype" in result.err
+    assert not (path.parent / "out/product").exists()
 
 
 def hugging_face(bert: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(bert, tmp_path / "m"))
 
 
-@pytest.mark.parametrize("command", ["plan", "compile"])
+def test_truncated_base_can_be_planned(
+    cli: Callable[..., Any], write: Callable[[str], Path], bert: Path, tmp_path: Path
+) -> None:
+    file = hugging_face(bert, tmp_path) / "model.safetensors"
+    file.write_bytes(b"")
+    result = cli("plan", write("base: {model: ./m}\n" + lora(target="*.query")))
+    assert result.code == 0, result.err
+
+
+@pytest.mark.parametrize("form", FORMATS)
 def test_truncated_base(
-    cli: Callable[..., Any], write: Callable[[str], Path], bert: Path, tmp_path: Path, command: str
+    cli: Callable[..., Any], write: Callable[[str], Path], bert: Path, tmp_path: Path, form: str
 ) -> None:
     file = hugging_face(bert, tmp_path) / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    path = write("base: {model: ./m}\n" + lora(target="*.query") + EMIT)
-    result = cli(command, path)
-    if command == "plan" and result.code == 0:
-        return  # no weight is read
+    result = cli("compile", write("base: {model: ./m}\n" + lora(target="*.query") + emit(form)))
     assert result.code == 1
     assert "Traceback" not in result.err
     assert f"{file}: not a whole safetensors file" in result.err
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("form", FORMATS)
 def test_base_of_other_shapes(
-    cli: Callable[..., Any], write: Callable[[str], Path], bert: Path, tmp_path: Path
+    cli: Callable[..., Any], write: Callable[[str], Path], bert: Path, tmp_path: Path, form: str
 ) -> None:
     file = hugging_face(bert, tmp_path) / "model.safetensors"
     values = load_file(file)
     name = "encoder.layer.1.intermediate.dense.weight"
     values[name] = torch.ones(41, 32)
     save_file(values, file, metadata={"format": "pt"})
-    result = cli("compile", write("base: {model: ./m}\n" + lora(target="*.query") + EMIT))
+    result = cli("compile", write("base: {model: ./m}\n" + lora(target="*.query") + emit(form)))
     assert result.code == 1
     assert "Traceback" not in result.err
     assert f"{file}: tensor '{name}' has shape [41, 32], but config.json describes [37, 32]" in result.err
@@ -329,7 +362,7 @@ def test_base_with_only_a_pickle(
     folder = hugging_face(bert, tmp_path)
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    result = cli("compile", write("base: {model: ./m}\n" + lora(target="*.query") + EMIT))
+    result = cli("compile", write("base: {model: ./m}\n" + lora(target="*.query") + emit("torch")))
     assert result.code == 1
     assert "Traceback" not in result.err
     assert "only pickles (pytorch_model.bin), which can run code; expected model.safetensors" in result.err
@@ -343,7 +376,7 @@ def test_broken_index_of_shards(
     folder = hugging_face(bert, tmp_path)
     (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
     (folder / "model.safetensors.index.json").write_text(index)
-    result = cli("compile", write("base: {model: ./m}\n" + lora(target="*.query") + EMIT))
+    result = cli("compile", write("base: {model: ./m}\n" + lora(target="*.query") + emit("torch")))
     assert result.code == 1
     assert "Traceback" not in result.err, result.err
     assert "model.safetensors.index.json" in result.err or "gone.safetensors" in result.err
@@ -405,9 +438,13 @@ def test_unknown_pass_to_print(refused: Callable[..., tuple[str, str]]) -> None:
 # products
 
 
-def test_fold_into_a_tied_weight(refused: Callable[..., tuple[str, str]], cli: Callable[..., Any], write: Any) -> None:
+def test_fold_into_a_tied_weight(
+    refused: Callable[..., tuple[str, str]], cli: Callable[..., Any], write: Any
+) -> None:
     tied = base("tied", '{ids: "int64[batch, seq]"}') + lora(target="head", r=2)
-    text, _ = refused(tied + "emit:\n  - {format: peft, path: out/a}\n  - {format: onnx, path: out/m.onnx}\n", 1, "compile")
+    text, _ = refused(
+        tied + "emit:\n  - {format: peft, path: out/a}\n  - {format: onnx, path: out/m.onnx}\n", 1, "compile"
+    )
     assert "cannot be folded into" in text
     assert "adapters: live" in text
     noted = cli("plan", write(tied))
@@ -420,7 +457,9 @@ def test_nothing_to_write(refused: Callable[..., tuple[str, str]]) -> None:
     assert "emit: nothing to write" in text
 
 
-@pytest.mark.parametrize("entry", ["peft, path: taken/out", "onnx, path: taken/m.onnx", "torch, path: taken/out"])
+@pytest.mark.parametrize(
+    "entry", ["peft, path: taken/out", "onnx, path: taken/m.onnx", "torch, path: taken/out"]
+)
 def test_a_file_where_a_folder_is_needed(
     refused: Callable[..., tuple[str, str]], tmp_path: Path, entry: str
 ) -> None:
@@ -451,7 +490,7 @@ def test_graph_dump_that_is_a_file(refused: Callable[..., tuple[str, str]], tmp_
     [
         (["plan", "nowhere.yaml"], "nowhere.yaml: cannot be read: no such file"),
         (["plan", "."], "cannot be read: is a directory"),
-        (["plan"], "SPEC"),
+        (["plan"], "Missing argument 'spec'"),
         (["pln", "spec.yaml"], "pln"),
         (["compile", "nowhere.yaml", "--set", "base"], "nowhere.yaml"),
         (["init", "nowhere"], "nowhere: no config.json there"),
@@ -467,7 +506,9 @@ def test_command(cli: Callable[..., Any], words: list[str], said: str) -> None:
         assert "Traceback" not in result.err
 
 
-@pytest.mark.parametrize("setting", ["base", "=3", "adapt.7.r=3", "adapt.0.r=[", "adapt.0.rr=3", "adapt.0.r.x=3"])
+@pytest.mark.parametrize(
+    "setting", ["base", "=3", "adapt.7.r=3", "adapt.0.r=[", "adapt.0.rr=3", "adapt.0.r.x=3"]
+)
 def test_set(refused: Callable[..., tuple[str, str]], setting: str) -> None:
     text, _ = refused(NET + lora(target="*.query", r=2), 2, "plan", "--set", setting)
     assert text.startswith(f"--set {setting}")
@@ -479,4 +520,4 @@ def test_json_is_empty_on_error(cli: Callable[..., Any], write: Callable[[str], 
         result = cli(command, path, "--json")
         assert result.code == 2
         assert result.out == ""
-        assert "near: layers.0.query" in result.err
+        assert re.search(r"near: .*layers\.\d\.query", result.err)

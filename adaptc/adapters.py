@@ -1,0 +1,100 @@
+"""What an adapter is made of, as plain data: enough to save, load and swap its tensors without the graph."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from adaptc.checkpoint import Checkpoint, load, match
+from adaptc.graph import Graph
+from adaptc.method import PeftFormat, options_of
+from adaptc.registry import method_named
+
+
+@dataclass(frozen=True)
+class AdapterTensor:
+    """One trained tensor: its name in the graph, its key in a checkpoint (without PEFT's prefix), its shape."""
+
+    name: str
+    key: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class AdapterRecord:
+    """One entry of a spec as inserted: enough to save, load and swap its tensors without the graph."""
+
+    adapter: str
+    entry: int
+    method: str
+    options: Mapping[str, Any]
+    modules: tuple[str, ...]
+    transposed: bool
+    tensors: tuple[AdapterTensor, ...]
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> AdapterRecord:
+        """Read what `asdict` wrote."""
+        tensors = tuple(AdapterTensor(t["name"], t["key"], tuple(t["shape"])) for t in data["tensors"])
+        return cls(**{**data, "modules": tuple(data["modules"]), "tensors": tensors})
+
+    @property
+    def format(self) -> PeftFormat | None:
+        """How PEFT spells the method, if it has it."""
+        return method_named(self.method).peft
+
+
+def records_of(graph: Graph) -> list[AdapterRecord]:
+    """What was inserted into a graph, an entry at a time, in order."""
+    groups: dict[tuple[int, str], list[Any]] = {}
+    for adaptation in graph.adaptations:
+        groups.setdefault((adaptation.entry, adaptation.method.name), []).append(adaptation)
+    found = []
+    for (entry, method), group in groups.items():
+        tensors = tuple(
+            AdapterTensor(name, f"{a.site.module}.{param.key}".lstrip("."), param.shape)
+            for a in group
+            for name, param in a.params.values()
+        )
+        modules = tuple(dict.fromkeys(a.site.module for a in group))
+        transposed = any(a.site.transposed for a in group)
+        options = json.loads(json.dumps(options_of(group[0].declared), default=list))
+        found.append(AdapterRecord(group[0].adapter, entry, method, options, modules, transposed, tensors))
+    return found
+
+
+def assign(checkpoint: Checkpoint, records: Sequence[AdapterRecord]) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint by their names in the graph.
+
+    Raises:
+        WeightError: they do not fit the records, or one is not finite.
+    """
+    tensors = [tensor for record in records for tensor in record.tensors]
+    match(checkpoint, {tensor.key: tensor.shape for tensor in tensors})
+    values = load(checkpoint, [tensor.key for tensor in tensors])
+    return {tensor.name: values[tensor.key] for tensor in tensors}
+
+
+def as_json(records: Sequence[AdapterRecord]) -> list[dict[str, Any]]:
+    """Records as plain data, for a manifest."""
+    return [asdict(record) for record in records]
+
+
+def group(records: Sequence[AdapterRecord]) -> list[list[AdapterRecord]]:
+    """Records that share a checkpoint: a method, and what joins its configuration."""
+    groups = [[r] for r in records if r.format is None or not r.format.joins]
+    for record in records:
+        if record.format is not None and record.format.joins:
+            host = next(
+                (g for g in groups if g[0].adapter == record.adapter and g[0].format and g[0].format.type),
+                None,
+            )
+            if host is None:
+                groups.append([record])
+            else:
+                host.append(record)
+    return groups

@@ -1,0 +1,84 @@
+"""PEFT checkpoints: an adapter's tensors and configuration, as PEFT itself writes them."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from adaptc.adapters import AdapterRecord, group
+from adaptc.checkpoint import BASE_HASH, CONFIG, ORDER, PREFIX, TENSORS
+from adaptc.errors import WeightError
+from adaptc.names import matches_any
+
+
+def save(
+    records: Sequence[AdapterRecord],
+    values: Mapping[str, torch.Tensor],
+    directory: Path,
+    base: Mapping[str, str],
+) -> None:
+    """Write adapters as PEFT checkpoints: one in `directory`, or several below it with their order.
+
+    Args:
+        records: what was inserted.
+        values: the tensors by their names in the graph.
+        directory: made if missing.
+        base: `name` and `sha256` of the base, kept in the checkpoint.
+    """
+    groups = group(records)
+    if not groups:
+        raise WeightError("there is no adapter to save: nothing was inserted")
+    names = [""] if len(groups) == 1 else _directories(groups)
+    for name, members in zip(names, groups, strict=True):
+        target = directory / name
+        target.mkdir(parents=True, exist_ok=True)
+        tensors = {
+            PREFIX + t.key: values[t.name].detach().cpu().contiguous().clone()
+            for r in members
+            for t in r.tensors
+        }
+        metadata = {"format": "pt", **({BASE_HASH: base["sha256"]} if base.get("sha256") else {})}
+        save_file(tensors, target / TENSORS, metadata=metadata)
+        (target / CONFIG).write_text(
+            json.dumps(_config(members, base.get("name")), indent=2, sort_keys=True) + "\n"
+        )
+    if len(groups) > 1:
+        (directory / ORDER).write_text(json.dumps({"order": names}, indent=2) + "\n")
+
+
+def _directories(groups: Sequence[Sequence[AdapterRecord]]) -> list[str]:
+    names = [group[0].adapter for group in groups]
+    if max(Counter(names).values()) > 1:
+        names = [f"{group[0].adapter}-{group[0].method}" for group in groups]
+    return [name if names.count(name) == 1 else f"{name}-{index}" for index, name in enumerate(names)]
+
+
+def _config(group: Sequence[AdapterRecord], base: str | None) -> dict[str, Any]:
+    host, joined = group[0], group[1:]
+    config: dict[str, Any] = {"base_model_name_or_path": base, "inference_mode": True, "task_type": None}
+    if host.format is None or host.format.type is None:
+        return config | {
+            "peft_type": None,
+            "adaptc_method": host.method,
+            "adaptc_options": dict(host.options),
+            "target_modules": list(host.modules),
+        }
+    config |= {"peft_type": host.format.type, "target_modules": list(host.modules), **host.format.fixed}
+    if host.transposed:
+        config["fan_in_fan_out"] = True
+    for ours, theirs in host.format.options.items():
+        value = host.options[ours]
+        config[theirs] = (
+            [m for m in host.modules if matches_any(value, m)] if ours in host.format.modules else value
+        )
+    for record in joined:
+        assert record.format is not None
+        assert record.format.joins is not None
+        config.setdefault(record.format.joins, []).extend(record.modules)
+    return config

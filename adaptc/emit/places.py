@@ -1,0 +1,68 @@
+"""Where products may go: never over something that adaptc did not write."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from adaptc.emit.manifest import MANIFEST
+from adaptc.errors import Problem, SpecError
+from adaptc.spec import Spec, resolve_path
+
+FOLDERS = frozenset({"torch", "peft"})
+"""The formats whose product is a folder; the others write files."""
+
+
+def places(spec: Spec, entries: Sequence[Any], into: Path | None = None) -> list[Path]:
+    """The final path of every product.
+
+    Raises:
+        SpecError: a path is the spec's own folder or above it, lies inside another product, or would replace
+            something adaptc did not write. All problems at once.
+    """
+    paths = [(into / entry.path if into else resolve_path(spec, entry.path)).resolve() for entry in entries]
+    problems: list[Problem] = []
+    for index, (entry, path) in enumerate(zip(entries, paths, strict=True)):
+        inside = next(
+            (i for i, p in enumerate(paths) if entries[i].format in FOLDERS and p in path.parents), None
+        )
+        wrong = (
+            f"lies inside the folder that emit.{inside} writes; choose a place beside it"
+            if inside is not None
+            else _occupied(path, entry.format, spec.directory.resolve())
+        )
+        if wrong:
+            problems.append(spec.source.problem(("emit", index, "path"), wrong))
+    if problems:
+        raise SpecError(problems)
+    return paths
+
+
+def _occupied(path: Path, kind: str, home: Path) -> str | None:
+    if path == home or path in home.parents:
+        return f"{path} holds the spec itself; choose a folder of its own, such as build/{kind}"
+    if kind not in FOLDERS:
+        return f"{path} is a folder; expected the name of a file" if path.is_dir() else None
+    if path.is_file():
+        return f"{path} is a file; expected the name of a folder"
+    if path.is_dir():
+        foreign = sorted(_files(path) - _written(path))
+        if foreign:
+            more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+            return f"{path} holds files adaptc did not write ({', '.join(foreign[:3])}{more}): choose another path"
+    return None
+
+
+def _files(folder: Path) -> set[str]:
+    return {str(file.relative_to(folder)) for file in folder.rglob("*") if not file.is_dir()}
+
+
+def _written(folder: Path) -> set[str]:
+    """The files that the folder's own manifest names."""
+    try:
+        products = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["products"]
+        return {MANIFEST, *(name for product in products.values() for name in product["files"])}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return set()

@@ -1,0 +1,400 @@
+"""What holds for every adaptation method of the registry, on every base."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.families import (
+    FAMILIES,
+    HUGGING_FACE,
+    SHAPES,
+    Zoo,
+    close,
+    differs,
+    entry,
+    field_names,
+    inputs,
+    outputs,
+    perturb,
+    perturbed,
+)
+from torch.nn import functional as F
+
+import adaptc
+from adaptc.compiled import Compiled
+from adaptc.graph import Graph, bind
+from adaptc.insert import Insert
+from adaptc.method import WeightMethod
+from adaptc.pipeline import run
+from adaptc.registry import load_methods, load_passes
+from adaptc.weights import Held
+
+METHODS = tuple(load_methods())
+EVERY = [pytest.param(method, name, id=f"{method}-{name}") for method in METHODS for name in FAMILIES]
+"""Every method on every base."""
+
+
+def skip_without_site(zoo: Zoo, method: str, name: str) -> None:
+    item: Insert = insert(method, name)
+    selection = item.selection(zoo.graph(name))
+    if not selection.sites:
+        pytest.skip(f"{method} sits on {sorted(item.method.kinds)}, of which {name} has none")
+
+
+def insert(method: str, name: str, **options: Any) -> Any:
+    """The pass that inserts a method into a family."""
+    given = entry(method, name, **options)
+    given.pop("method")
+    return load_passes()[f"insert-{method}"](**given)
+
+
+def adapted_graph(zoo: Zoo, method: str, name: str, dtype: str | None = None, **options: Any) -> Graph:
+    """The adapted graph with perturbed adapters."""
+    graph = run(zoo.graph(name, dtype), [insert(method, name, **options)])
+    values = perturbed({n: graph.weights[n].load() for n in graph.adapter_names})
+    graph.weights.update({n: Held(value) for n, value in values.items()})
+    return graph
+
+
+def evaluate(graph: Graph, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    with torch.no_grad():
+        return outputs(bind(graph).eval(), tensors, graph.outputs)
+
+
+@pytest.mark.parametrize(("method", "name"), EVERY)
+def test_starts_as_the_base(zoo: Zoo, method: str, name: str) -> None:
+    skip_without_site(zoo, method, name)
+    if not load_methods()[method].identity_at_init:
+        pytest.skip(f"{method} says that it starts elsewhere")
+    compiled = zoo.initial(method, name)
+    module = compiled.module.eval()
+    for batch, length in SHAPES[:2]:
+        tensors = inputs(name, batch, length, pad=batch == 2)
+        with torch.no_grad():
+            want, got = zoo.run_eager(name, tensors), outputs(module, tensors, compiled.graph.outputs)
+        for key in want:
+            close(got[key], want[key])
+
+
+@pytest.mark.parametrize(("method", "name"), EVERY)
+def test_factored_and_folded_equal_the_expression(zoo: Zoo, method: str, name: str) -> None:
+    skip_without_site(zoo, method, name)
+    base, passes = zoo.graph(name), load_passes()
+    graph = adapted_graph(zoo, method, name)
+    factored, folded = run(graph, [passes["factor"]()]), run(graph, [passes["fold"]()])
+    assert folded.operations == base.operations
+    assert list(bind(folded).state_dict()) == list(bind(base).state_dict())
+    assert not folded.adapter_names
+    for number, (batch, length) in enumerate(SHAPES):
+        tensors = inputs(name, batch, length, pad=number == 0, seed=number)
+        want = evaluate(graph, tensors)
+        for key in want:
+            close(evaluate(factored, tensors)[key], want[key])
+            close(evaluate(folded, tensors)[key], want[key])
+        if number == 0:
+            differs(want[base.outputs[0]], evaluate(base, tensors)[base.outputs[0]])
+
+
+@pytest.mark.parametrize(("method", "name"), EVERY)
+def test_compiled_module_equals_its_fold(zoo: Zoo, method: str, name: str) -> None:
+    skip_without_site(zoo, method, name)
+    compiled = zoo.adapted(method, name)
+    folded, module = compiled.fold(), compiled.module.eval()
+    assert list(folded.state_dict()) == list(zoo.eager(name).state_dict())
+    tensors = inputs(name, 4, 6, pad=True)
+    with torch.no_grad():
+        want = outputs(module, tensors, compiled.graph.outputs)
+        got = outputs(folded, tensors, compiled.graph.outputs)
+        base = zoo.run_eager(name, tensors)
+    for key in want:
+        close(got[key], want[key])
+    differs(want[key], base[key])
+    assert {"fold", "fold, random adapters"} <= {proof.name for proof in compiled.proofs}
+
+
+@pytest.mark.parametrize(("method", "name"), EVERY)
+def test_only_the_adaptation_trains(zoo: Zoo, method: str, name: str) -> None:
+    skip_without_site(zoo, method, name)
+    compiled = zoo.adapted(method, name)
+    module = compiled.module.train()
+    wanted = set(compiled.graph.adapter_names)
+    assert {n for n, p in module.named_parameters() if p.requires_grad} == wanted
+    found = outputs(module, inputs(name, 3, 6), compiled.graph.outputs)
+    torch.manual_seed(1)
+    sum((value * torch.randn(value.shape)).sum() for value in found.values()).backward()
+    for key, parameter in module.named_parameters():
+        if key in wanted:
+            assert parameter.grad is not None, f"{key} gets no gradient"
+            assert parameter.grad.abs().max() > 0, f"{key} gets a gradient of zero"
+        else:
+            assert parameter.grad is None, f"{key} is frozen, but gets a gradient"
+
+
+@pytest.mark.parametrize(("method", "name"), EVERY)
+def test_training_lowers_the_loss(zoo: Zoo, method: str, name: str) -> None:
+    skip_without_site(zoo, method, name)
+    compiled = zoo.adapted(method, name)
+    module = compiled.module.eval()  # without dropout, so that the loss is the same function at each step
+    tensors, key = inputs(name, 4, 6), compiled.graph.outputs[0]
+    frozen = {n: p.clone() for n, p in module.named_parameters() if not p.requires_grad}
+    optimizer = torch.optim.Adam([p for p in module.parameters() if p.requires_grad], lr=1e-3)
+    goal = outputs(module, tensors, [key])[key].detach()
+    perturb(module, seed=6)  # the adapters that reach the goal exist, so there is a way down
+    losses = []
+    for _ in range(6):
+        optimizer.zero_grad()
+        loss = F.mse_loss(outputs(module, tensors, [key])[key], goal)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[-1] < losses[0], losses
+    for n, parameter in module.named_parameters():
+        if n in frozen:
+            assert torch.equal(parameter, frozen[n]), n
+
+
+@pytest.mark.parametrize(("method", "name"), EVERY)
+def test_checkpoint_round_trip(zoo: Zoo, method: str, name: str, tmp_path: Path) -> None:
+    skip_without_site(zoo, method, name)
+    compiled = zoo.adapted(method, name)
+    tensors = inputs(name, 2, 5)
+    module = compiled.module.eval()
+    with torch.no_grad():
+        want = outputs(module, tensors, compiled.graph.outputs)
+    saved = {n: compiled.graph.weights[n].load().clone() for n in compiled.graph.adapter_names}
+    compiled.save_adapter(tmp_path / "first")
+    assert not list((tmp_path / "first").rglob("*.bin"))
+    with torch.no_grad():
+        for n, parameter in module.named_parameters():
+            if n in saved:
+                parameter.mul_(0.5).add_(0.25)
+    compiled.load_adapter(tmp_path / "first")
+    with torch.no_grad():
+        got = outputs(module, tensors, compiled.graph.outputs)
+    for key in want:
+        assert torch.equal(got[key], want[key])
+    adaptc.save_adapter(module, tmp_path / "second")
+    again = zoo.compiled(name, [{"adapter": str(tmp_path / "second")}])
+    assert [a.site.parameter for a in again.graph.adaptations] == [
+        a.site.parameter for a in compiled.graph.adaptations
+    ]
+    for n, value in saved.items():
+        assert torch.equal(again.graph.weights[n].load(), value), n
+    want = evaluate(compiled.graph, tensors)
+    got = evaluate(again.graph, tensors)
+    for key in want:
+        assert torch.equal(got[key], want[key])
+
+
+@pytest.mark.parametrize(("method", "name"), EVERY)
+def test_initialisation_follows_the_seed(zoo: Zoo, method: str, name: str) -> None:
+    skip_without_site(zoo, method, name)
+
+    def initial(seed: int) -> dict[str, torch.Tensor]:
+        torch.manual_seed(torch.seed() % 2**31)  # the global generator must not matter
+        graph = run(zoo.graph(name), [insert(method, name, seed=seed)])
+        return {n: graph.weights[n].load() for n in graph.adapter_names}
+
+    one, same, other = initial(3), initial(3), initial(4)
+    assert list(one) == list(same)
+    assert all(torch.equal(one[n], same[n]) for n in one)
+    drawn = [n for n in one if one[n].numel() > 1 and not torch.equal(one[n], other[n])]
+    kinds = {
+        str(param.init) for a in _adaptations(zoo, method, name) for _, param in a.params.values()
+    } & {"kaiming-uniform", "normal"}
+    assert bool(drawn) == bool(kinds)
+    random = [one[n] for n in drawn]
+    for first, second in zip(random, random[1:], strict=False):
+        if first.shape == second.shape:
+            assert not torch.equal(first, second), "two layers start with the same numbers"
+
+
+def _adaptations(zoo: Zoo, method: str, name: str) -> list[Any]:
+    return run(zoo.graph(name), [insert(method, name)]).adaptations
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "block"])
+def test_a_narrow_fold_rounds_once(zoo: Zoo, method: str, dtype: str, name: str) -> None:
+    """The folded weight is the float32 evaluation of the method's own formula, rounded once."""
+    skip_without_site(zoo, method, name)
+    graph = adapted_graph(zoo, method, name, dtype)
+    folded = run(graph, [load_passes()["fold"]()])
+    assert {w.dtype for w in folded.weights.values() if w.dtype.is_floating_point} >= {getattr(torch, dtype)}
+    for adaptation in graph.adaptations:
+        site, wide = adaptation.site, adaptation.method
+        assert isinstance(wide, WeightMethod)
+        theta = {k: graph.weights[n].load().float() for k, (n, _) in adaptation.params.items()}
+        W = graph.weights[site.parameter].load().float()
+        W = W.t() if site.transposed else W
+        exact = wide.weight(W, **theta)
+        exact = exact.t() if site.transposed else exact
+        got = folded.weights[site.parameter].load()
+        assert got.dtype == getattr(torch, dtype)
+        assert torch.equal(got, exact.to(got.dtype)), site.module
+        if site.bias is not None and wide.adapts_bias():
+            b = wide.bias(graph.weights[site.bias].load().float(), **theta)
+            assert torch.equal(folded.weights[site.bias].load(), b.to(got.dtype)), site.bias
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "raw"])
+@pytest.mark.parametrize("order", [("lora", "ia3"), ("ia3", "lora")])
+def test_two_methods_on_one_layer_apply_in_order(zoo: Zoo, name: str, order: tuple[str, str]) -> None:
+    entries = [entry(method, name) for method in order]
+    for given in entries:
+        given.pop("feedforward", None)
+    compiled = zoo.compiled(name, entries)
+    module = compiled.module.eval()
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for p in module.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn_like(p))
+    state = module.state_dict()
+    folded = compiled.fold()
+    theirs = folded.state_dict()
+    sites = {a.site.module: a.site for a in compiled.graph.adaptations}
+    assert len(compiled.graph.adaptations) == 2 * len(sites)
+    for site in sites.values():
+        W = state[site.parameter].double()
+        W = W.t() if site.transposed else W
+        A, B, scale = (
+            state[f"{site.module}.{leaf}"].double()
+            for leaf in ("lora_A.default.weight", "lora_B.default.weight", "ia3_l.default")
+        )
+        assert scale.shape == (site.out_features, 1)
+        delta = 8.0 / 4 * (B @ A)
+        W = scale * (W + delta) if order[0] == "lora" else scale * W + delta
+        W = W.t() if site.transposed else W
+        close(theirs[site.parameter], W.float(), 2)
+        if site.bias:
+            close(theirs[site.bias], (state[site.bias].double() * scale[:, 0]).float(), 2)
+    tensors = inputs(name, 3, 4, pad=True)
+    with torch.no_grad():
+        want, got = outputs(module, tensors, folded_keys(compiled)), outputs(folded, tensors, folded_keys(compiled))
+    for key in want:
+        close(got[key], want[key])
+
+
+def folded_keys(compiled: Compiled) -> tuple[str, ...]:
+    return compiled.base.outputs
+
+
+def test_order_of_two_methods_is_kept_in_what_is_saved(zoo: Zoo, tmp_path: Path) -> None:
+    name = "bert"
+    found = {}
+    for order in (("lora", "ia3"), ("ia3", "lora")):
+        compiled = zoo.compiled(name, [entry(m, name, name=m) for m in order])
+        torch.manual_seed(3)
+        with torch.no_grad():
+            for n, p in sorted(compiled.module.named_parameters()):
+                if p.requires_grad:
+                    p.add_(0.1 * torch.randn_like(p))
+        directory = tmp_path / "-".join(order)
+        compiled.save_adapter(directory)
+        again = zoo.compiled(name, [{"adapter": str(directory)}])
+        assert [a.method.name for a in again.graph.adaptations] == [
+            a.method.name for a in compiled.graph.adaptations
+        ]
+        tensors = inputs(name, 2, 4)
+        want = evaluate(compiled.graph, tensors)["logits"]
+        assert torch.equal(evaluate(again.graph, tensors)["logits"], want)
+        compiled.load_adapter(directory)
+        found[order] = want
+    differs(*found.values())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_branch_dropout_is_on_the_branch_in_training_only(zoo: Zoo, method: str) -> None:
+    if "dropout" not in field_names(method):
+        pytest.skip(f"{method} has no dropout")
+    name = "raw"  # draws no random number of its own
+    compiled = zoo.compiled(name, [entry(method, name, dropout=0.5)])
+    module, tensors = compiled.module, inputs(name, 3, 5)
+    key = compiled.graph.outputs[0]
+
+    def once(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            return outputs(module, tensors, [key])[key]
+
+    module.train()
+    if method == "lora":  # B is zero: what the branch drops changes nothing, so the base's term is whole
+        close(once(1), zoo.run_eager(name, tensors)[key].detach())
+    with torch.no_grad():
+        for n, value in perturbed({n: p for n, p in module.named_parameters() if p.requires_grad}).items():
+            module.get_parameter(n).copy_(value)
+    assert torch.equal(once(1), once(1))
+    differs(once(1), once(2))
+    module.eval()
+    still = once(1)
+    assert torch.equal(still, once(2))
+    twin = zoo.compiled(name, [entry(method, name, dropout=0.0)])
+    with torch.no_grad():
+        for n, p in twin.module.named_parameters():
+            if p.requires_grad:
+                p.copy_(module.get_parameter(n))
+        close(still, outputs(twin.module.eval(), tensors, [key])[key])
+
+
+def test_lora_dropout_is_the_papers() -> None:
+    linear = torch.nn.Linear(6, 4)
+    model = torch.nn.Sequential()
+    model.add_module("layer", linear)
+
+    class One(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = linear
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x)
+
+    compiled = adaptc.compile(
+        {"adapt": [{"method": "lora", "target": "layer", "r": 2, "alpha": 3, "dropout": 0.4}]},
+        model=One(),
+        example_inputs=(torch.randn(3, 6),),
+        dynamic={"x": {0: "batch"}},
+    )
+    module = compiled.module.train()
+    state = dict(module.named_parameters())
+    A, B = state["layer.lora_A.default.weight"], state["layer.lora_B.default.weight"]
+    torch.nn.init.normal_(B.data)
+    x = torch.randn(7, 6)
+    torch.manual_seed(8)
+    got = module(x)
+    torch.manual_seed(8)
+    want = linear(x) + 1.5 * F.dropout(x, 0.4, True) @ A.t() @ B.t()
+    close(got, want, 8)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "name", [n if n == "block" else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES]
+)
+def test_torch_compile_takes_the_whole_graph(zoo: Zoo, method: str, name: str) -> None:
+    skip_without_site(zoo, method, name)
+    if method != "lora" and name in HUGGING_FACE:
+        pytest.skip("lora stands for the others on these")
+    compiled = zoo.adapted(method, name)
+    module = compiled.module.eval()
+    torch._dynamo.reset()
+    fast = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
+    for batch, length in ((2, 7), (3, 5)):
+        tensors = inputs(name, batch, length, pad=True)
+        got, want = (outputs(m, tensors, compiled.graph.outputs) for m in (fast, module))
+        for key in want:
+            close(got[key], want[key])
+    sum(value.sum() for value in got.values()).backward()
+    assert any(p.grad is not None for p in module.parameters() if p.requires_grad)
+
+
+def test_options_of_every_method_are_documented() -> None:
+    for name, cls in load_methods().items():
+        assert dataclasses.is_dataclass(cls), name
+        assert "=" in (cls.__doc__ or "").strip().splitlines()[0], f"{name}: the first line is its equation"
