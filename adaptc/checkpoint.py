@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 from collections.abc import Iterable, Mapping
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from adaptc.errors import WeightError
-from adaptc.weights import Held, Weight, open_safetensors, read_safetensors, sha256_of_files
+from adaptc.weights import Held, Weight, open_safetensors, read_safetensors, sha256_of_tensors
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PICKLE, ORDER = "adapter_model.bin", "adapters.json"
@@ -40,8 +41,10 @@ class Checkpoint:
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of its files."""
-        return sha256_of_files([p for p in (self.path / n for n in (CONFIG, TENSORS, PICKLE)) if p.is_file()])
+        """SHA-256 over its configuration and tensors; a file's own bytes vary with the order of its metadata."""
+        tensors = sha256_of_tensors(self.tensors.items())
+        config = json.dumps(self.config, sort_keys=True)
+        return hashlib.sha256(f"{config}\n{tensors}".encode()).hexdigest()
 
 
 def directories(path: Path) -> list[Path]:

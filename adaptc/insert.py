@@ -54,7 +54,7 @@ class Insert(Pass):
         refusals = []
         for site in selection.sites:
             here = method.at(site)
-            reason = here.refuses(site)
+            reason = method.refuses(site)
             if reason:
                 refusals.append(Refusal(f"{method.name}: {reason[1]}\n  site {site}", (site.uses[0].node,)))
                 continue

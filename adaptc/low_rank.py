@@ -47,10 +47,14 @@ class LowRank(WeightMethod):
         )
         return replace(self, r=rank, alpha=alpha, rank_pattern={}, alpha_pattern={})
 
-    def refuses(self, site: Site) -> tuple[str, str] | None:
+    def refuses(self, site: Site) -> tuple[tuple[str, ...], str] | None:
         """A rank above the smaller side of the weight adds parameters and no freedom."""
-        limit = min(site.in_features, site.out_features)
-        return ("r", f"rank r must be at most {limit} here, got {self.r}") if self.r > limit else None
+        limit, rank = min(site.in_features, site.out_features), self.at(site).r
+        if rank <= limit:
+            return None
+        key = next((key for key in self.rank_pattern if matches_peft_key(key, site.module)), None)
+        place = ("r",) if key is None else ("rank_pattern", key)
+        return place, f"rank r must be at most {limit} here, got {rank}"
 
     @property
     def scale(self) -> float:

@@ -79,8 +79,8 @@ class Method:
         """The method with its per-layer options (patterns) resolved for one site."""
         return self
 
-    def refuses(self, site: Site) -> tuple[str, str] | None:
-        """The option at fault and why the method cannot sit on this site, or None if it can."""
+    def refuses(self, site: Site) -> tuple[tuple[str, ...], str] | None:
+        """The option at fault and why the method, as declared, cannot sit on this site; None if it can."""
         return None
 
     def params(self, site: Site) -> dict[str, Param]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import fx
 
 from adaptc.adapt_entries import AdapterEntry
@@ -176,15 +177,15 @@ def _problems(spec: Spec, graph: Graph, planned: Planned) -> list[Problem]:
     key = "adapter" if planned.checkpoint is not None else "target"
     if not selection.sites:
         return [spec.source.problem(("adapt", planned.entry, key), *_no_match(graph, planned))]
-    found: dict[str, Problem] = {}
+    found: dict[Any, Problem] = {}
     for site in selection.sites:
-        refused = method.at(site).refuses(site)
+        refused = method.refuses(site)
         if refused:
             option, reason = refused
             found.setdefault(
                 option,
                 spec.source.problem(
-                    ("adapt", planned.entry, option), f"{method.name}: {reason}", f"site {site}"
+                    ("adapt", planned.entry, *option), f"{method.name}: {reason}", f"site {site}"
                 ),
             )
         elif not reaches_output(graph, site):
@@ -251,8 +252,6 @@ def _name_clashes(spec: Spec, entries: Sequence[Planned]) -> list[Problem]:
     for planned in entries:
         for site in planned.selection.sites:
             method = planned.insert.method.at(site)
-            if method.refuses(site):
-                continue
             names = [
                 parameter_name(site, method, planned.insert.adapter, p) for p in method.params(site).values()
             ]
@@ -288,11 +287,22 @@ def _pipeline(spec: Spec, entries: Sequence[Planned]) -> list[Pass]:
             raise spec.error(
                 ("passes", index), f"unknown pass {name!r}{hint}", f"known: insert, {', '.join(known)}"
             )
+        fields = [f.name for f in dataclasses.fields(known[name])]  # type: ignore[arg-type]
+        unknown = next((option for option in options if option not in fields), None)
+        if unknown is not None:
+            near = nearest(str(unknown), fields)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            shown = ", ".join(fields) or "none"
+            raise spec.error(
+                ("passes", index), f"{name}: unknown option {unknown!r}{hint}", f"its options: {shown}"
+            )
         try:
-            passes.append(known[name](**options))
-        except TypeError as error:
-            fields = ", ".join(f.name for f in dataclasses.fields(known[name])) or "none"  # type: ignore[arg-type]
-            raise spec.error(("passes", index), f"{name}: {error}", f"its options: {fields}") from None
+            passes.append(TypeAdapter(known[name]).validate_python(options))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            option = ".".join(map(str, first["loc"]))
+            words = f"{name}: {option}: {first['msg'].lower()}, got {first['input']!r}"
+            raise spec.error(("passes", index), words, f"its options: {', '.join(fields)}") from None
     if inserts and not set(map(id, inserts)) <= set(map(id, passes)):
         raise spec.error(("passes",), "the pipeline leaves out `insert`, which puts in what `adapt` asks for")
     return passes

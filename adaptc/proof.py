@@ -77,7 +77,10 @@ def prove(
         except Exception as error:  # the model itself does not take this size
             failure = error
             continue
-        got = candidate(tensors)
+        try:
+            got = candidate(tensors)
+        except Exception as error:
+            raise ProofError(f"{name}: it does not run ({label}): {error}") from error
         if len(expected) != len(got):
             raise ProofError(f"{name}: {len(expected)} outputs became {len(got)}")
         for index, (a, b) in enumerate(zip(expected, got, strict=True)):
@@ -143,8 +146,12 @@ def gradients(module: torch.nn.Module, graph: Graph, names: Sequence[str]) -> No
     tensors = example_tensors(graph.inputs, example_sizes(graph.inputs), seed=1)
     was = module.training
     module.eval()
-    leaves = [leaf for leaf in pytree.tree_leaves(module(**tensors)) if isinstance(leaf, torch.Tensor)]
-    module.train(was)
+    try:
+        leaves = [leaf for leaf in pytree.tree_leaves(module(**tensors)) if isinstance(leaf, torch.Tensor)]
+    except Exception as error:
+        raise ProofError(f"the model does not run on its own inputs: {error}") from error
+    finally:
+        module.train(was)
     # Random weights on the outputs: a plain sum has no gradient through a softmax or a layer norm.
     total: Any = sum(
         (leaf * torch.randn(leaf.shape).to(leaf.dtype)).sum() for leaf in leaves if leaf.requires_grad

@@ -101,15 +101,18 @@ def test_an_error_leaves_the_old_output_and_no_litter(tmp_path: Path, error: typ
             put(stage, tmp_path / "third", "new")
             raise error
 
-    with pytest.raises(error):
+    with pytest.raises(AdaptcError if error is OSError else error):
         fail()
     assert contents(tmp_path) == before
     assert names(tmp_path) == ["file", "folder", "folder/content"]
 
 
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["disk", "Ctrl-C"]
+)
 @pytest.mark.parametrize("failing", [1, 2, 3, 4, 5])
 def test_a_rename_that_fails_leaves_every_old_output(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int, error: BaseException
 ) -> None:
     finals = [tmp_path / "file", tmp_path / "folder", tmp_path / "last"]
     with Staging() as stage:
@@ -122,7 +125,7 @@ def test_a_rename_that_fails_leaves_every_old_output(
         nonlocal calls
         calls += 1
         if calls == failing:
-            raise OSError(28, "No space left on device")
+            raise error
         real(source, target)
 
     monkeypatch.setattr(staging.os, "replace", replace)
@@ -130,7 +133,7 @@ def test_a_rename_that_fails_leaves_every_old_output(
         with Staging() as stage:
             for final in finals:
                 put(stage, final, "new", directory=final.name == "folder")
-    except (OSError, AdaptcError):
+    except (AdaptcError, KeyboardInterrupt):
         assert contents(tmp_path) == before, "some outputs are new, some old"
     else:
         assert calls < failing, "an output could not be put in place, and nothing was said"
@@ -156,6 +159,19 @@ def test_another_run_in_progress_is_not_swept(tmp_path: Path) -> None:
             put(two, tmp_path / "a", "two")
     assert (tmp_path / "a").read_text() == "one"
     assert names(tmp_path) == ["a"]
+
+
+def test_litter_of_a_process_that_had_our_number_is_swept(tmp_path: Path) -> None:
+    """In a container every run may have the same process id."""
+    with Staging() as stage:
+        made = stage.path(tmp_path / "folder").parent
+    made.mkdir()
+    (made / "old").mkdir()
+    (made / "old/content").write_text("old")
+    with contextlib.suppress(RuntimeError), Staging() as stage:
+        stage.path(tmp_path / "folder")
+        raise RuntimeError
+    assert names(tmp_path) == ["folder", "folder/content"]
 
 
 @pytest.mark.parametrize("name", ["model[1]", "m*", "a b", "m?del", ".hidden", "ü"])
@@ -338,10 +354,25 @@ def test_a_second_compile_keeps_other_products_in_the_manifest(compiled: Any, tm
 
 
 @pytest.mark.parametrize("old", ["{", "[]", '{"products": []}', '{"products": {"a": 1}}', "\xff"])
-def test_a_broken_manifest_does_not_stop_a_compile(compiled: Any, tmp_path: Path, old: str) -> None:
+def test_a_broken_manifest(compiled: Any, tmp_path: Path, old: str) -> None:
+    """Written anew, or refused in words."""
     (tmp_path / "manifest.json").write_bytes(old.encode("latin-1"))
-    emit(compiled, {"format": "onnx", "path": "base.onnx", "adapters": "none"}, into=tmp_path)
-    assert "base.onnx" in json.loads((tmp_path / "manifest.json").read_text())["products"]
+    try:
+        emit(compiled, {"format": "onnx", "path": "base.onnx", "adapters": "none"}, into=tmp_path)
+    except AdaptcError:
+        assert (tmp_path / "manifest.json").read_bytes() == old.encode("latin-1")
+    else:
+        assert "base.onnx" in json.loads((tmp_path / "manifest.json").read_text())["products"]
+
+
+def test_a_manifest_of_the_users_own(compiled: Any, tmp_path: Path) -> None:
+    """Web applications have a manifest.json too."""
+    own = {"name": "my application", "icons": [], "start_url": "/"}
+    (tmp_path / "manifest.json").write_text(json.dumps(own))
+    with contextlib.suppress(AdaptcError):
+        emit(compiled, {"format": "onnx", "path": "base.onnx", "adapters": "none"}, into=tmp_path)
+    now = json.loads((tmp_path / "manifest.json").read_text())
+    assert own.items() <= now.items(), "the user's own manifest is gone"
 
 
 @pytest.fixture
@@ -440,6 +471,24 @@ def test_a_program_over_a_folder(compiled: Any, tmp_path: Path) -> None:
     with contextlib.suppress(AdaptcError):
         emit(compiled, {"format": "onnx", "path": "m.onnx", "adapters": "none"}, into=tmp_path)
     assert (tmp_path / "m.onnx/thesis.txt").exists(), "the user's own files are gone"
+
+
+def test_a_program_over_the_spec(tmp_path: Path) -> None:
+    (tmp_path / "over_model.py").write_text(MODEL)
+    sys.path.insert(0, str(tmp_path))
+    try:
+        text = (
+            'version: 1\nbase: {python: "over_model:build"}\ninputs: {input: "float32[batch, 16]"}\n'
+            "adapt: [{method: lora, target: all-linear, r: 2}]\nemit: [{format: onnx, path: ./spec.yaml}]\n"
+        )
+        path = tmp_path / "spec.yaml"
+        path.write_text(text)
+        made = adaptc.compile(path)
+        with pytest.raises(AdaptcError, match=r"spec\.yaml"):
+            emit_all(made, made.spec.emit)
+        assert path.read_text() == text
+    finally:
+        sys.path.remove(str(tmp_path))
 
 
 def test_a_product_called_manifest(compiled: Any, tmp_path: Path) -> None:

@@ -58,6 +58,10 @@ class Staging:
         try:
             if kind is None:
                 self._put_in_place()
+            elif isinstance(error, OSError):
+                raise AdaptcError(
+                    f"cannot write: {error.strerror or error}; every earlier output is as it was"
+                ) from error
         finally:
             for staged, _ in self._staged:
                 shutil.rmtree(staged.parent, ignore_errors=True)
@@ -87,7 +91,7 @@ class Staging:
 def _replace(staged: Path, final: Path) -> None:
     """Put the new output in place, keeping the old one beside it until all are."""
     old = staged.parent / OLD
-    if final.is_file():
+    if final.is_file() and staged.is_file():
         try:
             os.link(final, old)  # the rename below is then atomic, and the old file still has a name
         except OSError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,8 +11,9 @@ from torch import fx, nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
-from adaptc.errors import TraceError
+from adaptc.errors import InputError, TraceError
 from adaptc.inputs import InputSpec
+from adaptc.tracing.explain import check_signature, explain, fixed_dimension
 
 aten = torch.ops.aten
 REGIONS = (torch.ops.higher_order.wrap_with_set_grad_enabled, torch.ops.higher_order.wrap_with_autocast)
@@ -57,9 +57,12 @@ def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False
     """Trace a module to ATen operations with its named dimensions left open.
 
     Raises:
+        InputError: the inputs are not those of forward, or a named dimension is fixed by the model.
         TraceError: torch.export refused the model; the text quotes the model's own source line.
     """
-    examples = example_tensors(inputs, example_sizes(inputs))
+    check_signature(model, inputs)
+    sizes = example_sizes(inputs)
+    examples = example_tensors(inputs, sizes)
     was = model.training
     model.train(training)
     try:
@@ -69,7 +72,10 @@ def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False
                 model, (), examples, dynamic_shapes=dynamic_shapes(inputs), strict=False
             )
     except Exception as error:
-        raise TraceError(_explain(model, error)) from error
+        fixed = fixed_dimension(inputs, sizes, str(error))
+        if fixed:
+            raise InputError(fixed) from error
+        raise TraceError(explain(model, error)) from error
     finally:
         model.train(was)
     return normalise(program.module(check_guards=False))
@@ -169,29 +175,3 @@ def output_class(module: fx.GraphModule) -> str:
     """The full name of the class that holds the outputs, such as a model output of transformers."""
     spec = module.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
     return "" if spec.is_leaf() else f"{spec.type.__module__}.{spec.type.__qualname__}"
-
-
-def _explain(model: nn.Module, error: Exception) -> str:
-    text = str(error).strip()
-    first = next((line for line in text.splitlines() if line.strip()), type(error).__name__)
-    frames = re.findall(r'File "([^"]+)", line (\d+), in \S+\n\s*(.*)', text)
-    trace = error.__traceback__
-    while trace is not None:
-        code = trace.tb_frame.f_code
-        if "/torch/" not in code.co_filename and "/adaptc/" not in code.co_filename:
-            frames.append((code.co_filename, str(trace.tb_lineno), ""))
-        trace = trace.tb_next
-    outside = [f for f in frames if "/torch/" not in f[0] and "/adaptc/" not in f[0]]
-    lines = [f"{type(model).__name__} could not be traced: {first}"]
-    if outside:
-        path, line, source = outside[-1]
-        lines.append(f"  at {path}:{line}" + (f"    {source}" if source else ""))
-    if "specialized" in text or "Constraints violated" in text:
-        lines.append(
-            "  a dimension that is named in `inputs` is fixed by the model: write it as a number there"
-        )
-    lines.append(
-        "  torch.export needs a forward whose control flow does not depend on tensor values: "
-        "use torch.where or torch.cond there, or move that choice out of forward"
-    )
-    return "\n".join(lines)

@@ -130,7 +130,7 @@ def stored_weights(model: nn.Module, directory: Path, dtype: torch.dtype) -> dic
     """
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = _shards(index)
     else:
         names = ["model.safetensors"] if (directory / "model.safetensors").is_file() else []
     stored: dict[str, Stored] = {}
@@ -162,6 +162,14 @@ def stored_weights(model: nn.Module, directory: Path, dtype: torch.dtype) -> dic
         target = dtype if tensor.dtype.is_floating_point else source.dtype
         found[name] = Stored(source.file, source.key, source.shape, target)
     return found
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        names = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightError(f"{index}: broken, expected a JSON object with a weight_map ({error!r})") from None
+    return sorted(names)
 
 
 def first_names(model: nn.Module) -> dict[str, str]:

@@ -21,7 +21,7 @@ def base(factory: str, inputs: str = '{x: "float32[batch, 16]"}') -> str:
     return f'base: {{python: "message_models:{factory}"}}\ninputs: {inputs}\n'
 
 
-FORMATS = ["peft", "torch", "onnx"]
+FORMATS = ["peft", "torch", pytest.param("onnx", marks=pytest.mark.slow)]
 
 
 def emit(form: str) -> str:
@@ -273,10 +273,9 @@ def test_control_flow_on_data(refused: Callable[..., tuple[str, str]], models: P
 
 
 def test_a_named_dimension_that_is_fixed(refused: Callable[..., tuple[str, str]]) -> None:
-    text, _ = refused(base("fixed_batch") + lora(target="*"), 1)
-    assert "FixedBatch could not be traced" in text
-    assert "write it as a number" in text
-    assert "batch" in text
+    text, place = refused(base("fixed_batch") + lora(target="*"))
+    assert place.startswith("3:")
+    assert "input x: dimension `batch` is fixed to 3 by the model: write float32[3, 16]" in text
 
 
 @pytest.mark.parametrize(
@@ -467,6 +466,34 @@ def test_a_file_where_a_folder_is_needed(
     text, _ = refused(NET + lora(target="*.query") + f"emit: [{{format: {entry}}}]\n", 1, "compile")
     assert f"cannot write to {tmp_path / 'taken'}" in text
     assert (tmp_path / "taken").read_text() == "mine"
+
+
+@pytest.mark.parametrize("path", [".", "..", "sub/..", "./"])
+@pytest.mark.parametrize("form", ["peft", "torch"])
+def test_the_folder_of_the_spec(refused: Callable[..., tuple[str, str]], path: str, form: str) -> None:
+    text, place = refused(
+        NET + lora(target="*.query") + f"emit:\n  - format: {form}\n    path: {path}\n", 2, "compile"
+    )
+    assert place == "9:11"
+    assert "emit.0.path: " in text
+    assert "holds the spec itself" in text
+
+
+def test_a_folder_of_the_users_own(refused: Callable[..., tuple[str, str]], tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work/thesis.txt").write_text("three years")
+    text, place = refused(
+        NET + lora(target="*.query") + "emit:\n  - format: peft\n    path: work\n", 2, "compile"
+    )
+    assert place == "9:11"
+    assert "holds files adaptc did not write (thesis.txt): choose another path" in text
+
+
+def test_one_product_inside_another(refused: Callable[..., tuple[str, str]]) -> None:
+    entries = "emit:\n  - {format: torch, path: build}\n  - {format: onnx, path: build/m.onnx}\n"
+    text, place = refused(NET + lora(target="*.query") + entries, 2, "compile")
+    assert place == "9:26"
+    assert "lies inside the folder that emit.0 writes" in text
 
 
 def test_output_dir_that_is_a_file(refused: Callable[..., tuple[str, str]], tmp_path: Path) -> None:
