@@ -79,8 +79,29 @@ def init(
     elif output.exists():
         raise AdaptcError(f"{output} exists already; remove it or choose another name")
     else:
+        output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(text)
         sys.stderr.write(f"wrote {output}; next: adaptc plan {output}\n")
+
+
+@app.command()
+def inspect(path: Annotated[Path, typer.Argument(show_default=False)], as_json: Json = False) -> None:
+    """Say what an artifact, an adapter's checkpoint or a model directory holds."""
+    from adaptc.inspection import inspect as look
+    from adaptc.report import Report
+
+    rows = look(path)
+    _print_json({row["what"]: row["value"] for row in rows}) if as_json else Report().table(str(path), rows)
+
+
+@app.command()
+def verify(path: Annotated[Path, typer.Argument(show_default=False)], as_json: Json = False) -> None:
+    """Prove an artifact again: its files' hashes, and that it runs on fresh inputs."""
+    from adaptc.inspection import verify as prove
+    from adaptc.report import Report
+
+    rows = prove(path)
+    _print_json(rows) if as_json else Report().table(str(path), rows)
 
 
 @app.command()

@@ -13,7 +13,7 @@ from torch import fx
 from adaptc import adapters
 from adaptc.checkpoint import check_base
 from adaptc.emit.torch import META, load_adapter_into
-from adaptc.errors import WeightError
+from adaptc.errors import ProofError, Refusal, RefusedError, WeightError
 from adaptc.expression import Folded
 from adaptc.graph import Graph, bind
 from adaptc.pipeline import PassRecord, run
@@ -72,8 +72,18 @@ class Compiled:
         return self._run(self.graph, "factor")
 
     def folded_graph(self) -> Graph:
-        """The folded graph, proved against the live one: as the adapters stand, and with random ones."""
+        """The folded graph, proved against the live one: as the adapters stand, and with random ones.
+
+        Raises:
+            RefusedError: a weight cannot be folded into, or the spec's own passes leave nothing to fold.
+            ProofError: the folded graph has other operations than the base, or computes something else.
+        """
         folded = self._run(self.graph, "fold")
+        if folded.adaptations:
+            reason = f"`passes` leaves a graph that is {self.graph.stage}, which cannot be folded; leave `factor` out"
+            raise RefusedError([Refusal(reason)])
+        if self.spec.passes is None and folded.operations != self.base.operations:
+            raise ProofError("the folded graph has other operations than the base")
         for name, graph in (("fold", self.graph), ("fold, random adapters", randomised(self.graph))):
             if any(proof.name == name for proof in self.proofs) and name != "fold":
                 continue
@@ -158,7 +168,11 @@ class Compiled:
 
     def rounding(self, folded: Graph) -> dict[str, float]:
         """What rounding to the storage dtype cost each folded weight, relative to its largest value."""
-        return {name: w.rounding_error() for name, w in folded.weights.items() if isinstance(w, Folded)}
+        return {
+            name: max(w.rounding)
+            for name, w in folded.weights.items()
+            if isinstance(w, Folded) and w.rounding
+        }
 
     def _run(self, graph: Graph, name: str, record: bool = True) -> Graph:
         """Run `factor` or `fold` where the graph is at a stage they take."""

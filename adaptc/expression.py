@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -89,21 +89,23 @@ class Expression:
 
 @dataclass(frozen=True, eq=False)
 class Folded(Weight):
-    """A folded weight: its expression, evaluated wide and rounded once to the storage dtype."""
+    """A folded weight: its expression, evaluated wide and rounded once to the storage dtype.
+
+    `rounding` holds what each rounding cost: the largest change over the largest value.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     expression: Expression
+    rounding: list[float] = field(default_factory=list)
 
     def load(self) -> torch.Tensor:
-        """Evaluate and round."""
-        return self.expression.evaluate().to(self.dtype).contiguous()
-
-    def rounding_error(self) -> float:
-        """What rounding to the storage dtype cost: the largest change over the largest value."""
+        """Evaluate, round, and remember what rounding cost."""
         exact = self.expression.evaluate()
-        rounded = exact.to(self.dtype).to(exact.dtype)
-        return float((rounded - exact).abs().max() / exact.abs().max().clamp_min(1e-30))
+        rounded = exact.to(self.dtype).contiguous()
+        change = (rounded.to(exact.dtype) - exact).abs().max()
+        self.rounding.append(float(change / exact.abs().max().clamp_min(1e-30)))
+        return rounded
 
 
 def cut(graph: Graph, result: fx.Node) -> Expression:

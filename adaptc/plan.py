@@ -95,6 +95,7 @@ def make_plan(spec: Spec, graph: Graph, after: Any = None) -> Plan:
         raise spec.error(("passes",), wrong, "see `adaptc passes` for the stages each pass takes and leaves")
     records: list[Any] = []
     adapted = run(graph, passes, records, after)
+    _check_products(spec, adapted)
     factor, fold = load_passes()["factor"](), load_passes()["fold"]()
     factored = run(adapted, [factor]) if adapted.stage in factor.takes else adapted
     notes = [*graph.base.notes, *_notes(entries)]
@@ -306,6 +307,26 @@ def _pipeline(spec: Spec, entries: Sequence[Planned]) -> list[Pass]:
     if inserts and not set(map(id, inserts)) <= set(map(id, passes)):
         raise spec.error(("passes",), "the pipeline leaves out `insert`, which puts in what `adapt` asks for")
     return passes
+
+
+def _check_products(spec: Spec, adapted: Graph) -> None:
+    """The spec's own pipeline must leave what its products need."""
+    if spec.passes is None:
+        return
+    for index, entry in enumerate(spec.emit):
+        folded = entry.format == "onnx" and entry.adapters == "folded"
+        if folded and adapted.adaptations and adapted.stage not in load_passes()["fold"].takes:
+            raise spec.error(
+                ("passes",),
+                f"the pipeline leaves a graph that is {adapted.stage}, which emit.{index} cannot fold",
+                "leave `factor` out: live and trainable products get it anyway",
+            )
+        if entry.format in ("torch", "peft") and spec.adapt and not adapted.adaptations:
+            raise spec.error(
+                ("passes",),
+                f"the pipeline folds the adapters away, so emit.{index} has nothing left to train or save",
+                "leave `fold` out: folded products get it anyway",
+            )
 
 
 def _notes(entries: Sequence[Planned]) -> list[str]:

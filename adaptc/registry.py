@@ -8,6 +8,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
+from adaptc.errors import AdaptcError
 from adaptc.method import METHODS, Method
 
 if TYPE_CHECKING:
@@ -27,7 +28,14 @@ def load_methods() -> dict[str, type[Method]]:
     """Every method, shipped or of an installed package. The shipped ones do not import torch."""
     _import_all("adaptc.passes.insert")
     for entry_point in entry_points(group=ENTRY_POINT_GROUP):
-        entry_point.load()
+        try:
+            entry_point.load()
+        except Exception as error:
+            package = entry_point.dist.name if entry_point.dist else "an installed package"
+            raise AdaptcError(
+                f"{package} (entry point {entry_point.name} = {entry_point.value}) cannot be loaded: "
+                f"{type(error).__name__}: {error}\n  mend that package, or uninstall it"
+            ) from error
     return METHODS
 
 
@@ -49,4 +57,5 @@ def load_passes() -> dict[str, type[Pass]]:
 
     for package in ("factor", "fold"):
         _import_all(f"adaptc.passes.{package}")
-    return {**PASSES, **{f"insert-{name}": insert_pass(cls) for name, cls in load_methods().items()}}
+    inserts = {f"insert-{name}": insert_pass(cls) for name, cls in load_methods().items()}
+    return {**PASSES, **inserts}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from adaptc.plan import Plan, Planned
@@ -17,12 +18,12 @@ from adaptc.sites import Site
 
 
 class Report:
-    """Writes for people; says nothing when `quiet`, so that standard output holds one JSON document."""
+    """Writes for people; writes nothing on standard output when `quiet`, which then holds one JSON document."""
 
     def __init__(self, quiet: bool = False):
         self.quiet = quiet
         self.out = Console(quiet=quiet, highlight=False, soft_wrap=True)
-        self.err = Console(quiet=quiet, stderr=True, highlight=False, soft_wrap=True)
+        self.err = Console(stderr=True, highlight=False, soft_wrap=True)
 
     @contextmanager
     def working(self, what: str) -> Iterator[None]:
@@ -33,6 +34,10 @@ class Report:
     def graph(self, name: str, text: str) -> None:
         """A graph's text after a pass."""
         self.err.print(f"after {name}:", markup=False)
+        self.err.print(text, markup=False)
+
+    def message(self, text: str) -> None:
+        """A line on standard error."""
         self.err.print(text, markup=False)
 
     def plan(self, plan: Plan) -> None:
@@ -69,7 +74,7 @@ class Report:
         for column in rows[0]:
             table.add_column(column, overflow="fold")
         for row in rows:
-            table.add_row(*(str(value) for value in row.values()))
+            table.add_row(*(escape(str(value)) for value in row.values()))
         Console(highlight=False).print(table)
 
 
@@ -77,7 +82,8 @@ def _entry(planned: Planned) -> Table:
     method, selection = planned.insert.method, planned.selection
     source = f", from {planned.checkpoint.path}" if planned.checkpoint else ""
     table = Table(
-        title=f"adapt.{planned.entry}: {method.name} {planned.insert.adapter!r}{source}", title_justify="left"
+        title=escape(f"adapt.{planned.entry}: {method.name} {planned.insert.adapter!r}{source}"),
+        title_justify="left",
     )
     for column in ("site", "times", "kind", "shape", "trained each", "source"):
         table.add_column(column, overflow="fold")

@@ -54,6 +54,8 @@ def run_spec(
     report.plan(compiled.plan)
     paths = emit_all(compiled, loaded.emit, report.progress, output_dir)
     report.done(paths)
+    if print_after not in (None, "all", "trace") and print_after not in [r.name for r in compiled.records]:
+        report.message(f"{print_after} did not run: nothing that is written needs it")
     return {
         "outputs": [str(path) for path in paths],
         "plan": compiled.plan.to_json(),

@@ -130,12 +130,14 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
 
 
 def sha256_of_files(paths: Iterable[Path]) -> str:
-    """SHA-256 over the bytes of the files, in the order of their names."""
-    digest = hashlib.sha256()
+    """SHA-256 of a file; of several, SHA-256 over theirs, in the order of their names."""
+    digests = []
     for path in sorted(paths):
         with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+            digests.append(hashlib.file_digest(file, "sha256"))
+    if len(digests) == 1:
+        return digests[0].hexdigest()
+    return hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
 
 
 def sha256_of_tensors(weights: Iterable[tuple[str, Weight]]) -> str:

@@ -75,12 +75,11 @@ def main() -> None:
     for name, parameter in peft.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
-    peft.save_pretrained(work / "adapter")
+    peft.save_pretrained(str(work / "adapter"))
     spec = {"base": {"model": str(base)}, "adapt": [{"adapter": str(work / "adapter")}]}
 
-    print(
-        f"machine: {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n"
-    )
+    machine = platform.processor() or platform.machine()
+    print(f"machine: {machine}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
     print("| MiniLM, LoRA r 8 on every linear | adaptc / PEFT | adaptc | PEFT |\n|---|---|---|---|")
     compiled = adaptc.compile(spec)
     tensors = {

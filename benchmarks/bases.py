@@ -25,8 +25,15 @@ def families() -> dict[str, Family]:
     """The bases of the table, by name."""
     from transformers import BertConfig, GPT2Config, LlamaConfig, T5Config
 
-    small = {"vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    encoder = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    small: dict[str, Any] = {"vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    encoder: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    t5: dict[str, Any] = {"d_model": 64, "d_ff": 96, "d_kv": 16, "num_layers": 2, "num_heads": 4}
+    t5 |= {**small, "decoder_start_token_id": 0}
     return {
         "Llama": Family(
             LlamaConfig(**small, **encoder, num_key_value_heads=2, attention_dropout=0.1),
@@ -43,7 +50,7 @@ def families() -> dict[str, Family]:
             ("query", "key", "value", "intermediate.dense", "output.dense"), ("output.dense",),
         ),
         "T5": Family(
-            T5Config(**small, d_model=64, d_ff=96, d_kv=16, num_layers=2, num_heads=4, decoder_start_token_id=0),
+            T5Config(**t5),
             "AutoModelForSeq2SeqLM", "seq2seq-lm", ("q", "k", "v", "wi", "wo"), ("wo",),
         ),
     }  # fmt: skip

@@ -45,7 +45,7 @@ def row(family: Family, model: Any, directory: Path, method: str) -> dict[str, s
     program = onnx_runner(work / "folded.onnx")
     compiled.save_adapter(work / "ours")
     again = PeftModel.from_pretrained(copy.deepcopy(model), str(work / "ours")).eval()
-    worst = dict.fromkeys(("trace", "live", "fold", "onnx", "peft"), 0.0)
+    worst: dict[str, float] = dict.fromkeys(("trace", "live", "fold", "onnx", "peft"), 0.0)
     with torch.no_grad():
         traced = adaptc.compile({"base": {"model": str(directory), "task": family.task}}).module.eval()
         for tensors in batches:

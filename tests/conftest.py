@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -11,15 +12,19 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+
 from tests.families import Zoo
 
 torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
-def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zoo]:
     root: Path = tmp_path_factory.mktemp("zoo")
-    return Zoo(root)
+    made = Zoo(root)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("adaptc.compiled.export", made.export)  # each base is traced in training mode once
+        yield made
 
 
 @pytest.fixture(autouse=True)

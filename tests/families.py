@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
 
 from adaptc.compiled import Compiled
@@ -20,6 +20,7 @@ from adaptc.graph import Graph
 from adaptc.plan import make_plan
 from adaptc.registry import load_methods
 from adaptc.spec import load
+from adaptc.tracing.export import export
 from adaptc.tracing.graph import trace
 from adaptc.tracing.module import from_module, inputs_from_examples
 from adaptc.weights import Held
@@ -235,7 +236,9 @@ FAMILIES = {
         ("out", "norm1"),
         output="output",
     ),
-    "raw": Family(Raw, ("first", "second", "third", "last"), ("second",), ("second", "last"), output="output"),
+    "raw": Family(
+        Raw, ("first", "second", "third", "last"), ("second",), ("second", "last"), output="output"
+    ),
 }
 HUGGING_FACE = tuple(name for name, family in FAMILIES.items() if family.task)
 PLAIN = tuple(name for name, family in FAMILIES.items() if not family.task)
@@ -243,7 +246,9 @@ SHAPES = ((2, 7), (1, 5), (4, 1), (1, 1))
 """(batch, sequence) other than traced; the first is padded, among the others are one row and one token."""
 
 
-def inputs(name: str, batch: int = 2, length: int = 7, pad: bool = False, seed: int = 0) -> dict[str, torch.Tensor]:
+def inputs(
+    name: str, batch: int = 2, length: int = 7, pad: bool = False, seed: int = 0
+) -> dict[str, torch.Tensor]:
     """Random inputs of a family; with `pad`, the last row is padded on the right."""
     generator = torch.Generator().manual_seed(1000 + seed)
 
@@ -284,7 +289,9 @@ def differs(got: torch.Tensor, want: torch.Tensor) -> None:
     assert float((got - want).detach().abs().max() / scale) > 4 * EPSILONS * eps, "nothing was changed"
 
 
-def outputs(module: nn.Module, tensors: Mapping[str, torch.Tensor], names: Sequence[str], **more: Any) -> dict[str, torch.Tensor]:
+def outputs(
+    module: nn.Module, tensors: Mapping[str, torch.Tensor], names: Sequence[str], **more: Any
+) -> dict[str, torch.Tensor]:
     """The outputs of a model by the names a graph gives them."""
     result = module(**tensors, **more)
     if isinstance(result, torch.Tensor):
@@ -338,6 +345,7 @@ class Zoo:
         self._eager: dict[str, nn.Module] = {}
         self._graphs: dict[tuple[str, str | None], Graph] = {}
         self._compiled: dict[tuple[str, str], Compiled] = {}
+        self._trained: dict[int, fx.GraphModule] = {}
 
     def eager(self, name: str) -> nn.Module:
         """The model itself, in evaluation mode; not to be changed."""
@@ -364,7 +372,9 @@ class Zoo:
         """The `base` of a spec."""
         return {"model": str(self.directory(name)), "task": FAMILIES[name].task, **more}
 
-    def run_eager(self, name: str, tensors: Mapping[str, torch.Tensor], model: nn.Module | None = None) -> dict[str, torch.Tensor]:
+    def run_eager(
+        self, name: str, tensors: Mapping[str, torch.Tensor], model: nn.Module | None = None
+    ) -> dict[str, torch.Tensor]:
         """The outputs of the eager model."""
         more = {"use_cache": False} if FAMILIES[name].cache else {}
         return outputs(model or self.eager(name), tensors, self.graph(name).outputs, **more)
@@ -385,12 +395,23 @@ class Zoo:
             self._graphs[name, dtype] = trace(base)
         return self._graphs[name, dtype]
 
+    def export(self, model: nn.Module, inputs: Any, training: bool = False) -> fx.GraphModule:
+        """`adaptc.tracing.export.export`, once for each base of the zoo."""
+        own = any(graph.base.model is model for graph in self._graphs.values())
+        if not own or not training:
+            return export(model, inputs, training)
+        if id(model) not in self._trained:
+            self._trained[id(model)] = export(model, inputs, training)
+        return self._trained[id(model)]
+
     def dynamic(self, name: str) -> dict[str, dict[int, str]]:
         """The dynamic dimensions of a plain module's inputs."""
         axes = {0: "batch"} if name == "mlp" else {0: "batch", 1: "seq"}
-        return {key: axes for key in inputs(name)}
+        return dict.fromkeys(inputs(name), axes)
 
-    def compiled(self, name: str, adapt: Sequence[Mapping[str, Any]], dtype: str | None = None, **spec: Any) -> Compiled:
+    def compiled(
+        self, name: str, adapt: Sequence[Mapping[str, Any]], dtype: str | None = None, **spec: Any
+    ) -> Compiled:
         """`adaptc.compile` on a base that is traced already."""
         base = {"base": self.base_of(name)} if FAMILIES[name].task else {}
         loaded = load({**base, "adapt": list(adapt), **spec})

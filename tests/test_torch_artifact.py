@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.families import FAMILIES, Zoo, close, entry, inputs, outputs, perturb
 
 import adaptc
 from adaptc.compiled import Compiled
+from tests.families import FAMILIES, Zoo, close, entry, inputs, outputs, perturb
 
 NAMES = [n if n in ("gpt2", "mlp") else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES]
 
@@ -206,7 +206,9 @@ def test_a_broken_artifact_is_an_error(reload: Any, tmp_path: Path) -> None:
                 manifest.unlink()
             case "another program":
                 manifest.write_text(manifest.read_text().replace('"up.weight"', '"other.weight"'))
-        with pytest.raises(adaptc.AdaptcError, match=str(directory) if damage != "another program" else "other"):
+        with pytest.raises(
+            adaptc.AdaptcError, match=str(directory) if damage != "another program" else "other"
+        ):
             adaptc.load(directory)
 
 

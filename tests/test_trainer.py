@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.families import VOCABULARY, Zoo, close, entry
 
 import adaptc
+from tests.families import VOCABULARY, Zoo, close, entry
 
 pytest.importorskip("accelerate")
 LABELLED = {
@@ -74,7 +74,9 @@ def test_trainer_trains_it_and_onnx_has_no_labels(zoo: Zoo, tmp_path: Path) -> N
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        str(tmp_path / "model.onnx"), options, providers=["CPUExecutionProvider"]
+    )
     assert [value.name for value in session.get_inputs()] == ["input_ids", "attention_mask"]
     assert [value.name for value in session.get_outputs()] == ["logits"]
     ids = torch.randint(3, VOCABULARY, (2, 6))

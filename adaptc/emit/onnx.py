@@ -151,9 +151,11 @@ def _text(dim: Any) -> str:
     return str(getattr(dim, "value", dim))
 
 
-def onnx_runner(path: Path) -> Callable[[Mapping[str, torch.Tensor]], Sequence[torch.Tensor]]:
+def onnx_runner(
+    path: Path, shown: Path | None = None
+) -> Callable[[Mapping[str, torch.Tensor]], Sequence[torch.Tensor]]:
     """Run an ONNX file in ONNX Runtime, on one thread that does not spin."""
-    session = open_session(path)
+    session = open_session(path, shown=shown)
     names = {value.name for value in session.get_inputs()}
 
     def call(tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
@@ -163,8 +165,8 @@ def onnx_runner(path: Path) -> Callable[[Mapping[str, torch.Tensor]], Sequence[t
     return call
 
 
-def open_session(path: Path, threads: int = 1) -> Any:
-    """An ONNX Runtime session on the CPU.
+def open_session(path: Path, threads: int = 1, shown: Path | None = None) -> Any:
+    """An ONNX Runtime session on the CPU; `shown` is what an error calls the file.
 
     Raises:
         AdaptcError: ONNX Runtime does not take the program.
@@ -178,4 +180,4 @@ def open_session(path: Path, threads: int = 1) -> Any:
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise AdaptcError(f"{path}: ONNX Runtime does not take it: {error}") from error
+        raise AdaptcError(f"{shown or path}: ONNX Runtime does not take it: {error}") from error

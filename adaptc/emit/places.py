@@ -44,7 +44,7 @@ def _occupied(path: Path, kind: str, home: Path) -> str | None:
     if path == home or path in home.parents:
         return f"{path} holds the spec itself; choose a folder of its own, such as build/{kind}"
     if kind not in FOLDERS:
-        return f"{path} is a folder; expected the name of a file" if path.is_dir() else None
+        return _occupied_file(path)
     if path.is_file():
         return f"{path} is a file; expected the name of a folder"
     if path.is_dir():
@@ -55,6 +55,17 @@ def _occupied(path: Path, kind: str, home: Path) -> str | None:
     return None
 
 
+def _occupied_file(path: Path) -> str | None:
+    if path.is_dir():
+        return f"{path} is a folder; expected the name of a file"
+    manifest = path.parent / MANIFEST
+    if manifest.is_file() and not _written(path.parent):
+        return f"{manifest} is not adaptc's, and would be replaced; choose another folder"
+    if path.is_file() and path.suffix != ".onnx" and path.name not in _written(path.parent):
+        return f"{path} is a file adaptc did not write; choose another name, such as model.onnx"
+    return None
+
+
 def _files(folder: Path) -> set[str]:
     return {str(file.relative_to(folder)) for file in folder.rglob("*") if not file.is_dir()}
 
@@ -62,7 +73,8 @@ def _files(folder: Path) -> set[str]:
 def _written(folder: Path) -> set[str]:
     """The files that the folder's own manifest names."""
     try:
-        products = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["products"]
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        products = manifest["products"] if "adaptc" in manifest["versions"] else {}
         return {MANIFEST, *(name for product in products.values() for name in product["files"])}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return set()

@@ -89,7 +89,9 @@ def _onnx(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> Proo
     }
     nodes = export_onnx(graph, path, opset, metadata)
     evaluated = inference_graph(graph)
-    proof = compiled._prove(f"onnx, {entry.adapters}", evaluated, _runner(evaluated), onnx_runner(path))
+    proof = compiled._prove(
+        f"onnx, {entry.adapters}", evaluated, _runner(evaluated), onnx_runner(path, final)
+    )
     files = [path, *(p for p in [path.with_name(path.name + ".data")] if p.exists())]
     product = {
         "name": final.name,
@@ -158,9 +160,10 @@ def _common(compiled: Compiled) -> dict[str, Any]:
         "spec": dump(compiled.spec),
         "base": {"model": base.describe, "sha256": compiled.base_sha256, "notes": base.notes},
         "adapters": [
-            {"path": str(p.checkpoint.path), "sha256": p.checkpoint.sha256}
-            for p in compiled.plan.entries
-            if p.checkpoint is not None
+            {"path": str(path), "sha256": found.sha256}
+            for path, found in {
+                p.checkpoint.path: p.checkpoint for p in compiled.plan.entries if p.checkpoint
+            }.items()
         ],
         "sites": list(what.values()),
         "passes": [asdict(record) for record in compiled.records],

@@ -15,6 +15,9 @@ from adaptc.errors import AdaptcError
 OLD = "old"
 """What an output that is being replaced is called meanwhile, beside the new one."""
 
+_LIVE: set[Path] = set()
+"""The staging folders of this process."""
+
 
 class Staging:
     """A context in which outputs are staged. Leaving it without an error puts all of them in place, or none.
@@ -45,6 +48,7 @@ class Staging:
             folder = Path(tempfile.mkdtemp(prefix=f".{final.name}.adaptc-{os.getpid()}-", dir=final.parent))
         except OSError as error:
             raise AdaptcError(f"cannot write to {final.parent}: {error.strerror or error}") from error
+        _LIVE.add(folder)
         self._staged.append((folder / final.name, final))
         return folder / final.name
 
@@ -65,6 +69,7 @@ class Staging:
         finally:
             for staged, _ in self._staged:
                 shutil.rmtree(staged.parent, ignore_errors=True)
+                _LIVE.discard(staged.parent)
             for folder in reversed(self._made):
                 if folder.is_dir() and not any(folder.iterdir()):
                     folder.rmdir()
@@ -80,9 +85,11 @@ class Staging:
             for staged, final in self._staged:
                 done.append((staged, final))
                 _replace(staged, final)
-        except OSError as error:
+        except BaseException as error:
             for staged, final in reversed(done):
                 _put_back(staged, final)
+            if not isinstance(error, OSError):
+                raise
             raise AdaptcError(
                 f"cannot write {done[-1][1]}: {error.strerror or error}; every earlier output is as it was"
             ) from error
@@ -113,7 +120,7 @@ def _sweep(final: Path) -> None:
     """Remove what an earlier run that was killed left; put back an old output it had moved away."""
     for folder in final.parent.glob(f".{glob.escape(final.name)}.adaptc-*"):
         owner = folder.name.rpartition(".adaptc-")[2].partition("-")[0]
-        if owner.isdecimal() and _alive(int(owner)):
+        if folder in _LIVE or (owner.isdecimal() and _alive(int(owner))):
             continue
         if (folder / OLD).exists() and not final.exists():
             os.replace(folder / OLD, final)
@@ -121,6 +128,9 @@ def _sweep(final: Path) -> None:
 
 
 def _alive(process: int) -> bool:
+    """Whether another process runs under this number; our own number is an earlier run's here."""
+    if process == os.getpid():
+        return False
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.families import FAMILIES, HUGGING_FACE, PLAIN, SHAPES, Zoo, close, entry, inputs, outputs
 
 import adaptc
 from adaptc.compiler import plan
 from adaptc.graph import bind
 from adaptc.weights import Stored
+from tests.families import FAMILIES, HUGGING_FACE, PLAIN, SHAPES, Zoo, close, entry, inputs, outputs
 
 FEW = 8
 """Epsilons: the same operations run in the same order."""
@@ -83,9 +83,12 @@ def test_planning_reads_no_weight(zoo: Zoo, name: str, monkeypatch: pytest.Monke
     base = zoo.base_of(name)
     monkeypatch.setattr(Stored, "load", read)
     monkeypatch.setattr(huggingface, "pretrained_weights", read)
-    for method in ("lora", "dora", "ia3", "full"):
-        _, found = plan({"base": base, "adapt": [entry(method, name)]})
-        assert found.sites
+    _, found = plan(
+        {"base": base, "adapt": [entry(m, name, name=m) for m in ("full", "lora", "dora", "ia3")]}
+    )
+    assert all(planned.selection.sites for planned in found.entries)
+    if name != "bert":
+        return
     with pytest.raises(AssertionError, match="a weight was read"):
         adaptc.compile({"base": base, "adapt": [entry("lora", name)]}).module  # noqa: B018 (made on access)
 

@@ -548,3 +548,41 @@ def test_json_is_empty_on_error(cli: Callable[..., Any], write: Callable[[str], 
         assert result.code == 2
         assert result.out == ""
         assert re.search(r"near: .*layers\.\d\.query", result.err)
+
+
+def test_folded_is_folded_whatever_the_pipeline(
+    cli: Callable[..., Any], write: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """A pipeline that factors cannot give a folded product: refused, or folded all the same; never live in disguise."""
+    import onnx
+
+    made = {}
+    for name, pipeline in (("plain", "[insert]"), ("factored", "[insert, factor]")):
+        text = (
+            NET
+            + lora(target="*.query")
+            + f"passes: {pipeline}\nemit: [{{format: onnx, path: {name}.onnx}}]\n"
+        )
+        result = cli("compile", write(text))
+        if result.code:
+            assert name == "factored"
+            assert "Traceback" not in result.err
+            assert "fold" in result.err
+            assert not (tmp_path / "factored.onnx").exists()
+            return
+        made[name] = [node.op_type for node in onnx.load(tmp_path / f"{name}.onnx").graph.node]
+    assert made["factored"] == made["plain"], "`adapters: folded` wrote a program with live adapters"
+
+
+@pytest.mark.parametrize("form", ["peft", "torch"])
+def test_nothing_is_left_to_train_after_a_fold(refused: Callable[..., tuple[str, str]], form: str) -> None:
+    text, _ = refused(NET + lora(target="*.query") + "passes: [insert, fold]\n" + emit(form), 2, "compile")
+    assert "fold" in text, "the words do not say that the pipeline folded the adapters away"
+
+
+def test_onnx_runtime_does_not_take_it(refused: Callable[..., tuple[str, str]], tmp_path: Path) -> None:
+    half = NET.replace('build"', 'build", dtype: bfloat16').replace("float32[", "bfloat16[")
+    text, _ = refused(half + lora(target="*.query") + emit("onnx"), 1, "compile")
+    assert "ONNX Runtime does not take it" in text
+    assert ".adaptc-" not in text, "the file named is a temporary one, which is gone"
+    assert str(tmp_path / "out/product") in text

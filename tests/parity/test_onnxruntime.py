@@ -8,16 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.families import FAMILIES, SHAPES, Zoo, close, differs, inputs, outputs
 
 from adaptc.compiled import Compiled
+from tests.families import FAMILIES, SHAPES, Zoo, close, differs, inputs, outputs
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 QUICK = {("lora", "bert"), ("dora", "raw"), ("ia3", "block")}
 PAIRS = [
-    pytest.param(method, name, id=f"{method}-{name}", marks=[] if (method, name) in QUICK else [pytest.mark.slow])
+    pytest.param(
+        method, name, id=f"{method}-{name}", marks=[] if (method, name) in QUICK else [pytest.mark.slow]
+    )
     for name in FAMILIES
     for method in ("lora", "dora", "ia3", "full")
 ]
@@ -93,7 +95,9 @@ def test_onnx_runtime_agrees(zoo: Zoo, method: str, name: str, tmp_path: Path) -
         matrices = {n for n, w in found.items() if len(w.dims) == 2}
         assert matrices <= named, f"not the model's names: {sorted(matrices - named)}"
         assert not set(found) & own
-        parameters = {n for n, first in compiled.base.aliases.items() if n == first and n not in compiled.base.buffers}
+        parameters = {
+            n for n, first in compiled.base.aliases.items() if n == first and n not in compiled.base.buffers
+        }
         read = {str(n.target) for n in compiled.base.nodes if n.op == "get_attr"}
         assert parameters & read <= set(found)
     assert own <= set(weights_of(models["live"])), "live adapters keep their names"
@@ -125,7 +129,9 @@ def test_other_opsets(zoo: Zoo, opset: int, tmp_path: Path) -> None:
     compiled = zoo.adapted("lora", "llama")
     compiled.emit("onnx", tmp_path / "model.onnx", opset=opset)
     session = session_of(tmp_path / "model.onnx")
-    assert [o.version for o in onnx.load(str(tmp_path / "model.onnx")).opset_import if not o.domain] == [opset]
+    assert [o.version for o in onnx.load(str(tmp_path / "model.onnx")).opset_import if not o.domain] == [
+        opset
+    ]
     for number, (batch, length) in enumerate(SHAPES):
         tensors = inputs("llama", batch, length, pad=number == 0)
         with torch.no_grad():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from tests.families import FAMILIES, HUGGING_FACE, SHAPES, Zoo, close, differs, inputs, outputs, perturb
 from torch import nn
 
 import adaptc
 from adaptc.compiled import Compiled
+from tests.families import FAMILIES, HUGGING_FACE, SHAPES, Zoo, close, differs, inputs, outputs, perturb
 
 peft = pytest.importorskip("peft")
 
@@ -37,7 +36,9 @@ FIRST_LAYER = {
     "t5": "encoder.block.0.layer.0.SelfAttention.q",
 }
 PATTERN = {"llama": r".*layers\.1.*down_proj", "gpt2": r"h.1.mlp.c_fc", "bert": r"layer.1.*dense", "t5": "wo"}
-TARGETS = {name: [p.removeprefix("*.").removeprefix("*") for p in FAMILIES[name].target] for name in HUGGING_FACE}
+TARGETS = {
+    name: [p.removeprefix("*.").removeprefix("*") for p in FAMILIES[name].target] for name in HUGGING_FACE
+}
 TARGETS["llama"] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FEEDFORWARD = {"llama": ["down_proj"], "gpt2": ["mlp.c_proj"], "bert": ["output.dense"], "t5": ["wo"]}
 CASES = {
@@ -61,10 +62,24 @@ CASES = {
     "excluded": Case("LoraConfig", {"r": 4, "exclude_modules": r".*\.0\..*"}, ("bert",)),
 }
 PAIRS = [
-    pytest.param(case, name, id=f"{case}-{name}", marks=[pytest.mark.slow] * (name == "t5" and case != "lora"))
+    pytest.param(
+        case, name, id=f"{case}-{name}", marks=[pytest.mark.slow] * (name == "t5" and case != "lora")
+    )
     for case in CASES
     for name in CASES[case].bases
 ]
+
+
+MERGED = [
+    pytest.param(
+        *pair.values,
+        id=pair.id,
+        marks=pair.marks
+        or [pytest.mark.slow] * (pair.values[0] not in ("lora", "dora", "ia3", "saved-modules")),
+    )
+    for pair in PAIRS
+]
+"""The cases that differ in the layers they take only are merged among the slow ones."""
 
 
 @dataclass
@@ -93,7 +108,7 @@ def config_of(case: str, name: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def pairs(zoo: Zoo, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def pairs(zoo: Zoo, tmp_path_factory: pytest.TempPathFactory) -> Any:
     made: dict[tuple[str, str], Pair] = {}
 
     def pair(case: str, name: str) -> Pair:
@@ -108,10 +123,12 @@ def pairs(zoo: Zoo, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
             made[case, name] = Pair(name, theirs.eval(), directory, ours)
         return made[case, name]
 
-    yield pair
+    return pair
 
 
-def theirs_on(pair: Pair, tensors: dict[str, torch.Tensor], model: nn.Module | None = None) -> dict[str, torch.Tensor]:
+def theirs_on(
+    pair: Pair, tensors: dict[str, torch.Tensor], model: nn.Module | None = None
+) -> dict[str, torch.Tensor]:
     more = {"use_cache": False} if FAMILIES[pair.name].cache else {}
     with torch.no_grad():
         return outputs(model or pair.theirs, tensors, pair.ours.base.outputs, **more)
@@ -138,7 +155,7 @@ def test_outputs_are_pefts(zoo: Zoo, pairs: Any, case: str, name: str) -> None:
                 differs(want["logits"], zoo.run_eager(name, tensors)["logits"])
 
 
-@pytest.mark.parametrize(("case", "name"), PAIRS)
+@pytest.mark.parametrize(("case", "name"), MERGED)
 def test_the_fold_is_pefts_merge(zoo: Zoo, pairs: Any, case: str, name: str) -> None:
     pair = pairs(case, name)
     folded = pair.ours.fold()
@@ -174,9 +191,7 @@ def test_what_is_saved_loads_in_peft(zoo: Zoo, pairs: Any, case: str, name: str,
     want, got = theirs_on(pair, tensors), theirs_on(pair, tensors, twin)
     for key in want:
         close(got[key], want[key])
-    written, known = (
-        json.loads((d / "adapter_config.json").read_text()) for d in (tmp_path, pair.directory)
-    )
+    written, known = (json.loads((d / "adapter_config.json").read_text()) for d in (tmp_path, pair.directory))
     for key in ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "lora_dropout"):
         assert written.get(key) == known.get(key), key
 
@@ -226,7 +241,8 @@ def test_adapter_name_and_load_into_a_module(zoo: Zoo, pairs: Any, tmp_path: Pat
     """A PEFT checkpoint goes into a module that was compiled without it, and not into another one."""
     pair = pairs("lora", "bert")
     compiled = zoo.compiled(
-        "bert", [{"method": "lora", "name": "mine", "target": ["*.query", "*.value", "*.dense"], "r": 4, "alpha": 6}]
+        "bert",
+        [{"method": "lora", "name": "mine", "target": ["*.query", "*.value", "*.dense"], "r": 4, "alpha": 6}],
     )
     compiled.load_adapter(pair.directory)
     tensors = inputs("bert", 2, 5)
@@ -241,7 +257,12 @@ def test_adapter_name_and_load_into_a_module(zoo: Zoo, pairs: Any, tmp_path: Pat
 
 @pytest.mark.parametrize(
     "options",
-    [{"init_lora_weights": "pissa"}, {"bias": "all"}, {"use_dora": True, "lora_bias": True}, {"target_parameters": ["x"]}],
+    [
+        {"init_lora_weights": "pissa"},
+        {"bias": "all"},
+        {"use_dora": True, "lora_bias": True},
+        {"target_parameters": ["x"]},
+    ],
     ids=lambda o: next(iter(o)) if len(o) == 1 else "lora_bias",
 )
 def test_what_is_not_read_is_refused(zoo: Zoo, pairs: Any, options: dict[str, Any], tmp_path: Path) -> None:
@@ -252,5 +273,7 @@ def test_what_is_not_read_is_refused(zoo: Zoo, pairs: Any, options: dict[str, An
             (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | options))
-    with pytest.raises(adaptc.AdaptcError, match=next(k for k in options if k != "use_dora").split("_lora")[0]):
+    with pytest.raises(
+        adaptc.AdaptcError, match=next(k for k in options if k != "use_dora").split("_lora")[0]
+    ):
         zoo.compiled("bert", [{"adapter": str(tmp_path)}])
