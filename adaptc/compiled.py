@@ -22,7 +22,7 @@ from adaptc.proof import Proof, gradients, prove, randomised, runner, tolerance
 from adaptc.registry import load_passes
 from adaptc.spec import Spec
 from adaptc.tracing.export import export, output_class
-from adaptc.tracing.modes import follow_training, mark_training_arguments
+from adaptc.tracing.modes import follow_training
 from adaptc.weights import Held, sha256_of_files, sha256_of_tensors
 
 
@@ -61,8 +61,6 @@ class Compiled:
         base = self.base.copy()
         if base.base.model is not None:
             follow_training(base.module.graph, export(base.base.model, base.base.inputs, training=True).graph)
-        else:
-            mark_training_arguments(base.module.graph)
         graph = run(base, self.plan.passes)
         graph.weights.update({name: self.graph.weights[name] for name in graph.adapter_names})
         return self._run(graph, "factor")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
@@ -229,3 +230,58 @@ def test_a_checkpoint_of_another_base_is_refused(zoo: Zoo, reload: Any, tmp_path
     with pytest.raises(adaptc.AdaptcError, match="another base"):
         adaptc.load_adapter(module, tmp_path / "other")
     assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
+
+
+class Payload:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.marker,)
+
+
+def craft(source: Path, target: Path, way: str, marker: Path) -> None:
+    """Copy a program with a pickle that runs code in one of the places where torch.export reads one."""
+    buffer = io.BytesIO()
+    torch.save(Payload(marker), buffer)
+    with zipfile.ZipFile(source) as honest, zipfile.ZipFile(target, "w") as crafted:
+        names = honest.namelist()
+        config = next(n for n in names if n.endswith("model_weights_config.json"))
+        weights = json.loads(honest.read(config))
+        chosen = weights["config"]["up.weight"]
+        for name in names:
+            data = honest.read(name)
+            if way == "sample inputs" and name.endswith("sample_inputs/model.pt"):
+                data = buffer.getvalue()
+            if way == "pickled weight" and name == config:
+                data = json.dumps(
+                    {"config": weights["config"] | {"up.weight": chosen | {"use_pickle": True}}}
+                )
+            if way == "pickled weight" and name.endswith(f"/weights/{chosen['path_name']}"):
+                data = buffer.getvalue()
+            crafted.writestr(name, data)
+
+
+@pytest.mark.parametrize("way", ["sample inputs", "pickled weight"])
+def test_a_crafted_artifact_runs_no_code(reload: Any, tmp_path: Path, way: str) -> None:
+    artifact, marker = tmp_path / "crafted", tmp_path / "marker"
+    shutil.copytree(reload("mlp").artifact, artifact)
+    craft(reload("mlp").artifact / "program.pt2", artifact / "program.pt2", way, marker)
+    with pytest.raises(adaptc.AdaptcError):
+        adaptc.load(artifact)
+    assert not marker.exists(), "loading an artifact ran code from it"
+
+
+@pytest.mark.parametrize("way", ["sample inputs", "pickled weight"])
+def test_a_crafted_program_base_runs_no_code(zoo: Zoo, tmp_path: Path, way: str) -> None:
+    program = torch.export.export(zoo.fresh("mlp"), (torch.randn(3, 16),), strict=False)
+    torch.export.save(program, tmp_path / "honest.pt2")
+    craft(tmp_path / "honest.pt2", tmp_path / "crafted.pt2", way, tmp_path / "marker")
+    spec = {"base": {"program": str(tmp_path / "honest.pt2")}, "adapt": [entry("lora", "mlp")]}
+    assert adaptc.compile(spec).plan.sites
+    spec["base"] = {"program": str(tmp_path / "crafted.pt2")}
+    with pytest.raises(adaptc.AdaptcError):
+        adaptc.compile(spec)
+    assert not (tmp_path / "marker").exists(), "compiling a program ran code from it"

@@ -43,9 +43,11 @@ def emit_all(
         for entry, final in zip(entries, paths, strict=True):
             if observe:
                 observe(f"{entry.format} {final}", None)
-            proof = WRITERS[entry.format](compiled, entry, staging, final)
-            if observe and proof is not None:
-                observe("", proof)
+            known = list(compiled.proofs)
+            WRITERS[entry.format](compiled, entry, staging, final)
+            for proof in compiled.proofs:
+                if observe and proof not in known:
+                    observe("", proof)
     return paths
 
 
@@ -57,7 +59,7 @@ def emit_one(compiled: Compiled, entry: Mapping[str, Any]) -> None:
     emit_all(compiled, checked.emit)
 
 
-def _torch(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> Proof | None:
+def _torch(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> None:
     compiled.check_gradients()
     directory = staging.path(final)
     module = compiled.module
@@ -71,10 +73,9 @@ def _torch(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> Pro
     proof = compiled._prove("torch artifact", compiled.graph, runner(module), runner(load_torch(directory)))
     product = {"name": PROGRAM, "format": "torch", "module": about, "proof": asdict(proof)}
     write_manifest(manifest, common, product, [directory / PROGRAM])
-    return proof
 
 
-def _onnx(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> Proof:
+def _onnx(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> None:
     graph = {"folded": compiled.folded_graph, "live": compiled.live_graph, "none": lambda: compiled.base}[
         entry.adapters
     ]()
@@ -92,7 +93,10 @@ def _onnx(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> Proo
     proof = compiled._prove(
         f"onnx, {entry.adapters}", evaluated, _runner(evaluated), onnx_runner(path, final)
     )
-    files = [path, *(p for p in [path.with_name(path.name + ".data")] if p.exists())]
+    beside = path.with_name(path.name + ".data")
+    files = [path]
+    if beside.exists():
+        files.append(beside.replace(staging.path(final.with_name(beside.name))))
     product = {
         "name": final.name,
         "format": "onnx",
@@ -106,10 +110,7 @@ def _onnx(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> Proo
     if entry.adapters == "folded":
         product["rounding"] = compiled.rounding(graph)
         product["operations"] = {"base": len(compiled.base.operations), "folded": len(graph.operations)}
-    for extra in files[1:]:
-        extra.replace(staging.path(final.with_name(extra.name)))
     _manifest_beside(compiled, staging, final, product, files)
-    return proof
 
 
 def _runner(graph: Graph) -> Any:
@@ -132,7 +133,7 @@ def _peft(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> None
     write_manifest(directory / MANIFEST, _common(compiled), {"name": "adapter", "format": "peft"}, files)
 
 
-WRITERS: dict[str, Callable[[Compiled, Any, Staging, Path], Proof | None]] = {
+WRITERS: dict[str, Callable[[Compiled, Any, Staging, Path], None]] = {
     "torch": _torch,
     "onnx": _onnx,
     "peft": _peft,

@@ -40,7 +40,7 @@ def trace(base: Base) -> Graph:
         tensor = _attribute(owner, name)
         weights[name] = Computed(tuple(tensor.shape), tensor.dtype, _loader(base, name, tuple(tensor.shape)))
     for node in traced.graph.nodes:
-        if node.op == "get_attr" and node.target not in weights:
+        if node.op == "get_attr" and node.target not in weights and node.target != "training":
             tensor = _attribute(traced, str(node.target))
             if isinstance(tensor, FakeTensor):
                 raise TraceError(f"the trace holds a constant without a value: {node.target}")

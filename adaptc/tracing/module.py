@@ -16,6 +16,7 @@ from adaptc.errors import TraceError
 from adaptc.inputs import InputSpec
 from adaptc.tracing.base import Base
 from adaptc.tracing.export import normalise
+from adaptc.tracing.modes import mark_training_arguments
 from adaptc.weights import Held, Weight
 
 
@@ -73,6 +74,8 @@ def from_program(path: Path, inputs: Sequence[InputSpec]) -> Base:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise TraceError(f"{path}: not a program saved by torch.export.save ({first})") from error
     graph_module = normalise(program.module(check_guards=False))
+    mark_training_arguments(graph_module.graph)
+    graph_module.recompile()
     found = inputs or _program_inputs(graph_module)
     return Base(
         describe=str(path),

@@ -1,0 +1,98 @@
+"""Every spec in specs/ compiles as it stands, but for a small base in place of MiniLM."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import adaptc
+from adaptc.emit.products import emit_all
+from adaptc.registry import load_methods
+
+ROOT = Path(__file__).parent.parent
+SPECS = sorted(ROOT.glob("specs/*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    small: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 1,
+    }
+    model = BertModel(BertConfig(vocab_size=99, **small))
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.1)
+    directory = tmp_path_factory.mktemp("bert")
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def adapter(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from peft import LoraConfig, get_peft_model
+    from transformers import BertModel
+
+    model = get_peft_model(BertModel.from_pretrained(bert), LoraConfig(r=2, target_modules=["query"]))
+    for name, parameter in model.named_parameters():
+        if "lora" in name:
+            parameter.data.normal_(0, 0.1)
+    directory = tmp_path_factory.mktemp("adapter")
+    model.save_pretrained(str(directory))
+    return directory
+
+
+@pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
+def test_spec_compiles(
+    path: Path, bert: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    overrides = []
+    if "all-MiniLM" in path.read_text():
+        overrides.append(f"base.model={bert}")
+    if "my-peft-adapter" in path.read_text():
+        overrides.append(f"adapt.0.adapter={adapter}")
+    compiled = adaptc.compile(path, overrides=overrides)
+    paths = emit_all(compiled, compiled.spec.emit, into=tmp_path)
+    assert paths
+    assert all(written.exists() for written in paths)
+    for manifest in tmp_path.rglob("manifest.json"):
+        for product in json.loads(manifest.read_text())["products"].values():
+            if "proof" in product:
+                assert 0 <= product["proof"]["relative"] <= product["proof"]["tolerance"]
+
+
+def test_every_method_has_a_spec() -> None:
+    assert {name for name, cls in load_methods().items() if cls.__module__.startswith("adaptc.")} <= {
+        p.stem for p in SPECS
+    }
+
+
+def test_the_own_model_of_the_readme_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    compiled = adaptc.compile(ROOT / "specs" / "own-model.yaml")
+    module = compiled.module
+    optimizer = torch.optim.Adam([p for p in module.parameters() if p.requires_grad], lr=1e-2)
+    torch.manual_seed(0)
+    x, y = torch.randn(64, 24), torch.randint(0, 5, (64,))
+    losses = []
+    for _ in range(15):
+        loss = torch.nn.functional.cross_entropy(module(x), y)
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.8 * losses[0]
+    shutil.rmtree(tmp_path / "a", ignore_errors=True)
+    compiled.save_adapter(tmp_path / "a")
+    before = module.eval()(x)
+    other = adaptc.compile(ROOT / "specs" / "own-model.yaml")
+    other.load_adapter(tmp_path / "a")
+    assert torch.equal(other.module.eval()(x), before)
