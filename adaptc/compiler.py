@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from adaptc.compiled import Compiled
-from adaptc.errors import InputError, TraceError
+from adaptc.errors import InputError, TraceError, WeightError
 from adaptc.graph import Graph, bind
 from adaptc.pipeline import PassRecord
 from adaptc.plan import Plan, make_plan
@@ -107,7 +107,7 @@ def make_base(
         if entry.program is not None:
             return modules.from_program(resolve_path(spec, entry.program), inputs)
         return _huggingface(spec, entry, inputs)
-    except TraceError as error:
+    except (TraceError, WeightError) as error:
         key = next(k for k in ("python", "program", "model") if getattr(entry, k) is not None)
         raise spec.error(("base", key), *str(error).splitlines()) from error
 

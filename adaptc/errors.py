@@ -77,8 +77,9 @@ class Refusal:
 
 
 class RefusedError(AdaptcError):
-    """A rewrite that the spec asked for was refused; carries the refusals."""
+    """A rewrite that the spec asked for was refused; carries the refusals and the pass they came from."""
 
-    def __init__(self, refusals: Iterable[Refusal]):
+    def __init__(self, refusals: Iterable[Refusal], source: object = None):
         self.refusals = tuple(refusals)
+        self.source = source
         super().__init__("\n".join(str(refusal) for refusal in self.refusals))

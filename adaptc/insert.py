@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from adaptc.errors import Refusal
+from adaptc.errors import Refusal, RefusedError
 from adaptc.expression import Traced, cut, splice, trace_expression
 from adaptc.graph import Adaptation, Graph
 from adaptc.method import Method, Param, WeightMethod
@@ -135,6 +135,9 @@ class Insert(Pass):
             got, want = result.meta["val"], before.meta["val"]
             if got.shape != want.shape or got.dtype != want.dtype:
                 raise ValueError(f"{method.name}.{function.__name__} makes {got} of {want} on {site}")
+            if (parameter, uses[0].node) in graph.adapted and not _depends(result, before):
+                words = f"{method.name} replaces what an earlier entry does to {site.module}; write it first"
+                raise RefusedError([Refusal(words, (uses[0].node,))], self)
             for use in uses:
                 nodes[use.node].replace_input_with(before, result)
             nodes[result.name] = result
@@ -154,6 +157,18 @@ class Insert(Pass):
             return function(W, seeded(seed, name)).to(site.dtype).clone()
 
         return Computed(param.shape, site.dtype, make)
+
+
+def _depends(result: fx.Node, value: fx.Node) -> bool:
+    queue, seen = [result], {result}
+    while queue:
+        node = queue.pop()
+        if node is value:
+            return True
+        new = [operand for operand in node.all_input_nodes if operand not in seen]
+        seen.update(new)
+        queue += new
+    return False
 
 
 def parameter_name(site: Site, method: Method, adapter: str, param: Param) -> str:

@@ -115,10 +115,10 @@ def run(
     for item in passes:
         wrong = check_order([item], graph.stage)
         if wrong:
-            raise RefusedError([Refusal(wrong)])
+            raise RefusedError([Refusal(wrong)], item)
         refusals = item.requires(graph)
         if refusals:
-            raise RefusedError(refusals)
+            raise RefusedError(refusals, item)
         start, before = time.perf_counter(), len(graph.module.graph.nodes)
         try:
             modified = item.call(graph)

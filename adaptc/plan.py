@@ -14,7 +14,7 @@ from torch import fx
 from adaptc.adapt_entries import AdapterEntry
 from adaptc.budget import Budget, budget
 from adaptc.checkpoint import Checkpoint, directories, match, missing, read
-from adaptc.errors import Problem, SpecError, WeightError
+from adaptc.errors import Problem, RefusedError, SpecError, WeightError
 from adaptc.graph import Graph
 from adaptc.insert import Insert, parameter_name
 from adaptc.names import nearest
@@ -94,7 +94,12 @@ def make_plan(spec: Spec, graph: Graph, after: Any = None) -> Plan:
     if wrong:
         raise spec.error(("passes",), wrong, "see `adaptc passes` for the stages each pass takes and leaves")
     records: list[Any] = []
-    adapted = run(graph, passes, records, after)
+    try:
+        adapted = run(graph, passes, records, after)
+    except RefusedError as error:
+        if not isinstance(error.source, Insert):
+            raise
+        raise spec.error(("adapt", error.source.entry), *str(error).splitlines()) from error
     _check_products(spec, adapted)
     factor, fold = load_passes()["factor"](), load_passes()["fold"]()
     factored = run(adapted, [factor]) if adapted.stage in factor.takes else adapted

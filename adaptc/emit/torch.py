@@ -20,6 +20,7 @@ from adaptc.errors import WeightError
 from adaptc.graph import put
 from adaptc.inputs import InputSpec
 from adaptc.peft_config import check_options
+from adaptc.tracing.archive import load_program
 from adaptc.tracing.export import dynamic_shapes, example_sizes, example_tensors, normalise
 from adaptc.tracing.modes import mark_training_arguments
 
@@ -72,14 +73,7 @@ def load_torch(directory: Path) -> fx.GraphModule:
     home = about["output_class"].rpartition(".")[0]
     if home.startswith("transformers."):
         importlib.import_module(home)  # makes its output class known to torch.export
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            program = torch.export.load(str(directory / PROGRAM))
-    except Exception as error:
-        raise WeightError(
-            f"{directory / PROGRAM}: broken or truncated ({str(error).splitlines()[0]})"
-        ) from error
+    program = load_program(directory / PROGRAM)
     module = normalise(program.module(check_guards=False))
     mark_training_arguments(module.graph)
     module.recompile()

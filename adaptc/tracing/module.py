@@ -14,6 +14,7 @@ from torch import nn
 
 from adaptc.errors import TraceError
 from adaptc.inputs import InputSpec
+from adaptc.tracing.archive import load_program
 from adaptc.tracing.base import Base
 from adaptc.tracing.export import normalise
 from adaptc.tracing.modes import mark_training_arguments
@@ -64,15 +65,12 @@ def from_program(path: Path, inputs: Sequence[InputSpec]) -> Base:
     """A program saved by `torch.export.save`.
 
     Raises:
-        TraceError: the file is missing or is no such program.
+        TraceError: the file is missing.
+        WeightError: it is broken, or holds more than a graph and tensors.
     """
     if not path.is_file():
         raise TraceError(f"{path}: no such file; expected a program saved by torch.export.save")
-    try:
-        program = torch.export.load(str(path))
-    except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise TraceError(f"{path}: not a program saved by torch.export.save ({first})") from error
+    program = load_program(path)
     graph_module = normalise(program.module(check_guards=False))
     mark_training_arguments(graph_module.graph)
     graph_module.recompile()

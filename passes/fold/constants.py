@@ -10,9 +10,10 @@ from torch import fx
 
 from adaptc.errors import Refusal
 from adaptc.expression import Folded, cut
-from adaptc.graph import Graph
+from adaptc.graph import Adaptation, Graph
+from adaptc.method import WeightMethod
 from adaptc.pipeline import Pass, graph_pass
-from adaptc.sites import Use
+from adaptc.sites import Use, module_of
 from adaptc.weights import Weight
 
 
@@ -27,26 +28,28 @@ class Fold(Pass):
     def requires(self, graph: Graph) -> list[Refusal]:
         """No tensor that is folded into may be used anywhere else: it would change there too."""
         refusals = []
-        sites = {(name, uses[0].node): uses for name, uses in _places(graph)}
-        for (name, _), uses in sites.items():
-            own = {use.node for use in uses}
-            others = [user for user in _users(graph, name) if user.name not in own]
-            if others:
-                refusals.append(
-                    Refusal(
-                        f"{name} cannot be folded into: the same tensor is also used by "
-                        f"{', '.join(sorted({str(user.target) for user in others}))}, which would change too\n"
-                        "  keep the adapter live (`adapters: live`), or leave this layer out of the target",
-                        tuple(user.name for user in others),
-                    )
+        for adaptation in graph.adaptations:
+            site = adaptation.site
+            for name, uses in _places(adaptation):
+                own = {use.node for use in uses}
+                others = [user for user in _users(graph, name) if user.name not in own]
+                if not others:
+                    continue
+                where = sorted({module_of(user)[0] or str(user.target) for user in others})
+                leaf = site.leaf if name == site.parameter else name.rpartition(".")[2]
+                words = (
+                    f"{site.module}.{leaf} cannot be folded into: the same tensor is also used by {', '.join(where)}, "
+                    "which would change too\n"
+                    "  keep the adapter live (`adapters: live`), or leave this layer out of the target"
                 )
+                refusals.append(Refusal(words, tuple(user.name for user in others)))
         return refusals
 
     def call(self, graph: Graph) -> bool:
         """Cut out, store, and read the stored weight instead."""
         nodes = graph.by_name()
         folded: dict[str, Weight] = {}
-        for name, uses in _places(graph):
+        for name, uses in (place for adaptation in graph.adaptations for place in _places(adaptation)):
             if name in folded:
                 continue
             value = graph.value_of(name, uses, nodes)
@@ -66,13 +69,12 @@ class Fold(Pass):
         return bool(folded)
 
 
-def _places(graph: Graph) -> Iterator[tuple[str, tuple[Use, ...]]]:
-    """Every adapted parameter and where it is used; biases where the method adapts them."""
-    for adaptation in graph.adaptations:
-        site = adaptation.site
-        yield site.parameter, site.uses
-        if site.bias is not None and adaptation.method.adapts_bias():  # type: ignore[attr-defined]
-            yield site.bias, site.bias_uses
+def _places(adaptation: Adaptation) -> Iterator[tuple[str, tuple[Use, ...]]]:
+    """The weight that a method adapts and where it is used; the bias too where the method adapts it."""
+    site, method = adaptation.site, adaptation.method
+    yield site.parameter, site.uses
+    if site.bias is not None and isinstance(method, WeightMethod) and method.adapts_bias():
+        yield site.bias, site.bias_uses
 
 
 def _users(graph: Graph, name: str) -> list[fx.Node]:

@@ -1,0 +1,68 @@
+"""Opening a saved `torch.export` program without running anything that stands in it."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import re
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adaptc.errors import WeightError
+
+KNOWN = re.compile(
+    r"[^/]+/(archive_format|archive_version|byteorder|version|\.format_version|\.data/\w+|models/\w+\.json"
+    r"|data/(weights|constants)/[\w.]+|data/sample_inputs/\w+\.pt)"
+)
+"""What a program holds: its graph, raw tensors, and one file of example tensors."""
+
+
+def load_program(path: Path) -> torch.export.ExportedProgram:
+    """Load a program.
+
+    torch.export.load unpickles what an archive asks it to; so everything in it that could be a pickle is
+    refused first, unless it holds tensors only.
+
+    Raises:
+        WeightError: the file is broken, truncated, or holds something else than a graph and tensors.
+    """
+    try:
+        _check(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.export.load(str(path))
+    except WeightError:
+        raise
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise WeightError(f"{path}: broken, or not a program saved by torch.export.save ({first})") from error
+
+
+def _check(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            if not KNOWN.fullmatch(name):
+                raise WeightError(f"{path}: holds {name!r}, which no plain program does; it is refused")
+            if name.endswith("_config.json"):
+                _check_config(path, name, json.loads(archive.read(name)))
+            elif name.endswith(".pt"):
+                _check_tensors(path, name, archive.read(name))
+
+
+def _check_config(path: Path, name: str, config: Any) -> None:
+    if '"use_pickle": true' in json.dumps(config):
+        raise WeightError(f"{path}: {name} asks for a pickle, which can run code; it is refused")
+
+
+def _check_tensors(path: Path, name: str, data: bytes) -> None:
+    try:
+        torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise WeightError(
+            f"{path}: {name} holds more than tensors, which can run code; it is refused"
+        ) from error
