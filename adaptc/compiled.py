@@ -18,12 +18,15 @@ from adaptc.expression import Folded
 from adaptc.graph import Graph, bind
 from adaptc.pipeline import PassRecord, run
 from adaptc.plan import Plan, Planned
-from adaptc.proof import Proof, gradients, prove, randomised, runner, tolerance
+from adaptc.proof import Proof, Runner, gradients, prove, randomised, runner, tolerance
 from adaptc.registry import load_passes
 from adaptc.spec import Spec
 from adaptc.tracing.export import export, output_class
 from adaptc.tracing.modes import follow_training
 from adaptc.weights import Held, sha256_of_files, sha256_of_tensors
+
+RANDOM = "fold, random adapters"
+"""The proof that no zero in an untrained adapter hides a mistake."""
 
 
 class Compiled:
@@ -63,11 +66,14 @@ class Compiled:
             follow_training(base.module.graph, export(base.base.model, base.base.inputs, training=True).graph)
         graph = run(base, self.plan.passes)
         graph.weights.update({name: self.graph.weights[name] for name in graph.adapter_names})
-        return self._run(graph, "factor")
+        factor = load_passes()["factor"]()
+        return run(graph, [factor]) if graph.stage in factor.takes else graph
 
-    def live_graph(self) -> Graph:
-        """The factored graph in evaluation mode; adapters as they stand."""
-        return self._run(self.graph, "factor")
+    def live_graph(self, adapted: Graph | None = None) -> Graph:
+        """The factored graph in evaluation mode, with the adapters of `adapted`, or as they stand."""
+        graph = self.plan.factored.copy()
+        graph.weights.update({name: (adapted or self.graph).weights[name] for name in graph.adapter_names})
+        return graph
 
     def folded_graph(self) -> Graph:
         """The folded graph, proved against the live one: as the adapters stand, and with random ones.
@@ -76,25 +82,16 @@ class Compiled:
             RefusedError: a weight cannot be folded into, or the spec's own passes leave nothing to fold.
             ProofError: the folded graph has other operations than the base, or computes something else.
         """
-        folded = self._run(self.graph, "fold")
+        folded = self._fold(self.graph, record=True)
         if folded.adaptations:
             reason = f"`passes` leaves a graph that is {self.graph.stage}, which cannot be folded; leave `factor` out"
             raise RefusedError([Refusal(reason)])
         if self.spec.passes is None and folded.operations != self.base.operations:
             raise ProofError("the folded graph has other operations than the base")
-        for name, graph in (("fold", self.graph), ("fold, random adapters", randomised(self.graph))):
-            if any(proof.name == name for proof in self.proofs) and name != "fold":
-                continue
-            fold = load_passes()["fold"]
-            other = (
-                folded
-                if graph is self.graph
-                else run(graph, [fold()])
-                if graph.stage in fold.takes
-                else graph
-            )
-            live = self._run(graph, "factor", record=False)
-            self._prove(name, live, runner(bind(live)), runner(bind(other)))
+        self._prove_fold("fold", self.graph, folded)
+        if not any(proof.name == RANDOM for proof in self.proofs):
+            random = randomised(self.graph)
+            self._prove_fold(RANDOM, random, self._fold(random))
         return folded
 
     def fold(self) -> fx.GraphModule:
@@ -172,17 +169,27 @@ class Compiled:
             if isinstance(w, Folded) and w.rounding
         }
 
-    def _run(self, graph: Graph, name: str, record: bool = True) -> Graph:
-        """Run `factor` or `fold` where the graph is at a stage they take."""
-        item = load_passes()[name]()
-        if graph.stage not in item.takes:
-            return graph
-        return run(graph, [item], self.records if record else None, self._after if record else None)
+    def prove(self, name: str, graph: Graph, reference: Runner, candidate: Runner) -> Proof:
+        """Hold two sides against one another and keep the proof; an earlier one of this name is replaced.
 
-    def _prove(self, name: str, graph: Graph, reference: Any, candidate: Any) -> Proof:
+        Raises:
+            ProofError: they differ.
+        """
         proof = prove(name, graph.inputs, reference, candidate, tolerance(graph), seed=self.spec.seed)
         self.proofs = [p for p in self.proofs if p.name != name] + [proof]
         return proof
+
+    def _fold(self, graph: Graph, record: bool = False) -> Graph:
+        """Fold a graph that is at a stage for it; any other is given back."""
+        fold = load_passes()["fold"]()
+        if graph.stage not in fold.takes:
+            return graph
+        first = record and not any(done.name == fold.name for done in self.records)
+        return run(graph, [fold], self.records if first else None, self._after if first else None)
+
+    def _prove_fold(self, name: str, adapted: Graph, folded: Graph) -> None:
+        live = self.live_graph(adapted)
+        self.prove(name, live, runner(bind(live)), runner(bind(folded)))
 
     def _load_checkpoints(self) -> None:
         found = adapters.records_of(self.graph)

@@ -46,6 +46,8 @@ class Plan:
         budget: parameters, memory and operations.
         notes: what the person should know: patterns without a match, excluded heads, what cannot fold.
         adapted: the graph after the pipeline; its weights are not loaded.
+        factored: the same, factored, where the pipeline has not done so itself.
+        records: what each pass did.
     """
 
     entries: list[Planned]
@@ -53,6 +55,7 @@ class Plan:
     budget: Budget
     notes: list[str]
     adapted: Graph
+    factored: Graph
     records: list[Any] = field(default_factory=list)
 
     @property
@@ -102,11 +105,11 @@ def make_plan(spec: Spec, graph: Graph, after: Any = None) -> Plan:
         raise spec.error(("adapt", error.source.entry), *str(error).splitlines()) from error
     _check_products(spec, adapted)
     factor, fold = load_passes()["factor"](), load_passes()["fold"]()
-    factored = run(adapted, [factor]) if adapted.stage in factor.takes else adapted
+    factored = run(adapted, [factor], records, after) if adapted.stage in factor.takes else adapted
     notes = [*graph.base.notes, *_notes(entries)]
     if adapted.stage in fold.takes:
         notes += [f"cannot be folded: {refusal}" for refusal in fold.requires(adapted)]
-    return Plan(entries, passes, budget(graph, adapted, factored), notes, adapted, records)
+    return Plan(entries, passes, budget(graph, adapted, factored), notes, adapted, factored, records)
 
 
 def _planned(spec: Spec, graph: Graph, index: int) -> list[Planned]:

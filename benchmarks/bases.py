@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from examples.own_model import build
+
 
 @dataclass(frozen=True)
 class Family:
@@ -16,7 +18,7 @@ class Family:
 
     config: Any
     auto: str
-    task: str
+    task: str | None
     targets: tuple[str, ...]
     feedforward: tuple[str, ...]
 
@@ -53,22 +55,31 @@ def families() -> dict[str, Family]:
             T5Config(**t5),
             "AutoModelForSeq2SeqLM", "seq2seq-lm", ("q", "k", "v", "wi", "wo"), ("wo",),
         ),
+        "own module": Family(
+            {"features": 24, "width": 64, "classes": 5},
+            "",
+            None,
+            ("up", "down", "stem"),
+            ("down",),
+        ),
     }  # fmt: skip
 
 
 def make(family: Family) -> tuple[Any, Path]:
-    """A model and the directory it is saved in."""
+    """A model, in evaluation mode, and the directory it is saved in."""
     import transformers
 
     torch.manual_seed(0)
-    model = getattr(transformers, family.auto).from_config(family.config)
+    own = family.task is None
+    model: Any = build(**family.config) if own else getattr(transformers, family.auto).from_config(family.config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(0.0, 0.1)
             if "norm" in name.lower() or ".ln_" in name:
                 parameter.add_(1.0)
     directory = Path(tempfile.mkdtemp(prefix="adaptc-base-"))
-    model.save_pretrained(directory)
+    if not own:
+        model.save_pretrained(directory)
     return model.eval(), directory
 
 

@@ -25,6 +25,19 @@ def error(expected: torch.Tensor, got: torch.Tensor) -> float:
     return float((expected - got).abs().max() / expected.abs().max())
 
 
+def compile_family(family: Family, model: Any, directory: Path, adapt: list[Any]) -> adaptc.Compiled:
+    """Compile a base of the table with these entries."""
+    if family.task is not None:
+        return adaptc.compile({"base": {"model": str(directory), "task": family.task}, "adapt": adapt})
+    x = torch.randn(3, family.config["features"])
+    return adaptc.compile({"adapt": adapt}, model=model, example_inputs=(x,), dynamic={"x": {0: "batch"}})
+
+
+def logits(output: Any) -> torch.Tensor:
+    """The logits of a model output, or the output itself."""
+    return getattr(output, "logits", output)
+
+
 def row(family: Family, model: Any, directory: Path, method: str) -> dict[str, str]:
     """Trace, train, fold, export and carry one adapter through PEFT and back."""
     from peft import PeftModel
@@ -32,12 +45,7 @@ def row(family: Family, model: Any, directory: Path, method: str) -> dict[str, s
     work = Path(tempfile.mkdtemp(prefix="adaptc-table-"))
     reference = peft_model(copy.deepcopy(model), family, method)
     reference.save_pretrained(work / "peft")
-    compiled = adaptc.compile(
-        {
-            "base": {"model": str(directory), "task": family.task},
-            "adapt": [{"adapter": str(work / "peft")}],
-        }
-    )
+    compiled = compile_family(family, model, directory, [{"adapter": str(work / "peft")}])
     inputs = compiled.base.inputs
     batches = [example_tensors(inputs, example_sizes(inputs, s), 5, pad=True) for s in SIZES]
     module, folded = compiled.module.eval(), compiled.fold()
@@ -47,15 +55,15 @@ def row(family: Family, model: Any, directory: Path, method: str) -> dict[str, s
     again = PeftModel.from_pretrained(copy.deepcopy(model), str(work / "ours")).eval()
     worst: dict[str, float] = dict.fromkeys(("trace", "live", "fold", "onnx", "peft"), 0.0)
     with torch.no_grad():
-        traced = adaptc.compile({"base": {"model": str(directory), "task": family.task}}).module.eval()
+        traced = compile_family(family, model, directory, []).module.eval()
         for tensors in batches:
-            expected = reference(**tensors).logits
+            expected = logits(reference(**tensors))
             for name, got, against in (
-                ("trace", traced(**tensors).logits, model(**tensors).logits),
-                ("live", module(**tensors).logits, expected),
-                ("fold", folded(**tensors).logits, expected),
+                ("trace", logits(traced(**tensors)), logits(model(**tensors))),
+                ("live", logits(module(**tensors)), expected),
+                ("fold", logits(folded(**tensors)), expected),
                 ("onnx", program(tensors)[0], expected),
-                ("peft", again(**tensors).logits, expected),
+                ("peft", logits(again(**tensors)), expected),
             ):
                 worst[name] = max(worst[name], error(against, got))
     nodes = len(compiled.folded_graph().operations), len(compiled.base.operations)
@@ -79,8 +87,8 @@ def step(compiled: Any, tensors: dict[str, torch.Tensor]) -> str:
     losses = []
     torch.manual_seed(0)
     for _ in range(11):
-        logits = module(**tensors).logits.flatten(0, -2)
-        loss = torch.nn.functional.cross_entropy(logits, torch.arange(len(logits)) % logits.shape[-1])
+        scores = logits(module(**tensors)).flatten(0, -2)
+        loss = torch.nn.functional.cross_entropy(scores, torch.arange(len(scores)) % scores.shape[-1])
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()

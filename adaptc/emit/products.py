@@ -70,7 +70,7 @@ def _torch(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> Non
     write_manifest(
         manifest, common, {"name": PROGRAM, "format": "torch", "module": about}, [directory / PROGRAM]
     )
-    proof = compiled._prove("torch artifact", compiled.graph, runner(module), runner(load_torch(directory)))
+    proof = compiled.prove("torch artifact", compiled.graph, runner(module), runner(load_torch(directory)))
     product = {"name": PROGRAM, "format": "torch", "module": about, "proof": asdict(proof)}
     write_manifest(manifest, common, product, [directory / PROGRAM])
 
@@ -90,9 +90,7 @@ def _onnx(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> None
     }
     nodes = export_onnx(graph, path, opset, metadata)
     evaluated = inference_graph(graph)
-    proof = compiled._prove(
-        f"onnx, {entry.adapters}", evaluated, _runner(evaluated), onnx_runner(path, final)
-    )
+    proof = compiled.prove(f"onnx, {entry.adapters}", evaluated, _runner(evaluated), onnx_runner(path, final))
     beside = path.with_name(path.name + ".data")
     files = [path]
     if beside.exists():
