@@ -63,7 +63,7 @@ class Compiled:
         """The factored graph in both modes; adapters as they stand."""
         base = self.base.copy()
         if base.base.model is not None:
-            follow_training(base.module.graph, export(base.base.model, base.base.inputs, training=True).graph)
+            follow_training(base.module, export(base.base.model, base.base.inputs, training=True))
         graph = run(base, self.plan.passes)
         graph.weights.update({name: self.graph.weights[name] for name in graph.adapter_names})
         factor = load_passes()["factor"]()

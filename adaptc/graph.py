@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch.fx.node import map_arg
 
 from adaptc.inputs import InputSpec
-from adaptc.method import Method, Param
+from adaptc.method import Param, WeightMethod
 from adaptc.sites import Site, Use, module_of
 from adaptc.tracing.base import Base
 from adaptc.weights import Weight
@@ -30,8 +30,8 @@ class Adaptation:
     """One method on one site, as inserted: `method` has the options of this site, `declared` those of the entry."""
 
     site: Site
-    method: Method
-    declared: Method
+    method: WeightMethod
+    declared: WeightMethod
     adapter: str
     entry: int
     params: Mapping[str, tuple[str, Param]]

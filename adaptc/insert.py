@@ -32,10 +32,10 @@ class Insert(Pass):
 
     takes: ClassVar[frozenset[str]] = frozenset({"traced", "adapted"})
     leaves: ClassVar[str | None] = "adapted"
-    method_class: ClassVar[type[Method]]
+    method_class: ClassVar[type[WeightMethod]]
 
     @property
-    def method(self) -> Method:
+    def method(self) -> WeightMethod:
         """The method with the options of this pass."""
         own = {f.name for f in dataclasses.fields(Insert)}
         options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in own}
@@ -76,7 +76,6 @@ class Insert(Pass):
     def call(self, graph: Graph) -> bool:
         """Splice the expression at every site."""
         method = self.method
-        assert isinstance(method, WeightMethod)
         traced: dict[Any, Traced] = {}
         nodes = graph.by_name()
         for site in self.selection(graph).sites:

@@ -120,7 +120,7 @@ def parameter_uses(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node, int]]:
 
 def _is_weight(user: fx.Node, index: int, rank: int) -> bool:
     form = LINEAR_FORMS.get(user.target)
-    return form is not None and index == form.weight and rank == 2
+    return form is not None and index == form.weight and rank == 2 and not user.kwargs
 
 
 def find_sites(graph: fx.Graph, names: Mapping[str, str], parameters: set[str]) -> list[Site]:
@@ -149,25 +149,27 @@ def find_sites(graph: fx.Graph, names: Mapping[str, str], parameters: set[str]) 
         types.setdefault(module, type_name)
         values[own] = node
         groups[module, own].append((user, index))
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    for uses in groups.values():
+        uses.sort(key=lambda use: order[use[0]])
     sites = [_site(module, own, types[module], values[own], uses) for (module, own), uses in groups.items()]
     return sites
 
 
 def _site(module: str, own: str, type_name: str, node: fx.Node, uses: list[tuple[fx.Node, int]]) -> Site:
     value = node.meta["val"]
-    linear = all(_is_weight(user, index, value.dim()) for user, index in uses)
+    forms = {LINEAR_FORMS[user.target].transposed for user, _ in uses if user.target in LINEAR_FORMS}
+    biases = {_bias_of(user) for user, _ in uses}
+    # One expression serves all uses, so they must read the weight the same way, beside the same bias.
+    linear = (
+        all(_is_weight(user, index, value.dim()) for user, index in uses) and len(forms) == len(biases) == 1
+    )
     bias: str | None = None
     bias_uses: list[Use] = []
-    transposed = False
     if linear:
-        for user, _ in uses:
-            form = LINEAR_FORMS[user.target]
-            transposed = form.transposed
-            if form.bias is not None and len(user.args) > form.bias:
-                at = user.args[form.bias]
-                if isinstance(at, fx.Node) and at.op == "get_attr":
-                    bias = str(at.target)
-                    bias_uses.append(Use(user.name, form.bias))
+        bias = biases.pop()
+        if bias is not None:
+            bias_uses = [Use(user.name, LINEAR_FORMS[user.target].bias or 0) for user, _ in uses]
     return Site(
         module=module,
         type=type_name,
@@ -176,9 +178,18 @@ def _site(module: str, own: str, type_name: str, node: fx.Node, uses: list[tuple
         leaf=own.rpartition(".")[2],
         shape=tuple(value.shape),
         dtype=value.dtype,
-        transposed=transposed,
+        transposed=linear and forms.pop(),
         uses=tuple(Use(user.name, index) for user, index in uses),
         bias=bias,
         bias_uses=tuple(bias_uses),
         source=source_of(uses[0][0]),
     )
+
+
+def _bias_of(user: fx.Node) -> str | None:
+    """The name of the bias beside the weight in this operation, if it is a parameter."""
+    form = LINEAR_FORMS.get(user.target)
+    if form is None or form.bias is None or len(user.args) <= form.bias:
+        return None
+    at = user.args[form.bias]
+    return str(at.target) if isinstance(at, fx.Node) and at.op == "get_attr" else None

@@ -45,6 +45,7 @@ def trace(base: Base) -> Graph:
             if isinstance(tensor, FakeTensor):
                 raise TraceError(f"the trace holds a constant without a value: {node.target}")
             weights[str(node.target)] = Held(tensor)
+            node.meta["constant"] = tensor
             aliases[str(node.target)] = str(node.target)
             buffers.add(str(node.target))
 

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from adaptc.graph import Adaptation, Graph
+from adaptc.errors import Refusal, RefusedError
+from adaptc.graph import Graph
 from adaptc.pipeline import Pass, graph_pass
 from adaptc.sites import LINEAR_FORMS
 from adaptc.tracing.modes import training_node
@@ -37,8 +38,8 @@ class Factor(Pass):
     def call(self, graph: Graph) -> bool:
         """Rewrite every adapted matrix product."""
         nodes = graph.by_name()
-        inserted = frozenset(graph.adapter_names)
         changed = False
+        placed: set[int] = set()
         done: set[str] = set()
         for adaptation in graph.adaptations:
             site = adaptation.site
@@ -48,8 +49,11 @@ class Factor(Pass):
                 node = nodes[use.node]
                 if use.node not in done and node.args[LINEAR_FORMS[node.target].weight].op != "get_attr":  # type: ignore[union-attr]
                     done.add(use.node)
-                    _Rewrite(graph, node, site.transposed, self.tokens, inserted).run()
+                    rewrite = _Rewrite(graph, node, self.tokens)
+                    rewrite.run()
+                    placed |= rewrite.placed
                     changed = True
+        _refuse_lost_dropout(graph, placed, self)
         return changed
 
 
@@ -59,10 +63,9 @@ class _Rewrite:
 
     graph: Graph
     node: fx.Node
-    transposed: bool
     tokens: int
-    inserted: frozenset[str]
     dropped: dict[tuple[int, fx.Node], fx.Node] = field(default_factory=dict)
+    placed: set[int] = field(default_factory=set)
 
     def run(self) -> None:
         """Emit the factored form in front of the node, and let its users read that."""
@@ -74,7 +77,7 @@ class _Rewrite:
         assert isinstance(x, fx.Node)
         assert isinstance(weight, fx.Node)
         with self.graph.module.graph.inserting_before(self.node):
-            result = self.apply(x, weight, flipped=self.transposed, bias=bias)
+            result = self.apply(x, weight, flipped=form.transposed, bias=bias)
         self.node.replace_all_uses_with(result)
         self.graph.module.graph.erase_node(self.node)
 
@@ -86,7 +89,7 @@ class _Rewrite:
         if E.meta.get("adaptation") is None:  # a parameter, of the base or of the method
             return self.product(x, E, flipped, bias)
         if E.target is aten.add.Tensor and not E.kwargs and all(_same_shape(a, E) for a in args):
-            terms = sorted(args, key=lambda a: not self.holds_base(a))  # type: ignore[arg-type]
+            terms = sorted(args, key=lambda a: not self.holds_base(a, E.meta["adaptation"]))  # type: ignore[arg-type]
             if not self.gains(E, terms[1]):  # type: ignore[arg-type]
                 return self.product(x, E, flipped, bias)
             first = self.apply(x, terms[0], flipped, bias)  # type: ignore[arg-type]
@@ -142,24 +145,24 @@ class _Rewrite:
     def drop(self, x: fx.Node, E: fx.Node, term: fx.Node) -> fx.Node:
         """x behind the dropout of the method that wrote this sum, for a term without the base weight."""
         tag = E.meta["adaptation"]
-        p = getattr(self.adaptation(tag).method, "dropout", 0.0)
-        if not p or self.holds_base(term):
+        p = self.graph.adaptations[tag].method.dropout
+        if (
+            not p
+            or self.holds_base(term, tag)
+            or (tag, x) in {(t, node) for (t, _), node in self.dropped.items()}
+        ):
             return x
+        self.placed.add(tag)
         if (tag, x) not in self.dropped:
             self.dropped[tag, x] = self.emit(
                 aten.dropout.default, x, p, training_node(self.graph.module.graph)
             )
         return self.dropped[tag, x]
 
-    def adaptation(self, tag: int) -> Adaptation:
-        """The adaptation that an expression's node belongs to."""
-        return self.graph.adaptations[tag]
-
     def gains(self, E: fx.Node, term: fx.Node) -> bool:
         """Whether a term of the sum E is better kept apart: it has dropout of its own, or is thin."""
-        if getattr(self.adaptation(E.meta["adaptation"]).method, "dropout", 0.0) and not self.holds_base(
-            term
-        ):
+        tag = E.meta["adaptation"]
+        if self.graph.adaptations[tag].method.dropout and not self.holds_base(term, tag):
             return True
         while term.target in SCALES and not isinstance(term.args[1], fx.Node):
             term = term.args[0]  # type: ignore[assignment]
@@ -171,12 +174,13 @@ class _Rewrite:
         thin = 6 * self.tokens * inner * (rows + columns)
         return thin <= 2 * self.tokens * rows * columns + 6 * inner * rows * columns
 
-    def holds_base(self, E: fx.Node) -> bool:
-        """Whether the base weight is inside this term."""
+    def holds_base(self, E: fx.Node, tag: int) -> bool:
+        """Whether what the method adapts is inside this term: any weight that is not its own parameter."""
+        own = {name for name, _ in self.graph.adaptations[tag].params.values()}
         queue = [E]
         while queue:
             node = queue.pop()
-            if node.op == "get_attr" and node.target not in self.inserted:
+            if node.op == "get_attr" and node.target not in own:
                 return True
             queue.extend(node.all_input_nodes)
         return False
@@ -188,3 +192,13 @@ class _Rewrite:
 
 def _same_shape(value: Any, E: fx.Node) -> bool:
     return isinstance(value, fx.Node) and tuple(value.meta["val"].shape) == tuple(E.meta["val"].shape)
+
+
+def _refuse_lost_dropout(graph: Graph, placed: set[int], source: Pass) -> None:
+    for tag, adaptation in enumerate(graph.adaptations):
+        if adaptation.method.dropout and tag not in placed:
+            words = (
+                f"{adaptation.method.name} on {adaptation.site.module} has dropout, but its weight is no sum with a term "
+                "of its own that dropout could go in front of"
+            )
+            raise RefusedError([Refusal(words, (adaptation.site.uses[0].node,))], source)

@@ -68,6 +68,11 @@ class Fold(Pass):
         graph.module.graph.eliminate_dead_code()
         return bool(folded)
 
+    def ensures(self, graph: Graph) -> str | None:
+        """Nothing of any expression is left."""
+        left = [node.name for node in graph.nodes if node.meta.get("adaptation") is not None]
+        return f"not folded: {', '.join(left)}" if left else None
+
 
 def _places(adaptation: Adaptation) -> Iterator[tuple[str, tuple[Use, ...]]]:
     """The weight that a method adapts and where it is used; the bias too where the method adapts it."""
