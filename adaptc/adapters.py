@@ -26,7 +26,11 @@ class AdapterTensor:
 
 @dataclass(frozen=True)
 class AdapterRecord:
-    """One entry of a spec as inserted: enough to save, load and swap its tensors without the graph."""
+    """One entry of a spec as inserted: enough to save, load and swap its tensors without the graph.
+
+    `transposed`: some weight is stored `(in, out)`. `ambiguous`: a module's name ends another's that is not
+    adapted, so that PEFT's rule for lists of names would take both.
+    """
 
     adapter: str
     entry: int
@@ -34,6 +38,7 @@ class AdapterRecord:
     options: Mapping[str, Any]
     modules: tuple[str, ...]
     transposed: bool
+    ambiguous: bool
     tensors: tuple[AdapterTensor, ...]
 
     @classmethod
@@ -50,11 +55,13 @@ class AdapterRecord:
 
 def records_of(graph: Graph) -> list[AdapterRecord]:
     """What was inserted into a graph, an entry at a time, in order."""
-    groups: dict[tuple[int, str], list[Any]] = {}
+    groups: dict[tuple[int, str, str], list[Any]] = {}
     for adaptation in graph.adaptations:
-        groups.setdefault((adaptation.entry, adaptation.method.name), []).append(adaptation)
+        groups.setdefault((adaptation.entry, adaptation.method.name, adaptation.adapter), []).append(
+            adaptation
+        )
     found = []
-    for (entry, method), group in groups.items():
+    for (entry, method, _), group in groups.items():
         tensors = tuple(
             AdapterTensor(name, f"{a.site.module}.{param.key}".lstrip("."), param.shape)
             for a in group
@@ -62,8 +69,12 @@ def records_of(graph: Graph) -> list[AdapterRecord]:
         )
         modules = tuple(dict.fromkeys(a.site.module for a in group))
         transposed = any(a.site.transposed for a in group)
+        others = {site.module for site in graph.sites} - set(modules)
+        ambiguous = any(other.endswith("." + module) for other in others for module in modules)
         options = json.loads(json.dumps(options_of(group[0].declared), default=list))
-        found.append(AdapterRecord(group[0].adapter, entry, method, options, modules, transposed, tensors))
+        found.append(
+            AdapterRecord(group[0].adapter, entry, method, options, modules, transposed, ambiguous, tensors)
+        )
     return found
 
 
@@ -85,16 +96,24 @@ def as_json(records: Sequence[AdapterRecord]) -> list[dict[str, Any]]:
 
 
 def group(records: Sequence[AdapterRecord]) -> list[list[AdapterRecord]]:
-    """Records that share a checkpoint: a method, and what joins its configuration."""
-    groups = [[r] for r in records if r.format is None or not r.format.joins]
+    """Records that share a checkpoint, in the order they apply: a method, and what joins its configuration.
+
+    A method cannot join one that sits on the same modules: there the order of both must be kept.
+    """
+    groups: list[list[AdapterRecord]] = []
+    joining = [record for record in records if record.format is not None and record.format.joins]
     for record in records:
-        if record.format is not None and record.format.joins:
-            host = next(
-                (g for g in groups if g[0].adapter == record.adapter and g[0].format and g[0].format.type),
-                None,
-            )
-            if host is None:
-                groups.append([record])
-            else:
-                host.append(record)
-    return groups
+        if record not in joining:
+            groups.append([record])
+    for record in joining:
+        host = next((g for g in groups if _hosts(g[0], record)), None)
+        if host is None:
+            groups.append([record])
+        else:
+            host.append(record)
+    return sorted(groups, key=lambda members: members[0].entry)
+
+
+def _hosts(host: AdapterRecord, record: AdapterRecord) -> bool:
+    known = host.format is not None and host.format.type is not None
+    return known and host.adapter == record.adapter and not set(host.modules) & set(record.modules)

@@ -18,12 +18,12 @@ from adaptc.expression import Folded
 from adaptc.graph import Graph, bind
 from adaptc.pipeline import PassRecord, run
 from adaptc.plan import Plan, Planned
-from adaptc.proof import Proof, Runner, gradients, prove, randomised, runner, tolerance
+from adaptc.proof import Proof, Runner, effect, gradients, prove, randomised, runner, tolerance
 from adaptc.registry import load_passes
 from adaptc.spec import Spec
 from adaptc.tracing.export import export, output_class
 from adaptc.tracing.modes import follow_training
-from adaptc.weights import Held, sha256_of_files, sha256_of_tensors
+from adaptc.weights import Computed, Weight, sha256_of_files, sha256_of_tensors
 
 RANDOM = "fold, random adapters"
 """The proof that no zero in an untrained adapter hides a mistake."""
@@ -52,11 +52,12 @@ class Compiled:
     def module(self) -> fx.GraphModule:
         """The trainable module: only the adaptation requires grad, and train()/eval() are followed."""
         graph = self.trainable_graph()
+        self._prove_module(graph)
         module = bind(graph, graph.adapter_names)
         module.meta[META] = self.about(graph)
         parameters = dict(module.named_parameters())
         for name in graph.adapter_names:
-            self.graph.weights[name] = Held(parameters[name])
+            _put(self.graph.weights[name], parameters[name])
         return module
 
     def trainable_graph(self) -> Graph:
@@ -90,7 +91,7 @@ class Compiled:
             raise ProofError("the folded graph has other operations than the base")
         self._prove_fold("fold", self.graph, folded)
         if not any(proof.name == RANDOM for proof in self.proofs):
-            random = randomised(self.graph)
+            random = self._random()
             self._prove_fold(RANDOM, random, self._fold(random))
         return folded
 
@@ -191,6 +192,25 @@ class Compiled:
         live = self.live_graph(adapted)
         self.prove(name, live, runner(bind(live)), runner(bind(folded)))
 
+    def _prove_module(self, graph: Graph) -> None:
+        """The trainable module computes what the inserted expressions say, with random adapters."""
+        if not graph.adaptations or not self.graph.adaptations:
+            return
+        random = self._random()
+        factored = graph.copy()
+        factored.weights.update({name: random.weights[name] for name in graph.adapter_names})
+        self.prove("trainable module", random, runner(bind(random)), runner(bind(factored)))
+
+    def _random(self) -> Graph:
+        """The adapted graph with random adapters, whose effect a proof could not miss."""
+        base = runner(bind(self.base))
+        allowed = tolerance(self.graph)
+        for strength in (1.0, 8.0, 64.0):
+            graph = randomised(self.graph, self.spec.seed, strength)
+            if effect(graph.inputs, base, runner(bind(graph))) > 10 * allowed:
+                break
+        return graph
+
     def _load_checkpoints(self) -> None:
         found = adapters.records_of(self.graph)
         by_path: dict[Path, list[Planned]] = {}
@@ -210,7 +230,13 @@ class Compiled:
             except WeightError as error:
                 raise self.spec.weight_error(("adapt", members[0].entry, "adapter"), error) from None
             for name, value in values.items():
-                self.graph.weights[name] = Held(value.to(self.graph.weights[name].dtype))
+                _put(self.graph.weights[name], value)
+
+
+def _put(weight: Weight, value: torch.Tensor) -> None:
+    """Let an adapter's weight follow a tensor."""
+    assert isinstance(weight, Computed)
+    weight.put(value.detach)
 
 
 def tensors_of(compiled: Compiled) -> dict[str, torch.Tensor]:

@@ -56,7 +56,7 @@ def compile(
     records += plan.records
     _ = base.bound  # a broken checkpoint is found before anything is written
     compiled = Compiled(loaded, plan, graph, records, after)
-    if base.model is not None and not base.files and model is not None:
+    if base.real and base.model is not None:
         compiled.proofs.append(
             prove("trace", graph.inputs, runner(base.model), runner(bind(graph)), tolerance(graph))
         )

@@ -26,11 +26,9 @@ class OnnxEmit(Part):
     format: Literal["onnx"]
     path: OutputPath
     adapters: Literal["folded", "live", "none"] = Field(
-        "folded", description="folded away, kept as inputs, or left out"
+        "folded", description="folded away, kept as operations of their own, or left out"
     )
-    opset: Annotated[int, Field(ge=18, le=25)] | None = Field(
-        None, description="ONNX opset; the exporter's own if left out"
-    )
+    opset: Annotated[int, Field(ge=18, le=25)] | None = Field(None, description="ONNX opset; 20 if left out")
 
 
 class PeftEmit(Part):

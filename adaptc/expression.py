@@ -79,7 +79,7 @@ class Expression:
         with torch.no_grad():
             for node in self.nodes:
                 if node.op == "get_attr":
-                    tensor = self.leaves[str(node.target)].load()
+                    tensor = self.leaves[str(node.target)].exact()
                     values[node] = tensor.to(wide) if tensor.dtype.is_floating_point else tensor
                 else:
                     args, kwargs = map_arg((node.args, dict(node.kwargs)), values.__getitem__)  # type: ignore[arg-type]

@@ -81,6 +81,13 @@ class Graph:
         return [str(node.target) for node in self.nodes if node.op == "call_function"]
 
     @property
+    def tensors(self) -> list[str]:
+        """The names of the outputs that are tensors, not None or a plain number."""
+        results = next(node for node in self.nodes if node.op == "output").args[0]
+        flat = results if isinstance(results, (list, tuple)) else [results]
+        return [name for name, value in zip(self.outputs, flat, strict=True) if isinstance(value, fx.Node)]
+
+    @property
     def placeholders(self) -> list[fx.Node]:
         """The input nodes."""
         return [node for node in self.nodes if node.op == "placeholder"]

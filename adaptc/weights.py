@@ -26,6 +26,10 @@ class Weight(ABC):
     def load(self) -> torch.Tensor:
         """The data, of `shape` and `dtype`; not to be changed in place."""
 
+    def exact(self) -> torch.Tensor:
+        """The data as wide as it is known: what folding starts from."""
+        return self.load()
+
     @property
     def nbytes(self) -> int:
         """Bytes the tensor takes when loaded."""
@@ -67,9 +71,12 @@ class Stored(Weight):
         return open_safetensors(self.file).get_tensor(self.key).to(self.dtype)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Computed(Weight):
-    """A tensor made on request, such as a folded weight or an initial value."""
+    """A tensor made on request, such as an initial value, until another one is put in its place.
+
+    Everyone who holds it sees the new value, in `shape` and `dtype`, or by `exact` as wide as it was given.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -77,7 +84,15 @@ class Computed(Weight):
 
     def load(self) -> torch.Tensor:
         """Compute it."""
-        return self.make()
+        return self.make().to("cpu", self.dtype)
+
+    def exact(self) -> torch.Tensor:
+        """Compute it, without rounding to `dtype`."""
+        return self.make().cpu()
+
+    def put(self, value: Callable[[], torch.Tensor]) -> None:
+        """Take another value from now on."""
+        self.make = value
 
 
 @lru_cache(maxsize=64)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 from torch.fx.graph import CodeGen
 
 from adaptc.graph import Graph
+from adaptc.tracing.export import LABELS
 
 aten = torch.ops.aten
-LABELS = "labels"
 
 
 def inference_graph(graph: Graph) -> Graph:
@@ -21,9 +23,8 @@ def inference_graph(graph: Graph) -> Graph:
     _evaluate(nodes)
     kept = _kept_outputs(graph)
     output = next(n for n in nodes.nodes if n.op == "output")
-    results = output.args[0]
-    flat = list(results) if isinstance(results, (list, tuple)) else [results]
-    output.args = (tuple(flat[i] for i in kept),)
+    flat = _results(output)
+    output.args = (tuple(_distinct(nodes, output, [flat[i] for i in kept])),)
     nodes.set_codegen(CodeGen())
     for node in list(nodes.nodes):
         if node.op == "get_attr" and graph.aliases.get(str(node.target), node.target) != node.target:
@@ -57,8 +58,24 @@ def _kept_outputs(graph: Graph) -> list[int]:
     for node in graph.nodes:
         if any(operand in tainted for operand in node.all_input_nodes) and node.op != "output":
             tainted.add(node)
-    output = next(n for n in graph.nodes if n.op == "output")
+    flat = _results(next(n for n in graph.nodes if n.op == "output"))
+    tensors = [i for i, value in enumerate(flat) if isinstance(value, fx.Node)]
+    return [i for i in tensors if flat[i] not in tainted] or tensors
+
+
+def _results(output: fx.Node) -> list[Any]:
     results = output.args[0]
-    flat = list(results) if isinstance(results, (list, tuple)) else [results]
-    kept = [i for i, value in enumerate(flat) if value not in tainted]
-    return kept or list(range(len(flat)))
+    return list(results) if isinstance(results, (list, tuple)) else [results]
+
+
+def _distinct(nodes: fx.Graph, output: fx.Node, results: list[fx.Node]) -> list[fx.Node]:
+    """One node for each output, none of them an input: a program names each once."""
+    found: list[fx.Node] = []
+    for node in results:
+        if node in found or node.op != "call_function":
+            with nodes.inserting_before(output):
+                copy = nodes.call_function(aten.clone.default, (node,))
+            copy.meta = dict(node.meta)
+            node = copy
+        found.append(node)
+    return found

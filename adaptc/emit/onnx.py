@@ -142,9 +142,23 @@ def _name(model: Any, graph: Graph) -> None:
         for value in node.outputs:
             if not value.is_graph_output():
                 value.shape = None
-    taken = {value.name for value in model.graph.inputs}
-    for value, name in zip(model.graph.outputs, graph.outputs, strict=True):
-        value.name = name if name not in taken else f"{name}_output"
+    _name_outputs(model, graph.outputs)
+
+
+def _name_outputs(model: Any, names: Sequence[str]) -> None:
+    """Give the outputs their names; an intermediate that has one gives way, an input keeps its own."""
+    outputs = set(model.graph.outputs)
+    inner = [value for node in model.graph for value in node.outputs if value not in outputs]
+    for number, value in enumerate(inner):
+        if value.name in names:
+            value.name = f"{value.name}.inner.{number}"
+    taken = {value.name for value in (*model.graph.inputs, *model.graph.initializers.values())}
+    for value, name in zip(model.graph.outputs, names, strict=True):
+        free = name
+        while free in taken:
+            free += "_output"
+        taken.add(free)
+        value.name = free
 
 
 def _text(dim: Any) -> str:

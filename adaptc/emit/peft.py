@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -67,9 +68,9 @@ def _config(group: Sequence[AdapterRecord], base: str | None) -> dict[str, Any]:
             "peft_type": None,
             "adaptc_method": host.method,
             "adaptc_options": dict(host.options),
-            "target_modules": list(host.modules),
+            "target_modules": _targets(host),
         }
-    config |= {"peft_type": host.format.type, "target_modules": list(host.modules), **host.format.fixed}
+    config |= {"peft_type": host.format.type, "target_modules": _targets(host), **host.format.fixed}
     if host.transposed:
         config["fan_in_fan_out"] = True
     for ours, theirs in host.format.options.items():
@@ -82,3 +83,10 @@ def _config(group: Sequence[AdapterRecord], base: str | None) -> dict[str, Any]:
         assert record.format.joins is not None
         config.setdefault(record.format.joins, []).extend(record.modules)
     return config
+
+
+def _targets(record: AdapterRecord) -> list[str] | str:
+    """The modules as PEFT reads them: a list of names, or a regex where a list would name others too."""
+    if not record.ambiguous:
+        return list(record.modules)
+    return "(" + "|".join(re.escape(module) for module in record.modules) + ")"

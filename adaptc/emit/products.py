@@ -21,7 +21,7 @@ from adaptc.emit.torch import META, PROGRAM, load_torch, save_torch
 from adaptc.errors import ProofError
 from adaptc.graph import Graph, bind
 from adaptc.plan import site_json
-from adaptc.proof import Proof, runner
+from adaptc.proof import Proof, Runner, runner
 from adaptc.spec import dump, load
 
 Observer = Callable[[str, Proof | None], None]
@@ -90,7 +90,8 @@ def _onnx(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> None
     }
     nodes = export_onnx(graph, path, opset, metadata)
     evaluated = inference_graph(graph)
-    proof = compiled.prove(f"onnx, {entry.adapters}", evaluated, _runner(evaluated), onnx_runner(path, final))
+    program = onnx_runner(path, final)
+    proof = compiled.prove(f"onnx, {entry.adapters}", graph, _kept(graph, evaluated), program)
     beside = path.with_name(path.name + ".data")
     files = [path]
     if beside.exists():
@@ -111,11 +112,11 @@ def _onnx(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> None
     _manifest_beside(compiled, staging, final, product, files)
 
 
-def _runner(graph: Graph) -> Any:
-    module = bind(graph)
-    names = {spec.name for spec in graph.inputs}
-    run = runner(module)
-    return lambda tensors: run({name: tensor for name, tensor in tensors.items() if name in names})
+def _kept(graph: Graph, evaluated: Graph) -> Runner:
+    """Run the graph itself, and give the outputs that the program has."""
+    run = runner(bind(graph))
+    kept = [graph.tensors.index(name) for name in evaluated.outputs]
+    return lambda tensors: [run(tensors)[index] for index in kept]
 
 
 def _peft(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> None:

@@ -24,6 +24,7 @@ class Base:
         weights: name -> weight, for every persistent parameter and buffer.
         inputs: the model's inputs.
         heads: modules that are output heads.
+        real: the model holds its weights, so that it can be run.
         files: the base's weight files; empty for a base in memory.
         notes: what the loader chose or changed, for the person.
     """
@@ -34,6 +35,7 @@ class Base:
     weights: Callable[[], dict[str, Weight]]
     program: fx.GraphModule | None = None
     heads: frozenset[str] = frozenset()
+    real: bool = False
     files: tuple[Path, ...] = ()
     notes: list[str] = field(default_factory=list)
 

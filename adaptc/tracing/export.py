@@ -17,6 +17,8 @@ from adaptc.tracing.explain import check_signature, explain, fixed_dimension
 
 aten = torch.ops.aten
 REGIONS = (torch.ops.higher_order.wrap_with_set_grad_enabled, torch.ops.higher_order.wrap_with_autocast)
+LABELS = "labels"
+"""The input that only a loss needs; programs for inference leave it out."""
 EXAMPLE_SIZES = (3, 17, 11, 19, 23, 29, 31)
 """Sizes given to named dimensions while tracing: different from one another, and from 1."""
 
@@ -63,7 +65,7 @@ def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False
     check_signature(model, inputs)
     sizes = example_sizes(inputs)
     examples = example_tensors(inputs, sizes)
-    was = model.training
+    modes = {module: module.training for module in model.modules()}
     model.train(training)
     try:
         with warnings.catch_warnings():
@@ -77,7 +79,8 @@ def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False
             raise InputError(fixed) from error
         raise TraceError(explain(model, error)) from error
     finally:
-        model.train(was)
+        for module, mode in modes.items():
+            module.training = mode
     return normalise(program.module(check_guards=False))
 
 
@@ -95,16 +98,17 @@ def normalise(module: fx.GraphModule) -> fx.GraphModule:
     graph = module.graph
     _inline_regions(module)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    followed = next((node for node in placeholders if node.target != LABELS), None)
     device: fx.Node | None = None
     for node in list(graph.nodes):
         if node.target in (aten._assert_tensor_metadata.default, torch._check):
             graph.erase_node(node)
             continue
         constants = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, torch.device)]
-        if node.op == "call_function" and constants and placeholders:
+        if node.op == "call_function" and constants and followed is not None:
             if device is None:
                 with graph.inserting_after(placeholders[-1]):
-                    device = graph.call_function(getattr, (placeholders[0], "device"))
+                    device = graph.call_function(getattr, (followed, "device"))
             found = device
             node.args = tuple(found if isinstance(a, torch.device) else a for a in node.args)
             node.kwargs = {k: found if isinstance(v, torch.device) else v for k, v in node.kwargs.items()}
@@ -128,6 +132,11 @@ def _inline_regions(module: fx.GraphModule) -> None:
         )
         body = _region(module, node.args[at])
         assert body is not None
+        if node.target is torch.ops.higher_order.wrap_with_autocast and node.args[2] is True:
+            raise TraceError(
+                "the model turns autocast on in its forward, which a graph cannot keep\n"
+                "  take torch.autocast out of forward; give the base's dtype in the spec instead"
+            )
         inputs = [n for n in body.graph.nodes if n.op == "placeholder"]
         with graph.inserting_before(node):
             results = graph.graph_copy(body.graph, dict(zip(inputs, node.args[at + 1 :], strict=True)))  # type: ignore[arg-type]

@@ -110,7 +110,8 @@ def _inputs(base: Base, traced: fx.GraphModule) -> tuple[InputSpec, ...]:
 def _bounded(spec: InputSpec, node: fx.Node) -> InputSpec:
     if spec.dtype not in ("int64", "int32"):
         return spec
-    return replace(spec, high=_high(node) or spec.high)
+    bounds = [bound for bound in (_high(node), spec.high) if bound]
+    return replace(spec, high=min(bounds, default=None))
 
 
 def _high(node: fx.Node) -> int | None:

@@ -68,7 +68,7 @@ def load(
             part.use_cache = False
     notes = _no_layer_drop(config)
     kind = dtype or _dtype_of(config)
-    config.dtype = stored = getattr(torch, kind)
+    config.dtype = getattr(torch, kind)
     try:
         with torch.device("meta"):
             module = auto.from_config(config, dtype=config.dtype, trust_remote_code=trust)
@@ -80,7 +80,7 @@ def load(
     files = tuple(sorted(directory.glob("*.safetensors"))) if directory.is_dir() else ()
 
     def weights() -> dict[str, Weight]:
-        found = stored_weights(module, directory, stored) if files else None
+        found = stored_weights(module, directory) if files else None
         return found or pretrained_weights(auto, model, config, trust, seed, notes)
 
     return Base(
@@ -122,7 +122,7 @@ def fake_parameters(model: nn.Module) -> None:
             model._init_weights(module)  # type: ignore[operator]
 
 
-def stored_weights(model: nn.Module, directory: Path, dtype: torch.dtype) -> dict[str, Weight] | None:
+def stored_weights(model: nn.Module, directory: Path) -> dict[str, Weight] | None:
     """The checkpoint's tensors under the model's names, or None where transformers must convert or initialise.
 
     Raises:
@@ -159,7 +159,7 @@ def stored_weights(model: nn.Module, directory: Path, dtype: torch.dtype) -> dic
                 f"{source.file}: tensor {source.key!r} has shape {list(source.shape)}, but {CONFIG} describes "
                 f"{list(tensor.shape)} for {name}; the file and the configuration belong to different models"
             )
-        target = dtype if tensor.dtype.is_floating_point else source.dtype
+        target = tensor.dtype if tensor.dtype.is_floating_point else source.dtype
         found[name] = Stored(source.file, source.key, source.shape, target)
     return found
 

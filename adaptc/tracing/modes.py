@@ -163,13 +163,11 @@ def _argument(node: fx.Node, index: int) -> Any:
 def _merge_value(graph: fx.Graph, node: fx.Node, ours: Any, theirs: Any, pairs: _Pairs) -> Any:
     if isinstance(ours, fx.Node) and isinstance(theirs, fx.Node):
         mapped = pairs[theirs]
-        if (
-            mapped is not None
-            and mapped.meta.get(DROPPED) is not None
-            and _bare(ours) is mapped.meta[DROPPED]
-        ):
+        if mapped is None:
+            return _differs(node)
+        if _bare(ours) is mapped.meta.get(DROPPED):
             return mapped
-        return ours if mapped is not None and _bare(mapped) is _bare(ours) else _differs(node)
+        return ours if _bare(mapped) is _bare(ours) else _differs(node)
     if isinstance(ours, (list, tuple)) and isinstance(theirs, (list, tuple)) and len(ours) == len(theirs):
         return type(ours)([_merge_value(graph, node, a, b, pairs) for a, b in zip(ours, theirs, strict=True)])
     if type(ours) is type(theirs) and ours == theirs:
@@ -184,7 +182,7 @@ def _merge_value(graph: fx.Graph, node: fx.Node, ours: Any, theirs: Any, pairs: 
 def _insert_dropout(graph: fx.Graph, theirs: fx.Node, pairs: _Pairs, before: fx.Node) -> fx.Node:
     source = pairs[theirs.args[0]]
     if source is None:
-        _differs(theirs)
+        return _differs(theirs)
     flag = training_node(graph)
     with graph.inserting_before(before):
         node = graph.call_function(aten.dropout.default, (source, theirs.args[1], flag))

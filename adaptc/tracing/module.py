@@ -34,7 +34,9 @@ def held_weights(module: nn.Module) -> dict[str, Weight]:
 def from_module(model: nn.Module, inputs: Sequence[InputSpec], describe: str = "") -> Base:
     """A module in memory."""
     describe = describe or f"{type(model).__module__}.{type(model).__qualname__}"
-    return Base(describe=describe, model=model, inputs=tuple(inputs), weights=lambda: held_weights(model))
+    return Base(
+        describe=describe, model=model, inputs=tuple(inputs), weights=lambda: held_weights(model), real=True
+    )
 
 
 def from_factory(name: str, args: Mapping[str, Any], inputs: Sequence[InputSpec], dtype: str | None) -> Base:
@@ -128,7 +130,12 @@ def inputs_from_examples(
             raise TraceError(
                 f"example input {name!r} is a {type(value).__name__}; every traced input must be a tensor"
             )
-        axes = names.pop(name, None) or {}
+        axes = {int(axis) % max(1, value.dim()): dim for axis, dim in (names.pop(name, None) or {}).items()}
+        beyond = [
+            axis for axis in (dynamic or {}).get(name) or {} if not -value.dim() <= int(axis) < value.dim()
+        ]
+        if beyond:
+            raise TraceError(f"dynamic names dimension {beyond[0]} of {name!r}, which has {value.dim()}")
         dims = tuple(axes.get(index, size) for index, size in enumerate(value.shape))
         dtype = str(value.dtype).removeprefix("torch.")
         high = int(value.max()) + 1 if not value.dtype.is_floating_point and value.numel() else None

@@ -198,7 +198,7 @@ def _refuse_lost_dropout(graph: Graph, placed: set[int], source: Pass) -> None:
     for tag, adaptation in enumerate(graph.adaptations):
         if adaptation.method.dropout and tag not in placed:
             words = (
-                f"{adaptation.method.name} on {adaptation.site.module} has dropout, but its weight is no sum with a term "
-                "of its own that dropout could go in front of"
+                f"{adaptation.method.name} on {adaptation.site.module} has dropout, but its weight is no sum with a "
+                "term of its own that dropout could go in front of"
             )
             raise RefusedError([Refusal(words, (adaptation.site.uses[0].node,))], source)

@@ -20,7 +20,7 @@ class Dora(LowRank):
     """W' = m V / ‖V‖,  V = W + (alpha / r) B A        m (out,)   A (r, in)   B (out, r)
 
     Liu et al. 2024, equation 5; ‖V‖ is the norm of each row and a constant in the backward pass (section 4.3).
-    m starts as ‖W‖, so that W' = W.
+    m starts as ‖W‖, so that W' = W. Dropout goes in front of B A only; PEFT drops the base term's input too.
     """
 
     peft: ClassVar[PeftFormat | None] = PeftFormat("LORA", LowRank.peft_options, fixed={"use_dora": True})
