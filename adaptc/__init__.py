@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from adaptc.errors import RefusedError as RefusedError
     from adaptc.errors import SpecError as SpecError
     from adaptc.graph import Graph as Graph
+    from adaptc.graph import bind as bind
     from adaptc.method import Param as Param
     from adaptc.method import WeightMethod as WeightMethod
     from adaptc.pipeline import Pass as Pass
@@ -39,6 +40,7 @@ __all__ = [
     "Spec",
     "SpecError",
     "WeightMethod",
+    "bind",
     "compile",
     "graph_pass",
     "load",
@@ -53,6 +55,7 @@ _HOMES = {
     "Compiled": "adaptc.compiled",
     "Spec": "adaptc.spec",
     "Graph": "adaptc.graph",
+    "bind": "adaptc.graph",
     "trace": "adaptc.api",
     "run": "adaptc.api",
     "load": "adaptc.api",
@@ -77,3 +80,7 @@ def __getattr__(name: str) -> Any:
     value = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, *globals()]

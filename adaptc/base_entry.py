@@ -27,6 +27,9 @@ class Base(Part):
     dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = Field(
         None, description="dtype of the weights; the base's own if left out"
     )
+    config: dict[str, Any] = Field(
+        {}, description="overrides of a `model`'s config.json, such as num_labels: 3"
+    )
     trust_remote_code: bool = Field(False, description="run code that comes with a Hugging Face model")
 
     @model_validator(mode="after")
@@ -39,6 +42,8 @@ class Base(Part):
             raise invalid(*(fault(words, loc=(key,), at_key=True) for key in given[1:]))
         if self.args and self.python is None:
             raise invalid(fault("only a 'python' base takes arguments", loc=("args",), at_key=True))
+        if self.config and self.model is None:
+            raise invalid(fault("only a 'model' base has a config", loc=("config",), at_key=True))
         if self.task != DEFAULT_TASK and self.model is None:
             raise invalid(fault("only a 'model' base has a task", loc=("task",), at_key=True))
         return self

@@ -96,7 +96,7 @@ def inspect(path: Annotated[Path, typer.Argument(show_default=False)], as_json: 
 
 @app.command()
 def verify(path: Annotated[Path, typer.Argument(show_default=False)], as_json: Json = False) -> None:
-    """Prove an artifact again: its files' hashes, and that it runs on fresh inputs."""
+    """Check an artifact: its files' hashes, and that it runs on fresh inputs with finite results."""
     from adaptc.inspection import verify as prove
     from adaptc.report import Report
 

@@ -58,6 +58,8 @@ class Compiled:
         parameters = dict(module.named_parameters())
         for name in graph.adapter_names:
             _put(self.graph.weights[name], parameters[name])
+        for name, buffer in module.named_buffers():  # what batch norm learns belongs to every product too
+            self.graph.weights[name] = Computed(tuple(buffer.shape), buffer.dtype, buffer.detach)
         return module
 
     def trainable_graph(self) -> Graph:
@@ -66,14 +68,14 @@ class Compiled:
         if base.base.model is not None:
             follow_training(base.module, export(base.base.model, base.base.inputs, training=True))
         graph = run(base, self.plan.passes)
-        graph.weights.update({name: self.graph.weights[name] for name in graph.adapter_names})
+        graph.weights.update(self.graph.weights)
         factor = load_passes()["factor"]()
         return run(graph, [factor]) if graph.stage in factor.takes else graph
 
     def live_graph(self, adapted: Graph | None = None) -> Graph:
         """The factored graph in evaluation mode, with the adapters of `adapted`, or as they stand."""
         graph = self.plan.factored.copy()
-        graph.weights.update({name: (adapted or self.graph).weights[name] for name in graph.adapter_names})
+        graph.weights.update((adapted or self.graph).weights)
         return graph
 
     def folded_graph(self) -> Graph:
@@ -83,6 +85,7 @@ class Compiled:
             RefusedError: a weight cannot be folded into, or the spec's own passes leave nothing to fold.
             ProofError: the folded graph has other operations than the base, or computes something else.
         """
+        self.check_finite()
         folded = self._fold(self.graph, record=True)
         if folded.adaptations:
             reason = f"`passes` leaves a graph that is {self.graph.stage}, which cannot be folded; leave `factor` out"
@@ -106,12 +109,23 @@ class Compiled:
         module.meta[META] = self.about(self.base)
         return module.eval()
 
+    def check_finite(self) -> None:
+        """No adapter holds NaN or infinity.
+
+        Raises:
+            ProofError: names the first that does.
+        """
+        for name in self.graph.adapter_names:
+            if not torch.isfinite(self.graph.weights[name].load()).all():
+                raise ProofError(f"{name} holds NaN or infinity: the training diverged")
+
     def check_gradients(self) -> None:
         """Every trained parameter gets a gradient, and nothing else does.
 
         Raises:
             ProofError: names what does not.
         """
+        self.check_finite()
         graph = randomised(self.trainable_graph())
         gradients(bind(graph, graph.adapter_names), graph, graph.adapter_names)
 

@@ -135,11 +135,9 @@ def _huggingface(spec: Spec, entry: Any, inputs: tuple[Any, ...]) -> Base:
                 f"{directory} holds no {huggingface.CONFIG}",
                 "expected a Hugging Face model directory",
             )
-        return huggingface.load(
-            str(directory), entry.task, entry.dtype, entry.trust_remote_code, spec.seed, inputs
-        )
+        return huggingface.load(str(directory), entry, spec.seed, inputs)
     if entry.model.startswith((".", "/", "~")) or entry.model.count("/") > 1 or Path(entry.model).suffix:
         raise spec.error(
             ("base", "model"), f"{directory}: no such directory", "paths are relative to the spec file"
         )
-    return huggingface.load(entry.model, entry.task, entry.dtype, entry.trust_remote_code, spec.seed, inputs)
+    return huggingface.load(entry.model, entry, spec.seed, inputs)

@@ -38,7 +38,7 @@ class Adaptation:
     """Argument of the method's expression -> (name in the graph, parameter)."""
 
 
-@dataclass
+@dataclass(repr=False)
 class Graph:
     """A model as a `torch.fx` graph of ATen operations.
 
@@ -171,6 +171,12 @@ class Graph:
     def adapter_names(self) -> list[str]:
         """The names of the inserted parameters."""
         return [name for a in self.adaptations for name, _ in a.params.values()]
+
+    def __repr__(self) -> str:
+        counts = (
+            f"{len(self.operations)} operations, {len(self.sites)} sites, {len(self.adaptations)} adapted"
+        )
+        return f"<Graph of {self.base.describe}, {self.stage}: {counts}; see text() and adaptc.bind(graph)>"
 
     def text(self) -> str:
         """The graph as text, a line a node: result, operation, operands, shape, module."""

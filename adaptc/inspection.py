@@ -41,7 +41,7 @@ def inspect(path: Path) -> list[dict[str, Any]]:
 
 
 def verify(path: Path) -> list[dict[str, Any]]:
-    """Prove an artifact again: the hashes of its files, and that it runs on fresh inputs of several shapes.
+    """Check an artifact: the hashes of its files, and that it runs on fresh inputs of several shapes.
 
     Raises:
         SpecError: there is no artifact of adaptc.
@@ -49,7 +49,9 @@ def verify(path: Path) -> list[dict[str, Any]]:
     """
     manifest = _manifest(path)
     if manifest is None:
-        raise _nothing(path)
+        raise SpecError(
+            [Problem(f"no {MANIFEST} there, so there is nothing to check against", file=str(path))]
+        )
     folder = path if path.is_dir() else path.parent
     rows = []
     for name, product in _products(manifest, path).items():
@@ -58,8 +60,8 @@ def verify(path: Path) -> list[dict[str, Any]]:
                 raise ProofError(f"{folder / file}: missing, though {MANIFEST} names it")
             if sha256_of_files([folder / file]) != known["sha256"]:
                 raise ProofError(f"{folder / file}: changed since it was compiled (its SHA-256 differs)")
-            rows.append({"what": file, "proved": f"SHA-256 {known['sha256'][:12]}..."})
-        rows.append({"what": name, "proved": _runs(folder, name, product)})
+            rows.append({"what": file, "checked": f"SHA-256 {known['sha256'][:12]}..."})
+        rows.append({"what": name, "checked": _runs(folder, name, product)})
     return rows
 
 

@@ -113,6 +113,8 @@ def run(
     graph = graph.copy()
     done: list[str] = []
     for item in passes:
+        if not isinstance(item, Pass):
+            raise TypeError(f"expected a pass such as adaptc.passes.Fold(), got {item!r}")
         wrong = check_order([item], graph.stage)
         if wrong:
             raise RefusedError([Refusal(wrong)], item)

@@ -144,6 +144,7 @@ def _planned(spec: Spec, graph: Graph, index: int) -> list[Planned]:
                 adapter=name,
                 entry=index,
                 seed=spec.seed,
+                trained=True,
                 **what.options,
             )
             found.append(Planned(index, item, item.selection(graph), checkpoint))
@@ -188,7 +189,7 @@ def _problems(spec: Spec, graph: Graph, planned: Planned) -> list[Problem]:
         return [spec.source.problem(("adapt", planned.entry, key), *_no_match(graph, planned))]
     found: dict[Any, Problem] = {}
     for site in selection.sites:
-        refused = method.refuses(site)
+        refused = None if planned.insert.trained else method.refuses(site)
         if refused:
             option, reason = refused
             found.setdefault(

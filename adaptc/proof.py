@@ -105,7 +105,7 @@ def prove(
 
 def _error(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:
     a, b = a.detach().double(), b.detach().double()
-    if not torch.equal(torch.isfinite(a), torch.isfinite(b)):
+    if a.isnan().any() or not torch.equal(torch.isfinite(a), torch.isfinite(b)):
         return float("inf"), 1.0
     mask = torch.isfinite(a)
     if not mask.any():

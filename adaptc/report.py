@@ -49,7 +49,8 @@ class Report:
             f"parameters  {cost.parameters:,} in the base, {cost.trainable:,} trainable ({cost.share:.3%})\n"
             f"memory      {_bytes(cost.run_bytes)} to run, {_bytes(cost.train_bytes)} to train "
             "(weights, gradients, Adam; no activations)\n"
-            f"operations  {cost.base_flops:,} for {cost.example}; live adapters add {cost.added_flops:,} "
+            f"operations  {cost.base_flops:,} for {cost.example} (products, convolutions, attention); "
+            f"live adapters add {cost.added_flops:,} "
             f"({cost.added_flops / max(1, cost.base_flops):.2%}), folded ones none\n"
             f"passes      {' > '.join(plan.pipeline) or 'none'}, then factor (trainable, live) or fold (folded)"
         )

@@ -102,6 +102,9 @@ def _near(graph: Graph, unused: Sequence[str], candidates: Sequence[Site]) -> tu
             if matches(pattern, s.module)
         ][:2]
         last = pattern.removeprefix("re:").rpartition(".")[2].strip("*$^\\")
+        ending = [m for m in modules if matches("*." + pattern, m)]
+        if ending:
+            found.append(f"'*.{pattern}' matches {len(ending)} of them")
         found += others or nearest(pattern, modules, 2) or [lasts[n] for n in nearest(last, lasts, 2)]
-        found += [m for m in modules if matches("*." + pattern, m)][:2]
+        found += ending[:2]
     return tuple(dict.fromkeys(found))[:6]

@@ -14,7 +14,7 @@ TEXT = """\
 version: 1
 base:
   model: {model}
-  task: {task}          # which head: feature-extraction, causal-lm, sequence-classification, ...
+  task: {task}          # which head: feature-extraction, causal-lm, sequence-classification, ...{config}
 adapt:
 {adapt}
 emit:
@@ -56,19 +56,36 @@ def starter_spec(model: Path, adapter: Path | None, folder: Path) -> str:
     """
     config = _config(model, "config.json", "a Hugging Face model directory")
     task = _task(config)
-    adapt = TRAIN
+    adapt, override = TRAIN, ""
     if adapter is not None:
         found = _config(adapter, "adapter_config.json", "a trained adapter's directory")
         adapt = LOADED.format(adapter=_relative(adapter, folder))
         if found.get("task_type") == "SEQ_CLS":
             task = "sequence-classification"
+            labels = _labels(adapter)
+            override = (
+                f"\n  config: {{num_labels: {labels}}}   # as the adapter's head has them" if labels else ""
+            )
     return TEXT.format(
         name="spec.yaml",
         model=_relative(model, folder),
         task=task,
         adapt=adapt,
+        config=override,
         emit=EMIT_TRAIN if adapter is None else EMIT_FOLDED,
     )
+
+
+def _labels(adapter: Path) -> int | None:
+    """The number of classes of the head that an adapter holds, if it holds one."""
+    from adaptc.checkpoint import TENSORS
+    from adaptc.weights import read_safetensors
+
+    tensors = read_safetensors(adapter / TENSORS) if (adapter / TENSORS).is_file() else {}
+    heads = [
+        w.shape[0] for key, w in tensors.items() if key.endswith((".classifier.weight", ".score.weight"))
+    ]
+    return heads[0] if heads else None
 
 
 def _task(config: dict[str, object]) -> str:

@@ -71,7 +71,9 @@ def make(family: Family) -> tuple[Any, Path]:
 
     torch.manual_seed(0)
     own = family.task is None
-    model: Any = build(**family.config) if own else getattr(transformers, family.auto).from_config(family.config)
+    model: Any = (
+        build(**family.config) if own else getattr(transformers, family.auto).from_config(family.config)
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(0.0, 0.1)

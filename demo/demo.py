@@ -21,7 +21,7 @@ from adaptc.emit.products import emit_all
 
 ROOT = Path(__file__).resolve().parent.parent
 SPEC = ROOT / "specs" / "sentiment.yaml"
-BUILD = ROOT / "build" / "demo"
+BUILD = ROOT / "build" / "demo"  # the spec says build/..., below this
 DATA = ROOT.parent / "shared" / "data" / "sst2"
 SECONDS, BATCH, LENGTH = 40, 32, 48
 console = Console(highlight=False)
@@ -132,14 +132,17 @@ def main() -> None:
 
     console.print("\nfolding, exporting and proving:")
     paths = emit_all(
-        compiled, compiled.spec.emit, lambda _, proof: proof and console.print(f"  {proof}"), BUILD
+        compiled,
+        compiled.spec.emit,
+        lambda _, proof: proof and console.print(f"  {proof}", soft_wrap=True),
+        BUILD,
     )
     folded, live, base = paths[:3]
     feeds = {k: v.numpy() for k, v in batches(held_out[:8]).items() if k != "labels"}
     seconds = latencies([base, live, folded], feeds)
 
     table = Table(title="\nwhat you have now", title_justify="left")
-    for column in ("", "base", "live adapter", "folded"):
+    for column in ("", "base, new head", "live adapter", "folded"):
         table.add_column(column, justify="left" if not column else "right")
     table.add_row("latency in ONNX Runtime", *(f"{s / seconds[0]:.2f} x" for s in seconds))
     table.add_row("file", *(f"{p.stat().st_size / 1e6:.1f} MB" for p in (base, live, folded)))
@@ -153,7 +156,7 @@ def main() -> None:
     console.print(
         f"{modules} weights adapted, {cost.trainable:,} of {cost.parameters:,} parameters trained "
         f"({cost.share:.2%}) in {steps} steps; base latency {seconds[0] * 1e3:.1f} ms for 8 sentences on one thread\n"
-        f"written to {BUILD.relative_to(ROOT)}: " + ", ".join(path.name for path in paths)
+        f"written to {paths[0].parent.relative_to(ROOT)}: " + ", ".join(path.name for path in paths)
     )
 
 

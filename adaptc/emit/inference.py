@@ -24,7 +24,7 @@ def inference_graph(graph: Graph) -> Graph:
     kept = _kept_outputs(graph)
     output = next(n for n in nodes.nodes if n.op == "output")
     flat = _results(output)
-    output.args = (tuple(_distinct(nodes, output, [flat[i] for i in kept])),)
+    output.args = (tuple(flat[i] for i in kept),)
     nodes.set_codegen(CodeGen())
     for node in list(nodes.nodes):
         if node.op == "get_attr" and graph.aliases.get(str(node.target), node.target) != node.target:
@@ -66,16 +66,3 @@ def _kept_outputs(graph: Graph) -> list[int]:
 def _results(output: fx.Node) -> list[Any]:
     results = output.args[0]
     return list(results) if isinstance(results, (list, tuple)) else [results]
-
-
-def _distinct(nodes: fx.Graph, output: fx.Node, results: list[fx.Node]) -> list[fx.Node]:
-    """One node for each output, none of them an input: a program names each once."""
-    found: list[fx.Node] = []
-    for node in results:
-        if node in found or node.op != "call_function":
-            with nodes.inserting_before(output):
-                copy = nodes.call_function(aten.clone.default, (node,))
-            copy.meta = dict(node.meta)
-            node = copy
-        found.append(node)
-    return found

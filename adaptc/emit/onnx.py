@@ -147,6 +147,7 @@ def _name(model: Any, graph: Graph) -> None:
 
 def _name_outputs(model: Any, names: Sequence[str]) -> None:
     """Give the outputs their names; an intermediate that has one gives way, an input keeps its own."""
+    _separate_outputs(model)
     outputs = set(model.graph.outputs)
     inner = [value for node in model.graph for value in node.outputs if value not in outputs]
     for number, value in enumerate(inner):
@@ -159,6 +160,20 @@ def _name_outputs(model: Any, names: Sequence[str]) -> None:
             free += "_output"
         taken.add(free)
         value.name = free
+
+
+def _separate_outputs(model: Any) -> None:
+    """A value that is an output twice, or an input too, gets a node of its own for each name."""
+    import onnx_ir as ir
+
+    seen = set(model.graph.inputs) | set(model.graph.initializers.values())
+    for index, value in enumerate(model.graph.outputs):
+        if value in seen:
+            node = ir.node("Identity", [value])
+            node.outputs[0].type, node.outputs[0].shape = value.type, value.shape
+            model.graph.append(node)
+            model.graph.outputs[index] = node.outputs[0]
+        seen.add(value)
 
 
 def _text(dim: Any) -> str:

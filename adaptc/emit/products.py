@@ -79,6 +79,8 @@ def _onnx(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> None
     graph = {"folded": compiled.folded_graph, "live": compiled.live_graph, "none": lambda: compiled.base}[
         entry.adapters
     ]()
+    if entry.adapters == "live":
+        compiled.check_finite()
     path = staging.path(final)
     opset = entry.opset or OPSET
     metadata = {

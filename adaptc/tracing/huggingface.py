@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from adaptc.base_entry import Base as BaseEntry
 from adaptc.errors import TraceError, WeightError
 from adaptc.inputs import InputSpec
 from adaptc.names import nearest
@@ -46,10 +47,14 @@ def unknown_task(task: str) -> str | None:
     return f"unknown task {task!r}{hint} known: {', '.join(tasks())}"
 
 
-def load(
-    model: str, task: str, dtype: str | None, trust: bool, seed: int, inputs: tuple[InputSpec, ...]
-) -> Base:
+def load(model: str, entry: BaseEntry, seed: int, inputs: tuple[InputSpec, ...]) -> Base:
     """A Hugging Face base whose parameters are fake until bound.
+
+    Args:
+        model: a directory, or a hub id.
+        entry: the spec's `base`: its task, dtype and what overrides the configuration.
+        seed: of weights that the checkpoint does not hold.
+        inputs: those of the spec; derived where there are none.
 
     Raises:
         TraceError: the configuration cannot be read, or the inputs cannot be derived.
@@ -57,9 +62,10 @@ def load(
     import transformers
 
     directory = Path(model)
+    task, trust = entry.task, entry.trust_remote_code
     auto = getattr(transformers, tasks()[task])
     try:
-        config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=trust)
+        config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=trust, **entry.config)
     except Exception as error:
         first = str(error).strip().splitlines()[0]
         raise TraceError(f"{model}: its configuration cannot be read: {first}") from error
@@ -67,7 +73,7 @@ def load(
         if hasattr(part, "use_cache"):
             part.use_cache = False
     notes = _no_layer_drop(config)
-    kind = dtype or _dtype_of(config)
+    kind = entry.dtype or _dtype_of(config)
     config.dtype = getattr(torch, kind)
     try:
         with torch.device("meta"):
