@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,6 @@ class Budget:
 
     parameters: int
     trainable: int
-    weight_bytes: int
     train_bytes: int
     run_bytes: int
     base_flops: int
@@ -56,7 +56,6 @@ def budget(base: Graph, adapted: Graph, factored: Graph) -> Budget:
     return Budget(
         parameters=total,
         trainable=trainable,
-        weight_bytes=held,
         train_bytes=held + 2 * added + 8 * trainable,  # weights and gradients, then Adam's two float32 states
         run_bytes=held,
         base_flops=before,
@@ -74,13 +73,13 @@ def flops(graph: Graph) -> int:
             continue
         if node.target in PRODUCTS:
             summed = _operand(node, PRODUCTS[node.target], sizes)[-1]
-            total += 2 * _count(_shape(node.meta["val"], sizes)) * summed
+            total += 2 * math.prod(_shape(node.meta["val"], sizes)) * summed
         elif node.target is aten.scaled_dot_product_attention.default:
             query, key = _operand(node, 0, sizes), _operand(node, 1, sizes)
-            total += 4 * _count(query) * key[-2]
+            total += 4 * math.prod(query) * key[-2]
         elif str(node.target).startswith("aten.conv") and "val" in node.meta:
             weight = _operand(node, 1, sizes)
-            total += 2 * _count(_shape(node.meta["val"], sizes)) * _count(weight[1:])
+            total += 2 * math.prod(_shape(node.meta["val"], sizes)) * math.prod(weight[1:])
     return total
 
 
@@ -104,10 +103,3 @@ def _symbols(graph: Graph) -> dict[Any, int]:
 
 def _shape(value: torch.Tensor, sizes: Mapping[Any, int]) -> list[int]:
     return [int(s.node.expr.subs(sizes)) if isinstance(s, torch.SymInt) else int(s) for s in value.shape]
-
-
-def _count(shape: list[int]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
-from adaptc.method import Alpha, Dropout, Rank, WeightMethod
+from adaptc.method import Alpha, Dropout, PeftFormat, Rank, WeightMethod
 from adaptc.names import matches_peft_key
 
 if TYPE_CHECKING:
@@ -30,14 +30,26 @@ class LowRank(WeightMethod):
         "lora_dropout": "dropout",
         "use_rslora": "rslora",
     }
-    peft_options: ClassVar[Mapping[str, str]] = {
-        "r": "r",
-        "alpha": "lora_alpha",
-        "dropout": "lora_dropout",
-        "rslora": "use_rslora",
-        "rank_pattern": "rank_pattern",
-        "alpha_pattern": "alpha_pattern",
-    }
+
+    @staticmethod
+    def peft_format(kind: str, **fixed: object) -> PeftFormat:
+        """PEFT's configuration of a low-rank method, which all of a kind share but for what is fixed."""
+        return PeftFormat(
+            kind,
+            options={
+                "r": "r",
+                "alpha": "lora_alpha",
+                "dropout": "lora_dropout",
+                "rslora": "use_rslora",
+                "rank_pattern": "rank_pattern",
+                "alpha_pattern": "alpha_pattern",
+            },
+            fixed=fixed,
+            ignored=frozenset(
+                {"megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying"}
+            ),
+            changes_base=("pissa", "olora", "corda", "loftq", "lora_ga"),
+        )
 
     def at(self, site: Site) -> Self:
         """The rank and alpha in force at this site: patterns first, then the entry's own."""

@@ -52,6 +52,8 @@ class PeftFormat:
         type: PEFT's `peft_type`.
         options: our option's name -> PEFT's key.
         fixed: keys that must have, and are written with, this value (`use_dora: true`).
+        ignored: keys that do not change what the adapted model computes.
+        changes_base: beginnings of initialisations that change the base's weights too, which no checkpoint holds.
         modules: options that are patterns here and lists of module names there.
         joins: the list in another method's configuration that holds this method's modules, for a method that
             has no checkpoint of its own (`modules_to_save`).
@@ -60,6 +62,8 @@ class PeftFormat:
     type: str | None
     options: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, object] = field(default_factory=dict)
+    ignored: frozenset[str] = frozenset()
+    changes_base: tuple[str, ...] = ()
     modules: frozenset[str] = frozenset()
     joins: str | None = None
 

@@ -30,15 +30,9 @@ DESCRIPTIVE = frozenset(
         "layers_to_transform",
         "layers_pattern",
         "fan_in_fan_out",
-        "megatron_core",
-        "qalora_group_size",
-        "runtime_config",
-        "ensure_weight_tying",
     }
 )
 """Keys that say where the adapter sits or came from, not what it computes."""
-CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Initialisations that also change the base's weights, which a checkpoint does not hold."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +107,7 @@ def _own(checkpoint: Checkpoint) -> Declared:
 
 def _check_rest(checkpoint: Checkpoint, cls: type[Method]) -> None:
     assert cls.peft is not None
-    read = DESCRIPTIVE | set(cls.peft.options.values()) | set(cls.peft.fixed)
+    read = DESCRIPTIVE | cls.peft.ignored | set(cls.peft.options.values()) | set(cls.peft.fixed)
     for key, value in checkpoint.config.items():
         if key in read or key.startswith("init_"):
             continue
@@ -123,7 +117,7 @@ def _check_rest(checkpoint: Checkpoint, cls: type[Method]) -> None:
                 "and this adaptc does not read it"
             )
     init = next((v for k, v in checkpoint.config.items() if k.startswith("init_") and isinstance(v, str)), "")
-    if init.startswith(CHANGES_BASE):
+    if init.startswith(cls.peft.changes_base):
         raise WeightError(
             f"{checkpoint.path}: initialised by {init!r}, which changes the base's weights too; save it with PEFT's "
             "path_initial_model_for_weight_conversion, so that it fits the original base"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -90,7 +91,7 @@ def _entry(planned: Planned) -> Table:
         table.add_column(column, overflow="fold")
     groups: dict[tuple[str, ...], list[int]] = {}
     for site in selection.sites:
-        trained = sum(_count(p.shape) for p in method.at(site).params(site).values())
+        trained = sum(math.prod(p.shape) for p in method.at(site).params(site).values())
         shape = " x ".join(map(str, site.shape))
         row = (_pattern(site), site.type or site.kind, shape, f"{trained:,}", site.source)
         groups.setdefault(row, []).append(1)
@@ -106,13 +107,6 @@ def _entry(planned: Planned) -> Table:
 def _pattern(site: Site) -> str:
     name = site.module if site.kind == "linear" else f"{site.module}.{site.leaf}"
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
-
-
-def _count(shape: Sequence[int]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
 
 
 def _size(path: Path) -> int:

@@ -23,7 +23,7 @@ class Dora(LowRank):
     m starts as ‖W‖, so that W' = W. Dropout goes in front of B A only; PEFT drops the base term's input too.
     """
 
-    peft: ClassVar[PeftFormat | None] = PeftFormat("LORA", LowRank.peft_options, fixed={"use_dora": True})
+    peft: ClassVar[PeftFormat | None] = LowRank.peft_format("LORA", use_dora=True)
 
     def params(self, site: Site) -> dict[str, Param]:
         """A (r, in) Kaiming-uniform, B (out, r) zero, m (out,) the norms of W's rows."""

@@ -22,7 +22,7 @@ class Lora(LowRank):
     Hu et al. 2021, section 4.1. A starts Kaiming-uniform and B at zero, as in PEFT.
     """
 
-    peft: ClassVar[PeftFormat | None] = PeftFormat("LORA", LowRank.peft_options, fixed={"use_dora": False})
+    peft: ClassVar[PeftFormat | None] = LowRank.peft_format("LORA", use_dora=False)
 
     def params(self, site: Site) -> dict[str, Param]:
         """A (r, in) Kaiming-uniform, B (out, r) zero."""
