@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
@@ -133,7 +134,9 @@ def run(
         except AdaptcError:
             raise
         except Exception as error:
-            raise VerifyError(_said(item.name, done, f"{type(error).__name__}: {error}")) from error
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            words = f"{type(error).__name__}: {error}\n  at {where.filename}:{where.lineno}    {where.line}"
+            raise VerifyError(_said(item.name, done, words)) from error
         done.append(item.name)
         seconds = time.perf_counter() - start
         if records is not None:
