@@ -74,6 +74,8 @@ class Compiled:
 
     def live_graph(self, adapted: Graph | None = None) -> Graph:
         """The factored graph in evaluation mode, with the adapters of `adapted`, or as they stand."""
+        if self.graph.stage == "folded":  # by the spec's own passes: what they fold is the reference
+            return run(self.base, [item for item in self.plan.passes if item.leaves != "folded"])
         graph = self.plan.factored.copy()
         graph.weights.update((adapted or self.graph).weights)
         return graph
@@ -93,7 +95,7 @@ class Compiled:
         if self.spec.passes is None and folded.operations != self.base.operations:
             raise ProofError("the folded graph has other operations than the base")
         self._prove_fold("fold", self.graph, folded)
-        if not any(proof.name == RANDOM for proof in self.proofs):
+        if self.graph.adaptations and not any(proof.name == RANDOM for proof in self.proofs):
             random = self._random()
             self._prove_fold(RANDOM, random, self._fold(random))
         return folded

@@ -234,3 +234,15 @@ def test_the_trainable_module_is_proved() -> None:
     _ = made.module
     (proof,) = [proof for proof in made.proofs if proof.name == "trainable module"]
     assert 0 <= proof.relative <= proof.tolerance
+
+
+def test_a_fold_by_the_specs_own_passes_is_proved_against_what_it_folds() -> None:
+    torch.manual_seed(0)
+    model = Normed()
+    spec = {"adapt": [{"method": "lora", "target": "up", "r": 2}], "passes": ["insert", "fold"]}
+    made = adaptc.compile(spec, model=model, example_inputs=(torch.randn(4, 6),), dynamic={"x": {0: "batch"}})
+    live = made.live_graph()
+    assert live.adaptations
+    x = torch.randn(3, 6)
+    assert near(made.fold()(x), adaptc.bind(live).eval()(x))
+    assert [proof.name for proof in made.proofs] == ["trace", "fold"]
