@@ -63,7 +63,7 @@ def records_of(graph: Graph) -> list[AdapterRecord]:
     found = []
     for (entry, method, _), group in groups.items():
         tensors = tuple(
-            AdapterTensor(name, f"{a.site.module}.{param.key}".lstrip("."), param.shape)
+            AdapterTensor(name, a.site.key(param.key), param.shape)
             for a in group
             for name, param in a.params.values()
         )

@@ -64,11 +64,17 @@ class Compiled:
 
     def trainable_graph(self) -> Graph:
         """The factored graph in both modes; adapters as they stand."""
+        graph = self._both_modes.copy()
+        graph.weights.update(self.graph.weights)
+        return graph
+
+    @cached_property
+    def _both_modes(self) -> Graph:
+        """The factored graph that follows `training`: made once, since it needs a second trace of the model."""
         base = self.base.copy()
         if base.base.model is not None:
             follow_training(base.module, export(base.base.model, base.base.inputs, training=True))
         graph = run(base, self.plan.passes)
-        graph.weights.update(self.graph.weights)
         factor = load_passes()["factor"]()
         return run(graph, [factor]) if graph.stage in factor.takes else graph
 
@@ -210,7 +216,7 @@ class Compiled:
 
     def _prove_module(self, graph: Graph) -> None:
         """The trainable module computes what the inserted expressions say, with random adapters."""
-        if not graph.adaptations or not self.graph.adaptations:
+        if not graph.adaptations:
             return
         random = self._random()
         factored = graph.copy()

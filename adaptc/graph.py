@@ -211,6 +211,12 @@ def put(module: nn.Module, name: str, value: torch.Tensor, persistent: bool = Tr
         module.register_buffer(leaf, value, persistent=persistent)
 
 
+def attribute(module: nn.Module, name: str) -> torch.Tensor:
+    """The parameter, buffer or constant under a dotted name."""
+    path, _, leaf = name.rpartition(".")
+    return getattr(module.get_submodule(path), leaf)
+
+
 def bind(graph: Graph, trainable: Iterable[str] = ()) -> fx.GraphModule:
     """Materialise a graph: a plain module that owns its weights under the base's own names.
 

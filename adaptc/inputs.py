@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from adaptc.names import nearest
 
@@ -29,6 +31,11 @@ class InputSpec:
 
     def __str__(self) -> str:
         return f"{self.dtype}[{', '.join(str(dim) for dim in self.dims)}]"
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> InputSpec:
+        """Read what `dataclasses.asdict` wrote."""
+        return cls(**{**data, "dims": tuple(data["dims"])})
 
     @classmethod
     def parse(cls, name: str, text: str) -> InputSpec:

@@ -84,7 +84,7 @@ def _runs(folder: Path, name: str, product: Mapping[str, Any]) -> str:
     else:
         run = runner(load_torch(folder))
         about = product["module"]
-        inputs = [InputSpec(**{**spec, "dims": tuple(spec["dims"])}) for spec in about["inputs"]]
+        inputs = [InputSpec.from_json(spec) for spec in about["inputs"]]
     for number, among in enumerate(SIZES[:2]):
         outputs = run(example_tensors(inputs, example_sizes(inputs, among), seed=number))
         if not all(torch.isfinite(output).all() for output in outputs):

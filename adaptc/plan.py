@@ -169,7 +169,7 @@ def _match_checkpoints(spec: Spec, entries: Sequence[Planned]) -> None:
     for path in dict.fromkeys(p.checkpoint.path for p in entries if p.checkpoint is not None):
         members = [p for p in entries if p.checkpoint is not None and p.checkpoint.path == path]
         expected = {
-            f"{site.module}.{param.key}".lstrip("."): param.shape
+            site.key(param.key): param.shape
             for planned in members
             for site in planned.selection.sites
             for param in planned.insert.method.at(site).params(site).values()

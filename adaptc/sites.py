@@ -63,6 +63,10 @@ class Site:
         """Columns of the weight as `(out, in)`."""
         return self.shape[0] if self.transposed else self.shape[1]
 
+    def key(self, key: str) -> str:
+        """What a checkpoint calls a tensor of this site: the module's name, if it has one, and the key."""
+        return f"{self.module}.{key}" if self.module else key
+
     def view(self, W: torch.Tensor) -> torch.Tensor:
         """The stored weight as `(out, in)`, and back: its own inverse."""
         return W.t() if self.transposed else W

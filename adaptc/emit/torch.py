@@ -35,7 +35,7 @@ def save_torch(module: fx.GraphModule, directory: Path) -> None:
     The program is traced in training mode, whose literals become the module's mode again on loading.
     """
     about = module.meta[META]
-    inputs = [InputSpec(**{**i, "dims": tuple(i["dims"])}) for i in about["inputs"]]
+    inputs = [InputSpec.from_json(spec) for spec in about["inputs"]]
     examples = example_tensors(inputs, example_sizes(inputs))
     was = module.training
     module.train()

@@ -10,7 +10,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from adaptc.errors import InputError, TraceError, WeightError
-from adaptc.graph import VERIFIED, Graph, put, signature
+from adaptc.graph import VERIFIED, Graph, attribute, put, signature
 from adaptc.inputs import InputSpec
 from adaptc.sites import find_sites
 from adaptc.tracing.base import Base
@@ -37,11 +37,11 @@ def trace(base: Base) -> Graph:
 
     weights: dict[str, Weight] = {}
     for name in aliases:
-        tensor = _attribute(owner, name)
+        tensor = attribute(owner, name)
         weights[name] = Computed(tuple(tensor.shape), tensor.dtype, _loader(base, name, tuple(tensor.shape)))
     for node in traced.graph.nodes:
         if node.op == "get_attr" and node.target not in weights and node.target != "training":
-            tensor = _attribute(traced, str(node.target))
+            tensor = attribute(traced, str(node.target))
             if isinstance(tensor, FakeTensor):
                 raise TraceError(f"the trace holds a constant without a value: {node.target}")
             weights[str(node.target)] = Held(tensor)
@@ -86,11 +86,6 @@ def _loader(base: Base, name: str, shape: tuple[int, ...]) -> Callable[[], torch
         return weight.load()
 
     return load
-
-
-def _attribute(module: nn.Module, name: str) -> torch.Tensor:
-    path, _, leaf = name.rpartition(".")
-    return getattr(module.get_submodule(path), leaf)
 
 
 def _inputs(base: Base, traced: fx.GraphModule) -> tuple[InputSpec, ...]:

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from adaptc.errors import TraceError
+from adaptc.graph import attribute
 from adaptc.sites import source_of
 
 aten = torch.ops.aten
@@ -132,12 +133,7 @@ def _same_weight(graph: fx.Graph, theirs: fx.Node, other: fx.GraphModule) -> fx.
 def _constants_differ(node: fx.Node, theirs: fx.Node, other: fx.GraphModule) -> bool:
     """Whether a constant of the graph itself, which carries its value, has another one in training."""
     ours = node.meta.get("constant")
-    return ours is not None and not torch.equal(ours, _attribute(other, str(theirs.target)))
-
-
-def _attribute(module: fx.GraphModule, name: str) -> torch.Tensor:
-    path, _, leaf = name.rpartition(".")
-    return getattr(module.get_submodule(path), leaf)
+    return ours is not None and not torch.equal(ours, attribute(other, str(theirs.target)))
 
 
 def _merge(graph: fx.Graph, theirs: fx.Node, ours: fx.Node, pairs: _Pairs) -> None:
