@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
-from adaptc.method import Alpha, Dropout, PeftFormat, Rank, WeightMethod
+from adaptc.method import MATRIX_KINDS, Alpha, Dropout, Param, PeftFormat, Rank, WeightMethod
 from adaptc.names import matches_peft_key
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class LowRank(WeightMethod):
     rank_pattern: Mapping[str, Rank] = field(default_factory=dict)
     alpha_pattern: Mapping[str, Alpha] = field(default_factory=dict)
 
-    kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
+    kinds: ClassVar[frozenset[str]] = MATRIX_KINDS
     aliases: ClassVar[Mapping[str, str]] = {
         "lora_alpha": "alpha",
         "lora_dropout": "dropout",
@@ -59,9 +59,43 @@ class LowRank(WeightMethod):
         )
         return replace(self, r=rank, alpha=alpha, rank_pattern={}, alpha_pattern={})
 
+    def factors(self, site: Site) -> dict[str, Param]:
+        """A (r, in) and B (out, r), named, shaped and initialised as PEFT does on each kind of site; B A is zero.
+
+        A convolution's are kernels, fused experts' stand beside one another: A (experts r, in), B (out, r experts).
+        """
+        r, out, inner, keys = self.r, site.out_features, site.in_features, ("lora_A.weight", "lora_B.weight")
+        if site.kind == "embedding":
+            return {
+                "A": Param((r, inner), "zeros", "lora_embedding_A"),
+                "B": Param((out, r), "standard-normal", "lora_embedding_B"),
+            }
+        if site.kind == "conv" and self.in_peft(site):
+            ones = (1,) * (len(site.shape) - 2)
+            return {
+                "A": Param((r, *site.inner_shape), "kaiming-uniform", keys[0], lambda A: A.flatten(1)),
+                "B": Param((out, r, *ones), "zeros", keys[1], lambda B: B.flatten(1)),
+            }
+        if site.batch is not None:
+            n = site.batch
+            return {
+                "A": Param((n * r, inner), "kaiming-uniform", keys[0], lambda A: A.unflatten(0, (n, r))),
+                "B": Param((out, r * n), "zeros", keys[1], lambda B: B.unflatten(1, (r, n)).permute(2, 0, 1)),
+            }
+        return {"A": Param((r, inner), "kaiming-uniform", keys[0]), "B": Param((out, r), "zeros", keys[1])}
+
+    def in_peft(self, site: Site) -> bool:
+        """PEFT takes whole layers; its low-rank grouped convolution reaches across groups, which no weight here can."""
+        known = site.kind != "conv" or (site.groups == 1 and "transpose" not in site.op)
+        return self.peft is not None and known and not site.rows
+
     def refuses(self, site: Site) -> tuple[tuple[str, ...], str] | None:
-        """A rank above the smaller side of the weight adds parameters and no freedom."""
+        """A rank above the smaller side of the weight adds parameters and no freedom; indices cannot be dropped."""
         limit, rank = min(site.in_features, site.out_features), self.at(site).r
+        if self.dropout and site.kind in ("embedding", "experts"):
+            return (
+                "dropout",
+            ), f"dropout has no input to go in front of on {site.kind}: leave it out for this entry"
         if rank <= limit:
             return None
         key = next((key for key in self.rank_pattern if matches_peft_key(key, site.module)), None)

@@ -24,7 +24,10 @@ Alpha = Annotated[float, Field(gt=0, description="numerator of the scale alpha /
 Dropout = Annotated[float, Field(ge=0, lt=1, description="dropout on the input of the trained branch")]
 Patterns = Annotated[tuple[str, ...], Field(description="globs, or re: regexes, on the module's full name")]
 
-Init = Literal["zeros", "ones", "kaiming-uniform", "normal"]
+MATRIX_KINDS = frozenset({"linear", "conv", "embedding", "experts"})
+"""The kinds of site whose weight reads as matrices `(out, in)`; a method that needs no more can sit on all."""
+
+Init = Literal["zeros", "ones", "kaiming-uniform", "normal", "standard-normal"]
 """How a new parameter starts, when it does not depend on the base weight."""
 
 
@@ -37,11 +40,14 @@ class Param:
         init: a named initialisation, or a function of the site's weight `W (out, in)` in float32 and a
             seeded generator.
         key: what follows the module's name in a checkpoint, as PEFT spells it (`lora_A.weight`).
+        unpack: from the shape checkpoints store to what the expression takes, where they differ: a convolution's
+            `A (r, in, height, width)` to `(r, in height width)`.
     """
 
     shape: tuple[int, ...]
     init: Init | Callable[[Tensor, Generator], Tensor]
     key: str
+    unpack: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -88,16 +94,29 @@ class Method:
         return None
 
     def params(self, site: Site) -> dict[str, Param]:
-        """The trained tensors at a site: argument name of the expression -> parameter."""
+        """The trained tensors of one matrix of a site: argument name of the expression -> parameter."""
         raise NotImplementedError
+
+    def stored(self, site: Site) -> dict[str, Param]:
+        """The trained tensors as they are stored: where a site holds several matrices, one set for each of them."""
+        found = self.params(site)
+        if site.batch is None:
+            return found
+        batch = (site.batch,)
+        return {k: p if p.unpack else dataclasses.replace(p, shape=batch + p.shape) for k, p in found.items()}
+
+    def in_peft(self, site: Site) -> bool:
+        """Whether PEFT has this method on this site, and reads what is stored for it."""
+        return self.peft is not None and site.kind in ("linear", "parameter") and not site.rows
 
 
 class WeightMethod(Method):
     """A method that says what a weight becomes: `W' = E(W, θ)`, W of shape `(out, in)`.
 
     `weight` and `bias` are written with tensor methods and operators; they are traced once per shape and
-    spliced in front of the site. A field named `dropout` is applied to the input of every term of the sum
-    that does not hold the base weight.
+    spliced in front of the site. W is the site's weight as a matrix: a convolution's kernel with its columns
+    flattened, the rows of a slice, an embedding as `(dimensions, vocabulary)`; of fused experts each in turn. A
+    field named `dropout` is applied to the input of every term of the sum that does not hold the base weight.
     """
 
     dropout: float = 0.0
@@ -110,10 +129,9 @@ class WeightMethod(Method):
         """The adapted bias `(out,)`; the base's own unless the method says otherwise."""
         return b
 
-    @classmethod
-    def adapts_bias(cls) -> bool:
-        """Whether the method changes a bias at all."""
-        return cls.bias is not WeightMethod.bias
+    def adapts_bias(self) -> bool:
+        """Whether the method, with these options, changes a bias at all."""
+        return type(self).bias is not WeightMethod.bias
 
 
 METHODS: dict[str, type[Method]] = {}

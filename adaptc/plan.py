@@ -123,6 +123,7 @@ def _planned(spec: Spec, graph: Graph, index: int) -> list[Planned]:
             adapter=entry.name,
             entry=index,
             seed=spec.seed,
+            on_alias=entry.on_alias,
             **entry.options(),
         )
         return [Planned(index, item, item.selection(graph))]
@@ -145,6 +146,7 @@ def _planned(spec: Spec, graph: Graph, index: int) -> list[Planned]:
                 entry=index,
                 seed=spec.seed,
                 trained=True,
+                on_alias=entry.on_alias,
                 **what.options,
             )
             found.append(Planned(index, item, item.selection(graph), checkpoint))
@@ -172,7 +174,7 @@ def _match_checkpoints(spec: Spec, entries: Sequence[Planned]) -> None:
             site.key(param.key): param.shape
             for planned in members
             for site in planned.selection.sites
-            for param in planned.insert.method.at(site).params(site).values()
+            for param in planned.insert.method.at(site).stored(site).values()
         }
         checkpoint = members[0].checkpoint
         assert checkpoint is not None
@@ -189,7 +191,7 @@ def _problems(spec: Spec, graph: Graph, planned: Planned) -> list[Problem]:
         return [spec.source.problem(("adapt", planned.entry, key), *_no_match(graph, planned))]
     found: dict[Any, Problem] = {}
     for site in selection.sites:
-        refused = None if planned.insert.trained else method.refuses(site)
+        refused = planned.insert.refused(site)
         if refused:
             option, reason = refused
             found.setdefault(
@@ -263,7 +265,7 @@ def _name_clashes(spec: Spec, entries: Sequence[Planned]) -> list[Problem]:
         for site in planned.selection.sites:
             method = planned.insert.method.at(site)
             names = [
-                parameter_name(site, method, planned.insert.adapter, p) for p in method.params(site).values()
+                parameter_name(site, method, planned.insert.adapter, p) for p in method.stored(site).values()
             ]
             clash = next((n for n in names if n in taken), None)
             if clash:
@@ -384,4 +386,7 @@ def site_json(site: Site) -> dict[str, Any]:
         "shape": list(site.shape),
         "dtype": str(site.dtype).removeprefix("torch."),
         "source": site.source,
+        "op": site.op,
+        "part": site.part,
+        "rows": [list(rows) for rows in site.rows],
     }

@@ -91,7 +91,7 @@ def _entry(planned: Planned) -> Table:
         table.add_column(column, overflow="fold")
     groups: dict[tuple[str, ...], list[int]] = {}
     for site in selection.sites:
-        trained = sum(math.prod(p.shape) for p in method.at(site).params(site).values())
+        trained = sum(math.prod(p.shape) for p in method.at(site).stored(site).values())
         shape = " x ".join(map(str, site.shape))
         row = (_pattern(site), site.type or site.kind, shape, f"{trained:,}", site.source)
         groups.setdefault(row, []).append(1)

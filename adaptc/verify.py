@@ -59,8 +59,9 @@ def verify(graph: Graph) -> None:
         _check_node(graph, node)
     inserted = set(graph.adapter_names)
     read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
-    if graph.stage == "folded" and inserted:
-        raise VerifyError(f"the folded graph still holds the adapters {', '.join(sorted(inserted))}")
+    left = {name for a in graph.adaptations if a.on_alias != "live" for name, _ in a.params.values()}
+    if graph.stage == "folded" and left:
+        raise VerifyError(f"the folded graph still holds the adapters {', '.join(sorted(left))}")
     if graph.stage in ("adapted", "quantized", "factored") and not inserted <= read:
         raise VerifyError(f"inserted, but not read by any operation: {', '.join(sorted(inserted - read))}")
     _propagate(graph)

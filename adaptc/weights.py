@@ -181,6 +181,8 @@ def initial(init: str, shape: tuple[int, ...], generator: torch.Generator) -> to
             return tensor.fill_(1.0)
         case "normal":
             return tensor.normal_(std=0.02, generator=generator)
+        case "standard-normal":
+            return tensor.normal_(generator=generator)
         case "kaiming-uniform":
             return torch.nn.init.kaiming_uniform_(tensor, a=5**0.5, generator=generator)
     raise ValueError(f"unknown initialisation {init!r}")

@@ -26,10 +26,7 @@ class Lora(LowRank):
 
     def params(self, site: Site) -> dict[str, Param]:
         """A (r, in) Kaiming-uniform, B (out, r) zero."""
-        return {
-            "A": Param((self.r, site.in_features), "kaiming-uniform", "lora_A.weight"),
-            "B": Param((site.out_features, self.r), "zeros", "lora_B.weight"),
-        }
+        return self.factors(site)
 
     def weight(self, W: Tensor, *, A: Tensor, B: Tensor) -> Tensor:
         """W + scale B A, of shape (out, in)."""
