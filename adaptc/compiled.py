@@ -11,13 +11,14 @@ import torch
 from torch import fx
 
 from adaptc import adapters
-from adaptc.checkpoint import check_base
+from adaptc.checkpoint import check_base, check_carried
 from adaptc.emit.torch import META, load_adapter_into
 from adaptc.errors import ProofError, Refusal, RefusedError, WeightError
 from adaptc.expression import Folded
 from adaptc.graph import Graph, bind
 from adaptc.pipeline import PassRecord, run
-from adaptc.plan import Plan, Planned
+from adaptc.plan import Plan
+from adaptc.planned import Planned
 from adaptc.proof import Proof, Runner, effect, gradients, prove, randomised, runner, tolerance
 from adaptc.registry import load_passes
 from adaptc.spec import Spec
@@ -246,6 +247,7 @@ class Compiled:
             try:
                 if checkpoint.base_sha256:
                     check_base(checkpoint, self.base_sha256)
+                check_carried(checkpoint, self.base.weights)
                 values = adapters.assign(
                     checkpoint, [r for r in found if (r.entry, r.method, r.adapter) in wanted]
                 )

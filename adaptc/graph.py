@@ -120,7 +120,7 @@ class Graph:
     def parameter_sites(self) -> list[Site]:
         """Every parameter as a site of its own, biases too: what whole-module methods choose from."""
         return [
-            replace(site, kind="parameter", layout=None, bias=None, bias_uses=(), part="")
+            replace(site, kind="parameter", layout=None, bias=None, bias_uses=(), shared=False)
             for site in self.sites
         ]
 

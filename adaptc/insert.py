@@ -14,6 +14,7 @@ from adaptc.aliases import OnAlias, untie
 from adaptc.errors import Refusal, RefusedError
 from adaptc.expression import Traced, cut, splice, trace_expression
 from adaptc.graph import Adaptation, Graph
+from adaptc.layout import Layout
 from adaptc.method import Method, Param, WeightMethod
 from adaptc.pipeline import Pass
 from adaptc.select import Selection, Target, select
@@ -33,6 +34,8 @@ class Insert(Pass):
     on_alias: OnAlias = "refuse"
     """What to do where the weight is used elsewhere too: give the site its own, stay live when the rest is folded,
     or refuse to fold."""
+    as_stored: bool = False
+    """Parameters named by themselves are (out, in) as they are stored, however the model multiplies by them."""
     trained: bool = False
     """It comes from a checkpoint, and is taken as it is: a rank above the layer's size wastes, but is right."""
 
@@ -49,7 +52,10 @@ class Insert(Pass):
 
     def selection(self, graph: Graph) -> Selection:
         """What the target matches in this graph."""
-        return select(graph, self.target, self.exclude, self.method)
+        found = select(graph, self.target, self.exclude, self.method)
+        if not self.as_stored:
+            return found
+        return dataclasses.replace(found, sites=tuple(_as_stored(site, graph) for site in found.sites))
 
     def refused(self, site: Site) -> tuple[tuple[str, ...], str] | None:
         """The option at fault and why this cannot be inserted at a site; None if it can."""
@@ -59,7 +65,7 @@ class Insert(Pass):
                 (),
                 "the bias here is computed from other parameters, so it cannot be adapted with the weight",
             )
-        return None if self.trained else self.method.refuses(site)
+        return self.method.refuses(site) or (None if self.trained else self.method.refuses_to_train(site))
 
     def requires(self, graph: Graph) -> list[Refusal]:
         """The target matches, the method can sit there, and the adapter's names are free."""
@@ -174,6 +180,16 @@ class Insert(Pass):
         return Computed(param.shape, site.dtype, make)
 
 
+def _as_stored(site: Site, graph: Graph) -> Site:
+    if site.leaf == "weight" or site.kind not in ("linear", "experts") or len(site.shape) not in (2, 3):
+        return site
+    owner = graph.base.model.get_submodule(site.module) if graph.base.model is not None else None
+    turned = len(site.shape) == 3 and getattr(owner, "is_transposed", False)
+    last, before = len(site.shape) - 1, len(site.shape) - 2
+    out, inner = (last, before) if turned else (before, last)
+    return dataclasses.replace(site, layout=Layout((out,), (inner,), tuple(range(before))))
+
+
 def _unpacked(params: Mapping[str, Param], values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     unpack = {argument: param.unpack for argument, param in params.items()}
     return {a: call(v) if (call := unpack[a]) is not None else v for a, v in values.items()}
@@ -181,10 +197,14 @@ def _unpacked(params: Mapping[str, Param], values: Mapping[str, torch.Tensor]) -
 
 def _weight_of(method: WeightMethod, site: Site, params: Mapping[str, Param]) -> Callable[..., torch.Tensor]:
     """The method's expression on the stored weight: each of its matrices in turn, or the rows of a slice."""
-    expression = torch.vmap(method.weight) if site.batch is not None else method.weight
+
+    def one(W: torch.Tensor, theta: dict[str, torch.Tensor]) -> torch.Tensor:
+        return method.weight(W, **theta)
+
+    expression = torch.vmap(one) if site.batch is not None else one
 
     def weight(W: torch.Tensor, **values: torch.Tensor) -> torch.Tensor:
-        return site.restored(expression(site.matrix(W), **_unpacked(params, values)), W)
+        return site.restored(expression(site.matrix(W), _unpacked(params, values)), W)
 
     return weight
 

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Field
 
 from adaptc.method import MATRIX_KINDS, Alpha, Dropout, Param, PeftFormat, Rank, WeightMethod
-from adaptc.names import matches_peft_key
+from adaptc.names import ATTENTION, OUT_PROJECTION, matches_peft_key
 
 if TYPE_CHECKING:
     from adaptc.sites import Site
+
+DROPLESS = frozenset({"embedding", "experts"})
+"""Kinds of site whose input dropout cannot go in front of: indices, and rows gathered for an expert."""
+Biases = Annotated[
+    Literal["none", "all", "lora_only"],
+    Field(description="biases trained along: none, those of the adapted layers (lora_only), or all"),
+]
 
 
 @dataclass(frozen=True)
@@ -23,17 +33,19 @@ class LowRank(WeightMethod):
     rslora: bool = False
     rank_pattern: Mapping[str, Rank] = field(default_factory=dict)
     alpha_pattern: Mapping[str, Alpha] = field(default_factory=dict)
+    biases: Biases = "none"
 
     kinds: ClassVar[frozenset[str]] = MATRIX_KINDS
     aliases: ClassVar[Mapping[str, str]] = {
         "lora_alpha": "alpha",
         "lora_dropout": "dropout",
         "use_rslora": "rslora",
+        "bias": "biases",
     }
 
     @staticmethod
-    def peft_format(kind: str, **fixed: object) -> PeftFormat:
-        """PEFT's configuration of a low-rank method, which all of a kind share but for what is fixed."""
+    def peft_format(kind: str, options: Mapping[str, str] | None = None, **fixed: object) -> PeftFormat:
+        """PEFT's configuration, which all of a kind share but for more options and what is fixed."""
         return PeftFormat(
             kind,
             options={
@@ -43,6 +55,8 @@ class LowRank(WeightMethod):
                 "rslora": "use_rslora",
                 "rank_pattern": "rank_pattern",
                 "alpha_pattern": "alpha_pattern",
+                "biases": "bias",
+                **(options or {}),
             },
             fixed=fixed,
             ignored=frozenset(
@@ -54,10 +68,22 @@ class LowRank(WeightMethod):
     def at(self, site: Site) -> Self:
         """The rank and alpha in force at this site: patterns first, then the entry's own."""
         rank = next((v for k, v in self.rank_pattern.items() if matches_peft_key(k, site.module)), self.r)
-        alpha = next(
-            (v for k, v in self.alpha_pattern.items() if matches_peft_key(k, site.module)), self.alpha
-        )
-        return replace(self, r=rank, alpha=alpha, rank_pattern={}, alpha_pattern={})
+        alpha = self._alpha_of(site.module)
+        dropout = 0.0 if site.kind in DROPLESS else self.dropout
+        return replace(self, r=rank, alpha=alpha, dropout=dropout, rank_pattern={}, alpha_pattern={})
+
+    def _alpha_of(self, module: str) -> float:
+        return next((v for k, v in self.alpha_pattern.items() if matches_peft_key(k, module)), self.alpha)
+
+    @classmethod
+    def from_peft(cls, options: dict[str, Any], targets: Sequence[str]) -> dict[str, Any]:
+        """PEFT (0.21) adds the product twice to the output projection of an attention module that it adapts whole."""
+        ranks, alphas = options.get("rank_pattern") or {}, options.get("alpha_pattern") or {}
+        inner = re.escape(OUT_PROJECTION)
+        doubled = {f"{key}{inner}": 2 * alpha for key, alpha in alphas.items()}
+        doubled |= {f"{key}{inner}": 2 * options.get("alpha", cls.alpha) for key in targets}
+        same = {f"{key}{inner}": rank for key, rank in ranks.items()}
+        return {**options, "rank_pattern": {**same, **ranks}, "alpha_pattern": {**doubled, **alphas}}
 
     def factors(self, site: Site) -> dict[str, Param]:
         """A (r, in) and B (out, r), named, shaped and initialised as PEFT does on each kind of site; B A is zero.
@@ -86,13 +112,16 @@ class LowRank(WeightMethod):
 
     def in_peft(self, site: Site) -> bool:
         """PEFT takes whole layers; its low-rank grouped convolution reaches across groups, which no weight here can."""
+        if site.type == ATTENTION and site.module.endswith(OUT_PROJECTION):
+            whole = self._alpha_of(site.module.removesuffix(OUT_PROJECTION))
+            return self.peft is not None and self._alpha_of(site.module) == 2 * whole
         known = site.kind != "conv" or (site.groups == 1 and "transpose" not in site.op)
         return self.peft is not None and known and not site.rows
 
-    def refuses(self, site: Site) -> tuple[tuple[str, ...], str] | None:
+    def refuses_to_train(self, site: Site) -> tuple[tuple[str, ...], str] | None:
         """A rank above the smaller side of the weight adds parameters and no freedom; indices cannot be dropped."""
         limit, rank = min(site.in_features, site.out_features), self.at(site).r
-        if self.dropout and site.kind in ("embedding", "experts"):
+        if self.dropout and site.kind in DROPLESS:
             return (
                 "dropout",
             ), f"dropout has no input to go in front of on {site.kind}: leave it out for this entry"

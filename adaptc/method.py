@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
 
@@ -89,8 +89,16 @@ class Method:
         """The method with its per-layer options (patterns) resolved for one site."""
         return self
 
+    def takes(self, site: Site) -> bool:
+        """Whether the method wants a site that the target names; the others are passed over."""
+        return True
+
     def refuses(self, site: Site) -> tuple[tuple[str, ...], str] | None:
-        """The option at fault and why the method, as declared, cannot sit on this site; None if it can."""
+        """The option at fault and why the method cannot compute what it should on this site; None if it can."""
+        return None
+
+    def refuses_to_train(self, site: Site) -> tuple[tuple[str, ...], str] | None:
+        """The same for what makes no sense to train; an adapter that is trained already is taken as it is."""
         return None
 
     def params(self, site: Site) -> dict[str, Param]:
@@ -104,6 +112,11 @@ class Method:
             return found
         batch = (site.batch,)
         return {k: p if p.unpack else dataclasses.replace(p, shape=batch + p.shape) for k, p in found.items()}
+
+    @classmethod
+    def from_peft(cls, options: dict[str, Any], targets: Sequence[str]) -> dict[str, Any]:
+        """The options that give what PEFT computes; `targets` are regexes of the modules it names."""
+        return options
 
     def in_peft(self, site: Site) -> bool:
         """Whether PEFT has this method on this site, and reads what is stored for it."""

@@ -15,6 +15,8 @@ def matches(pattern: str, name: str) -> bool:
     return fnmatch.fnmatchcase(name, pattern)
 
 
+ATTENTION, OUT_PROJECTION = "MultiheadAttention", ".out_proj"
+"""torch's attention module, whose output projection is no layer of its own: both are adapted together by PEFT."""
 ROLES = (
     *("attention.query", "attention.key", "attention.value", "attention.output"),
     *("feed_forward.in", "feed_forward.gate", "feed_forward.out", "embedding", "head"),

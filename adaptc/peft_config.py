@@ -12,6 +12,7 @@ from adaptc.adapters import AdapterRecord
 from adaptc.checkpoint import CONFIG, Checkpoint
 from adaptc.errors import WeightError
 from adaptc.method import Method, options_of
+from adaptc.names import OUT_PROJECTION
 from adaptc.registry import load_methods
 from adaptc.select import ALL_LINEAR
 
@@ -29,6 +30,7 @@ DESCRIPTIVE = frozenset(
         "modules_to_save",
         "layers_to_transform",
         "layers_pattern",
+        "target_parameters",
         "fan_in_fan_out",
     }
 )
@@ -43,6 +45,8 @@ class Declared:
     options: dict[str, Any]
     target: Any
     exclude: tuple[str, ...]
+    as_stored: bool = False
+    """Parameters are read as they are stored, (out, in) or (experts, out, in), as `target_parameters` does."""
 
 
 def declared(checkpoint: Checkpoint) -> Declared:
@@ -64,9 +68,13 @@ def declared(checkpoint: Checkpoint) -> Declared:
         options = {ours: config[theirs] for ours, theirs in cls.peft.options.items() if theirs in config}
         for name in cls.peft.modules:
             options[name] = tuple(_patterns(checkpoint, cls.peft.options[name]))
+        options = cls.from_peft(
+            options, [p.removeprefix("re:") for p in _patterns(checkpoint, "target_modules")]
+        )
         saved = [p for m in checkpoint.saved_modules for p in (m, f"*.{m}", f"{m}.*", f"*.{m}.*")]
         exclude = (*_patterns(checkpoint, "exclude_modules"), *saved)
-        return Declared(cls, _checked(checkpoint, cls, options), _target(checkpoint), exclude)
+        as_stored = bool(config.get("target_parameters"))
+        return Declared(cls, _checked(checkpoint, cls, options), _target(checkpoint), exclude, as_stored)
     known = sorted({cls.peft.type for cls in load_methods().values() if cls.peft and cls.peft.type})
     raise WeightError(
         f"{checkpoint.path}: peft_type {kind!r} is not a method this adaptc has; it reads {', '.join(known)}"
@@ -102,7 +110,10 @@ def _own(checkpoint: Checkpoint) -> Declared:
             f"{checkpoint.path}: method {config['adaptc_method']!r} is not installed; install the package that has it"
         )
     options = _checked(checkpoint, cls, dict(config.get("adaptc_options") or {}))
-    return Declared(cls, options, _target(checkpoint), ())
+    target = config.get("target_modules")
+    if not isinstance(target, list) or not target:
+        raise WeightError(f"{checkpoint.path / CONFIG}: its configuration names no target_modules")
+    return Declared(cls, options, tuple(str(pattern) for pattern in target), ())
 
 
 def _check_rest(checkpoint: Checkpoint, cls: type[Method]) -> None:
@@ -159,6 +170,9 @@ def _patterns(checkpoint: Checkpoint, key: str) -> list[str]:
 
 def _target(checkpoint: Checkpoint) -> Any:
     patterns = _patterns(checkpoint, "target_modules")
+    # PEFT adapts nn.MultiheadAttention whole: naming it means its output projection too.
+    patterns += [f"{pattern}{re.escape(OUT_PROJECTION)}" for pattern in patterns if pattern != ALL_LINEAR]
+    patterns += _patterns(checkpoint, "target_parameters")
     if not patterns:
         raise WeightError(f"{checkpoint.path / CONFIG}: its configuration names no target_modules")
     layers = checkpoint.config.get("layers_to_transform")

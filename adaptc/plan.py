@@ -11,29 +11,16 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import fx
 
-from adaptc.adapt_entries import AdapterEntry
 from adaptc.budget import Budget, budget
-from adaptc.checkpoint import Checkpoint, directories, match, missing, read
-from adaptc.errors import Problem, RefusedError, SpecError, WeightError
+from adaptc.errors import Problem, RefusedError, SpecError
 from adaptc.graph import Graph
 from adaptc.insert import Insert, parameter_name
 from adaptc.names import nearest
-from adaptc.peft_config import declared
 from adaptc.pipeline import Pass, check_order, run
-from adaptc.registry import load_methods, load_passes
-from adaptc.select import Selection
+from adaptc.planned import Planned, entries_of, match_checkpoints
+from adaptc.registry import load_passes
 from adaptc.sites import Site
-from adaptc.spec import Spec, resolve_path
-
-
-@dataclass(frozen=True)
-class Planned:
-    """One thing to insert: from an entry of the spec, or from a checkpoint that an entry names."""
-
-    entry: int
-    insert: Insert
-    selection: Selection
-    checkpoint: Checkpoint | None = None
+from adaptc.spec import Spec
 
 
 @dataclass
@@ -86,12 +73,12 @@ def make_plan(spec: Spec, graph: Graph, after: Any = None) -> Plan:
             path to the output, or the passes stand in an impossible order. All problems at once.
         WeightError: an adapter's checkpoint cannot be read.
     """
-    entries = [planned for index in range(len(spec.adapt)) for planned in _planned(spec, graph, index)]
-    problems = [problem for planned in entries for problem in _problems(spec, graph, planned)]
+    entries = [found for index in range(len(spec.adapt)) for found in entries_of(spec, graph, index)]
+    problems = [problem for found in entries for problem in _problems(spec, graph, found)]
     problems += _name_clashes(spec, entries)
     if problems:
         raise SpecError(problems)
-    _match_checkpoints(spec, entries)
+    match_checkpoints(spec, graph, entries)
     passes = _pipeline(spec, entries)
     wrong = check_order(passes)
     if wrong:
@@ -110,78 +97,6 @@ def make_plan(spec: Spec, graph: Graph, after: Any = None) -> Plan:
     if adapted.stage in fold.takes:
         notes += [f"cannot be folded: {refusal}" for refusal in fold.requires(adapted)]
     return Plan(entries, passes, budget(graph, adapted, factored), notes, adapted, factored, records)
-
-
-def _planned(spec: Spec, graph: Graph, index: int) -> list[Planned]:
-    entry = spec.adapt[index]
-    passes = load_passes()
-    if not isinstance(entry, AdapterEntry):
-        make: Any = passes[f"insert-{entry.method}"]
-        item = make(
-            target=entry.target,
-            exclude=entry.exclude,
-            adapter=entry.name,
-            entry=index,
-            seed=spec.seed,
-            on_alias=entry.on_alias,
-            **entry.options(),
-        )
-        return [Planned(index, item, item.selection(graph))]
-    found = []
-    try:
-        absent = missing(resolve_path(spec, entry.adapter))
-        if absent:
-            raise spec.error(("adapt", index, "adapter"), absent)
-        for directory in directories(resolve_path(spec, entry.adapter)):
-            checkpoint = read(directory, entry.allow_pickle)
-            what = declared(checkpoint)
-            name = entry.name or (
-                directory.name if directory != resolve_path(spec, entry.adapter) else "default"
-            )
-            make = passes[f"insert-{what.method.name}"]
-            item = make(
-                target=what.target,
-                exclude=what.exclude,
-                adapter=name,
-                entry=index,
-                seed=spec.seed,
-                trained=True,
-                on_alias=entry.on_alias,
-                **what.options,
-            )
-            found.append(Planned(index, item, item.selection(graph), checkpoint))
-            found += _joined(spec, graph, index, name, checkpoint)
-    except WeightError as error:
-        raise spec.weight_error(("adapt", index, "adapter"), error) from None
-    return found
-
-
-def _joined(spec: Spec, graph: Graph, index: int, name: str, checkpoint: Checkpoint) -> list[Planned]:
-    if not checkpoint.saved_modules:
-        return []
-    cls = next(c for c in load_methods().values() if c.peft is not None and c.peft.joins == "modules_to_save")
-    target = [pattern for module in checkpoint.saved_modules for pattern in (module, f"*.{module}")]
-    make: Any = load_passes()[f"insert-{cls.name}"]
-    item = make(target=target, adapter=name, entry=index, seed=spec.seed)
-    return [Planned(index, item, item.selection(graph), checkpoint)]
-
-
-def _match_checkpoints(spec: Spec, entries: Sequence[Planned]) -> None:
-    """Hold the keys and shapes of every checkpoint against what will be inserted for it."""
-    for path in dict.fromkeys(p.checkpoint.path for p in entries if p.checkpoint is not None):
-        members = [p for p in entries if p.checkpoint is not None and p.checkpoint.path == path]
-        expected = {
-            site.key(param.key): param.shape
-            for planned in members
-            for site in planned.selection.sites
-            for param in planned.insert.method.at(site).stored(site).values()
-        }
-        checkpoint = members[0].checkpoint
-        assert checkpoint is not None
-        try:
-            match(checkpoint, expected)
-        except WeightError as error:
-            raise spec.weight_error(("adapt", members[0].entry, "adapter"), error) from None
 
 
 def _problems(spec: Spec, graph: Graph, planned: Planned) -> list[Problem]:
@@ -387,6 +302,6 @@ def site_json(site: Site) -> dict[str, Any]:
         "dtype": str(site.dtype).removeprefix("torch."),
         "source": site.source,
         "op": site.op,
-        "part": site.part,
+        "slice": site.piece,
         "rows": [list(rows) for rows in site.rows],
     }

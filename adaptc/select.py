@@ -42,6 +42,7 @@ def select(graph: Graph, target: Target, exclude: Sequence[str], method: Method)
     """
     whole = "parameter" in method.kinds
     candidates = graph.parameter_sites if whole else [s for s in graph.sites if s.kind in method.kinds]
+    candidates = [site for site in candidates if method.takes(site)]
     patterns, wanted = _patterns(target, graph)
     heads = (
         sorted({s.module for s in candidates if s.module in graph.heads}) if ALL_LINEAR in patterns else []
@@ -76,11 +77,11 @@ def _parts(site: Site, slices: Sequence[str], graph: Graph) -> list[Site]:
         first, colon, last = name.partition(":")
         if colon:
             rows = ((int(first or 0), min(int(last or site.out_features), site.out_features)),)
-            label = f"{rows[0][0]}_{rows[0][1]}"
+            name = f"{rows[0][0]}:{rows[0][1]}"
         else:
-            rows, label = graph.roles.rows.get((site.uses[0], SLICES[name]), ()), name
+            rows = graph.roles.rows.get((site.uses[0], SLICES[name]), ())
         if rows and all(start < stop for start, stop in rows):
-            found.append(replace(site, rows=rows, part="_".join(p for p in (site.part, label) if p)))
+            found.append(replace(site, rows=rows, piece=name))
     return found
 
 

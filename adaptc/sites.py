@@ -50,8 +50,9 @@ class Site:
         bias: the name of the bias beside it, if any.
         bias_uses: where the bias enters.
         source: file and line of the model that runs this operation.
-        part: what tells this site from others of the same module: a slice's name, or the leaf.
-        rows: the ranges of rows of the matrix that a slice is made of; empty for the whole.
+        shared: the module has several matrices, so that the leaf tells them apart.
+        piece: of a slice its name, such as `q` or `0:512`; empty for the whole.
+        rows: the ranges of rows of the matrix that a slice is made of.
         groups: of a grouped convolution.
         computed_bias: the bias beside it is no parameter, but computed from some.
     """
@@ -69,7 +70,8 @@ class Site:
     bias: str | None
     bias_uses: tuple[Use, ...]
     source: str
-    part: str = ""
+    shared: bool = False
+    piece: str = ""
     rows: tuple[tuple[int, int], ...] = ()
     groups: int = 1
     computed_bias: bool = False
@@ -105,8 +107,20 @@ class Site:
     def _size(self, axes: Sequence[int]) -> int:
         return math.prod(self.shape[axis] for axis in axes)
 
+    @property
+    def part(self) -> str:
+        """What tells this site's tensors from those of others in the same module."""
+        words = (self.leaf if self.shared else "", self.piece.replace(":", "_"))
+        return "_".join(word for word in words if word)
+
+    @property
+    def pattern(self) -> str:
+        """The target that means this site alone."""
+        name = ".".join(p for p in (self.module, self.leaf if self.shared else "") if p)
+        return name + (f"[{self.piece}]" if self.piece else "")
+
     def key(self, key: str) -> str:
-        """What a checkpoint calls a tensor of this site: the module's name, if it has one, and the key."""
+        """What a checkpoint of our own calls a tensor of this site: the module's name, if it has one, and the key."""
         first, dot, rest = key.partition(".")
         named = f"{first}_{self.part}{dot}{rest}" if self.part else key
         return f"{self.module}.{named}" if self.module else named
@@ -150,8 +164,7 @@ class Site:
     def __str__(self) -> str:
         matrix = f"{self.in_features} -> {self.out_features}" + (f" x {self.batch}" if self.batch else "")
         sides = matrix if self.kind in MATRIX_KINDS else str(list(self.shape))
-        name = self.module + (f"[{self.part}]" if self.part else "")
-        return f"{name} ({self.kind} {sides})" + (f", from {self.source}" if self.source else "")
+        return f"{self.pattern} ({self.kind} {sides})" + (f", from {self.source}" if self.source else "")
 
 
 def module_of(node: fx.Node) -> tuple[str, str]:
@@ -221,9 +234,6 @@ def _site(module: str, own: str, type_name: str, node: fx.Node, uses: list[tuple
     layout = layouts.pop() if len(layouts) == len(biases) == 1 and read else None
     bias = biases.pop() if layout is not None else None
     op = operation(read[0][0]) if read else ""
-    groups = (
-        int(read[0][0].args[6]) if op in ("conv1d", "conv2d", "conv3d") and len(read[0][0].args) > 6 else 1
-    )  # type: ignore[arg-type]
     return Site(
         module=module,
         type=type_name,
@@ -238,9 +248,15 @@ def _site(module: str, own: str, type_name: str, node: fx.Node, uses: list[tuple
         bias=bias,
         bias_uses=tuple(Use(user.name, BIASES[operation(user)]) for user, _ in read) if bias else (),
         source=source_of(uses[0][0]),
-        groups=groups,
+        groups=_groups(read[0][0]) if read else 1,
         computed_bias=layout is not None and bias is None and any(_has_bias(user) for user, _ in read),
     )
+
+
+def _groups(node: fx.Node) -> int:
+    groups = node.args[6] if operation(node) in ("conv1d", "conv2d", "conv3d") and len(node.args) > 6 else 1
+    assert isinstance(groups, int)
+    return groups
 
 
 def _kind(layout: Layout | None, op: str) -> str:
@@ -263,11 +279,11 @@ def _has_bias(user: fx.Node) -> bool:
 
 
 def _told_apart(sites: list[Site]) -> list[Site]:
-    """Matrices of one module get a part, their leaf, where there are several."""
+    """Matrices of one module are told apart by their leaf, where there are several."""
     count = defaultdict(int)
     for site in sites:
         count[site.module] += site.kind in MATRIX_KINDS
     return [
-        replace(site, part=site.leaf) if site.kind in MATRIX_KINDS and count[site.module] > 1 else site
+        replace(site, shared=True) if site.kind in MATRIX_KINDS and count[site.module] > 1 else site
         for site in sites
     ]
