@@ -11,6 +11,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import fx
 
+from adaptc.aliases import elsewhere, places
 from adaptc.budget import Budget, budget
 from adaptc.errors import Problem, RefusedError, SpecError
 from adaptc.graph import Graph
@@ -93,7 +94,7 @@ def make_plan(spec: Spec, graph: Graph, after: Any = None) -> Plan:
     _check_products(spec, adapted)
     factor, fold = load_passes()["factor"](), load_passes()["fold"]()
     factored = run(adapted, [factor], records, after) if adapted.stage in factor.takes else adapted
-    notes = [*graph.base.notes, *_notes(entries), *_runtime_notes(spec, graph)]
+    notes = [*graph.base.notes, *_notes(entries), *_alias_notes(graph, entries), *_runtime_notes(spec, graph)]
     if adapted.stage in fold.takes:
         notes += [f"cannot be folded: {refusal}" for refusal in fold.requires(adapted)]
     return Plan(entries, passes, budget(graph, adapted, factored), notes, adapted, factored, records)
@@ -267,6 +268,22 @@ def _notes(entries: Sequence[Planned]) -> list[str]:
             notes += [f"{where}: pattern {pattern!r} matches nothing" for pattern in selection.unused]
         if selection.heads:
             notes.append(f"{where}: all-linear leaves out the output head {', '.join(selection.heads)}")
+    return notes
+
+
+def _alias_notes(graph: Graph, entries: Sequence[Planned]) -> list[str]:
+    """What becomes of adapted tensors that are used elsewhere too; those that refuse say so when folded."""
+    notes = []
+    words = {
+        "untie": "untied: both are written, each with its own values",
+        "live": "kept live: its adapter stays in what is folded, computed when the program is loaded",
+    }
+    for found in entries:
+        for site in found.selection.sites:
+            others = elsewhere(graph, site) if found.insert.on_alias in words else []
+            if others:
+                what = f"adapt.{found.entry}: {site.pattern}.{site.leaf} is also used by {places(others)}"
+                notes.append(f"{what}; it is {words[found.insert.on_alias]}")
     return notes
 
 
