@@ -56,10 +56,11 @@ def save_checkpoint(folded: Graph, base: Graph, directory: Path, max_shard_size:
         )
         raise RefusedError([Refusal(reason)])
     directory.mkdir(parents=True, exist_ok=True)
-    left_out = carry_over(_files_of(pretrained), directory)
+    source = _files_of(pretrained)
+    left_out = carry_over(source, directory)
     config.architectures = [type(model).__name__]
     config.save_pretrained(directory)
-    _keep_generation(pretrained, model, directory)
+    _keep_generation(source, model, directory)
     weights = {name: folded.weights[folded.aliases[name]] for name in stored_names(model, folded.aliases)}
     parameters = sum(parameter.numel() for parameter in model.parameters())
     write_shards(directory, as_stored(model, weights), max_shard_size, parameters)
@@ -157,12 +158,10 @@ def _files_of(pretrained: Pretrained) -> Path:
         raise AdaptcError(f"{pretrained.name}: its files cannot be had: {error}") from error
 
 
-def _keep_generation(pretrained: Pretrained, model: Any, directory: Path) -> None:
-    """How to generate, which older checkpoints say in their config.json, where it is not written any more."""
+def _keep_generation(source: Path, model: Any, directory: Path) -> None:
+    """How to generate: older checkpoints say it in their config.json, where it is not written any more."""
     from transformers import GenerationConfig
 
     if model.can_generate() and not (directory / GENERATION).exists():
-        found = GenerationConfig.from_pretrained(
-            pretrained.name, config_file_name=CONFIG, _from_model_config=True
-        )
+        found = GenerationConfig.from_pretrained(source, config_file_name=CONFIG, _from_model_config=True)
         found.to_json_file(directory / GENERATION)
