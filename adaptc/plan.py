@@ -245,7 +245,7 @@ def _check_products(spec: Spec, adapted: Graph) -> None:
     if spec.passes is None:
         return
     for index, entry in enumerate(spec.emit):
-        folded = entry.format == "onnx" and entry.adapters == "folded"
+        folded = entry.format == "hf" or (entry.format == "onnx" and entry.adapters == "folded")
         if folded and adapted.adaptations and adapted.stage not in load_passes()["fold"].takes:
             raise spec.error(
                 ("passes",),

@@ -496,6 +496,22 @@ def test_one_product_inside_another(refused: Callable[..., tuple[str, str]]) -> 
     assert "lies inside the folder that emit.0 writes" in text
 
 
+def test_a_merged_model_within_its_own_base(refused: Callable[..., tuple[str, str]], bert: Path) -> None:
+    entries = f"emit:\n  - {{format: hf, path: {bert}/merged}}\n"
+    text, place = refused(f"base: {{model: {bert}}}\n" + lora(target="*.query") + entries, 2, "compile")
+    assert place == "7:24"
+    assert f"{bert}/merged is within the base's own directory" in text
+
+
+def test_a_merged_model_of_a_pipeline_that_factors(
+    refused: Callable[..., tuple[str, str]], bert: Path
+) -> None:
+    more = "passes: [insert, factor]\n" + emit("hf")
+    text, place = refused(f"base: {{model: {bert}}}\n" + lora(target="*.query") + more, 2, "compile")
+    assert place == "6:9"
+    assert "the pipeline leaves a graph that is factored, which emit.0 cannot fold" in text
+
+
 def test_output_dir_that_is_a_file(refused: Callable[..., tuple[str, str]], tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("mine")
     text, _ = refused(NET + lora(target="*.query") + EMIT, 1, "compile", "--output-dir", tmp_path / "taken")

@@ -11,6 +11,7 @@ from adaptc.errors import Problem, SpecError
 from adaptc.spec import load, require_base
 
 HEAD = "version: 1\nbase: {model: ./m}\n"
+PYTHON = 'version: 1\nbase: {python: "m:build"}\ninputs: {x: "float32[batch]"}\n'
 LORA = HEAD + "adapt:\n  - method: lora\n    target: all-linear\n"
 
 
@@ -164,8 +165,28 @@ ONE_PROBLEM = {
         "no quantizer is installed: quantize is not available in this version",
     ),
     "unknown format": (
-        HEAD + "emit: [{format: hf, path: x}]\n", 3, 17, "emit.0.format",
-        "unknown format 'hf'; known: onnx, peft, torch",
+        HEAD + "emit: [{format: gguf, path: x}]\n", 3, 17, "emit.0.format",
+        "unknown format 'gguf'; known: hf, onnx, peft, torch",
+    ),
+    "hf of a python base": (
+        PYTHON + "emit:\n- {format: onnx, path: a}\n- {format: hf, path: b}\n", 6, 12, "emit.1.format",
+        "a Hugging Face checkpoint needs a 'model' base, and this one is a 'python'",
+    ),
+    "hf of a program": (
+        "version: 1\nbase: {program: m.pt2}\nemit: [{path: b, format: hf}]\n", 3, 26, "emit.0.format",
+        "a Hugging Face checkpoint needs a 'model' base, and this one is a 'program'",
+    ),
+    "shard size": (
+        HEAD + "emit: [{format: hf, path: x, max_shard_size: 5 gigs}]\n", 3, 46, "emit.0.max_shard_size",
+        "expected a size such as '5GB' or '500MB', got '5 gigs'",
+    ),
+    "shard size 0": (
+        HEAD + "emit: [{format: hf, path: x, max_shard_size: 0GB}]\n", 3, 46, "emit.0.max_shard_size",
+        "expected a size such as '5GB' or '500MB', got '0GB'",
+    ),
+    "shard size without unit": (
+        HEAD + "emit: [{format: hf, path: x, max_shard_size: 5}]\n", 3, 46, "emit.0.max_shard_size",
+        "expected text, got 5",
     ),
     "no format": (
         HEAD + "emit: [{path: x}]\n", 3, 8, "emit.0", "an entry needs 'format'; its keys are: path",
@@ -268,7 +289,7 @@ def test_a_duplicate_names_the_first(tmp_path: Path) -> None:
 def test_every_problem_is_told_in_the_order_of_the_file(tmp_path: Path) -> None:
     text = """\
         seed: x
-        emit: [{format: hf}, {format: onnx, path: a, opset: 3}]
+        emit: [{format: hff}, {format: onnx, path: a, opset: 3}]
         version: 1
         adapt:
           - {method: lora, r: 0, rnak: 4}
