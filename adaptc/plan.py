@@ -20,7 +20,7 @@ from adaptc.names import nearest
 from adaptc.pipeline import Pass, check_order, run
 from adaptc.planned import Planned, entries_of, match_checkpoints
 from adaptc.registry import load_passes
-from adaptc.sites import Site
+from adaptc.sites import KINDS, Site
 from adaptc.spec import Spec
 
 
@@ -131,7 +131,7 @@ def _problems(spec: Spec, graph: Graph, planned: Planned) -> list[Problem]:
 
 def _no_match(graph: Graph, planned: Planned) -> tuple[str, ...]:
     method, selection = planned.insert.method, planned.selection
-    kinds = "/".join(sorted(method.kinds))
+    kinds = "/".join(kind for kind in KINDS if kind in method.kinds)
     words = [f"{method.name}: the target matches no {kinds} layer of {graph.base.describe}"]
     if selection.excluded:
         words.append(f"`exclude` took out all that matched: {', '.join(selection.excluded[:4])}")

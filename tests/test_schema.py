@@ -90,7 +90,7 @@ def test_it_accepts_and_refuses_what_load_does() -> None:
         {"version": 1, "adapt": [{"method": "lora", "target": "x", "r": 0}]},
         {"version": 1, "adapt": [{"method": "lora", "target": "x", "r": "8"}]},
         {"version": 1, "adapt": [{"method": "ia3", "target": "x", "r": 8}]},
-        {"version": 1, "adapt": [{"method": "lora", "target": {"role": "x"}}]},
+        {"version": 1, "adapt": [{"method": "lora", "target": {"rol": "x"}}]},
         {"version": 1, "inputs": {"x": "int46[n]"}},
         {"version": 1, "quantize": [{"method": "nf4"}]},
         {"version": 1, "emit": [{"format": "hff", "path": "x"}]},

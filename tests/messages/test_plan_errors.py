@@ -63,7 +63,10 @@ def refused(
 def test_nothing_matches(refused: Callable[..., tuple[str, str]]) -> None:
     text, place = refused(NET + lora(target=["*.qurey"]))
     assert place == "6:13"
-    assert "adapt.0.target: lora: the target matches no linear layer of message_models:build" in text
+    assert (
+        "adapt.0.target: lora: the target matches no linear/conv/embedding/experts layer of message_models:build"
+        in text
+    )
     assert re.search(r"near: .*layers\.\d\.query", text)
 
 
@@ -93,21 +96,23 @@ def test_one_pattern_of_several_matches_nothing(
 @pytest.mark.parametrize("target", ["query", "layers.0", "Linear", "re:query", "layers.*.que"])
 def test_a_name_that_is_short_of_a_module(refused: Callable[..., tuple[str, str]], target: str) -> None:
     text, _ = refused(NET + lora(target=target))
-    assert "matches no linear layer" in text
+    assert "matches no linear/conv/embedding/experts layer" in text
     assert "layers.0.query" in text
 
 
 def test_a_type_that_the_method_cannot_sit_on(refused: Callable[..., tuple[str, str]]) -> None:
-    text, place = refused(base("tied", '{ids: "int64[batch, seq]"}') + lora(target="embed"))
+    text, place = refused(
+        base("tied", '{ids: "int64[batch, seq]"}') + lora(target="embed").replace("lora", "ia3")
+    )
     assert place == "6:13"
-    assert "matches no linear layer" in text
+    assert "ia3: the target matches no linear/conv/experts layer" in text
     assert "embed (Embedding" in text, "what did match is not said"
 
 
 def test_layers_beyond_the_last(refused: Callable[..., tuple[str, str]]) -> None:
     text, place = refused(NET + lora(target={"name": "*.query", "layers": "7-9"}))
     assert place == "6:13"
-    assert "matches no linear layer" in text
+    assert "matches no linear/conv/embedding/experts layer" in text
     assert "layers.0.query" in text
 
 

@@ -49,7 +49,7 @@ ONE_PROBLEM = {
     "bad name": (adapted("name: a b"), 6, 11, "adapt.0.name", "must match [A-Za-z0-9_-]+, got 'a b'"),
     "unknown option": (
         adapted("drop_out: 0.1"), 6, 5, "adapt.0.drop_out",
-        "unknown key 'drop_out'; did you mean 'dropout'? known: method, name, target, exclude, r, alpha, "
+        "unknown key 'drop_out'; did you mean 'dropout'? known: method, name, target, exclude, on_alias, r, alpha, "
         "dropout, rslora, rank_pattern, alpha_pattern",
     ),
     "option of another method": (
@@ -106,9 +106,13 @@ ONE_PROBLEM = {
         HEAD + "adapt: [{method: lora, target: {layers: first}}]", 3, 41, "adapt.0.target.layers",
         "expected layers such as '0-5,11', got 'first'",
     ),
-    "role is not built": (
-        HEAD + "adapt: [{method: lora, target: {role: attention.value}}]", 3, 33, "adapt.0.target.role",
-        "unknown key 'role'; did you mean 'layers'? known: name, type, layers",
+    "unknown role": (
+        HEAD + "adapt: [{method: lora, target: {role: attention.values}}]", 3, 39, "adapt.0.target.role",
+        "unknown role 'attention.values'; known: attention.query, attention.key, attention.value, attention.output",
+    ),
+    "unknown key of a target": (
+        HEAD + "adapt: [{method: lora, target: {rol: attention.value}}]", 3, 33, "adapt.0.target.rol",
+        "unknown key 'rol'; did you mean 'role'? known: name, type, layers, op, role",
     ),
     "empty mapping": (
         HEAD + "adapt: [{method: lora, target: {}}]", 3, 24, "adapt.0.target",
