@@ -17,6 +17,7 @@ from adaptc.errors import TraceError, WeightError
 from adaptc.inputs import InputSpec
 from adaptc.names import nearest
 from adaptc.tracing.base import Base
+from adaptc.tracing.derive import derive_inputs, parts_of, set_for_tracing
 from adaptc.tracing.module import held_weights
 from adaptc.weights import Held, Stored, Weight, read_safetensors
 
@@ -69,10 +70,10 @@ def load(model: str, entry: BaseEntry, seed: int, inputs: tuple[InputSpec, ...])
     except Exception as error:
         first = str(error).strip().splitlines()[0]
         raise TraceError(f"{model}: its configuration cannot be read: {first}") from error
-    for part in (config, *(v for v in vars(config).values() if isinstance(v, transformers.PretrainedConfig))):
+    for part in parts_of(config):
         if hasattr(part, "use_cache"):
             part.use_cache = False
-    notes = _no_layer_drop(config)
+    notes = set_for_tracing(config)
     kind = entry.dtype or _dtype_of(config)
     config.dtype = getattr(torch, kind)
     try:
@@ -109,10 +110,9 @@ def fake_parameters(model: nn.Module) -> None:
     made: dict[int, Any] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
-            if parameter is not None:
-                made.setdefault(
-                    id(parameter), nn.Parameter(FakeTensor(mode, parameter.data, torch.device("cpu")))
-                )
+            if parameter is not None:  # a legacy torch.Tensor(...) is made on the CPU whatever was asked
+                data = parameter.data.to("meta")
+                made.setdefault(id(parameter), nn.Parameter(FakeTensor(mode, data, torch.device("cpu"))))
                 module._parameters[name] = made[id(parameter)]
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
@@ -227,33 +227,6 @@ def pretrained_weights(
     return held_weights(loaded)
 
 
-def derive_inputs(model: nn.Module, config: Any) -> tuple[InputSpec, ...]:
-    """The inputs of a model, from its main input's name and configuration.
-
-    Raises:
-        TraceError: they cannot be derived.
-    """
-    main = getattr(model, "main_input_name", "input_ids")
-    if main == "input_ids":
-        found = [
-            InputSpec("input_ids", "int64", ("batch", "seq")),
-            InputSpec("attention_mask", "int64", ("batch", "seq")),
-        ]
-        if getattr(config, "is_encoder_decoder", False):
-            found.append(InputSpec("decoder_input_ids", "int64", ("batch", "decoder_seq")))
-        return tuple(found)
-    if main == "pixel_values" and getattr(config, "image_size", None):
-        size = config.image_size
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        channels = getattr(config, "num_channels", 3)
-        kind = str(config.dtype).removeprefix("torch.")
-        return (InputSpec("pixel_values", kind, ("batch", channels, height, width)),)
-    raise TraceError(
-        f"the inputs of {type(model).__name__} cannot be derived; write them in the spec, such as\n"
-        f"  inputs:\n    {main}: float32[batch, 80, 3000]"
-    )
-
-
 def _dtype_of(config: Any) -> str:
     kind = getattr(config, "dtype", None) or torch.float32
     return str(kind).removeprefix("torch.")
@@ -266,12 +239,3 @@ def _heads(model: nn.Module) -> frozenset[str]:
     if not names and type(model).__name__.endswith("Classification"):
         names = {name for name, _ in model.named_children() if name in ("classifier", "score")}
     return frozenset(names)
-
-
-def _no_layer_drop(config: Any) -> list[str]:
-    notes = []
-    for part in (config, *(v for v in vars(config).values() if hasattr(v, "to_dict"))):
-        for key in [k for k in vars(part) if k.endswith("layerdrop") and getattr(part, k)]:
-            setattr(part, key, 0.0)
-            notes.append(f"{key} is set to 0: a graph has a fixed number of layers")
-    return notes
