@@ -52,7 +52,11 @@ PATTERN = {"llama": r".*layers\.1.*down_proj", "gpt2": r"h.1.mlp.c_fc", "bert": 
 TARGETS = {
     name: [p.removeprefix("*.").removeprefix("*") for p in FAMILIES[name].target] for name in HUGGING_FACE
 }
-TARGETS["llama"] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+TARGETS |= dict.fromkeys(
+    ("llama", "qwen3", "mistral", "gemma2"), [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
+)
+TARGETS["mixtral"] = ATTENTION
 FEEDFORWARD = {name: [p.removeprefix("*.") for p in FAMILIES[name].feedforward] for name in HUGGING_FACE}
 FIRST = ("llama", "gpt2", "bert", "t5")
 CASES = {
