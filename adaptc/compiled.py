@@ -23,7 +23,7 @@ from adaptc.proof import Proof, Runner, effect, gradients, prove, randomised, ru
 from adaptc.registry import load_passes
 from adaptc.spec import Spec
 from adaptc.tracing.export import export, output_class
-from adaptc.tracing.modes import follow_training
+from adaptc.tracing.merge import follow_training
 from adaptc.weights import Computed, Weight, sha256_of_files, sha256_of_tensors
 
 RANDOM = "fold, random adapters"

@@ -23,6 +23,9 @@ HALF_EPSILONS = 8
 """The same for float16 and bfloat16, whose products are summed in float32."""
 SIZES = ((2, 5, 4, 3, 6, 7, 8), (1, 1, 1, 1, 1, 1, 1), EXAMPLE_SIZES)
 """Sizes of the named dimensions: small and other than those traced, one of each, and those traced."""
+TRIES, FEW_TRIES, MORE_ROWS = 16, 3, 16
+"""Random inputs on which a trained parameter must get a gradient once. After a few of the traced sizes, the first
+dimension is 16 times longer: some 10,000 tokens of a language model in all."""
 Runner = Callable[[Mapping[str, torch.Tensor]], Sequence[torch.Tensor]]
 
 
@@ -156,23 +159,33 @@ def effect(inputs: Sequence[InputSpec], reference: Runner, candidate: Runner) ->
     return max((error / scale for error, scale in (_error(a, b) for a, b in pairs)), default=0.0)
 
 
-def gradients(module: torch.nn.Module, graph: Graph, names: Sequence[str], seeds: int = 3) -> None:
-    """Check that with random adapters every trained parameter gets a gradient, on one of a few random inputs.
+def gradients(module: torch.nn.Module, graph: Graph, names: Sequence[str]) -> None:
+    """Check that with random adapters every trained parameter gets a gradient, on one of `TRIES` random inputs.
+
+    More inputs are drawn only while a gradient is zero, since an expert may not be routed to; a parameter that no
+    path leads to has no gradient on any input.
 
     Raises:
         ProofError: names what got none.
     """
-    left = set(names)
+    left, unreachable = set(names), set[str]()
     parameters = dict(module.named_parameters())
-    for seed in range(1, 1 + seeds):
-        _backward(module, example_tensors(graph.inputs, example_sizes(graph.inputs), seed=seed), seed)
+    sizes = example_sizes(graph.inputs)
+    for seed in range(1, 1 + TRIES):
+        if seed == 1 + FEW_TRIES:
+            sizes |= {name: size * MORE_ROWS for name, size in list(sizes.items())[:1]}
+        _backward(module, example_tensors(graph.inputs, sizes, seed=seed), seed)
         grads = {name: parameters[name].grad for name in left}
+        unreachable = {name for name, grad in grads.items() if grad is None}
         left = {name for name, grad in grads.items() if grad is None or not grad.any()}
         if not left:
             return
+        if unreachable:
+            break
+    where = "the output" if unreachable else f"the output of any of {TRIES} random inputs"
     raise ProofError(
-        f"{len(left)} trained parameters get no gradient, such as {min(left)}: that layer has no effect on the "
-        "output; leave it out with `exclude`"
+        f"{len(left)} trained parameters get no gradient, such as {min(unreachable or left)}: that layer has no "
+        f"effect on {where}; leave it out with `exclude`"
     )
 
 

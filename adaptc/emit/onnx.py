@@ -53,6 +53,8 @@ def export_onnx(
 
 
 def _export(graph: Graph, opset: int) -> Any:
+    from adaptc.emit.onnx_operations import translations
+
     examples = example_tensors(graph.inputs, example_sizes(graph.inputs))
     graph.module.eval()
     quiet = logging.getLogger("torch.onnx._internal.exporter._registration")
@@ -64,7 +66,12 @@ def _export(graph: Graph, opset: int) -> Any:
                 graph.module, (), examples, dynamic_shapes=dynamic_shapes(graph.inputs), strict=False
             )
             exported = torch.onnx.export(
-                program, dynamo=True, optimize=False, verbose=False, opset_version=opset
+                program,
+                dynamo=True,
+                optimize=False,
+                verbose=False,
+                opset_version=opset,
+                custom_translation_table=translations(program.graph),
             )
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -22,6 +22,7 @@ from adaptc.weights import Held
 from tests.families import (
     FAMILIES,
     HUGGING_FACE,
+    QUICK,
     SHAPES,
     Zoo,
     close,
@@ -37,7 +38,10 @@ from tests.families import (
 METHODS = tuple(load_methods())
 EVERY = [
     pytest.param(
-        method, name, id=f"{method}-{name}", marks=[pytest.mark.slow] * (name == "t5" and method != "lora")
+        method,
+        name,
+        id=f"{method}-{name}",
+        marks=[pytest.mark.slow] * (name not in QUICK or (name == "t5" and method != "lora")),
     )
     for method in METHODS
     for name in FAMILIES
