@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +9,9 @@ from typing import Any
 import torch
 
 from adaptc.emit.inference import inference_graph
+from adaptc.emit.translate import translate
 from adaptc.errors import AdaptcError
 from adaptc.graph import Graph
-from adaptc.tracing.export import dynamic_shapes, example_sizes, example_tensors
 from adaptc.weights import Weight
 
 OPSET = 20
@@ -36,7 +34,7 @@ def export_onnx(
     import onnx_ir as ir
 
     graph = inference_graph(graph)
-    model = _export(graph, opset or OPSET)
+    model = translate(graph, opset or OPSET)
     _attach(model, graph)
     _tidy(model, set(graph.weights))
     _name(model, graph)
@@ -50,31 +48,6 @@ def export_onnx(
     external = f"{path.name}.data" if total > INLINE_LIMIT else None
     ir.save(model, path, external_data=external)
     return sum(1 for _ in model.graph)
-
-
-def _export(graph: Graph, opset: int) -> Any:
-    examples = example_tensors(graph.inputs, example_sizes(graph.inputs))
-    graph.module.eval()
-    quiet = logging.getLogger("torch.onnx._internal.exporter._registration")
-    quiet.setLevel(logging.ERROR)  # it warns of every operation of packages that are not installed
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            program = torch.export.export(
-                graph.module, (), examples, dynamic_shapes=dynamic_shapes(graph.inputs), strict=False
-            )
-            exported = torch.onnx.export(
-                program, dynamo=True, optimize=False, verbose=False, opset_version=opset
-            )
-    except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        words = next(
-            (line for line in lines if "No ONNX function" in line or "aten." in line),
-            lines[0] if lines else "",
-        )
-        raise AdaptcError(f"ONNX export failed: {type(error).__name__}: {words}") from error
-    assert exported is not None
-    return exported.model
 
 
 def _attach(model: Any, graph: Graph) -> None:
