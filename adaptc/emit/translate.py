@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.export import ExportedProgram
 from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
 from torch.export.graph_signature import (
@@ -22,19 +23,12 @@ from torch.export.graph_signature import (
 )
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
+from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
 
 from adaptc.errors import AdaptcError
 from adaptc.graph import ORIGIN, Graph, attribute
-from adaptc.tracing.export import dynamic_shapes, example_sizes, example_tensors
-
-
-class Lowered(ExportedProgram):
-    """A program that holds only operations the exporter knows, so that it need not be traced once more."""
-
-    def run_decompositions(self, decomp_table: Any = None, decompose_custom_triton_ops: bool = False) -> Any:
-        """Nothing is left to decompose."""
-        return self
+from adaptc.tracing.export import dynamic_shapes, example_sizes, example_tensors, normalise
 
 
 @cache
@@ -64,7 +58,8 @@ def translate(graph: Graph, opset: int) -> Any:
             registry, known, table = _vocabulary(opset)
             graph = functional(graph)
             _lower(graph, known, table)
-            model = _core.exported_program_to_ir(_program(graph), registry=registry)
+            _promote(graph)
+            model = _core._exported_program_to_onnx_program(_program(graph), registry=registry).model
             version_converter.convert_version(model, opset, fallback=True)
             return model
     except Exception as error:
@@ -84,7 +79,7 @@ def functional(graph: Graph) -> Graph:
     examples = example_tensors(graph.inputs, example_sizes(graph.inputs))
     shapes = dynamic_shapes(graph.inputs)
     program = torch.export.export(graph.module.eval(), (), examples, dynamic_shapes=shapes, strict=False)
-    traced = program.run_decompositions({}).module(check_guards=False)
+    traced = normalise(program.run_decompositions({}).module(check_guards=False))
     graph.module.graph = traced.graph
     return graph
 
@@ -133,7 +128,22 @@ def _decompose(nodes: fx.Graph, node: fx.Node, table: Mapping[Any, Callable[...,
     nodes.erase_node(node)
 
 
-def _program(graph: Graph) -> Lowered:
+def _promote(graph: Graph) -> None:
+    """Make the casts explicit that ATen's operations do by themselves, as an operand of another dtype needs."""
+    from torch.onnx._internal.fx.passes import type_promotion
+
+    table = type_promotion.TypePromotionTable()
+    interpreter = type_promotion._TypePromotionInterpreter(graph.module, table)
+    interpreter.env = {node: node.meta["val"] for node in graph.nodes if "val" in node.meta}
+    with graph.fake_mode, enable_python_dispatcher(), preserve_node_meta():
+        for node in list(graph.nodes):
+            rule = type_promotion.get_type_promotion_rule(node, table)
+            if rule is not None:
+                with interpreter._set_current_node(node):
+                    interpreter._maybe_promote_node(node, rule)
+
+
+def _program(graph: Graph) -> ExportedProgram:
     """The graph with its weights as inputs, which is how torch.export writes a program."""
     nodes, mapping = fx.Graph(), {}
     specs: list[InputSpec] = []
@@ -157,7 +167,7 @@ def _program(graph: Graph) -> Lowered:
     outputs = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in results]
     tree = pytree.tree_structure(((), {}))
     call = ModuleCallEntry("", ModuleCallSignature([], [], tree, pytree.tree_structure(0)))
-    return Lowered(
+    return ExportedProgram(
         root=torch.nn.Module(),
         graph=nodes,
         graph_signature=ExportGraphSignature(specs, outputs),
