@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from adaptc.emit.inference import inference_graph
 from adaptc.emit.translate import translate
 from adaptc.errors import AdaptcError
 from adaptc.graph import Graph
@@ -23,7 +22,7 @@ INLINE_LIMIT = 2**31 - 2**24
 def export_onnx(
     graph: Graph, path: Path, opset: int | None = None, metadata: Mapping[str, str] | None = None
 ) -> int:
-    """Write a graph as an ONNX program; gives the number of its nodes.
+    """Write a graph that only evaluates (`inference_graph`) as an ONNX program; gives the number of its nodes.
 
     Inputs, outputs and weights keep the model's names; named dimensions keep the spec's. Past 2 GiB the weights
     stand in `<name>.data` beside the file.
@@ -33,7 +32,6 @@ def export_onnx(
     """
     import onnx_ir as ir
 
-    graph = inference_graph(graph)
     model = translate(graph, opset or OPSET)
     _attach(model, graph)
     _tidy(model, set(graph.weights))

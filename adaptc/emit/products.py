@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,10 @@ from adaptc.emit.places import places
 from adaptc.emit.staging import Staging
 from adaptc.emit.torch import META, PROGRAM, load_torch, save_torch
 from adaptc.errors import ProofError
-from adaptc.graph import Graph, bind
 from adaptc.plan import site_json
-from adaptc.proof import Proof, Runner, runner
+from adaptc.proof import Each, Proof, runner
 from adaptc.spec import dump, load
+from adaptc.streaming import Batch, Outcome, Streamed
 
 Observer = Callable[[str, Proof | None], None]
 
@@ -70,7 +70,7 @@ def _torch(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> Non
     write_manifest(
         manifest, common, {"name": PROGRAM, "format": "torch", "module": about}, [directory / PROGRAM]
     )
-    proof = compiled.prove("torch artifact", compiled.graph, runner(module), runner(load_torch(directory)))
+    proof = compiled.prove("torch artifact", compiled.graph, Each(runner(module)), Each(runner(load_torch(directory))))
     product = {"name": PROGRAM, "format": "torch", "module": about, "proof": asdict(proof)}
     write_manifest(manifest, common, product, [directory / PROGRAM])
 
@@ -90,10 +90,10 @@ def _onnx(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> None
         "adaptc.adapters": entry.adapters,
         "adaptc.methods": ", ".join(p.insert.method.name for p in compiled.plan.entries),
     }
-    nodes = export_onnx(graph, path, opset, metadata)
     evaluated = inference_graph(graph)
-    program = onnx_runner(path, final)
-    proof = compiled.prove(f"onnx, {entry.adapters}", graph, _kept(graph, evaluated), program)
+    nodes = export_onnx(evaluated, path, opset, metadata)
+    reference = Kept(compiled.streamed(graph), evaluated.outputs)
+    proof = compiled.prove(f"onnx, {entry.adapters}", graph, reference, Each(onnx_runner(path, final)))
     beside = path.with_name(path.name + ".data")
     files = [path]
     if beside.exists():
@@ -114,11 +114,22 @@ def _onnx(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> None
     _manifest_beside(compiled, staging, final, product, files)
 
 
-def _kept(graph: Graph, evaluated: Graph) -> Runner:
-    """Run the graph itself, and give the outputs that the program has."""
-    run = runner(bind(graph))
-    kept = [graph.tensors.index(name) for name in evaluated.outputs]
-    return lambda tensors: [run(tensors)[index] for index in kept]
+@dataclass(frozen=True)
+class Kept:
+    """A graph's runner that gives only the outputs that the program has."""
+
+    run: Streamed
+    outputs: Sequence[str]
+
+    @property
+    def coverage(self) -> str:
+        """As the graph's."""
+        return self.run.coverage
+
+    def __call__(self, batches: Sequence[Batch]) -> list[Outcome]:
+        """The outcome of every batch."""
+        kept = [self.run.graph.tensors.index(name) for name in self.outputs]
+        return [o if isinstance(o, Exception) else [o[index] for index in kept] for o in self.run(batches)]
 
 
 def _peft(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> None:
