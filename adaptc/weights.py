@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ class Held(Weight):
 
 @dataclass(frozen=True, eq=False)
 class Stored(Weight):
-    """A tensor in a safetensors file, memory-mapped; cast to `dtype` where the file holds another."""
+    """A tensor in a safetensors file, read when asked for; cast to `dtype` where the file holds another."""
 
     file: Path
     key: str
@@ -67,8 +68,24 @@ class Stored(Weight):
     dtype: torch.dtype
 
     def load(self) -> torch.Tensor:
-        """Read this one tensor."""
-        return open_safetensors(self.file).get_tensor(self.key).to(self.dtype)
+        """Read this one tensor.
+
+        Raises:
+            WeightError: the file was cut short meanwhile.
+        """
+        # Not by safetensors' own handle: it maps the file, and mapped pages stay in resident memory.
+        open_safetensors(self.file)
+        stored, start, end = _places(str(self.file), self.file.stat().st_mtime_ns)[self.key]
+        data = torch.empty(end - start, dtype=torch.uint8)
+        with open(self.file, "rb", buffering=0) as file:
+            file.seek(start)
+            whole = memoryview(data.numpy())
+            read = 0
+            while read < len(whole) and (count := file.readinto(whole[read:])):
+                read += count
+        if read < end - start:
+            raise WeightError(f"{self.file}: {self.key} is cut short; copy or download it again")
+        return data.view(stored).reshape(self.shape).to(self.dtype)
 
 
 @dataclass(eq=False)
@@ -128,6 +145,19 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+
+
+@lru_cache(maxsize=64)
+def _places(path: str, _modified: int) -> dict[str, tuple[torch.dtype, int, int]]:
+    """Key -> dtype, first byte and the byte after the last, from the header of a file that is known to be whole."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    return {
+        key: (DTYPES[about["dtype"]], *(8 + length + offset for offset in about["data_offsets"]))
+        for key, about in header.items()
+        if key != "__metadata__"
+    }
 
 
 def read_safetensors(path: Path) -> dict[str, Stored]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,28 @@ from adaptc.weights import Weight
 
 OPSET = 20
 """The default opset: every ONNX Runtime since 1.17 runs it."""
-INLINE_LIMIT = 2**31 - 2**24
-"""Weights beyond this many bytes go to a file beside the model: a protobuf holds less than 2 GiB."""
+INLINE_LIMIT = 2**28
+"""Weights beyond this many bytes go to a file beside the model, which is written one tensor at a time: a protobuf
+is made in memory as a whole."""
+ALIGNMENT, ALIGNED = 2**16, 2**20
+"""Where a weight of more than `ALIGNED` bytes starts in that file: at a multiple that every system can map."""
+SMALL = 2**10
+"""Weights of no more bytes stay in the model: shapes and axes must."""
+Wrote = Callable[[int, int], None]
+"""Told of the bytes written, of how many."""
 
 
 def export_onnx(
-    graph: Graph, path: Path, opset: int | None = None, metadata: Mapping[str, str] | None = None
+    graph: Graph,
+    path: Path,
+    opset: int | None = None,
+    metadata: Mapping[str, str] | None = None,
+    wrote: Wrote | None = None,
 ) -> int:
     """Write a graph that only evaluates (`inference_graph`) as an ONNX program; gives the number of its nodes.
 
-    Inputs, outputs and weights keep the model's names; named dimensions keep the spec's. Past 2 GiB the weights
-    stand in `<name>.data` beside the file.
+    Inputs, outputs and weights keep the model's names; named dimensions keep the spec's. Past `INLINE_LIMIT` the
+    weights stand in `<name>.data` beside the file.
 
     Raises:
         AdaptcError: an operation has no ONNX form; names it.
@@ -38,14 +50,36 @@ def export_onnx(
     _name(model, graph)
     model.producer_name = "adaptc"
     model.metadata_props.update(metadata or {})
-    total = sum(
-        value.const_value.nbytes
-        for value in model.graph.initializers.values()
-        if value.const_value is not None
-    )
-    external = f"{path.name}.data" if total > INLINE_LIMIT else None
-    ir.save(model, path, external_data=external)
+    if sum(value.const_value.nbytes for value in model.graph.initializers.values()) > INLINE_LIMIT:
+        large = [v for v in model.graph.initializers.values() if v.const_value.nbytes > SMALL]
+        _write_beside(large, path.with_name(f"{path.name}.data"), wrote)
+    path.write_bytes(ir.to_proto(model).SerializeToString())
     return sum(1 for _ in model.graph)
+
+
+def _write_beside(weights: Sequence[Any], path: Path, wrote: Wrote | None) -> None:
+    """Write the data of every weight into one file, a tensor at a time, and let the weight refer to it."""
+    import onnx_ir as ir
+
+    total = sum(value.const_value.nbytes for value in weights)
+    with open(path, "wb") as file:
+        for value in weights:
+            tensor = value.const_value
+            if tensor.nbytes > ALIGNED:
+                file.seek(-file.tell() % ALIGNMENT, os.SEEK_CUR)
+            offset = file.tell()
+            tensor.tofile(file)
+            value.const_value = ir.ExternalTensor(
+                path.name,
+                offset,
+                tensor.nbytes,
+                tensor.dtype,
+                shape=tensor.shape,
+                name=value.name,
+                base_dir=path.parent,
+            )
+            if wrote:
+                wrote(file.tell(), total)
 
 
 def _attach(model: Any, graph: Graph) -> None:
