@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -88,8 +89,13 @@ class Compiled:
         graph.weights.update((adapted or self.graph).weights)
         return graph
 
-    def folded_graph(self) -> Graph:
-        """The folded graph, proved against the live one: as the adapters stand, and with random ones.
+    def folded_graph(self, keep: Callable[[Graph], Any] | None = None) -> Graph:
+        """The folded graph, proved against the live one: as the adapters stand, or where they do not show, with
+        random ones too.
+
+        Args:
+            keep: given the graph before it is proved; it may put its weights in a file and let the graph read them
+                from there, so that what is proved is what was written and no weight is folded twice.
 
         Raises:
             RefusedError: a weight cannot be folded into, or the spec's own passes leave nothing to fold.
@@ -102,6 +108,8 @@ class Compiled:
             raise RefusedError([Refusal(reason)])
         if self.spec.passes is None and folded.operations != self.base.operations:
             raise ProofError("the folded graph has other operations than the base")
+        if keep is not None:
+            keep(folded)
         live, candidate = Streamed(self.live_graph()), Streamed(folded)
         self.prove("fold", live.graph, live, candidate)
         proved = any(proof.name == RANDOM for proof in self.proofs)

@@ -15,7 +15,7 @@ from adaptc.graph import ORIGIN, Graph
 from adaptc.weights import Weight
 
 Traced = tuple[fx.Graph, list[str]]
-ROWS = 256
+ROWS = 32
 """Rows of a folded weight whose rounding is measured at once."""
 
 
@@ -111,12 +111,19 @@ class Folded(Weight):
         """Evaluate, round, and remember what rounding cost."""
         exact = self.expression.evaluate()
         rounded = exact.to(self.dtype).contiguous()
-        # A few rows at a time: a wide tensor more would double what evaluating takes.
-        pieces = [torch.atleast_1d(tensor).split(ROWS) for tensor in (exact, rounded)]
-        change = max(float((b.to(a.dtype) - a).abs().max()) for a, b in zip(*pieces, strict=True))
-        largest = max(float(a.abs().max()) for a in pieces[0])
-        self.rounding = change / max(largest, 1e-30)
+        self.rounding = _change(exact, rounded) / max(_largest(exact), 1e-30)
         return rounded
+
+
+def _change(exact: torch.Tensor, rounded: torch.Tensor) -> float:
+    """The largest difference, a few rows at a time: memory holds no third wide tensor."""
+    pieces = [torch.atleast_1d(tensor).split(ROWS) for tensor in (exact, rounded)]
+    return max(_largest(a - b) for a, b in zip(*pieces, strict=True))
+
+
+def _largest(tensor: torch.Tensor) -> float:
+    low, high = torch.aminmax(tensor)
+    return max(-float(low), float(high))
 
 
 def cut(graph: Graph, result: fx.Node) -> Expression:

@@ -68,24 +68,37 @@ class Stored(Weight):
     dtype: torch.dtype
 
     def load(self) -> torch.Tensor:
+        """Read this one tensor."""
+        # Not by safetensors' own handle: it maps the file, and mapped pages stay in resident memory.
+        open_safetensors(self.file)
+        stored, start = _places(str(self.file), self.file.stat().st_mtime_ns)[self.key]
+        return Raw(self.file, start, self.shape, stored).load().to(self.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Raw(Weight):
+    """A tensor whose bytes stand in a file from `start` on."""
+
+    file: Path
+    start: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def load(self) -> torch.Tensor:
         """Read this one tensor.
 
         Raises:
-            WeightError: the file was cut short meanwhile.
+            WeightError: the file ends before it.
         """
-        # Not by safetensors' own handle: it maps the file, and mapped pages stay in resident memory.
-        open_safetensors(self.file)
-        stored, start, end = _places(str(self.file), self.file.stat().st_mtime_ns)[self.key]
-        data = torch.empty(end - start, dtype=torch.uint8)
+        data = torch.empty(self.nbytes, dtype=torch.uint8)
+        whole, read = memoryview(data.numpy()), 0
         with open(self.file, "rb", buffering=0) as file:
-            file.seek(start)
-            whole = memoryview(data.numpy())
-            read = 0
+            file.seek(self.start)
             while read < len(whole) and (count := file.readinto(whole[read:])):
                 read += count
-        if read < end - start:
-            raise WeightError(f"{self.file}: {self.key} is cut short; copy or download it again")
-        return data.view(stored).reshape(self.shape).to(self.dtype)
+        if read < len(whole):
+            raise WeightError(f"{self.file}: cut short while it was read; copy or download it again")
+        return data.view(self.dtype).reshape(self.shape)
 
 
 @dataclass(eq=False)
@@ -148,13 +161,13 @@ DTYPES = {
 
 
 @lru_cache(maxsize=64)
-def _places(path: str, _modified: int) -> dict[str, tuple[torch.dtype, int, int]]:
-    """Key -> dtype, first byte and the byte after the last, from the header of a file that is known to be whole."""
+def _places(path: str, _modified: int) -> dict[str, tuple[torch.dtype, int]]:
+    """Key -> dtype and first byte, from the header of a file that is known to be whole."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
     return {
-        key: (DTYPES[about["dtype"]], *(8 + length + offset for offset in about["data_offsets"]))
+        key: (DTYPES[about["dtype"]], 8 + length + about["data_offsets"][0])
         for key, about in header.items()
         if key != "__metadata__"
     }

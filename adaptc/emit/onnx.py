@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from adaptc.emit.translate import translate
 from adaptc.errors import AdaptcError
 from adaptc.graph import Graph
-from adaptc.weights import Weight
+from adaptc.weights import Raw, Weight
 
 OPSET = 20
 """The default opset: every ONNX Runtime since 1.17 runs it."""
@@ -27,14 +28,22 @@ Wrote = Callable[[int, int], None]
 """Told of the bytes written, of how many."""
 
 
+@dataclass(frozen=True)
+class Written:
+    """What was written: the number of operations, and the weights that stand beside the program, to be read back."""
+
+    nodes: int
+    weights: Mapping[str, Raw]
+
+
 def export_onnx(
     graph: Graph,
     path: Path,
     opset: int | None = None,
     metadata: Mapping[str, str] | None = None,
     wrote: Wrote | None = None,
-) -> int:
-    """Write a graph that only evaluates (`inference_graph`) as an ONNX program; gives the number of its nodes.
+) -> Written:
+    """Write a graph that only evaluates (`inference_graph`) as an ONNX program.
 
     Inputs, outputs and weights keep the model's names; named dimensions keep the spec's. Past `INLINE_LIMIT` the
     weights stand in `<name>.data` beside the file.
@@ -50,18 +59,30 @@ def export_onnx(
     _name(model, graph)
     model.producer_name = "adaptc"
     model.metadata_props.update(metadata or {})
+    starts: dict[str, int] = {}
     if sum(value.const_value.nbytes for value in model.graph.initializers.values()) > INLINE_LIMIT:
         large = [v for v in model.graph.initializers.values() if v.const_value.nbytes > SMALL]
-        _write_beside(large, path.with_name(f"{path.name}.data"), wrote)
+        starts = _write_beside(large, path.with_name(f"{path.name}.data"), wrote)
     path.write_bytes(ir.to_proto(model).SerializeToString())
-    return sum(1 for _ in model.graph)
+    places = {
+        name: Raw(
+            path.with_name(f"{path.name}.data"), start, graph.weights[name].shape, graph.weights[name].dtype
+        )
+        for name, start in starts.items()
+        if name in graph.weights
+    }
+    return Written(sum(1 for _ in model.graph), places)
 
 
-def _write_beside(weights: Sequence[Any], path: Path, wrote: Wrote | None) -> None:
-    """Write the data of every weight into one file, a tensor at a time, and let the weight refer to it."""
+def _write_beside(weights: Sequence[Any], path: Path, wrote: Wrote | None) -> dict[str, int]:
+    """Write the data of every weight into one file, a tensor at a time, and let the weight refer to it.
+
+    Gives the byte each starts at.
+    """
     import onnx_ir as ir
 
     total = sum(value.const_value.nbytes for value in weights)
+    starts = {}
     with open(path, "wb") as file:
         for value in weights:
             tensor = value.const_value
@@ -78,8 +99,10 @@ def _write_beside(weights: Sequence[Any], path: Path, wrote: Wrote | None) -> No
                 name=value.name,
                 base_dir=path.parent,
             )
+            starts[value.name] = offset
             if wrote:
                 wrote(file.tell(), total)
+    return starts
 
 
 def _attach(model: Any, graph: Graph) -> None:
@@ -199,8 +222,16 @@ def onnx_runner(
     return call
 
 
-def open_session(path: Path, threads: int = 1, shown: Path | None = None) -> Any:
-    """An ONNX Runtime session on the CPU; `shown` is what an error calls the file.
+def open_session(
+    model: Path | bytes, threads: int = 1, shown: Path | None = None, beside: Path | None = None
+) -> Any:
+    """An ONNX Runtime session on the CPU.
+
+    Args:
+        model: a file, or a part of one.
+        threads: that it computes with.
+        shown: what an error calls the file.
+        beside: the folder of a part's weights; it is then run with as little memory as can be.
 
     Raises:
         AdaptcError: ONNX Runtime does not take the program.
@@ -211,7 +242,16 @@ def open_session(path: Path, threads: int = 1, shown: Path | None = None) -> Any
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    disabled = None
+    if beside is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(beside))
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+        disabled = ["ConstantFolding"]  # it would hold a weight and its transpose
+    given = str(model) if isinstance(model, Path) else model
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(
+            given, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
+        )
     except Exception as error:
-        raise AdaptcError(f"{shown or path}: ONNX Runtime does not take it: {error}") from error
+        raise AdaptcError(f"{shown or model}: ONNX Runtime does not take it: {error}") from error

@@ -13,12 +13,14 @@ from adaptc import adapters, checkpoint
 from adaptc.compiled import Compiled, tensors_of
 from adaptc.emit.inference import inference_graph
 from adaptc.emit.manifest import MANIFEST, versions, write_manifest
-from adaptc.emit.onnx import OPSET, export_onnx, onnx_runner
+from adaptc.emit.onnx import OPSET, export_onnx
 from adaptc.emit.peft import save
+from adaptc.emit.pieces import Program
 from adaptc.emit.places import places
 from adaptc.emit.staging import Staging
 from adaptc.emit.torch import META, PROGRAM, load_torch, save_torch
 from adaptc.errors import ProofError
+from adaptc.graph import Graph
 from adaptc.plan import site_json
 from adaptc.proof import Each, Proof, runner
 from adaptc.spec import dump, load
@@ -70,19 +72,22 @@ def _torch(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> Non
     write_manifest(
         manifest, common, {"name": PROGRAM, "format": "torch", "module": about}, [directory / PROGRAM]
     )
-    proof = compiled.prove("torch artifact", compiled.graph, Each(runner(module)), Each(runner(load_torch(directory))))
+    proof = compiled.prove(
+        "torch artifact", compiled.graph, Each(runner(module)), Each(runner(load_torch(directory)))
+    )
     product = {"name": PROGRAM, "format": "torch", "module": about, "proof": asdict(proof)}
     write_manifest(manifest, common, product, [directory / PROGRAM])
 
 
 def _onnx(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> None:
-    graph = {"folded": compiled.folded_graph, "live": compiled.live_graph, "none": lambda: compiled.base}[
-        entry.adapters
-    ]()
-    if entry.adapters == "live":
-        compiled.check_finite()
     path = staging.path(final)
     opset = entry.opset or OPSET
+    product: dict[str, Any] = {
+        "name": final.name,
+        "format": "onnx",
+        "adapters": entry.adapters,
+        "opset": opset,
+    }
     metadata = {
         "adaptc.version": versions().get("adaptc", ""),
         "adaptc.base": compiled.base.base.describe,
@@ -90,27 +95,33 @@ def _onnx(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> None
         "adaptc.adapters": entry.adapters,
         "adaptc.methods": ", ".join(p.insert.method.name for p in compiled.plan.entries),
     }
-    evaluated = inference_graph(graph)
-    nodes = export_onnx(evaluated, path, opset, metadata)
-    reference = Kept(compiled.streamed(graph), evaluated.outputs)
-    proof = compiled.prove(f"onnx, {entry.adapters}", graph, reference, Each(onnx_runner(path, final)))
+
+    def write(graph: Graph) -> None:
+        evaluated = inference_graph(graph)
+        written = export_onnx(evaluated, path, opset, metadata)
+        product.update(
+            nodes=written.nodes,
+            inputs={spec.name: str(spec) for spec in evaluated.inputs},
+            outputs=list(evaluated.outputs),
+        )
+        if entry.adapters == "folded":
+            product["rounding"] = compiled.rounding(graph)
+            product["operations"] = {"base": len(compiled.base.operations), "folded": len(graph.operations)}
+        graph.weights.update(written.weights)
+
+    if entry.adapters == "folded":
+        graph = compiled.folded_graph(keep=write)
+    else:
+        compiled.check_finite()
+        graph = compiled.live_graph() if entry.adapters == "live" else compiled.base.copy()
+        write(graph)
+    reference = Kept(compiled.streamed(graph), product["outputs"])
+    program = Program(path, final)
+    product["proof"] = asdict(compiled.prove(f"onnx, {entry.adapters}", graph, reference, program))
     beside = path.with_name(path.name + ".data")
     files = [path]
     if beside.exists():
         files.append(beside.replace(staging.path(final.with_name(beside.name))))
-    product = {
-        "name": final.name,
-        "format": "onnx",
-        "adapters": entry.adapters,
-        "opset": opset,
-        "nodes": nodes,
-        "inputs": {s.name: str(s) for s in evaluated.inputs},
-        "outputs": list(evaluated.outputs),
-        "proof": asdict(proof),
-    }
-    if entry.adapters == "folded":
-        product["rounding"] = compiled.rounding(graph)
-        product["operations"] = {"base": len(compiled.base.operations), "folded": len(graph.operations)}
     _manifest_beside(compiled, staging, final, product, files)
 
 
