@@ -106,7 +106,7 @@ def make_plan(spec: Spec, graph: Graph, after: Any = None) -> Plan:
     _check_products(spec, adapted)
     factor, fold = load_passes()["factor"](), load_passes()["fold"]()
     factored = run(adapted, [factor], records, after) if adapted.stage in factor.takes else adapted
-    notes = [*graph.base.notes, *_notes(entries), *_runtime_notes(spec, graph)]
+    notes = [*graph.base.notes, *_notes(entries)]
     if adapted.stage in fold.takes:
         notes += [f"cannot be folded: {refusal}" for refusal in fold.requires(adapted)]
     return Plan(entries, passes, budget(graph, adapted, factored), notes, adapted, factored, records)
@@ -351,13 +351,6 @@ def _notes(entries: Sequence[Planned]) -> list[str]:
         if selection.heads:
             notes.append(f"{where}: all-linear leaves out the output head {', '.join(selection.heads)}")
     return notes
-
-
-def _runtime_notes(spec: Spec, graph: Graph) -> list[str]:
-    half = any(weight.dtype == torch.bfloat16 for weight in graph.weights.values())
-    if half and any(entry.format == "onnx" for entry in spec.emit):
-        return ["ONNX Runtime has no bfloat16 kernels on the CPU: set base.dtype to float32 for ONNX"]
-    return []
 
 
 def _entry_json(planned: Planned) -> dict[str, Any]:

@@ -91,7 +91,7 @@ class Raw(Weight):
             WeightError: the file ends before it.
         """
         data = torch.empty(self.nbytes, dtype=torch.uint8)
-        whole, read = memoryview(data.numpy()), 0
+        whole, read = data.numpy().data, 0
         with open(self.file, "rb", buffering=0) as file:
             file.seek(self.start)
             while read < len(whole) and (count := file.readinto(whole[read:])):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from adaptc.emit.translate import translate
+from adaptc.emit.widen import widen
 from adaptc.errors import AdaptcError
 from adaptc.graph import Graph
 from adaptc.weights import Raw, Weight
@@ -45,7 +46,8 @@ def export_onnx(
 ) -> Written:
     """Write a graph that only evaluates (`inference_graph`) as an ONNX program.
 
-    Inputs, outputs and weights keep the model's names; named dimensions keep the spec's. Past `INLINE_LIMIT` the
+    Inputs, outputs and weights keep the model's names; named dimensions keep the spec's. What a bfloat16 model
+    computes is computed in float32, from weights stored in bfloat16. Past `INLINE_LIMIT` the
     weights stand in `<name>.data` beside the file.
 
     Raises:
@@ -57,6 +59,7 @@ def export_onnx(
     _attach(model, graph)
     _tidy(model, set(graph.weights))
     _name(model, graph)
+    widen(model)
     model.producer_name = "adaptc"
     model.metadata_props.update(metadata or {})
     starts: dict[str, int] = {}
@@ -216,10 +219,15 @@ def onnx_runner(
     names = {value.name for value in session.get_inputs()}
 
     def call(tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-        feeds = {name: tensor.numpy() for name, tensor in tensors.items() if name in names}
+        feeds = {name: as_array(tensor) for name, tensor in tensors.items() if name in names}
         return [torch.from_numpy(array) for array in session.run(None, feeds)]
 
     return call
+
+
+def as_array(tensor: torch.Tensor) -> Any:
+    """A tensor as ONNX Runtime takes it: bfloat16 inputs are float32 in a program."""
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def open_session(

@@ -11,11 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from adaptc.emit.onnx import open_session
+from adaptc.emit.onnx import as_array, open_session
 from adaptc.streaming import Batch, Outcome
 
-WHOLE = 2**28
-"""A program with no more bytes of weights than this is run as a whole."""
 PIECE = 2**25
 """Bytes of weights a piece has at most, unless one operation has more."""
 
@@ -30,25 +28,23 @@ class Piece:
 
 
 @dataclass
-class Program:
-    """An ONNX file as the side of a proof.
+class Pieces:
+    """An ONNX file, its weights beside it, as the side of a proof.
 
     Attributes:
-        path: the file; its weights may stand beside it.
+        path: the file.
         shown: what an error calls it.
-        whole: bytes of weights up to which it is run as one.
     """
 
     path: Path
-    shown: Path | None = None
-    whole: int = WHOLE
+    shown: Path
 
     @cached_property
     def model(self) -> Any:
         """The program without the data that stands beside it."""
         import onnx
 
-        return onnx.load(self.path, load_external_data=False)
+        return onnx.load(self.path, format="protobuf", load_external_data=False)
 
     @cached_property
     def sizes(self) -> dict[str, int]:
@@ -64,8 +60,6 @@ class Program:
     @cached_property
     def pieces(self) -> list[Piece]:
         """The program's operations, in order, cut where the weights of a piece would be too many."""
-        if sum(self.sizes.values()) <= self.whole:
-            return [Piece(self.model.graph.node, (), ())]
         runs: list[list[Any]] = [[]]
         held: set[str] = set()
         for node in self.model.graph.node:
@@ -84,18 +78,20 @@ class Program:
 
     @property
     def coverage(self) -> str:
-        """Whether it ran as a whole, in words; empty if it did."""
-        count = len(self.pieces)
-        return f"whole, in {count} pieces one after the other" if count > 1 else ""
+        """That it ran whole, but never at once."""
+        return f"whole, in {len(self.pieces)} pieces one after the other"
 
     def __call__(self, batches: Sequence[Batch]) -> list[Outcome]:
         """The outcome of every batch."""
-        values: list[dict[str, Any]] = [{k: _array(v) for k, v in batch.items()} for batch in batches]
+        values: list[dict[str, Any]] = [{k: as_array(v) for k, v in batch.items()} for batch in batches]
         failed: dict[int, Exception] = {}
         outputs = [value.name for value in self.model.graph.output]
         for number, piece in enumerate(self.pieces):
             later = {name for after in self.pieces[number + 1 :] for name in after.takes} | set(outputs)
-            session = self._session(piece, next((v for i, v in enumerate(values) if i not in failed), {}))
+            left = [known for index, known in enumerate(values) if index not in failed]
+            if not left:
+                break
+            session = self._session(piece, left[0])
             for index, known in enumerate(values):
                 if index in failed:
                     continue
@@ -116,8 +112,6 @@ class Program:
         ]
 
     def _session(self, piece: Piece, known: Mapping[str, Any]) -> Any:
-        if len(self.pieces) == 1:
-            return open_session(self.path, shown=self.shown)
         import onnx
 
         made = onnx.ModelProto()
@@ -130,7 +124,7 @@ class Program:
             kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
             made.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, [None] * array.ndim))
         made.graph.output.extend(onnx.ValueInfoProto(name=name) for name in piece.gives)
-        return open_session(made.SerializeToString(), shown=self.shown or self.path, beside=self.path.parent)
+        return open_session(made.SerializeToString(), shown=self.shown, beside=self.path.parent)
 
     @cached_property
     def frame(self) -> Any:
@@ -158,7 +152,3 @@ def _reads(node: Any) -> Iterator[str]:
         for graph in (attribute.g, *attribute.graphs):
             inner = {name for n in graph.node for name in n.output} | {i.name for i in graph.input}
             yield from (name for n in graph.node for name in _reads(n) if name not in inner)
-
-
-def _array(tensor: torch.Tensor) -> Any:
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -13,9 +13,9 @@ from adaptc import adapters, checkpoint
 from adaptc.compiled import Compiled, tensors_of
 from adaptc.emit.inference import inference_graph
 from adaptc.emit.manifest import MANIFEST, versions, write_manifest
-from adaptc.emit.onnx import OPSET, export_onnx
+from adaptc.emit.onnx import OPSET, export_onnx, onnx_runner
 from adaptc.emit.peft import save
-from adaptc.emit.pieces import Program
+from adaptc.emit.pieces import Pieces
 from adaptc.emit.places import places
 from adaptc.emit.staging import Staging
 from adaptc.emit.torch import META, PROGRAM, load_torch, save_torch
@@ -26,7 +26,18 @@ from adaptc.proof import Each, Proof, runner
 from adaptc.spec import dump, load
 from adaptc.streaming import Batch, Outcome, Streamed
 
-Observer = Callable[[str, Proof | None], None]
+
+class Observer(Protocol):
+    """Told of what happens while products are written."""
+
+    def writing(self, what: str) -> None:
+        """A product is being made."""
+
+    def wrote(self, done: int, total: int) -> None:
+        """So many bytes of a product are written, of so many."""
+
+    def proved(self, proof: Proof) -> None:
+        """A proof held."""
 
 
 def emit_all(
@@ -37,19 +48,19 @@ def emit_all(
     Args:
         compiled: the compiled model.
         entries: validated entries.
-        observe: told of each product and proof.
+        observe: told of each product, its bytes and proofs.
         into: a directory that replaces the spec's own folder.
     """
     paths = places(compiled.spec, entries, into)
-    with Staging() as staging:
+    with Staging(observe.wrote if observe else None) as staging:
         for entry, final in zip(entries, paths, strict=True):
             if observe:
-                observe(f"{entry.format} {final}", None)
+                observe.writing(f"{entry.format} {final}")
             known = list(compiled.proofs)
             WRITERS[entry.format](compiled, entry, staging, final)
             for proof in compiled.proofs:
                 if observe and proof not in known:
-                    observe("", proof)
+                    observe.proved(proof)
     return paths
 
 
@@ -98,10 +109,10 @@ def _onnx(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> None
 
     def write(graph: Graph) -> None:
         evaluated = inference_graph(graph)
-        written = export_onnx(evaluated, path, opset, metadata)
+        written = export_onnx(evaluated, path, opset, metadata, staging.wrote)
         product.update(
             nodes=written.nodes,
-            inputs={spec.name: str(spec) for spec in evaluated.inputs},
+            inputs={spec.name: str(spec).replace("bfloat16", "float32") for spec in evaluated.inputs},
             outputs=list(evaluated.outputs),
         )
         if entry.adapters == "folded":
@@ -116,9 +127,9 @@ def _onnx(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> None
         graph = compiled.live_graph() if entry.adapters == "live" else compiled.base.copy()
         write(graph)
     reference = Kept(compiled.streamed(graph), product["outputs"])
-    program = Program(path, final)
-    product["proof"] = asdict(compiled.prove(f"onnx, {entry.adapters}", graph, reference, program))
     beside = path.with_name(path.name + ".data")
+    program = Pieces(path, final) if beside.exists() else Each(onnx_runner(path, final))
+    product["proof"] = asdict(compiled.prove(f"onnx, {entry.adapters}", graph, reference, program))
     files = [path]
     if beside.exists():
         files.append(beside.replace(staging.path(final.with_name(beside.name))))
