@@ -71,7 +71,7 @@ def records_of(graph: Graph) -> list[AdapterRecord]:
     for (entry, method, adapter), group in groups.items():
         layout = PeftLayout(beside[entry, adapter], places_of(graph))
         own = PeftLayout([a.site for a in group], layout.order)
-        in_peft = own.known and all(a.declared.in_peft(a.site) for a in group)
+        in_peft = own.known and all(a.declared.in_peft(a.site) and not a.site.rows for a in group)
         tensors = tuple(
             AdapterTensor(name, layout.key(a.site, param) if in_peft else a.site.key(param.key), param.shape)
             for a in group

@@ -96,10 +96,10 @@ class Compiled:
         """
         self.check_finite()
         folded = self._fold(self.graph, record=True)
-        if folded.adaptations:
+        if folded.adaptations and folded.stage != "folded":
             reason = f"`passes` leaves a graph that is {self.graph.stage}, which cannot be folded; leave `factor` out"
             raise RefusedError([Refusal(reason)])
-        if self.spec.passes is None and folded.operations != self.base.operations:
+        if self.spec.passes is None and not folded.adaptations and folded.operations != self.base.operations:
             raise ProofError("the folded graph has other operations than the base")
         self._prove_fold("fold", self.graph, folded)
         if self.graph.adaptations and not any(proof.name == RANDOM for proof in self.proofs):

@@ -80,8 +80,12 @@ def is_residual(node: fx.Node) -> bool:
 
 
 def is_weight(node: fx.Node) -> bool:
-    """Whether a node is a weight, or a view of one."""
-    while node.op == "call_function" and operation(node) in VIEWS and isinstance(node.args[0], fx.Node):
+    """Whether a node is a weight, a view of one, or matrices gathered from one."""
+    while (
+        node.op == "call_function"
+        and operation(node) in VIEWS | {"index"}
+        and isinstance(node.args[0], fx.Node)
+    ):
         node = node.args[0]
     return node.op == "get_attr"
 
@@ -103,7 +107,8 @@ def features_reaching(product: fx.Node, region: Mapping[fx.Node, None]) -> tuple
         region: nodes that some operand is made from, that operand among them.
     """
     shape = [_number(size) for size in product.meta["val"].shape]
-    axis = 1 if operation(product).startswith("conv") else len(shape) - 1
+    turned = operation(product) in ("bmm", "matmul", "mm") and is_weight(product.args[0])  # type: ignore[arg-type]
+    axis = 1 if operation(product).startswith("conv") else len(shape) - (2 if turned else 1)
     places = torch.arange(shape[axis]).view([-1 if i == axis else 1 for i in range(len(shape))])
     labels: dict[fx.Node, Any] = {product: places.expand(shape)}
     reached: set[int] = set()

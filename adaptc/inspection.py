@@ -73,6 +73,12 @@ def _runs(folder: Path, name: str, product: Mapping[str, Any]) -> str:
     from adaptc.proof import runner
     from adaptc.tracing.export import example_sizes, example_tensors
 
+    if product["format"] == "hf":
+        for name in (name for name in product["files"] if name.endswith(".safetensors")):
+            for key, weight in read_safetensors(folder / name).items():
+                if not torch.isfinite(weight.load()).all():
+                    raise ProofError(f"{folder / name}: {key} holds values that are not finite")
+        return "every tensor is finite"
     if product["format"] == "peft":
         for directory in checkpoint.directories(folder):
             found = checkpoint.read(directory)
@@ -119,7 +125,7 @@ def _product(manifest: Mapping[str, Any], path: Path) -> dict[str, Any]:
     shown: dict[str, Any] = {"base": manifest["base"]["model"], "base SHA-256": manifest["base"]["sha256"]}
     for name, product in _products(manifest, path).items():
         shown[name] = f"{product['format']}, {sum(f['bytes'] for f in product['files'].values()):,} bytes"
-        for key in ("adapters", "opset", "nodes", "inputs", "outputs"):
+        for key in ("adapters", "opset", "nodes", "class", "dtype", "inputs", "outputs", "checked"):
             if key in product:
                 shown[f"{name}: {key}"] = product[key]
         if "proof" in product:

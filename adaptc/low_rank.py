@@ -111,12 +111,12 @@ class LowRank(WeightMethod):
         return {"A": Param((r, inner), "kaiming-uniform", keys[0]), "B": Param((out, r), "zeros", keys[1])}
 
     def in_peft(self, site: Site) -> bool:
-        """PEFT takes whole layers; its low-rank grouped convolution reaches across groups, which no weight here can."""
+        """PEFT's low-rank grouped convolution reaches across groups, which no weight here can."""
         if site.type == ATTENTION and site.module.endswith(OUT_PROJECTION):
             whole = self._alpha_of(site.module.removesuffix(OUT_PROJECTION))
             return self.peft is not None and self._alpha_of(site.module) == 2 * whole
         known = site.kind != "conv" or (site.groups == 1 and "transpose" not in site.op)
-        return self.peft is not None and known and not site.rows
+        return self.peft is not None and known
 
     def refuses_to_train(self, site: Site) -> tuple[tuple[str, ...], str] | None:
         """A rank above the smaller side of the weight adds parameters and no freedom; indices cannot be dropped."""

@@ -119,8 +119,8 @@ class Method:
         return options
 
     def in_peft(self, site: Site) -> bool:
-        """Whether PEFT has this method on this site, and reads what is stored for it."""
-        return self.peft is not None and site.kind in ("linear", "parameter") and not site.rows
+        """Whether PEFT has this method on such a layer, and reads what is stored for it. It knows no slices."""
+        return self.peft is not None and site.kind in ("linear", "parameter")
 
 
 class WeightMethod(Method):

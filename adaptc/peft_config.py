@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,9 +69,6 @@ def declared(checkpoint: Checkpoint) -> Declared:
         options = {ours: config[theirs] for ours, theirs in cls.peft.options.items() if theirs in config}
         for name in cls.peft.modules:
             options[name] = tuple(_patterns(checkpoint, cls.peft.options[name]))
-        options = cls.from_peft(
-            options, [p.removeprefix("re:") for p in _patterns(checkpoint, "target_modules")]
-        )
         saved = [p for m in checkpoint.saved_modules for p in (m, f"*.{m}", f"{m}.*", f"*.{m}.*")]
         exclude = (*_patterns(checkpoint, "exclude_modules"), *saved)
         as_stored = bool(config.get("target_parameters"))
@@ -92,14 +90,29 @@ def check_options(checkpoint: Checkpoint, record: AdapterRecord) -> None:
         raise WeightError(
             f"{checkpoint.path}: a {found.method.name} adapter, but the module holds {record.method}"
         )
-    for key, value in found.options.items():
+    as_read = [found.options, found.method.from_peft(found.options, named_modules(checkpoint))]
+    differing = [_differing(found.method, options, record) for options in as_read]
+    if all(differing):
+        key = differing[0]
+        raise WeightError(
+            f"{checkpoint.path}: {key} is {found.options[key]!r} there, but the module was compiled with "
+            f"{record.options.get(key)!r}; compile it with that option, or with `adapter: {checkpoint.path}`"
+        )
+
+
+def named_modules(checkpoint: Checkpoint) -> list[str]:
+    """Regexes of the modules that a checkpoint names."""
+    return [pattern.removeprefix("re:") for pattern in _patterns(checkpoint, "target_modules")]
+
+
+def _differing(method: type[Method], options: Mapping[str, Any], record: AdapterRecord) -> str:
+    """The first option that the module was compiled with another value of; "" if there is none."""
+    for key, value in options.items():
         plain = list(value) if isinstance(value, tuple) else value
-        per_layer = found.method.peft is not None and key in found.method.peft.modules
+        per_layer = method.peft is not None and key in method.peft.modules
         if key != "dropout" and not per_layer and plain != record.options.get(key):
-            raise WeightError(
-                f"{checkpoint.path}: {key} is {plain!r} there, but the module was compiled with "
-                f"{record.options.get(key)!r}; compile it with that option, or with `adapter: {checkpoint.path}`"
-            )
+            return key
+    return ""
 
 
 def _own(checkpoint: Checkpoint) -> Declared:

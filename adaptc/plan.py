@@ -11,6 +11,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import fx
 
+from adaptc.aliases import elsewhere, places
 from adaptc.budget import Budget, budget
 from adaptc.errors import Problem, RefusedError, SpecError
 from adaptc.graph import Graph
@@ -19,7 +20,7 @@ from adaptc.names import nearest
 from adaptc.pipeline import Pass, check_order, run
 from adaptc.planned import Planned, entries_of, match_checkpoints
 from adaptc.registry import load_passes
-from adaptc.sites import Site
+from adaptc.sites import KINDS, Site
 from adaptc.spec import Spec
 
 
@@ -93,7 +94,7 @@ def make_plan(spec: Spec, graph: Graph, after: Any = None) -> Plan:
     _check_products(spec, adapted)
     factor, fold = load_passes()["factor"](), load_passes()["fold"]()
     factored = run(adapted, [factor], records, after) if adapted.stage in factor.takes else adapted
-    notes = [*graph.base.notes, *_notes(entries), *_runtime_notes(spec, graph)]
+    notes = [*graph.base.notes, *_notes(entries), *_alias_notes(graph, entries), *_runtime_notes(spec, graph)]
     if adapted.stage in fold.takes:
         notes += [f"cannot be folded: {refusal}" for refusal in fold.requires(adapted)]
     return Plan(entries, passes, budget(graph, adapted, factored), notes, adapted, factored, records)
@@ -130,7 +131,7 @@ def _problems(spec: Spec, graph: Graph, planned: Planned) -> list[Problem]:
 
 def _no_match(graph: Graph, planned: Planned) -> tuple[str, ...]:
     method, selection = planned.insert.method, planned.selection
-    kinds = "/".join(sorted(method.kinds))
+    kinds = "/".join(kind for kind in KINDS if kind in method.kinds)
     words = [f"{method.name}: the target matches no {kinds} layer of {graph.base.describe}"]
     if selection.excluded:
         words.append(f"`exclude` took out all that matched: {', '.join(selection.excluded[:4])}")
@@ -244,7 +245,7 @@ def _check_products(spec: Spec, adapted: Graph) -> None:
     if spec.passes is None:
         return
     for index, entry in enumerate(spec.emit):
-        folded = entry.format == "onnx" and entry.adapters == "folded"
+        folded = entry.format == "hf" or (entry.format == "onnx" and entry.adapters == "folded")
         if folded and adapted.adaptations and adapted.stage not in load_passes()["fold"].takes:
             raise spec.error(
                 ("passes",),
@@ -267,6 +268,22 @@ def _notes(entries: Sequence[Planned]) -> list[str]:
             notes += [f"{where}: pattern {pattern!r} matches nothing" for pattern in selection.unused]
         if selection.heads:
             notes.append(f"{where}: all-linear leaves out the output head {', '.join(selection.heads)}")
+    return notes
+
+
+def _alias_notes(graph: Graph, entries: Sequence[Planned]) -> list[str]:
+    """What becomes of adapted tensors that are used elsewhere too; those that refuse say so when folded."""
+    notes = []
+    words = {
+        "untie": "untied: both are written, each with its own values",
+        "live": "kept live: its adapter stays in what is folded, computed when the program is loaded",
+    }
+    for found in entries:
+        for site in found.selection.sites:
+            others = elsewhere(graph, site) if found.insert.on_alias in words else []
+            if others:
+                what = f"adapt.{found.entry}: {site.pattern}.{site.leaf} is also used by {places(others)}"
+                notes.append(f"{what}; it is {words[found.insert.on_alias]}")
     return notes
 
 

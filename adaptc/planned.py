@@ -12,7 +12,8 @@ from adaptc.checkpoint import Checkpoint, directories, match, missing, read
 from adaptc.errors import WeightError
 from adaptc.graph import Graph
 from adaptc.insert import Insert
-from adaptc.peft_config import declared
+from adaptc.names import ATTENTION
+from adaptc.peft_config import declared, named_modules
 from adaptc.peft_keys import PeftLayout
 from adaptc.registry import load_methods, load_passes
 from adaptc.select import Selection
@@ -66,14 +67,11 @@ def _trained(spec: Spec, graph: Graph, index: int, entry: AdapterEntry) -> list[
 def _from_checkpoint(graph: Graph, checkpoint: Checkpoint, common: dict[str, Any]) -> list[Planned]:
     what = declared(checkpoint)
     make: Any = load_passes()[f"insert-{what.method.name}"]
-    item = make(
-        target=what.target,
-        exclude=what.exclude,
-        trained=True,
-        as_stored=what.as_stored,
-        **common,
-        **what.options,
-    )
+    chosen = {"target": what.target, "exclude": what.exclude, "as_stored": what.as_stored, "trained": True}
+    item = make(**common, **chosen, **what.options)
+    if any(site.type == ATTENTION for site in item.selection(graph).sites):
+        options = what.method.from_peft(what.options, named_modules(checkpoint))
+        item = make(**common, **chosen, **options)
     first = Planned(common["entry"], item, item.selection(graph), checkpoint)
     joined = []
     if checkpoint.saved_modules:

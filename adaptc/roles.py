@@ -137,8 +137,8 @@ def _give(roles: Roles, role: str, operand: fx.Node, weighted: Mapping[fx.Node, 
         site = weighted.get(node)
         if site is None or site.kind == "embedding":
             continue
-        rows = features_reaching(node, region) if site.kind != "experts" else ()
-        if rows or site.kind == "experts":
+        rows = features_reaching(node, region)
+        if rows:
             roles.of[site.uses[0]].add(role)
         if rows and rows != ((0, site.out_features),):
             roles.rows[site.uses[0], role] = rows

@@ -10,7 +10,7 @@ from adaptc.graph import Graph
 from adaptc.method import Method
 from adaptc.names import layer_of, matches, matches_any, nearest, parse_layers, sliced
 from adaptc.roles import SLICES
-from adaptc.sites import Site
+from adaptc.sites import KINDS, Site
 
 ALL_LINEAR = "all-linear"
 Target = str | Sequence[str] | Mapping[str, Any]
@@ -120,11 +120,10 @@ def _near(graph: Graph, unused: Sequence[str], candidates: Sequence[Site]) -> tu
     modules = list(dict.fromkeys(site.module for site in candidates))
     lasts = {module.rpartition(".")[2]: module for module in modules}
     found: list[str] = []
+    kinds = "/".join(kind for kind in KINDS if kind in {c.kind for c in candidates}) or "adaptable"
     for pattern in unused:
         others = [
-            f"{s.module} ({s.type}, not {'/'.join({c.kind for c in candidates}) or 'adaptable'})"
-            for s in graph.parameter_sites
-            if matches(pattern, s.module)
+            f"{s.module} ({s.type}, not {kinds})" for s in graph.parameter_sites if matches(pattern, s.module)
         ][:2]
         last = pattern.removeprefix("re:").rpartition(".")[2].strip("*$^\\")
         ending = [m for m in modules if matches("*." + pattern, m)]

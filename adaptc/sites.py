@@ -14,6 +14,8 @@ from torch import fx
 from adaptc.layout import Layout, consumers, operation
 from adaptc.method import MATRIX_KINDS
 
+KINDS = ("linear", "conv", "embedding", "experts", "parameter")
+"""The kinds of site, as messages list them."""
 BIASES: Mapping[str, int] = {
     "linear": 2,
     "addmm": 0,

@@ -11,6 +11,7 @@ import torch
 
 from adaptc import adapters, checkpoint
 from adaptc.compiled import Compiled, tensors_of
+from adaptc.emit.huggingface import LOADED_SHARE, fits, load_checkpoint, save_checkpoint
 from adaptc.emit.inference import inference_graph
 from adaptc.emit.manifest import MANIFEST, versions, write_manifest
 from adaptc.emit.onnx import OPSET, export_onnx, onnx_runner
@@ -134,10 +135,27 @@ def _peft(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> None
     write_manifest(directory / MANIFEST, _common(compiled), {"name": "adapter", "format": "peft"}, files)
 
 
+def _huggingface(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> None:
+    graph = compiled.folded_graph()
+    directory = staging.path(final)
+    about = save_checkpoint(graph, compiled.base, directory, entry.max_shard_size)
+    product = {"name": "checkpoint", "format": "hf", **about, "rounding": compiled.rounding(graph)}
+    if fits(graph):
+        loaded = load_checkpoint(compiled.base, directory)
+        product["proof"] = asdict(compiled.prove("hf", graph, runner(bind(graph)), runner(loaded)))
+    else:
+        product["checked"] = (
+            f"read back tensor by tensor; not loaded, since it is over 1/{LOADED_SHARE} of memory"
+        )
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    write_manifest(directory / MANIFEST, _common(compiled), product, files)
+
+
 WRITERS: dict[str, Callable[[Compiled, Any, Staging, Path], None]] = {
     "torch": _torch,
     "onnx": _onnx,
     "peft": _peft,
+    "hf": _huggingface,
 }
 
 

@@ -67,6 +67,10 @@ def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False
     examples = example_tensors(inputs, sizes)
     modes = {module: module.training for module in model.modules()}
     model.train(training)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(
+        False
+    )  # it fuses a whole layer, and an adapter inside could not sit there
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -79,6 +83,7 @@ def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False
             raise InputError(fixed) from error
         raise TraceError(explain(model, error)) from error
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for module, mode in modes.items():
             module.training = mode
     return normalise(program.module(check_guards=False))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from adaptc.base_entry import Base as BaseEntry
 from adaptc.errors import TraceError, WeightError
 from adaptc.inputs import InputSpec
 from adaptc.names import nearest
-from adaptc.tracing.base import Base
+from adaptc.tracing.base import Base, Pretrained
 from adaptc.tracing.module import held_weights
 from adaptc.weights import Held, Stored, Weight, read_safetensors
 
@@ -69,12 +71,10 @@ def load(model: str, entry: BaseEntry, seed: int, inputs: tuple[InputSpec, ...])
     except Exception as error:
         first = str(error).strip().splitlines()[0]
         raise TraceError(f"{model}: its configuration cannot be read: {first}") from error
-    for part in (config, *(v for v in vars(config).values() if isinstance(v, transformers.PretrainedConfig))):
-        if hasattr(part, "use_cache"):
-            part.use_cache = False
-    notes = _no_layer_drop(config)
     kind = entry.dtype or _dtype_of(config)
     config.dtype = getattr(torch, kind)
+    pretrained = Pretrained(model, auto, copy.deepcopy(config), trust)
+    notes = traceable(config)
     try:
         with torch.device("meta"):
             module = auto.from_config(config, dtype=config.dtype, trust_remote_code=trust)
@@ -87,7 +87,7 @@ def load(model: str, entry: BaseEntry, seed: int, inputs: tuple[InputSpec, ...])
 
     def weights() -> dict[str, Weight]:
         found = stored_weights(module, directory) if files else None
-        return found or pretrained_weights(auto, model, config, trust, seed, notes)
+        return found or pretrained_weights(replace(pretrained, config=config), seed, notes)
 
     return Base(
         describe=f"{model} ({type(module).__name__}, {kind})",
@@ -97,6 +97,7 @@ def load(model: str, entry: BaseEntry, seed: int, inputs: tuple[InputSpec, ...])
         inputs=inputs or derive_inputs(module, config),
         files=files,
         notes=notes,
+        pretrained=pretrained,
     )
 
 
@@ -185,46 +186,56 @@ def first_names(model: nn.Module) -> dict[str, str]:
     return {name: seen.setdefault(id(tensor), name) for name, tensor in both}
 
 
-def pretrained_weights(
-    auto: Any, model: str, config: Any, trust: bool, seed: int, notes: list[str]
-) -> dict[str, Weight]:
+def pretrained_weights(pretrained: Pretrained, seed: int, notes: list[str]) -> dict[str, Weight]:
     """The weights as transformers itself loads them: renamed, converted, new heads initialised from the seed.
 
     Raises:
         WeightError: transformers cannot load them, or only a pickle is there.
     """
-    if Path(model).is_dir() and not any(Path(model).glob("*.safetensors*")):
-        pickles = sorted(p.name for p in Path(model).glob("*.bin"))
+    directory = Path(pretrained.name)
+    if directory.is_dir() and not any(directory.glob("*.safetensors*")):
+        pickles = sorted(p.name for p in directory.glob("*.bin"))
         what = f"only pickles ({', '.join(pickles)}), which can run code" if pickles else "no weights"
-        raise WeightError(f"{model} holds {what}; expected model.safetensors (save_pretrained writes it)")
-    import transformers
-
+        raise WeightError(f"{directory} holds {what}; expected model.safetensors (save_pretrained writes it)")
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
+    try:
+        loaded, info = load_pretrained(pretrained)
+    finally:
+        torch.random.set_rng_state(state)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        notes.append(f"not in the checkpoint, initialised from seed {seed}: {', '.join(missing)}")
+    return held_weights(loaded)
+
+
+def load_pretrained(pretrained: Pretrained) -> tuple[nn.Module, dict[str, Any]]:
+    """A model as transformers' own `from_pretrained` gives it, and what that says of the checkpoint's keys.
+
+    Raises:
+        WeightError: transformers cannot load it.
+    """
+    import transformers
+
     verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # what it would say of missing keys is a note of ours
+    transformers.logging.set_verbosity_error()  # what it would say of missing keys is said by adaptc
     transformers.logging.disable_progress_bar()
     try:
-        loaded, info = auto.from_pretrained(
-            model,
-            config=config,
-            dtype=config.dtype,
-            trust_remote_code=trust,
+        return pretrained.auto.from_pretrained(
+            pretrained.name,
+            config=pretrained.config,
+            dtype=pretrained.config.dtype,
+            trust_remote_code=pretrained.trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
         )
     except Exception as error:
         raise WeightError(
-            f"{model}: transformers cannot load the weights: {str(error).splitlines()[0]}"
+            f"{pretrained.name}: transformers cannot load the weights: {str(error).splitlines()[0]}"
         ) from error
     finally:
-        torch.random.set_rng_state(state)
         transformers.logging.set_verbosity(verbosity)
         transformers.logging.enable_progress_bar()
-    missing = sorted(info["missing_keys"])
-    if missing:
-        notes.append(f"not in the checkpoint, initialised from seed {seed}: {', '.join(missing)}")
-    return held_weights(loaded)
 
 
 def derive_inputs(model: nn.Module, config: Any) -> tuple[InputSpec, ...]:
@@ -268,9 +279,17 @@ def _heads(model: nn.Module) -> frozenset[str]:
     return frozenset(names)
 
 
-def _no_layer_drop(config: Any) -> list[str]:
+def parts(config: Any) -> list[Any]:
+    """A configuration, and those inside it, such as the one of the text model of a vision-language model."""
+    return [config, *(value for value in vars(config).values() if hasattr(value, "to_dict"))]
+
+
+def traceable(config: Any) -> list[str]:
+    """Turn off in a configuration what a graph does not hold; gives what to say of it."""
     notes = []
-    for part in (config, *(v for v in vars(config).values() if hasattr(v, "to_dict"))):
+    for part in parts(config):
+        if hasattr(part, "use_cache"):
+            part.use_cache = False
         for key in [k for k in vars(part) if k.endswith("layerdrop") and getattr(part, k)]:
             setattr(part, key, 0.0)
             notes.append(f"{key} is set to 0: a graph has a fixed number of layers")

@@ -10,7 +10,7 @@ from torch import fx
 
 from adaptc.errors import Refusal, RefusedError
 from adaptc.graph import Graph
-from adaptc.passes.factor.products import VIEWS, Product, operands
+from adaptc.multiplications import VIEWS, Product, operands
 from adaptc.pipeline import Pass, graph_pass
 from adaptc.tracing.modes import training_node
 

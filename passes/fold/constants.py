@@ -40,7 +40,7 @@ class Fold(Pass):
                     f"{site.module}.{leaf} cannot be folded into: the same tensor is also used by {places(others)}, "
                     "which would change too\n"
                     "  write `on_alias: untie` in its entry to give this layer a tensor of its own, "
-                    "`on_alias: live` to keep its adapter live, or leave this layer out of the target"
+                    "`on_alias: live` to keep its adapter live (`adapters: live`: all), or leave it out"
                 )
                 refusals.append(Refusal(words, tuple(user.name for user in others)))
         return refusals

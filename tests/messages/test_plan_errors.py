@@ -63,7 +63,10 @@ def refused(
 def test_nothing_matches(refused: Callable[..., tuple[str, str]]) -> None:
     text, place = refused(NET + lora(target=["*.qurey"]))
     assert place == "6:13"
-    assert "adapt.0.target: lora: the target matches no linear layer of message_models:build" in text
+    assert (
+        "adapt.0.target: lora: the target matches no linear/conv/embedding/experts layer of message_models:build"
+        in text
+    )
     assert re.search(r"near: .*layers\.\d\.query", text)
 
 
@@ -93,21 +96,23 @@ def test_one_pattern_of_several_matches_nothing(
 @pytest.mark.parametrize("target", ["query", "layers.0", "Linear", "re:query", "layers.*.que"])
 def test_a_name_that_is_short_of_a_module(refused: Callable[..., tuple[str, str]], target: str) -> None:
     text, _ = refused(NET + lora(target=target))
-    assert "matches no linear layer" in text
+    assert "matches no linear/conv/embedding/experts layer" in text
     assert "layers.0.query" in text
 
 
 def test_a_type_that_the_method_cannot_sit_on(refused: Callable[..., tuple[str, str]]) -> None:
-    text, place = refused(base("tied", '{ids: "int64[batch, seq]"}') + lora(target="embed"))
+    text, place = refused(
+        base("tied", '{ids: "int64[batch, seq]"}') + lora(target="embed").replace("lora", "ia3")
+    )
     assert place == "6:13"
-    assert "matches no linear layer" in text
+    assert "ia3: the target matches no linear/conv/experts layer" in text
     assert "embed (Embedding" in text, "what did match is not said"
 
 
 def test_layers_beyond_the_last(refused: Callable[..., tuple[str, str]]) -> None:
     text, place = refused(NET + lora(target={"name": "*.query", "layers": "7-9"}))
     assert place == "6:13"
-    assert "matches no linear layer" in text
+    assert "matches no linear/conv/embedding/experts layer" in text
     assert "layers.0.query" in text
 
 
@@ -494,6 +499,22 @@ def test_one_product_inside_another(refused: Callable[..., tuple[str, str]]) -> 
     text, place = refused(NET + lora(target="*.query") + entries, 2, "compile")
     assert place == "9:26"
     assert "lies inside the folder that emit.0 writes" in text
+
+
+def test_a_merged_model_within_its_own_base(refused: Callable[..., tuple[str, str]], bert: Path) -> None:
+    entries = f"emit:\n  - {{format: hf, path: {bert}/merged}}\n"
+    text, place = refused(f"base: {{model: {bert}}}\n" + lora(target="*.query") + entries, 2, "compile")
+    assert place == "7:24"
+    assert f"{bert}/merged is within the base's own directory" in text
+
+
+def test_a_merged_model_of_a_pipeline_that_factors(
+    refused: Callable[..., tuple[str, str]], bert: Path
+) -> None:
+    more = "passes: [insert, factor]\n" + emit("hf")
+    text, place = refused(f"base: {{model: {bert}}}\n" + lora(target="*.query") + more, 2, "compile")
+    assert place == "6:9"
+    assert "the pipeline leaves a graph that is factored, which emit.0 cannot fold" in text
 
 
 def test_output_dir_that_is_a_file(refused: Callable[..., tuple[str, str]], tmp_path: Path) -> None:
