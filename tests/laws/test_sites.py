@@ -59,7 +59,7 @@ class Laws(Museums):
 
 @pytest.fixture(scope="module")
 def museums() -> Iterator[Laws]:
-    yield Laws()
+    return Laws()
 
 
 def insert(name: str, method: str, **options: Any) -> Any:
