@@ -94,7 +94,7 @@ def make_plan(spec: Spec, graph: Graph, after: Any = None) -> Plan:
     _check_products(spec, adapted)
     factor, fold = load_passes()["factor"](), load_passes()["fold"]()
     factored = run(adapted, [factor], records, after) if adapted.stage in factor.takes else adapted
-    notes = [*graph.base.notes, *_notes(entries), *_alias_notes(graph, entries), *_runtime_notes(spec, graph)]
+    notes = [*graph.base.notes, *_notes(entries), *_alias_notes(graph, entries)]
     if adapted.stage in fold.takes:
         notes += [f"cannot be folded: {refusal}" for refusal in fold.requires(adapted)]
     return Plan(entries, passes, budget(graph, adapted, factored), notes, adapted, factored, records)
@@ -285,13 +285,6 @@ def _alias_notes(graph: Graph, entries: Sequence[Planned]) -> list[str]:
                 what = f"adapt.{found.entry}: {site.pattern}.{site.leaf} is also used by {places(others)}"
                 notes.append(f"{what}; it is {words[found.insert.on_alias]}")
     return notes
-
-
-def _runtime_notes(spec: Spec, graph: Graph) -> list[str]:
-    half = any(weight.dtype == torch.bfloat16 for weight in graph.weights.values())
-    if half and any(entry.format == "onnx" for entry in spec.emit):
-        return ["ONNX Runtime has no bfloat16 kernels on the CPU: set base.dtype to float32 for ONNX"]
-    return []
 
 
 def _entry_json(planned: Planned) -> dict[str, Any]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
@@ -24,8 +26,9 @@ from adaptc.tracing.export import export
 from adaptc.tracing.graph import trace
 from adaptc.tracing.module import from_module, inputs_from_examples
 from adaptc.weights import Held
+from tests import hugging_face
 
-VOCABULARY = 99
+VOCABULARY = hugging_face.VOCABULARY
 EPSILONS = 512
 """Tolerated error in units of the dtype's machine epsilon, relative to the largest reference value."""
 
@@ -121,71 +124,6 @@ class Raw(nn.Module):
         return self.last(torch.tanh(x))
 
 
-def _llama() -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            attention_dropout=0.1,
-            max_position_embeddings=64,
-        )
-    )
-
-
-def _gpt2() -> nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=VOCABULARY,
-            n_embd=32,
-            n_layer=2,
-            n_head=4,
-            n_positions=64,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
-    )
-
-
-def _bert() -> nn.Module:
-    from transformers import BertConfig, BertForSequenceClassification
-
-    return BertForSequenceClassification(
-        BertConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_labels=3,
-            max_position_embeddings=64,
-        )
-    )
-
-
-def _t5() -> nn.Module:
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    return T5ForConditionalGeneration(
-        T5Config(
-            vocab_size=VOCABULARY,
-            d_model=32,
-            d_ff=48,
-            d_kv=8,
-            num_layers=2,
-            num_heads=4,
-            decoder_start_token_id=0,
-        )
-    )
-
-
 @dataclass(frozen=True)
 class Family:
     """A base and what is adapted in it."""
@@ -197,36 +135,28 @@ class Family:
     """Modules for methods that take whole modules."""
     task: str | None = None
     output: str = "logits"
-    cache: bool = False
-    """forward takes `use_cache`."""
 
 
+def _hugging_face(name: str, target: Sequence[str], feedforward: str, whole: Sequence[str]) -> Family:
+    model = hugging_face.MODELS[name]
+    return Family(model.build, tuple(target), (feedforward,), tuple(whole), model.task)
+
+
+RESNET_TARGET = ("classifier.1",)
+"""Its convolutions belong here as soon as a method sits on one."""
+PROJECTIONS = ("*_proj",)
+ATTENTION_AND_FORWARD = ("*.q_proj", "*.v_proj", "*.out_proj", "*.fc1", "*.fc2")
+DECODER_ONLY = (PROJECTIONS, "*.down_proj", ("*.layers.0.mlp", "model.norm"))
 FAMILIES = {
-    "llama": Family(
-        _llama, ("*_proj",), ("*.down_proj",), ("*.layers.0.mlp", "model.norm"), "causal-lm", cache=True
+    "llama": _hugging_face("llama", *DECODER_ONLY),
+    "gpt2": _hugging_face(
+        "gpt2", ("*.c_attn", "*.c_proj", "*.c_fc"), "*.mlp.c_proj", ("*.h.0.mlp", "*.ln_f")
     ),
-    "gpt2": Family(
-        _gpt2,
-        ("*.c_attn", "*.c_proj", "*.c_fc"),
-        ("*.mlp.c_proj",),
-        ("*.h.0.mlp", "*.ln_f"),
-        "causal-lm",
-        cache=True,
+    "bert": _hugging_face(
+        "bert", ("*.query", "*.value", "*.dense"), "*.output.dense", ("classifier", "*.layer.1.output")
     ),
-    "bert": Family(
-        _bert,
-        ("*.query", "*.value", "*.dense"),
-        ("*.output.dense",),
-        ("classifier", "*.layer.1.output"),
-        "sequence-classification",
-    ),
-    "t5": Family(
-        _t5,
-        ("*.q", "*.v", "*.wi", "*.wo"),
-        ("*.wo",),
-        ("decoder.block.1", "encoder.final_layer_norm"),
-        "seq2seq-lm",
-        cache=True,
+    "t5": _hugging_face(
+        "t5", ("*.q", "*.v", "*.wi", "*.wo"), "*.wo", ("decoder.block.1", "encoder.final_layer_norm")
     ),
     "mlp": Family(Mlp, ("up", "mid", "down"), ("down",), ("down", "norm"), output="output"),
     "block": Family(
@@ -239,11 +169,39 @@ FAMILIES = {
     "raw": Family(
         Raw, ("first", "second", "third", "last"), ("second",), ("second", "last"), output="output"
     ),
+    "qwen3": _hugging_face("qwen3", *DECODER_ONLY),
+    "mistral": _hugging_face("mistral", *DECODER_ONLY),
+    "gemma2": _hugging_face("gemma2", *DECODER_ONLY),
+    "roberta": _hugging_face(
+        "roberta", ("*.query", "*.value", "*.dense"), "*.output.dense", ("classifier", "*.layer.1.output")
+    ),
+    "bart": _hugging_face(
+        "bart", ATTENTION_AND_FORWARD, "*.fc2", ("model.decoder.layers.1", "*.encoder.layernorm_embedding")
+    ),
+    "vit": _hugging_face(
+        "vit", ("*.q_proj", "*.v_proj", "*.fc1", "*.fc2"), "*.fc2", ("classifier", "vit.layernorm")
+    ),
+    "mixtral": _hugging_face(
+        "mixtral", ("*.self_attn.*_proj",), "*.o_proj", ("*.layers.0.mlp.experts", "*.mlp.gate")
+    ),
+    "whisper": _hugging_face(
+        "whisper", ATTENTION_AND_FORWARD, "*.fc2", ("model.decoder.layers.1", "model.encoder.layer_norm")
+    ),
+    "resnet": _hugging_face(
+        "resnet", RESNET_TARGET, RESNET_TARGET[0], ("classifier.1", "*.stages.1.layers.0.shortcut")
+    ),
 }
 HUGGING_FACE = tuple(name for name, family in FAMILIES.items() if family.task)
 PLAIN = tuple(name for name, family in FAMILIES.items() if not family.task)
+QUICK = ("llama", "gpt2", "bert", "t5", *PLAIN)
+"""The families that stand for all in the quick laws."""
 SHAPES = ((2, 7), (1, 5), (4, 1), (1, 1))
 """(batch, sequence) other than traced; the first is padded, among the others are one row and one token."""
+
+
+def marked(names: Iterable[str]) -> list[Any]:
+    """Families as parameters of a law: those that others stand for are slow."""
+    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def inputs(
@@ -264,8 +222,14 @@ def inputs(
         return {"x": torch.randn(batch, length, 16, generator=generator)}
     if name == "block":
         return {"x": torch.randn(batch, length, 32, generator=generator), "mask": mask}
+    if name in ("vit", "resnet"):
+        sides = (24, 24) if name == "vit" else (length + 9, 2 * length + 5)
+        return {"pixel_values": torch.randn(batch, 3, *sides, generator=generator)}
+    if name == "whisper":
+        features = torch.randn(batch, 8, 24, generator=generator)
+        return {"input_features": features, "decoder_input_ids": ids(batch, length)}
     found = {"input_ids": ids(batch, length), "attention_mask": mask}
-    if name == "t5":
+    if name in ("t5", "bart"):
         found["decoder_input_ids"] = ids(batch, length + 2)
     return found
 
@@ -274,6 +238,9 @@ def close(got: torch.Tensor, want: torch.Tensor, epsilons: float = EPSILONS, dty
     """Equal to within a number of the dtype's epsilons, relative to the largest reference value."""
     assert got.shape == want.shape
     assert got.dtype == want.dtype
+    if not want.dtype.is_floating_point:
+        assert torch.equal(got, want)
+        return
     kind = dtype or want.dtype
     got, want = got.detach().double(), want.detach().double()
     assert torch.isfinite(want).all()
@@ -297,6 +264,11 @@ def outputs(
     if isinstance(result, torch.Tensor):
         result = {names[0]: result}
     return {name: result[name] for name in names}
+
+
+def without_cache(module: nn.Module) -> dict[str, bool]:
+    """The argument that turns off a Hugging Face model's cache, if it has one."""
+    return {"use_cache": False} if "use_cache" in inspect.signature(module.forward).parameters else {}
 
 
 def perturbed(values: Mapping[str, torch.Tensor], seed: int = 5) -> dict[str, torch.Tensor]:
@@ -376,8 +348,8 @@ class Zoo:
         self, name: str, tensors: Mapping[str, torch.Tensor], model: nn.Module | None = None
     ) -> dict[str, torch.Tensor]:
         """The outputs of the eager model."""
-        more = {"use_cache": False} if FAMILIES[name].cache else {}
-        return outputs(model or self.eager(name), tensors, self.graph(name).outputs, **more)
+        module = model or self.eager(name)
+        return outputs(module, tensors, self.graph(name).outputs, **without_cache(module))
 
     def graph(self, name: str, dtype: str | None = None) -> Graph:
         """The traced graph; not to be changed."""

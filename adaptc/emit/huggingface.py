@@ -19,7 +19,8 @@ from adaptc.emit.shards import write_shards
 from adaptc.errors import AdaptcError, ProofError, Refusal, RefusedError, WeightError
 from adaptc.graph import Graph
 from adaptc.tracing.base import Pretrained
-from adaptc.tracing.huggingface import CONFIG, first_names, load_pretrained, parts, traceable
+from adaptc.tracing.derive import parts_of, set_for_tracing
+from adaptc.tracing.huggingface import CONFIG, first_names, load_pretrained
 
 GENERATION = "generation_config.json"
 WEIGHTS = (
@@ -80,7 +81,7 @@ def load_checkpoint(base: Graph, directory: Path) -> nn.Module:
     assert origin is not None
     trust = origin.trust_remote_code
     config = AutoConfig.from_pretrained(directory, trust_remote_code=trust)
-    traceable(config)
+    set_for_tracing(config)
     try:
         model, info = load_pretrained(Pretrained(str(directory), origin.auto, config, trust))
     except WeightError as error:  # the directory is a temporary one, which will be gone
@@ -123,7 +124,7 @@ def _model_of(pretrained: Pretrained, config: Any, graph: Graph) -> nn.Module:
         names = first_names(model)
         if all(graph.aliases.get(name) == graph.aliases.get(first) for name, first in names.items()):
             return model
-        for part in parts(config):
+        for part in parts_of(config):
             if hasattr(part, "tie_word_embeddings"):
                 part.tie_word_embeddings = False
         return pretrained.auto.from_config(config, trust_remote_code=pretrained.trust_remote_code)

@@ -66,6 +66,8 @@ def _occupied(path: Path, kind: str, home: Path) -> str | None:
 
 
 def _occupied_file(path: Path) -> str | None:
+    if path.name == MANIFEST:
+        return f"{MANIFEST} is what the manifest beside it is called; choose another name, such as model.onnx"
     if path.is_dir():
         return f"{path} is a folder; expected the name of a file"
     manifest = path.parent / MANIFEST

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -16,16 +16,29 @@ from adaptc.emit.inference import inference_graph
 from adaptc.emit.manifest import MANIFEST, versions, write_manifest
 from adaptc.emit.onnx import OPSET, export_onnx, onnx_runner
 from adaptc.emit.peft import save
+from adaptc.emit.pieces import Pieces
 from adaptc.emit.places import places
 from adaptc.emit.staging import Staging
 from adaptc.emit.torch import META, PROGRAM, load_torch, save_torch
 from adaptc.errors import ProofError
-from adaptc.graph import Graph, bind
+from adaptc.graph import Graph
 from adaptc.plan import site_json
-from adaptc.proof import Proof, Runner, runner
+from adaptc.proof import Each, Proof, runner
 from adaptc.spec import dump, load
+from adaptc.streaming import Batch, Outcome, Streamed
 
-Observer = Callable[[str, Proof | None], None]
+
+class Observer(Protocol):
+    """Told of what happens while products are written."""
+
+    def writing(self, what: str) -> None:
+        """A product is being made."""
+
+    def wrote(self, done: int, total: int) -> None:
+        """So many bytes of a product are written, of so many."""
+
+    def proved(self, proof: Proof) -> None:
+        """A proof held."""
 
 
 def emit_all(
@@ -36,19 +49,19 @@ def emit_all(
     Args:
         compiled: the compiled model.
         entries: validated entries.
-        observe: told of each product and proof.
+        observe: told of each product, its bytes and proofs.
         into: a directory that replaces the spec's own folder.
     """
     paths = places(compiled.spec, entries, into)
-    with Staging() as staging:
+    with Staging(observe.wrote if observe else None) as staging:
         for entry, final in zip(entries, paths, strict=True):
             if observe:
-                observe(f"{entry.format} {final}", None)
+                observe.writing(f"{entry.format} {final}")
             known = list(compiled.proofs)
             WRITERS[entry.format](compiled, entry, staging, final)
             for proof in compiled.proofs:
                 if observe and proof not in known:
-                    observe("", proof)
+                    observe.proved(proof)
     return paths
 
 
@@ -71,19 +84,22 @@ def _torch(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> Non
     write_manifest(
         manifest, common, {"name": PROGRAM, "format": "torch", "module": about}, [directory / PROGRAM]
     )
-    proof = compiled.prove("torch artifact", compiled.graph, runner(module), runner(load_torch(directory)))
+    proof = compiled.prove(
+        "torch artifact", compiled.graph, Each(runner(module)), Each(runner(load_torch(directory)))
+    )
     product = {"name": PROGRAM, "format": "torch", "module": about, "proof": asdict(proof)}
     write_manifest(manifest, common, product, [directory / PROGRAM])
 
 
 def _onnx(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> None:
-    graph = {"folded": compiled.folded_graph, "live": compiled.live_graph, "none": lambda: compiled.base}[
-        entry.adapters
-    ]()
-    if entry.adapters == "live":
-        compiled.check_finite()
     path = staging.path(final)
     opset = entry.opset or OPSET
+    product: dict[str, Any] = {
+        "name": final.name,
+        "format": "onnx",
+        "adapters": entry.adapters,
+        "opset": opset,
+    }
     metadata = {
         "adaptc.version": versions().get("adaptc", ""),
         "adaptc.base": compiled.base.base.describe,
@@ -91,35 +107,52 @@ def _onnx(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> None
         "adaptc.adapters": entry.adapters,
         "adaptc.methods": ", ".join(p.insert.method.name for p in compiled.plan.entries),
     }
-    nodes = export_onnx(graph, path, opset, metadata)
-    evaluated = inference_graph(graph)
-    program = onnx_runner(path, final)
-    proof = compiled.prove(f"onnx, {entry.adapters}", graph, _kept(graph, evaluated), program)
+
+    def write(graph: Graph) -> None:
+        evaluated = inference_graph(graph)
+        written = export_onnx(evaluated, path, opset, metadata, staging.wrote)
+        product.update(
+            nodes=written.nodes,
+            inputs={spec.name: str(spec).replace("bfloat16", "float32") for spec in evaluated.inputs},
+            outputs=list(evaluated.outputs),
+        )
+        if entry.adapters == "folded":
+            product["rounding"] = compiled.rounding(graph)
+            product["operations"] = {"base": len(compiled.base.operations), "folded": len(graph.operations)}
+        graph.weights.update(written.weights)
+
+    if entry.adapters == "folded":
+        graph = compiled.folded_graph(keep=write)
+    else:
+        compiled.check_finite()
+        graph = compiled.live_graph() if entry.adapters == "live" else compiled.base.copy()
+        write(graph)
+    reference = Kept(compiled.streamed(graph), product["outputs"])
     beside = path.with_name(path.name + ".data")
+    program = Pieces(path, final) if beside.exists() else Each(onnx_runner(path, final))
+    product["proof"] = asdict(compiled.prove(f"onnx, {entry.adapters}", graph, reference, program))
     files = [path]
     if beside.exists():
         files.append(beside.replace(staging.path(final.with_name(beside.name))))
-    product = {
-        "name": final.name,
-        "format": "onnx",
-        "adapters": entry.adapters,
-        "opset": opset,
-        "nodes": nodes,
-        "inputs": {s.name: str(s) for s in evaluated.inputs},
-        "outputs": list(evaluated.outputs),
-        "proof": asdict(proof),
-    }
-    if entry.adapters == "folded":
-        product["rounding"] = compiled.rounding(graph)
-        product["operations"] = {"base": len(compiled.base.operations), "folded": len(graph.operations)}
     _manifest_beside(compiled, staging, final, product, files)
 
 
-def _kept(graph: Graph, evaluated: Graph) -> Runner:
-    """Run the graph itself, and give the outputs that the program has."""
-    run = runner(bind(graph))
-    kept = [graph.tensors.index(name) for name in evaluated.outputs]
-    return lambda tensors: [run(tensors)[index] for index in kept]
+@dataclass(frozen=True)
+class Kept:
+    """A graph's runner that gives only the outputs that the program has."""
+
+    run: Streamed
+    outputs: Sequence[str]
+
+    @property
+    def coverage(self) -> str:
+        """As the graph's."""
+        return self.run.coverage
+
+    def __call__(self, batches: Sequence[Batch]) -> list[Outcome]:
+        """The outcome of every batch."""
+        kept = [self.run.graph.tensors.index(name) for name in self.outputs]
+        return [o if isinstance(o, Exception) else [o[index] for index in kept] for o in self.run(batches)]
 
 
 def _peft(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> None:
@@ -142,7 +175,7 @@ def _huggingface(compiled: Compiled, entry: Any, staging: Staging, final: Path) 
     product = {"name": "checkpoint", "format": "hf", **about, "rounding": compiled.rounding(graph)}
     if fits(graph):
         loaded = load_checkpoint(compiled.base, directory)
-        product["proof"] = asdict(compiled.prove("hf", graph, runner(bind(graph)), runner(loaded)))
+        product["proof"] = asdict(compiled.prove("hf", graph, compiled.streamed(graph), Each(runner(loaded))))
     else:
         product["checked"] = (
             f"read back tensor by tensor; not loaded, since it is over 1/{LOADED_SHARE} of memory"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import pickle
@@ -20,6 +21,8 @@ KNOWN = re.compile(
     r"|data/(weights|constants)/[\w.]+|data/sample_inputs/\w+\.pt)"
 )
 """What a program holds: its graph, raw tensors, and one file of example tensors."""
+OPERATORS = {"transformers": "transformers.integrations.moe"}
+"""A namespace of operators outside of torch -> the module that registers them."""
 
 
 def load_program(path: Path) -> torch.export.ExportedProgram:
@@ -33,6 +36,7 @@ def load_program(path: Path) -> torch.export.ExportedProgram:
     """
     try:
         _check(path)
+        _register_operators(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.export.load(str(path))
@@ -52,6 +56,15 @@ def _check(path: Path) -> None:
                 _check_config(path, name, json.loads(archive.read(name)))
             elif name.endswith(".pt"):
                 _check_tensors(path, name, archive.read(name))
+
+
+def _register_operators(path: Path) -> None:
+    """Import what a graph's operators come from, where it is known; torch names any other one in its error."""
+    with zipfile.ZipFile(path) as archive:
+        graphs = [archive.read(n) for n in archive.namelist() if re.search(r"/models/\w+\.json$", n)]
+    for namespace, home in OPERATORS.items():
+        if any(f'"torch.ops.{namespace}.'.encode() in graph for graph in graphs):
+            importlib.import_module(home)
 
 
 def _check_config(path: Path, name: str, config: Any) -> None:

@@ -114,6 +114,7 @@ def normalise(module: fx.GraphModule) -> fx.GraphModule:
             if device is None:
                 with graph.inserting_after(placeholders[-1]):
                     device = graph.call_function(getattr, (followed, "device"))
+                device.meta["val"] = followed.meta["val"].device
             found = device
             node.args = tuple(found if isinstance(a, torch.device) else a for a in node.args)
             node.kwargs = {k: found if isinstance(v, torch.device) else v for k, v in node.kwargs.items()}

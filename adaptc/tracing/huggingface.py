@@ -19,6 +19,7 @@ from adaptc.errors import TraceError, WeightError
 from adaptc.inputs import InputSpec
 from adaptc.names import nearest
 from adaptc.tracing.base import Base, Pretrained
+from adaptc.tracing.derive import derive_inputs, set_for_tracing
 from adaptc.tracing.module import held_weights
 from adaptc.weights import Held, Stored, Weight, read_safetensors
 
@@ -74,7 +75,7 @@ def load(model: str, entry: BaseEntry, seed: int, inputs: tuple[InputSpec, ...])
     kind = entry.dtype or _dtype_of(config)
     config.dtype = getattr(torch, kind)
     pretrained = Pretrained(model, auto, copy.deepcopy(config), trust)
-    notes = traceable(config)
+    notes = set_for_tracing(config)
     try:
         with torch.device("meta"):
             module = auto.from_config(config, dtype=config.dtype, trust_remote_code=trust)
@@ -110,10 +111,9 @@ def fake_parameters(model: nn.Module) -> None:
     made: dict[int, Any] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
-            if parameter is not None:
-                made.setdefault(
-                    id(parameter), nn.Parameter(FakeTensor(mode, parameter.data, torch.device("cpu")))
-                )
+            if parameter is not None:  # a legacy torch.Tensor(...) is made on the CPU whatever was asked
+                data = parameter.data.to("meta")
+                made.setdefault(id(parameter), nn.Parameter(FakeTensor(mode, data, torch.device("cpu"))))
                 module._parameters[name] = made[id(parameter)]
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
@@ -238,33 +238,6 @@ def load_pretrained(pretrained: Pretrained) -> tuple[nn.Module, dict[str, Any]]:
         transformers.logging.enable_progress_bar()
 
 
-def derive_inputs(model: nn.Module, config: Any) -> tuple[InputSpec, ...]:
-    """The inputs of a model, from its main input's name and configuration.
-
-    Raises:
-        TraceError: they cannot be derived.
-    """
-    main = getattr(model, "main_input_name", "input_ids")
-    if main == "input_ids":
-        found = [
-            InputSpec("input_ids", "int64", ("batch", "seq")),
-            InputSpec("attention_mask", "int64", ("batch", "seq")),
-        ]
-        if getattr(config, "is_encoder_decoder", False):
-            found.append(InputSpec("decoder_input_ids", "int64", ("batch", "decoder_seq")))
-        return tuple(found)
-    if main == "pixel_values" and getattr(config, "image_size", None):
-        size = config.image_size
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        channels = getattr(config, "num_channels", 3)
-        kind = str(config.dtype).removeprefix("torch.")
-        return (InputSpec("pixel_values", kind, ("batch", channels, height, width)),)
-    raise TraceError(
-        f"the inputs of {type(model).__name__} cannot be derived; write them in the spec, such as\n"
-        f"  inputs:\n    {main}: float32[batch, 80, 3000]"
-    )
-
-
 def _dtype_of(config: Any) -> str:
     kind = getattr(config, "dtype", None) or torch.float32
     return str(kind).removeprefix("torch.")
@@ -277,20 +250,3 @@ def _heads(model: nn.Module) -> frozenset[str]:
     if not names and type(model).__name__.endswith("Classification"):
         names = {name for name, _ in model.named_children() if name in ("classifier", "score")}
     return frozenset(names)
-
-
-def parts(config: Any) -> list[Any]:
-    """A configuration, and those inside it, such as the one of the text model of a vision-language model."""
-    return [config, *(value for value in vars(config).values() if hasattr(value, "to_dict"))]
-
-
-def traceable(config: Any) -> list[str]:
-    """Turn off in a configuration what a graph does not hold; gives what to say of it."""
-    notes = []
-    for part in parts(config):
-        if hasattr(part, "use_cache"):
-            part.use_cache = False
-        for key in [k for k in vars(part) if k.endswith("layerdrop") and getattr(part, k)]:
-            setattr(part, key, 0.0)
-            notes.append(f"{key} is set to 0: a graph has a fixed number of layers")
-    return notes

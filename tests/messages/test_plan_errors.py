@@ -602,8 +602,8 @@ def test_nothing_is_left_to_train_after_a_fold(refused: Callable[..., tuple[str,
 
 
 def test_onnx_runtime_does_not_take_it(refused: Callable[..., tuple[str, str]], tmp_path: Path) -> None:
-    half = NET.replace('build"', 'build", dtype: bfloat16').replace("float32[", "bfloat16[")
-    text, _ = refused(half + lora(target="*.query") + emit("onnx"), 1, "compile")
+    double = base("curved", '{x: "float64[batch, 16]"}').replace('curved"', 'curved", dtype: float64')
+    text, _ = refused(double + lora(target="*.query") + emit("onnx"), 1, "compile")
     assert "ONNX Runtime does not take it" in text
     assert ".adaptc-" not in text, "the file named is a temporary one, which is gone"
     assert str(tmp_path / "out/product") in text

@@ -10,18 +10,18 @@ import pytest
 import torch
 
 from adaptc.compiled import Compiled
-from tests.families import FAMILIES, SHAPES, Zoo, close, differs, inputs, outputs
+from tests.families import FAMILIES, QUICK, SHAPES, Zoo, close, differs, inputs, outputs
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
-QUICK = {("lora", "bert"), ("dora", "raw"), ("ia3", "block")}
+SHOWN = {("lora", "bert"), ("dora", "raw"), ("ia3", "block")}
 PAIRS = [
     pytest.param(
-        method, name, id=f"{method}-{name}", marks=[] if (method, name) in QUICK else [pytest.mark.slow]
+        method, name, id=f"{method}-{name}", marks=[] if (method, name) in SHOWN else [pytest.mark.slow]
     )
     for name in FAMILIES
-    for method in ("lora", "dora", "ia3", "full")
+    for method in (("lora", "dora", "ia3", "full") if name in QUICK else ("lora",))
 ]
 
 

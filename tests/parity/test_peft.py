@@ -15,7 +15,20 @@ from torch import nn
 
 import adaptc
 from adaptc.compiled import Compiled
-from tests.families import FAMILIES, HUGGING_FACE, SHAPES, Zoo, close, differs, inputs, outputs, perturb
+from tests.families import (
+    FAMILIES,
+    HUGGING_FACE,
+    QUICK,
+    SHAPES,
+    Zoo,
+    close,
+    differs,
+    inputs,
+    marked,
+    outputs,
+    perturb,
+    without_cache,
+)
 
 peft = pytest.importorskip("peft")
 
@@ -39,13 +52,19 @@ PATTERN = {"llama": r".*layers\.1.*down_proj", "gpt2": r"h.1.mlp.c_fc", "bert": 
 TARGETS = {
     name: [p.removeprefix("*.").removeprefix("*") for p in FAMILIES[name].target] for name in HUGGING_FACE
 }
-TARGETS["llama"] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-FEEDFORWARD = {"llama": ["down_proj"], "gpt2": ["mlp.c_proj"], "bert": ["output.dense"], "t5": ["wo"]}
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+DENSE = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
+TARGETS |= dict.fromkeys(("llama", "qwen3", "mistral", "gemma2"), DENSE)
+TARGETS["mixtral"] = ATTENTION
+FEEDFORWARD = {name: [p.removeprefix("*.") for p in FAMILIES[name].feedforward] for name in HUGGING_FACE}
+FIRST = ("llama", "gpt2", "bert", "t5")
 CASES = {
     "lora": Case("LoraConfig", {"r": 4, "lora_alpha": 6}),
-    "rslora": Case("LoraConfig", {"r": 4, "lora_alpha": 3, "use_rslora": True, "lora_dropout": 0.1}),
+    "rslora": Case("LoraConfig", {"r": 4, "lora_alpha": 3, "use_rslora": True, "lora_dropout": 0.1}, FIRST),
     "patterns": Case(
-        "LoraConfig", {"r": 4, "lora_alpha": 8, "rank_pattern": "{rank}", "alpha_pattern": "{alpha}"}
+        "LoraConfig",
+        {"r": 4, "lora_alpha": 8, "rank_pattern": "{rank}", "alpha_pattern": "{alpha}"},
+        FIRST,
     ),
     "dora": Case("LoraConfig", {"r": 4, "lora_alpha": 6, "use_dora": True}),
     "ia3": Case("IA3Config"),
@@ -63,7 +82,10 @@ CASES = {
 }
 PAIRS = [
     pytest.param(
-        case, name, id=f"{case}-{name}", marks=[pytest.mark.slow] * (name == "t5" and case != "lora")
+        case,
+        name,
+        id=f"{case}-{name}",
+        marks=[pytest.mark.slow] * (name not in QUICK or (name == "t5" and case != "lora")),
     )
     for case in CASES
     for name in CASES[case].bases
@@ -129,9 +151,9 @@ def pairs(zoo: Zoo, tmp_path_factory: pytest.TempPathFactory) -> Any:
 def theirs_on(
     pair: Pair, tensors: dict[str, torch.Tensor], model: nn.Module | None = None
 ) -> dict[str, torch.Tensor]:
-    more = {"use_cache": False} if FAMILIES[pair.name].cache else {}
     with torch.no_grad():
-        return outputs(model or pair.theirs, tensors, pair.ours.base.outputs, **more)
+        module = model or pair.theirs
+        return outputs(module, tensors, pair.ours.base.outputs, **without_cache(module.base_model))
 
 
 def tensors_in(path: Path) -> dict[str, torch.Tensor]:
@@ -196,7 +218,7 @@ def test_what_is_saved_loads_in_peft(zoo: Zoo, pairs: Any, case: str, name: str,
         assert written.get(key) == known.get(key), key
 
 
-@pytest.mark.parametrize("name", HUGGING_FACE)
+@pytest.mark.parametrize("name", marked(HUGGING_FACE))
 @pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
 def test_an_adapter_made_here_is_one_peft_makes(zoo: Zoo, name: str, method: str, tmp_path: Path) -> None:
     """The other direction: inserted by adaptc, trained (here: perturbed), opened in PEFT."""
@@ -205,7 +227,7 @@ def test_an_adapter_made_here_is_one_peft_makes(zoo: Zoo, name: str, method: str
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         twin = peft.PeftModel.from_pretrained(zoo.fresh(name), tmp_path).eval()
-    more = {"use_cache": False} if FAMILIES[name].cache else {}
+    more = without_cache(zoo.eager(name))
     for batch, length in SHAPES[:2]:
         tensors = inputs(name, batch, length, pad=batch > 1)
         with torch.no_grad():

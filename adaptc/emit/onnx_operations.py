@@ -1,0 +1,65 @@
+"""Operations that torch's ONNX exporter has no form for, or one that computes something else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import onnx_ir as ir
+import onnxscript
+import torch
+from onnxscript.function_libs.torch_lib.ops.nn import aten_scaled_dot_product_attention
+
+op: Any = onnxscript.opset18
+
+
+def translations(targets: Iterable[Any]) -> dict[torch._ops.OpOverload, Callable[..., Any]]:
+    """What computes those of these operations that have a form here."""
+    known = {target for target in targets if isinstance(target, torch._ops.OpOverload)}
+    return {target: TRANSLATIONS[target.name()] for target in known if target.name() in TRANSLATIONS}
+
+
+def attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """The exporter's own, but a query that sees no key gives zeros, as in torch, not the mean of all values.
+
+    Such queries are padding on the left, or beyond a sliding window.
+    """
+    found = aten_scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+    )
+    if attn_mask is None or attn_mask.dtype != ir.DataType.BOOL:
+        return found
+    last = op.Constant(value_ints=[-1])
+    sees = op.Cast(op.ReduceMax(op.Cast(attn_mask, to=ir.DataType.INT32), last), to=ir.DataType.BOOL)
+    return op.Where(sees, found, op.CastLike(op.Constant(value_float=0.0), query))
+
+
+def grouped_product(rows: Any, weight: Any, ends: Any) -> Any:
+    """`rows[start:end] @ weight[e]` for each expert e, whose rows end at `ends[e]`.
+
+    rows (s, in), weight (experts, in, out), ends (experts,).
+    """
+    axis, start, parts = op.Constant(value_ints=[0]), op.Constant(value_ints=[0]), []
+    ends = op.Cast(ends, to=ir.DataType.INT64)
+    for expert in range(weight.shape[0]):
+        end = op.Gather(ends, op.Constant(value_ints=[expert]))
+        product = op.Gather(weight, op.Constant(value_int=expert))
+        parts.append(op.MatMul(op.Slice(rows, start, end, axis), product))
+        start = end
+    return op.Concat(*parts, axis=0)
+
+
+TRANSLATIONS: Mapping[str, Callable[..., Any]] = {
+    "aten::scaled_dot_product_attention": attention,
+    "transformers::grouped_mm_fallback": grouped_product,
+}
+"""An operation by torch's name -> what computes it in ONNX."""

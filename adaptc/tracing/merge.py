@@ -1,0 +1,184 @@
+"""One graph for both modes: a trace in training mode merged into the trace in evaluation mode."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from adaptc.errors import TraceError
+from adaptc.graph import attribute
+from adaptc.sites import source_of
+from adaptc.tracing.modes import scaled_by_training, training_node
+from adaptc.tracing.noise import IDENTITIES, Noise, bare, is_size, writes
+
+aten = torch.ops.aten
+
+
+def follow_training(module: fx.GraphModule, other: fx.GraphModule) -> None:
+    """Merge a trace in training mode into the trace in evaluation mode, in place.
+
+    Both are walked side by side. Where they differ in a literal, the literal becomes a node: `False`/`True` the
+    module's `training`, `0`/`p` the product `p * training`. Dropout, other noise and the counter of batch norm,
+    which only run in training, are inserted. Sizes are compared by value, wherever a trace computes them.
+
+    Raises:
+        TraceError: the model computes something else in training.
+    """
+    _Merge(module, other).run()
+
+
+class _Merge:
+    def __init__(self, module: fx.GraphModule, other: fx.GraphModule):
+        self.graph, self.other = module.graph, other
+        mode = next(n.meta["val"].fake_mode for n in self.graph.nodes if n.op == "placeholder")
+        self.noise = Noise(self.graph, mode)
+        self.pairs = _Pairs()
+        self.unexplained: list[fx.Node] = []
+        """Operations of training only whose value has not taken the place of one of ours yet."""
+
+    def run(self) -> None:
+        here = [
+            n for n in self.graph.nodes if not (n.op == "get_attr" or n.target in IDENTITIES or is_size(n))
+        ]
+        position = 0
+        for theirs in self.other.graph.nodes:
+            ours = here[position] if position < len(here) else None
+            if theirs.op == "get_attr":
+                self.pairs[theirs] = self._same_weight(theirs)
+            elif theirs.target in IDENTITIES:
+                self.pairs[theirs] = self.pairs[theirs.args[0]]
+            elif ours is None:
+                self._differs(theirs)
+            elif not is_size(theirs) and self._corresponds(ours, theirs):
+                self.pairs[theirs] = ours
+                position += 1
+                self._merge(theirs, ours)
+            elif _counts_batches(theirs):
+                self._insert_count(theirs, ours)
+            else:
+                self._insert(theirs, ours)
+        if position < len(here):
+            self._differs(here[position])
+        self.noise.clean()
+        self.graph.lint()
+
+    def _same_weight(self, theirs: fx.Node) -> fx.Node | None:
+        """The node here that reads the same weight, or constant of the same value; None if nothing does."""
+        for node in self.graph.find_nodes(op="get_attr", target=theirs.target):
+            constant = node.meta.get("constant")  # of the graph itself, which carries its value
+            if constant is None or torch.equal(constant, attribute(self.other, str(theirs.target))):
+                return node
+        return None
+
+    def _corresponds(self, ours: fx.Node, theirs: fx.Node) -> bool:
+        """Whether both are the same operation on the same values; literals may differ."""
+        if (ours.op, ours.target) != (theirs.op, theirs.target):
+            return False
+        if ours.op == "placeholder":
+            return True
+        a, b = (
+            [leaf for leaf in pytree.tree_leaves((n.args, dict(n.kwargs))) if isinstance(leaf, fx.Node)]
+            for n in (ours, theirs)
+        )
+        return len(a) == len(b) and all(self._same(x, self.pairs[y]) for x, y in zip(a, b, strict=True))
+
+    def _same(self, ours: fx.Node, mapped: fx.Node | None) -> bool:
+        if mapped is None:
+            return False
+        if mapped in self.noise:
+            return self.noise.stands_for(mapped, ours)
+        if is_size(ours) and is_size(mapped):
+            return str(ours.meta["val"]) == str(mapped.meta["val"])
+        return bare(mapped) is bare(ours)
+
+    def _merge(self, theirs: fx.Node, ours: fx.Node) -> None:
+        if ours.op not in ("call_function", "output"):
+            return
+        width = max(len(theirs.args), len(ours.args))
+        ours.args = tuple(
+            self._merged(ours, _argument(ours, index), _argument(theirs, index)) for index in range(width)
+        )
+        ours.kwargs = {
+            key: self._merged(ours, ours.kwargs.get(key), theirs.kwargs.get(key))
+            for key in {**ours.kwargs, **theirs.kwargs}
+        }
+
+    def _merged(self, node: fx.Node, ours: Any, theirs: Any) -> Any:
+        if isinstance(ours, fx.Node) and isinstance(theirs, fx.Node):
+            mapped = self.pairs[theirs]
+            if mapped not in self.noise:
+                return ours
+            self.unexplained.clear()
+            return self.noise.select(mapped, ours, before=node)
+        if isinstance(ours, (list, tuple)) and isinstance(theirs, (list, tuple)) and len(ours) == len(theirs):
+            return type(ours)([self._merged(node, a, b) for a, b in zip(ours, theirs, strict=True)])
+        if type(ours) is type(theirs) and ours == theirs:
+            return ours
+        if ours is False and theirs is True:
+            return training_node(self.graph)
+        if ours == 0 and isinstance(theirs, float):
+            return scaled_by_training(self.graph, node, theirs)
+        return self._differs(node)
+
+    def _insert(self, theirs: fx.Node, before: fx.Node) -> None:
+        def operand(node: fx.Node) -> fx.Node:
+            found = self.pairs[node]
+            return self._differs(theirs) if found is None else found
+
+        if theirs.op != "call_function" or _writes_to_a_view(theirs):
+            self._differs(theirs)
+        node = self.noise.insert(theirs, operand, before)
+        self.pairs[theirs] = node
+        if writes(theirs.target):
+            self.pairs[theirs.args[0]] = node
+        if not is_size(node):
+            self.unexplained.append(theirs)
+
+    def _insert_count(self, theirs: fx.Node, before: fx.Node) -> None:
+        buffer = theirs.args[0]
+        assert isinstance(buffer, fx.Node)
+        flag = training_node(self.graph)
+        with self.graph.inserting_before(before):
+            ours = self.graph.get_attr(str(buffer.target))
+            ours.meta["val"] = buffer.meta["val"]
+            self.graph.call_function(aten.add_.Tensor, (ours, flag))
+
+    def _differs(self, node: fx.Node) -> Any:
+        first = next(iter(self.unexplained), node)
+        raise TraceError(
+            "the model computes differently in training, beyond dropout, other noise and batch norm: "
+            f"{first.format_node()}\n  at {source_of(first) or 'an unknown source line'}\n"
+            "  adaptc makes one graph for both modes; move that difference out of forward, or fix it by an argument"
+        )
+
+
+class _Pairs(dict[Any, Any]):
+    """A node of the training trace -> what stands for it here."""
+
+    def __missing__(self, key: Any) -> Any:
+        raise TraceError(f"the model reads {key} in training only, which adaptc cannot follow")
+
+
+def _argument(node: fx.Node, index: int) -> Any:
+    if index < len(node.args):
+        return node.args[index]
+    return node.target._schema.arguments[index].default_value  # type: ignore[union-attr]
+
+
+def _writes_to_a_view(node: fx.Node) -> bool:
+    """Whether an operation such as `mul_` changes more values than its operand."""
+    if not writes(node.target):
+        return False
+    written = node.args[0]
+    assert isinstance(written, fx.Node)
+    return any(getattr(other.target, "is_view", False) for other in (written, *written.users))
+
+
+def _counts_batches(node: fx.Node) -> bool:
+    """Batch norm's counter: `num_batches_tracked.add_(1)`."""
+    if node.target is not aten.add_.Tensor or node.kwargs or node.args[1] != 1:
+        return False
+    return isinstance(node.args[0], fx.Node) and node.args[0].op == "get_attr"
