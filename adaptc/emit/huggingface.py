@@ -69,7 +69,7 @@ def save_checkpoint(folded: Graph, base: Graph, directory: Path, max_shard_size:
     return {"class": type(model).__name__, "dtype": kind, "left_out": left_out}
 
 
-def load_checkpoint(base: Graph, directory: Path) -> nn.Module:
+def load_checkpoint(auto: Any, trust: bool, directory: Path) -> nn.Module:
     """What transformers' own `from_pretrained` makes of a directory, without a cache of keys and values.
 
     Raises:
@@ -77,13 +77,10 @@ def load_checkpoint(base: Graph, directory: Path) -> nn.Module:
     """
     from transformers import AutoConfig
 
-    origin = base.base.pretrained
-    assert origin is not None
-    trust = origin.trust_remote_code
     config = AutoConfig.from_pretrained(directory, trust_remote_code=trust)
     set_for_tracing(config)
     try:
-        model, info = load_pretrained(Pretrained(str(directory), origin.auto, config, trust))
+        model, info = load_pretrained(Pretrained(str(directory), auto, config, trust))
     except WeightError as error:  # the directory is a temporary one, which will be gone
         raise ProofError(str(error).replace(str(directory), directory.name)) from error
     wrong = [f"{what}: {', '.join(map(str, found))}" for what, found in info.items() if found]

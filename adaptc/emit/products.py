@@ -18,12 +18,13 @@ from adaptc.emit.onnx import OPSET, export_onnx, onnx_runner
 from adaptc.emit.peft import save
 from adaptc.emit.pieces import Pieces
 from adaptc.emit.places import places
+from adaptc.emit.reference import recorded
 from adaptc.emit.staging import Staging
 from adaptc.emit.torch import META, PROGRAM, load_torch, save_torch
 from adaptc.errors import ProofError
 from adaptc.graph import Graph
 from adaptc.plan import site_json
-from adaptc.proof import Each, Proof, runner
+from adaptc.proof import Each, Proof, Runner, runner
 from adaptc.spec import dump, load
 from adaptc.streaming import Batch, Outcome, Streamed
 
@@ -84,10 +85,9 @@ def _torch(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> Non
     write_manifest(
         manifest, common, {"name": PROGRAM, "format": "torch", "module": about}, [directory / PROGRAM]
     )
-    proof = compiled.prove(
-        "torch artifact", compiled.graph, Each(runner(module)), Each(runner(load_torch(directory)))
-    )
-    product = {"name": PROGRAM, "format": "torch", "module": about, "proof": asdict(proof)}
+    reference = Each(runner(module))
+    proof = compiled.prove("torch artifact", compiled.graph, reference, Each(runner(load_torch(directory))))
+    product = {"name": PROGRAM, "format": "torch", "module": about, **_proved(compiled, proof, reference)}
     write_manifest(manifest, common, product, [directory / PROGRAM])
 
 
@@ -130,7 +130,8 @@ def _onnx(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> None
     reference = Kept(compiled.streamed(graph), product["outputs"])
     beside = path.with_name(path.name + ".data")
     program = Pieces(path, final) if beside.exists() else Each(onnx_runner(path, final))
-    product["proof"] = asdict(compiled.prove(f"onnx, {entry.adapters}", graph, reference, program))
+    proof = compiled.prove(f"onnx, {entry.adapters}", graph, reference, program)
+    product |= _proved(compiled, proof, reference)
     files = [path]
     if beside.exists():
         files.append(beside.replace(staging.path(final.with_name(beside.name))))
@@ -174,14 +175,24 @@ def _huggingface(compiled: Compiled, entry: Any, staging: Staging, final: Path) 
     about = save_checkpoint(graph, compiled.base, directory, entry.max_shard_size)
     product = {"name": "checkpoint", "format": "hf", **about, "rounding": compiled.rounding(graph)}
     if fits(graph):
-        loaded = load_checkpoint(compiled.base, directory)
-        product["proof"] = asdict(compiled.prove("hf", graph, compiled.streamed(graph), Each(runner(loaded))))
+        origin = compiled.base.base.pretrained
+        assert origin is not None
+        loaded = load_checkpoint(origin.auto, origin.trust_remote_code, directory)
+        reference = compiled.streamed(graph)
+        proof = compiled.prove("hf", graph, reference, Each(runner(loaded)))
+        product |= _proved(compiled, proof, reference)
     else:
         product["checked"] = (
             f"read back tensor by tensor; not loaded, since it is over 1/{LOADED_SHARE} of memory"
         )
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     write_manifest(directory / MANIFEST, _common(compiled), product, files)
+
+
+def _proved(compiled: Compiled, proof: Proof, reference: Runner) -> dict[str, Any]:
+    """A product's proof, and what it takes to prove it again."""
+    kept = recorded(reference, compiled.base.inputs, compiled.spec.seed, proof.tolerance)
+    return {"proof": asdict(proof), "reference": kept}
 
 
 WRITERS: dict[str, Callable[[Compiled, Any, Staging, Path], None]] = {

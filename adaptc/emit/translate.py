@@ -36,7 +36,7 @@ from adaptc.tracing.export import dynamic_shapes, example_sizes, example_tensors
 def _vocabulary(
     opset: int, own: frozenset[Any]
 ) -> tuple[Any, frozenset[Any], Mapping[Any, Callable[..., Any]]]:
-    """The exporter's registry with `own` forms added, the operations in it, and the decompositions of those that are not."""
+    """The exporter's registry with forms of our own, the operations in it, and decompositions of those that are not."""
     from torch.onnx._internal.exporter import _constants, _decomp, _registration
 
     quiet = logging.getLogger("torch.onnx._internal.exporter._registration")
