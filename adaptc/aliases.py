@@ -57,6 +57,8 @@ def untie(graph: Graph, site: Site, nodes: dict[str, fx.Node]) -> Site:
     The site keeps its module's own name for the tensor, and the others keep theirs; where there is one name only,
     the site's tensor gets a new one.
     """
+    # An earlier site of the same tensor may have been untied since this one was chosen.
+    site = replace(site, parameter=next(s.parameter for s in graph.sites if s.uses[0] == site.uses[0]))
     others = elsewhere(graph, site)
     if not others or (site.parameter, site.uses[0].node) in graph.adapted:
         return site
@@ -68,10 +70,11 @@ def untie(graph: Graph, site: Site, nodes: dict[str, fx.Node]) -> Site:
         graph.attach(own, graph.weights[rest[0]])
     graph.aliases[own] = own
     graph.aliases.update(dict.fromkeys(rest, rest[0]))
-    old, mine, theirs = (graph.parameter_node(name) for name in (site.parameter, own, rest[0]))
+    mine, theirs = (graph.parameter_node(name) for name in (own, rest[0]))
     moved = {use.node for use in site.uses}
-    for user in list(old.users):
-        user.replace_input_with(old, mine if user.name in moved else theirs)
+    for old in [n for n in graph.nodes if n.op == "get_attr" and n.target in known]:
+        for user in list(old.users):
+            user.replace_input_with(old, mine if user.name in moved else theirs)
     for node in (mine, theirs):
         nodes[node.name] = node
 

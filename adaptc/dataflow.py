@@ -131,7 +131,8 @@ def _moved(node: fx.Node, labels: Mapping[fx.Node, Any]) -> Any:
     args, kwargs = map_arg(
         (node.args, dict(node.kwargs)), lambda n: labels[n] if n in labels else _number(n.meta["val"])
     )
-    return node.target(*args, **kwargs)  # type: ignore[operator]
+    call: Any = torch.reshape if operation(node) == "view" else node.target  # labels have other strides
+    return call(*args, **kwargs)
 
 
 def _number(size: Any) -> Any:

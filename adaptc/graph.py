@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.node import map_arg
 
 from adaptc.aliases import OnAlias
@@ -128,7 +129,7 @@ class Graph:
         """Insert an operation at the current insertion point, its value and origin recorded."""
         node = self.module.graph.call_function(target, args)
         values = map_arg(args, lambda operand: operand.meta.get("val", False))
-        with self.fake_mode, torch.no_grad():
+        with self.fake_mode, enable_python_dispatcher(), torch.no_grad():
             node.meta["val"] = target(*values)
         node.meta |= {k: v for k, v in like.meta.items() if k in ORIGIN}
         node.meta[VERIFIED] = signature(node)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field
 
 from adaptc.method import MATRIX_KINDS, Alpha, Dropout, Param, PeftFormat, Rank, WeightMethod
-from adaptc.names import ATTENTION, OUT_PROJECTION, matches_peft_key
+from adaptc.names import ATTENTION, OUT_PROJECTION, PACKED, matches_peft_key
 
 if TYPE_CHECKING:
     from adaptc.sites import Site
@@ -67,22 +67,23 @@ class LowRank(WeightMethod):
 
     def at(self, site: Site) -> Self:
         """The rank and alpha in force at this site: patterns first, then the entry's own."""
-        rank = next((v for k, v in self.rank_pattern.items() if matches_peft_key(k, site.module)), self.r)
-        alpha = self._alpha_of(site.module)
+        name = _name(site)
+        rank = next((v for k, v in self.rank_pattern.items() if matches_peft_key(k, name)), self.r)
+        alpha = self._alpha_of(name)
         dropout = 0.0 if site.kind in DROPLESS else self.dropout
         return replace(self, r=rank, alpha=alpha, dropout=dropout, rank_pattern={}, alpha_pattern={})
 
-    def _alpha_of(self, module: str) -> float:
-        return next((v for k, v in self.alpha_pattern.items() if matches_peft_key(k, module)), self.alpha)
+    def _alpha_of(self, name: str) -> float:
+        return next((v for k, v in self.alpha_pattern.items() if matches_peft_key(k, name)), self.alpha)
 
     @classmethod
     def from_peft(cls, options: dict[str, Any], targets: Sequence[str]) -> dict[str, Any]:
         """PEFT (0.21) adds the product twice to the output projection of an attention module that it adapts whole."""
         ranks, alphas = options.get("rank_pattern") or {}, options.get("alpha_pattern") or {}
         inner = re.escape(OUT_PROJECTION)
-        doubled = {f"{key}{inner}": 2 * alpha for key, alpha in alphas.items()}
-        doubled |= {f"{key}{inner}": 2 * options.get("alpha", cls.alpha) for key in targets}
-        same = {f"{key}{inner}": rank for key, rank in ranks.items()}
+        doubled = {f"(?:{key}){inner}": 2 * alpha for key, alpha in alphas.items()}
+        doubled |= {f"(?:{key}){inner}": 2 * options.get("alpha", cls.alpha) for key in targets}
+        same = {f"(?:{key}){inner}": rank for key, rank in ranks.items()}
         return {**options, "rank_pattern": {**same, **ranks}, "alpha_pattern": {**doubled, **alphas}}
 
     def factors(self, site: Site) -> dict[str, Param]:
@@ -127,7 +128,7 @@ class LowRank(WeightMethod):
             ), f"dropout has no input to go in front of on {site.kind}: leave it out for this entry"
         if rank <= limit:
             return None
-        key = next((key for key in self.rank_pattern if matches_peft_key(key, site.module)), None)
+        key = next((key for key in self.rank_pattern if matches_peft_key(key, _name(site))), None)
         place = ("r",) if key is None else ("rank_pattern", key)
         return place, f"rank r must be at most {limit} here, got {rank}"
 
@@ -135,3 +136,8 @@ class LowRank(WeightMethod):
     def scale(self) -> float:
         """alpha / r, or alpha / sqrt(r) with `rslora`."""
         return self.alpha / (self.r**0.5 if self.rslora else self.r)
+
+
+def _name(site: Site) -> str:
+    """What PEFT holds its patterns against: the module, or a parameter that is targeted by its own name."""
+    return site.module if site.leaf in ("weight", PACKED) else f"{site.module}.{site.leaf}"

@@ -130,7 +130,8 @@ class Convolution:
         if self.groups > 1:
             return None
         ones = (1,) * (len(self.kernel) - 1)
-        return Convolution(self.target, (0, *ones), ([1], [0], [1], 1), 1)
+        plain = self.target.overloadpacket.default  # that of padding="same" takes no numbers
+        return Convolution(plain, (0, *ones), ([1], [0], [1], 1), 1)
 
     def multiply(self, emit: Emit, x: fx.Node, E: fx.Node, flipped: bool, bias: Any) -> fx.Node:
         """The convolution with E's rows as kernels; E itself where it is only a view of them."""

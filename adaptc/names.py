@@ -17,6 +17,8 @@ def matches(pattern: str, name: str) -> bool:
 
 ATTENTION, OUT_PROJECTION = "MultiheadAttention", ".out_proj"
 """torch's attention module, whose output projection is no layer of its own: both are adapted together by PEFT."""
+PACKED = "in_proj_weight"
+"""The weight of query, key and value in that module: PEFT means it by the module's name."""
 ROLES = (
     *("attention.query", "attention.key", "attention.value", "attention.output"),
     *("feed_forward.in", "feed_forward.gate", "feed_forward.out", "embedding", "head"),

@@ -70,7 +70,7 @@ def declared(checkpoint: Checkpoint) -> Declared:
         for name in cls.peft.modules:
             options[name] = tuple(_patterns(checkpoint, cls.peft.options[name]))
         saved = [p for m in checkpoint.saved_modules for p in (m, f"*.{m}", f"{m}.*", f"*.{m}.*")]
-        exclude = (*_patterns(checkpoint, "exclude_modules"), *saved)
+        exclude = (*_attention_whole(_patterns(checkpoint, "exclude_modules")), *saved)
         as_stored = bool(config.get("target_parameters"))
         return Declared(cls, _checked(checkpoint, cls, options), _target(checkpoint), exclude, as_stored)
     known = sorted({cls.peft.type for cls in load_methods().values() if cls.peft and cls.peft.type})
@@ -181,10 +181,14 @@ def _patterns(checkpoint: Checkpoint, key: str) -> list[str]:
     return [f"re:(.*\\.)?{re.escape(name)}" for name in value]
 
 
+def _attention_whole(patterns: list[str]) -> list[str]:
+    """PEFT adapts nn.MultiheadAttention whole: naming it, or leaving it out, means its output projection too."""
+    regexes = [p.removeprefix("re:") for p in patterns if p != ALL_LINEAR]
+    return patterns + [f"re:(?:{regex}){re.escape(OUT_PROJECTION)}" for regex in regexes]
+
+
 def _target(checkpoint: Checkpoint) -> Any:
-    patterns = _patterns(checkpoint, "target_modules")
-    # PEFT adapts nn.MultiheadAttention whole: naming it means its output projection too.
-    patterns += [f"{pattern}{re.escape(OUT_PROJECTION)}" for pattern in patterns if pattern != ALL_LINEAR]
+    patterns = _attention_whole(_patterns(checkpoint, "target_modules"))
     patterns += _patterns(checkpoint, "target_parameters")
     if not patterns:
         raise WeightError(f"{checkpoint.path / CONFIG}: its configuration names no target_modules")

@@ -6,11 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from adaptc.method import MATRIX_KINDS, Param
-from adaptc.names import ATTENTION, OUT_PROJECTION
+from adaptc.names import ATTENTION, OUT_PROJECTION, PACKED
 from adaptc.sites import Site
-
-PACKED = "in_proj_weight"
-"""The weight of query, key and value in `nn.MultiheadAttention`."""
 
 
 @dataclass(frozen=True)

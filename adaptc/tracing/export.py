@@ -72,7 +72,8 @@ def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False
         False
     )  # it fuses a whole layer, and an adapter inside could not sit there
     try:
-        with warnings.catch_warnings():
+        # Without gradients a trace leaves out conversions, whoever calls.
+        with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore")
             program = torch.export.export(
                 model, (), examples, dynamic_shapes=dynamic_shapes(inputs), strict=False
