@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from adaptc.emit.inference import inference_graph
 from adaptc.errors import AdaptcError
 from adaptc.graph import Graph
 from adaptc.tracing.export import dynamic_shapes, example_sizes, example_tensors
+from adaptc.tracing.quiet import quietly
 from adaptc.weights import Weight
 
 OPSET = 20
@@ -57,11 +56,8 @@ def _export(graph: Graph, opset: int) -> Any:
 
     examples = example_tensors(graph.inputs, example_sizes(graph.inputs))
     graph.module.eval()
-    quiet = logging.getLogger("torch.onnx._internal.exporter._registration")
-    quiet.setLevel(logging.ERROR)  # it warns of every operation of packages that are not installed
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quietly():
             program = torch.export.export(
                 graph.module, (), examples, dynamic_shapes=dynamic_shapes(graph.inputs), strict=False
             )

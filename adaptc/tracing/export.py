@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +13,8 @@ from torch.utils import _pytree as pytree
 from adaptc.errors import InputError, TraceError
 from adaptc.inputs import InputSpec
 from adaptc.tracing.explain import check_signature, explain, fixed_dimension
+from adaptc.tracing.guards import check_sizes
+from adaptc.tracing.quiet import quietly
 
 aten = torch.ops.aten
 REGIONS = (torch.ops.higher_order.wrap_with_set_grad_enabled, torch.ops.higher_order.wrap_with_autocast)
@@ -68,16 +69,18 @@ def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False
     modes = {module: module.training for module in model.modules()}
     model.train(training)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quietly():
             program = torch.export.export(
                 model, (), examples, dynamic_shapes=dynamic_shapes(inputs), strict=False
             )
+            check_sizes(model, program, inputs, sizes)
+    except TraceError:
+        raise
     except Exception as error:
         fixed = fixed_dimension(inputs, sizes, str(error))
         if fixed:
             raise InputError(fixed) from error
-        raise TraceError(explain(model, error)) from error
+        raise TraceError(explain(model, error, examples)) from error
     finally:
         for module, mode in modes.items():
             module.training = mode

@@ -17,7 +17,7 @@ from adaptc.errors import TraceError, WeightError
 from adaptc.inputs import InputSpec
 from adaptc.names import nearest
 from adaptc.tracing.base import Base
-from adaptc.tracing.derive import derive_inputs, parts_of, set_for_tracing
+from adaptc.tracing.derive import choices, derive_inputs, parts_of, set_for_tracing
 from adaptc.tracing.module import held_weights
 from adaptc.weights import Held, Stored, Weight, read_safetensors
 
@@ -84,6 +84,7 @@ def load(model: str, entry: BaseEntry, seed: int, inputs: tuple[InputSpec, ...])
             f"{model} cannot be loaded for task {task!r}: {str(error).splitlines()[0]}"
         ) from error
     fake_parameters(module)
+    notes += choices(module)
     files = tuple(sorted(directory.glob("*.safetensors"))) if directory.is_dir() else ()
 
     def weights() -> dict[str, Weight]:
