@@ -18,7 +18,7 @@ from adaptc.errors import TraceError, WeightError
 from adaptc.inputs import InputSpec
 from adaptc.names import nearest
 from adaptc.tracing.base import Base, Pretrained
-from adaptc.tracing.derive import derive_inputs, set_for_tracing
+from adaptc.tracing.derive import choices, derive_inputs, set_for_tracing
 from adaptc.tracing.module import held_weights
 from adaptc.tracing.stored import stored_weights, untie_as_stored
 from adaptc.weights import Weight
@@ -81,6 +81,7 @@ def load(model: str, entry: BaseEntry, seed: int, inputs: tuple[InputSpec, ...])
         raise TraceError(
             f"{model} cannot be loaded for task {task!r}: {str(error).splitlines()[0]}"
         ) from error
+    notes += choices(module)
     files = tuple(sorted(directory.glob("*.safetensors"))) if directory.is_dir() else ()
     notes += untie_as_stored(module, directory) if files else []
     fake_parameters(module)
