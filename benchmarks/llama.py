@@ -80,7 +80,8 @@ def write_checkpoint(shape: Shape, directory: Path) -> None:
         if sum(tensor.nbytes for tensor in shard.values()) > SHARD:
             index |= _write_shard(shard, directory)
             shard = {}
-    index |= _write_shard(shard, directory)
+    if shard:
+        index |= _write_shard(shard, directory)
     document = {"metadata": {"total_size": shape.nbytes}, "weight_map": index}
     (directory / "model.safetensors.index.json").write_text(json.dumps(document))
 
