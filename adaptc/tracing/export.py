@@ -113,6 +113,8 @@ def normalise(module: fx.GraphModule) -> fx.GraphModule:
         if node.target in (aten._assert_tensor_metadata.default, torch._check):
             graph.erase_node(node)
             continue
+        if node.target is aten.embedding.default and len(node.args) > 4:
+            node.update_arg(4, False)  # sparse gradients are for a table that is trained itself
         constants = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, torch.device)]
         if node.op == "call_function" and constants and followed is not None:
             if device is None:
