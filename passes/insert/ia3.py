@@ -39,7 +39,7 @@ class Ia3(WeightMethod):
         return replace(self, feedforward=("*",) if matches_any(self.feedforward, site.module) else ())
 
     def refuses(self, site: Site) -> tuple[tuple[str, ...], str] | None:
-        """A grouped convolution's columns are not its input channels; a transposed one's rows not its output channels."""
+        """A grouped convolution's columns are not its input channels, a transposed one's rows not its output."""
         if site.rows_repeat or (site.groups > 1 and self.at(site).feedforward):
             return (
                 "feedforward",
