@@ -12,7 +12,7 @@ import torch
 from adaptc.checkpoint import Checkpoint, load, match
 from adaptc.graph import Adaptation, Graph
 from adaptc.method import PeftFormat, options_of
-from adaptc.peft_keys import PeftLayout
+from adaptc.peft_keys import PeftLayout, as_stored
 from adaptc.registry import method_named
 from adaptc.sites import Site
 
@@ -71,7 +71,7 @@ def records_of(graph: Graph) -> list[AdapterRecord]:
     for (entry, method, adapter), group in groups.items():
         layout = PeftLayout(beside[entry, adapter], places_of(graph))
         own = PeftLayout([a.site for a in group], layout.order)
-        in_peft = own.known and all(a.declared.in_peft(a.site) and not a.site.rows for a in group)
+        in_peft = own.known and all(_in_peft(a, graph) for a in group)
         tensors = tuple(
             AdapterTensor(name, layout.key(a.site, param) if in_peft else a.site.key(param.key), param.shape)
             for a in group
@@ -96,6 +96,11 @@ def records_of(graph: Graph) -> list[AdapterRecord]:
             )
         )
     return found
+
+
+def _in_peft(a: Adaptation, graph: Graph) -> bool:
+    """Whether PEFT would compute the same from what is stored: it takes no slices, and parameters as they lie."""
+    return a.declared.in_peft(a.site) and not a.site.rows and as_stored(a.site, graph).layout == a.site.layout
 
 
 def places_of(graph: Graph) -> dict[str, int]:

@@ -20,6 +20,7 @@ from adaptc.spec import Spec, load, require_base, resolve_path
 from adaptc.streaming import Streamed
 from adaptc.tracing.base import Base
 from adaptc.tracing.graph import trace
+from adaptc.tracing.stored import CONFIG
 
 After = Callable[[str, Graph], Any]
 
@@ -130,10 +131,10 @@ def _huggingface(spec: Spec, entry: Any, inputs: tuple[Any, ...]) -> Base:
         raise spec.error(("base", "task"), unknown)
     directory = resolve_path(spec, entry.model)
     if directory.exists():
-        if not (directory / huggingface.CONFIG).is_file():
+        if not (directory / CONFIG).is_file():
             raise spec.error(
                 ("base", "model"),
-                f"{directory} holds no {huggingface.CONFIG}",
+                f"{directory} holds no {CONFIG}",
                 "expected a Hugging Face model directory",
             )
         return huggingface.load(str(directory), entry, spec.seed, inputs)

@@ -15,8 +15,8 @@ from adaptc.graph import ORIGIN, Graph
 from adaptc.weights import Weight
 
 Traced = tuple[fx.Graph, list[str]]
-ROWS = 32
-"""Rows of a folded weight whose rounding is measured at once."""
+PIECE = 2**15
+"""Numbers of a folded weight whose rounding is measured at once: as many as torch computes with on one thread."""
 
 
 def trace_expression(function: Callable[..., torch.Tensor], W: Any, theta: Mapping[str, Any]) -> Traced:
@@ -117,7 +117,8 @@ class Folded(Weight):
 
 def _change(exact: torch.Tensor, rounded: torch.Tensor) -> float:
     """The largest difference, a few rows at a time: memory holds no third wide tensor."""
-    pieces = [torch.atleast_1d(tensor).split(ROWS) for tensor in (exact, rounded)]
+    rows = max(1, PIECE * len(torch.atleast_1d(exact)) // exact.numel())
+    pieces = [torch.atleast_1d(tensor).split(rows) for tensor in (exact, rounded)]
     return max(_largest(a - b) for a, b in zip(*pieces, strict=True))
 
 

@@ -120,10 +120,7 @@ class Graph:
     @property
     def parameter_sites(self) -> list[Site]:
         """Every parameter as a site of its own, biases too: what whole-module methods choose from."""
-        return [
-            replace(site, kind="parameter", layout=None, bias=None, bias_uses=(), shared=False)
-            for site in self.sites
-        ]
+        return [site.as_parameter() for site in self.sites]
 
     def call(self, target: Any, *args: Any, like: fx.Node) -> fx.Node:
         """Insert an operation at the current insertion point, its value and origin recorded."""

@@ -14,8 +14,8 @@ from adaptc.aliases import OnAlias, untie
 from adaptc.errors import Refusal, RefusedError
 from adaptc.expression import Traced, cut, splice, trace_expression
 from adaptc.graph import Adaptation, Graph
-from adaptc.layout import Layout
 from adaptc.method import Method, Param, WeightMethod
+from adaptc.peft_keys import as_stored
 from adaptc.pipeline import Pass
 from adaptc.select import Selection, Target, select
 from adaptc.sites import Site
@@ -55,7 +55,7 @@ class Insert(Pass):
         found = select(graph, self.target, self.exclude, self.method)
         if not self.as_stored:
             return found
-        return dataclasses.replace(found, sites=tuple(_as_stored(site, graph) for site in found.sites))
+        return dataclasses.replace(found, sites=tuple(as_stored(site, graph) for site in found.sites))
 
     def refused(self, site: Site) -> tuple[tuple[str, ...], str] | None:
         """The option at fault and why this cannot be inserted at a site; None if it can."""
@@ -120,7 +120,7 @@ class Insert(Pass):
         nodes: dict[str, fx.Node],
     ) -> None:
         if self.on_alias == "untie":
-            site = untie(graph, site, nodes)
+            site = untie(graph, site, nodes, bias=method.adapts_bias())
         value = graph.value_of(site.parameter, site.uses, nodes)
         params = method.stored(site)
         named: dict[str, tuple[str, Param]] = {}
@@ -178,16 +178,6 @@ class Insert(Pass):
             return made.to(site.dtype).clone()
 
         return Computed(param.shape, site.dtype, make)
-
-
-def _as_stored(site: Site, graph: Graph) -> Site:
-    if site.leaf == "weight" or site.kind not in ("linear", "experts") or len(site.shape) not in (2, 3):
-        return site
-    owner = graph.base.model.get_submodule(site.module) if graph.base.model is not None else None
-    turned = len(site.shape) == 3 and getattr(owner, "is_transposed", False)
-    last, before = len(site.shape) - 1, len(site.shape) - 2
-    out, inner = (last, before) if turned else (before, last)
-    return dataclasses.replace(site, layout=Layout((out,), (inner,), tuple(range(before))))
 
 
 def _unpacked(params: Mapping[str, Param], values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -72,7 +72,7 @@ def _convolution(axes: Axes) -> Layout | None:
 
 
 def _transposed_convolution(axes: Axes) -> Layout | None:
-    return _read(axes, out=range(1, len(axes)), inner=[0])
+    return _read(axes, out=[1], inner=[0, *range(2, len(axes))])
 
 
 def _embedding(axes: Axes) -> Layout | None:

@@ -44,7 +44,9 @@ class LowRank(WeightMethod):
     }
 
     @staticmethod
-    def peft_format(kind: str, options: Mapping[str, str] | None = None, **fixed: object) -> PeftFormat:
+    def peft_format(
+        kind: str, options: Mapping[str, str] | None = None, by_parameter: bool = False, **fixed: object
+    ) -> PeftFormat:
         """PEFT's configuration, which all of a kind share but for more options and what is fixed."""
         return PeftFormat(
             kind,
@@ -62,6 +64,7 @@ class LowRank(WeightMethod):
             ignored=frozenset(
                 {"megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying"}
             ),
+            by_parameter=by_parameter,
             changes_base=("pissa", "olora", "corda", "loftq", "lora_ga"),
         )
 
@@ -116,6 +119,8 @@ class LowRank(WeightMethod):
         if site.type == ATTENTION and site.module.endswith(OUT_PROJECTION):
             whole = self._alpha_of(site.module.removesuffix(OUT_PROJECTION))
             return self.peft is not None and self._alpha_of(site.module) == 2 * whole
+        if site.by_parameter:
+            return self.peft is not None and self.peft.by_parameter and not self.dropout
         known = site.kind != "conv" or (site.groups == 1 and "transpose" not in site.op)
         return self.peft is not None and known
 

@@ -63,6 +63,7 @@ class PeftFormat:
         modules: options that are patterns here and lists of module names there.
         joins: the list in another method's configuration that holds this method's modules, for a method that
             has no checkpoint of its own (`modules_to_save`).
+        by_parameter: it can sit on a parameter that is no module's `weight` (`target_parameters`).
     """
 
     type: str | None
@@ -72,6 +73,7 @@ class PeftFormat:
     changes_base: tuple[str, ...] = ()
     modules: frozenset[str] = frozenset()
     joins: str | None = None
+    by_parameter: bool = False
 
 
 class Method:

@@ -3,11 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
+from adaptc.layout import Layout
 from adaptc.method import MATRIX_KINDS, Param
 from adaptc.names import ATTENTION, OUT_PROJECTION, PACKED
 from adaptc.sites import Site
+
+if TYPE_CHECKING:
+    from adaptc.graph import Graph
+
+
+def as_stored(site: Site, graph: Graph) -> Site:
+    """The site as PEFT's `target_parameters` reads it: (out, in) or (experts, out, in), however the model multiplies.
+
+    Three axes of a module that says `is_transposed` are (experts, in, out).
+    """
+    if not site.by_parameter or len(site.shape) not in (2, 3):
+        return site
+    owner = graph.base.model.get_submodule(site.module) if graph.base.model is not None else None
+    turned = len(site.shape) == 3 and getattr(owner, "is_transposed", False)
+    last, before = len(site.shape) - 1, len(site.shape) - 2
+    out, inner = (last, before) if turned else (before, last)
+    return replace(site, layout=Layout((out,), (inner,), tuple(range(before))))
 
 
 @dataclass(frozen=True)
@@ -35,13 +54,13 @@ class PeftLayout:
     @property
     def modules(self) -> list[str]:
         """What goes into `target_modules`."""
-        kept = [s for s in self._matrices() if not self.by_parameter(s) and not self._whole_attention(s)]
+        kept = [s for s in self._matrices() if not s.by_parameter and not self._whole_attention(s)]
         return list(dict.fromkeys(site.module for site in kept))
 
     @property
     def parameters(self) -> list[str]:
         """What goes into `target_parameters`."""
-        return [f"{site.module}.{site.leaf}" for site in self._matrices() if self.by_parameter(site)]
+        return [f"{site.module}.{site.leaf}" for site in self._matrices() if site.by_parameter]
 
     @property
     def known(self) -> bool:
@@ -52,15 +71,11 @@ class PeftLayout:
         }
         return packed == inner
 
-    def by_parameter(self, site: Site) -> bool:
-        """Whether PEFT targets this weight by its own name, not its module's."""
-        return site.kind in MATRIX_KINDS and site.leaf not in ("weight", PACKED)
-
     def _matrices(self) -> list[Site]:
         return [site for site in self.sites if site.kind in MATRIX_KINDS]
 
     def _parameters(self, module: str) -> list[Site]:
-        return [site for site in self._matrices() if site.module == module and self.by_parameter(site)]
+        return [site for site in self._matrices() if site.module == module and site.by_parameter]
 
     def _place(self, site: Site) -> int:
         return self.order[site.parameter]

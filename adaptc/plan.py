@@ -280,10 +280,14 @@ def _alias_notes(graph: Graph, entries: Sequence[Planned]) -> list[str]:
     }
     for found in entries:
         for site in found.selection.sites:
-            others = elsewhere(graph, site) if found.insert.on_alias in words else []
-            if others:
-                what = f"adapt.{found.entry}: {site.pattern}.{site.leaf} is also used by {places(others)}"
-                notes.append(f"{what}; it is {words[found.insert.on_alias]}")
+            if found.insert.on_alias not in words:
+                continue
+            beside = found.insert.method.adapts_bias() and site.bias
+            for name, bias in ((site.name, False), *([(str(site.bias), True)] if beside else [])):
+                others = elsewhere(graph, site, bias)
+                if others:
+                    what = f"adapt.{found.entry}: {name} is also used by {places(others)}"
+                    notes.append(f"{what}; it is {words[found.insert.on_alias]}")
     return notes
 
 

@@ -50,7 +50,7 @@ def select(graph: Graph, target: Target, exclude: Sequence[str], method: Method)
     used: set[str] = set()
     chosen, excluded = [], []
     for site in candidates:
-        names = _lineage(site.module) if whole else [site.module, f"{site.module}.{site.leaf}"]
+        names = _lineage(site.module) if whole else [site.module, site.name]
         if not wanted(site) or not any(_hits(sliced(p)[0], names, site, graph) for p in patterns):
             continue
         found: list[Site] = []

@@ -13,6 +13,7 @@ from torch import fx
 
 from adaptc.layout import Layout, consumers, operation
 from adaptc.method import MATRIX_KINDS
+from adaptc.names import PACKED
 
 KINDS = ("linear", "conv", "embedding", "experts", "parameter")
 """The kinds of site, as messages list them."""
@@ -57,6 +58,7 @@ class Site:
         rows: the ranges of rows of the matrix that a slice is made of.
         groups: of a grouped convolution.
         computed_bias: the bias beside it is no parameter, but computed from some.
+        foreign: where another module reads the weight in another way.
     """
 
     module: str
@@ -77,6 +79,7 @@ class Site:
     rows: tuple[tuple[int, int], ...] = ()
     groups: int = 1
     computed_bias: bool = False
+    foreign: tuple[Use, ...] = ()
 
     @property
     def out_features(self) -> int:
@@ -105,6 +108,33 @@ class Site:
     def transposed(self) -> bool:
         """Whether a linear weight is stored `(in, out)`, as GPT-2's Conv1D does."""
         return self.kind == "linear" and self.layout is not None and self.layout.out == (1,)
+
+    def as_parameter(self) -> Site:
+        """The same weight as a parameter, wherever it is used."""
+        bare = {
+            "kind": "parameter",
+            "layout": None,
+            "bias": None,
+            "bias_uses": (),
+            "shared": False,
+            "foreign": (),
+        }
+        return replace(self, uses=(*self.uses, *self.foreign), **bare)
+
+    @property
+    def by_parameter(self) -> bool:
+        """Whether the weight is targeted by its own name: PEFT's `target_parameters`."""
+        return self.kind in MATRIX_KINDS and self.leaf not in ("weight", PACKED)
+
+    @property
+    def rows_repeat(self) -> bool:
+        """Whether a row makes several channels, as in every group of a grouped transposed convolution."""
+        return self.groups > 1 and "transpose" in self.op
+
+    @property
+    def name(self) -> str:
+        """The weight's full name in its own module."""
+        return ".".join(part for part in (self.module, self.leaf) if part)
 
     def _size(self, axes: Sequence[int]) -> int:
         return math.prod(self.shape[axis] for axis in axes)
@@ -229,6 +259,7 @@ def find_sites(graph: fx.Graph, names: Mapping[str, str], parameters: set[str]) 
 
 def _site(module: str, own: str, type_name: str, node: fx.Node, uses: list[tuple[fx.Node, int]]) -> Site:
     value = node.meta["val"]
+    uses, foreign = _own_and_foreign(module, node, uses)
     read = consumers(node, [user for user, _ in uses])
     layouts = {layout for _, layout in read}
     biases = {_bias_of(user) for user, _ in read}
@@ -251,12 +282,27 @@ def _site(module: str, own: str, type_name: str, node: fx.Node, uses: list[tuple
         bias_uses=tuple(Use(user.name, BIASES[operation(user)]) for user, _ in read) if bias else (),
         source=source_of(uses[0][0]),
         groups=_groups(read[0][0]) if read else 1,
+        foreign=tuple(Use(user.name, index) for user, index in foreign),
         computed_bias=layout is not None and bias is None and any(_has_bias(user) for user, _ in read),
     )
 
 
+def _own_and_foreign(
+    module: str, node: fx.Node, uses: list[tuple[fx.Node, int]]
+) -> tuple[list[tuple[fx.Node, int]], list[tuple[fx.Node, int]]]:
+    """Set apart uses by other modules that read the weight otherwise, such as a head made of an embedding's table."""
+    own = [use for use in uses if module_of(use[0])[0] == module]
+    foreign = [use for use in uses if use not in own]
+    if not own or not foreign:
+        return uses, []
+    mine, theirs = (
+        {layout for _, layout in consumers(node, [u for u, _ in part])} for part in (own, foreign)
+    )
+    return (uses, []) if mine == theirs else (own, foreign)
+
+
 def _groups(node: fx.Node) -> int:
-    groups = node.args[6] if operation(node) in ("conv1d", "conv2d", "conv3d") and len(node.args) > 6 else 1
+    groups = node.args[6] if operation(node).startswith("conv") and len(node.args) > 6 else 1
     assert isinstance(groups, int)
     return groups
 

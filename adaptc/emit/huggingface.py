@@ -20,7 +20,8 @@ from adaptc.errors import AdaptcError, ProofError, Refusal, RefusedError, Weight
 from adaptc.graph import Graph
 from adaptc.tracing.base import Pretrained
 from adaptc.tracing.derive import parts_of, set_for_tracing
-from adaptc.tracing.huggingface import CONFIG, first_names, load_pretrained
+from adaptc.tracing.huggingface import load_pretrained
+from adaptc.tracing.stored import CONFIG, first_names
 
 GENERATION = "generation_config.json"
 WEIGHTS = (

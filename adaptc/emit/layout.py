@@ -11,7 +11,7 @@ from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
-from adaptc.tracing.huggingface import first_names
+from adaptc.tracing.stored import first_names
 from adaptc.weights import Computed, Weight
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
@@ -30,6 +29,7 @@ from adaptc.emit.onnx_operations import translations
 from adaptc.errors import AdaptcError
 from adaptc.graph import ORIGIN, Graph, attribute
 from adaptc.tracing.export import dynamic_shapes, example_sizes, example_tensors, normalise
+from adaptc.tracing.quiet import quietly
 
 
 @cache
@@ -58,8 +58,7 @@ def translate(graph: Graph, opset: int) -> Any:
     from torch.onnx._internal.exporter import _core
 
     try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
+        with quietly(), torch.no_grad():
             graph = functional(graph)
             registry, known, table = _vocabulary(
                 opset, frozenset(translations(n.target for n in graph.nodes))

@@ -114,6 +114,18 @@ def set_for_tracing(config: Any) -> list[str]:
     return list(dict.fromkeys(notes))
 
 
+def choices(model: Any) -> list[str]:
+    """What a built model has settled on, where there is another way that a graph can follow."""
+    can = getattr(model, "_can_set_experts_implementation", None)
+    if can is None or not can():
+        return []
+    chosen = model.config._experts_implementation
+    return [
+        f"experts_implementation is {chosen}; grouped_mm sorts tokens by their expert, batched_mm copies an expert's "
+        "weights for each token (set it in base.config)"
+    ]
+
+
 def parts_of(config: Any) -> list[Any]:
     """A configuration and those inside it, such as a text model's and an image model's."""
     return [config, *(value for value in vars(config).values() if hasattr(value, "to_dict"))]

@@ -7,6 +7,7 @@ import linecache
 import re
 import sysconfig
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,6 +22,80 @@ LIBRARIES = (
     str(Path(sysconfig.get_path("stdlib"))),
 )
 """Where a line is not the model author's, except below site-packages."""
+INSTALLED = "site-packages"
+"""Where a line is a library's."""
+ON_VALUES = r"data-dependent|DataDependent|guard on"
+"""How torch says that something depends on the values of a tensor."""
+
+
+@dataclass(frozen=True)
+class Reason:
+    """One way in which a forward cannot be traced: how torch's words and the source line show it, and what helps."""
+
+    words: str
+    source: str
+    what: str
+    expected: str
+    advice: str
+
+    def fits(self, words: str, source: str) -> bool:
+        """Whether this is the reason."""
+        return bool(re.search(self.words, words) and re.search(self.source, source))
+
+
+REASONS = (
+    Reason(
+        r"\.numpy\(\)|__array__|ndarray",
+        r"",
+        "a tensor leaves torch for numpy",
+        "operations of torch only: numpy's results would be constants of the graph",
+        "write it with torch, or compute it before the model is called and hand it in as an input",
+    ),
+    Reason(
+        ON_VALUES,
+        r"^assert\b",
+        "an assertion depends on the values of a tensor",
+        "a forward that runs the same operations whatever the values are",
+        "check it before the model is called, and leave it out of forward",
+    ),
+    Reason(
+        ON_VALUES,
+        r"^(for|while)\b|\brange\(",
+        "the number of turns of a loop depends on the values of a tensor",
+        "a loop over shapes, or over numbers known before the call",
+        "run as many turns as there can be and keep what counts by torch.where, or move the loop out of forward",
+    ),
+    Reason(
+        ON_VALUES,
+        r"^(if|elif)\b|\bif\b.*\belse\b|\bbool\(",
+        "a branch depends on the values of a tensor",
+        "a forward whose control flow does not depend on tensor values",
+        "use torch.where or torch.cond there, or move that choice out of forward",
+    ),
+    Reason(
+        ON_VALUES,
+        r"\bint\(|\.tolist\(|\[.*:.*\]|\b(arange|zeros|ones|full|empty|expand|view|reshape|narrow|split)\(",
+        "a size depends on the values of a tensor",
+        "sizes that follow from the shapes of the inputs",
+        "keep the whole tensor and mask by torch.where what should be cut off, or compute the size before the model "
+        "is called",
+    ),
+    Reason(
+        ON_VALUES,
+        r"\bfloat\(|\.item\(",
+        "a number is taken out of a tensor",
+        "values that stay tensors",
+        "leave out float() or .item(): a tensor without dimensions computes like a number",
+    ),
+    Reason(
+        ON_VALUES,
+        r"",
+        "something there depends on the values of a tensor",
+        "a forward whose control flow and sizes do not depend on tensor values",
+        "use torch.where or torch.cond there, or move it out of forward",
+    ),
+)
+"""The reasons that are known; the first that fits is told."""
 
 
 def check_signature(model: nn.Module, inputs: Sequence[InputSpec]) -> None:
@@ -55,30 +130,50 @@ def fixed_dimension(inputs: Sequence[InputSpec], sizes: Mapping[str, int], text:
     )
 
 
-def explain(model: nn.Module, error: Exception) -> str:
-    """What torch.export said first, the author's line, and what to do where that is known."""
-    text = str(error).strip()
-    first = next((line for line in text.splitlines() if line.strip()), type(error).__name__)
-    frames = re.findall(r'File "([^"]+)", line (\d+), in \S+', text)
+def explain(model: nn.Module, error: Exception, examples: Mapping[str, torch.Tensor]) -> str:
+    """What cannot be traced, at the author's own line; what was expected there, and what to do."""
+    words = str(error).strip()
+    first = next((line.strip() for line in words.splitlines() if line.strip()), type(error).__name__)
+    places = _places(error, words)
+    source = linecache.getline(*places[-1]).strip() if places else ""
+    reason = next((reason for reason in REASONS if reason.fits(words, source)), None)
+    lines = [f"{type(model).__name__} could not be traced: {reason.what if reason else first}"]
+    lines += [f"  at {place(path, line)}" for path, line in _innermost(places)]
+    if reason is None:
+        shapes = ", ".join(f"{name} of shape {list(value.shape)}" for name, value in examples.items())
+        return "\n".join([*lines, f"  {type(error).__name__}, with {shapes}"])
+    lines += [f"  expected {reason.expected}", f"  {reason.advice}"]
+    if places and INSTALLED in places[-1][0]:
+        lines.append(
+            "  that line is a library's: a setting in base.config or another base.dtype may avoid it"
+        )
+    return "\n".join([*lines, f"  torch.export says: {first}"])
+
+
+def place(path: str, line: int) -> str:
+    """A line of source as people are shown it."""
+    return f"{path}:{line}    {linecache.getline(path, line).strip()}".rstrip()
+
+
+def _places(error: Exception, words: str) -> list[tuple[str, int]]:
+    """File and line of every frame of the model and of what it calls outside of torch, outermost first."""
+    frames = [(path, int(line)) for path, line in re.findall(r'File "([^"]+)", line (\d+), in \S+', words)]
     trace = error.__traceback__
     while trace is not None:
-        frames.append((trace.tb_frame.f_code.co_filename, str(trace.tb_lineno)))
+        frames.append((trace.tb_frame.f_code.co_filename, trace.tb_lineno))
         trace = trace.tb_next
-    outside = [(path, int(line)) for path, line in frames if _is_authors(path)]
-    lines = [f"{type(model).__name__} could not be traced: {first}"]
-    if outside:
-        path, line = outside[-1]
-        lines.append(f"  at {path}:{line}    {linecache.getline(path, line).strip()}".rstrip())
-    if any(word in text for word in ("data-dependent", "DataDependent", "guard on")):
-        lines.append(
-            "  torch.export needs a forward whose control flow does not depend on tensor values: "
-            "use torch.where or torch.cond there, or move that choice out of forward"
-        )
-    return "\n".join(lines)
+    return [(path, line) for path, line in frames if is_authors(path)]
 
 
-def _is_authors(path: str) -> bool:
+def _innermost(places: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
+    """The innermost line; where that is a library's, the innermost one of the author's own too."""
+    own = [(path, line) for path, line in places if INSTALLED not in path]
+    return list(dict.fromkeys([*places[-1:], *own[-1:]]))
+
+
+def is_authors(path: str) -> bool:
+    """Whether a file is the model author's or a library's, not torch's or ours."""
     torch_home, own_home, stdlib = LIBRARIES
     if path.startswith(("<", torch_home, own_home)):
         return False
-    return "site-packages" in path or not path.startswith(stdlib)
+    return INSTALLED in path or not path.startswith(stdlib)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +13,8 @@ from torch.utils import _pytree as pytree
 from adaptc.errors import InputError, TraceError
 from adaptc.inputs import InputSpec
 from adaptc.tracing.explain import check_signature, explain, fixed_dimension
+from adaptc.tracing.guards import check_sizes
+from adaptc.tracing.quiet import quietly
 
 aten = torch.ops.aten
 REGIONS = (torch.ops.higher_order.wrap_with_set_grad_enabled, torch.ops.higher_order.wrap_with_autocast)
@@ -73,16 +74,18 @@ def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False
     )  # it fuses a whole layer, and an adapter inside could not sit there
     try:
         # Without gradients a trace leaves out conversions, whoever calls.
-        with warnings.catch_warnings(), torch.enable_grad():
-            warnings.simplefilter("ignore")
+        with quietly(), torch.enable_grad():
             program = torch.export.export(
                 model, (), examples, dynamic_shapes=dynamic_shapes(inputs), strict=False
             )
+            check_sizes(model, program, inputs, sizes)
+    except TraceError:
+        raise
     except Exception as error:
         fixed = fixed_dimension(inputs, sizes, str(error))
         if fixed:
             raise InputError(fixed) from error
-        raise TraceError(explain(model, error)) from error
+        raise TraceError(explain(model, error, examples)) from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for module, mode in modes.items():
@@ -110,6 +113,8 @@ def normalise(module: fx.GraphModule) -> fx.GraphModule:
         if node.target in (aten._assert_tensor_metadata.default, torch._check):
             graph.erase_node(node)
             continue
+        if node.target is aten.embedding.default and len(node.args) > 4:
+            node.update_arg(4, False)  # sparse gradients are for a table that is trained itself
         constants = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, torch.device)]
         if node.op == "call_function" and constants and followed is not None:
             if device is None:

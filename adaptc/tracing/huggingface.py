@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 from dataclasses import replace
 from functools import cache
@@ -19,11 +18,10 @@ from adaptc.errors import TraceError, WeightError
 from adaptc.inputs import InputSpec
 from adaptc.names import nearest
 from adaptc.tracing.base import Base, Pretrained
-from adaptc.tracing.derive import derive_inputs, set_for_tracing
+from adaptc.tracing.derive import choices, derive_inputs, set_for_tracing
 from adaptc.tracing.module import held_weights
-from adaptc.weights import Held, Stored, Weight, read_safetensors
-
-CONFIG = "config.json"
+from adaptc.tracing.stored import stored_weights, untie_as_stored
+from adaptc.weights import Weight
 
 
 @cache
@@ -83,8 +81,10 @@ def load(model: str, entry: BaseEntry, seed: int, inputs: tuple[InputSpec, ...])
         raise TraceError(
             f"{model} cannot be loaded for task {task!r}: {str(error).splitlines()[0]}"
         ) from error
-    fake_parameters(module)
+    notes += choices(module)
     files = tuple(sorted(directory.glob("*.safetensors"))) if directory.is_dir() else ()
+    notes += untie_as_stored(module, directory) if files else []
+    fake_parameters(module)
 
     def weights() -> dict[str, Weight]:
         found = stored_weights(module, directory) if files else None
@@ -127,63 +127,6 @@ def fake_parameters(model: nn.Module) -> None:
             module._buffers[name] = torch.empty_like(buffer, device="cpu")
         if transient:  # transformers computes these where it initialises weights; they are in no checkpoint
             model._init_weights(module)  # type: ignore[operator]
-
-
-def stored_weights(model: nn.Module, directory: Path) -> dict[str, Weight] | None:
-    """The checkpoint's tensors under the model's names, or None where transformers must convert or initialise.
-
-    Raises:
-        WeightError: a file is broken, missing, or a tensor has another shape than the configuration says.
-    """
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        names = _shards(index)
-    else:
-        names = ["model.safetensors"] if (directory / "model.safetensors").is_file() else []
-    stored: dict[str, Stored] = {}
-    for name in names:
-        stored |= read_safetensors(directory / name)
-    prefix = getattr(model, "base_model_prefix", "") + "."
-    firsts = first_names(model)
-    buffers = dict(model.named_buffers(remove_duplicate=False))
-    found: dict[str, Weight] = {}
-    for name, first in firsts.items():
-        spellings = [
-            spelling
-            for n, f in firsts.items()
-            if f == first
-            for spelling in (n, n.removeprefix(prefix), prefix + n)
-        ]
-        source = next((stored[spelling] for spelling in (name, *spellings) if spelling in stored), None)
-        tensor = model.get_parameter(name) if name not in buffers else buffers[name]
-        if name in buffers and not isinstance(tensor, FakeTensor):
-            found[name] = Held(tensor)
-            continue
-        if source is None:
-            return None
-        if source.shape != tuple(tensor.shape):
-            raise WeightError(
-                f"{source.file}: tensor {source.key!r} has shape {list(source.shape)}, but {CONFIG} describes "
-                f"{list(tensor.shape)} for {name}; the file and the configuration belong to different models"
-            )
-        target = tensor.dtype if tensor.dtype.is_floating_point else source.dtype
-        found[name] = Stored(source.file, source.key, source.shape, target)
-    return found
-
-
-def _shards(index: Path) -> list[str]:
-    try:
-        names = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightError(f"{index}: broken, expected a JSON object with a weight_map ({error!r})") from None
-    return sorted(names)
-
-
-def first_names(model: nn.Module) -> dict[str, str]:
-    """Every name of a parameter or buffer -> the first name of the same tensor."""
-    seen: dict[int, str] = {}
-    both = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return {name: seen.setdefault(id(tensor), name) for name, tensor in both}
 
 
 def pretrained_weights(pretrained: Pretrained, seed: int, notes: list[str]) -> dict[str, Weight]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from adaptc.method import MATRIX_KINDS, Param, Patterns, PeftFormat, WeightMethod, method
-from adaptc.names import matches_any
+from adaptc.names import ATTENTION, matches_any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,17 +39,17 @@ class Ia3(WeightMethod):
         return replace(self, feedforward=("*",) if matches_any(self.feedforward, site.module) else ())
 
     def refuses(self, site: Site) -> tuple[tuple[str, ...], str] | None:
-        """A grouped or transposed convolution's columns are not the channels that come in."""
-        odd = site.kind == "conv" and (site.groups > 1 or "transpose" in site.op)
-        if odd and self.at(site).feedforward:
+        """A grouped convolution's columns are not its input channels; a transposed one's rows not its output channels."""
+        if site.rows_repeat or (site.groups > 1 and self.at(site).feedforward):
             return (
                 "feedforward",
-            ), "what comes into a grouped or transposed convolution cannot be scaled by its weight"
+            ) if self.feedforward else (), "a grouped convolution's weight has no such scale"
         return None
 
     def in_peft(self, site: Site) -> bool:
         """PEFT scales what goes into or out of linear layers and 2-D and 3-D convolutions."""
-        return site.kind == "linear" or site.op in ("conv2d", "conv3d")
+        known = site.kind == "linear" or site.op in ("conv2d", "conv3d")
+        return known and site.leaf == "weight" and site.type != ATTENTION
 
     def params(self, site: Site) -> dict[str, Param]:
         """l, all ones; a convolution has one for each channel: (1, channels, 1, 1)."""

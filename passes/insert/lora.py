@@ -25,7 +25,7 @@ class Lora(LowRank):
     lora_bias: bool = False
 
     peft: ClassVar[PeftFormat | None] = LowRank.peft_format(
-        "LORA", {"lora_bias": "lora_bias"}, use_dora=False
+        "LORA", {"lora_bias": "lora_bias"}, by_parameter=True, use_dora=False
     )
 
     def params(self, site: Site) -> dict[str, Param]:
@@ -35,8 +35,10 @@ class Lora(LowRank):
 
     def refuses(self, site: Site) -> tuple[tuple[str, ...], str] | None:
         """A trained bias needs one to be added to."""
-        if self.lora_bias and site.bias is None:
-            return ("lora_bias",), "this layer has no bias that lora_bias could be folded into"
+        if self.lora_bias and (site.bias is None or site.rows_repeat):
+            return (
+                "lora_bias",
+            ), "this layer has no bias, one for each row, that lora_bias could be folded into"
         return None
 
     def adapts_bias(self) -> bool:

@@ -53,8 +53,8 @@ TARGETS = {
     name: [p.removeprefix("*.").removeprefix("*") for p in FAMILIES[name].target] for name in HUGGING_FACE
 }
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
-DENSE = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
-TARGETS |= dict.fromkeys(("llama", "qwen3", "mistral", "gemma2"), DENSE)
+EVERY = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
+TARGETS |= dict.fromkeys(("llama", "qwen3", "mistral", "gemma2"), EVERY)
 TARGETS["mixtral"] = ATTENTION
 FEEDFORWARD = {name: [p.removeprefix("*.") for p in FAMILIES[name].feedforward] for name in HUGGING_FACE}
 FIRST = ("llama", "gpt2", "bert", "t5")

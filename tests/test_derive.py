@@ -1,0 +1,189 @@
+"""The inputs and settings of Hugging Face models: read from the main input and the configuration, and said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import adaptc
+from adaptc.compiler import make_base
+from adaptc.errors import SpecError
+from adaptc.graph import bind
+from adaptc.spec import load
+from adaptc.tracing.base import Base
+from adaptc.tracing.graph import trace
+from tests.families import close, outputs, randomise
+from tests.hugging_face import DECODER, ENCODER_DECODER, MODELS, TEXT, Model
+
+IDS = "int64[batch, seq]"
+WAVEFORM = Model(
+    "Wav2Vec2Config",
+    "ctc",
+    {
+        "vocab_size": 20,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+        "conv_dim": (8, 8),
+        "conv_kernel": (4, 3),
+        "conv_stride": (2, 2),
+        "num_feat_extract_layers": 2,
+        "num_conv_pos_embeddings": 4,
+        "num_conv_pos_embedding_groups": 2,
+    },
+)
+SPECTROGRAM = Model(
+    "ASTConfig",
+    "audio-classification",
+    {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "max_length": 20,
+        "num_mel_bins": 16,
+        "patch_size": 4,
+        "frequency_stride": 4,
+        "time_stride": 4,
+    },
+)
+RECTANGLE = Model("ViTConfig", "image-classification", MODELS["vit"].options | {"image_size": [16, 24]})
+TAGGER = Model("T5Config", "token-classification", MODELS["t5"].options | {"num_labels": 3})
+UNKNOWN = Model(
+    "Speech2TextConfig",
+    "speech-seq2seq",
+    dict(ENCODER_DECODER) | {"max_target_positions": 40},
+)
+
+
+def base_of(model: Model, path: Path, **more: Any) -> Base:
+    path.mkdir(exist_ok=True)
+    built = model.build()
+    built.config.architectures = [type(built).__name__]
+    built.config.save_pretrained(path)  # type: ignore[operator]
+    inputs = more.pop("inputs", {})
+    return make_base(load({"base": {"model": str(path), "task": model.task, **more}, "inputs": inputs}))
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs"),
+    [
+        (
+            MODELS["t5"],
+            {"input_ids": IDS, "attention_mask": IDS, "decoder_input_ids": "int64[batch, decoder_seq]"},
+        ),
+        (TAGGER, {"input_ids": IDS, "attention_mask": IDS}),
+        (MODELS["vit"], {"pixel_values": "float32[batch, 3, 24, 24]"}),
+        (RECTANGLE, {"pixel_values": "float32[batch, 3, 16, 24]"}),
+        (MODELS["resnet"], {"pixel_values": "float32[batch, 3, height, width]"}),
+        (
+            MODELS["whisper"],
+            {"input_features": "float32[batch, 8, 24]", "decoder_input_ids": "int64[batch, decoder_seq]"},
+        ),
+        (WAVEFORM, {"input_values": "float32[batch, samples]"}),
+        (SPECTROGRAM, {"input_values": "float32[batch, 20, 16]"}),
+    ],
+    ids=lambda value: value.config + "-" + value.task if isinstance(value, Model) else "",
+)
+def test_inputs_follow_from_the_configuration(model: Model, inputs: dict[str, str], tmp_path: Path) -> None:
+    assert {spec.name: str(spec) for spec in base_of(model, tmp_path).inputs} == inputs
+
+
+def test_inputs_have_the_dtype_of_the_base(tmp_path: Path) -> None:
+    (spec,) = base_of(MODELS["vit"], tmp_path, dtype="bfloat16").inputs
+    assert spec.dtype == "bfloat16"
+
+
+def test_inputs_of_the_spec_stay(tmp_path: Path) -> None:
+    base = base_of(MODELS["resnet"], tmp_path, inputs={"pixel_values": "float32[n, 3, 32, 32]"})
+    assert [str(spec) for spec in base.inputs] == ["float32[n, 3, 32, 32]"]
+
+
+def test_inputs_that_cannot_be_derived_are_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(
+        SpecError, match=r"Speech2TextForConditionalGeneration cannot be derived(.|\n)*input_features: float"
+    ):
+        base_of(UNKNOWN, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model", "notes"),
+    [
+        (
+            Model(
+                "BartConfig",
+                "seq2seq-lm",
+                ENCODER_DECODER | {"encoder_layerdrop": 0.5, "decoder_layerdrop": 0.5},
+            ),
+            [
+                "encoder_layerdrop is set to 0.0: a graph has a fixed number of layers",
+                "decoder_layerdrop is set to 0.0: a graph has a fixed number of layers",
+            ],
+        ),
+        (
+            WAVEFORM,
+            [
+                "layerdrop is set to 0.0: a graph has a fixed number of layers",
+                "apply_spec_augment is set to False: its masks are drawn in Python, outside of the graph",
+            ],
+        ),
+        (Model("LlamaConfig", "causal-lm", TEXT), []),
+    ],
+    ids=lambda value: value.config if isinstance(value, Model) else "",
+)
+def test_what_a_graph_cannot_follow_is_set_and_said(model: Model, notes: list[str], tmp_path: Path) -> None:
+    assert base_of(model, tmp_path).notes == notes
+
+
+@pytest.mark.parametrize("asked", [None, "eager", "batched_mm"])
+def test_the_way_of_the_experts_is_said(asked: str | None, tmp_path: Path) -> None:
+    more = {"config": {"experts_implementation": asked}} if asked else {}
+    base = base_of(MODELS["mixtral"], tmp_path, **more)
+    chosen = "batched_mm" if asked == "batched_mm" else "grouped_mm"
+    assert base.model is not None
+    assert base.model.config._experts_implementation == chosen  # type: ignore[union-attr]
+    assert any(note.startswith(f"experts_implementation is {chosen}") for note in base.notes)
+    replaced = [note for note in base.notes if note.startswith("experts_implementation is set to")]
+    assert bool(replaced) == (asked == "eager")
+    assert all("only the data tells" in note for note in replaced)
+
+
+@pytest.mark.slow
+def test_a_model_of_waveforms_is_the_eager_one_in_both_modes(tmp_path: Path) -> None:
+    """Its layer drop and its masks of the spectrum are off; its weight norm and group norm are not."""
+    eager = randomise(WAVEFORM.build(apply_spec_augment=False, layerdrop=0.0))
+    eager.save_pretrained(tmp_path)  # type: ignore[operator]
+    spec = {
+        "base": {"model": str(tmp_path), "task": "ctc"},
+        "adapt": [{"method": "lora", "target": "*_proj", "r": 2}],
+    }
+    compiled = adaptc.compile(spec)
+    for batch, samples in ((2, 80), (1, 33)):
+        tensors = {"input_values": torch.randn(batch, samples)}
+        for training in (False, True):
+            torch.manual_seed(3)
+            want = eager.train(training)(**tensors)["logits"]
+            torch.manual_seed(3)
+            close(compiled.module.train(training)(**tensors)["logits"], want, 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+def test_experts_compute_the_same_in_every_way(implementation: str, tmp_path: Path) -> None:
+    eager = randomise(MODELS["mixtral"].build())
+    eager.save_pretrained(tmp_path)  # type: ignore[operator]
+    eager.set_experts_implementation(implementation)  # type: ignore[operator]
+    for traced in ("grouped_mm", "batched_mm"):
+        base = {"model": str(tmp_path), "task": "causal-lm", "config": {"experts_implementation": traced}}
+        graph = trace(make_base(load({"base": base})))
+        module = bind(graph).eval()
+        for batch, length in ((2, 7), (1, 1), (3, 9)):
+            ids = torch.randint(0, DECODER["vocab_size"], (batch, length))
+            tensors = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            with torch.no_grad():
+                want = outputs(eager.eval(), tensors, ["logits"], use_cache=False)
+                close(module(**tensors)["logits"], want["logits"])
