@@ -121,7 +121,7 @@ def apart(model: nn.Module, made: Compiled, *modules: str) -> nn.Module:
 
 
 def check(made: Compiled, want: nn.Module, base: nn.Module, onnx: Path | None = None) -> None:
-    """Trainable, folded and, where a path is given, ONNX compute what is wanted, which the base does not."""
+    """Trainable, folded and (with a path) ONNX compute what is wanted, which is not what the base computes."""
     runners = [made.module.eval(), made.fold()]
     if onnx is not None:
         made.emit("onnx", onnx / "m.onnx")
