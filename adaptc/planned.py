@@ -69,7 +69,7 @@ def _from_checkpoint(graph: Graph, checkpoint: Checkpoint, common: dict[str, Any
     make: Any = load_passes()[f"insert-{what.method.name}"]
     chosen = {"target": what.target, "exclude": what.exclude, "as_stored": what.as_stored, "trained": True}
     item = make(**common, **chosen, **what.options)
-    if any(site.type == ATTENTION for site in item.selection(graph).sites):
+    if not checkpoint.own and any(site.type == ATTENTION for site in item.selection(graph).sites):
         options = what.method.from_peft(what.options, named_modules(checkpoint))
         item = make(**common, **chosen, **options)
     first = Planned(common["entry"], item, item.selection(graph), checkpoint)
