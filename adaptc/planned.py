@@ -76,8 +76,8 @@ def _from_checkpoint(graph: Graph, checkpoint: Checkpoint, common: dict[str, Any
     grouped = [s for s in first.selection.sites if s.groups > 1 and not item.method.in_peft(s)]
     if grouped and not checkpoint.own:
         raise WeightError(
-            f"{checkpoint.path}: PEFT's {item.method.name} on the grouped convolution {grouped[0].module} reaches across "
-            "groups, which no change of that layer's own weight does; train it without that layer, or by adaptc"
+            f"{checkpoint.path}: PEFT's {item.method.name} on the grouped convolution {grouped[0].module} reaches "
+            "across groups, which no change of that layer's own weight does; train it without that layer, or by adaptc"
         )
     joined = []
     if checkpoint.saved_modules:

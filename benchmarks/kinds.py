@@ -172,7 +172,7 @@ def row(kind: Kind, method: str) -> dict[str, str]:
     program = onnx_runner(work / "folded.onnx")
     compiled.save_adapter(work / "ours")
     again = _compiled(model, kind, {"adapter": str(work / "ours")}).module.eval()
-    worst = dict.fromkeys(("live", "fold", "onnx", "again"), 0.0)
+    worst: dict[str, float] = dict.fromkeys(("live", "fold", "onnx", "again"), 0.0)
     with torch.no_grad():
         for batch in (1, 4):
             x = kind.example(batch, batch)

@@ -1,4 +1,4 @@
-"""Which modules a checkpoint's `target_modules`, `layers_to_transform` and `layers_pattern` mean: as PEFT says itself."""
+"""What a checkpoint's `target_modules`, `layers_to_transform` and `layers_pattern` mean, as PEFT says itself."""
 
 from __future__ import annotations
 
