@@ -57,11 +57,9 @@ def untie(graph: Graph, site: Site, nodes: dict[str, fx.Node], bias: bool) -> Si
     # An earlier site of the same tensor may have been untied since this one was chosen.
     known = next(s for s in graph.sites if s.uses[0] == site.uses[0])
     own = _separated(graph, known.parameter, site.module, site.uses, nodes)
-    beside = (
-        known.bias and _separated(graph, known.bias, site.module, site.bias_uses, nodes)
-        if bias
-        else known.bias
-    )
+    beside = known.bias if site.bias else None  # a bias by itself has none
+    if beside and bias:
+        beside = _separated(graph, beside, site.module, site.bias_uses, nodes)
     return replace(site, parameter=own, bias=beside)
 
 

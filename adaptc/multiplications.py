@@ -131,7 +131,7 @@ class Convolution:
             return None
         ones = (1,) * (len(self.kernel) - 1)
         plain = self.target.overloadpacket.default  # that of padding="same" takes no numbers
-        return Convolution(plain, (0, *ones), ([1], [0], [1], 1), 1)
+        return Convolution(plain, (0, *ones), ([*ones], [0] * len(ones), [*ones], 1), 1)
 
     def multiply(self, emit: Emit, x: fx.Node, E: fx.Node, flipped: bool, bias: Any) -> fx.Node:
         """The convolution with E's rows as kernels; E itself where it is only a view of them."""

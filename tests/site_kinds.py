@@ -214,10 +214,10 @@ KINDS: dict[str, Kind] = {
     "conv-grouped": _conv(lambda: nn.Conv1d(16, 12, 3, padding=1, groups=2), "oii"),
     "conv-depthwise": _conv(lambda: nn.Conv1d(16, 32, 3, padding=1, groups=16), "oii"),
     "conv-transposed": _conv(
-        lambda: nn.ConvTranspose2d(8, 5, 3, stride=2, padding=(0, 1), output_padding=1, bias=False), "iooo", 2,
+        lambda: nn.ConvTranspose2d(8, 5, 3, stride=2, padding=(0, 1), output_padding=1), "ioii", 2,
             ),
     "conv-transposed-grouped": _conv(
-        lambda: nn.ConvTranspose1d(16, 6, 3, padding=1, groups=2, bias=False), "ioo"
+        lambda: nn.ConvTranspose1d(16, 6, 3, padding=1, groups=2, bias=False), "ioi", refused=SCALING
     ),
     "embedding": Kind(
         lambda: Layer(nn.Embedding(WORDS, WIDTH, padding_idx=PADDING)), ("l",), (Matrix("l.weight", "io"),),
@@ -240,16 +240,16 @@ KINDS: dict[str, Kind] = {
     "fused-roles": Kind(
         Fused, ("l[q,v]",), (Matrix("l.weight", rows=((0, 16),)), Matrix("l.weight", rows=((24, 32),)))
     ),
-    "sliced": _bare(lambda x, W: F.linear(x, W[4:12]), "oi", 20, WIDTH),
+    "sliced": _bare(lambda x, W: F.linear(x, W[4:12]), "oi", 20, WIDTH, in_peft=LORA),
     "right": _bare(lambda x, W: x @ W, "io", WIDTH, 12),
-    "left": _bare(lambda x, W: W @ x.transpose(1, 2), "oi", 12, WIDTH),
+    "left": _bare(lambda x, W: W @ x.transpose(1, 2), "oi", 12, WIDTH, in_peft=LORA),
     "addmm": _bare(
         lambda x, W: torch.addmm(x.new_ones(12), x.reshape(-1, WIDTH), W, beta=0.5, alpha=2), "io", WIDTH, 12,
         refused=SCALING,
     ),
-    "einsum": _bare(lambda x, W: torch.einsum("bsi,oi->bso", x, W), "oi", 12, WIDTH),
+    "einsum": _bare(lambda x, W: torch.einsum("bsi,oi->bso", x, W), "oi", 12, WIDTH, in_peft=LORA),
     "einsum-turned": _bare(lambda x, W: torch.einsum("bsi, io -> bso", x, W), "io", WIDTH, 12),
-    "einsum-first": _bare(lambda x, W: torch.einsum("oi,bsi->bso", W, x), "oi", 12, WIDTH),
+    "einsum-first": _bare(lambda x, W: torch.einsum("oi,bsi->bso", W, x), "oi", 12, WIDTH, in_peft=LORA),
     "einsum-heads": _bare(lambda x, W: torch.einsum("bsi,ihd->bshd", x, W), "ioo", WIDTH, 3, 4),
     "einsum-merge": _bare(
         lambda x, W: torch.einsum("bshd,hdo->bso", x.unflatten(-1, (4, 4)), W), "iio", 4, 4, 12
@@ -262,14 +262,14 @@ KINDS: dict[str, Kind] = {
         lambda x, W: torch.bmm(x, W.unsqueeze(0).expand(x.shape[0], -1, -1)), "io", WIDTH, 12
     ),
     "experts-in-out": _bare(lambda x, W: torch.bmm(_per_head(x), W), "eio", 4, 4, 12),
-    "experts-out-in": _bare(lambda x, W: torch.bmm(_per_head(x), W.transpose(1, 2)), "eoi", 4, 12, 4),
+    "experts-out-in": _bare(lambda x, W: torch.bmm(_per_head(x), W.transpose(1, 2)), "eoi", 4, 12, 4, in_peft=LORA),
     "experts-matmul": _bare(lambda x, W: torch.matmul(x.unsqueeze(1), W), "eio", 3, WIDTH, 12),
     "experts-baddbmm": _bare(
         lambda x, W: torch.baddbmm(x.new_ones(4, 1, 12), _per_head(x), W), "eio", 4, 4, 12
     ),
-    "experts-gathered": _bare(_gathered, "eoi", 4, 12, WIDTH),
+    "experts-gathered": _bare(_gathered, "eoi", 4, 12, WIDTH, in_peft=LORA),
     "experts-one-by-one": _bare(
-        lambda x, W: torch.cat([F.linear(x, W[0]), F.linear(x, W[-1]), x @ W[1].t()], -1), "eoi", 3, 12, WIDTH
+        lambda x, W: torch.cat([F.linear(x, W[0]), F.linear(x, W[-1]), x @ W[1].t()], -1), "eoi", 3, 12, WIDTH, in_peft=LORA
     ),
     "attention": _attention("in_proj_weight", "out_proj.weight"),
     "attention-batch-second": _attention("in_proj_weight", "out_proj.weight", batch_first=False, bias=False),
