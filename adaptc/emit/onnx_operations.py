@@ -7,9 +7,11 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from onnxscript import opset18 as op
+from onnxscript import opset18
 from onnxscript.function_libs.torch_lib.ops.nn import aten_scaled_dot_product_attention
 from torch import fx
+
+op: Any = opset18
 
 
 def translations(nodes: fx.Graph) -> dict[Any, Callable[..., Any]]:
@@ -43,7 +45,7 @@ def attention(
 
 
 def grouped_product(rows: Any, weight: Any, ends: Any) -> Any:
-    """`rows[start:end] @ weight[e]` for each expert e, whose rows end at `ends[e]`; rows (s, in), weight (e, in, out)."""
+    """`rows[start:end] @ weight[e]` for each expert e, whose rows end at `ends[e]`; weight (experts, in, out)."""
     axis, start, parts = op.Constant(value_ints=[0]), op.Constant(value_ints=[0]), []
     ends = op.Cast(ends, to=ir.DataType.INT64)
     for expert in range(weight.shape[0]):

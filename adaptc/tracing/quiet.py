@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
-
 LOGGERS = (
     "torch.fx.experimental.symbolic_shapes",  # these two tell, on the way to an error, what its text says too
     "torch._subclasses.fake_tensor",

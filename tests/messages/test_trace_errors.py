@@ -123,11 +123,23 @@ CASES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "Until": ("Until", "the number of turns of a loop depends on", ("a loop over shapes", "torch.where")),
     "Cut": ("Cut", "a size depends on the values of a tensor", ("sizes that follow from the shapes", "mask")),
     "Listed": ("Listed", "the number of turns of a loop depends on", ("a loop over shapes", "torch.where")),
-    "Number": ("Number", "a number is taken out of a tensor", ("values that stay tensors", "leave out float()")),
-    "Numpy": ("Numpy", "a tensor leaves torch for numpy", ("operations of torch only", "hand it in as an input")),
+    "Number": (
+        "Number",
+        "a number is taken out of a tensor",
+        ("values that stay tensors", "leave out float()"),
+    ),
+    "Numpy": (
+        "Numpy",
+        "a tensor leaves torch for numpy",
+        ("operations of torch only", "hand it in as an input"),
+    ),
     "Checked": ("Checked", "an assertion depends on", ("the same operations", "check it before")),
     "Misfit": ("Misfit", "The size of tensor a (16) must match", ("x of shape [3, 16]",)),
-    "Long": ("Long", "takes another way at batch=6 than at batch=3, where `batch <= 4`", ("x: float32[3, 16]",)),
+    "Long": (
+        "Long",
+        "takes another way at batch=6 than at batch=3, where `batch <= 4`",
+        ("x: float32[3, 16]",),
+    ),
 }
 """A model -> the comment at the end of its line, what the first line says, and what the others hold."""
 

@@ -54,7 +54,7 @@ TARGETS = {
 }
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 EVERY = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
-TARGETS |= {name: EVERY for name in ("llama", "qwen3", "mistral", "gemma2")}
+TARGETS |= dict.fromkeys(("llama", "qwen3", "mistral", "gemma2"), EVERY)
 TARGETS["mixtral"] = ATTENTION
 FEEDFORWARD = {name: [p.removeprefix("*.") for p in FAMILIES[name].feedforward] for name in HUGGING_FACE}
 FIRST = ("llama", "gpt2", "bert", "t5")
