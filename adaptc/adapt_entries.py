@@ -15,6 +15,13 @@ from adaptc.registry import load_methods, method_named
 from adaptc.spec_part import OneOf, Part, PathText
 from adaptc.targets import Patterns, Target
 
+Alias = Annotated[
+    Literal["refuse", "untie", "live"],
+    Field(
+        description="where a layer's tensor is used elsewhere too, as tied embeddings are: refuse to fold into it, "
+        "untie it, or keep its adapter live when the rest is folded"
+    ),
+]
 AdapterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", description="the adapter's name")]
 
 
@@ -25,6 +32,7 @@ class MethodEntry(Part):
     name: AdapterName = "default"
     target: Target = Field(description="globs or re: regexes on module names, all-linear, or a mapping")
     exclude: Patterns = Field((), description="patterns of modules to leave out")
+    on_alias: Alias = "refuse"
 
     def options(self) -> dict[str, Any]:
         """The method's own options."""
@@ -50,6 +58,7 @@ class AdapterEntry(Part):
 
     adapter: PathText = Field(description="a checkpoint's directory")
     name: AdapterName | None = None
+    on_alias: Alias = "refuse"
     allow_pickle: bool = Field(False, description="read pickled weights, which can run code")
 
 

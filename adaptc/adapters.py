@@ -10,9 +10,11 @@ from typing import Any
 import torch
 
 from adaptc.checkpoint import Checkpoint, load, match
-from adaptc.graph import Graph
+from adaptc.graph import Adaptation, Graph
 from adaptc.method import PeftFormat, options_of
+from adaptc.peft_keys import PeftLayout, as_stored
 from adaptc.registry import method_named
+from adaptc.sites import Site
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,9 @@ class AdapterTensor:
 class AdapterRecord:
     """One entry of a spec as inserted: enough to save, load and swap its tensors without the graph.
 
-    `transposed`: some weight is stored `(in, out)`. `ambiguous`: a module's name ends another's that is not
-    adapted, so that PEFT's rule for lists of names would take both.
+    `modules` and `parameters` are what PEFT would be told to target, `patterns` what adaptc would. `transposed`: some
+    weight is stored `(in, out)`. `ambiguous`: a module's name ends another's that is not adapted, so that PEFT's rule
+    for lists of names would take both. `in_peft`: PEFT has this method on all of these sites.
     """
 
     adapter: str
@@ -37,45 +40,72 @@ class AdapterRecord:
     method: str
     options: Mapping[str, Any]
     modules: tuple[str, ...]
+    parameters: tuple[str, ...]
+    patterns: tuple[str, ...]
     transposed: bool
     ambiguous: bool
+    in_peft: bool
     tensors: tuple[AdapterTensor, ...]
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> AdapterRecord:
         """Read what `asdict` wrote."""
         tensors = tuple(AdapterTensor(t["name"], t["key"], tuple(t["shape"])) for t in data["tensors"])
-        return cls(**{**data, "modules": tuple(data["modules"]), "tensors": tensors})
+        lists = {key: tuple(data[key]) for key in ("modules", "parameters", "patterns")}
+        return cls(**{**data, **lists, "tensors": tensors})
 
     @property
     def format(self) -> PeftFormat | None:
-        """How PEFT spells the method, if it has it."""
-        return method_named(self.method).peft
+        """How PEFT spells the method, if it has it on these sites."""
+        return method_named(self.method).peft if self.in_peft else None
 
 
 def records_of(graph: Graph) -> list[AdapterRecord]:
     """What was inserted into a graph, an entry at a time, in order."""
-    groups: dict[tuple[int, str, str], list[Any]] = {}
-    for adaptation in graph.adaptations:
-        groups.setdefault((adaptation.entry, adaptation.method.name, adaptation.adapter), []).append(
-            adaptation
-        )
+    groups: dict[tuple[int, str, str], list[Adaptation]] = {}
+    beside: dict[tuple[int, str], list[Site]] = {}
+    for a in graph.adaptations:
+        groups.setdefault((a.entry, a.method.name, a.adapter), []).append(a)
+        beside.setdefault((a.entry, a.adapter), []).append(a.site)
     found = []
-    for (entry, method, _), group in groups.items():
+    for (entry, method, adapter), group in groups.items():
+        layout = PeftLayout(beside[entry, adapter], places_of(graph))
+        own = PeftLayout([a.site for a in group], layout.order)
+        in_peft = own.known and all(_in_peft(a, graph) for a in group)
         tensors = tuple(
-            AdapterTensor(name, a.site.key(param.key), param.shape)
+            AdapterTensor(name, layout.key(a.site, param) if in_peft else a.site.key(param.key), param.shape)
             for a in group
             for name, param in a.params.values()
         )
-        modules = tuple(dict.fromkeys(a.site.module for a in group))
-        transposed = any(a.site.transposed for a in group)
-        others = {site.module for site in graph.sites} - set(modules)
-        ambiguous = any(other.endswith("." + module) for other in others for module in modules)
+        modules = tuple(own.modules) or tuple(dict.fromkeys(a.site.module for a in group))
+        others = {site.module for site in graph.sites} - {a.site.module for a in group}
         options = json.loads(json.dumps(options_of(group[0].declared), default=list))
         found.append(
-            AdapterRecord(group[0].adapter, entry, method, options, modules, transposed, ambiguous, tensors)
+            AdapterRecord(
+                adapter=adapter,
+                entry=entry,
+                method=method,
+                options=options,
+                modules=() if own.parameters and not own.modules else modules,
+                parameters=tuple(own.parameters),
+                patterns=tuple(dict.fromkeys(a.site.pattern for a in group)),
+                transposed=any(a.site.transposed for a in group),
+                ambiguous=any(other.endswith("." + module) for other in others for module in modules),
+                in_peft=in_peft,
+                tensors=tensors,
+            )
         )
     return found
+
+
+def _in_peft(a: Adaptation, graph: Graph) -> bool:
+    """Whether PEFT would compute the same from what is stored: it takes no slices, and parameters as they lie."""
+    return a.declared.in_peft(a.site) and not a.site.rows and as_stored(a.site, graph).layout == a.site.layout
+
+
+def places_of(graph: Graph) -> dict[str, int]:
+    """Every weight's place in the model."""
+    return {name: index for index, name in enumerate(graph.weights)}
 
 
 def assign(checkpoint: Checkpoint, records: Sequence[AdapterRecord]) -> dict[str, torch.Tensor]:
@@ -116,4 +146,5 @@ def group(records: Sequence[AdapterRecord]) -> list[list[AdapterRecord]]:
 
 def _hosts(host: AdapterRecord, record: AdapterRecord) -> bool:
     known = host.format is not None and host.format.type is not None
-    return known and host.adapter == record.adapter and not set(host.modules) & set(record.modules)
+    apart = host.entry == record.entry or not set(host.modules) & set(record.modules)
+    return known and host.adapter == record.adapter and apart

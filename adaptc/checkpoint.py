@@ -40,6 +40,17 @@ class Checkpoint:
     saved_modules: tuple[str, ...] = ()
 
     @property
+    def own(self) -> bool:
+        """Whether it is in adaptc's own format, for what PEFT has no format for."""
+        return bool(self.config.get("adaptc_method"))
+
+    @property
+    def carried(self) -> dict[str, Weight]:
+        """Base weights that PEFT saved along, by the base's name, as it does with embeddings whose size may change."""
+        marker = ".base_layer.weight"
+        return {k.replace(marker, ".weight"): t for k, t in self.tensors.items() if k.endswith(marker)}
+
+    @property
     def sha256(self) -> str:
         """SHA-256 over its configuration and tensors; a file's own bytes vary with the order of its metadata."""
         tensors = sha256_of_tensors(self.tensors.items())
@@ -116,7 +127,7 @@ def match(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> No
     """
     held = checkpoint.tensors
     absent = [key for key in expected if key not in held]
-    left = [key for key in held if key not in expected]
+    left = [key for key in held if key not in expected and not key.endswith(".base_layer.weight")]
     shifted = _shift(left, set(expected)) if left else None
     if shifted:
         raise WeightError(
@@ -154,6 +165,25 @@ def load(checkpoint: Checkpoint, keys: Iterable[str]) -> dict[str, torch.Tensor]
         if not torch.isfinite(found[key]).all():
             raise WeightError(f"{checkpoint.path}: tensor {PREFIX + key!r} holds NaN or infinity")
     return found
+
+
+def check_carried(checkpoint: Checkpoint, base: Mapping[str, Weight]) -> None:
+    """Check that base weights saved along with an adapter are this base's.
+
+    Raises:
+        WeightError: one is not: the vocabulary was resized, or the base is another.
+    """
+    for name, weight in checkpoint.carried.items():
+        known = base.get(name)
+        if (
+            known is None
+            or known.shape != weight.shape
+            or not torch.equal(known.load(), weight.load().to(known.dtype))
+        ):
+            raise WeightError(
+                f"{checkpoint.path}: it holds a {name} that is not this base's (shape {list(weight.shape)}): the "
+                "vocabulary was resized or trained; save the resized base too, and name that as base.model"
+            )
 
 
 def check_base(checkpoint: Checkpoint, sha256: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -11,16 +12,18 @@ import torch
 from torch import fx
 
 from adaptc import adapters
-from adaptc.checkpoint import check_base
+from adaptc.checkpoint import check_base, check_carried
 from adaptc.emit.torch import META, load_adapter_into
 from adaptc.errors import ProofError, Refusal, RefusedError, WeightError
 from adaptc.expression import Folded
 from adaptc.graph import Graph, bind
 from adaptc.pipeline import PassRecord, run
-from adaptc.plan import Plan, Planned
-from adaptc.proof import Proof, Runner, effect, gradients, prove, randomised, runner, tolerance
+from adaptc.plan import Plan
+from adaptc.planned import Planned
+from adaptc.proof import Proof, Runner, effect, gradients, prove, randomised, tolerance
 from adaptc.registry import load_passes
 from adaptc.spec import Spec
+from adaptc.streaming import Streamed
 from adaptc.tracing.export import export, output_class
 from adaptc.tracing.merge import follow_training
 from adaptc.weights import Computed, Weight, sha256_of_files, sha256_of_tensors
@@ -46,6 +49,7 @@ class Compiled:
         self.graph = plan.adapted
         self.proofs: list[Proof] = []
         self._after = after
+        self._folded: Streamed | None = None
         self._load_checkpoints()
 
     @cached_property
@@ -86,8 +90,13 @@ class Compiled:
         graph.weights.update((adapted or self.graph).weights)
         return graph
 
-    def folded_graph(self) -> Graph:
-        """The folded graph, proved against the live one: as the adapters stand, and with random ones.
+    def folded_graph(self, keep: Callable[[Graph], Any] | None = None) -> Graph:
+        """The folded graph, proved against the live one: as the adapters stand, or where they do not show, with
+        random ones too.
+
+        Args:
+            keep: given the graph before it is proved; it may put its weights in a file and let the graph read them
+                from there, so that what is proved is what was written and no weight is folded twice.
 
         Raises:
             RefusedError: a weight cannot be folded into, or the spec's own passes leave nothing to fold.
@@ -95,16 +104,26 @@ class Compiled:
         """
         self.check_finite()
         folded = self._fold(self.graph, record=True)
-        if folded.adaptations:
+        if folded.adaptations and folded.stage != "folded":
             reason = f"`passes` leaves a graph that is {self.graph.stage}, which cannot be folded; leave `factor` out"
             raise RefusedError([Refusal(reason)])
-        if self.spec.passes is None and folded.operations != self.base.operations:
+        if self.spec.passes is None and not folded.adaptations and folded.operations != self.base.operations:
             raise ProofError("the folded graph has other operations than the base")
-        self._prove_fold("fold", self.graph, folded)
-        if self.graph.adaptations and not any(proof.name == RANDOM for proof in self.proofs):
+        if keep is not None:
+            keep(folded)
+        live, candidate = Streamed(self.live_graph()), Streamed(folded)
+        self.prove("fold", live.graph, live, candidate)
+        proved = any(proof.name == RANDOM for proof in self.proofs)
+        if self.graph.adaptations and not proved and not self._visible(live):
             random = self._random()
-            self._prove_fold(RANDOM, random, self._fold(random))
+            self.prove(RANDOM, random, Streamed(self.live_graph(random)), Streamed(self._fold(random)))
+        self._folded = candidate
         return folded
+
+    def streamed(self, graph: Graph) -> Streamed:
+        """A runner of a graph; of the last folded graph the one that was proved, which knows what it gave."""
+        known = self._folded is not None and self._folded.graph is graph
+        return self._folded if known and self._folded else Streamed(graph)
 
     def fold(self) -> fx.GraphModule:
         """A module with the base's operations and names, and no adaptation left.
@@ -187,9 +206,9 @@ class Compiled:
     def rounding(self, folded: Graph) -> dict[str, float]:
         """What rounding to the storage dtype cost each folded weight, relative to its largest value."""
         return {
-            name: max(w.rounding)
+            name: w.rounding
             for name, w in folded.weights.items()
-            if isinstance(w, Folded) and w.rounding
+            if isinstance(w, Folded) and w.rounding is not None
         }
 
     def prove(self, name: str, graph: Graph, reference: Runner, candidate: Runner) -> Proof:
@@ -210,10 +229,6 @@ class Compiled:
         first = record and not any(done.name == fold.name for done in self.records)
         return run(graph, [fold], self.records if first else None, self._after if first else None)
 
-    def _prove_fold(self, name: str, adapted: Graph, folded: Graph) -> None:
-        live = self.live_graph(adapted)
-        self.prove(name, live, runner(bind(live)), runner(bind(folded)))
-
     def _prove_module(self, graph: Graph) -> None:
         """The trainable module computes what the inserted expressions say, with random adapters."""
         if not graph.adaptations:
@@ -221,17 +236,21 @@ class Compiled:
         random = self._random()
         factored = graph.copy()
         factored.weights.update({name: random.weights[name] for name in graph.adapter_names})
-        self.prove("trainable module", random, runner(bind(random)), runner(bind(factored)))
+        self.prove("trainable module", random, Streamed(random), Streamed(factored))
 
     def _random(self) -> Graph:
         """The adapted graph with random adapters, whose effect a proof could not miss."""
-        base = runner(bind(self.base))
-        allowed = tolerance(self.graph)
+        base = Streamed(self.base)
         for strength in (1.0, 8.0, 64.0):
             graph = randomised(self.graph, self.spec.seed, strength)
-            if effect(graph.inputs, base, runner(bind(graph))) > 10 * allowed:
+            if self._visible(Streamed(graph), base):
                 break
         return graph
+
+    def _visible(self, adapted: Streamed, base: Streamed | None = None) -> bool:
+        """Whether the adapters change the base's outputs so much that no proof could miss it."""
+        found = effect(self.base.inputs, base or Streamed(self.base), adapted, self.spec.seed)
+        return found > 10 * tolerance(self.graph)
 
     def _load_checkpoints(self) -> None:
         found = adapters.records_of(self.graph)
@@ -246,6 +265,7 @@ class Compiled:
             try:
                 if checkpoint.base_sha256:
                     check_base(checkpoint, self.base_sha256)
+                check_carried(checkpoint, self.base.weights)
                 values = adapters.assign(
                     checkpoint, [r for r in found if (r.entry, r.method, r.adapter) in wanted]
                 )

@@ -12,13 +12,15 @@ from torch import nn
 
 from adaptc.compiled import Compiled
 from adaptc.errors import InputError, TraceError, WeightError
-from adaptc.graph import Graph, bind
+from adaptc.graph import Graph
 from adaptc.pipeline import PassRecord
 from adaptc.plan import Plan, make_plan
-from adaptc.proof import prove, runner, tolerance
+from adaptc.proof import Each, prove, runner, tolerance
 from adaptc.spec import Spec, load, require_base, resolve_path
+from adaptc.streaming import Streamed
 from adaptc.tracing.base import Base
 from adaptc.tracing.graph import trace
+from adaptc.tracing.stored import CONFIG
 
 After = Callable[[str, Graph], Any]
 
@@ -58,7 +60,7 @@ def compile(
     compiled = Compiled(loaded, plan, graph, records, after)
     if base.real and base.model is not None:
         compiled.proofs.append(
-            prove("trace", graph.inputs, runner(base.model), runner(bind(graph)), tolerance(graph))
+            prove("trace", graph.inputs, Each(runner(base.model)), Streamed(graph), tolerance(graph))
         )
     return compiled
 
@@ -129,10 +131,10 @@ def _huggingface(spec: Spec, entry: Any, inputs: tuple[Any, ...]) -> Base:
         raise spec.error(("base", "task"), unknown)
     directory = resolve_path(spec, entry.model)
     if directory.exists():
-        if not (directory / huggingface.CONFIG).is_file():
+        if not (directory / CONFIG).is_file():
             raise spec.error(
                 ("base", "model"),
-                f"{directory} holds no {huggingface.CONFIG}",
+                f"{directory} holds no {CONFIG}",
                 "expected a Hugging Face model directory",
             )
         return huggingface.load(str(directory), entry, spec.seed, inputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Annotated, Literal, TypeAlias
 
 from pydantic import AfterValidator, Field
@@ -38,9 +39,28 @@ class PeftEmit(Part):
     path: OutputPath
 
 
-FORMATS: dict[str, type[Part]] = {"torch": TorchEmit, "onnx": OnnxEmit, "peft": PeftEmit}
+SIZE = r"^[1-9][0-9]*(\.[0-9]+)?(KB|MB|GB|TB)$"
 
-EmitEntry: TypeAlias = Annotated[TorchEmit | OnnxEmit | PeftEmit, OneOf("format", lambda: FORMATS)]
+
+def _size(text: str) -> str:
+    if re.fullmatch(SIZE, text) is None:
+        raise ValueError(f"expected a size such as '5GB' or '500MB', got {text!r}")
+    return text
+
+
+class HfEmit(Part):
+    """A folded Hugging Face checkpoint."""
+
+    format: Literal["hf"]
+    path: OutputPath
+    max_shard_size: Annotated[str, AfterValidator(_size)] = Field(
+        "50GB", description="of one file of weights, such as 5GB", json_schema_extra={"pattern": SIZE}
+    )
+
+
+FORMATS: dict[str, type[Part]] = {"torch": TorchEmit, "onnx": OnnxEmit, "peft": PeftEmit, "hf": HfEmit}
+
+EmitEntry: TypeAlias = Annotated[TorchEmit | OnnxEmit | PeftEmit | HfEmit, OneOf("format", lambda: FORMATS)]
 
 
 def _separate(entries: tuple[EmitEntry, ...]) -> tuple[EmitEntry, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from adaptc.graph import ORIGIN, Graph
 from adaptc.weights import Weight
 
 Traced = tuple[fx.Graph, list[str]]
+PIECE = 2**15
+"""Numbers of a folded weight whose rounding is measured at once: as many as torch computes with on one thread."""
 
 
 def trace_expression(function: Callable[..., torch.Tensor], W: Any, theta: Mapping[str, Any]) -> Traced:
@@ -75,37 +77,54 @@ class Expression:
             if self.result.meta["val"].dtype in (torch.float32, torch.float64)
             else torch.float32
         )
+        last = {operand: node for node in self.nodes for operand in (node, *node.all_input_nodes)}
         values: dict[fx.Node, Any] = {}
         with torch.no_grad():
             for node in self.nodes:
                 if node.op == "get_attr":
                     tensor = self.leaves[str(node.target)].exact()
                     values[node] = tensor.to(wide) if tensor.dtype.is_floating_point else tensor
+                    del tensor
                 else:
                     args, kwargs = map_arg((node.args, dict(node.kwargs)), values.__getitem__)  # type: ignore[arg-type]
                     values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                    del args, kwargs
+                for operand in (node, *node.all_input_nodes):
+                    if last[operand] is node and operand is not self.result:
+                        values.pop(operand, None)
         return values[self.result]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Folded(Weight):
     """A folded weight: its expression, evaluated wide and rounded once to the storage dtype.
 
-    `rounding` holds what each rounding cost: the largest change over the largest value.
+    `rounding` is what rounding cost when it was last loaded: the largest change over the largest value.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     expression: Expression
-    rounding: list[float] = field(default_factory=list)
+    rounding: float | None = None
 
     def load(self) -> torch.Tensor:
         """Evaluate, round, and remember what rounding cost."""
         exact = self.expression.evaluate()
         rounded = exact.to(self.dtype).contiguous()
-        change = (rounded.to(exact.dtype) - exact).abs().max()
-        self.rounding.append(float(change / exact.abs().max().clamp_min(1e-30)))
+        self.rounding = _change(exact, rounded) / max(_largest(exact), 1e-30)
         return rounded
+
+
+def _change(exact: torch.Tensor, rounded: torch.Tensor) -> float:
+    """The largest difference, a few rows at a time: memory holds no third wide tensor."""
+    rows = max(1, PIECE * len(torch.atleast_1d(exact)) // exact.numel())
+    pieces = [torch.atleast_1d(tensor).split(rows) for tensor in (exact, rounded)]
+    return max(_largest(a - b) for a, b in zip(*pieces, strict=True))
+
+
+def _largest(tensor: torch.Tensor) -> float:
+    low, high = torch.aminmax(tensor)
+    return max(-float(low), float(high))
 
 
 def cut(graph: Graph, result: fx.Node) -> Expression:

@@ -6,14 +6,18 @@ import copy
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.node import map_arg
 
+from adaptc.aliases import OnAlias
 from adaptc.inputs import InputSpec
 from adaptc.method import Param, WeightMethod
+from adaptc.roles import Roles, find_roles
 from adaptc.sites import Site, Use, module_of
 from adaptc.tracing.base import Base
 from adaptc.weights import Weight
@@ -36,6 +40,7 @@ class Adaptation:
     entry: int
     params: Mapping[str, tuple[str, Param]]
     """Argument of the method's expression -> (name in the graph, parameter)."""
+    on_alias: OnAlias = "refuse"
 
 
 @dataclass(repr=False)
@@ -54,6 +59,7 @@ class Graph:
         adaptations: what was inserted so far, in order.
         adapted: (weight, first node that uses it) -> the node that holds its adapted value.
         stage: which legality table holds.
+        origin: the graph as traced, which a rewritten one came from.
     """
 
     module: fx.GraphModule
@@ -69,6 +75,7 @@ class Graph:
     adaptations: list[Adaptation] = field(default_factory=list)
     adapted: dict[tuple[str, str], str] = field(default_factory=dict)
     stage: str = "traced"
+    origin: Graph | None = None
 
     @property
     def nodes(self) -> Iterable[fx.Node]:
@@ -97,6 +104,15 @@ class Graph:
         """The fake-tensor mode that the graph's values live in."""
         return next(node.meta["val"].fake_mode for node in self.placeholders)
 
+    @property
+    def roles(self) -> Roles:
+        """What each site does, read from the dataflow of the graph as traced."""
+        return (self.origin or self)._roles
+
+    @cached_property
+    def _roles(self) -> Roles:
+        return find_roles(self.nodes, self.sites)
+
     def by_name(self) -> dict[str, fx.Node]:
         """All nodes by name."""
         return {node.name: node for node in self.nodes}
@@ -104,15 +120,13 @@ class Graph:
     @property
     def parameter_sites(self) -> list[Site]:
         """Every parameter as a site of its own, biases too: what whole-module methods choose from."""
-        return [
-            replace(site, kind="parameter", transposed=False, bias=None, bias_uses=()) for site in self.sites
-        ]
+        return [site.as_parameter() for site in self.sites]
 
     def call(self, target: Any, *args: Any, like: fx.Node) -> fx.Node:
         """Insert an operation at the current insertion point, its value and origin recorded."""
         node = self.module.graph.call_function(target, args)
         values = map_arg(args, lambda operand: operand.meta.get("val", False))
-        with self.fake_mode, torch.no_grad():
+        with self.fake_mode, enable_python_dispatcher(), torch.no_grad():
             node.meta["val"] = target(*values)
         node.meta |= {k: v for k, v in like.meta.items() if k in ORIGIN}
         node.meta[VERIFIED] = signature(node)
@@ -159,6 +173,7 @@ class Graph:
             aliases=dict(self.aliases),
             adaptations=list(self.adaptations),
             adapted=dict(self.adapted),
+            origin=self.origin or self,
         )
 
     def clean(self) -> None:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
+from adaptc.aliases import OnAlias, untie
 from adaptc.errors import Refusal, RefusedError
 from adaptc.expression import Traced, cut, splice, trace_expression
 from adaptc.graph import Adaptation, Graph
 from adaptc.method import Method, Param, WeightMethod
+from adaptc.peft_keys import as_stored
 from adaptc.pipeline import Pass
 from adaptc.select import Selection, Target, select
-from adaptc.sites import Site, Use
+from adaptc.sites import Site
 from adaptc.weights import Computed, Weight, initial, seeded
 
 
@@ -29,6 +31,11 @@ class Insert(Pass):
     adapter: str = "default"
     entry: int = 0
     seed: int = 0
+    on_alias: OnAlias = "refuse"
+    """What to do where the weight is used elsewhere too: give the site its own, stay live when the rest is folded,
+    or refuse to fold."""
+    as_stored: bool = False
+    """Parameters named by themselves are (out, in) as they are stored, however the model multiplies by them."""
     trained: bool = False
     """It comes from a checkpoint, and is taken as it is: a rank above the layer's size wastes, but is right."""
 
@@ -45,7 +52,20 @@ class Insert(Pass):
 
     def selection(self, graph: Graph) -> Selection:
         """What the target matches in this graph."""
-        return select(graph, self.target, self.exclude, self.method)
+        found = select(graph, self.target, self.exclude, self.method)
+        if not self.as_stored:
+            return found
+        return dataclasses.replace(found, sites=tuple(as_stored(site, graph) for site in found.sites))
+
+    def refused(self, site: Site) -> tuple[tuple[str, ...], str] | None:
+        """The option at fault and why this cannot be inserted at a site; None if it can."""
+        method = self.method.at(site)
+        if site.computed_bias and method.adapts_bias():
+            return (
+                (),
+                "the bias here is computed from other parameters, so it cannot be adapted with the weight",
+            )
+        return self.method.refuses(site) or (None if self.trained else self.method.refuses_to_train(site))
 
     def requires(self, graph: Graph) -> list[Refusal]:
         """The target matches, the method can sit there, and the adapter's names are free."""
@@ -56,13 +76,13 @@ class Insert(Pass):
         refusals = []
         for site in selection.sites:
             here = method.at(site)
-            reason = None if self.trained else method.refuses(site)
+            reason = self.refused(site)
             if reason:
                 refusals.append(Refusal(f"{method.name}: {reason[1]}\n  site {site}", (site.uses[0].node,)))
                 continue
             taken = [
                 n
-                for n in (parameter_name(site, here, self.adapter, p) for p in here.params(site).values())
+                for n in (parameter_name(site, here, self.adapter, p) for p in here.stored(site).values())
                 if n in graph.weights
             ]
             if taken:
@@ -86,8 +106,8 @@ class Insert(Pass):
 
     def ensures(self, graph: Graph) -> str | None:
         """Every planned site was rewritten."""
-        planned = {site.parameter for site in self.selection(graph).sites}
-        rewritten = {a.site.parameter for a in graph.adaptations if a.entry == self.entry}
+        planned = {str(site) for site in self.selection(graph).sites}
+        rewritten = {str(a.site) for a in graph.adaptations if a.entry == self.entry}
         left = planned - rewritten
         return f"{self.name} planned {', '.join(sorted(left))}, but did not rewrite it" if left else None
 
@@ -99,39 +119,32 @@ class Insert(Pass):
         traced: dict[Any, Traced],
         nodes: dict[str, fx.Node],
     ) -> None:
+        if self.on_alias == "untie":
+            site = untie(graph, site, nodes, bias=method.adapts_bias())
         value = graph.value_of(site.parameter, site.uses, nodes)
+        params = method.stored(site)
         named: dict[str, tuple[str, Param]] = {}
         theta: dict[str, fx.Node] = {}
-        for argument, param in method.params(site).items():
+        for argument, param in params.items():
             name = parameter_name(site, method, self.adapter, param)
             graph.attach(name, self._initial(graph, name, param, site, value))
             theta[argument] = graph.parameter_node(name)
             named[argument] = (name, param)
         tag = len(graph.adaptations)
-        graph.adaptations.append(Adaptation(site, method, self.method, self.adapter, self.entry, named))
-
-        def weight(W: torch.Tensor, **values: torch.Tensor) -> torch.Tensor:
-            return site.view(method.weight(site.view(W), **values))
-
-        targets: list[tuple[tuple[Use, ...], Callable[..., torch.Tensor], str]] = [
-            (site.uses, weight, site.parameter)
-        ]
+        graph.adaptations.append(
+            Adaptation(site, method, self.method, self.adapter, self.entry, named, self.on_alias)
+        )
+        targets = [(site.uses, _weight_of(method, site, params), site.parameter)]
         if site.bias is not None and method.adapts_bias():
-            targets.append((site.bias_uses, method.bias, site.bias))
+            targets.append((site.bias_uses, _bias_of(method, site, params), site.bias))
         for uses, function, parameter in targets:
             before = graph.value_of(parameter, uses, nodes)
-            key = (
-                repr(method),
-                function.__name__,
-                site.transposed,
-                tuple(before.meta["val"].shape),
-                str(site.dtype),
-            )
+            values = {argument: node.meta["val"] for argument, node in theta.items()}
+            shapes = tuple(tuple(value.shape) for value in (before.meta["val"], *values.values()))
+            key = (repr(method), function.__name__, site.layout, site.rows, shapes, str(site.dtype))
             if key not in traced:
                 with graph.fake_mode:
-                    traced[key] = trace_expression(
-                        function, before.meta["val"], {k: n.meta["val"] for k, n in theta.items()}
-                    )
+                    traced[key] = trace_expression(function, before.meta["val"], values)
             result = splice(graph, traced[key], before, theta, nodes[uses[0].node], tag)
             got, want = result.meta["val"], before.meta["val"]
             if got.shape != want.shape or got.dtype != want.dtype:
@@ -145,19 +158,52 @@ class Insert(Pass):
             graph.adapted[parameter, uses[0].node] = result.name
 
     def _initial(self, graph: Graph, name: str, param: Param, site: Site, value: fx.Node) -> Weight:
-        init, seed = param.init, self.seed
-        if isinstance(init, str):
-            kind = init
-            return Computed(
-                param.shape, site.dtype, lambda: initial(kind, param.shape, seeded(seed, name)).to(site.dtype)
-            )
-        so_far, function = cut(graph, value), init
+        init, seed, batch = param.init, self.seed, site.batch
+        each = param.shape[1:] if batch is not None and param.unpack is None else param.shape
+        so_far = None if isinstance(init, str) else cut(graph, value)
+
+        def one(W: torch.Tensor | None, generator: torch.Generator) -> torch.Tensor:
+            if isinstance(init, str):
+                return initial(init, each, generator)
+            assert W is not None
+            return init(W, generator).reshape(each)
 
         def make() -> torch.Tensor:
-            W = site.view(so_far.evaluate())
-            return function(W, seeded(seed, name)).to(site.dtype).clone()
+            generator = seeded(seed, name)
+            W = site.matrix(so_far.evaluate()) if so_far is not None else None
+            if each == param.shape:
+                made = one(W, generator)
+            else:
+                made = torch.stack([one(None if W is None else W[i], generator) for i in range(batch or 0)])
+            return made.to(site.dtype).clone()
 
         return Computed(param.shape, site.dtype, make)
+
+
+def _unpacked(params: Mapping[str, Param], values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    unpack = {argument: param.unpack for argument, param in params.items()}
+    return {a: call(v) if (call := unpack[a]) is not None else v for a, v in values.items()}
+
+
+def _weight_of(method: WeightMethod, site: Site, params: Mapping[str, Param]) -> Callable[..., torch.Tensor]:
+    """The method's expression on the stored weight: each of its matrices in turn, or the rows of a slice."""
+
+    def one(W: torch.Tensor, theta: dict[str, torch.Tensor]) -> torch.Tensor:
+        return method.weight(W, **theta)
+
+    expression = torch.vmap(one) if site.batch is not None else one
+
+    def weight(W: torch.Tensor, **values: torch.Tensor) -> torch.Tensor:
+        return site.restored(expression(site.matrix(W), _unpacked(params, values)), W)
+
+    return weight
+
+
+def _bias_of(method: WeightMethod, site: Site, params: Mapping[str, Param]) -> Callable[..., torch.Tensor]:
+    def bias(b: torch.Tensor, **values: torch.Tensor) -> torch.Tensor:
+        return site.bias_restored(method.bias(site.bias_of(b), **_unpacked(params, values)), b)
+
+    return bias
 
 
 def _depends(result: fx.Node, value: fx.Node) -> bool:
@@ -177,6 +223,7 @@ def parameter_name(site: Site, method: Method, adapter: str, param: Param) -> st
     first, dot, rest = param.key.partition(".")
     if first == site.leaf:
         first, dot, rest = method.name.replace("-", "_"), ".", param.key
+    first += f"_{site.part}" if site.part else ""
     return ".".join(part for part in (site.module, first, adapter) if part) + (dot + rest if rest else "")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
 
@@ -24,7 +24,10 @@ Alpha = Annotated[float, Field(gt=0, description="numerator of the scale alpha /
 Dropout = Annotated[float, Field(ge=0, lt=1, description="dropout on the input of the trained branch")]
 Patterns = Annotated[tuple[str, ...], Field(description="globs, or re: regexes, on the module's full name")]
 
-Init = Literal["zeros", "ones", "kaiming-uniform", "normal"]
+MATRIX_KINDS = frozenset({"linear", "conv", "embedding", "experts"})
+"""The kinds of site whose weight reads as matrices `(out, in)`; a method that needs no more can sit on all."""
+
+Init = Literal["zeros", "ones", "kaiming-uniform", "normal", "standard-normal"]
 """How a new parameter starts, when it does not depend on the base weight."""
 
 
@@ -37,11 +40,14 @@ class Param:
         init: a named initialisation, or a function of the site's weight `W (out, in)` in float32 and a
             seeded generator.
         key: what follows the module's name in a checkpoint, as PEFT spells it (`lora_A.weight`).
+        unpack: from the shape checkpoints store to what the expression takes, where they differ: a convolution's
+            `A (r, in, height, width)` to `(r, in height width)`.
     """
 
     shape: tuple[int, ...]
     init: Init | Callable[[Tensor, Generator], Tensor]
     key: str
+    unpack: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,7 @@ class PeftFormat:
         modules: options that are patterns here and lists of module names there.
         joins: the list in another method's configuration that holds this method's modules, for a method that
             has no checkpoint of its own (`modules_to_save`).
+        by_parameter: it can sit on a parameter that is no module's `weight` (`target_parameters`).
     """
 
     type: str | None
@@ -66,6 +73,7 @@ class PeftFormat:
     changes_base: tuple[str, ...] = ()
     modules: frozenset[str] = frozenset()
     joins: str | None = None
+    by_parameter: bool = False
 
 
 class Method:
@@ -83,21 +91,47 @@ class Method:
         """The method with its per-layer options (patterns) resolved for one site."""
         return self
 
+    def takes(self, site: Site) -> bool:
+        """Whether the method wants a site that the target names; the others are passed over."""
+        return True
+
     def refuses(self, site: Site) -> tuple[tuple[str, ...], str] | None:
-        """The option at fault and why the method, as declared, cannot sit on this site; None if it can."""
+        """The option at fault and why the method cannot compute what it should on this site; None if it can."""
+        return None
+
+    def refuses_to_train(self, site: Site) -> tuple[tuple[str, ...], str] | None:
+        """The same for what makes no sense to train; an adapter that is trained already is taken as it is."""
         return None
 
     def params(self, site: Site) -> dict[str, Param]:
-        """The trained tensors at a site: argument name of the expression -> parameter."""
+        """The trained tensors of one matrix of a site: argument name of the expression -> parameter."""
         raise NotImplementedError
+
+    def stored(self, site: Site) -> dict[str, Param]:
+        """The trained tensors as they are stored: where a site holds several matrices, one set for each of them."""
+        found = self.params(site)
+        if site.batch is None:
+            return found
+        batch = (site.batch,)
+        return {k: p if p.unpack else dataclasses.replace(p, shape=batch + p.shape) for k, p in found.items()}
+
+    @classmethod
+    def from_peft(cls, options: dict[str, Any], targets: Sequence[str]) -> dict[str, Any]:
+        """The options that give what PEFT computes; `targets` are regexes of the modules it names."""
+        return options
+
+    def in_peft(self, site: Site) -> bool:
+        """Whether PEFT has this method on such a layer, and reads what is stored for it. It knows no slices."""
+        return self.peft is not None and site.kind in ("linear", "parameter")
 
 
 class WeightMethod(Method):
     """A method that says what a weight becomes: `W' = E(W, θ)`, W of shape `(out, in)`.
 
     `weight` and `bias` are written with tensor methods and operators; they are traced once per shape and
-    spliced in front of the site. A field named `dropout` is applied to the input of every term of the sum
-    that does not hold the base weight.
+    spliced in front of the site. W is the site's weight as a matrix: a convolution's kernel with its columns
+    flattened, the rows of a slice, an embedding as `(dimensions, vocabulary)`; of fused experts each in turn. A
+    field named `dropout` is applied to the input of every term of the sum that does not hold the base weight.
     """
 
     dropout: float = 0.0
@@ -110,10 +144,9 @@ class WeightMethod(Method):
         """The adapted bias `(out,)`; the base's own unless the method says otherwise."""
         return b
 
-    @classmethod
-    def adapts_bias(cls) -> bool:
-        """Whether the method changes a bias at all."""
-        return cls.bias is not WeightMethod.bias
+    def adapts_bias(self) -> bool:
+        """Whether the method, with these options, changes a bias at all."""
+        return type(self).bias is not WeightMethod.bias
 
 
 METHODS: dict[str, type[Method]] = {}

@@ -15,6 +15,28 @@ def matches(pattern: str, name: str) -> bool:
     return fnmatch.fnmatchcase(name, pattern)
 
 
+ATTENTION, OUT_PROJECTION = "MultiheadAttention", ".out_proj"
+"""torch's attention module, whose output projection is no layer of its own: both are adapted together by PEFT."""
+PACKED = "in_proj_weight"
+"""The weight of query, key and value in that module: PEFT means it by the module's name."""
+ROLES = (
+    *("attention.query", "attention.key", "attention.value", "attention.output"),
+    *("feed_forward.in", "feed_forward.gate", "feed_forward.out", "embedding", "head"),
+)
+"""What a layer can do."""
+SLICE_NAMES = ("q", "query", "k", "key", "v", "value", "gate", "up", "in")
+"""What a slice of a fused weight can be called, besides its rows."""
+_SLICES = re.compile(
+    rf"(.+)\[((?:\d*:\d*|{'|'.join(SLICE_NAMES)})(?:\s*,\s*(?:\d*:\d*|{'|'.join(SLICE_NAMES)}))*)\]"
+)
+
+
+def sliced(pattern: str) -> tuple[str, list[str]]:
+    """A pattern without its slices, and those: `*.c_attn[q,v]` is `*.c_attn` and q, v; `*.qkv[0:512]` its rows."""
+    found = None if pattern.startswith("re:") else _SLICES.fullmatch(pattern)
+    return (found[1], [part.strip() for part in found[2].split(",")]) if found else (pattern, [])
+
+
 def matches_any(patterns: Sequence[str], name: str) -> bool:
     """Whether at least one of the patterns names this module."""
     return any(matches(pattern, name) for pattern in patterns)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from adaptc.adapters import AdapterRecord
 from adaptc.checkpoint import CONFIG, Checkpoint
 from adaptc.errors import WeightError
 from adaptc.method import Method, options_of
+from adaptc.names import OUT_PROJECTION
 from adaptc.registry import load_methods
 from adaptc.select import ALL_LINEAR
 
@@ -29,6 +31,7 @@ DESCRIPTIVE = frozenset(
         "modules_to_save",
         "layers_to_transform",
         "layers_pattern",
+        "target_parameters",
         "fan_in_fan_out",
     }
 )
@@ -43,6 +46,8 @@ class Declared:
     options: dict[str, Any]
     target: Any
     exclude: tuple[str, ...]
+    as_stored: bool = False
+    """Parameters are read as they are stored, (out, in) or (experts, out, in), as `target_parameters` does."""
 
 
 def declared(checkpoint: Checkpoint) -> Declared:
@@ -65,8 +70,9 @@ def declared(checkpoint: Checkpoint) -> Declared:
         for name in cls.peft.modules:
             options[name] = tuple(_patterns(checkpoint, cls.peft.options[name]))
         saved = [p for m in checkpoint.saved_modules for p in (m, f"*.{m}", f"{m}.*", f"*.{m}.*")]
-        exclude = (*_patterns(checkpoint, "exclude_modules"), *saved)
-        return Declared(cls, _checked(checkpoint, cls, options), _target(checkpoint), exclude)
+        exclude = (*_attention_whole(_patterns(checkpoint, "exclude_modules")), *saved)
+        as_stored = bool(config.get("target_parameters"))
+        return Declared(cls, _checked(checkpoint, cls, options), _target(checkpoint), exclude, as_stored)
     known = sorted({cls.peft.type for cls in load_methods().values() if cls.peft and cls.peft.type})
     raise WeightError(
         f"{checkpoint.path}: peft_type {kind!r} is not a method this adaptc has; it reads {', '.join(known)}"
@@ -84,14 +90,29 @@ def check_options(checkpoint: Checkpoint, record: AdapterRecord) -> None:
         raise WeightError(
             f"{checkpoint.path}: a {found.method.name} adapter, but the module holds {record.method}"
         )
-    for key, value in found.options.items():
+    as_read = [found.options, found.method.from_peft(found.options, named_modules(checkpoint))]
+    differing = [_differing(found.method, options, record) for options in as_read]
+    if all(differing):
+        key = differing[0]
+        raise WeightError(
+            f"{checkpoint.path}: {key} is {found.options[key]!r} there, but the module was compiled with "
+            f"{record.options.get(key)!r}; compile it with that option, or with `adapter: {checkpoint.path}`"
+        )
+
+
+def named_modules(checkpoint: Checkpoint) -> list[str]:
+    """Regexes of the modules that a checkpoint names."""
+    return [pattern.removeprefix("re:") for pattern in _patterns(checkpoint, "target_modules")]
+
+
+def _differing(method: type[Method], options: Mapping[str, Any], record: AdapterRecord) -> str:
+    """The first option that the module was compiled with another value of; "" if there is none."""
+    for key, value in options.items():
         plain = list(value) if isinstance(value, tuple) else value
-        per_layer = found.method.peft is not None and key in found.method.peft.modules
+        per_layer = method.peft is not None and key in method.peft.modules
         if key != "dropout" and not per_layer and plain != record.options.get(key):
-            raise WeightError(
-                f"{checkpoint.path}: {key} is {plain!r} there, but the module was compiled with "
-                f"{record.options.get(key)!r}; compile it with that option, or with `adapter: {checkpoint.path}`"
-            )
+            return key
+    return ""
 
 
 def _own(checkpoint: Checkpoint) -> Declared:
@@ -102,7 +123,10 @@ def _own(checkpoint: Checkpoint) -> Declared:
             f"{checkpoint.path}: method {config['adaptc_method']!r} is not installed; install the package that has it"
         )
     options = _checked(checkpoint, cls, dict(config.get("adaptc_options") or {}))
-    return Declared(cls, options, _target(checkpoint), ())
+    target = config.get("target_modules")
+    if not isinstance(target, list) or not target:
+        raise WeightError(f"{checkpoint.path / CONFIG}: its configuration names no target_modules")
+    return Declared(cls, options, tuple(str(pattern) for pattern in target), ())
 
 
 def _check_rest(checkpoint: Checkpoint, cls: type[Method]) -> None:
@@ -157,8 +181,15 @@ def _patterns(checkpoint: Checkpoint, key: str) -> list[str]:
     return [f"re:(.*\\.)?{re.escape(name)}" for name in value]
 
 
+def _attention_whole(patterns: list[str]) -> list[str]:
+    """PEFT adapts nn.MultiheadAttention whole: naming it, or leaving it out, means its output projection too."""
+    regexes = [p.removeprefix("re:") for p in patterns if p != ALL_LINEAR]
+    return patterns + [f"re:(?:{regex}){re.escape(OUT_PROJECTION)}" for regex in regexes]
+
+
 def _target(checkpoint: Checkpoint) -> Any:
-    patterns = _patterns(checkpoint, "target_modules")
+    patterns = _attention_whole(_patterns(checkpoint, "target_modules"))
+    patterns += _patterns(checkpoint, "target_parameters")
     if not patterns:
         raise WeightError(f"{checkpoint.path / CONFIG}: its configuration names no target_modules")
     layers = checkpoint.config.get("layers_to_transform")

@@ -11,29 +11,17 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import fx
 
-from adaptc.adapt_entries import AdapterEntry
+from adaptc.aliases import elsewhere, places
 from adaptc.budget import Budget, budget
-from adaptc.checkpoint import Checkpoint, directories, match, missing, read
-from adaptc.errors import Problem, RefusedError, SpecError, WeightError
+from adaptc.errors import Problem, RefusedError, SpecError
 from adaptc.graph import Graph
 from adaptc.insert import Insert, parameter_name
 from adaptc.names import nearest
-from adaptc.peft_config import declared
 from adaptc.pipeline import Pass, check_order, run
-from adaptc.registry import load_methods, load_passes
-from adaptc.select import Selection
-from adaptc.sites import Site
-from adaptc.spec import Spec, resolve_path
-
-
-@dataclass(frozen=True)
-class Planned:
-    """One thing to insert: from an entry of the spec, or from a checkpoint that an entry names."""
-
-    entry: int
-    insert: Insert
-    selection: Selection
-    checkpoint: Checkpoint | None = None
+from adaptc.planned import Planned, entries_of, match_checkpoints
+from adaptc.registry import load_passes
+from adaptc.sites import KINDS, Site
+from adaptc.spec import Spec
 
 
 @dataclass
@@ -86,12 +74,12 @@ def make_plan(spec: Spec, graph: Graph, after: Any = None) -> Plan:
             path to the output, or the passes stand in an impossible order. All problems at once.
         WeightError: an adapter's checkpoint cannot be read.
     """
-    entries = [planned for index in range(len(spec.adapt)) for planned in _planned(spec, graph, index)]
-    problems = [problem for planned in entries for problem in _problems(spec, graph, planned)]
+    entries = [found for index in range(len(spec.adapt)) for found in entries_of(spec, graph, index)]
+    problems = [problem for found in entries for problem in _problems(spec, graph, found)]
     problems += _name_clashes(spec, entries)
     if problems:
         raise SpecError(problems)
-    _match_checkpoints(spec, entries)
+    match_checkpoints(spec, graph, entries)
     passes = _pipeline(spec, entries)
     wrong = check_order(passes)
     if wrong:
@@ -106,80 +94,10 @@ def make_plan(spec: Spec, graph: Graph, after: Any = None) -> Plan:
     _check_products(spec, adapted)
     factor, fold = load_passes()["factor"](), load_passes()["fold"]()
     factored = run(adapted, [factor], records, after) if adapted.stage in factor.takes else adapted
-    notes = [*graph.base.notes, *_notes(entries), *_runtime_notes(spec, graph)]
+    notes = [*graph.base.notes, *_notes(entries), *_alias_notes(graph, entries)]
     if adapted.stage in fold.takes:
         notes += [f"cannot be folded: {refusal}" for refusal in fold.requires(adapted)]
     return Plan(entries, passes, budget(graph, adapted, factored), notes, adapted, factored, records)
-
-
-def _planned(spec: Spec, graph: Graph, index: int) -> list[Planned]:
-    entry = spec.adapt[index]
-    passes = load_passes()
-    if not isinstance(entry, AdapterEntry):
-        make: Any = passes[f"insert-{entry.method}"]
-        item = make(
-            target=entry.target,
-            exclude=entry.exclude,
-            adapter=entry.name,
-            entry=index,
-            seed=spec.seed,
-            **entry.options(),
-        )
-        return [Planned(index, item, item.selection(graph))]
-    found = []
-    try:
-        absent = missing(resolve_path(spec, entry.adapter))
-        if absent:
-            raise spec.error(("adapt", index, "adapter"), absent)
-        for directory in directories(resolve_path(spec, entry.adapter)):
-            checkpoint = read(directory, entry.allow_pickle)
-            what = declared(checkpoint)
-            name = entry.name or (
-                directory.name if directory != resolve_path(spec, entry.adapter) else "default"
-            )
-            make = passes[f"insert-{what.method.name}"]
-            item = make(
-                target=what.target,
-                exclude=what.exclude,
-                adapter=name,
-                entry=index,
-                seed=spec.seed,
-                trained=True,
-                **what.options,
-            )
-            found.append(Planned(index, item, item.selection(graph), checkpoint))
-            found += _joined(spec, graph, index, name, checkpoint)
-    except WeightError as error:
-        raise spec.weight_error(("adapt", index, "adapter"), error) from None
-    return found
-
-
-def _joined(spec: Spec, graph: Graph, index: int, name: str, checkpoint: Checkpoint) -> list[Planned]:
-    if not checkpoint.saved_modules:
-        return []
-    cls = next(c for c in load_methods().values() if c.peft is not None and c.peft.joins == "modules_to_save")
-    target = [pattern for module in checkpoint.saved_modules for pattern in (module, f"*.{module}")]
-    make: Any = load_passes()[f"insert-{cls.name}"]
-    item = make(target=target, adapter=name, entry=index, seed=spec.seed)
-    return [Planned(index, item, item.selection(graph), checkpoint)]
-
-
-def _match_checkpoints(spec: Spec, entries: Sequence[Planned]) -> None:
-    """Hold the keys and shapes of every checkpoint against what will be inserted for it."""
-    for path in dict.fromkeys(p.checkpoint.path for p in entries if p.checkpoint is not None):
-        members = [p for p in entries if p.checkpoint is not None and p.checkpoint.path == path]
-        expected = {
-            site.key(param.key): param.shape
-            for planned in members
-            for site in planned.selection.sites
-            for param in planned.insert.method.at(site).params(site).values()
-        }
-        checkpoint = members[0].checkpoint
-        assert checkpoint is not None
-        try:
-            match(checkpoint, expected)
-        except WeightError as error:
-            raise spec.weight_error(("adapt", members[0].entry, "adapter"), error) from None
 
 
 def _problems(spec: Spec, graph: Graph, planned: Planned) -> list[Problem]:
@@ -189,7 +107,7 @@ def _problems(spec: Spec, graph: Graph, planned: Planned) -> list[Problem]:
         return [spec.source.problem(("adapt", planned.entry, key), *_no_match(graph, planned))]
     found: dict[Any, Problem] = {}
     for site in selection.sites:
-        refused = None if planned.insert.trained else method.refuses(site)
+        refused = planned.insert.refused(site)
         if refused:
             option, reason = refused
             found.setdefault(
@@ -213,7 +131,7 @@ def _problems(spec: Spec, graph: Graph, planned: Planned) -> list[Problem]:
 
 def _no_match(graph: Graph, planned: Planned) -> tuple[str, ...]:
     method, selection = planned.insert.method, planned.selection
-    kinds = "/".join(sorted(method.kinds))
+    kinds = "/".join(kind for kind in KINDS if kind in method.kinds)
     words = [f"{method.name}: the target matches no {kinds} layer of {graph.base.describe}"]
     if selection.excluded:
         words.append(f"`exclude` took out all that matched: {', '.join(selection.excluded[:4])}")
@@ -263,7 +181,7 @@ def _name_clashes(spec: Spec, entries: Sequence[Planned]) -> list[Problem]:
         for site in planned.selection.sites:
             method = planned.insert.method.at(site)
             names = [
-                parameter_name(site, method, planned.insert.adapter, p) for p in method.params(site).values()
+                parameter_name(site, method, planned.insert.adapter, p) for p in method.stored(site).values()
             ]
             clash = next((n for n in names if n in taken), None)
             if clash:
@@ -327,7 +245,7 @@ def _check_products(spec: Spec, adapted: Graph) -> None:
     if spec.passes is None:
         return
     for index, entry in enumerate(spec.emit):
-        folded = entry.format == "onnx" and entry.adapters == "folded"
+        folded = entry.format == "hf" or (entry.format == "onnx" and entry.adapters == "folded")
         if folded and adapted.adaptations and adapted.stage not in load_passes()["fold"].takes:
             raise spec.error(
                 ("passes",),
@@ -353,11 +271,24 @@ def _notes(entries: Sequence[Planned]) -> list[str]:
     return notes
 
 
-def _runtime_notes(spec: Spec, graph: Graph) -> list[str]:
-    half = any(weight.dtype == torch.bfloat16 for weight in graph.weights.values())
-    if half and any(entry.format == "onnx" for entry in spec.emit):
-        return ["ONNX Runtime has no bfloat16 kernels on the CPU: set base.dtype to float32 for ONNX"]
-    return []
+def _alias_notes(graph: Graph, entries: Sequence[Planned]) -> list[str]:
+    """What becomes of adapted tensors that are used elsewhere too; those that refuse say so when folded."""
+    notes = []
+    words = {
+        "untie": "untied: both are written, each with its own values",
+        "live": "kept live: its adapter stays in what is folded, computed when the program is loaded",
+    }
+    for found in entries:
+        for site in found.selection.sites:
+            if found.insert.on_alias not in words:
+                continue
+            beside = found.insert.method.adapts_bias() and site.bias
+            for name, bias in ((site.name, False), *([(str(site.bias), True)] if beside else [])):
+                others = elsewhere(graph, site, bias)
+                if others:
+                    what = f"adapt.{found.entry}: {name} is also used by {places(others)}"
+                    notes.append(f"{what}; it is {words[found.insert.on_alias]}")
+    return notes
 
 
 def _entry_json(planned: Planned) -> dict[str, Any]:
@@ -384,4 +315,7 @@ def site_json(site: Site) -> dict[str, Any]:
         "shape": list(site.shape),
         "dtype": str(site.dtype).removeprefix("torch."),
         "source": site.source,
+        "op": site.op,
+        "slice": site.piece,
+        "rows": [list(rows) for rows in site.rows],
     }

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils import _pytree as pytree
@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from adaptc.errors import ProofError
 from adaptc.graph import Graph
 from adaptc.inputs import InputSpec
+from adaptc.streaming import Batch, Outcome
 from adaptc.tracing.export import EXAMPLE_SIZES, example_sizes, example_tensors
 from adaptc.weights import Held, seeded
 
@@ -26,7 +27,41 @@ SIZES = ((2, 5, 4, 3, 6, 7, 8), (1, 1, 1, 1, 1, 1, 1), EXAMPLE_SIZES)
 TRIES, FEW_TRIES, MORE_ROWS = 16, 3, 16
 """Random inputs on which a trained parameter must get a gradient once. After a few of the traced sizes, the first
 dimension is 16 times longer: some 10,000 tokens of a language model in all."""
-Runner = Callable[[Mapping[str, torch.Tensor]], Sequence[torch.Tensor]]
+Call = Callable[[Batch], Sequence[torch.Tensor]]
+
+
+class Runner(Protocol):
+    """One side of a proof: runs several batches in one sweep.
+
+    `coverage` says how, where the side is not held in memory as one; empty where it is.
+    """
+
+    @property
+    def coverage(self) -> str:
+        """How much of it runs, and how, in words."""
+        ...
+
+    def __call__(self, batches: Sequence[Batch]) -> Sequence[Outcome]:
+        """The outcome of every batch."""
+        ...
+
+
+@dataclass(frozen=True)
+class Each:
+    """A runner of something in memory, which takes one batch after the other."""
+
+    call: Call
+    coverage: str = ""
+
+    def __call__(self, batches: Sequence[Batch]) -> list[Outcome]:
+        """The outcome of every batch."""
+        return [self._one(batch) for batch in batches]
+
+    def _one(self, batch: Batch) -> Outcome:
+        try:
+            return list(self.call(batch))
+        except Exception as error:
+            return error
 
 
 @dataclass(frozen=True)
@@ -34,7 +69,7 @@ class Proof:
     """What was compared, on which shapes, and how far apart it was.
 
     `absolute` and `relative` are the largest over all outputs and shapes; `relative` is over the largest
-    reference value of that output.
+    reference value of that output. `coverage` says how the sides ran where memory held only a part of them.
     """
 
     name: str
@@ -42,10 +77,12 @@ class Proof:
     relative: float
     tolerance: float
     shapes: tuple[str, ...]
+    coverage: str = ""
 
     def __str__(self) -> str:
         held = f"{self.name}: largest error {self.relative:.1e} of {self.tolerance:.1e} allowed"
-        return f"{held}, on {', '.join(self.shapes)}"
+        how = f" ({self.coverage})" if self.coverage else ""
+        return f"{held}, on {', '.join(self.shapes)}{how}"
 
 
 def tolerance(graph: Graph) -> float:
@@ -72,22 +109,19 @@ def prove(
     """
     absolute = relative = 0.0
     shapes: list[str] = []
-    failure: Exception | None = None
-    for number, among in enumerate(SIZES):
-        sizes = example_sizes(inputs, among)
-        label = " ".join(f"{k}={v}" for k, v in sizes.items()) or "fixed sizes"
-        if label in shapes:
-            continue
-        tensors = example_tensors(inputs, sizes, seed=seed + number, pad=True)
-        try:
-            expected = reference(tensors)
-        except Exception as error:  # the model itself does not take this size
-            failure = error
-            continue
-        try:
-            got = candidate(tensors)
-        except Exception as error:
-            raise ProofError(f"{name}: it does not run ({label}): {error}") from error
+    known = batches(inputs, seed)
+    expectations = reference(list(known.values()))
+    taken = {
+        label: (batch, outcome)
+        for (label, batch), outcome in zip(known.items(), expectations, strict=True)
+        if not isinstance(outcome, Exception)  # the model itself does not take this size
+    }
+    if not taken:
+        raise ProofError(f"{name}: the model runs on none of the proof's shapes: {expectations[0]}")
+    outcomes = candidate([batch for batch, _ in taken.values()])
+    for (label, (_, expected)), got in zip(taken.items(), outcomes, strict=True):
+        if isinstance(got, Exception):
+            raise ProofError(f"{name}: it does not run ({label}): {got}") from got
         if len(expected) != len(got):
             raise ProofError(f"{name}: {len(expected)} outputs became {len(got)}")
         for index, (a, b) in enumerate(zip(expected, got, strict=True)):
@@ -98,12 +132,22 @@ def prove(
             error, scale = _error(a, b)
             absolute, relative = max(absolute, error), max(relative, error / scale)
         shapes.append(label)
-    if not shapes:
-        raise ProofError(f"{name}: the model runs on none of the proof's shapes: {failure}")
-    proof = Proof(name, absolute, relative, allowed, tuple(shapes))
+    how = ", ".join(dict.fromkeys(side.coverage for side in (candidate, reference) if side.coverage))
+    proof = Proof(name, absolute, relative, allowed, tuple(shapes), how)
     if not relative <= allowed:
         raise ProofError(f"the proof failed: {proof}")
     return proof
+
+
+def batches(inputs: Sequence[InputSpec], seed: int = 0) -> dict[str, dict[str, torch.Tensor]]:
+    """Fresh random inputs of every shape a proof runs on, padded rows among them, by what the shape is called."""
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for number, among in enumerate(SIZES):
+        sizes = example_sizes(inputs, among)
+        label = " ".join(f"{k}={v}" for k, v in sizes.items()) or "fixed sizes"
+        if label not in found:
+            found[label] = example_tensors(inputs, sizes, seed=seed + number, pad=True)
+    return found
 
 
 def _error(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:
@@ -117,10 +161,10 @@ def _error(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:
     return float((a - b).abs().max()), max(float(a.abs().max()), 1e-12)
 
 
-def runner(module: torch.nn.Module) -> Runner:
+def runner(module: torch.nn.Module) -> Call:
     """Run a module in evaluation mode and flatten its outputs."""
 
-    def call(tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    def call(tensors: Batch) -> list[torch.Tensor]:
         with evaluating(module), torch.no_grad():
             result = module(**tensors)
         return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
@@ -152,10 +196,16 @@ def randomised(graph: Graph, seed: int = 0, strength: float = 1.0) -> Graph:
     return copied
 
 
-def effect(inputs: Sequence[InputSpec], reference: Runner, candidate: Runner) -> float:
-    """How far apart two sides are on the shapes that are traced, relative to the largest value."""
-    tensors = example_tensors(inputs, example_sizes(inputs))
-    pairs = zip(reference(tensors), candidate(tensors), strict=True)
+def effect(inputs: Sequence[InputSpec], reference: Runner, candidate: Runner, seed: int = 0) -> float:
+    """How far apart two sides are on the first of the proof's batches that runs, relative to the largest value."""
+    known = list(batches(inputs, seed).values())
+    outcomes = candidate(known)  # all of them, since a proof that follows asks for the same
+    ran = ((batch, got) for batch, got in zip(known, outcomes, strict=True) if isinstance(got, list))
+    batch, got = next(ran, ({}, []))
+    (expected,) = reference([batch]) if batch else ([],)
+    if isinstance(expected, Exception):
+        return 0.0
+    pairs = zip(expected, got, strict=True)
     return max((error / scale for error, scale in (_error(a, b) for a, b in pairs)), default=0.0)
 
 
@@ -189,7 +239,7 @@ def gradients(module: torch.nn.Module, graph: Graph, names: Sequence[str]) -> No
     )
 
 
-def _backward(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], seed: int) -> None:
+def _backward(module: torch.nn.Module, tensors: Batch, seed: int) -> None:
     try:
         with evaluating(module):
             leaves = [

@@ -4,18 +4,38 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 
 from adaptc.plan import Plan, Planned
 from adaptc.proof import Proof
 from adaptc.sites import Site
+
+COLUMNS = (
+    TextColumn("{task.description}"),
+    BarColumn(),
+    DownloadColumn(),
+    TransferSpeedColumn(),
+    TimeRemainingColumn(),
+)
+"""Of the bar: bytes, their rate, and the time left."""
 
 
 class Report:
@@ -58,12 +78,12 @@ class Report:
         for note in plan.notes:
             self.out.print(f"note        {note}", markup=False)
 
-    def progress(self, what: str, proof: Proof | None) -> None:
-        """A product that is being written, or a proof that held."""
-        if proof is None:
-            self.err.print(f"writing {what}", markup=False)
-        else:
-            self.err.print(f"proved  {proof}", markup=False)
+    @contextmanager
+    def products(self) -> Iterator[Products]:
+        """What is written and proved: a line each, and on a terminal a bar for what takes long."""
+        bar = Progress(*COLUMNS, console=self.err, transient=True, disable=not self.err.is_terminal)
+        with bar:
+            yield Products(self.err, bar)
 
     def done(self, paths: Sequence[Path]) -> None:
         """What was written."""
@@ -80,6 +100,37 @@ class Report:
         Console(highlight=False).print(table)
 
 
+@dataclass
+class Products:
+    """Told of what happens while products are written, it says so on standard error."""
+
+    console: Console
+    bar: Progress
+    task: TaskID | None = None
+    said: float = 0.0
+
+    def writing(self, what: str) -> None:
+        """A product that is being made."""
+        self.console.print(f"writing {what}", markup=False)
+
+    def wrote(self, done: int, total: int) -> None:
+        """The bytes written: on the bar, or elsewhere than on a terminal a line every ten seconds."""
+        if self.task is None:
+            self.task = self.bar.add_task("writing", total=total)
+            self.said = time.monotonic()
+        self.bar.update(self.task, completed=done, total=total)
+        if self.bar.disable and time.monotonic() - self.said > 10:
+            self.said = time.monotonic()
+            self.console.print(f"  {_bytes(done)} of {_bytes(total)}", markup=False)
+        if done >= total:
+            self.bar.remove_task(self.task)
+            self.task = None
+
+    def proved(self, proof: Proof) -> None:
+        """A proof that held."""
+        self.console.print(f"proved  {proof}", markup=False)
+
+
 def _entry(planned: Planned) -> Table:
     method, selection = planned.insert.method, planned.selection
     source = f", from {planned.checkpoint.path}" if planned.checkpoint else ""
@@ -91,7 +142,7 @@ def _entry(planned: Planned) -> Table:
         table.add_column(column, overflow="fold")
     groups: dict[tuple[str, ...], list[int]] = {}
     for site in selection.sites:
-        trained = sum(math.prod(p.shape) for p in method.at(site).params(site).values())
+        trained = sum(math.prod(p.shape) for p in method.at(site).stored(site).values())
         shape = " x ".join(map(str, site.shape))
         row = (_pattern(site), site.type or site.kind, shape, f"{trained:,}", site.source)
         groups.setdefault(row, []).append(1)

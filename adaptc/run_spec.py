@@ -52,7 +52,8 @@ def run_spec(
     with report.working("tracing and planning"):
         compiled = compile_spec(loaded, after=after)
     report.plan(compiled.plan)
-    paths = emit_all(compiled, loaded.emit, report.progress, output_dir)
+    with report.products() as observer:
+        paths = emit_all(compiled, loaded.emit, observer, output_dir)
     report.done(paths)
     if print_after not in (None, "all", "trace") and print_after not in [r.name for r in compiled.records]:
         report.message(f"{print_after} did not run: nothing that is written needs it")

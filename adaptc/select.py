@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from adaptc.graph import Graph
 from adaptc.method import Method
-from adaptc.names import layer_of, matches, matches_any, nearest, parse_layers
-from adaptc.sites import Site
+from adaptc.names import layer_of, matches, matches_any, nearest, parse_layers, sliced
+from adaptc.roles import SLICES
+from adaptc.sites import KINDS, Site
 
 ALL_LINEAR = "all-linear"
 Target = str | Sequence[str] | Mapping[str, Any]
@@ -41,26 +42,47 @@ def select(graph: Graph, target: Target, exclude: Sequence[str], method: Method)
     """
     whole = "parameter" in method.kinds
     candidates = graph.parameter_sites if whole else [s for s in graph.sites if s.kind in method.kinds]
-    patterns, wanted = _patterns(target)
+    candidates = [site for site in candidates if method.takes(site)]
+    patterns, wanted = _patterns(target, graph)
     heads = (
         sorted({s.module for s in candidates if s.module in graph.heads}) if ALL_LINEAR in patterns else []
     )
     used: set[str] = set()
     chosen, excluded = [], []
     for site in candidates:
-        names = _lineage(site.module) if whole else [site.module]
-        hits = [p for p in patterns if _hits(p, names, site, graph)]
-        if not hits or not wanted(site):
+        names = _lineage(site.module) if whole else [site.module, site.name]
+        if not wanted(site) or not any(_hits(sliced(p)[0], names, site, graph) for p in patterns):
             continue
-        used.update(hits)
+        found: list[Site] = []
+        for pattern in patterns:
+            name, slices = sliced(pattern)
+            if _hits(name, names, site, graph):
+                parts = _parts(site, slices, graph) if slices and not whole else [] if slices else [site]
+                used.update([pattern] if parts else [])
+                found += [part for part in parts if part not in found]
         if any(matches_any(exclude, name) for name in names):
             excluded.append(site.module)
         else:
-            chosen.append(site)
+            chosen += found
     unused = tuple(p for p in patterns if p not in used)
     return Selection(
         tuple(chosen), tuple(dict.fromkeys(excluded)), unused, _near(graph, unused, candidates), tuple(heads)
     )
+
+
+def _parts(site: Site, slices: Sequence[str], graph: Graph) -> list[Site]:
+    """The slices of a fused weight that a pattern names: `q`, `gate`, or rows `0:512`."""
+    found = []
+    for name in slices:
+        first, colon, last = name.partition(":")
+        if colon:
+            rows = ((int(first or 0), min(int(last or site.out_features), site.out_features)),)
+            name = f"{rows[0][0]}:{rows[0][1]}"
+        else:
+            rows = graph.roles.rows.get((site.uses[0], SLICES[name]), ())
+        if rows and all(start < stop for start, stop in rows):
+            found.append(replace(site, rows=rows, piece=name))
+    return found
 
 
 def _lineage(module: str) -> list[str]:
@@ -74,18 +96,21 @@ def _hits(pattern: str, names: Sequence[str], site: Site, graph: Graph) -> bool:
     return any(matches(pattern, name) for name in names)
 
 
-def _patterns(target: Target) -> tuple[list[str], Any]:
+def _patterns(target: Target, graph: Graph) -> tuple[list[str], Callable[[Site], bool]]:
     if isinstance(target, str):
         return [target], lambda site: True
     if not isinstance(target, Mapping):
         return list(target), lambda site: True
     names = target.get("name") or "*"
     layers = parse_layers(target["layers"]) if target.get("layers") else None
-    kind = target.get("type")
+    kind, op, role = (target.get(key) for key in ("type", "op", "role"))
 
     def wanted(site: Site) -> bool:
-        return (kind is None or matches(kind, site.type)) and (
-            layers is None or layer_of(site.module) in layers
+        return (
+            (kind is None or matches(kind, site.type))
+            and (layers is None or layer_of(site.module) in layers)
+            and (op is None or matches(op, site.op))
+            and (role is None or any(matches(role, r) for r in graph.roles.of.get(site.uses[0], ())))
         )
 
     return [names] if isinstance(names, str) else list(names), wanted
@@ -95,11 +120,10 @@ def _near(graph: Graph, unused: Sequence[str], candidates: Sequence[Site]) -> tu
     modules = list(dict.fromkeys(site.module for site in candidates))
     lasts = {module.rpartition(".")[2]: module for module in modules}
     found: list[str] = []
+    kinds = "/".join(kind for kind in KINDS if kind in {c.kind for c in candidates}) or "adaptable"
     for pattern in unused:
         others = [
-            f"{s.module} ({s.type}, not {'/'.join({c.kind for c in candidates}) or 'adaptable'})"
-            for s in graph.parameter_sites
-            if matches(pattern, s.module)
+            f"{s.module} ({s.type}, not {kinds})" for s in graph.parameter_sites if matches(pattern, s.module)
         ][:2]
         last = pattern.removeprefix("re:").rpartition(".")[2].strip("*$^\\")
         ending = [m for m in modules if matches("*." + pattern, m)]

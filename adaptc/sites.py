@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
 
-aten = torch.ops.aten
+from adaptc.layout import Layout, consumers, operation
+from adaptc.method import MATRIX_KINDS
+from adaptc.names import PACKED
+
+KINDS = ("linear", "conv", "embedding", "experts", "parameter")
+"""The kinds of site, as messages list them."""
+BIASES: Mapping[str, int] = {
+    "linear": 2,
+    "addmm": 0,
+    **{f"conv{n}d": 2 for n in (1, 2, 3)},
+    **{f"conv_transpose{n}d": 2 for n in (1, 2, 3)},
+}
+"""Operation -> the operand that is its bias."""
 
 
 @dataclass(frozen=True)
@@ -28,73 +41,162 @@ class Site:
     Attributes:
         module: the full name of the module that uses the weight.
         type: that module's class, such as `Linear`.
-        kind: `linear`, or `parameter` for any parameter at all.
+        kind: `linear`, `conv`, `embedding`, `experts` (several matrices in one weight), or `parameter` for any
+            parameter at all.
+        op: the operation that reads the weight, such as `conv2d`.
         parameter: the weight's name in the graph.
         leaf: the weight's name inside its module, such as `weight`.
         shape: the stored shape.
         dtype: the stored dtype.
-        transposed: the weight is stored `(in, out)`, as GPT-2's Conv1D does.
+        layout: how the stored weight reads as matrices; None for a `parameter`.
         uses: where the weight enters this module's operations.
         bias: the name of the bias beside it, if any.
         bias_uses: where the bias enters.
         source: file and line of the model that runs this operation.
+        shared: the module has several matrices, so that the leaf tells them apart.
+        piece: of a slice its name, such as `q` or `0:512`; empty for the whole.
+        rows: the ranges of rows of the matrix that a slice is made of.
+        groups: of a grouped convolution.
+        computed_bias: the bias beside it is no parameter, but computed from some.
+        foreign: where another module reads the weight in another way.
     """
 
     module: str
     type: str
     kind: str
+    op: str
     parameter: str
     leaf: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    transposed: bool
+    layout: Layout | None
     uses: tuple[Use, ...]
     bias: str | None
     bias_uses: tuple[Use, ...]
     source: str
+    shared: bool = False
+    piece: str = ""
+    rows: tuple[tuple[int, int], ...] = ()
+    groups: int = 1
+    computed_bias: bool = False
+    foreign: tuple[Use, ...] = ()
 
     @property
     def out_features(self) -> int:
-        """Rows of the weight as `(out, in)`."""
-        return self.shape[1] if self.transposed else self.shape[0]
+        """Rows of a matrix `(out, in)`."""
+        if self.rows:
+            return sum(stop - start for start, stop in self.rows)
+        return self._size(self.layout.out) if self.layout else self.shape[0]
 
     @property
     def in_features(self) -> int:
-        """Columns of the weight as `(out, in)`."""
-        return self.shape[0] if self.transposed else self.shape[1]
+        """Columns of a matrix `(out, in)`."""
+        return self._size(self.layout.inner) if self.layout else self.shape[-1]
+
+    @property
+    def batch(self) -> int | None:
+        """How many matrices the weight holds, such as one an expert; None where it is one matrix."""
+        return self._size(self.layout.batch) if self.layout and self.layout.batch else None
+
+    @property
+    def inner_shape(self) -> tuple[int, ...]:
+        """The stored axes that columns are made of: `(in, height, width)` of a convolution."""
+        assert self.layout is not None
+        return tuple(self.shape[axis] for axis in self.layout.inner)
+
+    @property
+    def transposed(self) -> bool:
+        """Whether a linear weight is stored `(in, out)`, as GPT-2's Conv1D does."""
+        return self.kind == "linear" and self.layout is not None and self.layout.out == (1,)
+
+    def as_parameter(self) -> Site:
+        """The same weight as a parameter, wherever it is used."""
+        bare = {
+            "kind": "parameter",
+            "layout": None,
+            "bias": None,
+            "bias_uses": (),
+            "shared": False,
+            "foreign": (),
+        }
+        return replace(self, uses=(*self.uses, *self.foreign), **bare)
+
+    @property
+    def by_parameter(self) -> bool:
+        """Whether the weight is targeted by its own name: PEFT's `target_parameters`."""
+        return self.kind in MATRIX_KINDS and self.leaf not in ("weight", PACKED)
+
+    @property
+    def rows_repeat(self) -> bool:
+        """Whether a row makes several channels, as in every group of a grouped transposed convolution."""
+        return self.groups > 1 and "transpose" in self.op
+
+    @property
+    def name(self) -> str:
+        """The weight's full name in its own module."""
+        return ".".join(part for part in (self.module, self.leaf) if part)
+
+    def _size(self, axes: Sequence[int]) -> int:
+        return math.prod(self.shape[axis] for axis in axes)
+
+    @property
+    def part(self) -> str:
+        """What tells this site's tensors from those of others in the same module."""
+        words = (self.leaf if self.shared else "", self.piece.replace(":", "_"))
+        return "_".join(word for word in words if word)
+
+    @property
+    def pattern(self) -> str:
+        """The target that means this site alone."""
+        name = ".".join(p for p in (self.module, self.leaf if self.shared else "") if p)
+        return name + (f"[{self.piece}]" if self.piece else "")
 
     def key(self, key: str) -> str:
-        """What a checkpoint calls a tensor of this site: the module's name, if it has one, and the key."""
-        return f"{self.module}.{key}" if self.module else key
+        """What a checkpoint of our own calls a tensor of this site: the module's name, if it has one, and the key."""
+        first, dot, rest = key.partition(".")
+        named = f"{first}_{self.part}{dot}{rest}" if self.part else key
+        return f"{self.module}.{named}" if self.module else named
 
-    def view(self, W: torch.Tensor) -> torch.Tensor:
-        """The stored weight as `(out, in)`, and back: its own inverse."""
-        return W.t() if self.transposed else W
+    def matrix(self, W: torch.Tensor) -> torch.Tensor:
+        """The weight as the method sees it: `(out, in)`, or `(batch, out, in)`; a slice has its own rows only."""
+        M = self.layout.matrix(W) if self.layout else W
+        return self._take(M, -2) if self.rows else M
+
+    def restored(self, M: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
+        """The stored weight with `M` in place of what `matrix` gave."""
+        if self.layout is None:
+            return M
+        if self.rows:
+            M = self._put(M, self.layout.matrix(W), -2)
+        return self.layout.tensor(M, self.shape)
+
+    def bias_of(self, b: torch.Tensor) -> torch.Tensor:
+        """The bias as the method sees it: `(out,)` of this site's rows."""
+        return self._take(b, -1) if self.rows else b
+
+    def bias_restored(self, new: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """The whole bias with `new` in place of what `bias_of` gave."""
+        return self._put(new, b, -1) if self.rows else new
+
+    def _take(self, whole: torch.Tensor, axis: int) -> torch.Tensor:
+        pieces = [whole.narrow(axis, start, stop - start) for start, stop in self.rows]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, axis)
+
+    def _put(self, new: torch.Tensor, whole: torch.Tensor, axis: int) -> torch.Tensor:
+        pieces, at, taken = [], 0, 0
+        for start, stop in self.rows:
+            if start > at:
+                pieces.append(whole.narrow(axis, at, start - at))
+            pieces.append(new.narrow(axis, taken, stop - start) if len(self.rows) > 1 else new)
+            at, taken = stop, taken + stop - start
+        if at < whole.shape[axis]:
+            pieces.append(whole.narrow(axis, at, whole.shape[axis] - at))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, axis)
 
     def __str__(self) -> str:
-        sides = (
-            f"{self.in_features} -> {self.out_features}" if self.kind == "linear" else str(list(self.shape))
-        )
-        return f"{self.module} ({self.kind} {sides})" + (f", from {self.source}" if self.source else "")
-
-
-@dataclass(frozen=True)
-class LinearForm:
-    """Where the input, weight and bias of a matrix-product node stand, and how the weight is stored."""
-
-    input: int
-    weight: int
-    bias: int | None
-    transposed: bool
-
-
-LINEAR_FORMS: Mapping[object, LinearForm] = {
-    aten.linear.default: LinearForm(input=0, weight=1, bias=2, transposed=False),
-    aten.addmm.default: LinearForm(input=1, weight=2, bias=0, transposed=True),
-    aten.mm.default: LinearForm(input=0, weight=1, bias=None, transposed=True),
-    aten.matmul.default: LinearForm(input=0, weight=1, bias=None, transposed=True),
-}
-"""The operations that compute `x W^T + b`; a new spelling of a linear layer is one row."""
+        matrix = f"{self.in_features} -> {self.out_features}" + (f" x {self.batch}" if self.batch else "")
+        sides = matrix if self.kind in MATRIX_KINDS else str(list(self.shape))
+        return f"{self.pattern} ({self.kind} {sides})" + (f", from {self.source}" if self.source else "")
 
 
 def module_of(node: fx.Node) -> tuple[str, str]:
@@ -120,11 +222,6 @@ def parameter_uses(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node, int]]:
         if node.op == "get_attr":
             for user in node.users:
                 yield node, user, next((i for i, a in enumerate(user.args) if a is node), -1)
-
-
-def _is_weight(user: fx.Node, index: int, rank: int) -> bool:
-    form = LINEAR_FORMS.get(user.target)
-    return form is not None and index == form.weight and rank == 2 and not user.kwargs
 
 
 def find_sites(graph: fx.Graph, names: Mapping[str, str], parameters: set[str]) -> list[Site]:
@@ -157,43 +254,84 @@ def find_sites(graph: fx.Graph, names: Mapping[str, str], parameters: set[str]) 
     for uses in groups.values():
         uses.sort(key=lambda use: order[use[0]])
     sites = [_site(module, own, types[module], values[own], uses) for (module, own), uses in groups.items()]
-    return sites
+    return _told_apart(sites)
 
 
 def _site(module: str, own: str, type_name: str, node: fx.Node, uses: list[tuple[fx.Node, int]]) -> Site:
     value = node.meta["val"]
-    forms = {LINEAR_FORMS[user.target].transposed for user, _ in uses if user.target in LINEAR_FORMS}
-    biases = {_bias_of(user) for user, _ in uses}
+    uses, foreign = _own_and_foreign(module, node, uses)
+    read = consumers(node, [user for user, _ in uses])
+    layouts = {layout for _, layout in read}
+    biases = {_bias_of(user) for user, _ in read}
     # One expression serves all uses, so they must read the weight the same way, beside the same bias.
-    linear = (
-        all(_is_weight(user, index, value.dim()) for user, index in uses) and len(forms) == len(biases) == 1
-    )
-    bias: str | None = None
-    bias_uses: list[Use] = []
-    if linear:
-        bias = biases.pop()
-        if bias is not None:
-            bias_uses = [Use(user.name, LINEAR_FORMS[user.target].bias or 0) for user, _ in uses]
+    layout = layouts.pop() if len(layouts) == len(biases) == 1 and read else None
+    bias = biases.pop() if layout is not None else None
+    op = operation(read[0][0]) if read else ""
     return Site(
         module=module,
         type=type_name,
-        kind="linear" if linear else "parameter",
+        kind=_kind(layout, op),
+        op=op,
         parameter=str(node.target),
         leaf=own.rpartition(".")[2],
         shape=tuple(value.shape),
         dtype=value.dtype,
-        transposed=linear and forms.pop(),
+        layout=layout,
         uses=tuple(Use(user.name, index) for user, index in uses),
         bias=bias,
-        bias_uses=tuple(bias_uses),
+        bias_uses=tuple(Use(user.name, BIASES[operation(user)]) for user, _ in read) if bias else (),
         source=source_of(uses[0][0]),
+        groups=_groups(read[0][0]) if read else 1,
+        foreign=tuple(Use(user.name, index) for user, index in foreign),
+        computed_bias=layout is not None and bias is None and any(_has_bias(user) for user, _ in read),
     )
+
+
+def _own_and_foreign(
+    module: str, node: fx.Node, uses: list[tuple[fx.Node, int]]
+) -> tuple[list[tuple[fx.Node, int]], list[tuple[fx.Node, int]]]:
+    """Set apart uses by other modules that read the weight otherwise, such as a head made of an embedding's table."""
+    own = [use for use in uses if module_of(use[0])[0] == module]
+    foreign = [use for use in uses if use not in own]
+    if not own or not foreign:
+        return uses, []
+    mine, theirs = (
+        {layout for _, layout in consumers(node, [u for u, _ in part])} for part in (own, foreign)
+    )
+    return (uses, []) if mine == theirs else (own, foreign)
+
+
+def _groups(node: fx.Node) -> int:
+    groups = node.args[6] if operation(node).startswith("conv") and len(node.args) > 6 else 1
+    assert isinstance(groups, int)
+    return groups
+
+
+def _kind(layout: Layout | None, op: str) -> str:
+    if layout is None:
+        return "parameter"
+    if layout.batch:
+        return "experts"
+    return "conv" if op.startswith("conv") else "embedding" if op == "embedding" else "linear"
 
 
 def _bias_of(user: fx.Node) -> str | None:
     """The name of the bias beside the weight in this operation, if it is a parameter."""
-    form = LINEAR_FORMS.get(user.target)
-    if form is None or form.bias is None or len(user.args) <= form.bias:
-        return None
-    at = user.args[form.bias]
+    at = user.args[BIASES[operation(user)]] if _has_bias(user) else None
     return str(at.target) if isinstance(at, fx.Node) and at.op == "get_attr" else None
+
+
+def _has_bias(user: fx.Node) -> bool:
+    place = BIASES.get(operation(user))
+    return place is not None and len(user.args) > place and user.args[place] is not None
+
+
+def _told_apart(sites: list[Site]) -> list[Site]:
+    """Matrices of one module are told apart by their leaf, where there are several."""
+    count = defaultdict(int)
+    for site in sites:
+        count[site.module] += site.kind in MATRIX_KINDS
+    return [
+        replace(site, shared=True) if site.kind in MATRIX_KINDS and count[site.module] > 1 else site
+        for site in sites
+    ]

@@ -89,6 +89,18 @@ class Spec(Part):
             raise invalid(fault("a 'python' base needs its inputs, such as x: float32[batch, 16]"))
         return inputs
 
+    @field_validator("emit", mode="after")
+    @classmethod
+    def _possible(cls, emit: EmitEntries, info: ValidationInfo) -> EmitEntries:
+        base = info.data.get("base")
+        if base is not None and base.model is None:
+            kind = "python" if base.python is not None else "program"
+            words = f"a Hugging Face checkpoint needs a 'model' base, and this one is a {kind!r}"
+            faults = [fault(words, loc=(i, "format")) for i, entry in enumerate(emit) if entry.format == "hf"]
+            if faults:
+                raise invalid(*faults)
+        return emit
+
     @property
     def source(self) -> Source:
         """The data as written, and where."""

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, model_validator
 
-from adaptc.names import parse_layers
+from adaptc.names import ROLES, matches, parse_layers
 from adaptc.spec_errors import fault, got, invalid
 from adaptc.spec_part import Many, Part
 
@@ -23,6 +23,12 @@ def _pattern(text: str) -> str:
 
 def _layers(text: str) -> str:
     parse_layers(text)
+    return text
+
+
+def _role(text: str) -> str:
+    if not any(matches(text, role) for role in ROLES):
+        raise ValueError(f"unknown role {text!r}; known: {', '.join(ROLES)}")
     return text
 
 
@@ -47,10 +53,19 @@ class LayerTarget(Part):
     )
     layers: Layers | None = Field(None, description="first numbered segment of the name, such as 0-5,11")
 
+    op: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="the operation that reads the weight, such as conv2d"
+    )
+    role: Annotated[str, AfterValidator(_role)] | None = Field(
+        None, description="what the layer does, read from the dataflow, such as attention.value"
+    )
+
     @model_validator(mode="after")
     def _chooses(self) -> LayerTarget:
-        if self.name is None and self.type is None and self.layers is None:
-            raise invalid(fault("an empty mapping chooses nothing: give name, type or layers", at_key=True))
+        if not self.model_fields_set:
+            raise invalid(
+                fault("an empty mapping chooses nothing: give name, type, layers, op or role", at_key=True)
+            )
         return self
 
 

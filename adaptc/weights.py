@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ class Held(Weight):
 
 @dataclass(frozen=True, eq=False)
 class Stored(Weight):
-    """A tensor in a safetensors file, memory-mapped; cast to `dtype` where the file holds another."""
+    """A tensor in a safetensors file, read when asked for; cast to `dtype` where the file holds another."""
 
     file: Path
     key: str
@@ -68,7 +69,36 @@ class Stored(Weight):
 
     def load(self) -> torch.Tensor:
         """Read this one tensor."""
-        return open_safetensors(self.file).get_tensor(self.key).to(self.dtype)
+        # Not by safetensors' own handle: it maps the file, and mapped pages stay in resident memory.
+        open_safetensors(self.file)
+        stored, start = _places(str(self.file), self.file.stat().st_mtime_ns)[self.key]
+        return Raw(self.file, start, self.shape, stored).load().to(self.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Raw(Weight):
+    """A tensor whose bytes stand in a file from `start` on."""
+
+    file: Path
+    start: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def load(self) -> torch.Tensor:
+        """Read this one tensor.
+
+        Raises:
+            WeightError: the file ends before it.
+        """
+        data = torch.empty(self.nbytes, dtype=torch.uint8)
+        whole, read = data.numpy().data, 0
+        with open(self.file, "rb", buffering=0) as file:
+            file.seek(self.start)
+            while read < len(whole) and (count := file.readinto(whole[read:])):
+                read += count
+        if read < len(whole):
+            raise WeightError(f"{self.file}: cut short while it was read; copy or download it again")
+        return data.view(self.dtype).reshape(self.shape)
 
 
 @dataclass(eq=False)
@@ -130,6 +160,19 @@ DTYPES = {
 }
 
 
+@lru_cache(maxsize=64)
+def _places(path: str, _modified: int) -> dict[str, tuple[torch.dtype, int]]:
+    """Key -> dtype and first byte, from the header of a file that is known to be whole."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    return {
+        key: (DTYPES[about["dtype"]], 8 + length + about["data_offsets"][0])
+        for key, about in header.items()
+        if key != "__metadata__"
+    }
+
+
 def read_safetensors(path: Path) -> dict[str, Stored]:
     """The tensors of a safetensors file, none of them loaded."""
     file = open_safetensors(path)
@@ -181,6 +224,8 @@ def initial(init: str, shape: tuple[int, ...], generator: torch.Generator) -> to
             return tensor.fill_(1.0)
         case "normal":
             return tensor.normal_(std=0.02, generator=generator)
+        case "standard-normal":
+            return tensor.normal_(generator=generator)
         case "kaiming-uniform":
             return torch.nn.init.kaiming_uniform_(tensor, a=5**0.5, generator=generator)
     raise ValueError(f"unknown initialisation {init!r}")

@@ -69,6 +69,7 @@ def test_options_have_limits_defaults_and_words() -> None:
 
 def test_emits_are_told_apart_by_format() -> None:
     assert set(schema()["properties"]["emit"]["items"]["discriminator"]["mapping"]) == {
+        "hf",
         "onnx",
         "peft",
         "torch",
@@ -89,10 +90,12 @@ def test_it_accepts_and_refuses_what_load_does() -> None:
         {"version": 1, "adapt": [{"method": "lora", "target": "x", "r": 0}]},
         {"version": 1, "adapt": [{"method": "lora", "target": "x", "r": "8"}]},
         {"version": 1, "adapt": [{"method": "ia3", "target": "x", "r": 8}]},
-        {"version": 1, "adapt": [{"method": "lora", "target": {"role": "x"}}]},
+        {"version": 1, "adapt": [{"method": "lora", "target": {"rol": "x"}}]},
         {"version": 1, "inputs": {"x": "int46[n]"}},
         {"version": 1, "quantize": [{"method": "nf4"}]},
-        {"version": 1, "emit": [{"format": "hf", "path": "x"}]},
+        {"version": 1, "emit": [{"format": "hff", "path": "x"}]},
+        {"version": 1, "emit": [{"format": "hf", "path": "x", "max_shard_size": "5 gigs"}]},
+        {"version": 1, "emit": [{"format": "hf", "path": "x", "max_shard_size": "0GB"}]},
         {"version": 1, "emit": [{"format": "onnx", "path": "x", "opset": 26}]},
     ]
     assert [spec for spec in bad if validator.is_valid(spec)] == []

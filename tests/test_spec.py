@@ -13,7 +13,7 @@ import pytest
 from pydantic import Field
 
 from adaptc.adapt_entries import AdapterEntry, MethodEntry
-from adaptc.emit_entries import OnnxEmit, PeftEmit, TorchEmit
+from adaptc.emit_entries import HfEmit, OnnxEmit, PeftEmit, TorchEmit
 from adaptc.errors import SpecError
 from adaptc.inputs import InputSpec
 from adaptc.method import METHODS, WeightMethod, method
@@ -49,6 +49,7 @@ emit:
   - {format: torch, path: build/trainable}
   - {format: onnx, path: build/model.onnx, adapters: live, opset: 20}
   - {format: peft, path: build/adapter}
+  - {format: hf, path: build/merged, max_shard_size: 1.5GB}
 passes: [insert-lora, {fold: {exact: true}}, {check: }]
 seed: 7
 """
@@ -88,6 +89,7 @@ def test_every_section(whole: Path) -> None:
         TorchEmit(format="torch", path="build/trainable"),
         OnnxEmit(format="onnx", path="build/model.onnx", adapters="live", opset=20),
         PeftEmit(format="peft", path="build/adapter"),
+        HfEmit(format="hf", path="build/merged", max_shard_size="1.5GB"),
     )
     assert spec.passes == ("insert-lora", {"fold": {"exact": True}}, {"check": {}})
     assert spec.seed == 7
@@ -99,6 +101,7 @@ def test_an_entry_builds_its_method() -> None:
     assert type(built) is load_methods()["lora"]
     assert entry.options() == {
         "r": 4, "alpha": 16.0, "dropout": 0.0, "rslora": False, "rank_pattern": {"q": 2}, "alpha_pattern": {},
+        "biases": "none", "lora_bias": False,
     }  # fmt: skip
     assert built == load_methods()["lora"](**entry.options())
 

@@ -31,6 +31,8 @@ def inference_graph(graph: Graph) -> Graph:
             node.target = graph.aliases[str(node.target)]
         elif node.target is aten.view.default:
             node.target = aten.reshape.default  # the decompositions may lay a tensor out in another order
+        elif node.target is aten.conv3d.default:
+            _spell_out(node)
     nodes.eliminate_dead_code()
     for node in [n for n in nodes.nodes if n.op == "placeholder" and not n.users]:
         nodes.erase_node(node)
@@ -39,6 +41,14 @@ def inference_graph(graph: Graph) -> Graph:
     graph.outputs = tuple(graph.outputs[i] for i in kept)
     graph.module.recompile()
     return graph
+
+
+def _spell_out(node: fx.Node) -> None:
+    """A convolution with all its options: of `conv3d` without a bias onnxscript (0.7) makes one of a wrong shape."""
+    defaults: tuple[Any, ...] = (None, [1] * 3, [0] * 3, [1] * 3, 1)
+    bias, stride, padding, dilation, groups = (*node.args[2:], *defaults[len(node.args) - 2 :])
+    node.target = aten.convolution.default
+    node.args = (*node.args[:2], bias, stride, padding, dilation, False, [0] * 3, groups)
 
 
 def _evaluate(nodes: fx.Graph) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -41,7 +43,21 @@ def write_manifest(
     }
     products = _products(old) if old is not None else {}
     products[product["name"]] = {**product, "files": hashes}
-    path.write_text(json.dumps({**common, "products": products}, indent=2, default=str) + "\n")
+    manifest = json.loads(json.dumps({**common, "products": products}, default=str))
+    path.write_text(_text(manifest), encoding="utf-8")
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a manifest is, byte for byte, what was written."""
+    text = path.read_text(encoding="utf-8")
+    return text == _text(json.loads(text))
+
+
+def _text(manifest: Mapping[str, Any]) -> str:
+    """The manifest as it is written, with the SHA-256 of all it says."""
+    said = {key: value for key, value in manifest.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    return json.dumps(said | {"sha256": digest}, indent=2) + "\n"
 
 
 def _name(file: Path, manifest: Path) -> str:

@@ -2,82 +2,110 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from adaptc.emit.inference import inference_graph
+from adaptc.emit.translate import translate
+from adaptc.emit.widen import widen
 from adaptc.errors import AdaptcError
 from adaptc.graph import Graph
-from adaptc.tracing.export import dynamic_shapes, example_sizes, example_tensors
-from adaptc.tracing.quiet import quietly
-from adaptc.weights import Weight
+from adaptc.weights import Raw, Weight
 
 OPSET = 20
 """The default opset: every ONNX Runtime since 1.17 runs it."""
-INLINE_LIMIT = 2**31 - 2**24
-"""Weights beyond this many bytes go to a file beside the model: a protobuf holds less than 2 GiB."""
+INLINE_LIMIT = 2**28
+"""Weights beyond this many bytes go to a file beside the model, which is written one tensor at a time: a protobuf
+is made in memory as a whole."""
+ALIGNMENT, ALIGNED = 2**16, 2**20
+"""Where a weight of more than `ALIGNED` bytes starts in that file: at a multiple that every system can map."""
+SMALL = 2**10
+"""Weights of no more bytes stay in the model: shapes and axes must."""
+Wrote = Callable[[int, int], None]
+"""Told of the bytes written, of how many."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written: the number of operations, and the weights that stand beside the program, to be read back."""
+
+    nodes: int
+    weights: Mapping[str, Raw]
 
 
 def export_onnx(
-    graph: Graph, path: Path, opset: int | None = None, metadata: Mapping[str, str] | None = None
-) -> int:
-    """Write a graph as an ONNX program; gives the number of its nodes.
+    graph: Graph,
+    path: Path,
+    opset: int | None = None,
+    metadata: Mapping[str, str] | None = None,
+    wrote: Wrote | None = None,
+) -> Written:
+    """Write a graph that only evaluates (`inference_graph`) as an ONNX program.
 
-    Inputs, outputs and weights keep the model's names; named dimensions keep the spec's. Past 2 GiB the weights
-    stand in `<name>.data` beside the file.
+    Inputs, outputs and weights keep the model's names; named dimensions keep the spec's. What a bfloat16 model
+    computes is computed in float32, from weights stored in bfloat16. Past `INLINE_LIMIT` the
+    weights stand in `<name>.data` beside the file.
 
     Raises:
         AdaptcError: an operation has no ONNX form; names it.
     """
     import onnx_ir as ir
 
-    graph = inference_graph(graph)
-    model = _export(graph, opset or OPSET)
+    model = translate(graph, opset or OPSET)
     _attach(model, graph)
     _tidy(model, set(graph.weights))
     _name(model, graph)
+    widen(model)
     model.producer_name = "adaptc"
     model.metadata_props.update(metadata or {})
-    total = sum(
-        value.const_value.nbytes
-        for value in model.graph.initializers.values()
-        if value.const_value is not None
-    )
-    external = f"{path.name}.data" if total > INLINE_LIMIT else None
-    ir.save(model, path, external_data=external)
-    return sum(1 for _ in model.graph)
-
-
-def _export(graph: Graph, opset: int) -> Any:
-    from adaptc.emit.onnx_operations import translations
-
-    examples = example_tensors(graph.inputs, example_sizes(graph.inputs))
-    graph.module.eval()
-    try:
-        with quietly():
-            program = torch.export.export(
-                graph.module, (), examples, dynamic_shapes=dynamic_shapes(graph.inputs), strict=False
-            )
-            exported = torch.onnx.export(
-                program,
-                dynamo=True,
-                optimize=False,
-                verbose=False,
-                opset_version=opset,
-                custom_translation_table=translations(program.graph),
-            )
-    except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        words = next(
-            (line for line in lines if "No ONNX function" in line or "aten." in line),
-            lines[0] if lines else "",
+    starts: dict[str, int] = {}
+    if sum(value.const_value.nbytes for value in model.graph.initializers.values()) > INLINE_LIMIT:
+        large = [v for v in model.graph.initializers.values() if v.const_value.nbytes > SMALL]
+        starts = _write_beside(large, path.with_name(f"{path.name}.data"), wrote)
+    path.write_bytes(ir.to_proto(model).SerializeToString())
+    places = {
+        name: Raw(
+            path.with_name(f"{path.name}.data"), start, graph.weights[name].shape, graph.weights[name].dtype
         )
-        raise AdaptcError(f"ONNX export failed: {type(error).__name__}: {words}") from error
-    assert exported is not None
-    return exported.model
+        for name, start in starts.items()
+        if name in graph.weights
+    }
+    return Written(sum(1 for _ in model.graph), places)
+
+
+def _write_beside(weights: Sequence[Any], path: Path, wrote: Wrote | None) -> dict[str, int]:
+    """Write the data of every weight into one file, a tensor at a time, and let the weight refer to it.
+
+    Gives the byte each starts at.
+    """
+    import onnx_ir as ir
+
+    total = sum(value.const_value.nbytes for value in weights)
+    starts = {}
+    with open(path, "wb") as file:
+        for value in weights:
+            tensor = value.const_value
+            if tensor.nbytes > ALIGNED:
+                file.seek(-file.tell() % ALIGNMENT, os.SEEK_CUR)
+            offset = file.tell()
+            tensor.tofile(file)
+            value.const_value = ir.ExternalTensor(
+                path.name,
+                offset,
+                tensor.nbytes,
+                tensor.dtype,
+                shape=tensor.shape,
+                name=value.name,
+                base_dir=path.parent,
+            )
+            starts[value.name] = offset
+            if wrote:
+                wrote(file.tell(), total)
+    return starts
 
 
 def _attach(model: Any, graph: Graph) -> None:
@@ -191,14 +219,27 @@ def onnx_runner(
     names = {value.name for value in session.get_inputs()}
 
     def call(tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-        feeds = {name: tensor.numpy() for name, tensor in tensors.items() if name in names}
+        feeds = {name: as_array(tensor) for name, tensor in tensors.items() if name in names}
         return [torch.from_numpy(array) for array in session.run(None, feeds)]
 
     return call
 
 
-def open_session(path: Path, threads: int = 1, shown: Path | None = None) -> Any:
-    """An ONNX Runtime session on the CPU; `shown` is what an error calls the file.
+def as_array(tensor: torch.Tensor) -> Any:
+    """A tensor as ONNX Runtime takes it: bfloat16 inputs are float32 in a program."""
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def open_session(
+    model: Path | bytes, threads: int = 1, shown: Path | None = None, beside: Path | None = None
+) -> Any:
+    """An ONNX Runtime session on the CPU.
+
+    Args:
+        model: a file, or a part of one.
+        threads: that it computes with.
+        shown: what an error calls the file.
+        beside: the folder of a part's weights; it is then run with as little memory as can be.
 
     Raises:
         AdaptcError: ONNX Runtime does not take the program.
@@ -209,7 +250,16 @@ def open_session(path: Path, threads: int = 1, shown: Path | None = None) -> Any
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    disabled = None
+    if beside is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(beside))
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+        disabled = ["ConstantFolding"]  # it would hold a weight and its transpose
+    given = str(model) if isinstance(model, Path) else model
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(
+            given, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
+        )
     except Exception as error:
-        raise AdaptcError(f"{shown or path}: ONNX Runtime does not take it: {error}") from error
+        raise AdaptcError(f"{shown or model}: ONNX Runtime does not take it: {error}") from error

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import onnx_ir as ir
+import onnxscript
 import torch
-from onnxscript import opset18
 from onnxscript.function_libs.torch_lib.ops.nn import aten_scaled_dot_product_attention
-from torch import fx
 
-op: Any = opset18
+op: Any = onnxscript.opset18
 
 
-def translations(nodes: fx.Graph) -> dict[Any, Callable[..., Any]]:
-    """The translations that a graph needs, as `torch.onnx.export` takes them."""
-    targets = {node.target for node in nodes.nodes if isinstance(node.target, torch._ops.OpOverload)}
-    return {target: TRANSLATIONS[target.name()] for target in targets if target.name() in TRANSLATIONS}
+def translations(targets: Iterable[Any]) -> dict[torch._ops.OpOverload, Callable[..., Any]]:
+    """What computes those of these operations that have a form here."""
+    known = {target for target in targets if isinstance(target, torch._ops.OpOverload)}
+    return {target: TRANSLATIONS[target.name()] for target in known if target.name() in TRANSLATIONS}
 
 
 def attention(
@@ -45,7 +44,10 @@ def attention(
 
 
 def grouped_product(rows: Any, weight: Any, ends: Any) -> Any:
-    """`rows[start:end] @ weight[e]` for each expert e, whose rows end at `ends[e]`; weight (experts, in, out)."""
+    """`rows[start:end] @ weight[e]` for each expert e, whose rows end at `ends[e]`.
+
+    rows (s, in), weight (experts, in, out), ends (experts,).
+    """
     axis, start, parts = op.Constant(value_ints=[0]), op.Constant(value_ints=[0]), []
     ends = op.Cast(ends, to=ir.DataType.INT64)
     for expert in range(weight.shape[0]):

@@ -68,9 +68,11 @@ def _config(group: Sequence[AdapterRecord], base: str | None) -> dict[str, Any]:
             "peft_type": None,
             "adaptc_method": host.method,
             "adaptc_options": dict(host.options),
-            "target_modules": _targets(host),
+            "target_modules": list(host.patterns),
         }
     config |= {"peft_type": host.format.type, "target_modules": _targets(host), **host.format.fixed}
+    if host.parameters:
+        config["target_parameters"] = list(host.parameters)
     if host.transposed:
         config["fan_in_fan_out"] = True
     for ours, theirs in host.format.options.items():
@@ -81,8 +83,18 @@ def _config(group: Sequence[AdapterRecord], base: str | None) -> dict[str, Any]:
     for record in joined:
         assert record.format is not None
         assert record.format.joins is not None
-        config.setdefault(record.format.joins, []).extend(record.modules)
+        whole = (
+            [m for m in record.modules if not _only_bias(record, m)] if config.get("bias") else record.modules
+        )
+        if whole:
+            config.setdefault(record.format.joins, []).extend(whole)
     return config
+
+
+def _only_bias(record: AdapterRecord, module: str) -> bool:
+    """Whether the biases alone are trained of a module, which PEFT's option `bias` says."""
+    leaves = {t.key.rpartition(".")[2] for t in record.tensors if t.name.startswith(f"{module}.")}
+    return leaves == {"bias"}
 
 
 def _targets(record: AdapterRecord) -> list[str] | str:

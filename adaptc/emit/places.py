@@ -11,7 +11,7 @@ from adaptc.emit.manifest import MANIFEST
 from adaptc.errors import Problem, SpecError
 from adaptc.spec import Spec, resolve_path
 
-FOLDERS = frozenset({"torch", "peft"})
+FOLDERS = frozenset({"torch", "peft", "hf"})
 """The formats whose product is a folder; the others write files."""
 
 
@@ -19,8 +19,8 @@ def places(spec: Spec, entries: Sequence[Any], into: Path | None = None) -> list
     """The final path of every product.
 
     Raises:
-        SpecError: a path is the spec's own folder or above it, lies inside another product, or would replace
-            something adaptc did not write. All problems at once.
+        SpecError: a path is the spec's own folder or above it, lies inside another product or inside the base it
+            is a copy of, or would replace something adaptc did not write. All problems at once.
     """
     paths = [(into / entry.path if into else resolve_path(spec, entry.path)).resolve() for entry in entries]
     problems: list[Problem] = []
@@ -31,13 +31,23 @@ def places(spec: Spec, entries: Sequence[Any], into: Path | None = None) -> list
         wrong = (
             f"lies inside the folder that emit.{inside} writes; choose a place beside it"
             if inside is not None
-            else _occupied(path, entry.format, spec.directory.resolve())
+            else _within_base(spec, path, entry.format)
+            or _occupied(path, entry.format, spec.directory.resolve())
         )
         if wrong:
             problems.append(spec.source.problem(("emit", index, "path"), wrong))
     if problems:
         raise SpecError(problems)
     return paths
+
+
+def _within_base(spec: Spec, path: Path, kind: str) -> str | None:
+    if kind != "hf" or spec.base is None or spec.base.model is None:
+        return None
+    base = resolve_path(spec, spec.base.model).resolve()
+    if base.is_dir() and (path == base or base in path.parents):
+        return f"{path} is within the base's own directory, which is copied; choose a place beside it"
+    return None
 
 
 def _occupied(path: Path, kind: str, home: Path) -> str | None:
@@ -56,6 +66,8 @@ def _occupied(path: Path, kind: str, home: Path) -> str | None:
 
 
 def _occupied_file(path: Path) -> str | None:
+    if path.name == MANIFEST:
+        return f"{MANIFEST} is what the manifest beside it is called; choose another name, such as model.onnx"
     if path.is_dir():
         return f"{path} is a folder; expected the name of a file"
     manifest = path.parent / MANIFEST

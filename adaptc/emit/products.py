@@ -3,28 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from adaptc import adapters, checkpoint
 from adaptc.compiled import Compiled, tensors_of
+from adaptc.emit.huggingface import LOADED_SHARE, fits, load_checkpoint, save_checkpoint
 from adaptc.emit.inference import inference_graph
 from adaptc.emit.manifest import MANIFEST, versions, write_manifest
 from adaptc.emit.onnx import OPSET, export_onnx, onnx_runner
 from adaptc.emit.peft import save
+from adaptc.emit.pieces import Pieces
 from adaptc.emit.places import places
+from adaptc.emit.reference import recorded
 from adaptc.emit.staging import Staging
 from adaptc.emit.torch import META, PROGRAM, load_torch, save_torch
 from adaptc.errors import ProofError
-from adaptc.graph import Graph, bind
+from adaptc.graph import Graph
 from adaptc.plan import site_json
-from adaptc.proof import Proof, Runner, runner
+from adaptc.proof import Each, Proof, Runner, runner
 from adaptc.spec import dump, load
+from adaptc.streaming import Batch, Outcome, Streamed
 
-Observer = Callable[[str, Proof | None], None]
+
+class Observer(Protocol):
+    """Told of what happens while products are written."""
+
+    def writing(self, what: str) -> None:
+        """A product is being made."""
+
+    def wrote(self, done: int, total: int) -> None:
+        """So many bytes of a product are written, of so many."""
+
+    def proved(self, proof: Proof) -> None:
+        """A proof held."""
 
 
 def emit_all(
@@ -35,19 +50,19 @@ def emit_all(
     Args:
         compiled: the compiled model.
         entries: validated entries.
-        observe: told of each product and proof.
+        observe: told of each product, its bytes and proofs.
         into: a directory that replaces the spec's own folder.
     """
     paths = places(compiled.spec, entries, into)
-    with Staging() as staging:
+    with Staging(observe.wrote if observe else None) as staging:
         for entry, final in zip(entries, paths, strict=True):
             if observe:
-                observe(f"{entry.format} {final}", None)
+                observe.writing(f"{entry.format} {final}")
             known = list(compiled.proofs)
             WRITERS[entry.format](compiled, entry, staging, final)
             for proof in compiled.proofs:
                 if observe and proof not in known:
-                    observe("", proof)
+                    observe.proved(proof)
     return paths
 
 
@@ -70,19 +85,21 @@ def _torch(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> Non
     write_manifest(
         manifest, common, {"name": PROGRAM, "format": "torch", "module": about}, [directory / PROGRAM]
     )
-    proof = compiled.prove("torch artifact", compiled.graph, runner(module), runner(load_torch(directory)))
-    product = {"name": PROGRAM, "format": "torch", "module": about, "proof": asdict(proof)}
+    reference = Each(runner(module))
+    proof = compiled.prove("torch artifact", compiled.graph, reference, Each(runner(load_torch(directory))))
+    product = {"name": PROGRAM, "format": "torch", "module": about, **_proved(compiled, proof, reference)}
     write_manifest(manifest, common, product, [directory / PROGRAM])
 
 
 def _onnx(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> None:
-    graph = {"folded": compiled.folded_graph, "live": compiled.live_graph, "none": lambda: compiled.base}[
-        entry.adapters
-    ]()
-    if entry.adapters == "live":
-        compiled.check_finite()
     path = staging.path(final)
     opset = entry.opset or OPSET
+    product: dict[str, Any] = {
+        "name": final.name,
+        "format": "onnx",
+        "adapters": entry.adapters,
+        "opset": opset,
+    }
     metadata = {
         "adaptc.version": versions().get("adaptc", ""),
         "adaptc.base": compiled.base.base.describe,
@@ -90,35 +107,53 @@ def _onnx(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> None
         "adaptc.adapters": entry.adapters,
         "adaptc.methods": ", ".join(p.insert.method.name for p in compiled.plan.entries),
     }
-    nodes = export_onnx(graph, path, opset, metadata)
-    evaluated = inference_graph(graph)
-    program = onnx_runner(path, final)
-    proof = compiled.prove(f"onnx, {entry.adapters}", graph, _kept(graph, evaluated), program)
+
+    def write(graph: Graph) -> None:
+        evaluated = inference_graph(graph)
+        written = export_onnx(evaluated, path, opset, metadata, staging.wrote)
+        product.update(
+            nodes=written.nodes,
+            inputs={spec.name: str(spec).replace("bfloat16", "float32") for spec in evaluated.inputs},
+            outputs=list(evaluated.outputs),
+        )
+        if entry.adapters == "folded":
+            product["rounding"] = compiled.rounding(graph)
+            product["operations"] = {"base": len(compiled.base.operations), "folded": len(graph.operations)}
+        graph.weights.update(written.weights)
+
+    if entry.adapters == "folded":
+        graph = compiled.folded_graph(keep=write)
+    else:
+        compiled.check_finite()
+        graph = compiled.live_graph() if entry.adapters == "live" else compiled.base.copy()
+        write(graph)
+    reference = Kept(compiled.streamed(graph), product["outputs"])
     beside = path.with_name(path.name + ".data")
+    program = Pieces(path, final) if beside.exists() else Each(onnx_runner(path, final))
+    proof = compiled.prove(f"onnx, {entry.adapters}", graph, reference, program)
+    product |= _proved(compiled, proof, reference)
     files = [path]
     if beside.exists():
         files.append(beside.replace(staging.path(final.with_name(beside.name))))
-    product = {
-        "name": final.name,
-        "format": "onnx",
-        "adapters": entry.adapters,
-        "opset": opset,
-        "nodes": nodes,
-        "inputs": {s.name: str(s) for s in evaluated.inputs},
-        "outputs": list(evaluated.outputs),
-        "proof": asdict(proof),
-    }
-    if entry.adapters == "folded":
-        product["rounding"] = compiled.rounding(graph)
-        product["operations"] = {"base": len(compiled.base.operations), "folded": len(graph.operations)}
     _manifest_beside(compiled, staging, final, product, files)
 
 
-def _kept(graph: Graph, evaluated: Graph) -> Runner:
-    """Run the graph itself, and give the outputs that the program has."""
-    run = runner(bind(graph))
-    kept = [graph.tensors.index(name) for name in evaluated.outputs]
-    return lambda tensors: [run(tensors)[index] for index in kept]
+@dataclass(frozen=True)
+class Kept:
+    """A graph's runner that gives only the outputs that the program has."""
+
+    run: Streamed
+    outputs: Sequence[str]
+
+    @property
+    def coverage(self) -> str:
+        """As the graph's."""
+        return self.run.coverage
+
+    def __call__(self, batches: Sequence[Batch]) -> list[Outcome]:
+        """The outcome of every batch."""
+        kept = [self.run.graph.tensors.index(name) for name in self.outputs]
+        return [o if isinstance(o, Exception) else [o[index] for index in kept] for o in self.run(batches)]
 
 
 def _peft(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> None:
@@ -134,10 +169,37 @@ def _peft(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> None
     write_manifest(directory / MANIFEST, _common(compiled), {"name": "adapter", "format": "peft"}, files)
 
 
+def _huggingface(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> None:
+    graph = compiled.folded_graph()
+    directory = staging.path(final)
+    about = save_checkpoint(graph, compiled.base, directory, entry.max_shard_size)
+    product = {"name": "checkpoint", "format": "hf", **about, "rounding": compiled.rounding(graph)}
+    if fits(graph):
+        origin = compiled.base.base.pretrained
+        assert origin is not None
+        loaded = load_checkpoint(origin.auto, origin.trust_remote_code, directory)
+        reference = compiled.streamed(graph)
+        proof = compiled.prove("hf", graph, reference, Each(runner(loaded)))
+        product |= _proved(compiled, proof, reference)
+    else:
+        product["checked"] = (
+            f"read back tensor by tensor; not loaded, since it is over 1/{LOADED_SHARE} of memory"
+        )
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    write_manifest(directory / MANIFEST, _common(compiled), product, files)
+
+
+def _proved(compiled: Compiled, proof: Proof, reference: Runner) -> dict[str, Any]:
+    """A product's proof, and what it takes to prove it again."""
+    kept = recorded(reference, compiled.base.inputs, compiled.spec.seed, proof.tolerance)
+    return {"proof": asdict(proof), "reference": kept}
+
+
 WRITERS: dict[str, Callable[[Compiled, Any, Staging, Path], None]] = {
     "torch": _torch,
     "onnx": _onnx,
     "peft": _peft,
+    "hf": _huggingface,
 }
 
 

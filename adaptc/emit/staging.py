@@ -6,6 +6,7 @@ import glob
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -24,9 +25,12 @@ class Staging:
 
     After an error, or a kill, the old outputs are whole: what a killed run had moved away or left behind is put
     back or removed by the next run that writes there.
+
+    `wrote`, where it is given, is to be told of the bytes written, of how many.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, wrote: Callable[[int, int], None] | None = None) -> None:
+        self.wrote = wrote
         self._staged: list[tuple[Path, Path]] = []
         self._made: list[Path] = []
 

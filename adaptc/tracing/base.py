@@ -6,11 +6,29 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from torch import fx, nn
 
 from adaptc.inputs import InputSpec
 from adaptc.weights import Weight
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A Hugging Face checkpoint: what it takes to load it, or to write one like it.
+
+    Attributes:
+        name: its directory, or its hub id.
+        auto: the Auto class of its task.
+        config: its configuration as stored, with the dtype and the overrides of the spec.
+        trust_remote_code: code that comes with it may be run.
+    """
+
+    name: str
+    auto: Any
+    config: Any
+    trust_remote_code: bool
 
 
 @dataclass
@@ -27,6 +45,7 @@ class Base:
         real: the model holds its weights, so that it can be run.
         files: the base's weight files; empty for a base in memory.
         notes: what the loader chose or changed, for the person.
+        pretrained: the checkpoint of a Hugging Face base.
     """
 
     describe: str
@@ -38,6 +57,7 @@ class Base:
     real: bool = False
     files: tuple[Path, ...] = ()
     notes: list[str] = field(default_factory=list)
+    pretrained: Pretrained | None = None
 
     @cached_property
     def bound(self) -> dict[str, Weight]:

@@ -103,6 +103,8 @@ def set_for_tracing(config: Any) -> list[str]:
     """Apply `SETTINGS` to a configuration and its parts, in place; gives a note for each change."""
     notes = []
     for part in parts_of(config):
+        if hasattr(part, "use_cache"):
+            part.use_cache = False  # a graph has no cache yet; nothing that a trace computes depends on it
         for key, value in list(vars(part).items()):
             attribute = key.removesuffix("_internal")
             for setting in SETTINGS:

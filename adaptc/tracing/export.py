@@ -68,8 +68,13 @@ def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False
     examples = example_tensors(inputs, sizes)
     modes = {module: module.training for module in model.modules()}
     model.train(training)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(
+        False
+    )  # it fuses a whole layer, and an adapter inside could not sit there
     try:
-        with quietly():
+        # Without gradients a trace leaves out conversions, whoever calls.
+        with quietly(), torch.enable_grad():
             program = torch.export.export(
                 model, (), examples, dynamic_shapes=dynamic_shapes(inputs), strict=False
             )
@@ -82,6 +87,7 @@ def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False
             raise InputError(fixed) from error
         raise TraceError(explain(model, error, examples)) from error
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for module, mode in modes.items():
             module.training = mode
     return normalise(program.module(check_guards=False))
@@ -107,6 +113,8 @@ def normalise(module: fx.GraphModule) -> fx.GraphModule:
         if node.target in (aten._assert_tensor_metadata.default, torch._check):
             graph.erase_node(node)
             continue
+        if node.target is aten.embedding.default and len(node.args) > 4:
+            node.update_arg(4, False)  # sparse gradients are for a table that is trained itself
         constants = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, torch.device)]
         if node.op == "call_function" and constants and followed is not None:
             if device is None:

@@ -15,7 +15,7 @@ from adaptc.inputs import InputSpec
 from adaptc.sites import find_sites
 from adaptc.tracing.base import Base
 from adaptc.tracing.export import export, output_names
-from adaptc.tracing.huggingface import first_names
+from adaptc.tracing.stored import first_names
 from adaptc.weights import Computed, Held, Weight
 
 aten = torch.ops.aten

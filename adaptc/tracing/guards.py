@@ -71,6 +71,7 @@ def _larger(sizes: Mapping[str, int]) -> Iterator[tuple[str, dict[str, int]]]:
 def _runs(model: nn.Module, inputs: Sequence[InputSpec], sizes: Mapping[str, int]) -> bool:
     fake = (tensor for tensor in model.parameters() if isinstance(tensor, FakeTensor))
     mode = next((tensor.fake_mode for tensor in fake), None) or FakeTensorMode(allow_non_fake_inputs=True)
+    buffers = {part: dict(part._buffers) for part in model.modules()}
     with mode, torch.no_grad():
         examples = {
             spec.name: torch.empty(
@@ -83,6 +84,9 @@ def _runs(model: nn.Module, inputs: Sequence[InputSpec], sizes: Mapping[str, int
             model(**examples)
         except Exception:  # the model's own limit, whatever it raises
             return False
+        finally:
+            for part, own in buffers.items():
+                part._buffers.update(own)
     return True
 
 

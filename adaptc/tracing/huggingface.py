@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import copy
 import re
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,11 @@ from adaptc.base_entry import Base as BaseEntry
 from adaptc.errors import TraceError, WeightError
 from adaptc.inputs import InputSpec
 from adaptc.names import nearest
-from adaptc.tracing.base import Base
-from adaptc.tracing.derive import choices, derive_inputs, parts_of, set_for_tracing
+from adaptc.tracing.base import Base, Pretrained
+from adaptc.tracing.derive import choices, derive_inputs, set_for_tracing
 from adaptc.tracing.module import held_weights
-from adaptc.weights import Held, Stored, Weight, read_safetensors
-
-CONFIG = "config.json"
+from adaptc.tracing.stored import stored_weights, untie_as_stored
+from adaptc.weights import Weight
 
 
 @cache
@@ -70,12 +70,10 @@ def load(model: str, entry: BaseEntry, seed: int, inputs: tuple[InputSpec, ...])
     except Exception as error:
         first = str(error).strip().splitlines()[0]
         raise TraceError(f"{model}: its configuration cannot be read: {first}") from error
-    for part in parts_of(config):
-        if hasattr(part, "use_cache"):
-            part.use_cache = False
-    notes = set_for_tracing(config)
     kind = entry.dtype or _dtype_of(config)
     config.dtype = getattr(torch, kind)
+    pretrained = Pretrained(model, auto, copy.deepcopy(config), trust)
+    notes = set_for_tracing(config)
     try:
         with torch.device("meta"):
             module = auto.from_config(config, dtype=config.dtype, trust_remote_code=trust)
@@ -83,13 +81,14 @@ def load(model: str, entry: BaseEntry, seed: int, inputs: tuple[InputSpec, ...])
         raise TraceError(
             f"{model} cannot be loaded for task {task!r}: {str(error).splitlines()[0]}"
         ) from error
-    fake_parameters(module)
     notes += choices(module)
     files = tuple(sorted(directory.glob("*.safetensors"))) if directory.is_dir() else ()
+    notes += untie_as_stored(module, directory) if files else []
+    fake_parameters(module)
 
     def weights() -> dict[str, Weight]:
         found = stored_weights(module, directory) if files else None
-        return found or pretrained_weights(auto, model, config, trust, seed, notes)
+        return found or pretrained_weights(replace(pretrained, config=config), seed, notes)
 
     return Base(
         describe=f"{model} ({type(module).__name__}, {kind})",
@@ -99,6 +98,7 @@ def load(model: str, entry: BaseEntry, seed: int, inputs: tuple[InputSpec, ...])
         inputs=inputs or derive_inputs(module, config),
         files=files,
         notes=notes,
+        pretrained=pretrained,
     )
 
 
@@ -129,103 +129,56 @@ def fake_parameters(model: nn.Module) -> None:
             model._init_weights(module)  # type: ignore[operator]
 
 
-def stored_weights(model: nn.Module, directory: Path) -> dict[str, Weight] | None:
-    """The checkpoint's tensors under the model's names, or None where transformers must convert or initialise.
-
-    Raises:
-        WeightError: a file is broken, missing, or a tensor has another shape than the configuration says.
-    """
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        names = _shards(index)
-    else:
-        names = ["model.safetensors"] if (directory / "model.safetensors").is_file() else []
-    stored: dict[str, Stored] = {}
-    for name in names:
-        stored |= read_safetensors(directory / name)
-    prefix = getattr(model, "base_model_prefix", "") + "."
-    firsts = first_names(model)
-    buffers = dict(model.named_buffers(remove_duplicate=False))
-    found: dict[str, Weight] = {}
-    for name, first in firsts.items():
-        spellings = [
-            spelling
-            for n, f in firsts.items()
-            if f == first
-            for spelling in (n, n.removeprefix(prefix), prefix + n)
-        ]
-        source = next((stored[spelling] for spelling in (name, *spellings) if spelling in stored), None)
-        tensor = model.get_parameter(name) if name not in buffers else buffers[name]
-        if name in buffers and not isinstance(tensor, FakeTensor):
-            found[name] = Held(tensor)
-            continue
-        if source is None:
-            return None
-        if source.shape != tuple(tensor.shape):
-            raise WeightError(
-                f"{source.file}: tensor {source.key!r} has shape {list(source.shape)}, but {CONFIG} describes "
-                f"{list(tensor.shape)} for {name}; the file and the configuration belong to different models"
-            )
-        target = tensor.dtype if tensor.dtype.is_floating_point else source.dtype
-        found[name] = Stored(source.file, source.key, source.shape, target)
-    return found
-
-
-def _shards(index: Path) -> list[str]:
-    try:
-        names = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightError(f"{index}: broken, expected a JSON object with a weight_map ({error!r})") from None
-    return sorted(names)
-
-
-def first_names(model: nn.Module) -> dict[str, str]:
-    """Every name of a parameter or buffer -> the first name of the same tensor."""
-    seen: dict[int, str] = {}
-    both = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return {name: seen.setdefault(id(tensor), name) for name, tensor in both}
-
-
-def pretrained_weights(
-    auto: Any, model: str, config: Any, trust: bool, seed: int, notes: list[str]
-) -> dict[str, Weight]:
+def pretrained_weights(pretrained: Pretrained, seed: int, notes: list[str]) -> dict[str, Weight]:
     """The weights as transformers itself loads them: renamed, converted, new heads initialised from the seed.
 
     Raises:
         WeightError: transformers cannot load them, or only a pickle is there.
     """
-    if Path(model).is_dir() and not any(Path(model).glob("*.safetensors*")):
-        pickles = sorted(p.name for p in Path(model).glob("*.bin"))
+    directory = Path(pretrained.name)
+    if directory.is_dir() and not any(directory.glob("*.safetensors*")):
+        pickles = sorted(p.name for p in directory.glob("*.bin"))
         what = f"only pickles ({', '.join(pickles)}), which can run code" if pickles else "no weights"
-        raise WeightError(f"{model} holds {what}; expected model.safetensors (save_pretrained writes it)")
-    import transformers
-
+        raise WeightError(f"{directory} holds {what}; expected model.safetensors (save_pretrained writes it)")
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
+    try:
+        loaded, info = load_pretrained(pretrained)
+    finally:
+        torch.random.set_rng_state(state)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        notes.append(f"not in the checkpoint, initialised from seed {seed}: {', '.join(missing)}")
+    return held_weights(loaded)
+
+
+def load_pretrained(pretrained: Pretrained) -> tuple[nn.Module, dict[str, Any]]:
+    """A model as transformers' own `from_pretrained` gives it, and what that says of the checkpoint's keys.
+
+    Raises:
+        WeightError: transformers cannot load it.
+    """
+    import transformers
+
     verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # what it would say of missing keys is a note of ours
+    transformers.logging.set_verbosity_error()  # what it would say of missing keys is said by adaptc
     transformers.logging.disable_progress_bar()
     try:
-        loaded, info = auto.from_pretrained(
-            model,
-            config=config,
-            dtype=config.dtype,
-            trust_remote_code=trust,
+        return pretrained.auto.from_pretrained(
+            pretrained.name,
+            config=pretrained.config,
+            dtype=pretrained.config.dtype,
+            trust_remote_code=pretrained.trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
         )
     except Exception as error:
         raise WeightError(
-            f"{model}: transformers cannot load the weights: {str(error).splitlines()[0]}"
+            f"{pretrained.name}: transformers cannot load the weights: {str(error).splitlines()[0]}"
         ) from error
     finally:
-        torch.random.set_rng_state(state)
         transformers.logging.set_verbosity(verbosity)
         transformers.logging.enable_progress_bar()
-    missing = sorted(info["missing_keys"])
-    if missing:
-        notes.append(f"not in the checkpoint, initialised from seed {seed}: {', '.join(missing)}")
-    return held_weights(loaded)
 
 
 def _dtype_of(config: Any) -> str:

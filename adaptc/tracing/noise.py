@@ -61,7 +61,7 @@ class Noise:
         target: Any = theirs.target
         if target is aten.dropout.default:
             args = (*args[:2], training_node(self.graph))
-        elif writes(target) and args[0] not in self:
+        elif writes(target) and args[0] not in self:  # type: ignore[operator]
             target = _without_writing(target)
         with self.graph.inserting_before(before):
             node = self.graph.call_function(target, tuple(args), kwargs)

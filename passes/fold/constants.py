@@ -8,12 +8,13 @@ from typing import ClassVar
 
 from torch import fx
 
+from adaptc.aliases import names, places, users
 from adaptc.errors import Refusal
 from adaptc.expression import Folded, cut
 from adaptc.graph import Adaptation, Graph
 from adaptc.method import WeightMethod
 from adaptc.pipeline import Pass, graph_pass
-from adaptc.sites import Use, module_of
+from adaptc.sites import Use
 from adaptc.weights import Weight
 
 
@@ -31,47 +32,68 @@ class Fold(Pass):
         for adaptation in graph.adaptations:
             site = adaptation.site
             for name, uses in _places(adaptation):
-                own = {use.node for use in uses}
-                others = [user for user in _users(graph, name) if user.name not in own]
-                if not others:
+                others = _others(graph, name, uses)
+                if not others or adaptation.on_alias == "live":
                     continue
-                where = sorted({module_of(user)[0] or str(user.target) for user in others})
                 leaf = site.leaf if name == site.parameter else name.rpartition(".")[2]
                 words = (
-                    f"{site.module}.{leaf} cannot be folded into: the same tensor is also used by {', '.join(where)}, "
+                    f"{site.module}.{leaf} cannot be folded into: the same tensor is also used by {places(others)}, "
                     "which would change too\n"
-                    "  keep the adapter live (`adapters: live`), or leave this layer out of the target"
+                    "  write `on_alias: untie` in its entry to give this layer a tensor of its own, "
+                    "`on_alias: live` to keep its adapter live (`adapters: live`: all), or leave it out"
                 )
                 refusals.append(Refusal(words, tuple(user.name for user in others)))
         return refusals
 
     def call(self, graph: Graph) -> bool:
-        """Cut out, store, and read the stored weight instead."""
+        """Cut out, store, and read the stored weight instead; what must stay live does."""
         nodes = graph.by_name()
         folded: dict[str, Weight] = {}
-        for name, uses in (place for adaptation in graph.adaptations for place in _places(adaptation)):
-            if name in folded:
-                continue
-            value = graph.value_of(name, uses, nodes)
-            weight = graph.weights[name]
-            folded[name] = Folded(weight.shape, weight.dtype, cut(graph, value))
-            stored = graph.parameter_node(name)
-            for use in uses:
-                nodes[use.node].replace_input_with(value, stored)
-        for name in graph.adapter_names:
-            del graph.weights[name], graph.aliases[name]
+        live: list[Adaptation] = []
+        for adaptation in graph.adaptations:
+            for name, uses in _places(adaptation):
+                if name in folded:
+                    continue
+                if _others(graph, name, uses):
+                    live.append(adaptation)
+                    break
+                value = graph.value_of(name, uses, nodes)
+                weight = graph.weights[name]
+                folded[name] = Folded(weight.shape, weight.dtype, cut(graph, value))
+                stored = graph.parameter_node(name)
+                for use in uses:
+                    nodes[use.node].replace_input_with(value, stored)
+        _forget(graph, live)
         for name, weight in folded.items():
-            first_name = graph.aliases[name]
-            graph.weights[first_name] = graph.weights[name] = weight
-        graph.adaptations.clear()
-        graph.adapted.clear()
+            graph.adapted = {key: value for key, value in graph.adapted.items() if key[0] != name}
+            for alias in names(graph, name):
+                graph.weights[alias] = weight
         graph.module.graph.eliminate_dead_code()
         return bool(folded)
 
     def ensures(self, graph: Graph) -> str | None:
-        """Nothing of any expression is left."""
+        """Nothing of any expression is left, but of those that stay live."""
         left = [node.name for node in graph.nodes if node.meta.get("adaptation") is not None]
-        return f"not folded: {', '.join(left)}" if left else None
+        return f"not folded: {', '.join(left)}" if left and not graph.adaptations else None
+
+
+def _forget(graph: Graph, live: list[Adaptation]) -> None:
+    """Drop all adaptations but these, whose nodes are numbered anew."""
+    numbers = {index: live.index(a) for index, a in enumerate(graph.adaptations) if a in live}
+    for node in graph.nodes:
+        if node.meta.get("adaptation") is not None:
+            node.meta["adaptation"] = numbers.get(node.meta["adaptation"], -1)
+    kept = {name for adaptation in live for name, _ in adaptation.params.values()}
+    for name in graph.adapter_names:
+        if name not in kept:
+            del graph.weights[name], graph.aliases[name]
+    graph.adaptations[:] = live
+
+
+def _others(graph: Graph, name: str, uses: tuple[Use, ...]) -> list[fx.Node]:
+    """Who uses a tensor besides these."""
+    own = {use.node for use in uses}
+    return [user for user in users(graph, name) if user.name not in own]
 
 
 def _places(adaptation: Adaptation) -> Iterator[tuple[str, tuple[Use, ...]]]:
@@ -80,21 +102,3 @@ def _places(adaptation: Adaptation) -> Iterator[tuple[str, tuple[Use, ...]]]:
     yield site.parameter, site.uses
     if site.bias is not None and isinstance(method, WeightMethod) and method.adapts_bias():
         yield site.bias, site.bias_uses
-
-
-def _users(graph: Graph, name: str) -> list[fx.Node]:
-    """Who uses a tensor, under any of its names, outside the inserted expressions; after them, who uses those."""
-    same = {other for other, first in graph.aliases.items() if first == graph.aliases[name]}
-    queue = [n for n in graph.nodes if n.op == "get_attr" and n.target in same]
-    found: dict[fx.Node, None] = {}
-    seen: set[fx.Node] = set()
-    while queue:
-        for user in queue.pop().users:
-            if user in seen:
-                continue
-            seen.add(user)
-            if user.meta.get("adaptation") is None:
-                found[user] = None
-            else:
-                queue.append(user)
-    return list(found)

@@ -27,10 +27,12 @@ class Dora(LowRank):
 
     def params(self, site: Site) -> dict[str, Param]:
         """A (r, in) Kaiming-uniform, B (out, r) zero, m (out,) the norms of W's rows."""
+        shape, flat = (site.out_features,), None
+        if site.kind == "conv" and self.in_peft(site):
+            shape, flat = (1, site.out_features, *(1,) * (len(site.shape) - 2)), lambda m: m.flatten()
         return {
-            "A": Param((self.r, site.in_features), "kaiming-uniform", "lora_A.weight"),
-            "B": Param((site.out_features, self.r), "zeros", "lora_B.weight"),
-            "m": Param((site.out_features,), lambda W, _: W.norm(dim=1), "lora_magnitude_vector"),
+            **self.factors(site),
+            "m": Param(shape, lambda W, _: W.norm(dim=1), "lora_magnitude_vector", flat),
         }
 
     def weight(self, W: Tensor, *, A: Tensor, B: Tensor, m: Tensor) -> Tensor:

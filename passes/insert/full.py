@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from adaptc.method import Param, PeftFormat, WeightMethod, method
+from adaptc.method import Param, Patterns, PeftFormat, WeightMethod, method
+from adaptc.names import matches_any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,12 +19,18 @@ if TYPE_CHECKING:
 class Full(WeightMethod):
     """W' = V        V of W's own shape
 
-    Every parameter of the chosen modules is trained whole (PEFT's `modules_to_save`). V starts as W, and W is
-    kept, so that adapters can be swapped.
+    Every parameter of the chosen modules is trained whole (PEFT's `modules_to_save`), or those whose own name
+    `parameters` has, such as bias. V starts as W, and W is kept, so that adapters can be swapped.
     """
+
+    parameters: Patterns = ("*",)
 
     kinds: ClassVar[frozenset[str]] = frozenset({"parameter"})
     peft: ClassVar[PeftFormat | None] = PeftFormat(None, joins="modules_to_save")
+
+    def takes(self, site: Site) -> bool:
+        """Whether a parameter is one of those named."""
+        return matches_any(self.parameters, site.leaf)
 
     def params(self, site: Site) -> dict[str, Param]:
         """V, a copy of the base's parameter."""

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
-from adaptc.method import Param, Patterns, PeftFormat, WeightMethod, method
-from adaptc.names import matches_any
+from adaptc.method import MATRIX_KINDS, Param, Patterns, PeftFormat, WeightMethod, method
+from adaptc.names import ATTENTION, matches_any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +26,7 @@ class Ia3(WeightMethod):
 
     feedforward: Patterns = ()
 
-    kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
+    kinds: ClassVar[frozenset[str]] = MATRIX_KINDS - {"embedding"}
     aliases: ClassVar[Mapping[str, str]] = {"feedforward_modules": "feedforward"}
     peft: ClassVar[PeftFormat | None] = PeftFormat(
         type="IA3",
@@ -38,10 +38,32 @@ class Ia3(WeightMethod):
         """Feed-forward or not, decided once for the site."""
         return replace(self, feedforward=("*",) if matches_any(self.feedforward, site.module) else ())
 
+    def refuses(self, site: Site) -> tuple[tuple[str, ...], str] | None:
+        """A grouped convolution's columns are not its input channels, a transposed one's rows not its output."""
+        if site.rows_repeat or (site.groups > 1 and self.at(site).feedforward):
+            return (
+                "feedforward",
+            ) if self.feedforward else (), "a grouped convolution's weight has no such scale"
+        return None
+
+    def in_peft(self, site: Site) -> bool:
+        """PEFT scales what goes into or out of linear layers and 2-D and 3-D convolutions."""
+        known = site.kind == "linear" or site.op in ("conv2d", "conv3d")
+        return known and site.leaf == "weight" and site.type != ATTENTION
+
     def params(self, site: Site) -> dict[str, Param]:
-        """l, all ones."""
+        """l, all ones; a convolution has one for each channel: (1, channels, 1, 1)."""
         shape = (1, site.in_features) if self.feedforward else (site.out_features, 1)
-        return {"l": Param(shape, "ones", "ia3_l")}
+        if site.kind != "conv":
+            return {"l": Param(shape, "ones", "ia3_l")}
+        kernel = site.inner_shape[1:]
+        channels = site.inner_shape[0] if self.feedforward else site.out_features
+        ones = (1,) * len(kernel)
+
+        def unpack(l: Tensor) -> Tensor:  # noqa: E741
+            return l.expand(1, channels, *kernel).reshape(shape) if self.feedforward else l.reshape(shape)
+
+        return {"l": Param((1, channels, *ones), "ones", "ia3_l", unpack)}
 
     def weight(self, W: Tensor, *, l: Tensor) -> Tensor:  # noqa: E741 (the paper's name)
         """W with its columns (feed-forward) or rows scaled by l, of shape (out, in)."""

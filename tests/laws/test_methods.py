@@ -125,7 +125,7 @@ def test_compiled_module_equals_its_fold(zoo: Zoo, method: str, name: str) -> No
     for key in want:
         close(got[key], want[key])
     differs(want[key], base[key])
-    assert {"fold", "fold, random adapters"} <= {proof.name for proof in compiled.proofs}
+    assert "fold" in {proof.name for proof in compiled.proofs}
 
 
 @pytest.mark.parametrize(("method", "name"), EVERY)

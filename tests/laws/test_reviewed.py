@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import adaptc
 from adaptc.emit.onnx import onnx_runner
 from adaptc.errors import ProofError, TraceError
+from tests.families import close, differs, perturb
 
 
 def compiled(model: nn.Module, adapt: list[dict[str, Any]], x: torch.Tensor, **axes: Any) -> adaptc.Compiled:
@@ -145,9 +146,20 @@ class Halved(BothWays):
         return self.head(torch.addmm(self.head.weight[0], x, self.weight, beta=0.5, alpha=2))
 
 
-def test_a_scaled_product_is_no_linear_site() -> None:
-    with pytest.raises(adaptc.SpecError, match="matches no linear"):
-        compiled(Halved(), [{"method": "lora", "target": "re:", "r": 2}], torch.randn(4, 6))
+def test_a_scaled_product_is_adapted_as_a_whole() -> None:
+    made = compiled(Halved(), [{"method": "lora", "target": "re:", "r": 2}], torch.randn(4, 6))
+    perturb(made.module)
+    x = torch.randn(4, 6)
+    close(made.fold()(x), made.module.eval()(x))
+    differs(made.module(x), made.base.base.model(x))
+
+
+def test_dropout_that_has_no_place_is_refused() -> None:
+    made = compiled(
+        Halved(), [{"method": "lora", "target": "re:", "r": 2, "dropout": 0.5}], torch.randn(4, 6)
+    )
+    with pytest.raises(adaptc.RefusedError, match="has dropout"):
+        _ = made.module
 
 
 class SameTwice(nn.Module):

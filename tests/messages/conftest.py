@@ -53,6 +53,11 @@ class Wrapped(nn.Module):
         return self.encoder(x).tanh()
 
 
+class Curved(Wrapped):
+    def forward(self, x):
+        return torch.erf(self.encoder(x))
+
+
 class Branching(nn.Module):
     def __init__(self):
         super().__init__()
@@ -117,6 +122,10 @@ def build(width=16, seed=0):
 
 def wrapped(width=16, seed=0):
     return _seeded(Wrapped, width, seed=seed)
+
+
+def curved(width=16, seed=0):
+    return _seeded(Curved, width, seed=seed)
 
 
 def branching():

@@ -330,12 +330,8 @@ def test_method_of_a_package_that_is_not_installed(
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("lora_bias", True),
         ("layer_replication", [[0, 2], [1, 2]]),
         ("use_qalora", True),
-        ("bias", "all"),
-        ("bias", "lora_only"),
-        ("target_parameters", ["layers.0.query.weight"]),
         ("trainable_token_indices", [1, 2]),
         ("alora_invocation_tokens", [5]),
         ("use_bdlora", True),

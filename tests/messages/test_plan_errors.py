@@ -63,7 +63,10 @@ def refused(
 def test_nothing_matches(refused: Callable[..., tuple[str, str]]) -> None:
     text, place = refused(NET + lora(target=["*.qurey"]))
     assert place == "6:13"
-    assert "adapt.0.target: lora: the target matches no linear layer of message_models:build" in text
+    assert (
+        "adapt.0.target: lora: the target matches no linear/conv/embedding/experts layer of message_models:build"
+        in text
+    )
     assert re.search(r"near: .*layers\.\d\.query", text)
 
 
@@ -93,21 +96,23 @@ def test_one_pattern_of_several_matches_nothing(
 @pytest.mark.parametrize("target", ["query", "layers.0", "Linear", "re:query", "layers.*.que"])
 def test_a_name_that_is_short_of_a_module(refused: Callable[..., tuple[str, str]], target: str) -> None:
     text, _ = refused(NET + lora(target=target))
-    assert "matches no linear layer" in text
+    assert "matches no linear/conv/embedding/experts layer" in text
     assert "layers.0.query" in text
 
 
 def test_a_type_that_the_method_cannot_sit_on(refused: Callable[..., tuple[str, str]]) -> None:
-    text, place = refused(base("tied", '{ids: "int64[batch, seq]"}') + lora(target="embed"))
+    text, place = refused(
+        base("tied", '{ids: "int64[batch, seq]"}') + lora(target="embed").replace("lora", "ia3")
+    )
     assert place == "6:13"
-    assert "matches no linear layer" in text
+    assert "ia3: the target matches no linear/conv/experts layer" in text
     assert "embed (Embedding" in text, "what did match is not said"
 
 
 def test_layers_beyond_the_last(refused: Callable[..., tuple[str, str]]) -> None:
     text, place = refused(NET + lora(target={"name": "*.query", "layers": "7-9"}))
     assert place == "6:13"
-    assert "matches no linear layer" in text
+    assert "matches no linear/conv/embedding/experts layer" in text
     assert "layers.0.query" in text
 
 
@@ -496,6 +501,22 @@ def test_one_product_inside_another(refused: Callable[..., tuple[str, str]]) -> 
     assert "lies inside the folder that emit.0 writes" in text
 
 
+def test_a_merged_model_within_its_own_base(refused: Callable[..., tuple[str, str]], bert: Path) -> None:
+    entries = f"emit:\n  - {{format: hf, path: {bert}/merged}}\n"
+    text, place = refused(f"base: {{model: {bert}}}\n" + lora(target="*.query") + entries, 2, "compile")
+    assert place == "7:24"
+    assert f"{bert}/merged is within the base's own directory" in text
+
+
+def test_a_merged_model_of_a_pipeline_that_factors(
+    refused: Callable[..., tuple[str, str]], bert: Path
+) -> None:
+    more = "passes: [insert, factor]\n" + emit("hf")
+    text, place = refused(f"base: {{model: {bert}}}\n" + lora(target="*.query") + more, 2, "compile")
+    assert place == "6:9"
+    assert "the pipeline leaves a graph that is factored, which emit.0 cannot fold" in text
+
+
 def test_output_dir_that_is_a_file(refused: Callable[..., tuple[str, str]], tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("mine")
     text, _ = refused(NET + lora(target="*.query") + EMIT, 1, "compile", "--output-dir", tmp_path / "taken")
@@ -581,8 +602,8 @@ def test_nothing_is_left_to_train_after_a_fold(refused: Callable[..., tuple[str,
 
 
 def test_onnx_runtime_does_not_take_it(refused: Callable[..., tuple[str, str]], tmp_path: Path) -> None:
-    half = NET.replace('build"', 'build", dtype: bfloat16').replace("float32[", "bfloat16[")
-    text, _ = refused(half + lora(target="*.query") + emit("onnx"), 1, "compile")
+    double = base("curved", '{x: "float64[batch, 16]"}').replace('curved"', 'curved", dtype: float64')
+    text, _ = refused(double + lora(target="*.query") + emit("onnx"), 1, "compile")
     assert "ONNX Runtime does not take it" in text
     assert ".adaptc-" not in text, "the file named is a temporary one, which is gone"
     assert str(tmp_path / "out/product") in text

@@ -11,6 +11,7 @@ from adaptc.errors import Problem, SpecError
 from adaptc.spec import load, require_base
 
 HEAD = "version: 1\nbase: {model: ./m}\n"
+PYTHON = 'version: 1\nbase: {python: "m:build"}\ninputs: {x: "float32[batch]"}\n'
 LORA = HEAD + "adapt:\n  - method: lora\n    target: all-linear\n"
 
 
@@ -48,7 +49,7 @@ ONE_PROBLEM = {
     "bad name": (adapted("name: a b"), 6, 11, "adapt.0.name", "must match [A-Za-z0-9_-]+, got 'a b'"),
     "unknown option": (
         adapted("drop_out: 0.1"), 6, 5, "adapt.0.drop_out",
-        "unknown key 'drop_out'; did you mean 'dropout'? known: method, name, target, exclude, r, alpha, "
+        "unknown key 'drop_out'; did you mean 'dropout'? known: method, name, target, exclude, on_alias, r, alpha, "
         "dropout, rslora, rank_pattern, alpha_pattern",
     ),
     "option of another method": (
@@ -105,9 +106,13 @@ ONE_PROBLEM = {
         HEAD + "adapt: [{method: lora, target: {layers: first}}]", 3, 41, "adapt.0.target.layers",
         "expected layers such as '0-5,11', got 'first'",
     ),
-    "role is not built": (
-        HEAD + "adapt: [{method: lora, target: {role: attention.value}}]", 3, 33, "adapt.0.target.role",
-        "unknown key 'role'; did you mean 'layers'? known: name, type, layers",
+    "unknown role": (
+        HEAD + "adapt: [{method: lora, target: {role: attention.values}}]", 3, 39, "adapt.0.target.role",
+        "unknown role 'attention.values'; known: attention.query, attention.key, attention.value, attention.output",
+    ),
+    "unknown key of a target": (
+        HEAD + "adapt: [{method: lora, target: {rol: attention.value}}]", 3, 33, "adapt.0.target.rol",
+        "unknown key 'rol'; did you mean 'role'? known: name, type, layers, op, role",
     ),
     "empty mapping": (
         HEAD + "adapt: [{method: lora, target: {}}]", 3, 24, "adapt.0.target",
@@ -164,8 +169,28 @@ ONE_PROBLEM = {
         "no quantizer is installed: quantize is not available in this version",
     ),
     "unknown format": (
-        HEAD + "emit: [{format: hf, path: x}]\n", 3, 17, "emit.0.format",
-        "unknown format 'hf'; known: onnx, peft, torch",
+        HEAD + "emit: [{format: gguf, path: x}]\n", 3, 17, "emit.0.format",
+        "unknown format 'gguf'; known: hf, onnx, peft, torch",
+    ),
+    "hf of a python base": (
+        PYTHON + "emit:\n- {format: onnx, path: a}\n- {format: hf, path: b}\n", 6, 12, "emit.1.format",
+        "a Hugging Face checkpoint needs a 'model' base, and this one is a 'python'",
+    ),
+    "hf of a program": (
+        "version: 1\nbase: {program: m.pt2}\nemit: [{path: b, format: hf}]\n", 3, 26, "emit.0.format",
+        "a Hugging Face checkpoint needs a 'model' base, and this one is a 'program'",
+    ),
+    "shard size": (
+        HEAD + "emit: [{format: hf, path: x, max_shard_size: 5 gigs}]\n", 3, 46, "emit.0.max_shard_size",
+        "expected a size such as '5GB' or '500MB', got '5 gigs'",
+    ),
+    "shard size 0": (
+        HEAD + "emit: [{format: hf, path: x, max_shard_size: 0GB}]\n", 3, 46, "emit.0.max_shard_size",
+        "expected a size such as '5GB' or '500MB', got '0GB'",
+    ),
+    "shard size without unit": (
+        HEAD + "emit: [{format: hf, path: x, max_shard_size: 5}]\n", 3, 46, "emit.0.max_shard_size",
+        "expected text, got 5",
     ),
     "no format": (
         HEAD + "emit: [{path: x}]\n", 3, 8, "emit.0", "an entry needs 'format'; its keys are: path",
@@ -268,7 +293,7 @@ def test_a_duplicate_names_the_first(tmp_path: Path) -> None:
 def test_every_problem_is_told_in_the_order_of_the_file(tmp_path: Path) -> None:
     text = """\
         seed: x
-        emit: [{format: hf}, {format: onnx, path: a, opset: 3}]
+        emit: [{format: hff}, {format: onnx, path: a, opset: 3}]
         version: 1
         adapt:
           - {method: lora, r: 0, rnak: 4}

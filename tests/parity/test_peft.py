@@ -281,9 +281,9 @@ def test_adapter_name_and_load_into_a_module(zoo: Zoo, pairs: Any, tmp_path: Pat
     "options",
     [
         {"init_lora_weights": "pissa"},
-        {"bias": "all"},
+        {"layer_replication": [[0, 2]]},
         {"use_dora": True, "lora_bias": True},
-        {"target_parameters": ["x"]},
+        {"trainable_token_indices": [1]},
     ],
     ids=lambda o: next(iter(o)) if len(o) == 1 else "lora_bias",
 )

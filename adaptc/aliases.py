@@ -1,0 +1,103 @@
+"""Aliases: one tensor that several places use, under one name or several."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+from torch import fx
+
+from adaptc.sites import Site, Use, module_of
+
+if TYPE_CHECKING:
+    from adaptc.graph import Graph
+
+OnAlias = Literal["refuse", "untie", "live"]
+"""What an adapted tensor that is used elsewhere too becomes: not folded into, its own tensor, or a live expression."""
+
+
+def users(graph: Graph, name: str) -> list[fx.Node]:
+    """Who uses a tensor, under any of its names, outside the inserted expressions; after them, who uses those."""
+    same = set(names(graph, name))
+    queue = [n for n in graph.nodes if n.op == "get_attr" and n.target in same]
+    found: dict[fx.Node, None] = {}
+    seen: set[fx.Node] = set()
+    while queue:
+        for user in queue.pop().users:
+            if user in seen:
+                continue
+            seen.add(user)
+            if user.meta.get("adaptation") is None:
+                found[user] = None
+            else:
+                queue.append(user)
+    return list(found)
+
+
+def names(graph: Graph, name: str) -> list[str]:
+    """Every name of the tensor that has this one, in the model's order."""
+    return [other for other, first in graph.aliases.items() if first == graph.aliases[name]]
+
+
+def elsewhere(graph: Graph, site: Site, bias: bool = False) -> list[fx.Node]:
+    """Who else uses a site's tensor, or its bias."""
+    name, uses = (site.bias, site.bias_uses) if bias else (site.parameter, site.uses)
+    own = {use.node for use in uses}
+    return [user for user in users(graph, name) if user.name not in own] if name else []
+
+
+def places(found: Iterable[fx.Node]) -> str:
+    """The modules that nodes came from, in words."""
+    return ", ".join(sorted({module_of(user)[0] or str(user.target) for user in found}))
+
+
+def untie(graph: Graph, site: Site, nodes: dict[str, fx.Node], bias: bool) -> Site:
+    """Give a site tensors of its own, its bias too if asked; gives the site as it is then."""
+    # An earlier site of the same tensor may have been untied since this one was chosen.
+    known = next(s for s in graph.sites if s.uses[0] == site.uses[0])
+    own = _separated(graph, known.parameter, site.module, site.uses, nodes)
+    beside = (
+        known.bias and _separated(graph, known.bias, site.module, site.bias_uses, nodes)
+        if bias
+        else known.bias
+    )
+    return replace(site, parameter=own, bias=beside)
+
+
+def _separated(graph: Graph, name: str, module: str, uses: Sequence[Use], nodes: dict[str, fx.Node]) -> str:
+    """Give uses of a tensor one of their own where others use the same; gives its name.
+
+    The module keeps its own name for the tensor, and the others keep theirs; where there is one name only, the
+    module's tensor gets a new one.
+    """
+    moved = {use.node for use in uses}
+    if all(user.name in moved for user in users(graph, name)) or (name, uses[0].node) in graph.adapted:
+        return name
+    known = names(graph, name)
+    own = next((n for n in known if n.rpartition(".")[0] == module), name)
+    rest = [n for n in known if n != own]
+    if not rest:
+        own, rest = f"{own}_untied", known
+        graph.attach(own, graph.weights[rest[0]])
+    graph.aliases[own] = own
+    graph.aliases.update(dict.fromkeys(rest, rest[0]))
+    mine, theirs = (graph.parameter_node(n) for n in (own, rest[0]))
+    for old in [n for n in graph.nodes if n.op == "get_attr" and n.target in known]:
+        for user in list(old.users):
+            user.replace_input_with(old, mine if user.name in moved else theirs)
+    for node in (mine, theirs):
+        nodes[node.name] = node
+
+    def of(tensor: str | None, at: Sequence[Use]) -> str | None:
+        return tensor if tensor not in known else own if at[0].node in moved else rest[0]
+
+    def renamed(site: Site) -> Site:
+        bias = of(site.bias, site.bias_uses) if site.bias else None
+        return replace(site, parameter=str(of(site.parameter, site.uses)), bias=bias)
+
+    graph.sites = tuple(renamed(site) for site in graph.sites)
+    graph.adaptations[:] = [replace(a, site=renamed(a.site)) for a in graph.adaptations]
+    for tensor, use in [key for key in graph.adapted if key[0] in known]:
+        graph.adapted[rest[0], use] = graph.adapted.pop((tensor, use))
+    return own

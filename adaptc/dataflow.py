@@ -1,0 +1,150 @@
+"""Walks through a graph: what lies between two products, and where the features of a product's result go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.node import map_arg
+
+from adaptc.layout import operation
+
+PRODUCTS = frozenset(
+    {
+        *(
+            "linear",
+            "addmm",
+            "mm",
+            "matmul",
+            "bmm",
+            "baddbmm",
+            "einsum",
+            "_grouped_mm",
+            "grouped_mm_fallback",
+        ),
+        *("conv1d", "conv2d", "conv3d", "embedding", "scaled_dot_product_attention"),
+    }
+)
+"""Operations that mix features: what lies behind one of them belongs to another layer."""
+VIEWS = frozenset(
+    {
+        *(
+            "view",
+            "reshape",
+            "transpose",
+            "permute",
+            "t",
+            "unflatten",
+            "flatten",
+            "unsqueeze",
+            "squeeze",
+            "expand",
+        ),
+        *("split", "split_with_sizes", "chunk", "unbind", "slice", "select", "narrow", "getitem"),
+        *("contiguous", "clone", "to"),
+    }
+)
+"""Operations that move features without changing them."""
+
+
+def behind(starts: Iterable[fx.Node]) -> dict[fx.Node, None]:
+    """These nodes and all they are made from, up to and including the next products."""
+    found: dict[fx.Node, None] = {}
+    queue = list(starts)
+    while queue:
+        node = queue.pop(0)
+        if node not in found:
+            found[node] = None
+            queue += [] if operation(node) in PRODUCTS else node.all_input_nodes
+    return found
+
+
+def ahead(node: fx.Node, residual: bool = True) -> dict[fx.Node, None]:
+    """What is made from a node, up to and including the next products; with `residual` beyond sums with others too."""
+    found: dict[fx.Node, None] = {}
+    queue = list(node.users)
+    while queue:
+        user = queue.pop(0)
+        if user in found or (not residual and is_residual(user)):
+            continue
+        found[user] = None
+        queue += [] if operation(user) in PRODUCTS else list(user.users)
+    return found
+
+
+def is_residual(node: fx.Node) -> bool:
+    """Whether a node sums two activations."""
+    return operation(node) in ("add", "add_") and sum(not is_weight(n) for n in node.all_input_nodes) > 1
+
+
+def is_weight(node: fx.Node) -> bool:
+    """Whether a node is a weight, a view of one, or matrices gathered from one."""
+    while (
+        node.op == "call_function"
+        and operation(node) in VIEWS | {"index"}
+        and isinstance(node.args[0], fx.Node)
+    ):
+        node = node.args[0]
+    return node.op == "get_attr"
+
+
+def activations_multiplied(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The two activations that a node multiplies as matrices; empty if it does not."""
+    name, args = operation(node), node.args
+    if name not in ("matmul", "bmm", "baddbmm", "einsum"):
+        return ()
+    pair: Any = args[1] if name == "einsum" else args[1:3] if name == "baddbmm" else args[:2]
+    return tuple(pair) if len(pair) == 2 and not any(is_weight(n) for n in pair) else ()
+
+
+def features_reaching(product: fx.Node, region: Mapping[fx.Node, None]) -> tuple[tuple[int, int], ...]:
+    """The ranges of a product's output features that enter a region: labels follow them through the views.
+
+    Args:
+        product: a product with a weight; its features are its last axis, or a convolution's second.
+        region: nodes that some operand is made from, that operand among them.
+    """
+    shape = [_number(size) for size in product.meta["val"].shape]
+    turned = operation(product) in ("bmm", "matmul", "mm") and is_weight(product.args[0])  # type: ignore[arg-type]
+    axis = 1 if operation(product).startswith("conv") else len(shape) - (2 if turned else 1)
+    places = torch.arange(shape[axis]).view([-1 if i == axis else 1 for i in range(len(shape))])
+    labels: dict[fx.Node, Any] = {product: places.expand(shape)}
+    reached: set[int] = set()
+    queue = [product]
+    while queue:
+        node = queue.pop(0)
+        moved = [u for u in node.users if operation(u) in VIEWS and u.args[0] is node and u in region]
+        others = [u for u in node.users if u in region and u not in moved]
+        if isinstance(labels[node], torch.Tensor) and node in region and (others or not moved):
+            reached |= set(labels[node].unique().tolist())
+        for user in moved:
+            labels[user] = _moved(user, labels)
+        queue += moved
+    return _ranges(sorted(reached))
+
+
+def _moved(node: fx.Node, labels: Mapping[fx.Node, Any]) -> Any:
+    if operation(node) == "to":
+        return labels[node.args[0]]  # type: ignore[index]
+    args, kwargs = map_arg(
+        (node.args, dict(node.kwargs)), lambda n: labels[n] if n in labels else _number(n.meta["val"])
+    )
+    call: Any = torch.reshape if operation(node) == "view" else node.target  # labels have other strides
+    return call(*args, **kwargs)
+
+
+def _number(size: Any) -> Any:
+    """A symbolic size as it was in the trace."""
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else size
+
+
+def _ranges(rows: list[int]) -> tuple[tuple[int, int], ...]:
+    found: list[tuple[int, int]] = []
+    for row in rows:
+        if found and found[-1][1] == row:
+            found[-1] = (found[-1][0], row + 1)
+        else:
+            found.append((row, row + 1))
+    return tuple(found)

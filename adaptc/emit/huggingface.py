@@ -1,0 +1,166 @@
+"""A folded Hugging Face checkpoint: the base's directory again, with the folded weights in place of its own."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx.node import map_arg
+
+from adaptc.emit.layout import as_stored, stored_names
+from adaptc.emit.manifest import MANIFEST
+from adaptc.emit.shards import write_shards
+from adaptc.errors import AdaptcError, ProofError, Refusal, RefusedError, WeightError
+from adaptc.graph import Graph
+from adaptc.tracing.base import Pretrained
+from adaptc.tracing.derive import parts_of, set_for_tracing
+from adaptc.tracing.huggingface import load_pretrained
+from adaptc.tracing.stored import CONFIG, first_names
+
+GENERATION = "generation_config.json"
+WEIGHTS = (
+    *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.ot", "*.npz", "*.gguf"),
+    *("*.onnx", "*.onnx_data", "*.onnx.data", "*.tflite", "*.mlmodel", "*.index.json"),
+)
+"""Files of weights, which would be the base's own, in whatever format."""
+REPLACED = frozenset({CONFIG, MANIFEST, "adapter_config.json"})
+"""Files that are written anew, or would make transformers look for an adapter."""
+LOADED_SHARE = 4
+"""A checkpoint is loaded for its proof if it fits this many times into memory: the proof holds it twice."""
+
+
+def save_checkpoint(folded: Graph, base: Graph, directory: Path, max_shard_size: str) -> dict[str, Any]:
+    """Write a directory that `from_pretrained` loads; gives the model's class, dtype and what was left out.
+
+    Raises:
+        AdaptcError: the base is no Hugging Face model, or its files cannot be read.
+        RefusedError: the folded graph is not a model of the base's class any more.
+        ProofError: a tensor is not read back as it was written.
+    """
+    pretrained = base.base.pretrained
+    if pretrained is None:
+        raise AdaptcError(
+            f"a Hugging Face checkpoint needs a Hugging Face base, and {base.base.describe} is none"
+        )
+    config = copy.deepcopy(pretrained.config)
+    model = _model_of(pretrained, config, folded)
+    own = {name for name in folded.weights if name not in folded.transient}
+    if own != set(model.state_dict()) or _program(folded, base) != _program(base, base):
+        reason = (
+            f"`passes` make another program of the model, which no checkpoint of {type(model).__name__} holds\n"
+            "  emit it as onnx, or leave the pass out"
+        )
+        raise RefusedError([Refusal(reason)])
+    directory.mkdir(parents=True, exist_ok=True)
+    source = _files_of(pretrained)
+    left_out = carry_over(source, directory)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(directory)
+    _keep_generation(source, model, directory)
+    weights = {name: folded.weights[folded.aliases[name]] for name in stored_names(model, folded.aliases)}
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    write_shards(directory, as_stored(model, weights), max_shard_size, parameters)
+    kind = str(config.dtype).removeprefix("torch.")
+    return {"class": type(model).__name__, "dtype": kind, "left_out": left_out}
+
+
+def load_checkpoint(auto: Any, trust: bool, directory: Path) -> nn.Module:
+    """What transformers' own `from_pretrained` makes of a directory, without a cache of keys and values.
+
+    Raises:
+        ProofError: it cannot be loaded, or keys are missing or unknown.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=trust)
+    set_for_tracing(config)
+    try:
+        model, info = load_pretrained(Pretrained(str(directory), auto, config, trust))
+    except WeightError as error:  # the directory is a temporary one, which will be gone
+        raise ProofError(str(error).replace(str(directory), directory.name)) from error
+    wrong = [f"{what}: {', '.join(map(str, found))}" for what, found in info.items() if found]
+    if wrong:
+        raise ProofError(f"from_pretrained finds other keys than it expects; {'; '.join(wrong)}")
+    return model
+
+
+def fits(graph: Graph) -> bool:
+    """Whether there is memory to load the checkpoint beside the graph that it is held against."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    own = sum(weight.nbytes for name, weight in graph.weights.items() if graph.aliases[name] == name)
+    return own * LOADED_SHARE <= memory
+
+
+def carry_over(source: Path, directory: Path) -> list[str]:
+    """Copy the tokenizer, the licence and whatever else stands beside the weights; gives what was left out.
+
+    Hidden folders are caches and histories; weights of any format are the base's own, which are out of date now.
+    """
+    left_out = []
+    for file in sorted(path for path in source.rglob("*") if path.is_file()):
+        name = file.relative_to(source)
+        if str(name) in REPLACED or any(part.startswith(".") for part in name.parent.parts):
+            continue
+        if any(fnmatchcase(file.name.lower(), pattern) for pattern in WEIGHTS):
+            left_out.append(str(name))
+            continue
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, directory / name)
+    return left_out
+
+
+def _model_of(pretrained: Pretrained, config: Any, graph: Graph) -> nn.Module:
+    """The class of the checkpoint, without weights; where the graph has untied weights, `config` says so too."""
+    with torch.device("meta"):
+        model = pretrained.auto.from_config(config, trust_remote_code=pretrained.trust_remote_code)
+        names = first_names(model)
+        if all(graph.aliases.get(name) == graph.aliases.get(first) for name, first in names.items()):
+            return model
+        for part in parts_of(config):
+            if hasattr(part, "tie_word_embeddings"):
+                part.tie_word_embeddings = False
+        return pretrained.auto.from_config(config, trust_remote_code=pretrained.trust_remote_code)
+
+
+def _program(graph: Graph, base: Graph) -> list[str]:
+    """The operations and their operands, whatever the nodes are called."""
+    lines: list[str] = []
+    shown: dict[Any, Any] = {}
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            shown[node] = base.aliases.get(str(node.target), node.target)
+        elif node.op == "placeholder":
+            shown[node] = node.target
+        else:
+            operands = map_arg((node.args, dict(node.kwargs)), shown.__getitem__)  # type: ignore[arg-type]
+            lines.append(f"{node.target} {operands}")
+            shown[node] = f"%{len(lines)}"
+    return lines
+
+
+def _files_of(pretrained: Pretrained) -> Path:
+    """The base's directory; of a hub id, the one in the cache, with what belongs to it beside the weights."""
+    if Path(pretrained.name).is_dir():
+        return Path(pretrained.name)
+    from huggingface_hub import snapshot_download
+
+    commit = getattr(pretrained.config, "_commit_hash", None)
+    try:
+        return Path(snapshot_download(pretrained.name, revision=commit, ignore_patterns=list(WEIGHTS)))
+    except (OSError, ValueError) as error:
+        raise AdaptcError(f"{pretrained.name}: its files cannot be had: {error}") from error
+
+
+def _keep_generation(source: Path, model: Any, directory: Path) -> None:
+    """How to generate: older checkpoints say it in their config.json, where it is not written any more."""
+    from transformers import GenerationConfig
+
+    if model.can_generate() and not (directory / GENERATION).exists():
+        found = GenerationConfig.from_pretrained(source, config_file_name=CONFIG, _from_model_config=True)
+        found.to_json_file(directory / GENERATION)

@@ -1,0 +1,96 @@
+"""What a product must compute: a few of its values, kept in the manifest, so that it can be proved again by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from adaptc.errors import ProofError
+from adaptc.inputs import InputSpec
+from adaptc.proof import Runner, batches
+
+SAMPLES = 64
+"""How many values of each output are kept, evenly spaced."""
+
+
+def recorded(reference: Runner, inputs: Sequence[InputSpec], seed: int, tolerance: float) -> dict[str, Any]:
+    """The values that a graph gives for random inputs of every proof's shape that it takes.
+
+    Args:
+        reference: the graph as it was proved.
+        inputs: its inputs.
+        seed: of the random inputs, which a later check draws again.
+        tolerance: the relative error allowed to whoever must give the same.
+    """
+    known = batches(inputs, seed)
+    outcomes = reference(list(known.values()))
+    return {
+        "inputs": [asdict(spec) for spec in inputs],
+        "seed": seed,
+        "tolerance": tolerance,
+        "values": {
+            label: [_sample(output) for output in outcome]
+            for label, outcome in zip(known, outcomes, strict=True)
+            if not isinstance(outcome, Exception)
+        },
+    }
+
+
+def proved_again(known: Mapping[str, Any], candidate: Runner) -> str:
+    """Hold a product against the values that were kept of its graph; gives what was found, in words.
+
+    Raises:
+        ProofError: it gives something else, or does not run.
+    """
+    inputs = [InputSpec.from_json(spec) for spec in known["inputs"]]
+    drawn = batches(inputs, known["seed"])
+    labels = [label for label in drawn if label in known["values"]]
+    worst = 0.0
+    for label, outcome in zip(labels, candidate([drawn[label] for label in labels]), strict=True):
+        if isinstance(outcome, Exception):
+            raise ProofError(f"it does not run ({label}): {outcome}") from outcome
+        expected = known["values"][label]
+        if len(outcome) != len(expected):
+            raise ProofError(f"it gives {len(outcome)} outputs, its graph gave {len(expected)} ({label})")
+        for index, (output, kept) in enumerate(zip(outcome, expected, strict=True)):
+            worst = max(worst, _error(output, kept, f"output {index}, {label}"))
+    if not worst <= known["tolerance"]:
+        raise ProofError(
+            f"it no longer computes what its graph did: largest error {worst:.1e} of {known['tolerance']:.1e} allowed"
+        )
+    how = f" ({candidate.coverage})" if candidate.coverage else ""
+    held = f"largest error {worst:.1e} of {known['tolerance']:.1e} allowed"
+    return f"computes what its graph did: {held}, on {', '.join(labels)}{how}"
+
+
+def _sample(output: torch.Tensor) -> dict[str, Any]:
+    flat = output.detach().double().flatten()
+    finite = flat[torch.isfinite(flat)]
+    return {
+        "shape": list(output.shape),
+        "largest": float(finite.abs().max()) if finite.numel() else 0.0,
+        "values": [str(value) for value in flat[_places(len(flat))].tolist()],
+    }
+
+
+def _places(count: int) -> torch.Tensor:
+    return torch.linspace(0, count - 1, min(count, SAMPLES)).round().long()
+
+
+def _error(output: torch.Tensor, kept: Mapping[str, Any], where: str) -> float:
+    """The largest error over the largest value of that output."""
+    if list(output.shape) != kept["shape"]:
+        raise ProofError(f"it gives {list(output.shape)}, its graph gave {kept['shape']} ({where})")
+    got = output.detach().double().flatten()[_places(output.numel())]
+    want = torch.tensor([float(value) for value in kept["values"]], dtype=torch.float64)
+    odd = ~torch.isfinite(want)
+    if (
+        not torch.equal(torch.nan_to_num(got[odd]), torch.nan_to_num(want[odd]))
+        or not torch.isfinite(got[~odd]).all()
+    ):
+        return float("inf")
+    difference = (got - want)[~odd].abs()
+    return float(difference.max()) / max(kept["largest"], 1e-12) if difference.numel() else 0.0

@@ -1,0 +1,191 @@
+"""Layouts: how a stored weight, of any shape and behind any views, reads as matrices `(out, in)`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+Axes = tuple[int | None, ...]
+"""For each axis of a value, which axis of the stored weight it is; None for one that a view added."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which axes of a stored weight are what: `batch` of separate matrices, `out` of rows, `inner` of columns.
+
+    A linear weight is out (0,), inner (1,); GPT-2's Conv1D out (1,), inner (0,); a convolution's out (0,), inner
+    (1, 2, 3); an embedding's out (1,), inner (0,): it multiplies one-hot rows; fused experts' batch (0,), out (1,),
+    inner (2,).
+    """
+
+    out: tuple[int, ...]
+    inner: tuple[int, ...]
+    batch: tuple[int, ...] = ()
+
+    def matrix(self, W: torch.Tensor) -> torch.Tensor:
+        """The stored weight as `(out, in)`, or `(batch, out, in)`."""
+        order = (*self.batch, *self.out, *self.inner)
+        if order == (1, 0):
+            return W.t()
+        shape = [math.prod(W.shape[axis] for axis in axes) for axes in (self.out, self.inner)]
+        if self.batch:
+            shape.insert(0, math.prod(W.shape[axis] for axis in self.batch))
+        moved = W if order == tuple(range(W.dim())) else W.permute(order)
+        return moved if list(moved.shape) == shape else moved.reshape(shape)
+
+    def tensor(self, M: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+        """The inverse: matrices back to the stored shape."""
+        order = (*self.batch, *self.out, *self.inner)
+        if order == (1, 0):
+            return M.t()
+        moved = [shape[axis] for axis in order]
+        whole = M if list(M.shape) == moved else M.reshape(moved)
+        return (
+            whole
+            if order == tuple(range(len(order)))
+            else whole.permute([order.index(i) for i in range(len(order))])
+        )
+
+
+def _linear(axes: Axes) -> Layout | None:
+    return _read(axes, out=[0], inner=[1]) if len(axes) == 2 else None
+
+
+def _right(axes: Axes) -> Layout | None:
+    """`x @ W`: the last two axes are (in, out), those before are batches."""
+    return _read(axes, out=[-1], inner=[-2]) if len(axes) >= 2 else None
+
+
+def _left(axes: Axes) -> Layout | None:
+    """`W @ x`: the last two axes are (out, in)."""
+    return _read(axes, out=[-2], inner=[-1]) if len(axes) >= 2 else None
+
+
+def _convolution(axes: Axes) -> Layout | None:
+    return _read(axes, out=[0], inner=range(1, len(axes)))
+
+
+def _transposed_convolution(axes: Axes) -> Layout | None:
+    return _read(axes, out=[1], inner=[0, *range(2, len(axes))])
+
+
+def _embedding(axes: Axes) -> Layout | None:
+    return _read(axes, out=[1], inner=[0])
+
+
+def _read(axes: Axes, out: Sequence[int], inner: Sequence[int]) -> Layout | None:
+    """The layout in axes of the stored weight, from positions in what the product is given."""
+    rows, columns = ([axes[i] for i in positions] for positions in (out, inner))
+    if any(axis is None for axis in (*rows, *columns)):
+        return None
+    return Layout(tuple(rows), tuple(columns))  # type: ignore[arg-type]
+
+
+def _einsum(axes: Axes, node: fx.Node, weight: fx.Node) -> Layout | None:
+    """Letters summed over are columns, letters of the weight alone are rows; shared ones that stay are batches."""
+    equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
+    assert isinstance(operands, (list, tuple))
+    left, _, result = equation.partition("->")
+    terms = left.split(",")
+    if len(terms) != 2 or not result or "." in equation or list(operands).count(weight) != 1:
+        return None
+    own, other = terms[list(operands).index(weight)], terms[1 - list(operands).index(weight)]
+    inner = [own.index(c) for c in own if c in other and c not in result]
+    out = [own.index(c) for c in own if c not in other and c in result]
+    return _read(axes, out, inner) if inner and out else None
+
+
+PRODUCTS: dict[tuple[str, int], Callable[[Axes], Layout | None]] = {
+    ("linear", 1): _linear,
+    ("addmm", 2): _right,
+    ("mm", 1): _right,
+    ("mm", 0): _left,
+    ("matmul", 1): _right,
+    ("matmul", 0): _left,
+    ("bmm", 1): _right,
+    ("bmm", 0): _left,
+    ("baddbmm", 2): _right,
+    ("baddbmm", 1): _left,
+    ("_grouped_mm", 1): _right,
+    ("grouped_mm_fallback", 1): _right,
+    ("embedding", 0): _embedding,
+    **{(f"conv{n}d", 1): _convolution for n in (1, 2, 3)},
+    **{(f"conv_transpose{n}d", 1): _transposed_convolution for n in (1, 2, 3)},
+}
+"""(operation, operand) -> how a weight reads there; a new spelling of a product is one row."""
+
+
+def operation(node: fx.Node) -> str:
+    """The name of a node's operation, without namespace and overload: `conv2d`."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return str(node.target).split(".")[1]
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def through(node: fx.Node, axes: Axes) -> Axes | None:
+    """The axes after a view of a weight; None where the node is no view, or mixes axes."""
+    args: Any = node.args
+    match operation(node):
+        case "t":
+            return axes[::-1]
+        case "transpose":
+            moved = list(axes)
+            moved[args[1]], moved[args[2]] = moved[args[2]], moved[args[1]]
+            return tuple(moved)
+        case "permute":
+            return tuple(axes[i] for i in args[1])
+        case "unsqueeze":
+            at = args[1] % (len(axes) + 1)
+            return (*axes[:at], None, *axes[at:])
+        case "expand":
+            return (*([None] * (len(args[1]) - len(axes))), *axes)
+        case "select":
+            at = args[1] % len(axes)
+            return (*axes[:at], *axes[at + 1 :])
+        case "index" if len(args[1]) == 1 and args[1][0].meta["val"].dim() == 1:
+            return axes  # a matrix gathered for each token
+        case (
+            "to"
+            | "_to_copy"
+            | "contiguous"
+            | "clone"
+            | "slice"
+            | "split"
+            | "split_with_sizes"
+            | "chunk"
+            | "getitem"
+        ):
+            return axes
+    return None
+
+
+def consumers(weight: fx.Node, users: Sequence[fx.Node]) -> list[tuple[fx.Node, Layout | None]]:
+    """The operations that these users of a weight lead to behind views, and how each reads the weight."""
+    found: list[tuple[fx.Node, Layout | None]] = []
+    axes: Axes = tuple(range(weight.meta["val"].dim()))
+    queue = [(weight, user, axes) for user in users]
+    while queue:
+        value, user, axes = queue.pop(0)
+        behind = through(user, axes) if user.args and user.args[0] is value else None
+        if behind is not None:
+            queue += [(user, after, behind) for after in user.users]
+        else:
+            found.append((user, _layout_at(user, value, axes, weight.meta["val"].dim())))
+    return found
+
+
+def _layout_at(user: fx.Node, value: fx.Node, axes: Axes, rank: int) -> Layout | None:
+    name = operation(user)
+    places = [i for i, argument in enumerate(user.args) if argument is value]
+    read = PRODUCTS.get((name, places[0])) if len(places) == 1 else None
+    layout = _einsum(axes, user, value) if name == "einsum" else read(axes) if read else None
+    if layout is None or len({*layout.out, *layout.inner}) < len(layout.out) + len(layout.inner):
+        return None
+    rest = tuple(axis for axis in range(rank) if axis not in (*layout.out, *layout.inner))
+    return replace(layout, batch=rest)

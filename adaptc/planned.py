@@ -1,0 +1,117 @@
+"""From the entries of a spec to what is inserted: methods on sites, and the checkpoints of trained ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from adaptc.adapt_entries import AdapterEntry
+from adaptc.adapters import places_of
+from adaptc.checkpoint import Checkpoint, directories, match, missing, read
+from adaptc.errors import WeightError
+from adaptc.graph import Graph
+from adaptc.insert import Insert
+from adaptc.names import ATTENTION
+from adaptc.peft_config import declared, named_modules
+from adaptc.peft_keys import PeftLayout
+from adaptc.registry import load_methods, load_passes
+from adaptc.select import Selection
+from adaptc.spec import Spec, resolve_path
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One thing to insert: from an entry of the spec, or from a checkpoint that an entry names."""
+
+    entry: int
+    insert: Insert
+    selection: Selection
+    checkpoint: Checkpoint | None = None
+
+
+def entries_of(spec: Spec, graph: Graph, index: int) -> list[Planned]:
+    """What one entry of `adapt` inserts.
+
+    Raises:
+        SpecError: there is no checkpoint where it says.
+        WeightError: the checkpoint cannot be read.
+    """
+    entry = spec.adapt[index]
+    if isinstance(entry, AdapterEntry):
+        return _trained(spec, graph, index, entry)
+    common = {"adapter": entry.name, "entry": index, "seed": spec.seed, "on_alias": entry.on_alias}
+    make: Any = load_passes()[f"insert-{entry.method}"]
+    item = make(target=entry.target, exclude=entry.exclude, **common, **entry.options())
+    first = Planned(index, item, item.selection(graph))
+    return [first, *_biases(graph, first, common)]
+
+
+def _trained(spec: Spec, graph: Graph, index: int, entry: AdapterEntry) -> list[Planned]:
+    place, path = ("adapt", index, "adapter"), resolve_path(spec, entry.adapter)
+    absent = missing(path)
+    if absent:
+        raise spec.error(place, absent)
+    found: list[Planned] = []
+    try:
+        for directory in directories(path):
+            checkpoint = read(directory, entry.allow_pickle)
+            name = entry.name or (directory.name if directory != path else "default")
+            common = {"adapter": name, "entry": index, "seed": spec.seed, "on_alias": entry.on_alias}
+            found += _from_checkpoint(graph, checkpoint, common)
+    except WeightError as error:
+        raise spec.weight_error(place, error) from None
+    return found
+
+
+def _from_checkpoint(graph: Graph, checkpoint: Checkpoint, common: dict[str, Any]) -> list[Planned]:
+    what = declared(checkpoint)
+    make: Any = load_passes()[f"insert-{what.method.name}"]
+    chosen = {"target": what.target, "exclude": what.exclude, "as_stored": what.as_stored, "trained": True}
+    item = make(**common, **chosen, **what.options)
+    if not checkpoint.own and any(site.type == ATTENTION for site in item.selection(graph).sites):
+        options = what.method.from_peft(what.options, named_modules(checkpoint))
+        item = make(**common, **chosen, **options)
+    first = Planned(common["entry"], item, item.selection(graph), checkpoint)
+    joined = []
+    if checkpoint.saved_modules:
+        target = [pattern for module in checkpoint.saved_modules for pattern in (module, f"*.{module}")]
+        joined.append(_whole(graph, first, target, common))
+    return [first, *_biases(graph, first, common), *joined]
+
+
+def _whole(graph: Graph, host: Planned, target: Any, common: dict[str, Any], **options: Any) -> Planned:
+    """Parameters trained whole beside a method: PEFT's `modules_to_save`, and the biases of `bias`."""
+    cls = next(c for c in load_methods().values() if c.peft is not None and c.peft.joins == "modules_to_save")
+    make: Any = load_passes()[f"insert-{cls.name}"]
+    item = make(target=target, **common, **options)
+    return Planned(host.entry, item, item.selection(graph), host.checkpoint)
+
+
+def _biases(graph: Graph, host: Planned, common: dict[str, Any]) -> list[Planned]:
+    """The biases that a low-rank method's option `bias` trains: of the layers it adapts, or all."""
+    which = getattr(host.insert.method, "biases", "none")
+    if which == "none":
+        return []
+    adapted = tuple(dict.fromkeys(site.module for site in host.selection.sites))
+    found = _whole(graph, host, adapted if which == "lora_only" else "*", common, parameters=("bias",))
+    return [found] if found.selection.sites else []
+
+
+def match_checkpoints(spec: Spec, graph: Graph, entries: Sequence[Planned]) -> None:
+    """Hold the keys and shapes of every checkpoint against what will be inserted for it."""
+    for path in dict.fromkeys(p.checkpoint.path for p in entries if p.checkpoint is not None):
+        members = [p for p in entries if p.checkpoint is not None and p.checkpoint.path == path]
+        checkpoint = members[0].checkpoint
+        assert checkpoint is not None
+        layout = PeftLayout([site for p in members for site in p.selection.sites], places_of(graph))
+        expected = {
+            site.key(param.key) if checkpoint.own else layout.key(site, param): param.shape
+            for planned in members
+            for site in planned.selection.sites
+            for param in planned.insert.method.at(site).stored(site).values()
+        }
+        try:
+            match(checkpoint, expected)
+        except WeightError as error:
+            raise spec.weight_error(("adapt", members[0].entry, "adapter"), error) from None

@@ -1,0 +1,144 @@
+"""Roles: what a layer does, read from the dataflow around it, so that it holds on models nobody has named."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from adaptc.dataflow import activations_multiplied, ahead, behind, features_reaching
+from adaptc.layout import operation
+from adaptc.method import MATRIX_KINDS
+from adaptc.names import ROLES, SLICE_NAMES
+from adaptc.sites import Site, Use
+
+QUERY, KEY, VALUE, OUTPUT, IN, GATE, OUT, EMBEDDING, HEAD = ROLES
+SLICES: Mapping[str, str] = dict(
+    zip(SLICE_NAMES, (QUERY, QUERY, KEY, KEY, VALUE, VALUE, GATE, IN, IN), strict=True)
+)
+"""The names of slices of a fused weight -> the role of their rows."""
+ACTIVATIONS = frozenset(
+    {
+        *(
+            "gelu",
+            "silu",
+            "relu",
+            "relu_",
+            "sigmoid",
+            "tanh",
+            "leaky_relu",
+            "elu",
+            "selu",
+            "mish",
+            "hardswish",
+        ),
+        *("relu6", "softplus", "hardtanh", "prelu"),
+    }
+)
+Rows = tuple[tuple[int, int], ...]
+
+
+@dataclass
+class Roles:
+    """What each site does.
+
+    Attributes:
+        of: first use of a site -> its roles; a fused weight has several.
+        rows: (first use, role) -> the ranges of rows that play it.
+    """
+
+    of: dict[Use, set[str]] = field(default_factory=dict)
+    rows: dict[tuple[Use, str], Rows] = field(default_factory=dict)
+
+
+def find_roles(nodes: Iterable[fx.Node], sites: Iterable[Site]) -> Roles:
+    """Read the roles of every site that is a matrix.
+
+    What makes an attention's query, key or value, with no other product in between, has that role; what an attention
+    feeds first is its output. What an activation feeds is a feed-forward's out; what goes into the activation is its
+    in, or its gate where the activation is multiplied with another product's result, which is then in. What reaches
+    an output of the model beside no residual sum is a head.
+    """
+    ordered = list(nodes)
+    by_name = {node.name: node for node in ordered}
+    products = {site: _product(by_name, site) for site in sites if site.kind in MATRIX_KINDS}
+    weighted = {node: site for site, node in products.items() if node is not None}
+    roles = Roles({site.uses[0]: set() for site in products})
+    for node, site in weighted.items():
+        if site.kind == "embedding":
+            roles.of[site.uses[0]].add(EMBEDDING)
+        elif any(user.op == "output" for user in ahead(node, residual=False)):
+            roles.of[site.uses[0]].add(HEAD)
+    for operands, result in _attentions(ordered):
+        for role, operand in operands.items():
+            _give(roles, role, operand, weighted)
+        for node in ahead(result, residual=False):
+            if node in weighted and not roles.of[weighted[node].uses[0]]:
+                roles.of[weighted[node].uses[0]].add(OUTPUT)
+    for node, site in weighted.items():
+        if not roles.of[site.uses[0]] & {HEAD, EMBEDDING, QUERY, KEY, VALUE, OUTPUT}:
+            _feed_forward(node, site, roles, weighted)
+    return roles
+
+
+def _product(by_name: Mapping[str, fx.Node], site: Site) -> fx.Node | None:
+    """The node that multiplies by a site's weight, behind the weight's own views."""
+    node: fx.Node | None = by_name[site.uses[0].node]
+    while node is not None and operation(node) != site.op:
+        node = next(iter(node.users), None)
+    return node
+
+
+def _attentions(nodes: Iterable[fx.Node]) -> Iterator[tuple[dict[str, fx.Node], fx.Node]]:
+    """The operands and the result of every attention: one operation, or two products around a softmax."""
+    for node in nodes:
+        if operation(node) == "scaled_dot_product_attention":
+            yield dict(zip((QUERY, KEY, VALUE), node.args[:3], strict=True)), node  # type: ignore[arg-type]
+        elif operation(node) in ("softmax", "_softmax"):
+            scores = next((n for n in behind([node]) if activations_multiplied(n)), None)
+            mixed = next((n for n in ahead(node) if activations_multiplied(n)), None)
+            if scores is not None and mixed is not None:
+                query, key = activations_multiplied(scores)
+                yield {QUERY: query, KEY: key, VALUE: activations_multiplied(mixed)[1]}, mixed
+
+
+def _feed_forward(out: fx.Node, site: Site, roles: Roles, weighted: Mapping[fx.Node, Site]) -> None:
+    """Give the roles around a product whose input comes from an activation."""
+    branch = behind(out.all_input_nodes)
+    active = [node for node in branch if operation(node) in ACTIVATIONS]
+    fed = {node for node in behind(active) if node in weighted}
+    if not fed:
+        return
+    roles.of[site.uses[0]].add(OUT)
+    gates = [node for node in branch if operation(node) in ("mul", "mul_") and len(node.all_input_nodes) == 2]
+    others = []
+    for first, second in ((a, b) for node in gates for a, b in itertools.permutations(node.all_input_nodes)):
+        made_from = {node for node in behind([first]) if node in weighted}
+        if made_from and first not in active and (second in active or not made_from & fed):
+            others.append(first)
+    for node in active:
+        _give(roles, GATE if others else IN, node, weighted)
+    for factor in others:
+        _give(roles, IN, factor, weighted)
+    for node in fed:  # x * sigmoid(x) has no gate
+        if {GATE, IN} <= roles.of[weighted[node].uses[0]] and (
+            weighted[node].uses[0],
+            GATE,
+        ) not in roles.rows:
+            roles.of[weighted[node].uses[0]].discard(GATE)
+
+
+def _give(roles: Roles, role: str, operand: fx.Node, weighted: Mapping[fx.Node, Site]) -> None:
+    """Give a role to the products that an operand is made from, and note which of their rows it takes."""
+    region = behind([operand])
+    for node in region:
+        site = weighted.get(node)
+        if site is None or site.kind == "embedding":
+            continue
+        rows = features_reaching(node, region)
+        if rows:
+            roles.of[site.uses[0]].add(role)
+        if rows and rows != ((0, site.out_features),):
+            roles.rows[site.uses[0], role] = rows

@@ -1,0 +1,109 @@
+"""Running a graph without holding its weights: each is loaded for the operations that read it, then dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
+
+from adaptc.graph import Graph
+
+Batch = Mapping[str, torch.Tensor]
+Outcome = list[torch.Tensor] | Exception
+"""What a batch gives: the outputs that are tensors, or why the model does not take it."""
+
+
+class Streamed:
+    """A graph that runs in evaluation mode on several batches in one sweep.
+
+    Node by node: a weight is loaded once a sweep, when its first operation needs it, and dropped after its last;
+    so is what the operations give. Asked again for the same batches, it gives what it found.
+    """
+
+    coverage = "whole, one weight at a time"
+
+    def __init__(self, graph: Graph):
+        self.graph = graph
+        self._known: tuple[Sequence[Batch], list[Outcome]] | None = None
+
+    def __call__(self, batches: Sequence[Batch]) -> list[Outcome]:
+        """The outcome of every batch; a batch that fails is left out of the rest of the sweep."""
+        if self._known is None or not _same(self._known[0], batches):
+            self._known = batches, _sweep(self.graph, batches)
+        return self._known[1]
+
+
+def _same(known: Sequence[Batch], asked: Sequence[Batch]) -> bool:
+    return len(known) == len(asked) and all(
+        a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+        for a, b in zip(known, asked, strict=True)
+    )
+
+
+def _sweep(graph: Graph, batches: Sequence[Batch]) -> list[Outcome]:
+    values: list[dict[fx.Node, Any]] = [{} for _ in batches]
+    outcomes: list[Any] = [None] * len(batches)
+    loaded: dict[str, torch.Tensor] = {}
+    last = _last_users(graph)
+    with torch.no_grad():
+        for node in graph.nodes:
+            if node.op == "get_attr":
+                continue  # read by its users, so that it is loaded no earlier than they run
+            weights = {n: _read(graph, n, loaded) for n in node.all_input_nodes if n.op == "get_attr"}
+            for number, batch in enumerate(batches):
+                if outcomes[number] is None:
+                    try:
+                        result = _step(node, batch, values[number] | weights if weights else values[number])
+                    except Exception as error:
+                        outcomes[number] = error
+                        values[number].clear()
+                        continue
+                    if node.op == "output":
+                        outcomes[number] = result
+                    else:
+                        values[number][node] = result
+            for done in last.get(node, ()):
+                if isinstance(done, str):
+                    loaded.pop(done, None)
+                else:
+                    for known in values:
+                        known.pop(done, None)
+    return outcomes
+
+
+def _last_users(graph: Graph) -> dict[fx.Node, list[fx.Node | str]]:
+    """Node -> the operands, and the weights by name, that nothing after it reads."""
+    last: dict[fx.Node | str, fx.Node] = {}
+    for node in graph.nodes:
+        last[node] = node
+        for operand in node.all_input_nodes:
+            name = str(operand.target)
+            last[graph.aliases.get(name, name) if operand.op == "get_attr" else operand] = node
+    found: dict[fx.Node, list[fx.Node | str]] = {}
+    for value, node in last.items():
+        found.setdefault(node, []).append(value)
+    return found
+
+
+def _read(graph: Graph, node: fx.Node, loaded: dict[str, torch.Tensor]) -> Any:
+    name = str(node.target)
+    if name == "training" and name not in graph.weights:
+        return False
+    first = graph.aliases.get(name, name)
+    if first not in loaded:
+        tensor = graph.weights[first].load()
+        loaded[first] = tensor.clone() if first in graph.buffers else tensor  # an operation may change it
+    return loaded[first]
+
+
+def _step(node: fx.Node, batch: Batch, values: Mapping[fx.Node, Any]) -> Any:
+    if node.op == "placeholder":
+        return batch[str(node.target)]
+    args, kwargs = map_arg((node.args, dict(node.kwargs)), values.__getitem__)  # type: ignore[arg-type]
+    if node.op == "output":
+        return [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+    return node.target(*args, **kwargs)  # type: ignore[operator]

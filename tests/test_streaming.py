@@ -1,0 +1,244 @@
+"""A compile holds few weights at once, and what it proves in parts is what runs as a whole."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+import adaptc
+from adaptc.emit import onnx as emit_onnx
+from adaptc.emit import pieces
+from adaptc.emit.inference import inference_graph
+from adaptc.emit.onnx import export_onnx, onnx_runner
+from adaptc.emit.products import emit_all
+from adaptc.graph import Graph, bind
+from adaptc.proof import batches, prove, runner, tolerance
+from adaptc.registry import load_passes
+from adaptc.spec import load
+from adaptc.streaming import Streamed
+from adaptc.weights import Weight
+from tests.families import FAMILIES, Zoo, entry
+
+DTYPES = [None, "float16", "bfloat16"]
+EVERY = [pytest.param(name, marks=[pytest.mark.slow] if name == "t5" else []) for name in FAMILIES]
+
+
+def random(zoo: Zoo, name: str, dtype: str | None = None) -> Any:
+    """A family with a random adapter on it."""
+    compiled = zoo.compiled(name, [entry("dora", name)], dtype)
+    torch.manual_seed(1)
+    for key in compiled.graph.adapter_names:
+        weight: Any = compiled.graph.weights[key]
+        value = weight.load() + 0.1 * torch.randn(weight.shape)
+        weight.put(value.to(weight.dtype).detach)
+    return compiled
+
+
+# sweeps
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_sweep_gives_what_the_bound_module_gives(zoo: Zoo, name: str, dtype: str | None) -> None:
+    compiled = random(zoo, name, dtype)
+    fold = load_passes()["fold"]()
+    for graph in (compiled.base, compiled.live_graph(), adaptc.run(compiled.graph, [fold])):
+        known = list(batches(graph.inputs).values())
+        module = runner(bind(graph))
+        for batch, got in zip(known, Streamed(graph)(known), strict=True):
+            want = module(batch)
+            assert isinstance(got, list)
+            assert len(got) == len(want) > 0
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_a_batch_that_fails_does_not_stop_the_others(zoo: Zoo) -> None:
+    graph = zoo.graph("mlp")
+    good, bad = {"x": torch.randn(2, 16)}, {"x": torch.randn(2, 17)}
+    first, second, third = Streamed(graph)([good, bad, good])
+    assert isinstance(second, RuntimeError)
+    assert isinstance(first, list)
+    assert isinstance(third, list)
+    assert torch.equal(first[0], third[0])
+
+
+@dataclass
+class Count:
+    """How many bytes of loaded weights are alive, and at most were."""
+
+    alive: int = 0
+    most: int = 0
+    loads: dict[str, int] = field(default_factory=dict)
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        self.loads[name] = self.loads.get(name, 0) + 1
+        self.alive += tensor.nbytes
+        self.most = max(self.most, self.alive)
+        weakref.finalize(tensor, self.drop, tensor.nbytes)
+
+    def drop(self, count: int) -> None:
+        self.alive -= count
+
+
+@dataclass(eq=False)
+class Counted(Weight):
+    """A weight that says when it is loaded and when it is gone."""
+
+    name: str
+    weight: Weight
+    count: Count
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return self.weight.shape
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return self.weight.dtype
+
+    def load(self) -> torch.Tensor:
+        tensor = self.weight.load().clone()
+        self.count.add(self.name, tensor)
+        return tensor
+
+
+class Deep(torch.nn.Module):
+    """Sixteen equal layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(64, 64) for _ in range(16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x
+
+
+@pytest.fixture
+def deep() -> Any:
+    torch.manual_seed(0)
+    return adaptc.compile(
+        {"adapt": [{"method": "lora", "target": "layers.*", "r": 2}]},
+        model=Deep(), example_inputs=(torch.randn(3, 64),), dynamic={"x": {0: "batch"}},
+    )  # fmt: skip
+
+
+def counted(graph: Graph) -> Count:
+    """Count the loads of a graph's weights from now on."""
+    count = Count()
+    graph.weights.update({n: Counted(n, w, count) for n, w in graph.weights.items()})
+    return count
+
+
+def test_a_sweep_holds_one_layer(deep: Any) -> None:
+    graph = deep.base.copy()
+    count = counted(graph)
+    Streamed(graph)(list(batches(graph.inputs).values()))
+    assert set(count.loads.values()) == {1}, "each weight is loaded once for all batches"
+    assert count.most <= 2 * 64 * 65 * 4, "more than a layer was held at once"
+    assert count.alive == 0
+
+
+def test_writing_beside_holds_one_weight(deep: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(emit_onnx, "INLINE_LIMIT", 1000)
+    graph = deep.base.copy()
+    count = counted(graph)
+    seen: list[tuple[int, int]] = []
+    export_onnx(
+        inference_graph(graph), tmp_path / "m.onnx", wrote=lambda done, total: seen.append((done, total))
+    )
+    assert set(count.loads.values()) == {1}
+    assert count.most <= 2 * 64 * 64 * 4
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert seen[-1][0] >= seen[-1][1] == 16 * 64 * 64 * 4
+
+
+def test_an_interrupted_compile_leaves_nothing(
+    deep: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(emit_onnx, "INLINE_LIMIT", 1000)
+
+    class Stop:
+        def writing(self, what: str) -> None: ...
+        def proved(self, proof: Any) -> None: ...
+
+        def wrote(self, done: int, total: int) -> None:
+            if done > total // 2:
+                assert any(path.name.endswith(".data") for path in tmp_path.rglob("*"))
+                raise KeyboardInterrupt
+
+    (tmp_path / "mine.txt").write_text("kept")
+    with pytest.raises(KeyboardInterrupt):
+        emit_all(deep, load({"emit": [{"format": "onnx", "path": str(tmp_path / "m.onnx")}]}).emit, Stop())
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+# pieces
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_in_pieces_as_whole(zoo: Zoo, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(emit_onnx, "INLINE_LIMIT", 1000)
+    monkeypatch.setattr(pieces, "PIECE", 1000)
+    compiled = random(zoo, name)
+    compiled.emit("onnx", tmp_path / "m.onnx")
+    assert (tmp_path / "m.onnx.data").is_file()
+    (proof,) = [proof for proof in compiled.proofs if proof.name == "onnx, folded"]
+    parts = pieces.Pieces(tmp_path / "m.onnx", tmp_path / "m.onnx")
+    assert len(parts.pieces) > 2
+    assert f"in {len(parts.pieces)} pieces" in proof.coverage
+    assert f"in {len(parts.pieces)} pieces" in str(proof)
+    known = list(batches(compiled.base.inputs).values())
+    whole = onnx_runner(tmp_path / "m.onnx")
+    epsilon = torch.finfo(torch.float32).eps
+    for batch, got in zip(known, parts(known), strict=True):
+        assert isinstance(got, list)
+        for a, b in zip(got, whole(batch), strict=True):
+            assert (a - b).abs().max() <= 64 * epsilon * b.abs().max()
+
+
+def test_a_wrong_piece_is_found(deep: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(emit_onnx, "INLINE_LIMIT", 1000)
+    monkeypatch.setattr(pieces, "PIECE", 20000)
+    deep.emit("onnx", tmp_path / "m.onnx")
+    data = np.memmap(tmp_path / "m.onnx.data", np.float32, "r+")
+    data[7 * 64 * 64 + 5] += 0.5
+    data.flush()
+    parts = pieces.Pieces(tmp_path / "m.onnx", tmp_path / "m.onnx")
+    with pytest.raises(adaptc.ProofError, match="largest error"):
+        prove("onnx", deep.base.inputs, Streamed(deep.base), parts, tolerance(deep.base))
+
+
+# bfloat16
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_bfloat16_is_stored_and_float32_computed(zoo: Zoo, name: str, tmp_path: Path) -> None:
+    sizes = {}
+    for dtype in (None, "bfloat16"):
+        compiled = random(zoo, name, dtype)
+        path = tmp_path / f"{dtype}.onnx"
+        compiled.emit("onnx", path)
+        model = onnx.load(path)
+        onnx.checker.check_model(model, full_check=True)
+        kinds = (onnx.TensorProto.FLOAT, onnx.TensorProto.BFLOAT16)
+        sizes[dtype] = sum(len(w.raw_data) for w in model.graph.initializer if w.data_type in kinds)
+    for weight in model.graph.initializer:
+        if weight.data_type in kinds and len(weight.dims) == 2:
+            assert weight.data_type == onnx.TensorProto.BFLOAT16, weight.name
+    assert 0.45 < sizes["bfloat16"] / sizes[None] < 0.6
+    known = list(batches(compiled.base.inputs).values())
+    module, program = runner(bind(compiled.folded_graph())), onnx_runner(path)
+    for batch in known:
+        for got, want in zip(program(batch), module(batch), strict=True):
+            assert got.dtype == torch.float32
+            error = (got - want.float()).abs().max() / want.abs().max()
+            assert error < 8 * torch.finfo(torch.bfloat16).eps
