@@ -27,8 +27,6 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 CROSS_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 GATED = ("gate_proj", "up_proj", "down_proj")
 NAMED = ("query", "key", "value", "intermediate.dense", "output.dense")
-RESNET_TARGETS = ("classifier.1",)
-"""Its convolutions belong here as soon as the methods sit on them."""
 
 
 def families() -> dict[str, Family]:
@@ -86,7 +84,10 @@ def families() -> dict[str, Family]:
         ),
         "ViT": Family(t.ViTConfig(**vit), images, (*ATTENTION, "fc1", "fc2"), ("fc2",)),
         "ResNet": Family(
-            t.ResNetConfig(**stages, layer_type="basic"), images, RESNET_TARGETS, RESNET_TARGETS
+            t.ResNetConfig(**stages, layer_type="basic"),
+            images,
+            ("convolution", "classifier.1"),
+            ("classifier.1",),
         ),
         "own module": Family(own, None, ("up", "down", "stem"), ("down",)),
     }
