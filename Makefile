@@ -4,7 +4,7 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 PYTHON3 ?= python3
 
-.PHONY: help demo test test-all bench check clean
+.PHONY: help demo test test-all bench families check clean
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -24,6 +24,9 @@ test-all: $(READY)  ## all tests
 
 bench: $(READY)  ## figures beside PEFT, as ratios from one run
 	$(PYTHON) -m benchmarks
+
+families: $(READY)  ## every base and method beside PEFT: writes docs/families.md, takes half an hour
+	$(PYTHON) -m benchmarks.table
 
 check: $(READY)  ## lint, format, types
 	$(VENV)/bin/ruff check .

@@ -36,6 +36,7 @@ EMIT_FOLDED = """\
   # - {format: onnx, path: build/live.onnx, adapters: live}
   # - {format: torch, path: build/trainable}         # to train on"""
 HEADS = {
+    "WhisperForConditionalGeneration": "speech-seq2seq",
     "ForCausalLM": "causal-lm",
     "LMHeadModel": "causal-lm",
     "ForConditionalGeneration": "seq2seq-lm",
@@ -44,8 +45,10 @@ HEADS = {
     "ForQuestionAnswering": "question-answering",
     "ForMaskedLM": "masked-lm",
     "ForImageClassification": "image-classification",
+    "ForAudioClassification": "audio-classification",
+    "ForCTC": "ctc",
 }
-"""How the last words of a class in config.json's `architectures` name its task."""
+"""How the last words of a class in config.json's `architectures` name its task; the first that fits."""
 
 
 def starter_spec(model: Path, adapter: Path | None, folder: Path) -> str:

@@ -9,60 +9,88 @@ from typing import Any
 
 import torch
 
+from adaptc.tracing.huggingface import tasks
 from examples.own_model import build
 
 
 @dataclass(frozen=True)
 class Family:
-    """One base: how to make it, its task, the names PEFT is given, and which of them are feed-forward."""
+    """One base: its configuration, its task, the names PEFT is given, and which of them are feed-forward."""
 
     config: Any
-    auto: str
     task: str | None
     targets: tuple[str, ...]
     feedforward: tuple[str, ...]
 
 
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+CROSS_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
+GATED = ("gate_proj", "up_proj", "down_proj")
+NAMED = ("query", "key", "value", "intermediate.dense", "output.dense")
+
+
 def families() -> dict[str, Family]:
     """The bases of the table, by name."""
-    from transformers import BertConfig, GPT2Config, LlamaConfig, T5Config
+    import transformers as t
 
-    small: dict[str, Any] = {"vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    words: dict[str, Any] = {"vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     encoder: dict[str, Any] = {
         "hidden_size": 64,
         "intermediate_size": 96,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
     }
+    decoder = {**words, **encoder, "num_key_value_heads": 2, "attention_dropout": 0.1}
+    both: dict[str, Any] = {
+        "d_model": 64,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "decoder_start_token_id": 2,
+    }
+    both |= {f"{part}_attention_heads": 4 for part in ("encoder", "decoder")} | words
+    both |= {f"{part}_ffn_dim": 96 for part in ("encoder", "decoder")} | {"max_position_embeddings": 64}
     t5: dict[str, Any] = {"d_model": 64, "d_ff": 96, "d_kv": 16, "num_layers": 2, "num_heads": 4}
-    t5 |= {**small, "decoder_start_token_id": 0}
+    t5 |= {**words, "decoder_start_token_id": 0}
+    window: dict[str, Any] = {"sliding_window": 4}
+    heads: dict[str, Any] = {"head_dim": 16}
+    experts: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2, "router_jitter_noise": 0.1}
+    speech: dict[str, Any] = {"num_mel_bins": 8, "max_source_positions": 12, "max_target_positions": 40}
+    stages: dict[str, Any] = {
+        "embedding_size": 16,
+        "hidden_sizes": [16, 32],
+        "depths": [1, 2],
+        "num_labels": 5,
+    }
+    labels: dict[str, Any] = {"num_labels": 5}
+    vit = {**encoder, **labels, "image_size": 24, "patch_size": 8, "hidden_dropout_prob": 0.1}
+    gpt2: dict[str, Any] = {**words, "n_embd": 64, "n_layer": 2, "n_head": 4}
+    causal, classes, images = "causal-lm", "sequence-classification", "image-classification"
+    own: dict[str, Any] = {"features": 24, "width": 64, "classes": 5}
     return {
-        "Llama": Family(
-            LlamaConfig(**small, **encoder, num_key_value_heads=2, attention_dropout=0.1),
-            "AutoModelForCausalLM", "causal-lm",
-            ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), ("down_proj",),
+        "Llama": Family(t.LlamaConfig(**decoder), causal, (*ATTENTION, *GATED), ("down_proj",)),
+        "GPT-2": Family(t.GPT2Config(**gpt2), causal, ("c_attn", "c_fc"), ("c_fc",)),
+        "BERT": Family(t.BertConfig(**words, **encoder), classes, NAMED, ("output.dense",)),
+        "T5": Family(t.T5Config(**t5), "seq2seq-lm", ("q", "k", "v", "wi", "wo"), ("wo",)),
+        "Qwen3": Family(t.Qwen3Config(**decoder, **heads), causal, (*ATTENTION, *GATED), ("down_proj",)),
+        "Mistral": Family(t.MistralConfig(**decoder, **window), causal, (*ATTENTION, *GATED), ("down_proj",)),
+        "Gemma2": Family(
+            t.Gemma2Config(**decoder, **heads, **window), causal, (*ATTENTION, *GATED), ("down_proj",)
         ),
-        "GPT-2": Family(
-            GPT2Config(**small, n_embd=64, n_layer=2, n_head=4),
-            "AutoModelForCausalLM", "causal-lm", ("c_attn", "c_fc"), ("c_fc",),
+        "Mixtral": Family(t.MixtralConfig(**decoder, **experts), causal, ATTENTION, ("o_proj",)),
+        "RoBERTa": Family(t.RobertaConfig(**words, **encoder, **labels), classes, NAMED, ("output.dense",)),
+        "BART": Family(t.BartConfig(**both), "seq2seq-lm", (*CROSS_ATTENTION, "fc1", "fc2"), ("fc2",)),
+        "Whisper": Family(
+            t.WhisperConfig(**both, **speech), "speech-seq2seq", (*CROSS_ATTENTION, "fc1", "fc2"), ("fc2",)
         ),
-        "BERT": Family(
-            BertConfig(**small, **encoder),
-            "AutoModelForSequenceClassification", "sequence-classification",
-            ("query", "key", "value", "intermediate.dense", "output.dense"), ("output.dense",),
+        "ViT": Family(t.ViTConfig(**vit), images, (*ATTENTION, "fc1", "fc2"), ("fc2",)),
+        "ResNet": Family(
+            t.ResNetConfig(**stages, layer_type="basic"),
+            images,
+            ("convolution", "classifier.1"),
+            ("classifier.1",),
         ),
-        "T5": Family(
-            T5Config(**t5),
-            "AutoModelForSeq2SeqLM", "seq2seq-lm", ("q", "k", "v", "wi", "wo"), ("wo",),
-        ),
-        "own module": Family(
-            {"features": 24, "width": 64, "classes": 5},
-            "",
-            None,
-            ("up", "down", "stem"),
-            ("down",),
-        ),
-    }  # fmt: skip
+        "own module": Family(own, None, ("up", "down", "stem"), ("down",)),
+    }
 
 
 def make(family: Family) -> tuple[Any, Path]:
@@ -70,17 +98,20 @@ def make(family: Family) -> tuple[Any, Path]:
     import transformers
 
     torch.manual_seed(0)
-    own = family.task is None
-    model: Any = (
-        build(**family.config) if own else getattr(transformers, family.auto).from_config(family.config)
-    )
+    if family.task is None:
+        model: Any = build(**family.config)
+    else:
+        model = getattr(transformers, tasks()[family.task]).from_config(family.config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(0.0, 0.1)
             if "norm" in name.lower() or ".ln_" in name:
                 parameter.add_(1.0)
+        for name, buffer in model.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                buffer.uniform_(0.5, 1.5)
     directory = Path(tempfile.mkdtemp(prefix="adaptc-base-"))
-    if not own:
+    if family.task is not None:
         model.save_pretrained(directory)
     return model.eval(), directory
 

@@ -142,8 +142,6 @@ def _hugging_face(name: str, target: Sequence[str], feedforward: str, whole: Seq
     return Family(model.build, tuple(target), (feedforward,), tuple(whole), model.task)
 
 
-RESNET_TARGET = ("classifier.1",)
-"""Its convolutions belong here as soon as a method sits on one."""
 PROJECTIONS = ("*_proj",)
 ATTENTION_AND_FORWARD = ("*.q_proj", "*.v_proj", "*.out_proj", "*.fc1", "*.fc2")
 DECODER_ONLY = (PROJECTIONS, "*.down_proj", ("*.layers.0.mlp", "model.norm"))
@@ -188,7 +186,10 @@ FAMILIES = {
         "whisper", ATTENTION_AND_FORWARD, "*.fc2", ("model.decoder.layers.1", "model.encoder.layer_norm")
     ),
     "resnet": _hugging_face(
-        "resnet", RESNET_TARGET, RESNET_TARGET[0], ("classifier.1", "*.stages.1.layers.0.shortcut")
+        "resnet",
+        ("*.convolution", "classifier.1"),
+        "*.shortcut.convolution",
+        ("classifier.1", "*.stages.1.layers.0.shortcut"),
     ),
 }
 HUGGING_FACE = tuple(name for name, family in FAMILIES.items() if family.task)

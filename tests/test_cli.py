@@ -19,6 +19,8 @@ from unittest import mock
 import pytest
 import torch
 
+from tests.hugging_face import MODELS
+
 MODEL = """\
 import torch
 from torch import nn
@@ -503,6 +505,21 @@ def test_init_for_a_model(cli: Callable[..., Ran], bert: Path, tmp_path: Path) -
     modules = [site["module"] for site in planned.json["entries"][0]["sites"]]
     assert "bert.encoder.layer.1.attention.self.query" in modules
     assert "classifier" not in modules
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [("roberta", "sequence-classification"), ("whisper", "speech-seq2seq"), ("bart", "seq2seq-lm")],
+)
+def test_init_knows_the_task_of_a_family(
+    cli: Callable[..., Ran], tmp_path: Path, name: str, task: str
+) -> None:
+    MODELS[name].build().save_pretrained(tmp_path / "model")  # type: ignore[operator]
+    made = cli("init", tmp_path / "model", "--output", tmp_path / "spec.yaml")
+    assert made.code == 0, made.err
+    assert f"task: {task} " in (tmp_path / "spec.yaml").read_text()
+    planned = cli("plan", tmp_path / "spec.yaml")
+    assert planned.code == 0, planned.err
 
 
 @pytest.mark.slow

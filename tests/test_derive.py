@@ -56,7 +56,7 @@ TAGGER = Model("T5Config", "token-classification", MODELS["t5"].options | {"num_
 UNKNOWN = Model(
     "Speech2TextConfig",
     "speech-seq2seq",
-    dict(ENCODER_DECODER) | {"max_target_positions": 40},
+    ENCODER_DECODER | {"max_target_positions": 40},
 )
 
 
@@ -108,6 +108,18 @@ def test_inputs_that_cannot_be_derived_are_asked_for(tmp_path: Path) -> None:
         SpecError, match=r"Speech2TextForConditionalGeneration cannot be derived(.|\n)*input_features: float"
     ):
         base_of(UNKNOWN, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["roberta", "resnet", "vit", "bert"])
+def test_the_head_of_a_classifier_is_all_of_it(name: str, tmp_path: Path) -> None:
+    base = base_of(MODELS[name], tmp_path)
+    assert base.model is not None
+    linear = {
+        n for n, m in base.model.named_modules() if isinstance(m, torch.nn.Linear) and "classifier" in n
+    }
+    assert linear
+    assert linear <= base.heads
+    assert all(head.startswith("classifier") for head in base.heads)
 
 
 @pytest.mark.parametrize(

@@ -37,9 +37,17 @@ def check_sizes(
     for name, larger in _larger(sizes):
         known = {symbol: larger[dim] for symbol, dim in symbols.items()}
         failed = next((guard for guard in guards if guard.expr.subs(known) is false), None)
-        if failed is not None and _runs(model, inputs, larger):
-            condition = failed.expr.subs(symbols)
-            raise TraceError(_words(model, inputs, sizes, name, larger[name], condition, failed.sloc))
+        if failed is None or not _runs(model, inputs, larger):
+            continue
+        spec = next(spec for spec in inputs if name in spec.dims)
+        fixed = ", ".join(str(sizes[name] if dim == name else dim) for dim in spec.dims)
+        raise TraceError(
+            f"{type(model).__name__} could not be traced: it takes another way at {name}={larger[name]} than at "
+            f"{name}={sizes[name]}, where `{failed.expr.subs(symbols)}`{_where(failed.sloc)}\n"
+            "  expected the same operations for every size of a named dimension\n"
+            f"  fix that dimension by a number, such as {spec.name}: {spec.dtype}[{fixed}], or move the choice out of "
+            "forward"
+        )
 
 
 def _symbols(program: Any, inputs: Sequence[InputSpec]) -> dict[Any, str]:
@@ -63,6 +71,7 @@ def _larger(sizes: Mapping[str, int]) -> Iterator[tuple[str, dict[str, int]]]:
 def _runs(model: nn.Module, inputs: Sequence[InputSpec], sizes: Mapping[str, int]) -> bool:
     fake = (tensor for tensor in model.parameters() if isinstance(tensor, FakeTensor))
     mode = next((tensor.fake_mode for tensor in fake), None) or FakeTensorMode(allow_non_fake_inputs=True)
+    buffers = {part: dict(part._buffers) for part in model.modules()}
     with mode, torch.no_grad():
         examples = {
             spec.name: torch.empty(
@@ -73,29 +82,15 @@ def _runs(model: nn.Module, inputs: Sequence[InputSpec], sizes: Mapping[str, int
         }
         try:
             model(**examples)
-        except (RuntimeError, ValueError, IndexError, TypeError, AssertionError):
+        except Exception:  # the model's own limit, whatever it raises
             return False
+        finally:
+            for part, own in buffers.items():
+                part._buffers.update(own)
     return True
 
 
-def _words(
-    model: nn.Module,
-    inputs: Sequence[InputSpec],
-    sizes: Mapping[str, int],
-    name: str,
-    larger: int,
-    condition: object,
-    source: Any,
-) -> str:
-    spec = next(spec for spec in inputs if name in spec.dims)
-    fixed = ", ".join(str(sizes[name] if dim == name else dim) for dim in spec.dims)
-    at = source.framework_loc
-    own = isinstance(at, FrameSummary) and is_authors(at.filename)
-    where = f"  at {place(at.filename, at.lineno or 0)}\n" if own else ""
-    return (
-        f"{type(model).__name__} could not be traced: it takes another way at {name}={larger} than at "
-        f"{name}={sizes[name]}, where `{condition}`\n{where}"
-        "  expected the same operations for every size of a named dimension\n"
-        f"  fix that dimension by a number, such as {spec.name}: {spec.dtype}[{fixed}], "
-        "or move the choice out of forward"
-    )
+def _where(source: Any) -> str:
+    frame = source.framework_loc
+    own = isinstance(frame, FrameSummary) and is_authors(frame.filename)
+    return f"\n  at {place(frame.filename, frame.lineno or 0)}" if own else ""

@@ -191,5 +191,6 @@ def _heads(model: nn.Module) -> frozenset[str]:
     head = get() if get is not None else None
     names = {name for name, module in model.named_modules() if head is not None and module is head}
     if not names and type(model).__name__.endswith("Classification"):
-        names = {name for name, _ in model.named_children() if name in ("classifier", "score")}
+        parts = (name for name, _ in model.named_modules())
+        names = {name for name in parts if name.split(".")[0] in ("classifier", "score")}
     return frozenset(names)

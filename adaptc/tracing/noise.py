@@ -52,7 +52,7 @@ class Noise:
         self._selected: dict[fx.Node, fx.Node] = {}
         self._inserted: list[fx.Node] = []
 
-    def __contains__(self, node: fx.Node) -> bool:
+    def __contains__(self, node: object) -> bool:
         return node in self._origins
 
     def insert(self, theirs: fx.Node, operand: Callable[[fx.Node], Any], before: fx.Node) -> fx.Node:

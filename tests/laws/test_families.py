@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import adaptc
+from adaptc.emit.onnx import onnx_runner
 from adaptc.errors import ProofError
 from adaptc.graph import bind
 from adaptc.pipeline import run
@@ -96,3 +97,28 @@ def test_an_expert_that_is_seldom_routed_to_still_counts_as_trained() -> None:
 def test_an_expert_whose_output_is_thrown_away_does_not() -> None:
     with pytest.raises(ProofError, match=r"such as experts\.0\.lora_A\.default\.weight.* 16 random inputs"):
         compiled_experts(dead=True).check_gradients()
+
+
+@pytest.mark.slow
+def test_the_router_and_the_experts_of_a_mixture_are_adapted_too(zoo: Zoo, tmp_path: Path) -> None:
+    adapt = [{"method": "lora", "target": ["*.mlp.gate", "*.experts.*", "*.q_proj"], "r": 2}]
+    compiled = zoo.compiled("mixtral", adapt)
+    assert {site.kind for site in compiled.plan.sites} == {"linear", "experts"}
+    compiled.check_gradients()
+    module = compiled.module
+    perturb(module)
+    module.train()
+    tensors = inputs("mixtral", 4, 7)
+    loss = outputs(module, tensors, ["logits"])["logits"].square().mean()
+    loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in module.parameters() if p.requires_grad)
+    folded, program = compiled.fold(), tmp_path / "model.onnx"
+    compiled.emit("onnx", program)
+    runs = onnx_runner(program)
+    for number, (batch, length) in enumerate(SHAPES):
+        tensors = inputs("mixtral", batch, length, pad=number == 0, seed=number)
+        with torch.no_grad():
+            want = outputs(module.eval(), tensors, ["logits"])["logits"]
+            close(outputs(folded, tensors, ["logits"])["logits"], want)
+            close(runs(tensors)[0], want)
+    differs(want, zoo.run_eager("mixtral", tensors)["logits"])
