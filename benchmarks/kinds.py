@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -192,11 +192,9 @@ def row(kind: Kind, method: str) -> dict[str, str]:
     }
 
 
-def rows() -> dict[tuple[str, str], dict[str, str]]:
+def rows() -> Iterator[tuple[tuple[str, str], dict[str, str]]]:
     """Every kind with every method that can sit there."""
-    found = {}
     for name, kind in KINDS.items():
         for method in METHODS:
             if (name, method) != ("Embedding", "ia3"):  # indices have nothing to scale
-                found[name, method] = row(kind, method)
-    return found
+                yield (name, method), row(kind, method)

@@ -21,6 +21,7 @@ import torch
 import adaptc
 from adaptc.emit.onnx import onnx_runner
 from adaptc.tracing.export import example_sizes, example_tensors
+from benchmarks import kinds
 from benchmarks.bases import Family, families, make, peft_model
 
 METHODS = ("lora", "dora", "ia3")
@@ -37,6 +38,13 @@ token; two-layer models of the real classes, and a module of one's own, with ran
 above {epsilons} times float32's epsilon, {bound:.1e}. Made by `python -m benchmarks.table` ({versions}).
 
 {rows}
+
+# Layers and methods
+
+The same for every kind of layer, in a module of a layer, tanh and a head: beside PEFT where it adapts such a layer and can
+merge it, else beside the method's expression on the whole weight, in PyTorch.
+
+{kinds}
 """
 
 
@@ -133,6 +141,20 @@ def versions() -> str:
     return ", ".join(f"{name} {version(package).split('+')[0]}" for package, name in names.items())
 
 
+def kinds_table() -> tuple[list[str], bool]:
+    """The table of layers as Markdown, and whether all of it holds."""
+    lines: list[str] = []
+    holds = True
+    for (name, method), cells in kinds.rows():
+        if not lines:
+            lines = ["| " + " | ".join(["layer", "method", *cells]) + " |", "|" + "---|" * (2 + len(cells))]
+        lines.append("| " + " | ".join([name, method, *cells.values()]) + " |")
+        print(lines[-1], flush=True)
+        errors = [float(cells[key]) for key in ("live", "folded", "ONNX", "saved, read again")]
+        holds = holds and max(errors) <= BOUND and "≠" not in cells["nodes folded = base"]
+    return lines, holds
+
+
 def main(names: Sequence[str]) -> int:
     """Print the table as Markdown, and write the page if it is about all families; gives the exit code."""
     import transformers
@@ -155,8 +177,16 @@ def main(names: Sequence[str]) -> int:
             lines.append("| " + " | ".join([name, method, *cells.values()]) + " |")
             print(lines[-1], flush=True)
     if not names:
-        rows = "\n".join(lines)
-        PAGE.write_text(TEXT.format(epsilons=EPSILONS, bound=BOUND, versions=versions(), rows=rows))
+        layers, held = kinds_table()
+        holds = holds and held
+        text = TEXT.format(
+            epsilons=EPSILONS,
+            bound=BOUND,
+            versions=versions(),
+            rows="\n".join(lines),
+            kinds="\n".join(layers),
+        )
+        PAGE.write_text(text)
     if not holds:
         print(
             f"an error is above {BOUND:.1e}, or a folded graph has other nodes than its base", file=sys.stderr
