@@ -111,19 +111,20 @@ class Compiled:
             raise ProofError("the folded graph has other operations than the base")
         if keep is not None:
             keep(folded)
-        live, candidate = Streamed(self.live_graph()), Streamed(folded)
+        live, candidate = Streamed(self.live_graph(), wide=True), Streamed(folded, wide=True)
         self.prove("fold", live.graph, live, candidate)
         proved = any(proof.name == RANDOM for proof in self.proofs)
         if self.graph.adaptations and not proved and not self._visible(live):
             random = self._random()
-            self.prove(RANDOM, random, Streamed(self.live_graph(random)), Streamed(self._fold(random)))
+            adapted, refolded = Streamed(self.live_graph(random), True), Streamed(self._fold(random), True)
+            self.prove(RANDOM, random, adapted, refolded)
         self._folded = candidate
         return folded
 
-    def streamed(self, graph: Graph) -> Streamed:
+    def streamed(self, graph: Graph, wide: bool = False) -> Streamed:
         """A runner of a graph; of the last folded graph the one that was proved, which knows what it gave."""
-        known = self._folded is not None and self._folded.graph is graph
-        return self._folded if known and self._folded else Streamed(graph)
+        made, known = Streamed(graph, wide), self._folded
+        return known if known is not None and known.graph is graph and known.wide == made.wide else made
 
     def fold(self) -> fx.GraphModule:
         """A module with the base's operations and names, and no adaptation left.
@@ -249,7 +250,7 @@ class Compiled:
 
     def _visible(self, adapted: Streamed, base: Streamed | None = None) -> bool:
         """Whether the adapters change the base's outputs so much that no proof could miss it."""
-        found = effect(self.base.inputs, base or Streamed(self.base), adapted, self.spec.seed)
+        found = effect(self.base.inputs, base or Streamed(self.base, adapted.wide), adapted, self.spec.seed)
         return found > 10 * tolerance(self.graph)
 
     def _load_checkpoints(self) -> None:

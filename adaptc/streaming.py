@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from adaptc.graph import Graph
 
 Batch = Mapping[str, torch.Tensor]
+NARROW = (torch.float16, torch.bfloat16)
 Outcome = list[torch.Tensor] | Exception
 """What a batch gives: the outputs that are tensors, or why the model does not take it."""
 
@@ -22,18 +23,27 @@ class Streamed:
 
     Node by node: a weight is loaded once a sweep, when its first operation needs it, and dropped after its last;
     so is what the operations give. Asked again for the same batches, it gives what it found.
+
+    Args:
+        graph: what is run.
+        wide: compute in float32 what the graph computes in float16 or bfloat16, from the weights as they are stored:
+            in a deep model the rounding of each operation would hide what is looked for.
     """
 
-    coverage = "whole, one weight at a time"
-
-    def __init__(self, graph: Graph):
+    def __init__(self, graph: Graph, wide: bool = False):
         self.graph = graph
+        self.wide = wide and any(weight.dtype in NARROW for weight in graph.weights.values())
         self._known: tuple[Sequence[Batch], list[Outcome]] | None = None
+
+    @property
+    def coverage(self) -> str:
+        """That it ran whole, but never at once, and how it computed."""
+        return "whole, one weight at a time" + (", in float32" if self.wide else "")
 
     def __call__(self, batches: Sequence[Batch]) -> list[Outcome]:
         """The outcome of every batch; a batch that fails is left out of the rest of the sweep."""
         if self._known is None or not _same(self._known[0], batches):
-            self._known = batches, _sweep(self.graph, batches)
+            self._known = batches, _sweep(self.graph, batches, self.wide)
         return self._known[1]
 
 
@@ -44,7 +54,7 @@ def _same(known: Sequence[Batch], asked: Sequence[Batch]) -> bool:
     )
 
 
-def _sweep(graph: Graph, batches: Sequence[Batch]) -> list[Outcome]:
+def _sweep(graph: Graph, batches: Sequence[Batch], wide: bool) -> list[Outcome]:
     values: list[dict[fx.Node, Any]] = [{} for _ in batches]
     outcomes: list[Any] = [None] * len(batches)
     loaded: dict[str, torch.Tensor] = {}
@@ -53,11 +63,11 @@ def _sweep(graph: Graph, batches: Sequence[Batch]) -> list[Outcome]:
         for node in graph.nodes:
             if node.op == "get_attr":
                 continue  # read by its users, so that it is loaded no earlier than they run
-            weights = {n: _read(graph, n, loaded) for n in node.all_input_nodes if n.op == "get_attr"}
+            weights = {n: _read(graph, n, loaded, wide) for n in node.all_input_nodes if n.op == "get_attr"}
             for number, batch in enumerate(batches):
                 if outcomes[number] is None:
                     try:
-                        result = _step(node, batch, values[number] | weights if weights else values[number])
+                        result = _step(node, batch, values[number] | weights, wide)
                     except Exception as error:
                         outcomes[number] = error
                         values[number].clear()
@@ -89,21 +99,32 @@ def _last_users(graph: Graph) -> dict[fx.Node, list[fx.Node | str]]:
     return found
 
 
-def _read(graph: Graph, node: fx.Node, loaded: dict[str, torch.Tensor]) -> Any:
+def _read(graph: Graph, node: fx.Node, loaded: dict[str, torch.Tensor], wide: bool) -> Any:
     name = str(node.target)
     if name == "training" and name not in graph.weights:
         return False
     first = graph.aliases.get(name, name)
     if first not in loaded:
         tensor = graph.weights[first].load()
+        if wide:
+            tensor = _widened(tensor)
         loaded[first] = tensor.clone() if first in graph.buffers else tensor  # an operation may change it
     return loaded[first]
 
 
-def _step(node: fx.Node, batch: Batch, values: Mapping[fx.Node, Any]) -> Any:
+def _step(node: fx.Node, batch: Batch, values: Mapping[fx.Node, Any], wide: bool) -> Any:
     if node.op == "placeholder":
-        return batch[str(node.target)]
+        return _widened(batch[str(node.target)]) if wide else batch[str(node.target)]
     args, kwargs = map_arg((node.args, dict(node.kwargs)), values.__getitem__)  # type: ignore[arg-type]
+    if wide:
+        args, kwargs = pytree.tree_map(_widened, (args, kwargs))
     if node.op == "output":
         return [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, torch.Tensor)]
     return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _widened(value: Any) -> Any:
+    """A narrow tensor, or the name of its dtype, as float32; anything else as it is."""
+    if isinstance(value, torch.dtype):
+        return torch.float32 if value in NARROW else value
+    return value.float() if isinstance(value, torch.Tensor) and value.dtype in NARROW else value

@@ -23,11 +23,12 @@ from adaptc.proof import batches, prove, runner, tolerance
 from adaptc.registry import load_passes
 from adaptc.spec import load
 from adaptc.streaming import Streamed
-from adaptc.weights import Weight
-from tests.families import FAMILIES, Zoo, entry
+from adaptc.weights import Held, Weight
+from tests.families import FAMILIES, Zoo, close, entry
 
 DTYPES = [None, "float16", "bfloat16"]
-EVERY = [pytest.param(name, marks=[pytest.mark.slow] if name == "t5" else []) for name in FAMILIES]
+QUICK = ("llama", "bert", "mlp")
+EVERY = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in FAMILIES]
 
 
 def random(zoo: Zoo, name: str, dtype: str | None = None) -> Any:
@@ -57,6 +58,20 @@ def test_a_sweep_gives_what_the_bound_module_gives(zoo: Zoo, name: str, dtype: s
             assert isinstance(got, list)
             assert len(got) == len(want) > 0
             assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_wide_sweep_computes_in_float32(zoo: Zoo, name: str) -> None:
+    narrow, graph = zoo.graph(name, "bfloat16"), zoo.graph(name).copy()
+    stored = {n: w for n, w in narrow.weights.items() if w.dtype == torch.bfloat16}
+    graph.weights.update({n: Held(w.load().float()) for n, w in stored.items()})
+    known = list(batches(narrow.inputs).values())
+    same = [{k: v.float() if v.dtype == torch.bfloat16 else v for k, v in batch.items()} for batch in known]
+    for got, want in zip(Streamed(narrow, wide=True)(known), Streamed(graph)(same), strict=True):
+        assert isinstance(got, list)
+        assert isinstance(want, list)
+        for a, b in zip(got, want, strict=True):
+            close(a, b)
 
 
 def test_a_batch_that_fails_does_not_stop_the_others(zoo: Zoo) -> None:

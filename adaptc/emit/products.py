@@ -127,7 +127,7 @@ def _onnx(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> None
         compiled.check_finite()
         graph = compiled.live_graph() if entry.adapters == "live" else compiled.base.copy()
         write(graph)
-    reference = Kept(compiled.streamed(graph), product["outputs"])
+    reference = Kept(compiled.streamed(graph, wide=True), product["outputs"])
     beside = path.with_name(path.name + ".data")
     program = Pieces(path, final) if beside.exists() else Each(onnx_runner(path, final))
     proof = compiled.prove(f"onnx, {entry.adapters}", graph, reference, program)
