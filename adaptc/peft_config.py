@@ -187,17 +187,34 @@ def _attention_whole(patterns: list[str]) -> list[str]:
     return patterns + [f"re:(?:{regex}){re.escape(OUT_PROJECTION)}" for regex in regexes]
 
 
-def _target(checkpoint: Checkpoint) -> Any:
-    patterns = _attention_whole(_patterns(checkpoint, "target_modules"))
-    patterns += _patterns(checkpoint, "target_parameters")
+def _target(checkpoint: Checkpoint) -> list[str]:
+    named = _patterns(checkpoint, "target_modules")
+    if isinstance(checkpoint.config.get("target_modules"), list):
+        named = _in_layers(checkpoint, named)
+    patterns = _attention_whole(named) + _patterns(checkpoint, "target_parameters")
     if not patterns:
         raise WeightError(f"{checkpoint.path / CONFIG}: its configuration names no target_modules")
-    layers = checkpoint.config.get("layers_to_transform")
-    if layers is None:
+    return patterns
+
+
+def _in_layers(checkpoint: Checkpoint, patterns: list[str]) -> list[str]:
+    """The patterns of `target_modules` limited to `layers_to_transform`; full names are taken as they are.
+
+    A layer's number is the first numbered part of a name behind two others, or behind a name in `layers_pattern`.
+    """
+    layers, before = (checkpoint.config.get(key) for key in ("layers_to_transform", "layers_pattern"))
+    if layers is None or layers == []:
         return patterns
     numbers = [layers] if isinstance(layers, int) else layers
     if not isinstance(numbers, list) or not all(type(number) is int for number in numbers):
         raise WeightError(
             f"{checkpoint.path / CONFIG}: layers_to_transform: expected layer numbers, got {layers!r}"
         )
-    return {"name": patterns, "layers": ",".join(str(n) for n in numbers)}
+    number = f"(?:{'|'.join(map(str, numbers))})"
+    starts = [before] if isinstance(before, str) and before else before or []
+    if not isinstance(starts, list) or not all(isinstance(name, str) for name in starts):
+        raise WeightError(f"{checkpoint.path / CONFIG}: layers_pattern: expected names, got {before!r}")
+    first = [rf"(?:(?!(?:{name})\.\d+\.)[^.]*\.)*(?:{name})\.{number}\." for name in starts]
+    places = "|".join(first) or rf"[^.]*\.[^.]*\.(?:(?!\d+\.)[^.]*\.)*{number}\."
+    ends = (pattern.removeprefix("re:(.*\\.)?") for pattern in patterns)
+    return [rf"re:(?:{end}|(?={places}).*\.{end})" for end in ends]

@@ -73,6 +73,12 @@ def _from_checkpoint(graph: Graph, checkpoint: Checkpoint, common: dict[str, Any
         options = what.method.from_peft(what.options, named_modules(checkpoint))
         item = make(**common, **chosen, **options)
     first = Planned(common["entry"], item, item.selection(graph), checkpoint)
+    grouped = [s for s in first.selection.sites if s.groups > 1 and not item.method.in_peft(s)]
+    if grouped and not checkpoint.own:
+        raise WeightError(
+            f"{checkpoint.path}: PEFT's {item.method.name} on the grouped convolution {grouped[0].module} reaches "
+            "across groups, which no change of that layer's own weight does; train it without that layer, or by adaptc"
+        )
     joined = []
     if checkpoint.saved_modules:
         target = [pattern for module in checkpoint.saved_modules for pattern in (module, f"*.{module}")]

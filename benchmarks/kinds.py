@@ -22,7 +22,9 @@ METHODS = ("lora", "dora", "ia3")
 class Chain(nn.Module):
     """A layer, an activation and a head."""
 
-    def __init__(self, layer: nn.Module, head: int, call: Callable[[nn.Module, torch.Tensor], torch.Tensor]) -> None:
+    def __init__(
+        self, layer: nn.Module, head: int, call: Callable[[nn.Module, torch.Tensor], torch.Tensor]
+    ) -> None:
         super().__init__()
         self.layer, self.head, self.call = layer, nn.Linear(head, 5), call
 
@@ -31,17 +33,21 @@ class Chain(nn.Module):
         return self.head(torch.tanh(self.call(self.layer, x)))
 
 
-class Weights(nn.Module):
-    """Parameters without a layer."""
+class Weight(nn.Module):
+    """A parameter, and how it is multiplied by."""
 
-    def __init__(self, *shape: int) -> None:
+    def __init__(self, shape: tuple[int, ...], multiply: Callable[[torch.Tensor, Any], torch.Tensor]) -> None:
         super().__init__()
-        self.W = nn.Parameter(torch.empty(shape))
+        self.W, self.multiply = nn.Parameter(torch.empty(shape)), multiply
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The product."""
+        return self.multiply(x, self.W)
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of layer: how it is built and fed, what is targeted, and PEFT's way to say so; None where it has none."""
+    """A kind of layer: how it is built and fed, what is targeted, and PEFT's way to say so, where it has one."""
 
     build: Callable[[], nn.Module]
     head: int
@@ -94,21 +100,22 @@ KINDS = {
         (5, 16), "layer.*.linear?", {"target_modules": ["linear1", "linear2"]}, (),
     ),
     "slice of a fused Linear": Kind(lambda: nn.Linear(16, 24), 24, _plain, (16,), "layer[0:8]", None),
-    "x @ W": Kind(lambda: Weights(16, 24), 24, lambda layer, x: x @ layer.W, (16,), peft=None),
+    "x @ W": Kind(lambda: Weight((16, 24), lambda x, W: x @ W), 24, _plain, (16,), peft=None),
     "einsum, W (out, in)": Kind(
-        lambda: Weights(24, 16), 24, lambda layer, x: torch.einsum("bi,oi->bo", x, layer.W), (16,), "layer.W", BY_NAME,
+        lambda: Weight((24, 16), lambda x, W: torch.einsum("bi,oi->bo", x, W)), 24, _plain, (16,), "layer.W", BY_NAME,
         ONLY_LORA,
     ),
     "bmm, W expanded": Kind(
-        lambda: Weights(16, 24), 24,
-        lambda layer, x: torch.bmm(x, layer.W.expand(x.shape[0], 16, 24)).mean(1), (5, 16), peft=None,
+        lambda: Weight((16, 24), lambda x, W: torch.bmm(x, W.expand(x.shape[0], 16, 24)).mean(1)), 24, _plain, (5, 16),
+        peft=None,
     ),
     "experts (experts, out, in)": Kind(
-        lambda: Weights(3, 24, 16), 24,
-        lambda layer, x: torch.bmm(x.transpose(0, 1), layer.W.transpose(1, 2)).mean(0), (3, 16), "layer.W", BY_NAME,
-        ONLY_LORA,
+        lambda: Weight((3, 24, 16), lambda x, W: torch.bmm(x.transpose(0, 1), W.transpose(1, 2)).mean(0)), 24, _plain,
+        (3, 16), "layer.W", BY_NAME, ONLY_LORA,
     ),
-    "linear of a slice of W": Kind(lambda: Weights(24, 16), 8, lambda layer, x: F.linear(x, layer.W[:8]), (16,), peft=None),
+    "linear of a slice of W": Kind(
+        lambda: Weight((24, 16), lambda x, W: F.linear(x, W[:8])), 8, _plain, (16,), peft=None
+    ),
 }  # fmt: skip
 
 
@@ -136,7 +143,9 @@ def _perturb(module: nn.Module, seed: int) -> None:
 
 def _compiled(model: nn.Module, kind: Kind, entry: Mapping[str, Any]) -> adaptc.Compiled:
     dynamic = {"x": {0: "batch"}}
-    return adaptc.compile({"adapt": [entry]}, model=model, example_inputs=(kind.example(3, 0),), dynamic=dynamic)
+    return adaptc.compile(
+        {"adapt": [entry]}, model=model, example_inputs=(kind.example(3, 0),), dynamic=dynamic
+    )
 
 
 def row(kind: Kind, method: str) -> dict[str, str]:
@@ -163,12 +172,13 @@ def row(kind: Kind, method: str) -> dict[str, str]:
     program = onnx_runner(work / "folded.onnx")
     compiled.save_adapter(work / "ours")
     again = _compiled(model, kind, {"adapter": str(work / "ours")}).module.eval()
-    worst = dict.fromkeys(("live", "fold", "onnx", "again"), 0.0)
+    worst: dict[str, float] = dict.fromkeys(("live", "fold", "onnx", "again"), 0.0)
     with torch.no_grad():
         for batch in (1, 4):
             x = kind.example(batch, batch)
             expected = reference(x)
-            for name, got in (("live", module(x)), ("fold", folded(x)), ("onnx", program({"x": x})[0]), ("again", again(x))):
+            given = {"live": module(x), "fold": folded(x), "onnx": program({"x": x})[0], "again": again(x)}
+            for name, got in given.items():
                 worst[name] = max(worst[name], float((expected - got).abs().max() / expected.abs().max()))
     compiled.check_gradients()
     nodes = len(compiled.folded_graph().operations), len(compiled.base.operations)
