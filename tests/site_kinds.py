@@ -269,7 +269,8 @@ KINDS: dict[str, Kind] = {
     ),
     "experts-gathered": _bare(_gathered, "eoi", 4, 12, WIDTH, in_peft=LORA),
     "experts-one-by-one": _bare(
-        lambda x, W: torch.cat([F.linear(x, W[0]), F.linear(x, W[-1]), x @ W[1].t()], -1), "eoi", 3, 12, WIDTH, in_peft=LORA
+        lambda x, W: torch.cat([F.linear(x, W[0]), F.linear(x, W[-1]), x @ W[1].t()], -1), "eoi", 3, 12, WIDTH,
+        in_peft=LORA,
     ),
     "attention": _attention("in_proj_weight", "out_proj.weight"),
     "attention-batch-second": _attention("in_proj_weight", "out_proj.weight", batch_first=False, bias=False),
