@@ -41,8 +41,8 @@ above {epsilons} times float32's epsilon, {bound:.1e}. Made by `python -m benchm
 
 # Layers and methods
 
-The same for every kind of layer, in a module of a layer, tanh and a head: beside PEFT where it adapts such a layer and can
-merge it, else beside the method's expression on the whole weight, in PyTorch.
+The same for every kind of layer, in a module of a layer, tanh and a head: beside PEFT where it adapts such a layer and
+can merge it, else beside the method's expression on the whole weight, in PyTorch.
 
 {kinds}
 """
