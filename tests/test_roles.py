@@ -59,7 +59,9 @@ TABLES: dict[str, Mapping[str, set[str]]] = {
         "lm_head": {"head"}, "*embed_tokens": {"embedding"},
     },
     "bart": {**ENCODER_DECODER, "lm_head": {"head"}, "*embed*": {"embedding"}},
-    "whisper": {**ENCODER_DECODER, "proj_out": {"head"}, "*embed_tokens": {"embedding"}, "*.conv1": {IN}, "*.conv2": {IN, OUT}},
+    "whisper": {
+        **ENCODER_DECODER, "proj_out": {"head"}, "*embed_tokens": {"embedding"}, "*.conv1": {IN}, "*.conv2": {IN, OUT},
+    },
     "vit": {
         **ENCODER_DECODER, "*.o_proj": {O}, "*.dense": {O}, "classifier": {"head"}, "*projection": set(),
     },
