@@ -105,6 +105,9 @@ def _problems(spec: Spec, graph: Graph, planned: Planned) -> list[Problem]:
     key = "adapter" if planned.checkpoint is not None else "target"
     if not selection.sites:
         return [spec.source.problem(("adapt", planned.entry, key), *_no_match(graph, planned))]
+    if selection.lacking:
+        words = (f"{method.name}: {selection.lacking[0]}", *selection.lacking[1:])
+        return [spec.source.problem(("adapt", planned.entry, key), *words)]
     found: dict[Any, Problem] = {}
     for site in selection.sites:
         refused = planned.insert.refused(site)
@@ -133,6 +136,7 @@ def _no_match(graph: Graph, planned: Planned) -> tuple[str, ...]:
     method, selection = planned.insert.method, planned.selection
     kinds = "/".join(kind for kind in KINDS if kind in method.kinds)
     words = [f"{method.name}: the target matches no {kinds} layer of {graph.base.describe}"]
+    words += selection.lacking
     if selection.excluded:
         words.append(f"`exclude` took out all that matched: {', '.join(selection.excluded[:4])}")
     if selection.near:

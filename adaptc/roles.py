@@ -19,6 +19,8 @@ SLICES: Mapping[str, str] = dict(
     zip(SLICE_NAMES, (QUERY, QUERY, KEY, KEY, VALUE, VALUE, GATE, IN, IN), strict=True)
 )
 """The names of slices of a fused weight -> the role of their rows."""
+PIECES: Mapping[str, str] = {role: name for name, role in reversed(SLICES.items())}
+"""The role of rows -> the shortest name of that slice."""
 ACTIVATIONS = frozenset(
     {
         *(

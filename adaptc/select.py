@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from adaptc.graph import Graph
 from adaptc.method import Method
-from adaptc.names import layer_of, matches, matches_any, nearest, parse_layers, sliced
-from adaptc.roles import SLICES
+from adaptc.names import SLICE_NAMES, layer_of, matches, matches_any, nearest, parse_layers, sliced
+from adaptc.roles import PIECES, SLICES
 from adaptc.sites import KINDS, Site
 
 ALL_LINEAR = "all-linear"
@@ -26,6 +26,7 @@ class Selection:
         unused: patterns that matched no site.
         near: modules whose names come close to an unused pattern, or that match but cannot be adapted so.
         heads: output heads that `all-linear` left out.
+        lacking: why a slice, a role or an operation that was asked for is not there.
     """
 
     sites: tuple[Site, ...]
@@ -33,6 +34,7 @@ class Selection:
     unused: tuple[str, ...] = ()
     near: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
+    lacking: tuple[str, ...] = ()
 
 
 def select(graph: Graph, target: Target, exclude: Sequence[str], method: Method) -> Selection:
@@ -48,6 +50,7 @@ def select(graph: Graph, target: Target, exclude: Sequence[str], method: Method)
         sorted({s.module for s in candidates if s.module in graph.heads}) if ALL_LINEAR in patterns else []
     )
     used: set[str] = set()
+    sought: dict[str, list[Site]] = {}
     chosen, excluded = [], []
     for site in candidates:
         names = _lineage(site.module) if whole else [site.module, site.name]
@@ -57,7 +60,10 @@ def select(graph: Graph, target: Target, exclude: Sequence[str], method: Method)
         for pattern in patterns:
             name, slices = sliced(pattern)
             if _hits(name, names, site, graph):
+                for piece in slices:
+                    sought.setdefault(piece, []).append(site)
                 parts = _parts(site, slices, graph) if slices and not whole else [] if slices else [site]
+                parts = [part for whole_site in parts for part in _playing(whole_site, target, graph)]
                 used.update([pattern] if parts else [])
                 found += [part for part in parts if part not in found]
         if any(matches_any(exclude, name) for name in names):
@@ -65,9 +71,57 @@ def select(graph: Graph, target: Target, exclude: Sequence[str], method: Method)
         else:
             chosen += found
     unused = tuple(p for p in patterns if p not in used)
-    return Selection(
-        tuple(chosen), tuple(dict.fromkeys(excluded)), unused, _near(graph, unused, candidates), tuple(heads)
+    lacking = (
+        *_lacking_slices(sought, chosen, graph),
+        *([] if chosen else _lacking(target, candidates, graph)),
     )
+    return Selection(
+        sites=tuple(chosen),
+        excluded=tuple(dict.fromkeys(excluded)),
+        unused=unused,
+        near=_near(graph, unused, candidates),
+        heads=tuple(heads),
+        lacking=lacking,
+    )
+
+
+def _playing(site: Site, target: Target, graph: Graph) -> list[Site]:
+    """Of a fused weight that a role was asked of, the rows that play it; else the site as it is."""
+    role = target.get("role") if isinstance(target, Mapping) else None
+    played = [r for r in graph.roles.of.get(site.uses[0], ()) if role is not None and matches(role, r)]
+    rows = {r: graph.roles.rows.get((site.uses[0], r)) for r in sorted(played)}
+    if site.rows or not rows or not all(rows.values()):
+        return [site]
+    return [replace(site, rows=found, piece=PIECES[r]) for r, found in rows.items() if found]
+
+
+def _lacking_slices(
+    sought: Mapping[str, Sequence[Site]], chosen: Sequence[Site], graph: Graph
+) -> Iterator[str]:
+    """Words for slices that none of the layers named has."""
+    for piece, sites in sought.items():
+        if any(_parts(site, [piece], graph) for site in sites):
+            continue
+        first = sites[0]
+        known = [PIECES[role] for use, role in graph.roles.rows if use == first.uses[0] and role in PIECES]
+        has = (
+            f"its slices are {', '.join(sorted(known, key=SLICE_NAMES.index))}"
+            if known
+            else "it is not fused"
+        )
+        yield f"{first.module}[{piece}] is no slice: {has}, and it has rows 0:{first.out_features}"
+
+
+def _lacking(target: Target, candidates: Sequence[Site], graph: Graph) -> Iterator[str]:
+    """Words for a role or an operation that no layer has."""
+    if not isinstance(target, Mapping):
+        return
+    if target.get("role"):
+        known = sorted({role for site in candidates for role in graph.roles.of.get(site.uses[0], ())})
+        yield f"role {target['role']!r}: the layers here are {', '.join(known) or 'of none'}"
+    if target.get("op"):
+        known = sorted({site.op for site in candidates})
+        yield f"op {target['op']!r}: the operations here are {', '.join(known) or 'none'}"
 
 
 def _parts(site: Site, slices: Sequence[str], graph: Graph) -> list[Site]:
@@ -76,8 +130,9 @@ def _parts(site: Site, slices: Sequence[str], graph: Graph) -> list[Site]:
     for name in slices:
         first, colon, last = name.partition(":")
         if colon:
-            rows = ((int(first or 0), min(int(last or site.out_features), site.out_features)),)
+            rows = ((int(first or 0), int(last or site.out_features)),)
             name = f"{rows[0][0]}:{rows[0][1]}"
+            rows = rows if rows[0][1] <= site.out_features else ()
         else:
             rows = graph.roles.rows.get((site.uses[0], SLICES[name]), ())
         if rows and all(start < stop for start, stop in rows):

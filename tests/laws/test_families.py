@@ -81,7 +81,7 @@ class Experts(nn.Module):
 
 
 def compiled_experts(dead: bool) -> adaptc.Compiled:
-    torch.manual_seed(0)
+    torch.manual_seed(5)  # where the rarest expert gets one token in 200
     return adaptc.compile(
         {"adapt": [{"method": "lora", "target": "experts.*", "r": 2}]},
         model=Experts(dead=dead),

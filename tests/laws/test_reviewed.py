@@ -155,11 +155,9 @@ def test_a_scaled_product_is_adapted_as_a_whole() -> None:
 
 
 def test_dropout_that_has_no_place_is_refused() -> None:
-    made = compiled(
-        Halved(), [{"method": "lora", "target": "re:", "r": 2, "dropout": 0.5}], torch.randn(4, 6)
-    )
+    entry = {"method": "lora", "target": "re:", "r": 2, "dropout": 0.5}
     with pytest.raises(adaptc.RefusedError, match="has dropout"):
-        _ = made.module
+        compiled(Halved(), [entry], torch.randn(4, 6))
 
 
 class SameTwice(nn.Module):

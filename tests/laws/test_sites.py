@@ -24,7 +24,7 @@ from tests.site_kinds import KINDS, SHAPES, Kind, Matrix, Museums, entry, inputs
 
 METHODS = tuple(load_methods())
 PAIRS = [
-    pytest.param(name, method, id=f"{name}-{method}")
+    pytest.param(name, method, id=f"{name}-{method}", marks=[pytest.mark.slow] * (method != "lora"))
     for name, kind in KINDS.items()
     for method in METHODS
     if kind.takes(method)

@@ -69,8 +69,7 @@ def refused(model: nn.Module, base: nn.Module, path: Path, written: Any = None, 
 def test_grouped_convolution(tmp_path: Path) -> None:
     """PEFT multiplies across the groups there, which is no change of the layer's own weight."""
     text = refused(Grouped(), Grouped(), tmp_path, target_modules=["conv", "lin"])
-    assert "base_model.model.conv.lora_A.weight" in text
-    assert "group" in text
+    assert "the grouped convolution conv reaches across groups" in text
 
 
 def test_resized_vocabulary(tmp_path: Path) -> None:
