@@ -17,7 +17,7 @@ demo: $(READY)  ## the main job on the real all-MiniLM-L6-v2: adapt, train, fold
 	$(PYTHON) demo/demo.py
 
 test: $(READY)  ## the quick tests, a few minutes
-	$(PYTHON) -m pytest -q -n 2 -m "not slow"
+	$(PYTHON) -m pytest -q -n 2 --dist loadfile -m "not slow"
 
 test-all: $(READY)  ## all tests
 	$(PYTHON) -m pytest -q -n 2

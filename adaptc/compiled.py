@@ -23,7 +23,7 @@ from adaptc.planned import Planned
 from adaptc.proof import Proof, Runner, effect, gradients, prove, randomised, tolerance
 from adaptc.registry import load_passes
 from adaptc.spec import Spec
-from adaptc.streaming import Streamed
+from adaptc.streaming import Chooser, Streamed
 from adaptc.tracing.export import export, output_class
 from adaptc.tracing.merge import follow_training
 from adaptc.weights import Computed, Weight, sha256_of_files, sha256_of_tensors
@@ -111,20 +111,25 @@ class Compiled:
             raise ProofError("the folded graph has other operations than the base")
         if keep is not None:
             keep(folded)
-        live, candidate = Streamed(self.live_graph(), wide=True), Streamed(folded, wide=True)
+        live = Streamed(self.live_graph(), wide=True)
+        candidate = self.held_against(live, folded)
         self.prove("fold", live.graph, live, candidate)
         proved = any(proof.name == RANDOM for proof in self.proofs)
         if self.graph.adaptations and not proved and not self._visible(live):
             random = self._random()
-            adapted, refolded = Streamed(self.live_graph(random), True), Streamed(self._fold(random), True)
-            self.prove(RANDOM, random, adapted, refolded)
+            adapted = Streamed(self.live_graph(random), wide=True)
+            self.prove(RANDOM, random, adapted, self.held_against(adapted, self._fold(random)))
         self._folded = candidate
         return folded
 
     def streamed(self, graph: Graph, wide: bool = False) -> Streamed:
-        """A runner of a graph; of the last folded graph the one that was proved, which knows what it gave."""
+        """A runner of a graph; of the last folded graph the one that was proved, which knows what it gave, unless it
+        made choices that were not its own.
+        """
         made, known = Streamed(graph, wide), self._folded
-        return known if known is not None and known.graph is graph and known.wide == made.wide else made
+        if known is None or known.turned or known.graph is not graph or known.wide != made.wide:
+            return made
+        return known
 
     def fold(self) -> fx.GraphModule:
         """A module with the base's operations and names, and no adaptation left.
@@ -237,7 +242,12 @@ class Compiled:
         random = self._random()
         factored = graph.copy()
         factored.weights.update({name: random.weights[name] for name in graph.adapter_names})
-        self.prove("trainable module", random, Streamed(random), Streamed(factored))
+        reference = Streamed(random)
+        self.prove("trainable module", random, reference, self.held_against(reference, factored, wide=False))
+
+    def held_against(self, other: Chooser, graph: Graph, wide: bool = True) -> Streamed:
+        """A runner of a graph that makes the other side's choices between near equals."""
+        return Streamed(graph, wide, follows=other, near=tolerance(graph))
 
     def _random(self) -> Graph:
         """The adapted graph with random adapters, whose effect a proof could not miss."""

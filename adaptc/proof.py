@@ -37,8 +37,8 @@ class Runner(Protocol):
     """
 
     @property
-    def coverage(self) -> str:
-        """How much of it runs, and how, in words."""
+    def coverage(self) -> Sequence[str]:
+        """How much of it runs, and how, in some phrases."""
         ...
 
     def __call__(self, batches: Sequence[Batch]) -> Sequence[Outcome]:
@@ -51,7 +51,7 @@ class Each:
     """A runner of something in memory, which takes one batch after the other."""
 
     call: Call
-    coverage: str = ""
+    coverage: Sequence[str] = ()
 
     def __call__(self, batches: Sequence[Batch]) -> list[Outcome]:
         """The outcome of every batch."""
@@ -132,7 +132,7 @@ def prove(
             error, scale = _error(a, b)
             absolute, relative = max(absolute, error), max(relative, error / scale)
         shapes.append(label)
-    how = ", ".join(dict.fromkeys(side.coverage for side in (candidate, reference) if side.coverage))
+    how = ", ".join(dict.fromkeys([*candidate.coverage, *reference.coverage]))
     proof = Proof(name, absolute, relative, allowed, tuple(shapes), how)
     if not relative <= allowed:
         raise ProofError(f"the proof failed: {proof}")

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import fx
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
+from adaptc.choices import DIMENSION, Choices
 from adaptc.graph import Graph
 
 Batch = Mapping[str, torch.Tensor]
 NARROW = (torch.float16, torch.bfloat16)
 Outcome = list[torch.Tensor] | Exception
 """What a batch gives: the outputs that are tensors, or why the model does not take it."""
+
+
+class Chooser(Protocol):
+    """A side of a proof whose choices another can make too."""
+
+    def chosen(self, batches: Sequence[Batch]) -> Sequence[Sequence[torch.Tensor]]:
+        """What it chose in the run of every batch: where the values stood, operation by operation."""
+        ...
 
 
 class Streamed:
@@ -28,33 +37,52 @@ class Streamed:
         graph: what is run.
         wide: compute in float32 what the graph computes in float16 or bfloat16, from the weights as they are stored:
             in a deep model the rounding of each operation would hide what is looked for.
+        follows: the side this one is held against: its choices between near equals are made here too.
+        near: how near, see `Choices`.
     """
 
-    def __init__(self, graph: Graph, wide: bool = False):
+    def __init__(self, graph: Graph, wide: bool = False, follows: Chooser | None = None, near: float = 0.0):
         self.graph = graph
         self.wide = wide and any(weight.dtype in NARROW for weight in graph.weights.values())
-        self._known: tuple[Sequence[Batch], list[Outcome]] | None = None
+        self.follows, self.near = follows, near
+        self._known: tuple[Sequence[Batch], list[Outcome], list[Choices]] | None = None
 
     @property
-    def coverage(self) -> str:
+    def coverage(self) -> Sequence[str]:
         """That it ran whole, but never at once, and how it computed."""
-        return "whole, one weight at a time" + (", in float32" if self.wide else "")
+        wide = ["in float32"] if self.wide else []
+        turned = [f"{self.turned} choices between near equals as the reference's"] if self.turned else []
+        return ["whole, one weight at a time", *wide, *turned]
+
+    @property
+    def turned(self) -> int:
+        """How many choices of the last sweep would have been others without a side to follow."""
+        return sum(choices.turned for choices in self._known[2]) if self._known else 0
 
     def __call__(self, batches: Sequence[Batch]) -> list[Outcome]:
         """The outcome of every batch; a batch that fails is left out of the rest of the sweep."""
-        if self._known is None or not _same(self._known[0], batches):
-            self._known = batches, _sweep(self.graph, batches, self.wide)
+        if self._known is None or not same(self._known[0], batches):
+            others = self.follows.chosen(batches) if self.follows else [()] * len(batches)
+            choices = [Choices(made, self.near) for made in others]
+            self._known = batches, _sweep(self.graph, batches, choices, self.wide), choices
         return self._known[1]
 
+    def chosen(self, batches: Sequence[Batch]) -> list[list[torch.Tensor]]:
+        """What was chosen in the run of every batch."""
+        known, _, choices = self._known or ((), (), ())
+        ran = list(zip(known, choices, strict=True))
+        return [next((c.made for k, c in ran if same([k], [batch])), []) for batch in batches]
 
-def _same(known: Sequence[Batch], asked: Sequence[Batch]) -> bool:
+
+def same(known: Sequence[Batch], asked: Sequence[Batch]) -> bool:
+    """Whether these are the same batches, value for value."""
     return len(known) == len(asked) and all(
         a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
         for a, b in zip(known, asked, strict=True)
     )
 
 
-def _sweep(graph: Graph, batches: Sequence[Batch], wide: bool) -> list[Outcome]:
+def _sweep(graph: Graph, batches: Sequence[Batch], choices: Sequence[Choices], wide: bool) -> list[Outcome]:
     values: list[dict[fx.Node, Any]] = [{} for _ in batches]
     outcomes: list[Any] = [None] * len(batches)
     loaded: dict[str, torch.Tensor] = {}
@@ -67,7 +95,10 @@ def _sweep(graph: Graph, batches: Sequence[Batch], wide: bool) -> list[Outcome]:
             for number, batch in enumerate(batches):
                 if outcomes[number] is None:
                     try:
-                        result = _step(node, batch, values[number] | weights, wide)
+                        operands = values[number] | weights
+                        result = _step(node, batch, operands, wide)
+                        if node.target in DIMENSION:
+                            result = choices[number].make(node, operands[node.all_input_nodes[0]], result)
                     except Exception as error:
                         outcomes[number] = error
                         values[number].clear()

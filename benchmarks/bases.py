@@ -15,17 +15,23 @@ from examples.own_model import build
 
 @dataclass(frozen=True)
 class Family:
-    """One base: its configuration, its task, the names PEFT is given, and which of them are feed-forward."""
+    """One base: its configuration, its task, and what PEFT is told to adapt.
+
+    `feedforward` are those of the targets that (IA)³ scales the input of, `parameters` what LoRA adapts beside the
+    targets, in the words of PEFT's `target_parameters`.
+    """
 
     config: Any
     task: str | None
     targets: tuple[str, ...]
     feedforward: tuple[str, ...]
+    parameters: tuple[str, ...] = ()
 
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 CROSS_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 GATED = ("gate_proj", "up_proj", "down_proj")
+EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight")
 NAMED = ("query", "key", "value", "intermediate.dense", "output.dense")
 
 
@@ -76,7 +82,7 @@ def families() -> dict[str, Family]:
         "Gemma2": Family(
             t.Gemma2Config(**decoder, **heads, **window), causal, (*ATTENTION, *GATED), ("down_proj",)
         ),
-        "Mixtral": Family(t.MixtralConfig(**decoder, **experts), causal, ATTENTION, ("o_proj",)),
+        "Mixtral": Family(t.MixtralConfig(**decoder, **experts), causal, ATTENTION, ("o_proj",), EXPERTS),
         "RoBERTa": Family(t.RobertaConfig(**words, **encoder, **labels), classes, NAMED, ("output.dense",)),
         "BART": Family(t.BartConfig(**both), "seq2seq-lm", (*CROSS_ATTENTION, "fc1", "fc2"), ("fc2",)),
         "Whisper": Family(
@@ -124,7 +130,10 @@ def peft_model(model: Any, family: Family, method: str) -> Any:
     if method == "ia3":
         config: Any = IA3Config(target_modules=targets, feedforward_modules=forward)
     else:
-        config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, use_dora=method == "dora")
+        parameters = list(family.parameters) if method == "lora" else None
+        config = LoraConfig(
+            r=4, lora_alpha=8, target_modules=targets, target_parameters=parameters, use_dora=method == "dora"
+        )
     adapted = get_peft_model(model, config)
     torch.manual_seed(1)
     with torch.no_grad():

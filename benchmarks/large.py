@@ -1,52 +1,106 @@
-"""Models that are large: adapter to folded ONNX beside PEFT, time and memory."""
+"""Models that are large: adapter to folded ONNX and training beside PEFT, time and memory, and latency."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
-from benchmarks.fold import Taken, measure
+import adaptc
+from adaptc.emit.onnx import open_session
 from benchmarks.llama import HALF_BILLION, SEVEN_BILLION, Shape, write_adapter, write_checkpoint
+from benchmarks.minilm import line, side_by_side
+from benchmarks.process import Taken, batch, measure
+
+SIDES = ("adaptc", "peft")
 
 
 def half_billion() -> None:
-    """A Llama of half a billion parameters in float32, both sides."""
-    _fold("half a billion parameters, float32, LoRA r 16 on every linear", HALF_BILLION, ("adaptc", "peft"))
+    """A Llama of half a billion parameters in float32: both sides, trained too, and run."""
+    with _written(HALF_BILLION, 4) as work:
+        if work is None:
+            return
+        _fold("half a billion parameters, float32, LoRA r 16 on every linear", HALF_BILLION, work)
+        _train(work)
+        _latency(work)
 
 
 def seven_billion() -> None:
     """The shape of Llama-2-7B in bfloat16; PEFT's way takes more memory than this machine has, so only ours."""
-    _fold("Llama-2-7B's shape, bfloat16, LoRA r 16 on every linear", SEVEN_BILLION, ("adaptc",))
+    with _written(SEVEN_BILLION, 2) as work:
+        if work is not None:
+            _fold("Llama-2-7B's shape, bfloat16, LoRA r 16 on every linear", SEVEN_BILLION, work, ("adaptc",))
 
 
-def _fold(title: str, shape: Shape, sides: tuple[str, ...]) -> None:
-    needed = shape.nbytes * (1 + len(sides)) + 2 * 10**9
+@contextmanager
+def _written(shape: Shape, copies: int) -> Iterator[Path | None]:
+    """A folder with a base and an adapter in it, or None where the disk has no room for so many copies."""
+    needed = shape.nbytes * copies + 2 * 10**9
     free = shutil.disk_usage(tempfile.gettempdir()).free
-    print(f"\n| {title} | time | peak memory above the imports | over the weights' {gb(shape.nbytes)} |")
-    print("|---|---|---|---|", flush=True)
     if free < needed:
-        print(f"| skipped: {gb(needed)} of disk needed, {gb(free)} free | | | |", flush=True)
+        print(f"\nSkipped: {gb(needed)} of disk needed, {gb(free)} free.", flush=True)
+        yield None
         return
     with tempfile.TemporaryDirectory(prefix="adaptc-bench-") as folder:
         work = Path(folder)
         write_checkpoint(shape, work / "base")
         write_adapter(shape, work / "base", work / "adapter")
-        taken: dict[str, Taken] = {}
-        for side in sides:
-            (work / side).mkdir()
-            arguments = (work / "base", "causal-lm", work / "adapter", work / side / "model.onnx")
-            taken[side] = found = measure(side, *arguments)
-            share = found.bytes / shape.nbytes
-            print(f"| {side} | {found.seconds:.1f} s | {gb(found.bytes)} | {share:.2f} |", flush=True)
-            shutil.rmtree(work / side)
-        if len(taken) == 2:
-            ours, theirs = taken["adaptc"], taken["peft"]
-            print(
-                f"| adaptc / PEFT | {ours.seconds / theirs.seconds:.2f} | {ours.bytes / theirs.bytes:.2f} | |"
-            )
-        for proof in taken["adaptc"].proofs:
-            print(f"\n{proof}")
+        yield work
+
+
+def _fold(title: str, shape: Shape, work: Path, sides: tuple[str, ...] = SIDES) -> None:
+    print(f"\n| {title} | time | peak memory above the imports | over the weights' {gb(shape.nbytes)} |")
+    print("|---|---|---|---|", flush=True)
+    taken: dict[str, Taken] = {}
+    for side in sides:
+        (work / side).mkdir()
+        arguments = (work / "base", "causal-lm", work / "adapter", work / side / "model.onnx")
+        taken[side] = found = measure("fold", side, *arguments)
+        share = found.bytes / shape.nbytes
+        print(f"| {side} | {found.seconds:.1f} s | {gb(found.bytes)} | {share:.2f} |", flush=True)
+    if len(taken) == 2:
+        _ratio(taken)
+    for proof in taken["adaptc"].proofs:
+        print(f"\n{proof}")
+
+
+def _train(work: Path) -> None:
+    print("\n| the same, training on 2 x 64 tokens | time of a step | peak memory above the imports |")
+    print("|---|---|---|", flush=True)
+    for how in ("eager", "compiled"):
+        taken = {
+            side: measure("train", side, work / "base", "causal-lm", work / "adapter", how, 2)
+            for side in SIDES
+        }
+        for side, found in taken.items():
+            print(f"| {side}, {how} | {found.seconds:.2f} s | {gb(found.bytes)} |", flush=True)
+        _ratio(taken)
+
+
+def _latency(work: Path) -> None:
+    """Folded over base, and over PEFT's export, in ONNX Runtime."""
+    compiled = adaptc.compile({"base": {"model": str(work / "base"), "task": "causal-lm"}, "adapt": []})
+    (work / "none").mkdir()
+    compiled.emit("onnx", work / "none/model.onnx", adapters="none")
+    feeds = {name: tensor.numpy() for name, tensor in batch(1, 64).items()}
+    print(
+        "\n| the same, latency of 1 x 64 tokens | ratio | folded | the other |\n|---|---|---|---|", flush=True
+    )
+    for what, other in (("folded over base", "none"), ("folded against PEFT's export", "peft")):
+        sessions = (open_session(work / name / "model.onnx") for name in ("adaptc", other))
+        ours, theirs = (partial(session.run, None, feeds) for session in sessions)
+        line(what, *side_by_side(ours, theirs, 10))
+
+
+def _ratio(taken: dict[str, Taken]) -> None:
+    ours, theirs = taken["adaptc"], taken["peft"]
+    print(
+        f"| adaptc / PEFT | {ours.seconds / theirs.seconds:.2f} | {ours.bytes / theirs.bytes:.2f} |",
+        flush=True,
+    )
 
 
 def gb(count: float) -> str:

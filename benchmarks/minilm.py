@@ -16,7 +16,7 @@ import torch
 
 import adaptc
 from adaptc.emit.onnx import open_session
-from benchmarks.fold import measure
+from benchmarks.process import batch, measure, train_step
 
 TARGETS = ["query", "key", "value", "dense"]
 ROUNDS = 15
@@ -40,18 +40,13 @@ def line(what: str, ours: float, theirs: float) -> None:
     print(f"| {what} | {ours / theirs:.2f} | {ours:.4g} s | {theirs:.4g} s |", flush=True)
 
 
-def train_step(module: Any, tensors: dict[str, torch.Tensor]) -> Callable[[], None]:
-    """A closure that runs forward, backward and an Adam step."""
-    module.train()
-    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-4)
-
-    def step() -> None:
-        loss = module(**tensors).last_hidden_state.square().mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+def memory(what: str, base: Path, adapter: Path, how: str) -> None:
+    """The same of peak memory, in a fresh process each."""
+    ours, theirs = (
+        measure("train", side, base, "feature-extraction", adapter, how, 16).bytes
+        for side in ("adaptc", "peft")
+    )
+    print(f"| {what} | {ours / theirs:.2f} | {ours / 1e6:.0f} MB | {theirs / 1e6:.0f} MB |", flush=True)
 
 
 def minilm() -> None:
@@ -77,19 +72,18 @@ def minilm() -> None:
 
     print("| MiniLM, LoRA r 8 on every linear | adaptc / PEFT | adaptc | PEFT |\n|---|---|---|---|")
     compiled = adaptc.compile({"base": {"model": str(base)}, "adapt": [{"adapter": str(work / "adapter")}]})
-    tensors = {
-        "input_ids": torch.randint(0, 30000, (16, 64)),
-        "attention_mask": torch.ones(16, 64, dtype=torch.long),
-    }
+    tensors = batch(16, 64)
     for how, change in (("eager", lambda module: module), ("compiled", torch.compile)):
         steps = train_step(change(compiled.module), tensors), train_step(change(peft), tensors)
         line(f"training step, {how}, batch 16 x 64", *side_by_side(*steps))
+        memory(f"training, {how}: peak memory above the imports", base, work / "adapter", how)
 
     sides: dict[str, list[float]] = {"adaptc": [], "peft": []}
     for _ in range(3):
         for side, seconds in sides.items():
             output = work / f"{side}.onnx"
-            seconds.append(measure(side, base, "feature-extraction", work / "adapter", output).seconds)
+            arguments = (base, "feature-extraction", work / "adapter", output)
+            seconds.append(measure("fold", side, *arguments).seconds)
     line(
         "trained adapter to folded ONNX, a fresh process each (ours with proofs)",
         *(statistics.median(seconds) for seconds in sides.values()),

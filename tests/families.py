@@ -200,9 +200,10 @@ SHAPES = ((2, 7), (1, 5), (4, 1), (1, 1))
 """(batch, sequence) other than traced; the first is padded, among the others are one row and one token."""
 
 
-def marked(names: Iterable[str]) -> list[Any]:
+def marked(names: Iterable[str], quick: Iterable[str] = QUICK) -> list[Any]:
     """Families as parameters of a law: those that others stand for are slow."""
-    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
+    kept = tuple(quick)
+    return [name if name in kept else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def inputs(

@@ -61,5 +61,6 @@ def grouped_product(rows: Any, weight: Any, ends: Any) -> Any:
 TRANSLATIONS: Mapping[str, Callable[..., Any]] = {
     "aten::scaled_dot_product_attention": attention,
     "transformers::grouped_mm_fallback": grouped_product,
+    "aten::_grouped_mm": grouped_product,
 }
 """An operation by torch's name -> what computes it in ONNX."""

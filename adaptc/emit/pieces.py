@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from adaptc.emit.onnx import as_array, open_session
-from adaptc.streaming import Batch, Outcome
+from adaptc.streaming import Batch, Outcome, same
 
 PIECE = 2**25
 """Bytes of weights a piece has at most, unless one operation has more."""
@@ -38,6 +38,9 @@ class Pieces:
 
     path: Path
     shown: Path
+    _known: tuple[Sequence[Batch], list[dict[str, Any]], dict[int, Exception]] | None = field(
+        default=None, init=False
+    )
 
     @cached_property
     def model(self) -> Any:
@@ -69,7 +72,7 @@ class Pieces:
                 held = set()
             runs[-1].append(node)
             held |= own
-        needed = {o.name for o in self.model.graph.output}
+        needed = {*self.outputs, *self.choices}
         found = []
         for run in reversed(runs):
             found.append(_piece(run, needed, self.sizes))
@@ -77,17 +80,44 @@ class Pieces:
         return found[::-1]
 
     @property
-    def coverage(self) -> str:
+    def coverage(self) -> Sequence[str]:
         """That it ran whole, but never at once."""
-        return f"whole, in {len(self.pieces)} pieces one after the other"
+        return [f"whole, in {len(self.pieces)} pieces one after the other"]
+
+    @cached_property
+    def outputs(self) -> list[str]:
+        """What the program gives."""
+        return [value.name for value in self.model.graph.output]
+
+    @cached_property
+    def choices(self) -> list[str]:
+        """Where the values that it chooses or sorts stand, operation by operation."""
+        return [node.output[1] for node in self.model.graph.node if node.op_type == "TopK"]
 
     def __call__(self, batches: Sequence[Batch]) -> list[Outcome]:
         """The outcome of every batch."""
+        values, failed = self._run(batches)
+        return [failed.get(index) or _tensors(known, self.outputs) for index, known in enumerate(values)]
+
+    def chosen(self, batches: Sequence[Batch]) -> list[list[torch.Tensor]]:
+        """What it chose in the run of every batch."""
+        values, failed = self._run(batches)
+        return [
+            [] if index in failed else _tensors(known, self.choices) for index, known in enumerate(values)
+        ]
+
+    def _run(self, batches: Sequence[Batch]) -> tuple[list[dict[str, Any]], dict[int, Exception]]:
+        """The outputs and choices of every batch, and why some have none; known from the last run if it is the same."""
+        if self._known is None or not same(self._known[0], batches):
+            self._known = batches, *self._sweep(batches)
+        return self._known[1:]
+
+    def _sweep(self, batches: Sequence[Batch]) -> tuple[list[dict[str, Any]], dict[int, Exception]]:
         values: list[dict[str, Any]] = [{k: as_array(v) for k, v in batch.items()} for batch in batches]
         failed: dict[int, Exception] = {}
-        outputs = [value.name for value in self.model.graph.output]
+        kept = {*self.outputs, *self.choices}
         for number, piece in enumerate(self.pieces):
-            later = {name for after in self.pieces[number + 1 :] for name in after.takes} | set(outputs)
+            later = {name for after in self.pieces[number + 1 :] for name in after.takes} | kept
             left = [known for index, known in enumerate(values) if index not in failed]
             if not left:
                 break
@@ -106,10 +136,7 @@ class Pieces:
                 for name in known.keys() - later:
                     del known[name]
             del session
-        return [
-            failed.get(index) or [torch.from_numpy(np.asarray(known[name])) for name in outputs]
-            for index, known in enumerate(values)
-        ]
+        return values, failed
 
     def _session(self, piece: Piece, known: Mapping[str, Any]) -> Any:
         import onnx
@@ -136,6 +163,10 @@ class Pieces:
         made.ClearField("graph")
         made.graph.name = self.model.graph.name
         return made
+
+
+def _tensors(known: Mapping[str, Any], names: Sequence[str]) -> list[torch.Tensor]:
+    return [torch.from_numpy(np.asarray(known[name])) for name in names]
 
 
 def _piece(nodes: Sequence[Any], needed: set[str], weights: Mapping[str, int]) -> Piece:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from adaptc import adapters, checkpoint
+from adaptc.choices import DIMENSION
 from adaptc.compiled import Compiled, tensors_of
 from adaptc.emit.huggingface import LOADED_SHARE, fits, load_checkpoint, save_checkpoint
 from adaptc.emit.inference import inference_graph
@@ -127,9 +128,13 @@ def _onnx(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> None
         compiled.check_finite()
         graph = compiled.live_graph() if entry.adapters == "live" else compiled.base.copy()
         write(graph)
-    reference = Kept(compiled.streamed(graph, wide=True), product["outputs"])
     beside = path.with_name(path.name + ".data")
-    program = Pieces(path, final) if beside.exists() else Each(onnx_runner(path, final))
+    pieces = Pieces(path, final)
+    program: Runner = pieces if beside.exists() else Each(onnx_runner(path, final))
+    run = compiled.streamed(graph, wide=True)
+    if run.wide and 0 < len(pieces.choices) == sum(node.target in DIMENSION for node in graph.nodes):
+        program, run = pieces, compiled.held_against(pieces, graph)
+    reference = Kept(run, product["outputs"])
     proof = compiled.prove(f"onnx, {entry.adapters}", graph, reference, program)
     product |= _proved(compiled, proof, reference)
     files = [path]
@@ -146,7 +151,7 @@ class Kept:
     outputs: Sequence[str]
 
     @property
-    def coverage(self) -> str:
+    def coverage(self) -> Sequence[str]:
         """As the graph's."""
         return self.run.coverage
 

@@ -61,7 +61,7 @@ def proved_again(known: Mapping[str, Any], candidate: Runner) -> str:
         raise ProofError(
             f"it no longer computes what its graph did: largest error {worst:.1e} of {known['tolerance']:.1e} allowed"
         )
-    how = f" ({candidate.coverage})" if candidate.coverage else ""
+    how = f" ({', '.join(candidate.coverage)})" if candidate.coverage else ""
     held = f"largest error {worst:.1e} of {known['tolerance']:.1e} allowed"
     return f"computes what its graph did: {held}, on {', '.join(labels)}{how}"
 

@@ -24,6 +24,7 @@ from tests.families import (
     close,
     differs,
     inputs,
+    marked,
     outputs,
     perturb,
     without_cache,
@@ -32,7 +33,10 @@ from tests.families import (
 peft = pytest.importorskip("peft")
 
 
-@pytest.mark.parametrize("name", [name for name in HUGGING_FACE if name not in QUICK])
+@pytest.mark.parametrize(
+    "name",
+    marked((name for name in HUGGING_FACE if name not in QUICK), ("mixtral", "vit", "whisper", "resnet")),
+)
 def test_a_family_is_traced_adapted_and_folded_as_peft_merges_it(zoo: Zoo, name: str, tmp_path: Path) -> None:
     target = [pattern.removeprefix("*.").replace("*", r"\w*") for pattern in FAMILIES[name].target]
     options = {"r": 4, "lora_alpha": 6, "target_modules": rf"(.*\.)?({'|'.join(target)})"}

@@ -1,0 +1,155 @@
+"""One side of a job in a process of its own: seconds and peak memory.
+
+`python -m benchmarks.process fold|train adaptc|peft BASE TASK ADAPTER ...` prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+IMPORTS = (
+    "torch.onnx",
+    "transformers",
+    "peft",
+    "onnx_ir",
+    "onnxruntime",
+    "onnxscript",
+    "adaptc.emit.products",
+    "adaptc.tracing.huggingface",
+)
+"""What either side imports, before anything is measured."""
+AUTO = {"causal-lm": "AutoModelForCausalLM", "feature-extraction": "AutoModel"}
+STEPS = 5
+"""Training steps that are timed, after two that are not."""
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What one side took: seconds, and bytes of resident memory at the peak beyond what the imports took."""
+
+    seconds: float
+    bytes: int
+    proofs: tuple[str, ...] = ()
+
+
+def measure(job: str, side: str, *arguments: object) -> Taken:
+    """Run one side of a job in a fresh process."""
+    command = [sys.executable, "-m", "benchmarks.process", job, side, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+    return Taken(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def fold(side: str, base: str, task: str, adapter: str, output: str) -> dict[str, Any]:
+    """A trained adapter to folded ONNX: ours with its proofs, PEFT's merge with torch's export."""
+    start = time.perf_counter()
+    proofs: list[str] = []
+    if side == "adaptc":
+        compiled = _adaptc(base, task, adapter)
+        compiled.emit("onnx", output)
+        proofs = [str(proof) for proof in compiled.proofs]
+    else:
+        import torch
+
+        model = _peft(base, task, adapter, trainable=False).merge_and_unload().eval()
+        model.config.use_cache = False
+        dynamic = {name: {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC} for name in batch(3, 17)}
+        torch.onnx.export(
+            model, (), output, kwargs=batch(3, 17), dynamic_shapes=dynamic, dynamo=True, verbose=False
+        )
+    return {"seconds": time.perf_counter() - start, "proofs": proofs}
+
+
+def train(side: str, base: str, task: str, adapter: str, how: str, size: str) -> dict[str, Any]:
+    """The median step of training the adapter on, eager or compiled by torch, on `size` rows of 64 tokens."""
+    import torch
+
+    if side == "adaptc":
+        module: Any = _adaptc(base, task, adapter).module
+    else:
+        module = _peft(base, task, adapter, trainable=True)
+    step = train_step(torch.compile(module) if how == "compiled" else module, batch(int(size), 64))
+    taken = []
+    for _ in range(2 + STEPS):
+        start = time.perf_counter()
+        step()
+        taken.append(time.perf_counter() - start)
+    return {"seconds": statistics.median(taken[2:])}
+
+
+def batch(rows: int, length: int) -> dict[str, Any]:
+    """Random tokens, none of them padding."""
+    import torch
+
+    return {
+        "input_ids": torch.randint(0, 30000, (rows, length)),
+        "attention_mask": torch.ones(rows, length, dtype=torch.long),
+    }
+
+
+def train_step(module: Any, tensors: dict[str, Any]) -> Callable[[], None]:
+    """A closure that runs forward, backward and an AdamW step."""
+    import torch
+
+    module.train()
+    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-4)
+
+    def step() -> None:
+        output = module(**tensors)
+        loss = (output.logits if "logits" in output else output.last_hidden_state).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _adaptc(base: str, task: str, adapter: str) -> Any:
+    import adaptc
+
+    return adaptc.compile({"base": {"model": base, "task": task}, "adapt": [{"adapter": adapter}]})
+
+
+def _peft(base: str, task: str, adapter: str, trainable: bool) -> Any:
+    import transformers
+    from peft import PeftModel
+
+    model: Any = getattr(transformers, AUTO[task]).from_pretrained(base)
+    model.config.use_cache = False
+    return PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
+
+
+def _memory(what: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(what)).split()[1])
+
+
+def main() -> None:
+    """Import everything, forget the peak so far, run one side, and print what it took."""
+    for name in IMPORTS:
+        importlib.import_module(name)
+    import transformers
+
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    job, *arguments = sys.argv[1:]
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
+    before = _memory("VmRSS")
+    taken = {"fold": fold, "train": train}[job](*arguments)
+    print(json.dumps({**taken, "bytes": _memory("VmHWM") - before}))
+
+
+if __name__ == "__main__":
+    main()
