@@ -18,11 +18,12 @@ import torch
 from torch import nn
 
 import adaptc
-from adaptc.emit import products, staging
+from adaptc.emit import onnx, products, staging
 from adaptc.emit.products import emit_all
 from adaptc.emit.staging import Staging
 from adaptc.errors import AdaptcError
 from adaptc.spec import load
+from tests.families import Zoo, entry, perturb
 
 INPUTS = {"x": "float32[batch, 16]"}
 ENTRY = {"method": "lora", "target": ["*"], "r": 2}
@@ -422,6 +423,57 @@ def test_a_full_disk_is_an_error_in_words(compiled: Any, tmp_path: Path, fails: 
     fails()
     with pytest.raises(AdaptcError, match="No space left on device"):
         emit(compiled, {"format": "peft", "path": "a"}, into=tmp_path)
+
+
+FORMATS = ["onnx", "onnx, weights beside it", "torch", "peft", "hf"]
+
+
+@pytest.fixture(params=FORMATS)
+def product(
+    request: pytest.FixtureRequest, zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[], None]:
+    """Writes one format of a real model, again and again to the same place."""
+    if "beside" in request.param:
+        monkeypatch.setattr(onnx, "INLINE_LIMIT", 1000)
+    compiled = zoo.compiled("bert", [entry("lora", "bert")])
+    perturb(compiled.module)
+    return lambda: compiled.emit(request.param.partition(",")[0], tmp_path / "product")
+
+
+def test_no_format_leaves_anything_on_a_full_disk(product: Callable[[], None], tmp_path: Path) -> None:
+    """The system lets no file grow beyond half of what it must be, whoever writes it."""
+    resource = pytest.importorskip("resource", reason="this system does not limit files")
+    product()
+    before = contents(tmp_path)
+    limit = max(map(len, before.values())) // 2
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
+    try:
+        with pytest.raises(
+            AdaptcError, match=r"^cannot write: .*File too large.*; every earlier output is as"
+        ):
+            product()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert contents(tmp_path) == before
+    assert not [name for name in names(tmp_path) if "adaptc-" in name]
+    product()
+
+
+def test_no_format_is_written_to_a_read_only_folder(
+    product: Callable[[], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    product()
+    before = contents(tmp_path)
+
+    def refuse(*args: Any, **kwargs: Any) -> str:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(staging.tempfile, "mkdtemp", refuse)
+    with pytest.raises(AdaptcError) as caught:
+        product()
+    assert str(caught.value) == f"cannot write to {tmp_path}: Read-only file system"
+    assert contents(tmp_path) == before
 
 
 # what is the user's own

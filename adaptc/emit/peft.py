@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from adaptc.adapters import AdapterRecord, group
@@ -45,7 +46,10 @@ def save(
             for t in r.tensors
         }
         metadata = {"format": "pt", **({BASE_HASH: base["sha256"]} if base.get("sha256") else {})}
-        save_file(tensors, target / TENSORS, metadata=metadata)
+        try:
+            save_file(tensors, target / TENSORS, metadata=metadata)
+        except SafetensorError as error:  # nothing but the disk can go wrong here
+            raise OSError(str(error)) from error
         (target / CONFIG).write_text(
             json.dumps(_config(members, base.get("name")), indent=2, sort_keys=True) + "\n"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import warnings
 from collections.abc import Mapping
@@ -47,12 +48,46 @@ def save_torch(module: fx.GraphModule, directory: Path) -> None:
                 module, (), examples, dynamic_shapes=dynamic_shapes(inputs), strict=False
             )
             directory.mkdir(parents=True, exist_ok=True)
-            torch.export.save(program, str(directory / PROGRAM))
+            with open(directory / PROGRAM, "wb", buffering=0) as file:
+                written = _Deferring(file)
+                torch.export.save(program, written)
+            if written.error is not None:
+                raise written.error
     finally:
         module.train(was)
         with torch.no_grad():
             for name, buffer in module.named_buffers():
                 buffer.copy_(buffers[name])
+
+
+class _Deferring(io.RawIOBase):
+    """A file that keeps its first error for later: torch's writer ends the whole process where a write fails."""
+
+    def __init__(self, file: io.RawIOBase) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def writable(self) -> bool:
+        """It is written to."""
+        return True
+
+    def seekable(self) -> bool:
+        """It can be set to its start."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Set where the next bytes go."""
+        return self.file.seek(offset, whence)
+
+    def write(self, data: Any) -> int:
+        """Write, unless that failed before; gives the number of bytes either way."""
+        left = memoryview(data)
+        while left and self.error is None:
+            try:
+                left = left[self.file.write(left) :]
+            except OSError as error:
+                self.error = error
+        return len(data)
 
 
 def load_torch(directory: Path) -> fx.GraphModule:
