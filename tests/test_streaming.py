@@ -315,9 +315,15 @@ def test_bfloat16_is_stored_and_float32_computed(zoo: Zoo, name: str, tmp_path: 
         kinds = (onnx.TensorProto.FLOAT, onnx.TensorProto.BFLOAT16)
         sizes[dtype] = sum(len(w.raw_data) for w in model.graph.initializer if w.data_type in kinds)
     for weight in model.graph.initializer:
-        if weight.data_type in kinds and len(weight.dims) == 2:
+        if weight.data_type in kinds and len(weight.dims) == 2 and weight.name in compiled.base.weights:
             assert weight.data_type == onnx.TensorProto.BFLOAT16, weight.name
     assert 0.45 < sizes["bfloat16"] / sizes[None] < 0.6
+    nodes, stored = list(model.graph.node), {w.name for w in model.graph.initializer}
+    for place, node in enumerate(nodes):
+        if node.op_type == "Cast" and node.input[0] in stored:
+            until = next(after for after in nodes[place:] if node.output[0] in after.input)
+            between = nodes[place : nodes.index(until)]
+            assert {n.op_type for n in between} == {"Cast"}, f"{node.name} is held long before {until.name}"
     known = list(batches(compiled.base.inputs).values())
     module, program = runner(bind(compiled.folded_graph())), onnx_runner(path)
     for batch in known:

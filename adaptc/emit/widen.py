@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ def widen(model: Any) -> None:
             _declare(value, narrow, wide)
     for value in (*graph.inputs, *graph.outputs):
         _declare(value, narrow, wide)
+    places = {node: place for place, node in enumerate(graph)}
     for value in [v for v in graph.initializers.values() if v.const_value.dtype == narrow]:
         users = list(value.uses())
         cast = ir.node("Cast", [value], {"to": wide.value}, name=f"{value.name}.float32")
@@ -39,7 +41,13 @@ def widen(model: Any) -> None:
         for index, output in enumerate(graph.outputs):
             if output is value:
                 graph.outputs[index] = cast.outputs[0]
-        graph.insert_before(graph[0], cast)
+        graph.insert_before(_first([user for user, _ in users], graph, places), cast)
+
+
+def _first(users: Sequence[Any], graph: Any, places: Mapping[Any, int]) -> Any:
+    """Which operation comes first: what runs the program piece by piece holds nothing before it is needed."""
+    inner = any(user not in places for user in users)  # in a branch or a loop
+    return graph[0] if inner or not users else min(users, key=places.__getitem__)
 
 
 def _declare(value: Any, narrow: Any, wide: Any) -> None:
