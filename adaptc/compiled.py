@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -209,11 +209,11 @@ class Compiled:
             "base": {"name": self.base.base.describe, "sha256": self.base_sha256},
         }
 
-    def rounding(self, folded: Graph) -> dict[str, float]:
+    def rounding(self, folded: Mapping[str, Weight]) -> dict[str, float]:
         """What rounding to the storage dtype cost each folded weight, relative to its largest value."""
         return {
             name: w.rounding
-            for name, w in folded.weights.items()
+            for name, w in folded.items()
             if isinstance(w, Folded) and w.rounding is not None
         }
 
@@ -228,10 +228,10 @@ class Compiled:
         return proof
 
     def _fold(self, graph: Graph, record: bool = False) -> Graph:
-        """Fold a graph that is at a stage for it; any other is given back."""
+        """Fold a graph that is at a stage for it; of any other, a copy is given back."""
         fold = load_passes()["fold"]()
         if graph.stage not in fold.takes:
-            return graph
+            return graph.copy()
         first = record and not any(done.name == fold.name for done in self.records)
         return run(graph, [fold], self.records if first else None, self._after if first else None)
 

@@ -20,10 +20,11 @@ SIDES = ("adaptc", "peft")
 
 def half_billion() -> None:
     """A Llama of half a billion parameters in float32: both sides, trained too, and run."""
-    with _written(HALF_BILLION, 4) as work:
+    with _written(HALF_BILLION, 6) as work:
         if work is None:
             return
-        _fold("half a billion parameters, float32, LoRA r 16 on every linear", HALF_BILLION, work)
+        _fold("half a billion parameters, float32, LoRA r 16 on every linear: to ONNX", HALF_BILLION, work)
+        _fold("the same, to a merged directory", HALF_BILLION, work, form="hf")
         _train(work)
         _latency(work)
 
@@ -32,7 +33,10 @@ def seven_billion() -> None:
     """The shape of Llama-2-7B in bfloat16; PEFT's way takes more memory than this machine has, so only ours."""
     with _written(SEVEN_BILLION, 2) as work:
         if work is not None:
-            _fold("Llama-2-7B's shape, bfloat16, LoRA r 16 on every linear", SEVEN_BILLION, work, ("adaptc",))
+            title = "Llama-2-7B's shape, bfloat16, LoRA r 16 on every linear"
+            _fold(f"{title}: to ONNX", SEVEN_BILLION, work, SIDES[:1])
+            shutil.rmtree(work / SIDES[0])
+            _fold("the same, to a merged directory", SEVEN_BILLION, work, SIDES[:1], "hf")
 
 
 @contextmanager
@@ -51,14 +55,16 @@ def _written(shape: Shape, copies: int) -> Iterator[Path | None]:
         yield work
 
 
-def _fold(title: str, shape: Shape, work: Path, sides: tuple[str, ...] = SIDES) -> None:
+def _fold(title: str, shape: Shape, work: Path, sides: tuple[str, ...] = SIDES, form: str = "onnx") -> None:
     print(f"\n| {title} | time | peak memory above the imports | over the weights' {gb(shape.nbytes)} |")
     print("|---|---|---|---|", flush=True)
     taken: dict[str, Taken] = {}
     for side in sides:
-        (work / side).mkdir()
-        arguments = (work / "base", "causal-lm", work / "adapter", work / side / "model.onnx")
-        taken[side] = found = measure("fold", side, *arguments)
+        (work / side).mkdir(exist_ok=True)
+        output = work / side / ("merged" if form == "hf" else "model.onnx")
+        taken[side] = found = measure(
+            "fold", side, work / "base", "causal-lm", work / "adapter", output, form
+        )
         share = found.bytes / shape.nbytes
         print(f"| {side} | {found.seconds:.1f} s | {gb(found.bytes)} | {share:.2f} |", flush=True)
     if len(taken) == 2:

@@ -82,7 +82,7 @@ def minilm() -> None:
     for _ in range(3):
         for side, seconds in sides.items():
             output = work / f"{side}.onnx"
-            arguments = (base, "feature-extraction", work / "adapter", output)
+            arguments = (base, "feature-extraction", work / "adapter", output, "onnx")
             seconds.append(measure("fold", side, *arguments).seconds)
     line(
         "trained adapter to folded ONNX, a fresh process each (ours with proofs)",

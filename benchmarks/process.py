@@ -51,19 +51,20 @@ def measure(job: str, side: str, *arguments: object) -> Taken:
     return Taken(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def fold(side: str, base: str, task: str, adapter: str, output: str) -> dict[str, Any]:
-    """A trained adapter to folded ONNX: ours with its proofs, PEFT's merge with torch's export."""
+def fold(side: str, base: str, task: str, adapter: str, output: str, form: str) -> dict[str, Any]:
+    """A trained adapter to a folded model: ours with its proofs; PEFT's merge with torch's export, or saved."""
     start = time.perf_counter()
     proofs: list[str] = []
     if side == "adaptc":
         compiled = _adaptc(base, task, adapter)
-        compiled.emit("onnx", output)
+        compiled.emit(form, output)
         proofs = [str(proof) for proof in compiled.proofs]
+    elif form == "hf":
+        _peft(base, task, adapter, trainable=False).merge_and_unload().save_pretrained(output)
     else:
         import torch
 
         model = _peft(base, task, adapter, trainable=False).merge_and_unload().eval()
-        model.config.use_cache = False
         dynamic = {name: {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC} for name in batch(3, 17)}
         torch.onnx.export(
             model, (), output, kwargs=batch(3, 17), dynamic_shapes=dynamic, dynamo=True, verbose=False
@@ -126,7 +127,7 @@ def _peft(base: str, task: str, adapter: str, trainable: bool) -> Any:
     from peft import PeftModel
 
     model: Any = getattr(transformers, AUTO[task]).from_pretrained(base)
-    model.config.use_cache = False
+    model.config.use_cache = False  # neither a training step nor a traced program returns one
     return PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
 
 

@@ -264,6 +264,18 @@ def test_an_interrupted_compile_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
+def test_weights_that_were_written_are_not_the_models_from_then_on(
+    zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the proof reads them from the file: with nothing to fold, they are the base's own."""
+    monkeypatch.setattr(emit_onnx, "INLINE_LIMIT", 1000)
+    compiled = zoo.compiled("mlp", [])
+    for name in ("first.onnx", "second.onnx"):
+        compiled.emit("onnx", tmp_path / name)
+        (tmp_path / f"{name}.data").rename(tmp_path / f"{name}.moved")
+    assert (tmp_path / "first.onnx.moved").read_bytes() == (tmp_path / "second.onnx.moved").read_bytes()
+
+
 # pieces
 
 

@@ -38,6 +38,9 @@ LOADED_SHARE = 4
 def save_checkpoint(folded: Graph, base: Graph, directory: Path, max_shard_size: str) -> dict[str, Any]:
     """Write a directory that `from_pretrained` loads; gives the model's class, dtype and what was left out.
 
+    The graph reads its weights from there afterwards, those that stand in the files as they are, so that what is
+    proved is what was written and no weight is folded twice.
+
     Raises:
         AdaptcError: the base is no Hugging Face model, or its files cannot be read.
         RefusedError: the folded graph is not a model of the base's class any more.
@@ -65,7 +68,10 @@ def save_checkpoint(folded: Graph, base: Graph, directory: Path, max_shard_size:
     _keep_generation(source, model, directory)
     weights = {name: folded.weights[folded.aliases[name]] for name in stored_names(model, folded.aliases)}
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    write_shards(directory, as_stored(model, weights), max_shard_size, parameters)
+    stored = as_stored(model, weights)
+    written = write_shards(directory, stored, max_shard_size, parameters)
+    places = {id(weight): written[name] for name, weight in stored.items()}
+    folded.weights.update({n: places[id(w)] for n, w in folded.weights.items() if id(w) in places})
     kind = str(config.dtype).removeprefix("torch.")
     return {"class": type(model).__name__, "dtype": kind, "left_out": left_out}
 

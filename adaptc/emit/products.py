@@ -118,7 +118,7 @@ def _onnx(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> None
             outputs=list(evaluated.outputs),
         )
         if entry.adapters == "folded":
-            product["rounding"] = compiled.rounding(graph)
+            product["rounding"] = compiled.rounding(graph.weights)
             product["operations"] = {"base": len(compiled.base.operations), "folded": len(graph.operations)}
         graph.weights.update(written.weights)
 
@@ -175,10 +175,15 @@ def _peft(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> None
 
 
 def _huggingface(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> None:
-    graph = compiled.folded_graph()
     directory = staging.path(final)
-    about = save_checkpoint(graph, compiled.base, directory, entry.max_shard_size)
-    product = {"name": "checkpoint", "format": "hf", **about, "rounding": compiled.rounding(graph)}
+    product: dict[str, Any] = {"name": "checkpoint", "format": "hf"}
+
+    def write(graph: Graph) -> None:
+        weights = dict(graph.weights)
+        product.update(save_checkpoint(graph, compiled.base, directory, entry.max_shard_size))
+        product["rounding"] = compiled.rounding(weights)
+
+    graph = compiled.folded_graph(keep=write)
     if fits(graph):
         origin = compiled.base.base.pretrained
         assert origin is not None

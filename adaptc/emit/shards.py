@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from adaptc.errors import ProofError, WeightError
-from adaptc.weights import DTYPES, Weight
+from adaptc.weights import DTYPES, Stored, Weight
 
 NAMES = "model{suffix}.safetensors"
 """What transformers calls the files; the suffix is empty for one, or `-00001-of-00003`."""
@@ -22,8 +22,10 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 def write_shards(
     directory: Path, weights: Mapping[str, Weight], max_shard_size: str, parameters: int
-) -> None:
+) -> dict[str, Stored]:
     """Write weights as `model.safetensors`, or as several files and their index, and read every tensor back.
+
+    Gives the weights as they stand in the files.
 
     The files are planned from shapes and dtypes; one tensor is in memory at a time.
 
@@ -52,6 +54,8 @@ def write_shards(
         metadata = {"total_parameters": parameters, **plan.metadata}
         index = {"metadata": metadata, "weight_map": plan.tensor_to_filename}
         (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    files = plan.tensor_to_filename
+    return {name: Stored(directory / files[name], name, w.shape, w.dtype) for name, w in weights.items()}
 
 
 def write_safetensors(path: Path, weights: Mapping[str, Weight]) -> dict[str, str]:
