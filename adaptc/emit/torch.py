@@ -48,11 +48,10 @@ def save_torch(module: fx.GraphModule, directory: Path) -> None:
                 module, (), examples, dynamic_shapes=dynamic_shapes(inputs), strict=False
             )
             directory.mkdir(parents=True, exist_ok=True)
-            with open(directory / PROGRAM, "wb", buffering=0) as file:
-                written = _Deferring(file)
-                torch.export.save(program, written)
-            if written.error is not None:
-                raise written.error
+            with _Deferring(directory / PROGRAM, "w") as file:
+                torch.export.save(program, file)
+            if file.error is not None:
+                raise file.error
     finally:
         module.train(was)
         with torch.no_grad():
@@ -60,31 +59,17 @@ def save_torch(module: fx.GraphModule, directory: Path) -> None:
                 buffer.copy_(buffers[name])
 
 
-class _Deferring(io.RawIOBase):
+class _Deferring(io.FileIO):
     """A file that keeps its first error for later: torch's writer ends the whole process where a write fails."""
 
-    def __init__(self, file: io.RawIOBase) -> None:
-        self.file = file
-        self.error: OSError | None = None
-
-    def writable(self) -> bool:
-        """It is written to."""
-        return True
-
-    def seekable(self) -> bool:
-        """It can be set to its start."""
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Set where the next bytes go."""
-        return self.file.seek(offset, whence)
+    error: OSError | None = None
 
     def write(self, data: Any) -> int:
         """Write, unless that failed before; gives the number of bytes either way."""
         left = memoryview(data)
         while left and self.error is None:
             try:
-                left = left[self.file.write(left) :]
+                left = left[super().write(left) :]
             except OSError as error:
                 self.error = error
         return len(data)
