@@ -20,7 +20,7 @@ test: $(READY)  ## the quick tests, a few minutes
 	$(PYTHON) -m pytest -q -n 2 --dist loadfile -m "not slow"
 
 test-all: $(READY)  ## all tests
-	$(PYTHON) -m pytest -q -n 2
+	$(PYTHON) -m pytest -q -n 2 --dist loadfile
 
 bench: $(READY)  ## figures beside PEFT, as ratios from one run
 	$(PYTHON) -m benchmarks
