@@ -43,8 +43,13 @@ def names(graph: Graph, name: str) -> list[str]:
 def elsewhere(graph: Graph, site: Site, bias: bool = False) -> list[fx.Node]:
     """Who else uses a site's tensor, or its bias."""
     name, uses = (site.bias, site.bias_uses) if bias else (site.parameter, site.uses)
+    return others(graph, name, uses) if name else []
+
+
+def others(graph: Graph, name: str, uses: Sequence[Use]) -> list[fx.Node]:
+    """Who uses a tensor besides these."""
     own = {use.node for use in uses}
-    return [user for user in users(graph, name) if user.name not in own] if name else []
+    return [user for user in users(graph, name) if user.name not in own]
 
 
 def places(found: Iterable[fx.Node]) -> str:
@@ -55,7 +60,7 @@ def places(found: Iterable[fx.Node]) -> str:
 def untie(graph: Graph, site: Site, nodes: dict[str, fx.Node], bias: bool) -> Site:
     """Give a site tensors of its own, its bias too if asked; gives the site as it is then."""
     # An earlier site of the same tensor may have been untied since this one was chosen.
-    known = next(s for s in graph.sites if s.uses[0] == site.uses[0])
+    known = next(s for s in graph.sites if (s.module, s.leaf) == (site.module, site.leaf))
     own = _separated(graph, known.parameter, site.module, site.uses, nodes)
     beside = known.bias if site.bias else None  # a bias by itself has none
     if beside and bias:

@@ -102,4 +102,12 @@ def _symbols(graph: Graph) -> dict[Any, int]:
 
 
 def _shape(value: torch.Tensor, sizes: Mapping[Any, int]) -> list[int]:
-    return [int(s.node.expr.subs(sizes)) if isinstance(s, torch.SymInt) else int(s) for s in value.shape]
+    def plain(size: Any) -> int:
+        if not isinstance(size, torch.SymInt):
+            return int(size)
+        expression = size.node.expr.subs(
+            sizes
+        )  # what is left of symbols is read from values, not from the inputs
+        return int(expression.subs(dict.fromkeys(expression.free_symbols, LENGTH)))
+
+    return [plain(size) for size in value.shape]

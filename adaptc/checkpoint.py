@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,8 +112,18 @@ def read(path: Path, allow_pickle: bool = False) -> Checkpoint:
             raise WeightError(f"{path}: tensor {key!r} is {kind}; trained weights are floating-point numbers")
     named = {key.removeprefix(PREFIX): weight for key, weight in tensors.items()}
     listed = config.get("modules_to_save") or []
-    saved = tuple(m for m in listed if any(f".{key}".find(f".{m}.") >= 0 for key in named))
-    return Checkpoint(path, config, named, sha, saved)
+    return Checkpoint(path, config, named, sha, _saved(listed, named))
+
+
+def _saved(listed: Sequence[str], keys: Iterable[str]) -> tuple[str, ...]:
+    """The modules that are saved whole; PEFT takes each whose name ends so, `pre_classifier` with `classifier`."""
+    found: dict[str, None] = {}
+    for key in keys:
+        parts = key.split(".")[:-1]
+        for end, ending in itertools.product(range(1, len(parts) + 1), listed):
+            if ".".join(parts[:end]).endswith(ending):
+                found[".".join(parts[max(0, end - 1 - ending.count(".")) : end])] = None
+    return tuple(found)
 
 
 def match(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> None:

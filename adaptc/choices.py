@@ -46,11 +46,19 @@ class Choices:
         if len(self.made) < len(self.others):
             theirs = self.others[len(self.made)]
             values = _taken(node, operand, theirs)
-            if (values - chosen[0]).abs().max() <= self.near * operand.abs().max():
+            if _near(values, chosen[0], self.near, operand):
                 self.turned += int((theirs != chosen[1]).sum())
                 chosen = values, theirs
         self.made.append(chosen[1])
         return chosen
+
+
+def _near(values: torch.Tensor, own: torch.Tensor, near: float, operand: torch.Tensor) -> bool:
+    """Whether values are as good as one's own: equal, or no further apart than that; what is masked is not near."""
+    values, own, operand = values.double(), own.double(), operand.double()
+    largest = operand[torch.isfinite(operand)].abs()
+    allowed = near * float(largest.max()) if largest.numel() else 0.0
+    return bool(((values == own) | ((values - own).abs() <= allowed)).all())
 
 
 def _taken(node: fx.Node, operand: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

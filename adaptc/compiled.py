@@ -16,7 +16,7 @@ from adaptc.checkpoint import check_base, check_carried
 from adaptc.emit.torch import META, load_adapter_into
 from adaptc.errors import ProofError, Refusal, RefusedError, WeightError
 from adaptc.expression import Folded
-from adaptc.graph import Graph, bind
+from adaptc.graph import Graph, attribute, bind
 from adaptc.pipeline import PassRecord, run
 from adaptc.plan import Plan
 from adaptc.planned import Planned
@@ -59,11 +59,12 @@ class Compiled:
         self._prove_module(graph)
         module = bind(graph, graph.adapter_names)
         module.meta[META] = self.about(graph)
-        parameters = dict(module.named_parameters())
         for name in graph.adapter_names:
-            _put(self.graph.weights[name], parameters[name])
+            weight = self.graph.weights[name]
+            assert isinstance(weight, Computed)
+            weight.put(_follows(module, name))
         for name, buffer in module.named_buffers():  # what batch norm learns belongs to every product too
-            self.graph.weights[name] = Computed(tuple(buffer.shape), buffer.dtype, buffer.detach)
+            self.graph.weights[name] = Computed(tuple(buffer.shape), buffer.dtype, _follows(module, name))
         return module
 
     def trainable_graph(self) -> Graph:
@@ -212,9 +213,7 @@ class Compiled:
     def rounding(self, folded: Mapping[str, Weight]) -> dict[str, float]:
         """What rounding to the storage dtype cost each folded weight, relative to its largest value."""
         return {
-            name: w.rounding
-            for name, w in folded.items()
-            if isinstance(w, Folded) and w.rounding is not None
+            name: w.rounding for name, w in folded.items() if isinstance(w, Folded) and w.rounding is not None
         }
 
     def prove(self, name: str, graph: Graph, reference: Runner, candidate: Runner) -> Proof:
@@ -283,13 +282,14 @@ class Compiled:
             except WeightError as error:
                 raise self.spec.weight_error(("adapt", members[0].entry, "adapter"), error) from None
             for name, value in values.items():
-                _put(self.graph.weights[name], value)
+                weight = self.graph.weights[name]
+                assert isinstance(weight, Computed)
+                weight.put(value.detach)
 
 
-def _put(weight: Weight, value: torch.Tensor) -> None:
-    """Let an adapter's weight follow a tensor."""
-    assert isinstance(weight, Computed)
-    weight.put(value.detach)
+def _follows(module: fx.GraphModule, name: str) -> Callable[[], torch.Tensor]:
+    """What a module holds under a name whenever it is asked: `to` and `load_state_dict` may replace the tensor."""
+    return lambda: attribute(module, name).detach()
 
 
 def tensors_of(compiled: Compiled) -> dict[str, torch.Tensor]:

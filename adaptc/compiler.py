@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ from adaptc.spec import Spec, load, require_base, resolve_path
 from adaptc.streaming import Streamed
 from adaptc.tracing.base import Base
 from adaptc.tracing.graph import trace
+from adaptc.tracing.noise import writes
 from adaptc.tracing.stored import CONFIG
 
 After = Callable[[str, Graph], Any]
@@ -59,8 +61,10 @@ def compile(
     _ = base.bound  # a broken checkpoint is found before anything is written
     compiled = Compiled(loaded, plan, graph, records, after)
     if base.real and base.model is not None:
+        changes = any(writes(node.target) for node in graph.nodes)  # such as an embedding with `max_norm`
+        model = copy.deepcopy(base.model) if changes else base.model
         compiled.proofs.append(
-            prove("trace", graph.inputs, Each(runner(base.model)), Streamed(graph), tolerance(graph))
+            prove("trace", graph.inputs, Each(runner(model)), Streamed(graph), tolerance(graph))
         )
     return compiled
 

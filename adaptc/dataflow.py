@@ -36,6 +36,8 @@ VIEWS = frozenset(
             "transpose",
             "permute",
             "t",
+            "numpy_T",
+            "mT",
             "unflatten",
             "flatten",
             "unsqueeze",

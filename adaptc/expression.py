@@ -117,13 +117,15 @@ class Folded(Weight):
 
 def _change(exact: torch.Tensor, rounded: torch.Tensor) -> float:
     """The largest difference, a few rows at a time: memory holds no third wide tensor."""
+    if not exact.numel():
+        return 0.0
     rows = max(1, PIECE * len(torch.atleast_1d(exact)) // exact.numel())
     pieces = [torch.atleast_1d(tensor).split(rows) for tensor in (exact, rounded)]
     return max(_largest(a - b) for a, b in zip(*pieces, strict=True))
 
 
 def _largest(tensor: torch.Tensor) -> float:
-    low, high = torch.aminmax(tensor)
+    low, high = torch.aminmax(tensor) if tensor.numel() else (0.0, 0.0)
     return max(-float(low), float(high))
 
 

@@ -92,7 +92,7 @@ class Graph:
         """The names of the outputs that are tensors, not None or a plain number."""
         results = next(node for node in self.nodes if node.op == "output").args[0]
         flat = results if isinstance(results, (list, tuple)) else [results]
-        return [name for name, value in zip(self.outputs, flat, strict=True) if isinstance(value, fx.Node)]
+        return [name for name, value in zip(self.outputs, flat, strict=True) if is_tensor(value)]
 
     @property
     def placeholders(self) -> list[fx.Node]:
@@ -127,7 +127,8 @@ class Graph:
         node = self.module.graph.call_function(target, args)
         values = map_arg(args, lambda operand: operand.meta.get("val", False))
         with self.fake_mode, enable_python_dispatcher(), torch.no_grad():
-            node.meta["val"] = target(*values)
+            product = _product(target, values)
+            node.meta["val"] = target(*values) if product is None else product
         node.meta |= {k: v for k, v in like.meta.items() if k in ORIGIN}
         node.meta[VERIFIED] = signature(node)
         return node
@@ -205,6 +206,17 @@ def copy_nodes(nodes: fx.Graph) -> fx.Graph:
         return copy.deepcopy(nodes)
 
 
+def _product(target: Any, values: Sequence[Any]) -> torch.Tensor | None:
+    """The value of a product with a matrix, whose shape is plain; torch's own way to it takes long, through views."""
+    if target not in (torch.ops.aten.matmul.default, torch.ops.aten.linear.default) or values[1].dim() != 2:
+        return None
+    x, matrix = values[0], values[1]
+    inner, outer = matrix.shape if target is torch.ops.aten.matmul.default else matrix.shape[::-1]
+    if x.dim() < 2 or x.dtype != matrix.dtype or x.shape[-1] != inner:
+        return None
+    return x.new_empty((*x.shape[:-1], outer))
+
+
 def signature(node: fx.Node) -> Any:
     """What a node's value depends on: its operation, and the recorded values of its operands."""
     operands = map_arg((node.args, dict(node.kwargs)), lambda operand: id(operand.meta.get("val")))
@@ -224,6 +236,11 @@ def put(module: nn.Module, name: str, value: torch.Tensor, persistent: bool = Tr
     else:
         module._parameters.pop(leaf, None)
         module.register_buffer(leaf, value, persistent=persistent)
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether this is a node that gives a tensor, not a size or a flag."""
+    return isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor)
 
 
 def attribute(module: nn.Module, name: str) -> torch.Tensor:

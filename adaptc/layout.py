@@ -91,8 +91,11 @@ def _einsum(axes: Axes, node: fx.Node, weight: fx.Node) -> Layout | None:
     """Letters summed over are columns, letters of the weight alone are rows; shared ones that stay are batches."""
     equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
     assert isinstance(operands, (list, tuple))
-    left, _, result = equation.partition("->")
+    left, arrow, result = equation.partition("->")
     terms = left.split(",")
+    if not arrow:  # what is left is in the order of the alphabet
+        letters = left.replace(",", "")
+        result = "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
     if len(terms) != 2 or not result or "." in equation or list(operands).count(weight) != 1:
         return None
     own, other = terms[list(operands).index(weight)], terms[1 - list(operands).index(weight)]
@@ -132,8 +135,10 @@ def through(node: fx.Node, axes: Axes) -> Axes | None:
     """The axes after a view of a weight; None where the node is no view, or mixes axes."""
     args: Any = node.args
     match operation(node):
-        case "t":
+        case "t" | "numpy_T":
             return axes[::-1]
+        case "mT":
+            return (*axes[:-2], axes[-1], axes[-2])
         case "transpose":
             moved = list(axes)
             moved[args[1]], moved[args[2]] = moved[args[2]], moved[args[1]]

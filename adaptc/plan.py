@@ -170,7 +170,9 @@ def reaches_output(graph: Graph, site: Site) -> bool:
         if node.op == "output":
             return True
         value = node.meta.get("val")
-        if node.target is detach or (isinstance(value, torch.Tensor) and not value.dtype.is_floating_point):
+        if node.target is detach or (
+            isinstance(value, torch.Tensor) and not (value.dtype.is_floating_point or value.is_complex())
+        ):
             continue
         new = [user for user in node.users if user not in seen]
         seen.update(new)

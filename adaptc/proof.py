@@ -22,6 +22,8 @@ EPSILONS = 512
 hundred operations in another order, and far below what a wrong rewrite makes."""
 HALF_EPSILONS = 8
 """The same for float16 and bfloat16, whose products are summed in float32."""
+MASKED = 1e3
+"""How far beyond all other values a constant is that stands for "not this one"."""
 SIZES = ((2, 5, 4, 3, 6, 7, 8), (1, 1, 1, 1, 1, 1, 1), EXAMPLE_SIZES)
 """Sizes of the named dimensions: small and other than those traced, one of each, and those traced."""
 TRIES, FEW_TRIES, MORE_ROWS = 16, 3, 16
@@ -151,14 +153,35 @@ def batches(inputs: Sequence[InputSpec], seed: int = 0) -> dict[str, dict[str, t
 
 
 def _error(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:
-    a, b = a.detach().double(), b.detach().double()
-    if a.isnan().any() or not torch.equal(torch.isfinite(a), torch.isfinite(b)):
+    """The largest error, and the largest value it is held against; infinite where the two are of other kinds."""
+    if a.is_complex() != b.is_complex() or a.is_floating_point() != b.is_floating_point():
         return float("inf"), 1.0
-    mask = torch.isfinite(a)
-    if not mask.any():
+    a, b = (torch.view_as_real(t) if t.is_complex() else t for t in (a.detach(), b.detach()))
+    a, b = a.double().flatten(), b.double().flatten()
+    odd = ~torch.isfinite(a)
+    if a.isnan().any() or not torch.equal(a[odd], b[odd]) or not torch.isfinite(b[~odd]).all():
+        return float("inf"), 1.0
+    a, b = a[~odd], b[~odd]
+    if not len(a):
         return 0.0, 1.0
-    a, b = a[mask], b[mask]
-    return float((a - b).abs().max()), max(float(a.abs().max()), 1e-12)
+    return float((a - b).abs().max()), max(scale(a[~_masked(a) | (a != b)]), 1e-12)
+
+
+def scale(values: torch.Tensor) -> float:
+    """The largest finite value, but for one number that masks: it is a constant, and far beyond all others."""
+    finite = values[torch.isfinite(values)]
+    rest = finite[~_masked(finite)]
+    return float(rest.abs().max()) if len(rest) else 0.0
+
+
+def _masked(values: torch.Tensor) -> torch.Tensor:
+    """Where the smallest value stands, if it is `MASKED` times beyond all others: `masked_fill(..., finfo.min)`."""
+    if not len(values):
+        return torch.zeros_like(values, dtype=torch.bool)
+    found = values == values.min()
+    rest = values[~found]
+    far = len(rest) > 0 and float(values.min().abs()) > MASKED * float(rest.abs().max()) > 0
+    return found if far else torch.zeros_like(found)
 
 
 def runner(module: torch.nn.Module) -> Call:

@@ -144,6 +144,8 @@ def _entry(planned: Planned) -> Table:
     for site in selection.sites:
         trained = sum(math.prod(p.shape) for p in method.at(site).stored(site).values())
         shape = " x ".join(map(str, site.shape))
+        if site.piece:
+            shape = f"{site.out_features} x {site.in_features} of {shape}"
         row = (_pattern(site), site.type or site.kind, shape, f"{trained:,}", site.source)
         groups.setdefault(row, []).append(1)
     for row, members in groups.items():
@@ -156,7 +158,8 @@ def _entry(planned: Planned) -> Table:
 
 
 def _pattern(site: Site) -> str:
-    name = site.module if site.kind == "linear" else f"{site.module}.{site.leaf}"
+    plain = site.kind == "linear" and site.module and not site.shared
+    name = (site.module if plain else site.name) + (f"[{site.piece}]" if site.piece else "")
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
 
 

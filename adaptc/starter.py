@@ -39,6 +39,7 @@ HEADS = {
     "WhisperForConditionalGeneration": "speech-seq2seq",
     "ForCausalLM": "causal-lm",
     "LMHeadModel": "causal-lm",
+    "MTModel": "seq2seq-lm",
     "ForConditionalGeneration": "seq2seq-lm",
     "ForSequenceClassification": "sequence-classification",
     "ForTokenClassification": "token-classification",

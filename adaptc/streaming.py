@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from adaptc.choices import DIMENSION, Choices
 from adaptc.graph import Graph
+from adaptc.tracing.noise import writes
 
 Batch = Mapping[str, torch.Tensor]
 NARROW = (torch.float16, torch.bfloat16)
@@ -87,11 +88,13 @@ def _sweep(graph: Graph, batches: Sequence[Batch], choices: Sequence[Choices], w
     outcomes: list[Any] = [None] * len(batches)
     loaded: dict[str, torch.Tensor] = {}
     last = _last_users(graph)
+    copied = any(writes(node.target) for node in graph.nodes)  # it may write to weights, such as `max_norm`
     with torch.no_grad():
         for node in graph.nodes:
             if node.op == "get_attr":
                 continue  # read by its users, so that it is loaded no earlier than they run
-            weights = {n: _read(graph, n, loaded, wide) for n in node.all_input_nodes if n.op == "get_attr"}
+            read = [n for n in node.all_input_nodes if n.op == "get_attr"]
+            weights = {n: _read(graph, n, loaded, wide, copied) for n in read}
             for number, batch in enumerate(batches):
                 if outcomes[number] is None:
                     try:
@@ -130,7 +133,7 @@ def _last_users(graph: Graph) -> dict[fx.Node, list[fx.Node | str]]:
     return found
 
 
-def _read(graph: Graph, node: fx.Node, loaded: dict[str, torch.Tensor], wide: bool) -> Any:
+def _read(graph: Graph, node: fx.Node, loaded: dict[str, torch.Tensor], wide: bool, copied: bool) -> Any:
     name = str(node.target)
     if name == "training" and name not in graph.weights:
         return False
@@ -139,7 +142,7 @@ def _read(graph: Graph, node: fx.Node, loaded: dict[str, torch.Tensor], wide: bo
         tensor = graph.weights[first].load()
         if wide:
             tensor = _widened(tensor)
-        loaded[first] = tensor.clone() if first in graph.buffers else tensor  # an operation may change it
+        loaded[first] = tensor.clone() if copied or first in graph.buffers else tensor
     return loaded[first]
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 from torch.fx.graph import CodeGen
 
-from adaptc.graph import Graph
+from adaptc.graph import Graph, is_tensor
 from adaptc.tracing.export import LABELS
 
 aten = torch.ops.aten
@@ -16,7 +16,7 @@ aten = torch.ops.aten
 
 def inference_graph(graph: Graph) -> Graph:
     """A copy that only evaluates: dropout is gone, tied weights have one name, and a loss and its labels are
-    left out where other outputs remain.
+    left out where other outputs remain and need no labels.
     """
     graph = graph.copy()
     nodes = graph.module.graph
@@ -63,14 +63,15 @@ def _evaluate(nodes: fx.Graph) -> None:
 
 
 def _kept_outputs(graph: Graph) -> list[int]:
-    """The outputs that do not need labels; all of them where each one does."""
+    """The outputs but for losses, which are scalars that need labels; all of them where there is nothing else."""
     tainted: set[fx.Node] = {n for n in graph.placeholders if n.target == LABELS}
     for node in graph.nodes:
         if any(operand in tainted for operand in node.all_input_nodes) and node.op != "output":
             tainted.add(node)
     flat = _results(next(n for n in graph.nodes if n.op == "output"))
-    tensors = [i for i, value in enumerate(flat) if isinstance(value, fx.Node)]
-    return [i for i in tensors if flat[i] not in tainted] or tensors
+    tensors = [i for i, value in enumerate(flat) if is_tensor(value)]
+    losses = [i for i in tensors if flat[i] in tainted and flat[i].meta["val"].dim() == 0]
+    return [i for i in tensors if i not in losses] or tensors
 
 
 def _results(output: fx.Node) -> list[Any]:

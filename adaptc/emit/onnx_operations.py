@@ -36,10 +36,13 @@ def attention(
     found = aten_scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
     )
-    if attn_mask is None or attn_mask.dtype != ir.DataType.BOOL:
+    if attn_mask is None:
         return found
     last = op.Constant(value_ints=[-1])
-    sees = op.Cast(op.ReduceMax(op.Cast(attn_mask, to=ir.DataType.INT32), last), to=ir.DataType.BOOL)
+    if attn_mask.dtype == ir.DataType.BOOL:
+        sees = op.Cast(op.ReduceMax(op.Cast(attn_mask, to=ir.DataType.INT32), last), to=ir.DataType.BOOL)
+    else:
+        sees = op.Not(op.IsInf(op.ReduceMax(attn_mask, last), detect_positive=0))
     return op.Where(sees, found, op.CastLike(op.Constant(value_float=0.0), query))
 
 

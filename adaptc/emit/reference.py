@@ -10,7 +10,7 @@ import torch
 
 from adaptc.errors import ProofError
 from adaptc.inputs import InputSpec
-from adaptc.proof import Runner, batches
+from adaptc.proof import Runner, batches, scale
 
 SAMPLES = 64
 """How many values of each output are kept, evenly spaced."""
@@ -68,16 +68,16 @@ def proved_again(known: Mapping[str, Any], candidate: Runner) -> str:
 
 def _sample(output: torch.Tensor) -> dict[str, Any]:
     flat = output.detach().double().flatten()
-    finite = flat[torch.isfinite(flat)]
     return {
         "shape": list(output.shape),
-        "largest": float(finite.abs().max()) if finite.numel() else 0.0,
+        "largest": scale(flat),
         "values": [str(value) for value in flat[_places(len(flat))].tolist()],
     }
 
 
 def _places(count: int) -> torch.Tensor:
-    return torch.linspace(0, count - 1, min(count, SAMPLES)).round().long()
+    kept = min(count, SAMPLES)
+    return torch.arange(kept) * (count - 1) // max(kept - 1, 1)
 
 
 def _error(output: torch.Tensor, kept: Mapping[str, Any], where: str) -> float:
@@ -87,10 +87,7 @@ def _error(output: torch.Tensor, kept: Mapping[str, Any], where: str) -> float:
     got = output.detach().double().flatten()[_places(output.numel())]
     want = torch.tensor([float(value) for value in kept["values"]], dtype=torch.float64)
     odd = ~torch.isfinite(want)
-    if (
-        not torch.equal(torch.nan_to_num(got[odd]), torch.nan_to_num(want[odd]))
-        or not torch.isfinite(got[~odd]).all()
-    ):
+    if not torch.allclose(got[odd], want[odd], equal_nan=True) or not torch.isfinite(got[~odd]).all():
         return float("inf")
     difference = (got - want)[~odd].abs()
     return float(difference.max()) / max(kept["largest"], 1e-12) if difference.numel() else 0.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from functools import cache
 from typing import Any
 
@@ -28,24 +28,56 @@ from torch.utils import _pytree as pytree
 from adaptc.emit.onnx_operations import translations
 from adaptc.errors import AdaptcError
 from adaptc.graph import ORIGIN, Graph, attribute
+from adaptc.sites import module_of, source_of
 from adaptc.tracing.export import dynamic_shapes, example_sizes, example_tensors, normalise
+from adaptc.tracing.noise import writes
 from adaptc.tracing.quiet import quietly
 
 
 @cache
-def _vocabulary(
-    opset: int, own: frozenset[Any]
-) -> tuple[Any, frozenset[Any], Mapping[Any, Callable[..., Any]]]:
-    """The exporter's registry with forms of our own, the operations in it, and decompositions of those that are not."""
-    from torch.onnx._internal.exporter import _constants, _decomp, _registration
+def _vocabulary() -> tuple[Mapping[Any, Any], Mapping[Any, Callable[..., Any]]]:
+    """The exporter's functions by the operation they stand for, and decompositions of those it has none for."""
+    from onnxscript.function_libs.torch_lib import ops, registration
+    from torch.onnx._internal.exporter import _decomp, _registration
+    from torch.onnx._internal.exporter._torchlib import _torchlib_registry
 
     quiet = logging.getLogger("torch.onnx._internal.exporter._registration")
     quiet.setLevel(logging.ERROR)  # it warns of every operation of packages that are not installed
-    registry = _registration.ONNXRegistry.from_torchlib(max(opset, _constants.TORCHLIB_OPSET))
-    for target, function in translations(own).items():
+    assert ops is not None  # they are registered when they are imported
+    found: dict[Any, Any] = {
+        _registration._get_overload(name): functions
+        for name, functions in registration.default_registry.items()
+        if not name.startswith("internal::")
+    }
+    for meta in _torchlib_registry.get_torchlib_ops():
+        found.setdefault(meta.fx_target, registration.OverloadedFunction(""))
+    found.pop(None, None)
+    return found, _decomp.create_onnx_friendly_decomposition_table(set(found))
+
+
+def _registry(graph: Graph, opset: int) -> Any:
+    """The exporter's registry of what a graph computes with; making all of it would take longer than the rest."""
+    from torch.onnx._internal.exporter import _constants, _registration
+    from torch.onnx._internal.exporter._torchlib import _torchlib_registry
+
+    registry = _registration.ONNXRegistry()
+    registry._opset_version = max(opset, _constants.TORCHLIB_OPSET)
+    targets: dict[Any, None] = dict.fromkeys(n.target for n in graph.nodes if n.op == "call_function")
+    for meta in _torchlib_registry.get_torchlib_ops():
+        if meta.fx_target in targets:
+            registry._register(meta.fx_target, meta)
+    for target in targets:
+        known = _vocabulary()[0].get(target)
+        if known is None:
+            continue
+        for is_complex in (False, True):
+            for function in known.complex if is_complex else known.overloads:
+                meta = _registration.OnnxDecompMeta(function, target, None, is_complex=is_complex)
+                registry._register(target, meta)
+    registry._cleanup_registry_based_on_opset_version()
+    for target, function in translations(targets).items():
         registry.register_op(target, function)
-    known = frozenset(_decomp.get_onnx_implemented_overloads(registry))
-    return registry, known, _decomp.create_onnx_friendly_decomposition_table(set(known))
+    return registry
 
 
 def translate(graph: Graph, opset: int) -> Any:
@@ -60,12 +92,11 @@ def translate(graph: Graph, opset: int) -> Any:
     try:
         with quietly(), torch.no_grad():
             graph = functional(graph)
-            registry, known, table = _vocabulary(
-                opset, frozenset(translations(n.target for n in graph.nodes))
-            )
-            _lower(graph, known, table)
+            functions, table = _vocabulary()
+            _lower(graph, {*functions, *translations(n.target for n in graph.nodes)}, table)
             _promote(graph)
-            model = _core._exported_program_to_onnx_program(_program(graph), registry=registry).model
+            program, registry = _program(graph), _registry(graph, opset)
+            model = _core._exported_program_to_onnx_program(program, registry=registry).model
             version_converter.convert_version(model, opset, fallback=True)
             return model
     except Exception as error:
@@ -74,13 +105,22 @@ def translate(graph: Graph, opset: int) -> Any:
             (line for line in lines if "No ONNX function" in line or "aten." in line),
             lines[0] if lines else "",
         )
-        raise AdaptcError(f"ONNX export failed: {type(error).__name__}: {words}") from error
+        where = next((_where(node) for node in graph.nodes if f"%{node.name} " in str(error)), "")
+        raise AdaptcError(
+            f"ONNX export failed: {type(error).__name__}: {words}{where}\n"
+            "  expected operations that ONNX has a form for; products in other formats (torch, hf) do not need one"
+        ) from error
+
+
+def _where(node: fx.Node) -> str:
+    module, source = module_of(node)[0], source_of(node)
+    return (f"\n  in {module}" if module else "") + (f"\n  at {source}" if source else "")
 
 
 def functional(graph: Graph) -> Graph:
     """A copy in which no operation changes its operands: an ONNX value is written once."""
     graph = graph.copy()
-    if not any(_mutates(node) for node in graph.nodes):
+    if not any(writes(node.target) for node in graph.nodes):
         return graph
     examples = example_tensors(graph.inputs, example_sizes(graph.inputs))
     shapes = dynamic_shapes(graph.inputs)
@@ -90,11 +130,7 @@ def functional(graph: Graph) -> Graph:
     return graph
 
 
-def _mutates(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-
-
-def _lower(graph: Graph, known: frozenset[Any], table: Mapping[Any, Callable[..., Any]]) -> None:
+def _lower(graph: Graph, known: Set[Any], table: Mapping[Any, Callable[..., Any]]) -> None:
     """Write every operation that the exporter does not know in others, each traced by itself."""
     nodes = graph.module.graph
     for node in list(nodes.nodes):

@@ -52,6 +52,13 @@ REASONS = (
         "write it with torch, or compute it before the model is called and hand it in as an input",
     ),
     Reason(
+        r"padded input size|[Kk]ernel size can't be greater",
+        r"",
+        "an input is too short for a convolution, or for the window of one",
+        "inputs as long as the model needs them",
+        "write its size as a number in `inputs`, such as input_values: float32[batch, 16000]",
+    ),
+    Reason(
         ON_VALUES,
         r"^assert\b",
         "an assertion depends on the values of a tensor",
@@ -125,8 +132,8 @@ def fixed_dimension(inputs: Sequence[InputSpec], sizes: Mapping[str, int], text:
     size = sizes.get(str(spec.dims[index]))
     dims = ", ".join(str(size if i == index else dim) for i, dim in enumerate(spec.dims))
     return (
-        f"input {spec.name}: dimension `{spec.dims[index]}` is fixed to {size} by the model: "
-        f"write {spec.dtype}[{dims}]"
+        f"input {spec.name}: dimension `{spec.dims[index]}` is fixed by the model, which computes otherwise at every "
+        f"size (it was traced with {size}): write the size you will run it with, such as {spec.dtype}[{dims}]"
     )
 
 

@@ -37,7 +37,8 @@ def example_tensors(
 ) -> dict[str, torch.Tensor]:
     """Random inputs, one distinct tensor each.
 
-    Integers lie below the input's `high`; masks are ones, with `pad` zeros at the end of some rows.
+    Integers lie below the input's `high`; masks are ones, with `pad` zeros at the end of some rows. Other booleans
+    are both: the first two of each row differ, so that a mask of either sense leaves something.
     """
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
@@ -46,7 +47,11 @@ def example_tensors(
         dtype = getattr(torch, spec.dtype)
         if dtype.is_floating_point:
             tensor = torch.randn(shape, generator=generator).to(dtype)
-        elif dtype == torch.bool or "mask" in spec.name:
+        elif dtype == torch.bool and "mask" not in spec.name:
+            tensor = torch.rand(shape, generator=generator) < 0.5
+            if shape:
+                tensor[..., 0], tensor[..., 1:2] = True, False
+        elif "mask" in spec.name:
             tensor = torch.ones(shape, dtype=dtype)
             if pad and tensor.dim() == 2 and tensor.shape[1] > 1:
                 tensor[-1, -(tensor.shape[1] // 2) :] = 0

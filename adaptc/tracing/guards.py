@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from traceback import FrameSummary
 from typing import Any
@@ -34,7 +35,7 @@ def check_sizes(
     values = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"]
     mode = next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
     guards = mode.shape_env.guards if mode is not None and mode.shape_env is not None else []
-    for name, larger in _larger(sizes):
+    for name, larger in _larger(sizes, _longest(model)):
         known = {symbol: larger[dim] for symbol, dim in symbols.items()}
         failed = next((guard for guard in guards if guard.expr.subs(known) is false), None)
         if failed is None or not _runs(model, inputs, larger):
@@ -62,10 +63,16 @@ def _symbols(program: Any, inputs: Sequence[InputSpec]) -> dict[Any, str]:
     return found
 
 
-def _larger(sizes: Mapping[str, int]) -> Iterator[tuple[str, dict[str, int]]]:
+def _larger(sizes: Mapping[str, int], longest: int) -> Iterator[tuple[str, dict[str, int]]]:
     for factor in FACTORS:
         for name, size in sizes.items():
-            yield name, {**sizes, name: size * factor}
+            yield name, {**sizes, name: max(size, min(size * factor, longest))}
+
+
+def _longest(model: nn.Module) -> int:
+    """The longest sequence that a Hugging Face configuration is meant for; some models make larger tables beyond."""
+    found = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return found if isinstance(found, int) else sys.maxsize
 
 
 def _runs(model: nn.Module, inputs: Sequence[InputSpec], sizes: Mapping[str, int]) -> bool:

@@ -56,7 +56,7 @@ class _Merge:
                 self.pairs[theirs] = ours
                 position += 1
                 self._merge(theirs, ours)
-            elif _counts_batches(theirs):
+            elif _counter(theirs) is not None:
                 self._insert_count(theirs, ours)
             else:
                 self._insert(theirs, ours)
@@ -138,13 +138,13 @@ class _Merge:
             self.unexplained.append(theirs)
 
     def _insert_count(self, theirs: fx.Node, before: fx.Node) -> None:
-        buffer = theirs.args[0]
-        assert isinstance(buffer, fx.Node)
+        buffer = _counter(theirs)
+        assert buffer is not None
         flag = training_node(self.graph)
         with self.graph.inserting_before(before):
             ours = self.graph.get_attr(str(buffer.target))
             ours.meta["val"] = buffer.meta["val"]
-            self.graph.call_function(aten.add_.Tensor, (ours, flag))
+            self.pairs[theirs] = self.graph.call_function(aten.add_.Tensor, (ours, flag))
 
     def _differs(self, node: fx.Node) -> Any:
         first = next(iter(self.unexplained), node)
@@ -177,8 +177,12 @@ def _writes_to_a_view(node: fx.Node) -> bool:
     return any(getattr(other.target, "is_view", False) for other in (written, *written.users))
 
 
-def _counts_batches(node: fx.Node) -> bool:
-    """Batch norm's counter: `num_batches_tracked.add_(1)`."""
-    if node.target is not aten.add_.Tensor or node.kwargs or node.args[1] != 1:
-        return False
-    return isinstance(node.args[0], fx.Node) and node.args[0].op == "get_attr"
+def _counter(node: fx.Node) -> fx.Node | None:
+    """The counter of a batch norm, `num_batches_tracked.add_(1)`, where a node is that; it may count several times."""
+    while node.target is aten.add_.Tensor and not node.kwargs and node.args[1] == 1:
+        before = node.args[0]
+        assert isinstance(before, fx.Node)
+        if before.op == "get_attr":
+            return before
+        node = before
+    return None

@@ -138,7 +138,7 @@ def inputs_from_examples(
             raise TraceError(f"dynamic names dimension {beyond[0]} of {name!r}, which has {value.dim()}")
         dims = tuple(axes.get(index, size) for index, size in enumerate(value.shape))
         dtype = str(value.dtype).removeprefix("torch.")
-        high = int(value.max()) + 1 if not value.dtype.is_floating_point and value.numel() else None
+        high = max(int(value.max()) + 1, 1) if not value.dtype.is_floating_point and value.numel() else None
         found.append(replace(InputSpec(name, dtype, dims), high=high))
     if names:
         raise TraceError(f"dynamic names {', '.join(names)}, but the inputs are {', '.join(bound.arguments)}")

@@ -16,7 +16,7 @@ from adaptc.tracing.modes import training_node
 
 aten = torch.ops.aten
 SCALES = {aten.mul.Tensor, aten.div.Tensor}
-TRANSPOSES = {aten.t.default, aten.transpose.int, aten.permute.default}
+TRANSPOSES = {aten.t.default, aten.numpy_T.default, aten.mT.default, aten.transpose.int, aten.permute.default}
 
 
 @graph_pass("factor")
@@ -58,7 +58,7 @@ def _is_adapted(node: fx.Node) -> bool:
 
 def _is_expression(E: fx.Node) -> bool:
     """Whether a weight is one that a method wrote, or the model's own transpose of it."""
-    while E.meta.get("adaptation") is None and E.target in TRANSPOSES:
+    while E.meta.get("adaptation") is None and _transposes(E):
         E = E.args[0]  # type: ignore[assignment]
     return E.meta.get("adaptation") is not None
 
@@ -87,7 +87,7 @@ class _Rewrite:
         args: Any = E.args
         if not _is_expression(E):  # a parameter, of the base or of the method
             return self.multiply(product, x, E, flipped, bias)
-        if E.target in TRANSPOSES and E.meta["val"].dim() == 2:
+        if _transposes(E):
             return self.apply(product, x, args[0], not flipped, bias)
         if E.target in VIEWS and E.meta["val"].dim() > 2 and args[0].meta["val"].dim() == 2:
             return self.apply(product, x, args[0], flipped, bias)
@@ -169,7 +169,7 @@ class _Rewrite:
         tag = E.meta["adaptation"]
         if self.graph.adaptations[tag].method.dropout and product.drops and not self.holds_base(term, tag):
             return True
-        while (term.target in SCALES and not isinstance(term.args[1], fx.Node)) or term.target in TRANSPOSES:
+        while (term.target in SCALES and not isinstance(term.args[1], fx.Node)) or _transposes(term):
             term = term.args[0]  # type: ignore[assignment]
         return term.target is aten.mm.default and product.after is not None and self.worth(product, term)
 
@@ -201,6 +201,17 @@ class _Rewrite:
     def emit(self, target: Any, *args: Any) -> fx.Node:
         """One operation, recorded as coming from the base's node."""
         return self.graph.call(target, *args, like=self.node)
+
+
+def _transposes(E: fx.Node) -> bool:
+    """Whether this is the transpose of a matrix; `permute(0, 1)` is not."""
+    value = E.meta.get("val")
+    if E.target not in TRANSPOSES or not isinstance(value, torch.Tensor) or value.dim() != 2:
+        return False
+    args: Any = E.args
+    if E.target is aten.permute.default:
+        return [dim % 2 for dim in args[1]] == [1, 0]
+    return len({dim % 2 for dim in args[1:]}) != 1  # `transpose(0, 0)` leaves all as it is
 
 
 def _same_shape(value: Any, E: fx.Node) -> bool:

@@ -6,9 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import fx
-
-from adaptc.aliases import names, places, users
+from adaptc.aliases import names, others, places
 from adaptc.errors import Refusal
 from adaptc.expression import Folded, cut
 from adaptc.graph import Adaptation, Graph
@@ -32,17 +30,17 @@ class Fold(Pass):
         for adaptation in graph.adaptations:
             site = adaptation.site
             for name, uses in _places(adaptation):
-                others = _others(graph, name, uses)
-                if not others or adaptation.on_alias == "live":
+                beside = others(graph, name, uses)
+                if not beside or adaptation.on_alias == "live":
                     continue
                 leaf = site.leaf if name == site.parameter else name.rpartition(".")[2]
                 words = (
-                    f"{site.module}.{leaf} cannot be folded into: the same tensor is also used by {places(others)}, "
+                    f"{site.module}.{leaf} cannot be folded into: the same tensor is also used by {places(beside)}, "
                     "which would change too\n"
                     "  write `on_alias: untie` in its entry to give this layer a tensor of its own, "
                     "`on_alias: live` to keep its adapter live (`adapters: live`: all), or leave it out"
                 )
-                refusals.append(Refusal(words, tuple(user.name for user in others)))
+                refusals.append(Refusal(words, tuple(user.name for user in beside)))
         return refusals
 
     def call(self, graph: Graph) -> bool:
@@ -54,7 +52,7 @@ class Fold(Pass):
             for name, uses in _places(adaptation):
                 if name in folded:
                     continue
-                if _others(graph, name, uses):
+                if others(graph, name, uses):
                     live.append(adaptation)
                     break
                 value = graph.value_of(name, uses, nodes)
@@ -88,12 +86,6 @@ def _forget(graph: Graph, live: list[Adaptation]) -> None:
         if name not in kept:
             del graph.weights[name], graph.aliases[name]
     graph.adaptations[:] = live
-
-
-def _others(graph: Graph, name: str, uses: tuple[Use, ...]) -> list[fx.Node]:
-    """Who uses a tensor besides these."""
-    own = {use.node for use in uses}
-    return [user for user in users(graph, name) if user.name not in own]
 
 
 def _places(adaptation: Adaptation) -> Iterator[tuple[str, tuple[Use, ...]]]:

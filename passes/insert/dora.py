@@ -20,7 +20,8 @@ class Dora(LowRank):
     """W' = m V / ‖V‖,  V = W + (alpha / r) B A        m (out,)   A (r, in)   B (out, r)
 
     Liu et al. 2024, equation 5; ‖V‖ is the norm of each row and a constant in the backward pass (section 4.3).
-    m starts as ‖W‖, so that W' = W. Dropout goes in front of B A only; PEFT drops the base term's input too.
+    m starts as ‖W‖, so that W' = W; a row of zeros stays one. Dropout goes in front of B A only; PEFT drops the base
+    term's input too.
     """
 
     peft: ClassVar[PeftFormat | None] = LowRank.peft_format("LORA", use_dora=True)
@@ -38,4 +39,5 @@ class Dora(LowRank):
     def weight(self, W: Tensor, *, A: Tensor, B: Tensor, m: Tensor) -> Tensor:
         """m V / ‖V‖, of shape (out, in)."""
         V = W + self.scale * (B @ A)
-        return (m / V.detach().norm(dim=1)).unsqueeze(1) * V
+        norm = V.detach().norm(dim=1)
+        return (m / norm.masked_fill(norm == 0, 1.0)).unsqueeze(1) * V

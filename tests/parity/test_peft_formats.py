@@ -228,6 +228,7 @@ CASES = {
     "excluded": ("layers", lora("conv", "lin", exclude_modules=["layers.1.conv"])),
     "excluded-by-regex": ("layers", lora("conv", "side", exclude_modules=r".*\.[12]\..*")),
     "saved-modules": ("layers", lora("conv", modules_to_save=["layers.2.side", "lin"])),
+    "saved-by-the-end-of-a-name": ("layers", lora("conv", modules_to_save=["ide"])),
     "saved-words": ("words", lora("lin", modules_to_save=["emb"])),
     "fan-in-fan-out": ("sided", lora("first", "second", fan_in_fan_out=True)),
     "fan-in-fan-out-ia3": (
@@ -244,6 +245,7 @@ QUICK = {
         "layers-to-transform",
         "excluded-by-regex",
         "saved-modules",
+        "saved-by-the-end-of-a-name",
         "fan-in-fan-out-ia3",
     ),
 }
