@@ -9,14 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from adaptc.compiled import Compiled
-from adaptc.errors import InputError, TraceError, WeightError
+from adaptc.errors import InputError, ProofError, TraceError, WeightError
 from adaptc.graph import Graph
 from adaptc.pipeline import PassRecord
 from adaptc.plan import Plan, make_plan
-from adaptc.proof import Each, prove, runner, tolerance
+from adaptc.proof import Each, Proof, batches, prove, runner, tolerance
 from adaptc.spec import Spec, load, require_base, resolve_path
 from adaptc.streaming import Streamed
 from adaptc.tracing.base import Base
@@ -61,12 +62,35 @@ def compile(
     _ = base.bound  # a broken checkpoint is found before anything is written
     compiled = Compiled(loaded, plan, graph, records, after)
     if base.real and base.model is not None:
-        changes = any(writes(node.target) for node in graph.nodes)  # such as an embedding with `max_norm`
-        model = copy.deepcopy(base.model) if changes else base.model
-        compiled.proofs.append(
-            prove("trace", graph.inputs, Each(runner(model)), Streamed(graph), tolerance(graph))
-        )
+        compiled.proofs.append(_prove_trace(graph, base.model))
     return compiled
+
+
+def _prove_trace(graph: Graph, model: nn.Module) -> Proof:
+    """The traced graph computes what the model does.
+
+    Raises:
+        TraceError: no two runs of the model itself agree.
+        ProofError: they differ.
+    """
+    changes = any(writes(node.target) for node in graph.nodes)  # such as an embedding with `max_norm`
+    eager = Each(runner(copy.deepcopy(model) if changes else model))
+    try:
+        return prove("trace", graph.inputs, eager, Streamed(graph), tolerance(graph))
+    except ProofError:
+        known = list(batches(graph.inputs).values())
+        for first, second in zip(eager(known), eager(known), strict=True):
+            if (
+                isinstance(first, list)
+                and isinstance(second, list)
+                and not all(map(torch.equal, first, second))
+            ):
+                raise TraceError(
+                    f"{type(model).__name__} draws random numbers in evaluation mode too, so that no two runs agree\n"
+                    "  expected a model that is random in training only\n"
+                    "  let it depend on self.training, as nn.Dropout and F.dropout(x, p, self.training) do"
+                ) from None
+        raise
 
 
 def plan(

@@ -70,7 +70,7 @@ def minilm() -> None:
             torch.nn.init.normal_(parameter, std=0.02)
     peft.save_pretrained(str(work / "adapter"))
 
-    print("| MiniLM, LoRA r 8 on every linear | adaptc / PEFT | adaptc | PEFT |\n|---|---|---|---|")
+    print("\n| MiniLM, LoRA r 8 on every linear | adaptc / PEFT | adaptc | PEFT |\n|---|---|---|---|")
     compiled = adaptc.compile({"base": {"model": str(base)}, "adapt": [{"adapter": str(work / "adapter")}]})
     tensors = batch(16, 64)
     for how, change in (("eager", lambda module: module), ("compiled", torch.compile)):

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import fx
+
 from adaptc.aliases import names, others, places
 from adaptc.errors import Refusal
 from adaptc.expression import Folded, cut
@@ -30,7 +32,7 @@ class Fold(Pass):
         for adaptation in graph.adaptations:
             site = adaptation.site
             for name, uses in _places(adaptation):
-                beside = others(graph, name, uses)
+                beside = others(graph, name, uses) or _otherwise(graph, name, uses)
                 if not beside or adaptation.on_alias == "live":
                     continue
                 leaf = site.leaf if name == site.parameter else name.rpartition(".")[2]
@@ -52,7 +54,7 @@ class Fold(Pass):
             for name, uses in _places(adaptation):
                 if name in folded:
                     continue
-                if others(graph, name, uses):
+                if others(graph, name, uses) or _otherwise(graph, name, uses):
                     live.append(adaptation)
                     break
                 value = graph.value_of(name, uses, nodes)
@@ -86,6 +88,17 @@ def _forget(graph: Graph, live: list[Adaptation]) -> None:
         if name not in kept:
             del graph.weights[name], graph.aliases[name]
     graph.adaptations[:] = live
+
+
+def _otherwise(graph: Graph, name: str, uses: tuple[Use, ...]) -> list[fx.Node]:
+    """Which of these uses read another value than the first: a later method adapted the tensor for some of them."""
+    nodes = graph.by_name()
+    value = graph.adapted.get((name, uses[0].node))
+    return [
+        user
+        for user in (nodes[use.node] for use in uses)
+        if value is not None and nodes[value] not in user.all_input_nodes
+    ]
 
 
 def _places(adaptation: Adaptation) -> Iterator[tuple[str, tuple[Use, ...]]]:

@@ -16,6 +16,7 @@ import adaptc
 from adaptc.choices import Choices
 from adaptc.emit import reference
 from adaptc.emit.onnx import onnx_runner
+from adaptc.errors import TraceError
 from adaptc.inputs import InputSpec
 from adaptc.proof import Each, prove
 from tests.families import perturb
@@ -109,6 +110,27 @@ def test_a_parameter_is_adapted_however_it_is_turned(name: str, method: str, tmp
     made.emit("onnx", tmp_path / "m.onnx")
     for got in (made.module.eval()(x), made.fold()(x), onnx_runner(tmp_path / "m.onnx")({"x": x})[0]):
         assert near(got, want)
+
+
+def test_a_tensor_that_two_methods_change_in_different_places_is_refused() -> None:
+    def tied(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(m.e(x).mean(1), m.e.weight)
+
+    model, x = Calls(tied, e=nn.Embedding(9, 6)), torch.randint(0, 9, (3, 5))
+    adapt = [{"method": "full", "target": "e"}, {**LORA, "target": "e"}]
+    made = compiled(model, adapt, x)
+    perturb(made.module)
+    with pytest.raises(adaptc.RefusedError, match="the same tensor is also used by"):
+        made.fold()
+    live = compiled(model, [entry | {"on_alias": "live"} for entry in adapt], x)
+    perturb(live.module)
+    assert near(live.fold()(x), live.module.eval()(x))
+
+
+def test_a_model_that_is_random_in_evaluation_is_told_so() -> None:
+    model = Calls(lambda m, x: F.dropout(m.l(x), 0.5, True), l=nn.Linear(6, 4))
+    with pytest.raises(TraceError, match=r"draws random numbers in evaluation mode too(?s:.*)self\.training"):
+        compiled(model, [{**LORA, "target": "l"}], torch.randn(3, 6))
 
 
 def test_a_row_of_zeros_is_no_nan_in_dora() -> None:
