@@ -51,15 +51,16 @@ VIEWS = frozenset(
 """Operations that move features without changing them."""
 
 
-def behind(starts: Iterable[fx.Node]) -> dict[fx.Node, None]:
-    """These nodes and all they are made from, up to and including the next products."""
+def behind(starts: Iterable[fx.Node], residual: bool = True) -> dict[fx.Node, None]:
+    """These nodes and all they are made from, up to the next products; with `residual` beyond sums of others too."""
     found: dict[fx.Node, None] = {}
     queue = list(starts)
     while queue:
         node = queue.pop(0)
         if node not in found:
             found[node] = None
-            queue += [] if operation(node) in PRODUCTS else node.all_input_nodes
+            stops = operation(node) in PRODUCTS or (not residual and is_residual(node))
+            queue += [] if stops else node.all_input_nodes
     return found
 
 

@@ -146,9 +146,11 @@ class Convolution:
         """Channels, then one for each spatial axis."""
         return emit(aten.reshape.default, vector, [-1, *(1 for _ in self.kernel[1:])])
 
-    def along_in(self, emit: Emit, vector: fx.Node) -> None:
-        """Columns are channels and places of the kernel."""
-        return None
+    def along_in(self, emit: Emit, vector: fx.Node) -> fx.Node | None:
+        """Columns are channels and places of the kernel: plain channels, if there is one place."""
+        if self.groups > 1 or any(size != 1 for size in self.kernel[1:]):
+            return None
+        return self.along_out(emit, vector)
 
 
 @dataclass(frozen=True)

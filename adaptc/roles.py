@@ -108,7 +108,7 @@ def _attentions(nodes: Iterable[fx.Node]) -> Iterator[tuple[dict[str, fx.Node], 
 
 def _feed_forward(out: fx.Node, site: Site, roles: Roles, weighted: Mapping[fx.Node, Site]) -> None:
     """Give the roles around a product whose input comes from an activation."""
-    branch = behind(out.all_input_nodes)
+    branch = behind(out.all_input_nodes, residual=False)  # an activation in the residual stream is another's
     active = [node for node in branch if operation(node) in ACTIVATIONS]
     fed = {node for node in behind(active) if node in weighted}
     if not fed:

@@ -60,7 +60,8 @@ TABLES: dict[str, Mapping[str, set[str]]] = {
     },
     "bart": {**ENCODER_DECODER, "lm_head": {"head"}, "*embed*": {"embedding"}},
     "whisper": {
-        **ENCODER_DECODER, "proj_out": {"head"}, "*embed_tokens": {"embedding"}, "*.conv1": {IN}, "*.conv2": {IN, OUT},
+        **ENCODER_DECODER, "proj_out": {"head"}, "*.embed_tokens": {"embedding"},
+        "*encoder.embed_positions": {"embedding"}, "*.conv1": {IN}, "*.conv2": {OUT},
     },
     "vit": {
         **ENCODER_DECODER, "*.o_proj": {O}, "*.dense": {O}, "classifier": {"head"}, "*projection": set(),

