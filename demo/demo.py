@@ -18,6 +18,7 @@ from rich.table import Table
 import adaptc
 from adaptc.emit.onnx import open_session
 from adaptc.emit.products import emit_all
+from adaptc.report import Report
 
 ROOT = Path(__file__).resolve().parent.parent
 SPEC = ROOT / "specs" / "sentiment.yaml"
@@ -131,12 +132,8 @@ def main() -> None:
     after = accuracy(module.eval(), batches, held_out)
 
     console.print("\nfolding, exporting and proving:")
-    paths = emit_all(
-        compiled,
-        compiled.spec.emit,
-        lambda _, proof: proof and console.print(f"  {proof}", soft_wrap=True),
-        BUILD,
-    )
+    with Report().products() as observer:
+        paths = emit_all(compiled, compiled.spec.emit, observer, BUILD)
     folded, live, base = paths[:3]
     feeds = {k: v.numpy() for k, v in batches(held_out[:8]).items() if k != "labels"}
     seconds = latencies([base, live, folded], feeds)

