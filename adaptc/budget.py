@@ -105,9 +105,8 @@ def _shape(value: torch.Tensor, sizes: Mapping[Any, int]) -> list[int]:
     def plain(size: Any) -> int:
         if not isinstance(size, torch.SymInt):
             return int(size)
-        expression = size.node.expr.subs(
-            sizes
-        )  # what is left of symbols is read from values, not from the inputs
+        expression = size.node.expr.subs(sizes)
+        # Symbols that are left come from values, not from the inputs' sizes.
         return int(expression.subs(dict.fromkeys(expression.free_symbols, LENGTH)))
 
     return [plain(size) for size in value.shape]

@@ -60,9 +60,7 @@ class Compiled:
         module = bind(graph, graph.adapter_names)
         module.meta[META] = self.about(graph)
         for name in graph.adapter_names:
-            weight = self.graph.weights[name]
-            assert isinstance(weight, Computed)
-            weight.put(_follows(module, name))
+            _put(self.graph.weights[name], _follows(module, name))
         for name, buffer in module.named_buffers():  # what batch norm learns belongs to every product too
             self.graph.weights[name] = Computed(tuple(buffer.shape), buffer.dtype, _follows(module, name))
         return module
@@ -282,9 +280,13 @@ class Compiled:
             except WeightError as error:
                 raise self.spec.weight_error(("adapt", members[0].entry, "adapter"), error) from None
             for name, value in values.items():
-                weight = self.graph.weights[name]
-                assert isinstance(weight, Computed)
-                weight.put(value.detach)
+                _put(self.graph.weights[name], value.detach)
+
+
+def _put(weight: Weight, value: Callable[[], torch.Tensor]) -> None:
+    """Let an adapter's weight be what this gives."""
+    assert isinstance(weight, Computed)
+    weight.put(value)
 
 
 def _follows(module: fx.GraphModule, name: str) -> Callable[[], torch.Tensor]:

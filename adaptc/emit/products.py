@@ -132,7 +132,8 @@ def _onnx(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> None
     pieces = Pieces(path, final)
     program: Runner = pieces if beside.exists() else Each(onnx_runner(path, final))
     run = compiled.streamed(graph, wide=True)
-    if run.wide and 0 < len(pieces.choices) == sum(node.target in DIMENSION for node in graph.nodes):
+    choices = sum(node.target in DIMENSION for node in graph.nodes)
+    if run.wide and choices and len(pieces.choices) == choices:
         program, run = pieces, compiled.held_against(pieces, graph)
     reference = Kept(run, product["outputs"])
     proof = compiled.prove(f"onnx, {entry.adapters}", graph, reference, program)

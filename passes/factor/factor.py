@@ -92,9 +92,8 @@ class _Rewrite:
         if E.target in VIEWS and E.meta["val"].dim() > 2 and args[0].meta["val"].dim() == 2:
             return self.apply(product, x, args[0], flipped, bias)
         if E.target in VIEWS and args[0].target in VIEWS and _same_shape(args[0].args[0], E):
-            return self.apply(
-                product, x, args[0].args[0], flipped, bias
-            )  # there and back, between two methods
+            # There and back, between two methods.
+            return self.apply(product, x, args[0].args[0], flipped, bias)
         if E.target is aten.add.Tensor and not E.kwargs and all(_same_shape(a, E) for a in args):
             terms = sorted(args, key=lambda a: not self.holds_base(a, E.meta["adaptation"]))
             if not self.gains(product, E, terms[1]):

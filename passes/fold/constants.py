@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -28,11 +28,11 @@ class Fold(Pass):
 
     def requires(self, graph: Graph) -> list[Refusal]:
         """No tensor that is folded into may be used anywhere else: it would change there too."""
-        refusals = []
+        refusals, nodes = [], graph.by_name()
         for adaptation in graph.adaptations:
             site = adaptation.site
             for name, uses in _places(adaptation):
-                beside = others(graph, name, uses) or _otherwise(graph, name, uses)
+                beside = _beside(graph, name, uses, nodes)
                 if not beside or adaptation.on_alias == "live":
                     continue
                 leaf = site.leaf if name == site.parameter else name.rpartition(".")[2]
@@ -54,7 +54,7 @@ class Fold(Pass):
             for name, uses in _places(adaptation):
                 if name in folded:
                     continue
-                if others(graph, name, uses) or _otherwise(graph, name, uses):
+                if _beside(graph, name, uses, nodes):
                     live.append(adaptation)
                     break
                 value = graph.value_of(name, uses, nodes)
@@ -90,15 +90,16 @@ def _forget(graph: Graph, live: list[Adaptation]) -> None:
     graph.adaptations[:] = live
 
 
-def _otherwise(graph: Graph, name: str, uses: tuple[Use, ...]) -> list[fx.Node]:
-    """Which of these uses read another value than the first: a later method adapted the tensor for some of them."""
-    nodes = graph.by_name()
+def _beside(graph: Graph, name: str, uses: tuple[Use, ...], nodes: Mapping[str, fx.Node]) -> list[fx.Node]:
+    """Who uses a tensor besides these, or if nobody does, who of these reads another value than the first.
+
+    A later method may have adapted the tensor for some of its uses only.
+    """
+    found = others(graph, name, uses)
     value = graph.adapted.get((name, uses[0].node))
-    return [
-        user
-        for user in (nodes[use.node] for use in uses)
-        if value is not None and nodes[value] not in user.all_input_nodes
-    ]
+    if found or value is None:
+        return found
+    return [nodes[use.node] for use in uses if nodes[value] not in nodes[use.node].all_input_nodes]
 
 
 def _places(adaptation: Adaptation) -> Iterator[tuple[str, tuple[Use, ...]]]:
