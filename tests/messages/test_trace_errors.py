@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import adaptc
 from adaptc.errors import TraceError
@@ -283,3 +285,47 @@ def test_the_line_of_transformers_itself(
     assert "torch.isfinite" in result.err
     assert "another base.dtype may avoid it" in result.err
     assert cli("plan", spec, "--set", "base.dtype=bfloat16").code == 0
+
+
+class Heard(nn.Module):
+    """A convolution with a window longer than what is tried."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(1, 4, 400)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x).mean(-1)
+
+
+def test_an_input_that_is_too_short_for_a_convolution() -> None:
+    spec = {"inputs": {"x": "float32[batch, 1, time]"}, "adapt": []}
+    with pytest.raises(adaptc.AdaptcError) as caught:
+        adaptc.compile(spec, model=Heard())
+    text = str(caught.value)
+    assert "Heard could not be traced: an input is too short for a convolution" in text
+    assert "return self.conv(x).mean(-1)" in text
+    assert "write its size as a number in `inputs`" in text
+
+
+class Bessel(nn.Module):
+    """An operation that ONNX has no form for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.special.bessel_j0(self.up(x))
+
+
+def test_what_onnx_has_no_form_for_is_told_with_its_line(tmp_path: Path) -> None:
+    compiled = adaptc.compile({"inputs": {"x": "float32[batch, 4]"}, "adapt": []}, model=Bessel())
+    with pytest.raises(adaptc.AdaptcError) as caught:
+        compiled.emit("onnx", tmp_path / "m.onnx")
+    text = str(caught.value)
+    assert "ONNX export failed" in text
+    assert "bessel_j0" in text
+    assert re.search(r"\n  at test_trace_errors\.py:\d+", text)
+    assert "products in other formats (torch, hf) do not need one" in text
+    assert not list(tmp_path.iterdir())
