@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from adaptc.pipeline import Pass as Pass
     from adaptc.pipeline import graph_pass as graph_pass
     from adaptc.spec import Spec as Spec
+    from adaptc.training import TrainingStep as TrainingStep
+    from adaptc.training import parameter_groups as parameter_groups
 
 __all__ = [
     "AdaptcError",
@@ -39,12 +41,14 @@ __all__ = [
     "RefusedError",
     "Spec",
     "SpecError",
+    "TrainingStep",
     "WeightMethod",
     "bind",
     "compile",
     "graph_pass",
     "load",
     "load_adapter",
+    "parameter_groups",
     "passes",
     "run",
     "save_adapter",
@@ -60,6 +64,8 @@ _HOMES = {
     "run": "adaptc.api",
     "load": "adaptc.api",
     "save_adapter": "adaptc.api",
+    "TrainingStep": "adaptc.training",
+    "parameter_groups": "adaptc.training",
     "load_adapter": "adaptc.api",
     "Pass": "adaptc.pipeline",
     "graph_pass": "adaptc.pipeline",

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
-from adaptc.checkpoint import Checkpoint, load, match
+from adaptc.checkpoint import ROOT, Checkpoint, load, match
 from adaptc.graph import Adaptation, Graph
-from adaptc.method import PeftFormat, options_of
+from adaptc.method import Method, Param, PeftFormat, options_of
 from adaptc.peft_keys import PeftLayout, as_stored
 from adaptc.registry import method_named
 from adaptc.sites import Site
@@ -19,11 +20,27 @@ from adaptc.sites import Site
 
 @dataclass(frozen=True)
 class AdapterTensor:
-    """One trained tensor: its name in the graph, its key in a checkpoint (without PEFT's prefix), its shape."""
+    """One tensor of an adapter.
+
+    Attributes:
+        name: its name in the graph.
+        key: its key in a checkpoint, without PEFT's prefix; see `checkpoint.short`.
+        shape: its shape.
+        argument: what the method's expression calls it.
+        site: the site it belongs to, by its pattern; "" for one that all of them share.
+        trained: whether it gets a gradient.
+        stored: whether checkpoints hold it.
+        below: of indices what all of them are below.
+    """
 
     name: str
     key: str
     shape: tuple[int, ...]
+    argument: str
+    site: str
+    trained: bool
+    stored: bool
+    below: int | None
 
 
 @dataclass(frozen=True)
@@ -50,9 +67,36 @@ class AdapterRecord:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> AdapterRecord:
         """Read what `asdict` wrote."""
-        tensors = tuple(AdapterTensor(t["name"], t["key"], tuple(t["shape"])) for t in data["tensors"])
+        tensors = tuple(AdapterTensor(**{**t, "shape": tuple(t["shape"])}) for t in data["tensors"])
         lists = {key: tuple(data[key]) for key in ("modules", "parameters", "patterns")}
         return cls(**{**data, **lists, "tensors": tensors})
+
+    @property
+    def stored(self) -> list[AdapterTensor]:
+        """The tensors that checkpoints hold."""
+        return [tensor for tensor in self.tensors if tensor.stored]
+
+    @property
+    def instance(self) -> Method:
+        """The method with the options of the entry."""
+        return TypeAdapter(method_named(self.method)).validate_python(dict(self.options))
+
+    def sites(self, values: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+        """Of these tensors by name, those of every site, as the method's expression calls them."""
+        found: dict[str, dict[str, torch.Tensor]] = {}
+        for tensor in self.tensors:
+            if tensor.site and tensor.name in values:
+                found.setdefault(tensor.site, {})[tensor.argument] = values[tensor.name]
+        return found
+
+    def renamed(self, sites: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """The inverse of `sites`."""
+        own = [t for t in self.tensors if t.argument in sites.get(t.site, {})]
+        return {tensor.name: sites[tensor.site][tensor.argument] for tensor in own}
+
+    def shaped(self, shapes: Mapping[str, tuple[int, ...]]) -> AdapterRecord:
+        """The record with other shapes, by name."""
+        return replace(self, tensors=tuple(replace(t, shape=shapes.get(t.name, t.shape)) for t in self.tensors))
 
     @property
     def format(self) -> PeftFormat | None:
@@ -72,30 +116,61 @@ def records_of(graph: Graph) -> list[AdapterRecord]:
         layout = PeftLayout(beside[entry, adapter], places_of(graph))
         own = PeftLayout([a.site for a in group], layout.order)
         in_peft = own.known and all(_in_peft(a, graph) for a in group)
-        tensors = tuple(
-            AdapterTensor(name, layout.key(a.site, param) if in_peft else a.site.key(param.key), param.shape)
+        tensors = {
+            name: AdapterTensor(
+                name, key, param.shape, argument, site, param.trained, param.stored, param.below
+            )
             for a in group
-            for name, param in a.params.values()
-        )
+            for argument, (name, param) in a.params.items()
+            for key, site in [_place(a.site, param, a.shares(argument), layout if in_peft else None)]
+        }
         modules = tuple(own.modules) or tuple(dict.fromkeys(a.site.module for a in group))
         others = {site.module for site in graph.sites} - {a.site.module for a in group}
-        options = json.loads(json.dumps(options_of(group[0].declared), default=list))
         found.append(
             AdapterRecord(
                 adapter=adapter,
                 entry=entry,
                 method=method,
-                options=options,
+                options=_plain(group[0].declared),
                 modules=() if own.parameters and not own.modules else modules,
                 parameters=tuple(own.parameters),
                 patterns=tuple(dict.fromkeys(a.site.pattern for a in group)),
                 transposed=any(a.site.transposed for a in group),
                 ambiguous=any(other.endswith("." + module) for other in others for module in modules),
                 in_peft=in_peft,
-                tensors=tensors,
+                tensors=tuple(tensors.values()),
             )
         )
     return found
+
+
+def _plain(method: Method) -> dict[str, Any]:
+    return json.loads(json.dumps(options_of(method), default=list))
+
+
+def compacted(
+    records: Sequence[AdapterRecord], values: Mapping[str, torch.Tensor]
+) -> tuple[list[AdapterRecord], dict[str, torch.Tensor]]:
+    """Records and their tensors, without what training has pruned."""
+    found, kept = [], dict(values)
+    for record in records:
+        sites, instance = record.sites(values), record.instance
+        smaller, left = instance.compact(sites)
+        if smaller is instance:
+            found.append(record)
+            continue
+        new = record.renamed(left)
+        shapes = {name: tuple(value.shape) for name, value in new.items()}
+        found.append(replace(record.shaped(shapes), options=_plain(smaller)))
+        kept |= new
+    return found, kept
+
+
+def _place(site: Site, param: Param, shared: bool, layout: PeftLayout | None) -> tuple[str, str]:
+    """The key of a tensor, and the site it belongs to."""
+    if shared:
+        return f"{ROOT}{param.key}", ""
+    return (layout.key(site, param) if layout is not None else site.key(param.key)), site.pattern
 
 
 def _in_peft(a: Adaptation, graph: Graph) -> bool:
@@ -114,9 +189,10 @@ def assign(checkpoint: Checkpoint, records: Sequence[AdapterRecord]) -> dict[str
     Raises:
         WeightError: they do not fit the records, or one is not finite.
     """
-    tensors = [tensor for record in records for tensor in record.tensors]
-    match(checkpoint, {tensor.key: tensor.shape for tensor in tensors})
-    values = load(checkpoint, [tensor.key for tensor in tensors])
+    tensors = [tensor for record in records for tensor in record.stored]
+    expected = {tensor.key: tensor for tensor in tensors}
+    match(checkpoint, expected)
+    values = load(checkpoint, expected)
     return {tensor.name: values[tensor.key] for tensor in tensors}
 
 

@@ -48,6 +48,7 @@ def budget(base: Graph, adapted: Graph, factored: Graph) -> Budget:
     firsts = {first for name, first in base.aliases.items() if first not in base.buffers}
     weights = {name: base.weights[name] for name in firsts}
     adapters = {name: adapted.weights[name] for name in adapted.adapter_names}
+    frozen = sum(adapted.weights[name].nbytes for name in adapted.inserted if name not in adapters)
     total = sum(torch.Size(w.shape).numel() for w in weights.values())
     trainable = sum(torch.Size(w.shape).numel() for w in adapters.values())
     held = sum(w.nbytes for w in weights.values())
@@ -56,7 +57,7 @@ def budget(base: Graph, adapted: Graph, factored: Graph) -> Budget:
     return Budget(
         parameters=total,
         trainable=trainable,
-        train_bytes=held + 2 * added + 8 * trainable,  # weights and gradients, then Adam's two float32 states
+        train_bytes=held + frozen + 2 * added + 8 * trainable,  # weights, gradients and Adam's two float32 states
         run_bytes=held,
         base_flops=before,
         added_flops=flops(factored) - before,

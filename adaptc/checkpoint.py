@@ -9,7 +9,7 @@ import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -18,7 +18,9 @@ from adaptc.weights import Held, Weight, open_safetensors, read_safetensors, sha
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PICKLE, ORDER = "adapter_model.bin", "adapters.json"
-PREFIX = "base_model.model."
+ROOT = "base_model."
+PREFIX = f"{ROOT}model."
+"""What stands in front of every key; `ROOT` alone in front of a tensor that belongs to no module."""
 BASE_HASH = "base_sha256"
 
 
@@ -103,13 +105,12 @@ def read(path: Path, allow_pickle: bool = False) -> Checkpoint:
     else:
         raise WeightError(f"{path}: no {TENSORS} there")
     for key, weight in tensors.items():
-        if not key.startswith(PREFIX):
+        if not key.startswith(ROOT):
             raise WeightError(
                 f"{path}: tensor {key!r} does not start with {PREFIX!r}: not a checkpoint as PEFT writes it"
             )
-        if not weight.dtype.is_floating_point:
-            kind = str(weight.dtype).removeprefix("torch.")
-            raise WeightError(f"{path}: tensor {key!r} is {kind}; trained weights are floating-point numbers")
+        if weight.dtype in (torch.uint8, torch.bool):
+            raise WeightError(f"{path}: tensor {key!r} is {_kind(weight)}, which no adapter has")
     named = {key.removeprefix(PREFIX): weight for key, weight in tensors.items()}
     listed = config.get("modules_to_save") or []
     return Checkpoint(path, config, named, sha, _saved(listed, named))
@@ -126,12 +127,31 @@ def _saved(listed: Sequence[str], keys: Iterable[str]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def match(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Check a checkpoint's keys and shapes against what was inserted; no tensor is loaded.
+class Expected(Protocol):
+    """What is known of a tensor before it is read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        ...
+
+    @property
+    def below(self) -> int | None:
+        """Of indices what all of them are below; None for numbers."""
+        ...
+
+
+def full(key: str) -> str:
+    """A key as it stands in the file."""
+    return key if key.startswith(ROOT) else PREFIX + key
+
+
+def match(checkpoint: Checkpoint, expected: Mapping[str, Expected]) -> None:
+    """Check a checkpoint's keys, shapes and kinds against what was inserted; no tensor is loaded.
 
     Args:
         checkpoint: the checkpoint.
-        expected: key without PEFT's prefix -> shape.
+        expected: key without PEFT's prefix -> what it must be.
 
     Raises:
         WeightError: a tensor is missing, left over or mis-shaped.
@@ -146,36 +166,48 @@ def match(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> No
         )
     if absent:
         raise WeightError(
-            f"{checkpoint.path}: tensor {PREFIX + absent[0]!r} is missing; the file is incomplete, "
+            f"{checkpoint.path}: tensor {full(absent[0])!r} is missing; the file is incomplete, "
             "or the adapter was trained on another base"
         )
-    for key, shape in expected.items():
-        if held[key].shape != shape:
+    for key, wanted in expected.items():
+        if held[key].shape != wanted.shape:
             raise WeightError(
-                f"{checkpoint.path}: tensor {PREFIX + key!r} has shape {list(held[key].shape)}, but this base and "
-                f"this configuration need {list(shape)}; the adapter was trained on another base, "
+                f"{checkpoint.path}: tensor {full(key)!r} has shape {list(held[key].shape)}, but this base and "
+                f"this configuration need {list(wanted.shape)}; the adapter was trained on another base, "
                 "or its configuration was changed"
             )
+        if wanted.below is None and not held[key].dtype.is_floating_point:
+            words = f"is {_kind(held[key])}; trained weights are floating-point numbers"
+            raise WeightError(f"{checkpoint.path}: tensor {full(key)!r} {words}")
     if left:
-        shown = ", ".join(repr(PREFIX + key) for key in left[:3])
+        shown = ", ".join(repr(full(key)) for key in left[:3])
         raise WeightError(
             f"{checkpoint.path}: {len(left)} tensors fit no layer this adapter was given: {shown}; "
             "it was trained on another base, or holds something this version does not read"
         )
 
 
-def load(checkpoint: Checkpoint, keys: Iterable[str]) -> dict[str, torch.Tensor]:
+def load(checkpoint: Checkpoint, expected: Mapping[str, Expected]) -> dict[str, torch.Tensor]:
     """Load tensors that were matched.
 
     Raises:
-        WeightError: one holds a value that is not finite.
+        WeightError: one holds a value that is not finite, or an index that points nowhere.
     """
     found = {}
-    for key in keys:
-        found[key] = checkpoint.tensors[key].load()
-        if not torch.isfinite(found[key]).all():
-            raise WeightError(f"{checkpoint.path}: tensor {PREFIX + key!r} holds NaN or infinity")
+    for key, wanted in expected.items():
+        value = found[key] = checkpoint.tensors[key].load()
+        if not torch.isfinite(value).all():
+            raise WeightError(f"{checkpoint.path}: tensor {full(key)!r} holds NaN or infinity")
+        if wanted.below is not None and value.numel() and not 0 <= value.min() <= value.max() < wanted.below:
+            words = f"holds the index {int(value.max() if value.min() >= 0 else value.min())}"
+            raise WeightError(
+                f"{checkpoint.path}: tensor {full(key)!r} {words}, expected 0 to {wanted.below - 1}"
+            )
     return found
+
+
+def _kind(weight: Weight) -> str:
+    return str(weight.dtype).removeprefix("torch.")
 
 
 def check_carried(checkpoint: Checkpoint, base: Mapping[str, Weight]) -> None:

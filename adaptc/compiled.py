@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ from adaptc.emit.torch import META, load_adapter_into
 from adaptc.errors import ProofError, Refusal, RefusedError, WeightError
 from adaptc.expression import Folded
 from adaptc.graph import Graph, attribute, bind
-from adaptc.pipeline import PassRecord, run
+from adaptc.insert import Insert
+from adaptc.method import options_of
+from adaptc.pipeline import Pass, PassRecord, run
 from adaptc.plan import Plan
 from adaptc.planned import Planned
 from adaptc.proof import Proof, Runner, effect, gradients, prove, randomised, tolerance
@@ -26,7 +28,7 @@ from adaptc.spec import Spec
 from adaptc.streaming import Chooser, Streamed
 from adaptc.tracing.export import export, output_class
 from adaptc.tracing.merge import follow_training
-from adaptc.weights import Computed, Weight, sha256_of_files, sha256_of_tensors
+from adaptc.weights import Computed, Held, Weight, sha256_of_files, sha256_of_tensors
 
 RANDOM = "fold, random adapters"
 """The proof that no zero in an untrained adapter hides a mistake."""
@@ -59,10 +61,13 @@ class Compiled:
         self._prove_module(graph)
         module = bind(graph, graph.adapter_names)
         module.meta[META] = self.about(graph)
-        for name in graph.adapter_names:
-            _put(self.graph.weights[name], _follows(module, name))
+        inserted = graph.inserted
+        for name, param in inserted.items():
+            if param.stored:
+                _put(self.graph.weights[name], _follows(module, name))
         for name, buffer in module.named_buffers():  # what batch norm learns belongs to every product too
-            self.graph.weights[name] = Computed(tuple(buffer.shape), buffer.dtype, _follows(module, name))
+            if name not in inserted:
+                self.graph.weights[name] = Computed(tuple(buffer.shape), buffer.dtype, _follows(module, name))
         return module
 
     def trainable_graph(self) -> Graph:
@@ -88,6 +93,26 @@ class Compiled:
         graph = self.plan.factored.copy()
         graph.weights.update((adapted or self.graph).weights)
         return graph
+
+    def compact_graph(self) -> Graph:
+        """The live graph, without what training has pruned."""
+        records = adapters.records_of(self.graph)
+        smaller, values = adapters.compacted(records, tensors_of(self))
+        left = {
+            (new.entry, new.method): new for old, new in zip(records, smaller, strict=True) if new is not old
+        }
+        if not left:
+            return self.live_graph()
+        passes: list[Pass] = []
+        for item in self.plan.passes:
+            new = left.get((item.entry, item.method.name)) if isinstance(item, Insert) else None
+            passes.append(item if new is None else replace(item, **options_of(new.instance)))  # type: ignore[type-var]
+        graph = run(self.base, passes)
+        for name, param in graph.inserted.items():
+            if param.stored:
+                graph.weights[name] = Held(values[name])
+        factor = load_passes()["factor"]()
+        return run(graph, [factor]) if graph.stage in factor.takes else graph
 
     def folded_graph(self, keep: Callable[[Graph], Any] | None = None) -> Graph:
         """The folded graph, proved against the live one: as the adapters stand, or where they do not show, with
@@ -269,18 +294,35 @@ class Compiled:
         for members in by_path.values():
             checkpoint = members[0].checkpoint
             assert checkpoint is not None
-            wanted = [(p.entry, p.insert.method.name, p.insert.adapter) for p in members]
+            wanted = {(p.entry, p.insert.method.name, p.insert.adapter): p for p in members}
+            records = [(r, p) for r in found if (p := wanted.get((r.entry, r.method, r.adapter))) is not None]
             try:
                 if checkpoint.base_sha256:
                     check_base(checkpoint, self.base_sha256)
                 check_carried(checkpoint, self.base.weights)
-                values = adapters.assign(
-                    checkpoint, [r for r in found if (r.entry, r.method, r.adapter) in wanted]
-                )
+                values = adapters.assign(checkpoint, [self._as_stored(r, p) for r, p in records])
             except WeightError as error:
                 raise self.spec.weight_error(("adapt", members[0].entry, "adapter"), error) from None
+            for record, planned in records:
+                if planned.whole is not None:
+                    at = planned.insert.method
+                    cut = {site: at.cut_tensors(theta) for site, theta in record.sites(values).items()}
+                    values |= record.renamed(cut)
             for name, value in values.items():
                 _put(self.graph.weights[name], value.detach)
+
+    def _as_stored(self, record: adapters.AdapterRecord, planned: Planned) -> adapters.AdapterRecord:
+        """A record with the shapes that its checkpoint has, where it is inserted at a smaller rank."""
+        whole = planned.whole
+        if whole is None:
+            return record
+        own = [a for a in self.graph.adaptations if (a.entry, a.method.name) == (record.entry, record.method)]
+        shapes = {
+            name: whole.at(a.site).stored(a.site)[argument].shape
+            for a in own
+            for argument, (name, _) in a.params.items()
+        }
+        return record.shaped(shapes)
 
 
 def _put(weight: Weight, value: Callable[[], torch.Tensor]) -> None:
@@ -296,4 +338,5 @@ def _follows(module: fx.GraphModule, name: str) -> Callable[[], torch.Tensor]:
 
 def tensors_of(compiled: Compiled) -> dict[str, torch.Tensor]:
     """The adapters' tensors as they stand."""
-    return {name: compiled.graph.weights[name].load() for name in compiled.graph.adapter_names}
+    graph = compiled.graph
+    return {name: graph.weights[name].load() for name, param in graph.inserted.items() if param.stored}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -42,6 +42,10 @@ class Adaptation:
     """Argument of the method's expression -> (name in the graph, parameter)."""
     on_alias: OnAlias = "refuse"
 
+    def shares(self, argument: str) -> bool:
+        """Whether a tensor is that of all sites of the entry."""
+        return argument not in self.method.stored(self.site)
+
 
 @dataclass(repr=False)
 class Graph:
@@ -60,6 +64,7 @@ class Graph:
         adapted: (weight, first node that uses it) -> the node that holds its adapted value.
         stage: which legality table holds.
         origin: the graph as traced, which a rewritten one came from.
+        information: the Fisher information of a weight by its name, where there is data to estimate it from.
     """
 
     module: fx.GraphModule
@@ -76,6 +81,7 @@ class Graph:
     adapted: dict[tuple[str, str], str] = field(default_factory=dict)
     stage: str = "traced"
     origin: Graph | None = None
+    information: Callable[[str], torch.Tensor] | None = None
 
     @property
     def nodes(self) -> Iterable[fx.Node]:
@@ -133,14 +139,25 @@ class Graph:
         node.meta[VERIFIED] = signature(node)
         return node
 
-    def attach(self, name: str, weight: Weight) -> None:
-        """Add a parameter under a full name."""
+    def attach(self, name: str, weight: Weight, param: Param) -> None:
+        """Add a tensor of a method under a full name: a parameter, or a buffer where it is not trained."""
         self.weights[name] = weight
         self.aliases[name] = name
-        fake = self.fake_mode
-        with fake:
+        with self.fake_mode:
             value = torch.empty(weight.shape, dtype=weight.dtype)
-        put(self.module, name, nn.Parameter(value, requires_grad=False))
+        if param.trained:
+            put(self.module, name, nn.Parameter(value, requires_grad=False))
+            return
+        put(self.module, name, value, persistent=param.stored)
+        self.buffers |= {name}
+        if not param.stored:
+            self.transient |= {name}
+
+    def detach(self, name: str) -> None:
+        """Forget a tensor that was attached."""
+        del self.weights[name], self.aliases[name]
+        self.buffers -= {name}
+        self.transient -= {name}
 
     def parameter_node(self, name: str) -> fx.Node:
         """The node that reads a weight; made at the top of the graph if there is none yet."""
@@ -184,9 +201,14 @@ class Graph:
         self.module.recompile()
 
     @property
+    def inserted(self) -> dict[str, Param]:
+        """Every inserted tensor by its name, trained or not."""
+        return {name: param for a in self.adaptations for name, param in a.params.values()}
+
+    @property
     def adapter_names(self) -> list[str]:
-        """The names of the inserted parameters."""
-        return [name for a in self.adaptations for name, _ in a.params.values()]
+        """The names of the inserted parameters: what is trained."""
+        return [name for name, param in self.inserted.items() if param.trained]
 
     def __repr__(self) -> str:
         counts = (

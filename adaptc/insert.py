@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -75,17 +75,11 @@ class Insert(Pass):
             return [Refusal(f"{self.name}: the target {self.target!r} matches no site{near}")]
         refusals = []
         for site in selection.sites:
-            here = method.at(site)
             reason = self.refused(site)
             if reason:
                 refusals.append(Refusal(f"{method.name}: {reason[1]}\n  site {site}", (site.uses[0].node,)))
                 continue
-            taken = [
-                n
-                for n in (parameter_name(site, here, self.adapter, p) for p in here.stored(site).values())
-                if n in graph.weights
-            ]
-            if taken:
+            if any(name in graph.weights for name, _ in self.tensors(site, selection.sites).values()):
                 refusals.append(
                     Refusal(
                         f"{method.name}: the adapter {self.adapter!r} sits on {site.module} already; "
@@ -97,12 +91,18 @@ class Insert(Pass):
 
     def call(self, graph: Graph) -> bool:
         """Splice the expression at every site."""
-        method = self.method
+        method, sites = self.method, self.selection(graph).sites
         traced: dict[Any, Traced] = {}
         nodes = graph.by_name()
-        for site in self.selection(graph).sites:
-            self._insert(graph, site, method.at(site), traced, nodes)
+        for site in sites:
+            self._insert(graph, site, method.at(site), self.tensors(site, sites), traced, nodes)
         return True
+
+    def tensors(self, site: Site, sites: Sequence[Site]) -> dict[str, tuple[str, Param]]:
+        """Argument of the expression -> name in the graph and tensor: a site's own, and what all sites share."""
+        method = self.method.at(site)
+        own = {k: (parameter_name(site, method, self.adapter, p), p) for k, p in method.stored(site).items()}
+        return own | {k: (shared_name(self.adapter, p), p) for k, p in method.shared(sites).items()}
 
     def ensures(self, graph: Graph) -> str | None:
         """Every planned site was rewritten."""
@@ -116,25 +116,26 @@ class Insert(Pass):
         graph: Graph,
         site: Site,
         method: WeightMethod,
+        named: dict[str, tuple[str, Param]],
         traced: dict[Any, Traced],
         nodes: dict[str, fx.Node],
     ) -> None:
         if self.on_alias == "untie":
             site = untie(graph, site, nodes, bias=method.adapts_bias())
         value = graph.value_of(site.parameter, site.uses, nodes)
-        params = method.stored(site)
-        named: dict[str, tuple[str, Param]] = {}
+        own = method.stored(site)
         theta: dict[str, fx.Node] = {}
-        for argument, param in params.items():
-            name = parameter_name(site, method, self.adapter, param)
-            graph.attach(name, self._initial(graph, name, param, site, value))
+        for argument, (name, param) in named.items():
+            if name not in graph.weights:  # of what sites share, the first makes it
+                weight = self._initial(graph, name, param, site, value, argument in own)
+                graph.attach(name, weight, param)
             theta[argument] = graph.parameter_node(name)
-            named[argument] = (name, param)
+        params = {argument: param for argument, (_, param) in named.items()}
         tag = len(graph.adaptations)
         graph.adaptations.append(
             Adaptation(site, method, self.method, self.adapter, self.entry, named, self.on_alias)
         )
-        targets = [(site.uses, _weight_of(method, site, params), site.parameter)]
+        targets = [(site.uses, _weight_of(method, site, params, own), site.parameter)]
         if site.bias is not None and method.adapts_bias():
             targets.append((site.bias_uses, _bias_of(method, site, params), site.bias))
         for uses, function, parameter in targets:
@@ -159,10 +160,13 @@ class Insert(Pass):
             nodes[result.name] = result
             graph.adapted[parameter, uses[0].node] = result.name
 
-    def _initial(self, graph: Graph, name: str, param: Param, site: Site, value: fx.Node) -> Weight:
-        init, seed, batch = param.init, self.seed, site.batch
+    def _initial(
+        self, graph: Graph, name: str, param: Param, site: Site, value: fx.Node, own: bool
+    ) -> Weight:
+        init, seed, batch = param.init, self.seed, site.batch if own else None
         each = param.shape[1:] if batch is not None and param.unpack is None else param.shape
-        so_far = None if isinstance(init, str) else cut(graph, value)
+        so_far = None if isinstance(init, str) else self._starting_point(graph, site, value)
+        dtype = site.dtype if param.below is None else torch.int64
 
         def one(W: torch.Tensor | None, generator: torch.Generator) -> torch.Tensor:
             if isinstance(init, str):
@@ -172,14 +176,21 @@ class Insert(Pass):
 
         def make() -> torch.Tensor:
             generator = seeded(seed, name)
-            W = site.matrix(so_far.evaluate()) if so_far is not None else None
+            W = site.matrix(so_far()) if so_far is not None else None
             if each == param.shape:
                 made = one(W, generator)
             else:
                 made = torch.stack([one(None if W is None else W[i], generator) for i in range(batch or 0)])
-            return made.to(site.dtype).clone()
+            return made.to(dtype).clone()
 
-        return Computed(param.shape, site.dtype, make)
+        return Computed(param.shape, dtype, make)
+
+    def _starting_point(self, graph: Graph, site: Site, value: fx.Node) -> Callable[[], torch.Tensor]:
+        """What functions that initialise get: the weight so far, or its Fisher information."""
+        if not self.method.calibrated:
+            return cut(graph, value).evaluate
+        information = graph.information
+        return lambda: information(site.parameter)
 
 
 def _unpacked(params: Mapping[str, Param], values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -187,13 +198,16 @@ def _unpacked(params: Mapping[str, Param], values: Mapping[str, torch.Tensor]) -
     return {a: call(v) if (call := unpack[a]) is not None else v for a, v in values.items()}
 
 
-def _weight_of(method: WeightMethod, site: Site, params: Mapping[str, Param]) -> Callable[..., torch.Tensor]:
+def _weight_of(
+    method: WeightMethod, site: Site, params: Mapping[str, Param], own: Collection[str]
+) -> Callable[..., torch.Tensor]:
     """The method's expression on the stored weight: each of its matrices in turn, or the rows of a slice."""
 
     def one(W: torch.Tensor, theta: dict[str, torch.Tensor]) -> torch.Tensor:
         return method.weight(W, **theta)
 
-    expression = torch.vmap(one) if site.batch is not None else one
+    each = (0, {argument: 0 if argument in own else None for argument in params})
+    expression = torch.vmap(one, each) if site.batch is not None else one
 
     def weight(W: torch.Tensor, **values: torch.Tensor) -> torch.Tensor:
         return site.restored(expression(site.matrix(W), _unpacked(params, values)), W)
@@ -227,6 +241,12 @@ def parameter_name(site: Site, method: Method, adapter: str, param: Param) -> st
         first, dot, rest = method.name.replace("-", "_"), ".", param.key
     first += f"_{site.part}" if site.part else ""
     return ".".join(part for part in (site.module, first, adapter) if part) + (dot + rest if rest else "")
+
+
+def shared_name(adapter: str, param: Param) -> str:
+    """The full name of a tensor that all sites of an adapter share: `vera_A.default`."""
+    first, dot, rest = param.key.partition(".")
+    return f"{first}.{adapter}{dot}{rest}"
 
 
 def insert_pass(cls: type[Method]) -> type[Insert]:

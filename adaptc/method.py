@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeV
 
 from pydantic import Field
 
+from adaptc.names import ATTENTION
+
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
@@ -27,27 +29,36 @@ Patterns = Annotated[tuple[str, ...], Field(description="globs, or re: regexes, 
 MATRIX_KINDS = frozenset({"linear", "conv", "embedding", "experts"})
 """The kinds of site whose weight reads as matrices `(out, in)`; a method that needs no more can sit on all."""
 
+LINEAR = frozenset({"Linear", "Conv1D"})
+"""Layers that multiply by a matrix, as PEFT knows them; `Conv1D` is GPT-2's, stored (in, out)."""
+
 Init = Literal["zeros", "ones", "kaiming-uniform", "normal", "standard-normal"]
 """How a new parameter starts, when it does not depend on the base weight."""
 
 
 @dataclass(frozen=True)
 class Param:
-    """One trained tensor of a method at a site.
+    """One tensor of a method at a site.
 
     Attributes:
         shape: its shape, in the orientation checkpoints store it.
-        init: a named initialisation, or a function of the site's weight `W (out, in)` in float32 and a
-            seeded generator.
+        init: a named initialisation, or a function of the site's weight `W (out, in)` in float32 (of what the method
+            asks for by `calibrated`) and a seeded generator.
         key: what follows the module's name in a checkpoint, as PEFT spells it (`lora_A.weight`).
         unpack: from the shape checkpoints store to what the expression takes, where they differ: a convolution's
             `A (r, in, height, width)` to `(r, in height width)`.
+        trained: it gets a gradient; else it is a buffer.
+        stored: checkpoints hold it; else it follows from the options and the base.
+        below: of a tensor of indices (int64) what all of them are below; None for one of numbers.
     """
 
     shape: tuple[int, ...]
     init: Init | Callable[[Tensor, Generator], Tensor]
     key: str
     unpack: Callable[[Tensor], Tensor] | None = None
+    trained: bool = True
+    stored: bool = True
+    below: int | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,7 @@ class PeftFormat:
         joins: the list in another method's configuration that holds this method's modules, for a method that
             has no checkpoint of its own (`modules_to_save`).
         by_parameter: it can sit on a parameter that is no module's `weight` (`target_parameters`).
+        layers: the classes of layers that PEFT has the method for.
     """
 
     type: str | None
@@ -74,6 +86,24 @@ class PeftFormat:
     modules: frozenset[str] = frozenset()
     joins: str | None = None
     by_parameter: bool = False
+    layers: frozenset[str] = LINEAR
+
+
+class Rule:
+    """What a method does while it is trained, besides its gradient. Every hook does nothing unless overridden."""
+
+    def forward(self, training: bool) -> None:
+        """Before the model runs."""
+
+    def penalty(self) -> Tensor | None:
+        """What is added to the loss."""
+        return None
+
+    def before(self, number: int) -> None:
+        """Before the optimizer's step, counted from 1; gradients are there."""
+
+    def after(self, number: int) -> None:
+        """After it."""
 
 
 class Method:
@@ -86,6 +116,10 @@ class Method:
     aliases: ClassVar[Mapping[str, str]] = {}
     """Other spellings of an option, such as PEFT's own (`lora_alpha` for `alpha`)."""
     identity_at_init: ClassVar[bool] = True
+    calibrated: ClassVar[bool] = False
+    """Whether functions that initialise get the Fisher information of the weight in its place; see `calibrate`."""
+    fast: ClassVar[frozenset[str]] = frozenset()
+    """The tensors that LoRA+ gives a larger learning rate: the outer factors, which start at zero."""
 
     def at(self, site: Site) -> Self:
         """The method with its per-layer options (patterns) resolved for one site."""
@@ -104,11 +138,41 @@ class Method:
         return None
 
     def params(self, site: Site) -> dict[str, Param]:
-        """The trained tensors of one matrix of a site: argument name of the expression -> parameter."""
+        """The tensors of one matrix of a site: argument name of the expression -> parameter."""
         raise NotImplementedError
 
+    def shared(self, sites: Sequence[Site]) -> dict[str, Param]:
+        """The tensors that all sites of an entry use together; in a checkpoint they belong to no module."""
+        return {}
+
+    def rule(self, sites: Sequence[Mapping[str, Tensor]], steps: int | None) -> Rule | None:
+        """What happens at each step of a training of so many steps; `sites` are the tensors of every site.
+
+        Raises:
+            ValueError: it needs to know the number of steps.
+        """
+        return None
+
+    def calibrate(self, information: Mapping[str, Tensor]) -> Self:
+        """The method with what depends on data resolved, from the Fisher information of every site's weight."""
+        return self
+
+    def compact(
+        self, sites: Mapping[str, dict[str, Tensor]]
+    ) -> tuple[Self, Mapping[str, dict[str, Tensor]]]:
+        """The same adapter without what training has pruned: its options, and the tensors of every module."""
+        return self, sites
+
+    def cut(self, r: int) -> Self | None:
+        """The method at a smaller rank, where ranks are nested; None where they are not."""
+        return None
+
+    def cut_tensors(self, theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of a larger rank, cut to this method's."""
+        return dict(theta)
+
     def stored(self, site: Site) -> dict[str, Param]:
-        """The trained tensors as they are stored: where a site holds several matrices, one set for each of them."""
+        """The tensors of a site as they are kept: where it holds several matrices, one set for each of them."""
         found = self.params(site)
         if site.batch is None:
             return found
@@ -122,7 +186,9 @@ class Method:
 
     def in_peft(self, site: Site) -> bool:
         """Whether PEFT has this method on such a layer, and reads what is stored for it. It knows no slices."""
-        return self.peft is not None and site.kind in ("linear", "parameter")
+        if self.peft is None or site.kind == "parameter":
+            return self.peft is not None
+        return site.leaf == "weight" and site.type != ATTENTION and site.layer in self.peft.layers
 
 
 class WeightMethod(Method):
@@ -131,7 +197,7 @@ class WeightMethod(Method):
     `weight` and `bias` are written with tensor methods and operators; they are traced once per shape and
     spliced in front of the site. W is the site's weight as a matrix: a convolution's kernel with its columns
     flattened, the rows of a slice, an embedding as `(dimensions, vocabulary)`; of fused experts each in turn. A
-    field named `dropout` is applied to the input of every term of the sum that does not hold the base weight.
+    field named `dropout` is applied to the input of every term of the sum that holds what the method trains.
     """
 
     dropout: float = 0.0

@@ -15,7 +15,7 @@ from adaptc.aliases import elsewhere, places
 from adaptc.budget import Budget, budget
 from adaptc.errors import Problem, RefusedError, SpecError
 from adaptc.graph import Graph
-from adaptc.insert import Insert, parameter_name
+from adaptc.insert import Insert
 from adaptc.names import nearest
 from adaptc.pipeline import Pass, check_order, run
 from adaptc.planned import Planned, entries_of, match_checkpoints
@@ -181,26 +181,24 @@ def reaches_output(graph: Graph, site: Site) -> bool:
 
 
 def _name_clashes(spec: Spec, entries: Sequence[Planned]) -> list[Problem]:
-    taken: dict[str, int] = {}
+    taken: dict[str, Planned] = {}
     problems = []
     for planned in entries:
         for site in planned.selection.sites:
-            method = planned.insert.method.at(site)
-            names = [
-                parameter_name(site, method, planned.insert.adapter, p) for p in method.stored(site).values()
-            ]
-            clash = next((n for n in names if n in taken), None)
+            method = planned.insert.method
+            names = [name for name, _ in planned.insert.tensors(site, planned.selection.sites).values()]
+            clash = next((n for n in names if taken.get(n, planned) is not planned), None)
             if clash:
                 problems.append(
                     spec.source.problem(
                         ("adapt", planned.entry),
-                        f"{method.name}: entry {taken[clash]} puts an adapter named {planned.insert.adapter!r} on "
-                        f"{site.module} already",
+                        f"{method.name}: entry {taken[clash].entry} puts an adapter named "
+                        f"{planned.insert.adapter!r} on {site.module} already",
                         "give one of them another `name`",
                     )
                 )
                 break
-            taken |= dict.fromkeys(names, planned.entry)
+            taken |= dict.fromkeys(names, planned)
     return problems
 
 

@@ -8,10 +8,11 @@ from typing import Any
 
 from adaptc.adapt_entries import AdapterEntry
 from adaptc.adapters import places_of
-from adaptc.checkpoint import Checkpoint, directories, match, missing, read
+from adaptc.checkpoint import ROOT, Checkpoint, directories, match, missing, read
 from adaptc.errors import WeightError
 from adaptc.graph import Graph
 from adaptc.insert import Insert
+from adaptc.method import Param, WeightMethod
 from adaptc.names import ATTENTION
 from adaptc.peft_config import declared, named_modules
 from adaptc.peft_keys import PeftLayout
@@ -28,6 +29,13 @@ class Planned:
     insert: Insert
     selection: Selection
     checkpoint: Checkpoint | None = None
+    whole: WeightMethod | None = None
+    """The method at the rank its checkpoint has, where it is inserted at a smaller one."""
+
+    @property
+    def stored_as(self) -> WeightMethod:
+        """The method as the checkpoint holds it."""
+        return self.whole or self.insert.method
 
 
 def entries_of(spec: Spec, graph: Graph, index: int) -> list[Planned]:
@@ -111,12 +119,14 @@ def match_checkpoints(spec: Spec, graph: Graph, entries: Sequence[Planned]) -> N
         checkpoint = members[0].checkpoint
         assert checkpoint is not None
         layout = PeftLayout([site for p in members for site in p.selection.sites], places_of(graph))
-        expected = {
-            site.key(param.key) if checkpoint.own else layout.key(site, param): param.shape
-            for planned in members
-            for site in planned.selection.sites
-            for param in planned.insert.method.at(site).stored(site).values()
-        }
+        expected: dict[str, Param] = {}
+        for planned in members:
+            method, sites = planned.stored_as, planned.selection.sites
+            for site in sites:
+                for param in method.at(site).stored(site).values():
+                    expected[site.key(param.key) if checkpoint.own else layout.key(site, param)] = param
+            expected |= {f"{ROOT}{param.key}": param for param in method.shared(sites).values()}
+        expected = {key: param for key, param in expected.items() if param.stored}
         try:
             match(checkpoint, expected)
         except WeightError as error:

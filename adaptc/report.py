@@ -142,7 +142,7 @@ def _entry(planned: Planned) -> Table:
         table.add_column(column, overflow="fold")
     groups: dict[tuple[str, ...], list[int]] = {}
     for site in selection.sites:
-        trained = sum(math.prod(p.shape) for p in method.at(site).stored(site).values())
+        trained = sum(math.prod(p.shape) for p in method.at(site).stored(site).values() if p.trained)
         shape = " x ".join(map(str, site.shape))
         if site.piece:
             shape = f"{site.out_features} x {site.in_features} of {shape}"

@@ -109,6 +109,15 @@ class Site:
         """Whether a linear weight is stored `(in, out)`, as GPT-2's Conv1D does."""
         return self.kind == "linear" and self.layout is not None and self.layout.out == (1,)
 
+    @property
+    def layer(self) -> str:
+        """The class of torch's or transformers' layer that does this: `Linear`, `Conv2d`; "" where there is none."""
+        if self.kind == "linear":
+            return "Conv1D" if self.transposed else "Linear"
+        if self.kind == "conv":
+            return "Conv" + self.op.removeprefix("conv").replace("_transpose", "Transpose")
+        return {"embedding": "Embedding"}.get(self.kind, "")
+
     def as_parameter(self) -> Site:
         """The same weight as a parameter, wherever it is used."""
         bare = {

@@ -58,7 +58,7 @@ def verify(graph: Graph) -> None:
     graph.module.graph.lint()
     for node in graph.nodes:
         _check_node(graph, node)
-    inserted = set(graph.adapter_names)
+    inserted = set(graph.inserted)
     read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     left = {name for a in graph.adaptations if a.on_alias != "live" for name, _ in a.params.values()}
     if graph.stage == "folded" and left:

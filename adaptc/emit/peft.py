@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from adaptc.adapters import AdapterRecord, group
-from adaptc.checkpoint import BASE_HASH, CONFIG, ORDER, PREFIX, TENSORS
+from adaptc.adapters import AdapterRecord, AdapterTensor, group
+from adaptc.checkpoint import BASE_HASH, CONFIG, ORDER, TENSORS, full
 from adaptc.errors import WeightError
 from adaptc.names import matches_any
 
@@ -41,9 +41,9 @@ def save(
         target = directory / name
         target.mkdir(parents=True, exist_ok=True)
         tensors = {
-            PREFIX + t.key: values[t.name].detach().cpu().contiguous().clone()
+            full(t.key): _kept(values[t.name], t)
             for r in members
-            for t in r.tensors
+            for t in r.stored
         }
         metadata = {"format": "pt", **({BASE_HASH: base["sha256"]} if base.get("sha256") else {})}
         try:
@@ -55,6 +55,12 @@ def save(
         )
     if len(groups) > 1:
         (directory / ORDER).write_text(json.dumps({"order": names}, indent=2) + "\n")
+
+
+def _kept(value: torch.Tensor, tensor: AdapterTensor) -> torch.Tensor:
+    """A tensor as it is written; indices as narrow as PEFT has them."""
+    narrow = tensor.below is not None and tensor.below <= 2**31
+    return value.detach().to("cpu", torch.int32 if narrow else value.dtype).contiguous().clone()
 
 
 def _directories(groups: Sequence[Sequence[AdapterRecord]]) -> list[str]:
@@ -97,7 +103,7 @@ def _config(group: Sequence[AdapterRecord], base: str | None) -> dict[str, Any]:
 
 def _only_bias(record: AdapterRecord, module: str) -> bool:
     """Whether the biases alone are trained of a module, which PEFT's option `bias` says."""
-    leaves = {t.key.rpartition(".")[2] for t in record.tensors if t.name.startswith(f"{module}.")}
+    leaves = {t.key.rpartition(".")[2] for t in record.stored if t.name.startswith(f"{module}.")}
     return leaves == {"bias"}
 
 

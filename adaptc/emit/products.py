@@ -126,7 +126,7 @@ def _onnx(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> None
         graph = compiled.folded_graph(keep=write)
     else:
         compiled.check_finite()
-        graph = compiled.live_graph() if entry.adapters == "live" else compiled.base.copy()
+        graph = compiled.compact_graph() if entry.adapters == "live" else compiled.base.copy()
         write(graph)
     beside = path.with_name(path.name + ".data")
     pieces = Pieces(path, final)
@@ -164,12 +164,11 @@ class Kept:
 
 def _peft(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> None:
     directory = staging.path(final)
-    records = adapters.records_of(compiled.graph)
-    values = tensors_of(compiled)
+    records, values = adapters.compacted(adapters.records_of(compiled.graph), tensors_of(compiled))
     save(records, values, directory, {"name": compiled.base.base.describe, "sha256": compiled.base_sha256})
     for path, members in zip(checkpoint.directories(directory), adapters.group(records), strict=True):
         for name, value in adapters.assign(checkpoint.read(path), members).items():
-            if not torch.equal(value, values[name].cpu()):
+            if not torch.equal(value, values[name].to("cpu", value.dtype)):
                 raise ProofError(f"{name} was not read back as it was written")
     files = sorted(p for p in directory.rglob("*") if p.is_file())
     write_manifest(directory / MANIFEST, _common(compiled), {"name": "adapter", "format": "peft"}, files)

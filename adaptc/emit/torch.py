@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from adaptc.adapters import AdapterRecord, assign, group
+from adaptc.adapters import AdapterRecord, assign, compacted, group
 from adaptc.checkpoint import check_base, directories, read
 from adaptc.emit.manifest import MANIFEST
 from adaptc.emit.peft import save
@@ -165,12 +165,16 @@ def load_adapter_into(module: fx.GraphModule, directory: Path) -> None:
         check_base(checkpoint, base)
         check_options(checkpoint, members[0])
         values |= assign(checkpoint, members)
-    parameters = dict(module.named_parameters())
+    tensors = _tensors(module)
     with torch.no_grad():
         for name, value in values.items():
-            parameters[name].copy_(value)
+            tensors[name].copy_(value)
 
 
 def save_adapter_of(module: fx.GraphModule, directory: Path) -> None:
     """Write a module's adapters as PEFT checkpoints."""
-    save(records(module), dict(module.named_parameters()), directory, module.meta[META]["base"])
+    save(*compacted(records(module), _tensors(module)), directory, module.meta[META]["base"])
+
+
+def _tensors(module: fx.GraphModule) -> dict[str, torch.Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}

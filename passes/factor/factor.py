@@ -28,7 +28,7 @@ class Factor(Pass):
 
     It stops where building the product costs less than two thin ones would, for `tokens` rows of x: forward
     and backward, 6 t r (in + out) against 2 t in out + 6 r in out operations. Branch dropout goes on the input of every
-    term without the base weight.
+    term that holds what is trained.
     """
 
     tokens: int = 1024
@@ -95,7 +95,7 @@ class _Rewrite:
             # There and back, between two methods.
             return self.apply(product, x, args[0].args[0], flipped, bias)
         if E.target is aten.add.Tensor and not E.kwargs and all(_same_shape(a, E) for a in args):
-            terms = sorted(args, key=lambda a: not self.holds_base(a, E.meta["adaptation"]))
+            terms = sorted(args, key=lambda a: self.trains(a, E.meta["adaptation"]))
             if not self.gains(product, E, terms[1]):
                 return self.multiply(product, x, E, flipped, bias)
             first = self.apply(product, x, terms[0], flipped, bias)
@@ -159,7 +159,7 @@ class _Rewrite:
         tag = E.meta["adaptation"]
         p = self.graph.adaptations[tag].method.dropout
         known = {(t, node) for (t, _), node in self.dropped.items()}
-        if not p or not product.drops or self.holds_base(term, tag) or (tag, x) in known:
+        if not p or not product.drops or not self.trains(term, tag) or (tag, x) in known:
             return x
         self.placed.add(tag)
         if (tag, x) not in self.dropped:
@@ -170,7 +170,7 @@ class _Rewrite:
     def gains(self, product: Product, E: fx.Node, term: fx.Node) -> bool:
         """Whether a term of the sum E is better kept apart: it has dropout of its own, or is thin."""
         tag = E.meta["adaptation"]
-        if self.graph.adaptations[tag].method.dropout and product.drops and not self.holds_base(term, tag):
+        if self.graph.adaptations[tag].method.dropout and product.drops and self.trains(term, tag):
             return True
         while (term.target in SCALES and not isinstance(term.args[1], fx.Node)) or _transposes(term):
             term = term.args[0]  # type: ignore[assignment]
@@ -190,13 +190,13 @@ class _Rewrite:
         thin = 6 * self.tokens * inner * (rows + columns)
         return thin <= 2 * self.tokens * rows * columns + 6 * inner * rows * columns
 
-    def holds_base(self, E: fx.Node, tag: int) -> bool:
-        """Whether what the method adapts is inside this term: any weight that is not its own parameter."""
-        own = {name for name, _ in self.graph.adaptations[tag].params.values()}
+    def trains(self, E: fx.Node, tag: int) -> bool:
+        """Whether what the method trains is inside this term: the branch, beside the term of the base."""
+        own = {name for name, param in self.graph.adaptations[tag].params.values() if param.trained}
         queue = [E]
         while queue:
             node = queue.pop()
-            if node.op == "get_attr" and node.target not in own:
+            if node.op == "get_attr" and node.target in own:
                 return True
             queue.extend(node.all_input_nodes)
         return False

@@ -84,9 +84,9 @@ def _forget(graph: Graph, live: list[Adaptation]) -> None:
         if node.meta.get("adaptation") is not None:
             node.meta["adaptation"] = numbers.get(node.meta["adaptation"], -1)
     kept = {name for adaptation in live for name, _ in adaptation.params.values()}
-    for name in graph.adapter_names:
+    for name in graph.inserted:
         if name not in kept:
-            del graph.weights[name], graph.aliases[name]
+            graph.detach(name)
     graph.adaptations[:] = live
 
 
