@@ -96,7 +96,9 @@ class AdapterRecord:
 
     def shaped(self, shapes: Mapping[str, tuple[int, ...]]) -> AdapterRecord:
         """The record with other shapes, by name."""
-        return replace(self, tensors=tuple(replace(t, shape=shapes.get(t.name, t.shape)) for t in self.tensors))
+        return replace(
+            self, tensors=tuple(replace(t, shape=shapes.get(t.name, t.shape)) for t in self.tensors)
+        )
 
     @property
     def format(self) -> PeftFormat | None:

@@ -57,7 +57,10 @@ def budget(base: Graph, adapted: Graph, factored: Graph) -> Budget:
     return Budget(
         parameters=total,
         trainable=trainable,
-        train_bytes=held + frozen + 2 * added + 8 * trainable,  # weights, gradients and Adam's two float32 states
+        train_bytes=held
+        + frozen
+        + 2 * added
+        + 8 * trainable,  # weights, gradients and Adam's two float32 states
         run_bytes=held,
         base_flops=before,
         added_flops=flops(factored) - before,

@@ -158,7 +158,14 @@ def match(checkpoint: Checkpoint, expected: Mapping[str, Expected]) -> None:
     """
     held = checkpoint.tensors
     absent = [key for key in expected if key not in held]
-    left = [key for key in held if key not in expected and not key.endswith(".base_layer.weight")]
+    shared = {key.removeprefix(ROOT) for key in expected if key.startswith(ROOT)}
+    left = [
+        key
+        for key in held
+        if key not in expected
+        and not key.endswith(".base_layer.weight")
+        and key.rpartition(".")[2] not in shared  # PEFT may repeat in each layer what all of them share
+    ]
     shifted = _shift(left, set(expected)) if left else None
     if shifted:
         raise WeightError(

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
 
 from adaptc.graph import ORIGIN, Graph
 from adaptc.weights import Weight
@@ -77,6 +78,10 @@ class Expression:
             if self.result.meta["val"].dtype in (torch.float32, torch.float64)
             else torch.float32
         )
+
+        def widened(dtype: torch.dtype) -> torch.dtype:  # of a constant that the expression makes
+            return wide if dtype.is_floating_point else dtype
+
         last = {operand: node for node in self.nodes for operand in (node, *node.all_input_nodes)}
         values: dict[fx.Node, Any] = {}
         with torch.no_grad():
@@ -87,6 +92,7 @@ class Expression:
                     del tensor
                 else:
                     args, kwargs = map_arg((node.args, dict(node.kwargs)), values.__getitem__)  # type: ignore[arg-type]
+                    args, kwargs = pytree.tree_map_only(torch.dtype, widened, (args, kwargs))
                     values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
                     del args, kwargs
                 for operand in (node, *node.all_input_nodes):

@@ -29,6 +29,8 @@ Patterns = Annotated[tuple[str, ...], Field(description="globs, or re: regexes, 
 MATRIX_KINDS = frozenset({"linear", "conv", "embedding", "experts"})
 """The kinds of site whose weight reads as matrices `(out, in)`; a method that needs no more can sit on all."""
 
+DROPLESS = frozenset({"embedding", "experts"})
+"""Kinds of site whose input dropout cannot go in front of: indices, and rows gathered for an expert."""
 LINEAR = frozenset({"Linear", "Conv1D"})
 """Layers that multiply by a matrix, as PEFT knows them; `Conv1D` is GPT-2's, stored (in, out)."""
 
@@ -116,10 +118,13 @@ class Method:
     aliases: ClassVar[Mapping[str, str]] = {}
     """Other spellings of an option, such as PEFT's own (`lora_alpha` for `alpha`)."""
     identity_at_init: ClassVar[bool] = True
-    calibrated: ClassVar[bool] = False
-    """Whether functions that initialise get the Fisher information of the weight in its place; see `calibrate`."""
     fast: ClassVar[frozenset[str]] = frozenset()
     """The tensors that LoRA+ gives a larger learning rate: the outer factors, which start at zero."""
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether functions that initialise get the Fisher information of the weight in its place; see `calibrate`."""
+        return False
 
     def at(self, site: Site) -> Self:
         """The method with its per-layer options (patterns) resolved for one site."""
@@ -157,9 +162,7 @@ class Method:
         """The method with what depends on data resolved, from the Fisher information of every site's weight."""
         return self
 
-    def compact(
-        self, sites: Mapping[str, dict[str, Tensor]]
-    ) -> tuple[Self, Mapping[str, dict[str, Tensor]]]:
+    def compact(self, sites: Mapping[str, dict[str, Tensor]]) -> tuple[Self, Mapping[str, dict[str, Tensor]]]:
         """The same adapter without what training has pruned: its options, and the tensors of every module."""
         return self, sites
 
@@ -178,6 +181,11 @@ class Method:
             return found
         batch = (site.batch,)
         return {k: p if p.unpack else dataclasses.replace(p, shape=batch + p.shape) for k, p in found.items()}
+
+    @classmethod
+    def read_options(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """Options as PEFT's configuration has them, in the values that the method takes."""
+        return options
 
     @classmethod
     def from_peft(cls, options: dict[str, Any], targets: Sequence[str]) -> dict[str, Any]:
@@ -201,6 +209,20 @@ class WeightMethod(Method):
     """
 
     dropout: float = 0.0
+
+    def at(self, site: Site) -> Self:
+        """Without dropout where there is no input for it to go in front of."""
+        if not self.dropout or site.kind not in DROPLESS:
+            return self
+        return dataclasses.replace(self, dropout=0.0)  # type: ignore[type-var]
+
+    def refuses_to_train(self, site: Site) -> tuple[tuple[str, ...], str] | None:
+        """Indices cannot be dropped."""
+        if not self.dropout or site.kind not in DROPLESS:
+            return None
+        return (
+            "dropout",
+        ), f"dropout has no input to go in front of on {site.kind}: leave it out for this entry"
 
     def weight(self, W: Tensor, **theta: Tensor) -> Tensor:
         """The adapted weight `(out, in)`."""

@@ -72,6 +72,7 @@ def declared(checkpoint: Checkpoint) -> Declared:
         saved = [p for m in checkpoint.saved_modules for p in (m, f"*.{m}", f"{m}.*", f"*.{m}.*")]
         exclude = (*_attention_whole(_patterns(checkpoint, "exclude_modules")), *saved)
         as_stored = bool(config.get("target_parameters"))
+        options = cls.read_options(options)
         return Declared(cls, _checked(checkpoint, cls, options), _target(checkpoint), exclude, as_stored)
     known = sorted({cls.peft.type for cls in load_methods().values() if cls.peft and cls.peft.type})
     raise WeightError(

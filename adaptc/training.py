@@ -107,7 +107,10 @@ def parameter_groups(module: nn.Module, lr: float, ratio: float = 16.0) -> list[
     }
     named = {name: p for name, p in plain.named_parameters() if p.requires_grad}
     slow = [p for name, p in named.items() if name not in fast]
-    groups = [{"params": slow, "lr": lr}, {"params": [named[n] for n in named if n in fast], "lr": ratio * lr}]
+    groups = [
+        {"params": slow, "lr": lr},
+        {"params": [named[n] for n in named if n in fast], "lr": ratio * lr},
+    ]
     return [group for group in groups if group["params"]]
 
 

@@ -40,11 +40,7 @@ def save(
     for name, members in zip(names, groups, strict=True):
         target = directory / name
         target.mkdir(parents=True, exist_ok=True)
-        tensors = {
-            full(t.key): _kept(values[t.name], t)
-            for r in members
-            for t in r.stored
-        }
+        tensors = {full(t.key): _kept(values[t.name], t) for r in members for t in r.stored}
         metadata = {"format": "pt", **({BASE_HASH: base["sha256"]} if base.get("sha256") else {})}
         try:
             save_file(tensors, target / TENSORS, metadata=metadata)

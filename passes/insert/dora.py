@@ -24,7 +24,7 @@ class Dora(LowRank):
     term's input too.
     """
 
-    peft: ClassVar[PeftFormat | None] = LowRank.peft_format("LORA", use_dora=True)
+    peft: ClassVar[PeftFormat | None] = LowRank.peft_format("LORA", use_dora=True, adaptc_nested=False)
 
     def params(self, site: Site) -> dict[str, Param]:
         """A (r, in) Kaiming-uniform, B (out, r) zero, m (out,) the norms of W's rows."""

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
 
 from adaptc.low_rank import LowRank
 from adaptc.method import Param, PeftFormat, method
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Generator, Tensor
 
     from adaptc.sites import Site
+
+SPLITS = ("pissa", "olora")
+"""Initialisations that take A and B out of W."""
+Initial = Annotated[
+    Literal[True, "gaussian", "orthogonal", "pissa", "olora"],
+    Field(
+        description="how A and B start: true is Kaiming-uniform and zero; pissa and olora take them out of W"
+    ),
+]
 
 
 @method("lora")
@@ -19,36 +32,145 @@ if TYPE_CHECKING:
 class Lora(LowRank):
     """W' = W + (alpha / r) B A,  b' = b + (alpha / r) c  with `lora_bias`     A (r, in)   B (out, r)   c (out,)
 
-    Hu et al. 2021, section 4.1. A starts Kaiming-uniform, B and c at zero, as in PEFT.
+    Hu et al. 2021, section 4.1. A starts Kaiming-uniform, B and c at zero, as in PEFT. With `init_weights` "pissa" (Meng
+    et al. 2024, equations 2 to 4) A and B start as the r largest singular vectors of W, with "olora" (Büyükakyüz 2024,
+    section 3) as the first r of its QR decomposition, and W' = W + (alpha / r) (B A - B0 A0) with these first values
+    A0, B0, which follow from W and are not stored; "orthogonal" starts with both random, B A = 0.
     """
 
     lora_bias: bool = False
+    init_weights: Initial = True
 
     peft: ClassVar[PeftFormat | None] = LowRank.peft_format(
-        "LORA", {"lora_bias": "lora_bias"}, by_parameter=True, use_dora=False
+        "LORA",
+        {"lora_bias": "lora_bias", "init_weights": "init_lora_weights"},
+        by_parameter=True,
+        changes_base=("corda", "loftq", "lora_ga", "pissa_niter"),
+        use_dora=False,
+        adaptc_nested=False,
     )
+    aliases: ClassVar[dict[str, str]] = {**LowRank.aliases, "init_lora_weights": "init_weights"}
+
+    @classmethod
+    def read_options(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """Initialisations that leave no trace in a trained adapter are as good as the first."""
+        kept = options.get("init_weights") in SPLITS
+        return options if kept else options | {"init_weights": True}
+
+    def in_peft(self, site: Site) -> bool:
+        """PEFT takes A and B out of linear layers' weights only."""
+        return super().in_peft(site) and (self.init_weights not in SPLITS or site.kind == "linear")
 
     def params(self, site: Site) -> dict[str, Param]:
-        """A (r, in) Kaiming-uniform, B (out, r) zero, c (out,) zero."""
+        """A (r, in) Kaiming-uniform, B (out, r) zero, c (out,) zero; or what W is split into."""
+        found, r = self.factors(site), self.r
+        if self.init_weights == "gaussian":
+            found |= {"A": _starts(found["A"], lambda W, g: _normal(W, (r, W.shape[1]), g) / r)}
+        if self.init_weights == "orthogonal":
+            found |= {
+                "A": _starts(
+                    found["A"], lambda W, g: _rows(W, r, 0).T @ _normal(W, (r // 2, W.shape[1]), g) / 10
+                ),
+                "B": _starts(
+                    found["B"], lambda W, g: _normal(W, (W.shape[0], r // 2), g) @ _rows(W, r, 1) / 10
+                ),
+            }
+        if self.init_weights in SPLITS:
+            split = _Split(_singular if self.init_weights == "pissa" else _triangular, r, self.scale)
+            found |= {"A": _starts(found["A"], split.A), "B": _starts(found["B"], split.B)}
+            shapes = {"A0": (r, site.in_features), "B0": (site.out_features, r)}
+            found |= {
+                "A0": Param(shapes["A0"], split.A, "lora_A0", trained=False, stored=False),
+                "B0": Param(shapes["B0"], split.B, "lora_B0", trained=False, stored=False),
+            }
         c = {"c": Param((site.out_features,), "zeros", "lora_B.bias")} if self.lora_bias else {}
-        return {**self.factors(site), **c}
+        return {**found, **c}
 
     def refuses(self, site: Site) -> tuple[tuple[str, ...], str] | None:
-        """A trained bias needs one to be added to."""
+        """A trained bias needs one to be added to; several matrices in one weight are not split."""
         if self.lora_bias and (site.bias is None or site.rows_repeat):
             return (
                 "lora_bias",
             ), "this layer has no bias, one for each row, that lora_bias could be folded into"
+        if self.init_weights is not True and site.batch is not None:
+            return (
+                "init_weights",
+            ), "several matrices in one weight start as true says: leave init_weights out"
+        if self.init_weights == "orthogonal" and self.at(site).r % 2:
+            return ("init_weights",), f"orthogonal needs an even rank, got {self.at(site).r}"
         return None
 
     def adapts_bias(self) -> bool:
         """Only with `lora_bias`."""
         return self.lora_bias
 
-    def weight(self, W: Tensor, *, A: Tensor, B: Tensor, c: Tensor | None = None) -> Tensor:
+    def weight(
+        self,
+        W: Tensor,
+        *,
+        A: Tensor,
+        B: Tensor,
+        A0: Tensor | None = None,
+        B0: Tensor | None = None,
+        c: Tensor | None = None,
+    ) -> Tensor:
         """W + scale B A, of shape (out, in)."""
+        if A0 is not None and B0 is not None:
+            W = W + -self.scale * (B0 @ A0)
         return W + self.scale * (B @ A)
 
     def bias(self, b: Tensor, *, c: Tensor, **_: Tensor) -> Tensor:
         """b + scale c, of shape (out,)."""
         return b + self.scale * c
+
+
+@dataclass
+class _Split:
+    """W taken apart once for all tensors of a site."""
+
+    split: Callable[[Tensor, int, float], tuple[Tensor, Tensor]]
+    r: int
+    scale: float
+    known: dict[bytes, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def A(self, W: Tensor, _: Generator) -> Tensor:  # noqa: N802 (the paper's name)
+        return self._of(W)[0]
+
+    def B(self, W: Tensor, _: Generator) -> Tensor:  # noqa: N802
+        return self._of(W)[1]
+
+    def _of(self, W: Tensor) -> tuple[Tensor, Tensor]:
+        key = hashlib.sha256(W.contiguous().numpy()).digest()
+        if key not in self.known:
+            self.known = {key: self.split(W, self.r, self.scale)}
+        return self.known[key]
+
+
+def _singular(W: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
+    import torch
+
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    root = (S[:r] / scale).sqrt()
+    return root.unsqueeze(1) * Vh[:r], U[:, :r] * root
+
+
+def _triangular(W: Tensor, r: int, _: float) -> tuple[Tensor, Tensor]:
+    import torch
+
+    Q, R = torch.linalg.qr(W)
+    return R[:r].clone(), Q[:, :r].clone()
+
+
+def _normal(W: Tensor, shape: tuple[int, ...], generator: Generator) -> Tensor:
+    return W.new_empty(shape).normal_(generator=generator)
+
+
+def _rows(W: Tensor, r: int, first: int) -> Tensor:
+    """Every second row of one random orthogonal matrix: the odd ones of A, the even ones of B."""
+    import torch
+
+    return torch.linalg.qr(_normal(W, (r, r), torch.Generator().manual_seed(r)))[0][first::2]
+
+
+def _starts(param: Param, init: Callable[[Tensor, Generator], Tensor]) -> Param:
+    return Param(param.shape, init, param.key, param.unpack)

@@ -1,0 +1,97 @@
+"""BOFT: orthogonal fine-tuning by butterfly factors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from pydantic import Field
+
+from adaptc.method import MATRIX_KINDS, Param, PeftFormat, WeightMethod, method
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from adaptc.sites import Site
+
+Count = Annotated[int, Field(ge=0)]
+
+
+@method("boft")
+@dataclass(frozen=True)
+class Boft(WeightMethod):
+    """W' = diag(s) W (M_m … M_1)ᵀ,  M_i = P_i diag(R_i1, …, R_in) P_iᵀ        R (m, n, b, b) before Cayley   s (out, 1)
+
+    Liu et al. 2024, equation 6, on the columns of W. R_ij = (I - S) (I + S)⁻¹ with S = (X - Xᵀ) / 2 of the stored X; P_i
+    sorts halves of blocks, 2^i of them apart, so that m = `n_butterfly_factor` factors turn every input into every other.
+    X starts at zero, s at one. PEFT runs m > 1 with its CUDA extension only; here it runs anywhere.
+    """
+
+    block_size: Count = 4
+    block_num: Count = 0
+    n_butterfly_factor: Annotated[int, Field(ge=1)] = 1
+
+    kinds: ClassVar[frozenset[str]] = MATRIX_KINDS - {"embedding"}
+    aliases: ClassVar[Mapping[str, str]] = {
+        "boft_block_size": "block_size",
+        "boft_block_num": "block_num",
+        "boft_n_butterfly_factor": "n_butterfly_factor",
+    }
+    peft: ClassVar[PeftFormat | None] = PeftFormat(
+        "BOFT",
+        options={name: f"boft_{name}" for name in ("block_size", "block_num", "n_butterfly_factor")},
+        ignored=frozenset({"boft_dropout"}),
+        layers=frozenset({"Linear", "Conv2d"}),
+    )
+
+    def in_peft(self, site: Site) -> bool:
+        """PEFT's convolutions are square and not grouped."""
+        square = site.kind != "conv" or (site.groups == 1 and len({*site.inner_shape[1:]}) == 1)
+        return super().in_peft(site) and square
+
+    def refuses(self, site: Site) -> tuple[tuple[str, ...], str] | None:
+        """The blocks, and for each further factor twice as many, must divide the input."""
+        if bool(self.block_size) == bool(self.block_num):
+            return ("block_size",), "write one of block_size and block_num, and 0 for the other"
+        inner, m = site.in_features, self.n_butterfly_factor
+        key, given = ("block_size", self.block_size) if self.block_size else ("block_num", self.block_num)
+        if inner % given:
+            return (key,), f"{key} must divide {inner}, got {given}"
+        b = self._block(inner)
+        if m > 1 and (b % 2 or inner % (b * 2 ** (m - 1))):
+            words = (
+                f"{m} factors of blocks of {b} need an even block, and {b * 2 ** (m - 1)} to divide {inner}"
+            )
+            return ("n_butterfly_factor",), words
+        return None
+
+    def params(self, site: Site) -> dict[str, Param]:
+        """X (m, n, b, b) zero, s one for each row."""
+        b = self._block(site.in_features)
+        rows = (1, site.out_features) if site.kind == "conv" else (site.out_features, 1)
+        return {
+            "X": Param((self.n_butterfly_factor, site.in_features // b, b, b), "zeros", "boft_R"),
+            "s": Param(rows, "ones", "boft_s", lambda s: s.reshape(-1, 1)),
+        }
+
+    def weight(self, W: Tensor, *, X: Tensor, s: Tensor) -> Tensor:
+        """W's columns turned, then its rows scaled, of shape (out, in)."""
+        import torch
+
+        skew = (X - X.transpose(2, 3)) / 2
+        identity = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
+        R = torch.linalg.solve_ex(identity + skew, identity - skew, left=False)[0]
+        (m, n, b, _), half = X.shape, X.shape[-1] // 2
+        for i in range(m):
+            # W P_i R_iᵀ P_iᵀ; P_i swaps which half of a block, and which of 2^i blocks, and is none for i = 0.
+            blocks, apart = n // 2**i, 2**i
+            if i:
+                W = W.unflatten(1, (blocks, 2, apart, half)).transpose(2, 3).flatten(1)
+            W = (W.unflatten(1, (n, b)).transpose(0, 1) @ R[i].transpose(1, 2)).transpose(0, 1).flatten(1)
+            if i:
+                W = W.unflatten(1, (blocks, apart, 2, half)).transpose(2, 3).flatten(1)
+        return s * W
+
+    def _block(self, size: int) -> int:
+        return self.block_size or size // self.block_num

@@ -1,0 +1,73 @@
+"""C3A: circular convolution adaptation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Annotated, ClassVar, Self
+
+from pydantic import Field
+
+from adaptc.method import MATRIX_KINDS, Param, PeftFormat, WeightMethod, method
+from adaptc.ranked import of_pattern
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+    from adaptc.sites import Site
+
+Count = Annotated[int, Field(gt=0, description="side of each circulant block")]
+
+
+@method("c3a")
+@dataclass(frozen=True)
+class C3a(WeightMethod):
+    """W' = W + [C(k_ij)] / in        k (out / b, in / b, b);  C(k) is circulant: C(k)[t, s] = k[(s - t) mod b]
+
+    Chen et al. 2025, section 3.3, block by block; PEFT computes it by Fourier transforms of the input, which is the same.
+    The kernels start Xavier-uniform, so that the model does not start as its base.
+    """
+
+    block_size: Count = 256
+    block_size_pattern: Mapping[str, Count] = field(default_factory=dict)
+
+    kinds: ClassVar[frozenset[str]] = MATRIX_KINDS
+    identity_at_init: ClassVar[bool] = False
+    peft: ClassVar[PeftFormat | None] = PeftFormat(
+        "C3A",
+        options={name: name for name in ("block_size", "block_size_pattern")},
+        layers=frozenset({"Linear"}),
+    )
+
+    def at(self, site: Site) -> Self:
+        """The block size of this site."""
+        b = of_pattern(self.block_size_pattern, site, self.block_size)
+        return replace(super().at(site), block_size=b, block_size_pattern={})
+
+    def refuses(self, site: Site) -> tuple[tuple[str, ...], str] | None:
+        """Blocks must fit both sides."""
+        b = self.at(site).block_size
+        if site.in_features % b or site.out_features % b:
+            sides = f"{site.in_features} and {site.out_features}"
+            return ("block_size",), f"block_size must divide {sides}, got {b}"
+        return None
+
+    def params(self, site: Site) -> dict[str, Param]:
+        """k (out / b, in / b, b), uniform within sqrt(6 / (in + out))."""
+        b, (out, inner) = self.block_size, (site.out_features, site.in_features)
+        shape, bound = (out // b, inner // b, b), (6 / (inner + out)) ** 0.5
+
+        def start(W: Tensor, generator: Generator) -> Tensor:
+            return W.new_empty(shape).uniform_(-bound, bound, generator=generator)
+
+        return {"k": Param(shape, start, "c3a_kernel")}
+
+    def weight(self, W: Tensor, *, k: Tensor) -> Tensor:
+        """W plus circulant blocks, of shape (out, in)."""
+        import torch
+
+        b = self.block_size
+        at = torch.arange(b, device=k.device)
+        turned = (at.unsqueeze(0) - at.unsqueeze(1)) % b
+        blocks = k.index_select(2, turned.flatten()).unflatten(2, (b, b))  # (out / b, in / b, b, b)
+        return W + blocks.transpose(1, 2).reshape(W.shape) / W.shape[1]

@@ -1,0 +1,82 @@
+"""Child-tuning: training of a part of the network at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from adaptc.method import Param, Rule, method
+from adaptc.sparse import Chosen
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from adaptc.sites import Site
+
+Variant = Annotated[
+    Literal["F", "D"],
+    Field(description="F: task-free, another part each step; D: task-driven, chosen once by data"),
+]
+Share = Annotated[float, Field(gt=0, le=1, description="share of the entries that is trained (at a time)")]
+
+
+@method("child-tuning")
+@dataclass(frozen=True)
+class ChildTuning(Chosen):
+    """W' = W + D        D of W's own shape (F), or the sparse k entries with the largest Fisher information (D)
+
+    Xu et al. 2021, section 3. Task-free, each step's gradient is multiplied by a mask, 1 with probability `reserve_p`, and
+    divided by that (algorithm 1); `adaptc.TrainingStep` draws it. Task-driven, the k entries are chosen once, by the
+    empirical Fisher information from the spec's `calibration` (equation 4). D starts at zero.
+    """
+
+    variant: Variant = "F"
+    reserve_p: Share = 0.3
+
+    @property
+    def ratio(self) -> float:
+        """`reserve_p`."""
+        return self.reserve_p
+
+    @property
+    def calibrated(self) -> bool:
+        """Only what is task-driven is chosen by data."""
+        return self.variant == "D"
+
+    def params(self, site: Site) -> dict[str, Param]:
+        """The delta: whole, or its chosen entries and their places."""
+        if self.variant == "D":
+            return super().params(site)
+        return {"delta": Param(site.shape, "zeros", f"child_tuning_delta.{site.leaf}")}
+
+    def weight(self, W: Tensor, *, delta: Tensor, at: Tensor | None = None) -> Tensor:
+        """W + D, of W's own shape."""
+        if at is None:
+            return W + delta
+        return W.flatten().scatter_add(0, at, delta).view(W.shape)
+
+    def rule(self, sites: Sequence[Mapping[str, Tensor]], steps: int | None) -> Rule | None:
+        """Task-free, a mask on the gradients of each step."""
+        return _Masks([site["delta"] for site in sites], self.reserve_p) if self.variant == "F" else None
+
+
+class _Masks(Rule):
+    def __init__(self, deltas: Sequence[Tensor], share: float):
+        import torch
+
+        self.deltas, self.share = deltas, share
+        self.generator = torch.Generator().manual_seed(
+            0
+        )  # the same on every device of a distributed training
+
+    def before(self, number: int) -> None:
+        """Draw each entry's part in this step."""
+        for delta in self.deltas:
+            if delta.grad is not None:
+                mask = delta.grad.new_empty(delta.shape, device="cpu").bernoulli_(
+                    self.share, generator=self.generator
+                )
+                delta.grad.mul_(mask.to(delta.grad.device)).div_(self.share)

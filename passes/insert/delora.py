@@ -1,0 +1,70 @@
+"""DeLoRA: decoupled low-rank adaptation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Annotated, ClassVar, Self
+
+from pydantic import Field
+
+from adaptc.method import Dropout, Param, PeftFormat, method
+from adaptc.ranked import Ranked, of_pattern
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from adaptc.sites import Site
+
+Boundary = Annotated[float, Field(description="how far the change may go: λ at the start")]
+
+
+@method("delora")
+@dataclass(frozen=True)
+class Delora(Ranked):
+    """W' = W + (λ / r) B Ξ A diag(w)        A (r, in)   B (out, r)   λ (1,)   w (in,) frozen
+
+    Bini et al. 2025, equations 7 and 8: Ξ divides by ‖A_i‖ ‖B_i‖, rank by rank, and w are the norms of W's columns, so
+    that λ alone says how far the change goes. A starts Kaiming-uniform, B at zero.
+    """
+
+    lambda_: Boundary = 15.0
+    dropout: Dropout = 0.0
+    lambda_pattern: Mapping[str, Boundary] = field(default_factory=dict)
+
+    aliases: ClassVar[Mapping[str, str]] = {
+        "delora_lambda": "lambda_",
+        "lambda": "lambda_",
+        "module_dropout": "dropout",
+    }
+    peft: ClassVar[PeftFormat | None] = PeftFormat(
+        "DELORA",
+        options={
+            "r": "r",
+            "lambda_": "delora_lambda",
+            "dropout": "module_dropout",
+            "rank_pattern": "rank_pattern",
+            "lambda_pattern": "lambda_pattern",
+        },
+        layers=frozenset({"Linear"}),
+    )
+
+    def at(self, site: Site) -> Self:
+        """The rank and λ of this site."""
+        here = of_pattern(self.lambda_pattern, site, self.lambda_)
+        return replace(super().at(site), lambda_=here, lambda_pattern={})
+
+    def params(self, site: Site) -> dict[str, Param]:
+        """A (r, in) Kaiming-uniform, B (out, r) zero, λ (1,), w (in,) the norms of W's columns."""
+        r, out, inner = self.r, site.out_features, site.in_features
+        return {
+            "A": Param((r, inner), "kaiming-uniform", "delora_A"),
+            "B": Param((out, r), "zeros", "delora_B"),
+            "bound": Param((1,), lambda W, _: W.new_full((1,), self.lambda_), "delora_lambda"),
+            "norm": Param((inner,), lambda W, _: W.norm(dim=0), "delora_w_norm", trained=False),
+        }
+
+    def weight(self, W: Tensor, *, A: Tensor, B: Tensor, bound: Tensor, norm: Tensor) -> Tensor:
+        """W + (λ / r) B Ξ A diag(w), of shape (out, in)."""
+        lengths = A.norm(dim=1).clamp_min(1e-4) * B.norm(dim=0).clamp_min(1e-4)
+        return W + B @ ((bound / self.r / lengths).unsqueeze(1) * (A * norm))

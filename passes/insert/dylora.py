@@ -1,0 +1,89 @@
+"""DyLoRA: low-rank adaptation at any rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Self
+
+from adaptc.low_rank import LowRank
+from adaptc.method import Param, PeftFormat, Rule, method
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from adaptc.sites import Site
+
+
+@method("dylora")
+@dataclass(frozen=True)
+class Dylora(LowRank):
+    """W' = W + (alpha / b) B[:, :b] A[:b],  b drawn from 1 … r at each step of training, r otherwise        A (r, in)   B (out, r)
+
+    Valipour et al. 2023, section 4: ranks are nested, so that one training gives an adapter of every rank up to r; set the
+    rank when it is compiled (`--set adapt.0.r=4` where the entry names the checkpoint). `adaptc.TrainingStep` draws b.
+    A starts Kaiming-uniform, B at zero. In a checkpoint it is LoRA of rank r.
+    """
+
+    peft: ClassVar[PeftFormat | None] = LowRank.peft_format("LORA", use_dora=False, adaptc_nested=True)
+
+    def params(self, site: Site) -> dict[str, Param]:
+        """A (r, in), B (out, r), and m (r, 1): 1 / b for the ranks in force, zero for the others."""
+        mask = Param(
+            (self.r, 1), lambda W, _: self._mask(W, self.r), "dylora_mask", trained=False, stored=False
+        )
+        return {**self.factors(site), "m": mask}
+
+    def weight(self, W: Tensor, *, A: Tensor, B: Tensor, m: Tensor) -> Tensor:
+        """W + alpha B diag(m) A, of shape (out, in)."""
+        return W + self.alpha * (B @ (m * A))
+
+    def cut(self, r: int) -> Self:
+        """The first r ranks."""
+        return replace(self, r=r, rank_pattern={})
+
+    def cut_tensors(self, theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The first r rows of A and columns of B."""
+        found = dict(theta)
+        return found | {"A": found["A"][: self.r], "B": found["B"][:, : self.r]}
+
+    def rule(self, sites: Sequence[Mapping[str, Tensor]], steps: int | None) -> Rule | None:
+        """Another rank for each step."""
+        return _Ranks(self, [site["m"] for site in sites])
+
+    def _mask(self, like: Tensor, b: int) -> Tensor:
+        mask = like.new_zeros(self.r, 1)
+        mask[:b] = 1 / (b**0.5 if self.rslora else b)
+        return mask
+
+
+class _Ranks(Rule):
+    def __init__(self, method: Dylora, masks: Sequence[Tensor]):
+        import torch
+
+        self.method, self.masks = method, masks
+        self.generator = torch.Generator().manual_seed(
+            0
+        )  # the same on every device of a distributed training
+        self.drawn, self.shown = 0, False
+        self.after(0)
+
+    def forward(self, training: bool) -> None:
+        """The rank drawn for this step, or all of them."""
+        if training != self.shown:
+            self._show(training)
+
+    def after(self, number: int) -> None:
+        """Draw the rank of the next step."""
+        import torch
+
+        self.drawn = int(torch.randint(2**31, (1,), generator=self.generator))
+        if self.shown:
+            self._show(True)
+
+    def _show(self, training: bool) -> None:
+        self.shown = training
+        for mask in self.masks:
+            r = mask.shape[-2]
+            method = replace(self.method, r=r)
+            mask.copy_(method._mask(mask, 1 + self.drawn % r if training else r))

@@ -1,0 +1,38 @@
+"""FishMask: training of the entries with the largest Fisher information."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
+
+from adaptc.method import method
+from adaptc.sparse import Chosen
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Ratio = Annotated[float, Field(gt=0, le=1, description="share of all entries that is trained")]
+
+
+@method("fishmask")
+@dataclass(frozen=True)
+class Fishmask(Chosen):
+    """W' = W + D        D sparse: the k entries of all weights with the largest Fisher information
+
+    Sung et al. 2021, section 3: k is `keep_ratio` of the entries that the target names, chosen once, by the empirical
+    Fisher information, the mean over examples of the squared gradient of the loss (equation 6), from the spec's
+    `calibration`.
+    """
+
+    keep_ratio: Ratio = 0.005
+
+    @property
+    def ratio(self) -> float:
+        """`keep_ratio`."""
+        return self.keep_ratio
+
+    def weight(self, W: Tensor, *, delta: Tensor, at: Tensor) -> Tensor:
+        """W + D, of W's own shape."""
+        return W.flatten().scatter_add(0, at, delta).view(W.shape)

@@ -1,0 +1,73 @@
+"""FourierFT: fine-tuning of a few frequencies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Annotated, ClassVar, Self
+
+from pydantic import Field
+
+from adaptc.method import MATRIX_KINDS, Param, PeftFormat, WeightMethod, method
+from adaptc.ranked import of_pattern
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+    from adaptc.sites import Site
+
+Count = Annotated[int, Field(gt=0, description="how many frequencies are trained")]
+
+
+@method("fourierft")
+@dataclass(frozen=True)
+class FourierFT(WeightMethod):
+    """W' = W + scaling Re(F⁻¹(C))        C (out, in) with n entries c (n,), all others zero
+
+    Gao et al. 2024, equations 2 to 4: F⁻¹ is the inverse 2-D Fourier transform; which entries is drawn from
+    `random_loc_seed`, the same for all layers of a size. c starts standard normal, so that the model does not start as
+    its base.
+    """
+
+    n_frequency: Count = 1000
+    scaling: float = 150.0
+    random_loc_seed: int = 777
+    n_frequency_pattern: Mapping[str, Count] = field(default_factory=dict)
+
+    kinds: ClassVar[frozenset[str]] = MATRIX_KINDS
+    identity_at_init: ClassVar[bool] = False
+    peft: ClassVar[PeftFormat | None] = PeftFormat(
+        "FOURIERFT",
+        options={name: name for name in ("n_frequency", "scaling", "random_loc_seed", "n_frequency_pattern")},
+    )
+
+    def at(self, site: Site) -> Self:
+        """The number of frequencies of this site."""
+        n = of_pattern(self.n_frequency_pattern, site, self.n_frequency)
+        return replace(super().at(site), n_frequency=n, n_frequency_pattern={})
+
+    def refuses(self, site: Site) -> tuple[tuple[str, ...], str] | None:
+        """There are as many frequencies as entries."""
+        most, n = site.out_features * site.in_features, self.at(site).n_frequency
+        return None if n <= most else (("n_frequency",), f"n_frequency must be at most {most} here, got {n}")
+
+    def params(self, site: Site) -> dict[str, Param]:
+        """c (n,) standard normal, and the entries' places in C, row after row."""
+        n, size = self.n_frequency, site.out_features * site.in_features
+
+        def places(_: Tensor, __: Generator) -> Tensor:
+            import torch
+
+            return torch.randperm(size, generator=torch.Generator().manual_seed(self.random_loc_seed))[:n]
+
+        return {
+            "c": Param((n,), "standard-normal", "fourierft_spectrum"),
+            "at": Param((n,), places, "fourierft_locations", trained=False, stored=False, below=size),
+        }
+
+    def weight(self, W: Tensor, *, c: Tensor, at: Tensor) -> Tensor:
+        """W + scaling Re(F⁻¹(C)), of shape (out, in)."""
+        import torch
+
+        C = W.new_zeros(W.numel()).scatter(0, at, c).view(W.shape)
+        return W + self.scaling * torch.fft.ifft2(C).real

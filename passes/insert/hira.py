@@ -1,0 +1,47 @@
+"""HiRA: Hadamard high-rank adaptation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from adaptc.method import Dropout, Param, PeftFormat, Rank, method
+from adaptc.ranked import Ranked, factors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from adaptc.sites import Site
+
+
+@method("hira")
+@dataclass(frozen=True)
+class Hira(Ranked):
+    """W' = W + W ∘ (B A)        A (r, in)   B (out, r)
+
+    Huang et al. 2025, equation 4: the change is of high rank, since W is. A starts Kaiming-uniform, B at zero.
+    """
+
+    r: Rank = 32
+    dropout: Dropout = 0.0
+
+    aliases: ClassVar[Mapping[str, str]] = {"hira_dropout": "dropout"}
+    fast: ClassVar[frozenset[str]] = frozenset({"B"})
+    peft: ClassVar[PeftFormat | None] = PeftFormat(
+        "HIRA",
+        options={"r": "r", "dropout": "hira_dropout", "rank_pattern": "rank_pattern"},
+        layers=frozenset({"Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d"}),
+    )
+
+    def in_peft(self, site: Site) -> bool:
+        """PEFT has no grouped convolutions."""
+        return super().in_peft(site) and site.groups == 1
+
+    def params(self, site: Site) -> dict[str, Param]:
+        """A (r, in) Kaiming-uniform, B (out, r) zero."""
+        return factors(site, self.r, self.in_peft(site), "hira")
+
+    def weight(self, W: Tensor, *, A: Tensor, B: Tensor) -> Tensor:
+        """W + W ∘ (B A), of shape (out, in)."""
+        return W + W * (B @ A)

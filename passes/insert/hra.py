@@ -1,0 +1,99 @@
+"""HRA: Householder reflection adaptation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from pydantic import Field
+
+from adaptc.method import MATRIX_KINDS, Param, PeftFormat, Rank, WeightMethod, method
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+    from adaptc.sites import Site
+
+GramSchmidt = Annotated[bool, Field(description="make the reflections orthogonal to one another")]
+
+
+@method("hra")
+@dataclass(frozen=True)
+class Hra(WeightMethod):
+    """W' = W H_1 … H_r,  H_i = I - 2 u_i u_iᵀ / ‖u_i‖²        u (in, r)
+
+    Yuan et al. 2024, equation 3. The product is I - U S Uᵀ with U the unit vectors and S⁻¹ = I / 2 + the upper triangle of
+    UᵀU (Schreiber and Van Loan 1989), so that nothing larger than (in, r) is built. With `apply_GS` U is made orthogonal
+    first, and S = 2 I. The u start Kaiming-uniform and equal in pairs, so that they cancel.
+    """
+
+    r: Rank = 8
+    apply_GS: GramSchmidt = False  # noqa: N815 (PEFT's spelling)
+
+    kinds: ClassVar[frozenset[str]] = MATRIX_KINDS
+    peft: ClassVar[PeftFormat | None] = PeftFormat(
+        "HRA",
+        options={"r": "r", "apply_GS": "apply_GS"},
+        layers=frozenset({"Linear", "Conv2d"}),
+    )
+
+    def in_peft(self, site: Site) -> bool:
+        """PEFT's convolutions are square and not grouped."""
+        square = site.kind != "conv" or (site.groups == 1 and len({*site.inner_shape[1:]}) == 1)
+        return super().in_peft(site) and square
+
+    def refuses_to_train(self, site: Site) -> tuple[tuple[str, ...], str] | None:
+        """Pairs of reflections cancel at the start; more than there are columns are too many."""
+        if self.r % 2:
+            return ("r",), f"r must be even, since reflections start in pairs that cancel, got {self.r}"
+        if self.apply_GS:
+            return (
+                "apply_GS",
+            ), "equal pairs cannot be made orthogonal, so such reflections do not start as the base"
+        if self.r > site.in_features:
+            return ("r",), f"rank r must be at most {site.in_features} here, got {self.r}"
+        return None
+
+    def params(self, site: Site) -> dict[str, Param]:
+        """u (in, r), every second column equal to the one before."""
+        shape = (site.in_features, self.r)
+
+        def pairs(_: Tensor, generator: Generator) -> Tensor:
+            import torch
+
+            half = torch.empty(shape[0], -(-shape[1] // 2))
+            torch.nn.init.kaiming_uniform_(half, a=5**0.5, generator=generator)
+            return half.repeat_interleave(2, dim=1)[:, : shape[1]]
+
+        return {"u": Param(shape, pairs, "hra_u")}
+
+    def weight(self, W: Tensor, *, u: Tensor) -> Tensor:
+        """W + (W U) (-S Uᵀ), of shape (out, in)."""
+        if self.apply_GS:
+            U = _orthogonal(u)
+            return W + (W @ U) @ (-2 * U.T)
+        U = u / u.norm(dim=0)
+        return W + (W @ U) @ (_inverse((U.T @ U).triu(1) * 2) * -2 @ U.T)
+
+
+def _inverse(N: Tensor) -> Tensor:
+    """(I + N)⁻¹ of a strictly upper triangular N: (I - N) (I + N²) (I + N⁴) …, which ends, since N^r = 0."""
+    import torch
+
+    identity = torch.eye(len(N), dtype=N.dtype, device=N.device)
+    found, power, exponent = identity - N, N, 1
+    while 2 * exponent < len(N):
+        power, exponent = power @ power, 2 * exponent
+        found = found @ (identity + power)
+    return found
+
+
+def _orthogonal(u: Tensor) -> Tensor:
+    """Gram and Schmidt's: each column without its part along those before, at unit length."""
+    import torch
+
+    U = u[:, :1] / u[:, :1].norm()
+    for column in u[:, 1:].split(1, dim=1):
+        left = column - U @ (U.T @ column)
+        U = torch.cat([U, left / left.norm()], dim=1)
+    return U

@@ -1,0 +1,37 @@
+"""Layer-norm tuning: training of the normalisations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from adaptc.method import Param, PeftFormat, WeightMethod, method
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from adaptc.sites import Site
+
+
+@method("layernorm")
+@dataclass(frozen=True)
+class Layernorm(WeightMethod):
+    """g' = v        v in place of every gain and bias of the normalisations that the target names
+
+    Zhao et al. 2024, section 3. v starts as g, and g is kept, so that adapters can be swapped.
+    """
+
+    kinds: ClassVar[frozenset[str]] = frozenset({"parameter"})
+    peft: ClassVar[PeftFormat | None] = PeftFormat("LN_TUNING")
+
+    def takes(self, site: Site) -> bool:
+        """Whether a parameter is that of a normalisation, by its module's class or the operation that reads it."""
+        return "norm" in site.type.lower() or "norm" in site.op
+
+    def params(self, site: Site) -> dict[str, Param]:
+        """v, a copy of the base's parameter."""
+        return {"v": Param(site.shape, lambda W, _: W, f"ln_tuning_layers.{site.leaf}")}
+
+    def weight(self, W: Tensor, *, v: Tensor) -> Tensor:
+        """v in place of g."""
+        return v

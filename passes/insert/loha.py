@@ -1,0 +1,74 @@
+"""LoHa: low-rank adaptation by a Hadamard product."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from adaptc.method import Param, PeftFormat, method
+from adaptc.ranked import Scaled
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from adaptc.sites import Site
+
+
+@method("loha")
+@dataclass(frozen=True)
+class Loha(Scaled):
+    """W' = W + (alpha / r) (A1 B1) ∘ (A2 B2)        A1, A2 (out, r)   B1, B2 (r, in)
+
+    Hyeon-Woo et al. 2022 (FedPara), proposition 1: of rank up to r². With `use_effective_conv2d`, on kernels of more than
+    one point, A B is T contracted with A (r, out) and B (r, in), T (r, r, height, width) (proposition 3). All start
+    Kaiming-uniform but B2, which is zero.
+    """
+
+    use_effective_conv2d: bool = False
+
+    peft: ClassVar[PeftFormat | None] = PeftFormat(
+        "LOHA",
+        options={
+            name: name for name in ("r", "alpha", "rank_pattern", "alpha_pattern", "use_effective_conv2d")
+        },
+        ignored=frozenset({"rank_dropout", "module_dropout"}),
+        layers=frozenset({"Linear", "Conv1d", "Conv2d"}),
+    )
+
+    def params(self, site: Site) -> dict[str, Param]:
+        """A1 and A2 (out, r), B1 and B2 (r, in); with kernels apart A (r, out) and T (r, r, height, width) too."""
+        r, out, inner = self.r, site.out_features, site.in_features
+        kernel = site.inner_shape[1:] if site.kind == "conv" and self.use_effective_conv2d else ()
+        if any(size > 1 for size in kernel):
+            T, A, B = (r, r, *kernel, *(1,) * (2 - len(kernel))), (r, out), (r, site.inner_shape[0])
+        else:
+            T, A, B = (), (out, r), (r, inner)
+        found = {}
+        for n in "12":
+            found[f"A{n}"] = Param(A, "kaiming-uniform", f"hada_w{n}_a")
+            found[f"B{n}"] = Param(B, "kaiming-uniform" if n == "1" else "zeros", f"hada_w{n}_b")
+            if T:
+                found[f"T{n}"] = Param(T, "kaiming-uniform", f"hada_t{n}")
+        return found
+
+    def weight(
+        self,
+        W: Tensor,
+        *,
+        A1: Tensor,
+        B1: Tensor,
+        A2: Tensor,
+        B2: Tensor,
+        T1: Tensor | None = None,
+        T2: Tensor | None = None,
+    ) -> Tensor:
+        """W + scale (A1 B1) ∘ (A2 B2), of shape (out, in)."""
+        return W + self.scale * (_product(A1, B1, T1) * _product(A2, B2, T2))
+
+
+def _product(A: Tensor, B: Tensor, T: Tensor | None) -> Tensor:
+    if T is None:
+        return A @ B
+    r = T.shape[0]
+    left = (A.T @ T.reshape(r, -1)).unflatten(1, (r, -1))  # (out, r, kernel)
+    return (left.transpose(1, 2) @ B).transpose(1, 2).flatten(1)

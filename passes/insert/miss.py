@@ -1,0 +1,77 @@
+"""MiSS: matrix shard sharing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from adaptc.method import MATRIX_KINDS, Dropout, Param, PeftFormat, Rank, WeightMethod, method
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from adaptc.sites import Site
+
+Form = Annotated[
+    Literal[True, "bat", "mini"],
+    Field(description='true: one shard; "bat": multiplied with W too; "mini": shared along the rows as well'),
+]
+
+
+@method("miss")
+@dataclass(frozen=True)
+class Miss(WeightMethod):
+    """W' = W + [Bᵀ Bᵀ … Bᵀ]        B (r, out), repeated over blocks of r columns
+
+    Kang and Yin 2025, equation 5. With `init_weights` "mini" B is (r, mini_r), repeated along the rows too; with "bat" each
+    block X of r rows and r columns becomes X + X B + B, B (out / r, r, r). B starts at zero.
+    """
+
+    r: Rank = 64
+    mini_r: Rank = 1
+    dropout: Dropout = 0.0
+    init_weights: Form = True
+
+    kinds: ClassVar[frozenset[str]] = MATRIX_KINDS
+    aliases: ClassVar[Mapping[str, str]] = {"miss_dropout": "dropout"}
+    peft: ClassVar[PeftFormat | None] = PeftFormat(
+        "MISS",
+        options={"r": "r", "mini_r": "mini_r", "dropout": "miss_dropout", "init_weights": "init_weights"},
+        layers=frozenset({"Linear"}),
+    )
+
+    def refuses(self, site: Site) -> tuple[tuple[str, ...], str] | None:
+        """Blocks must fit the weight."""
+        out, inner = site.out_features, site.in_features
+        if self.r > inner:
+            return ("r",), f"r must be at most {inner} here, got {self.r}"
+        if self.init_weights == "bat" and (inner % self.r or out % self.r):
+            return ("r",), f"bat needs r to divide {inner} and {out}, got {self.r}"
+        if self.init_weights == "bat" and self.dropout:
+            return ("dropout",), "bat has no branch that dropout could go in front of: leave it out"
+        if self.init_weights == "mini" and out % self.mini_r:
+            return ("mini_r",), f"mini_r must divide {out}, got {self.mini_r}"
+        return None
+
+    def params(self, site: Site) -> dict[str, Param]:
+        """B, zero."""
+        shapes = {True: (self.r, site.out_features), "mini": (self.r, self.mini_r)}
+        shape = shapes.get(self.init_weights) or (site.out_features // self.r, self.r, self.r)
+        return {"B": Param(shape, "zeros", "miss_block")}
+
+    def weight(self, W: Tensor, *, B: Tensor) -> Tensor:
+        """W + the repeated shard, of shape (out, in)."""
+        import torch
+
+        (out, inner), r = W.shape, self.r
+        if self.init_weights == "bat":
+            blocks = W.unflatten(1, (inner // r, r)).unflatten(0, (out // r, r)).permute(2, 0, 1, 3)
+            return W + (blocks @ B + B).permute(1, 2, 0, 3).reshape(out, inner)
+        if self.init_weights == "mini":
+            B = B.repeat(1, out // self.mini_r)
+        # As a product, so that x is summed over the blocks and no full matrix is built.
+        places = torch.eye(r, dtype=W.dtype, device=W.device).repeat(1, -(-inner // r))[:, :inner]
+        return W + B.T @ places

@@ -1,0 +1,130 @@
+"""OFT: orthogonal fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from pydantic import Field
+
+from adaptc.method import MATRIX_KINDS, Param, PeftFormat, WeightMethod, method
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from adaptc.sites import Site
+
+Count = Annotated[int, Field(ge=0)]
+
+
+@method("oft")
+@dataclass(frozen=True)
+class Oft(WeightMethod):
+    """W' = W diag(R_1, …, R_n)ᵀ,  R = (I - Q) (I + Q)⁻¹,  Q skew        Q's upper triangles (n, b (b - 1) / 2),  n b = in
+
+    Qiu et al. 2023, section 3.2, on the columns of W: the input is turned, in blocks of `block_size` (or `r` blocks). With
+    `use_cayley_neumann` (Qiu et al. 2025, equation 4) R is I + 2 Q + 2 Q² + … instead, the inverse as a series of
+    `num_cayley_neumann_terms` in the other direction, as PEFT has it. `coft` holds ‖Q‖ below `eps`, `block_share` turns
+    all blocks alike. Blocks that do not divide the input are made the nearest that do. Q starts at zero.
+    """
+
+    r: Count = 0
+    block_size: Count = 32
+    coft: bool = False
+    eps: float = 6e-5
+    block_share: bool = False
+    use_cayley_neumann: bool = True
+    num_cayley_neumann_terms: Annotated[int, Field(ge=1)] = 5
+
+    kinds: ClassVar[frozenset[str]] = MATRIX_KINDS - {"embedding"}
+    aliases: ClassVar[Mapping[str, str]] = {"oft_block_size": "block_size"}
+    peft: ClassVar[PeftFormat | None] = PeftFormat(
+        "OFT",
+        options={
+            "r": "r",
+            "block_size": "oft_block_size",
+            **{name: name for name in ("coft", "eps", "block_share", "use_cayley_neumann")},
+            "num_cayley_neumann_terms": "num_cayley_neumann_terms",
+        },
+        ignored=frozenset({"module_dropout"}),
+        layers=frozenset({"Linear", "Conv2d"}),
+    )
+
+    def in_peft(self, site: Site) -> bool:
+        """PEFT's convolutions are square and not grouped."""
+        square = site.kind != "conv" or (site.groups == 1 and len({*site.inner_shape[1:]}) == 1)
+        return super().in_peft(site) and square
+
+    def refuses(self, site: Site) -> tuple[tuple[str, ...], str] | None:
+        """Blocks are told by their size or by their number."""
+        if bool(self.r) == bool(self.block_size):
+            return ("r",), "write one of r (how many blocks) and block_size, and 0 for the other"
+        if self._block(site.in_features) == 1:
+            return (
+                "block_size",
+            ), f"no block but of size 1 divides {site.in_features}, and such a block cannot turn"
+        return None
+
+    def params(self, site: Site) -> dict[str, Param]:
+        """Q's upper triangles, zero: (blocks, b (b - 1) / 2)."""
+        b = self._block(site.in_features)
+        blocks = 1 if self.block_share else site.in_features // b
+        return {"Q": Param((blocks, b * (b - 1) // 2), "zeros", "oft_R.weight")}
+
+    def weight(self, W: Tensor, *, Q: Tensor) -> Tensor:
+        """Each block of W's columns times Rᵀ, of shape (out, in)."""
+        b = self._block(W.shape[1])
+        S = _skew(Q, b)
+        if self.coft:
+            S = _bounded(S, self.eps * len(Q) ** -0.5)
+        R = self._rotation(S)
+        n = W.shape[1] // b
+        blocks = W.unflatten(1, (n, b)).transpose(0, 1)
+        return (blocks @ R.expand(n, b, b).transpose(1, 2)).transpose(0, 1).flatten(1)
+
+    def _rotation(self, Q: Tensor) -> Tensor:
+        import torch
+
+        identity = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
+        if not self.use_cayley_neumann:
+            return torch.linalg.solve_ex(identity + Q, identity - Q, left=False)[0]
+        terms = self.num_cayley_neumann_terms
+        if terms == 1:
+            return identity.expand_as(Q)
+        R, power = identity + 2 * Q, Q
+        last = 0 if terms == 2 else max(3, terms - 1)
+        for exponent in range(2, last + 1):
+            power = power @ Q
+            R = R + (power if exponent == last else 2 * power)
+        return R
+
+    def _block(self, size: int) -> int:
+        """The size of a block."""
+        if self.block_size:
+            return _nearest_divisor(size, self.block_size)
+        return size // _nearest_divisor(size, self.r)
+
+
+def _nearest_divisor(size: int, wanted: int) -> int:
+    if wanted >= size:
+        return size
+    above = next(n for n in range(wanted, size + 1) if size % n == 0)
+    below = next(n for n in range(wanted, 0, -1) if size % n == 0)
+    return below if wanted - below <= above - wanted else above
+
+
+def _skew(upper: Tensor, b: int) -> Tensor:
+    """Skew matrices (n, b, b) of their upper triangles (n, b (b - 1) / 2), row after row."""
+    import torch
+
+    at = torch.arange(b, device=upper.device)
+    i, j = at.unsqueeze(1), at.unsqueeze(0)
+    low, high = torch.minimum(i, j), torch.maximum(i, j)
+    place = (low * (2 * b - low - 1) // 2 + high - low - 1).clamp(0, upper.shape[1] - 1)
+    return upper.index_select(1, place.flatten()).unflatten(1, (b, b)) * (j - i).sign().to(upper.dtype)
+
+
+def _bounded(Q: Tensor, eps: float) -> Tensor:
+    length = Q.norm(dim=(1, 2), keepdim=True)
+    return Q * (eps / length.clamp_min(eps))

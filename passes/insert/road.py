@@ -1,0 +1,86 @@
+"""RoAd: rotation adaptation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from adaptc.method import MATRIX_KINDS, Param, PeftFormat, WeightMethod, method
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from adaptc.sites import Site
+
+Variant = Literal["road_1", "road_2", "road_4"]
+Group = Annotated[
+    int, Field(gt=0, multiple_of=2, description="outputs in a group: each is paired half a group on")
+]
+
+
+@method("road")
+@dataclass(frozen=True)
+class Road(WeightMethod):
+    """W' = R W,  b' = R b,  R turns outputs in pairs: [a cos t, -a sin t; a sin t, a cos t]        t, a (out / 2,)
+
+    Liao et al. 2024, equation 3. Each pair has one angle t and scale a (road_1), each output its own (road_2: (out,)), or
+    each entry of the four (road_4: (2 out,)). Pairs lie half a `group_size` apart, as in PEFT. t starts at zero, a at one.
+    """
+
+    variant: Variant = "road_1"
+    group_size: Group = 64
+
+    kinds: ClassVar[frozenset[str]] = MATRIX_KINDS
+    peft: ClassVar[PeftFormat | None] = PeftFormat(
+        "ROAD",
+        options={"variant": "variant", "group_size": "group_size"},
+        layers=frozenset({"Linear"}),
+    )
+
+    def refuses(self, site: Site) -> tuple[tuple[str, ...], str] | None:
+        """Groups must fit the outputs."""
+        if site.rows_repeat:
+            return (), "a grouped transposed convolution's rows are not its outputs"
+        if site.out_features % self.group_size:
+            return ("group_size",), f"group_size must divide {site.out_features}, got {self.group_size}"
+        return None
+
+    def params(self, site: Site) -> dict[str, Param]:
+        """t zero and a one, of (out / 2,), (out,) or (2 out,)."""
+        shape = (site.out_features * {"road_1": 1, "road_2": 2, "road_4": 4}[self.variant] // 2,)
+        keys: Mapping[str, str] = {"t": "road_theta", "a": "road_alpha"}
+        return {"t": Param(shape, "zeros", keys["t"]), "a": Param(shape, "ones", keys["a"])}
+
+    def weight(self, W: Tensor, *, t: Tensor, a: Tensor) -> Tensor:
+        """R W, of shape (out, in)."""
+        kept, crossed = self._columns(t, a)
+        first, second = W.unflatten(0, (-1, 2, self.group_size // 2)).unbind(1)
+        return kept.unsqueeze(1) * W + crossed.unsqueeze(1) * _stack(-second, first).flatten(0, 2)
+
+    def bias(self, b: Tensor, *, t: Tensor, a: Tensor) -> Tensor:
+        """R b, of shape (out,)."""
+        return self.weight(b.unsqueeze(1), t=t, a=a).squeeze(1)
+
+    def _columns(self, t: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+        """What each output keeps, and takes of its partner: (out,) each."""
+        if self.variant == "road_4":
+            t, a = t.unflatten(0, (-1, 2, self.group_size)), a.unflatten(0, (-1, 2, self.group_size))
+            return (a[:, 0] * t[:, 0].cos()).flatten(), (a[:, 1] * t[:, 1].sin()).flatten()
+        if self.variant == "road_1":
+            t, a = (
+                _stack(v, v).flatten()
+                for v in (
+                    t.unflatten(0, (-1, self.group_size // 2)),
+                    a.unflatten(0, (-1, self.group_size // 2)),
+                )
+            )
+        return a * t.cos(), a * t.sin()
+
+
+def _stack(first: Tensor, second: Tensor) -> Tensor:
+    import torch
+
+    return torch.stack([first, second], dim=1)

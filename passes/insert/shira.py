@@ -1,0 +1,66 @@
+"""SHiRA: sparse high-rank adaptation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from pydantic import Field
+
+from adaptc.method import MATRIX_KINDS, Param, PeftFormat, Rank, WeightMethod, method
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+    from adaptc.sites import Site
+
+Seed = Annotated[int | None, Field(description="of the entries that are chosen; null: the spec's seed")]
+
+
+@method("shira")
+@dataclass(frozen=True)
+class Shira(WeightMethod):
+    """W' = W + S        S (out, in) sparse: r (in + out) entries s, at places drawn at random
+
+    Bhardwaj et al. 2024, section 3.1, with the random mask: as many entries as LoRA of rank r has. s starts at zero.
+    """
+
+    r: Rank = 32
+    random_seed: Seed = None
+
+    kinds: ClassVar[frozenset[str]] = MATRIX_KINDS
+    peft: ClassVar[PeftFormat | None] = PeftFormat(
+        "SHIRA",
+        options={"r": "r", "random_seed": "random_seed"},
+        ignored=frozenset({"mask_type"}),
+        layers=frozenset({"Linear"}),
+    )
+
+    def refuses(self, site: Site) -> tuple[tuple[str, ...], str] | None:
+        """No more entries than there are."""
+        count, most = self._count(site), site.out_features * site.in_features
+        return None if count <= most else (("r",), f"r makes {count} entries, and there are {most} here")
+
+    def params(self, site: Site) -> dict[str, Param]:
+        """s (k,) zero, and the rows and columns (2, k) of its entries."""
+        count, (out, inner) = self._count(site), (site.out_features, site.in_features)
+
+        def places(_: Tensor, generator: Generator) -> Tensor:
+            import torch
+
+            if self.random_seed is not None:
+                generator = torch.Generator().manual_seed(self.random_seed)
+            flat = torch.randperm(out * inner, generator=generator)[:count].sort()[0]
+            return torch.stack([flat // inner, flat % inner])
+
+        return {
+            "s": Param((count,), "zeros", "shira_weight"),
+            "at": Param((2, count), places, "shira_indices", trained=False, below=max(out, inner)),
+        }
+
+    def weight(self, W: Tensor, *, s: Tensor, at: Tensor) -> Tensor:
+        """W + S, of shape (out, in)."""
+        return W.flatten().scatter_add(0, at[0] * W.shape[1] + at[1], s).view(W.shape)
+
+    def _count(self, site: Site) -> int:
+        return self.r * (site.in_features + site.out_features)

@@ -1,0 +1,95 @@
+"""VB-LoRA: low-rank adaptation from a bank of vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from pydantic import Field
+
+from adaptc.method import MATRIX_KINDS, Dropout, Param, PeftFormat, Rank, WeightMethod, method
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from adaptc.sites import Site
+
+Count = Annotated[int, Field(gt=0)]
+
+
+@method("vblora")
+@dataclass(frozen=True)
+class Vblora(WeightMethod):
+    """W' = W + B A,  each piece of B and A = Σ_k softmax(top k of a) v_k        a (r, in / v, n), (out / v, r, n)   V (n, v)
+
+    Li et al. 2024, equations 3 and 4: rows of A and columns of B are cut into pieces of `vector_length`, each a mixture of
+    the `topk` vectors of the bank V that its logits choose; all layers share V and train it. Logits start normal, V
+    uniform, so that the model does not start as its base.
+    """
+
+    r: Rank = 4
+    num_vectors: Count = 256
+    vector_length: Count = 256
+    topk: Count = 2
+    dropout: Dropout = 0.0
+    init_vector_bank_bound: float = 0.02
+    init_logits_std: float = 0.1
+
+    kinds: ClassVar[frozenset[str]] = MATRIX_KINDS
+    aliases: ClassVar[Mapping[str, str]] = {"vblora_dropout": "dropout"}
+    identity_at_init: ClassVar[bool] = False
+    peft: ClassVar[PeftFormat | None] = PeftFormat(
+        "VBLORA",
+        options={
+            "dropout": "vblora_dropout",
+            **{name: name for name in ("r", "num_vectors", "vector_length", "topk")},
+            **{name: name for name in ("init_vector_bank_bound", "init_logits_std")},
+        },
+    )
+
+    def refuses(self, site: Site) -> tuple[tuple[str, ...], str] | None:
+        """The pieces must fit both sides, and not more be chosen than there are."""
+        if site.in_features % self.vector_length or site.out_features % self.vector_length:
+            sides = f"{site.in_features} and {site.out_features}"
+            return ("vector_length",), f"vector_length must divide {sides}, got {self.vector_length}"
+        if self.topk > self.num_vectors:
+            return ("topk",), f"topk must be at most num_vectors ({self.num_vectors}), got {self.topk}"
+        return None
+
+    def params(self, site: Site) -> dict[str, Param]:
+        """Logits of A (r, in / v, n) and of B (out / v, r, n)."""
+        pieces = {
+            "A": (self.r, site.in_features // self.vector_length, self.num_vectors),
+            "B": (site.out_features // self.vector_length, self.r, self.num_vectors),
+        }
+        return {
+            f"logits_{name}": Param(
+                shape,
+                lambda W, g, s=shape: W.new_empty(s).normal_(std=self.init_logits_std, generator=g),
+                f"vblora_logits_{name}",
+            )
+            for name, shape in pieces.items()
+        }
+
+    def shared(self, sites: Sequence[Site]) -> dict[str, Param]:
+        """The bank V (n, v)."""
+        shape, bound = (self.num_vectors, self.vector_length), self.init_vector_bank_bound
+        return {
+            "bank": Param(
+                shape,
+                lambda W, g: W.new_empty(shape).uniform_(-bound, bound, generator=g),
+                "vblora_vector_bank",
+            )
+        }
+
+    def weight(self, W: Tensor, *, logits_A: Tensor, logits_B: Tensor, bank: Tensor) -> Tensor:
+        """W + B A, of shape (out, in)."""
+        A = self._mixed(logits_A, bank).flatten(1)
+        B = self._mixed(logits_B, bank).transpose(1, 2).flatten(0, 1)
+        return W + B @ A
+
+    def _mixed(self, logits: Tensor, bank: Tensor) -> Tensor:
+        top, at = logits.topk(self.topk, dim=-1)
+        chosen = bank.index_select(0, at.flatten()).unflatten(0, at.shape)
+        return (top.softmax(-1).unsqueeze(-1) * chosen).sum(-2)
