@@ -10,16 +10,16 @@ from pydantic import AliasChoices, Field, GetJsonSchemaHandler, Strict, create_m
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-from adaptc.method import Method, summary
+from adaptc.method import Method, Rank, summary
 from adaptc.registry import load_methods, method_named
 from adaptc.spec_part import OneOf, Part, PathText
 from adaptc.targets import Patterns, Target
 
 Alias = Annotated[
-    Literal["refuse", "untie", "live"],
+    Literal["refuse", "untie", "live", "share"],
     Field(
         description="where a layer's tensor is used elsewhere too, as tied embeddings are: refuse to fold into it, "
-        "untie it, or keep its adapter live when the rest is folded"
+        "untie it, keep its adapter live when the rest is folded, or share the change with the others"
     ),
 ]
 AdapterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", description="the adapter's name")]
@@ -60,6 +60,7 @@ class AdapterEntry(Part):
     name: AdapterName | None = None
     on_alias: Alias = "refuse"
     allow_pickle: bool = Field(False, description="read pickled weights, which can run code")
+    r: Rank | None = Field(None, description="the rank to cut it to, where its ranks are nested")
 
 
 def _fields(cls: type[Method]) -> tuple[dataclasses.Field[Any], ...]:

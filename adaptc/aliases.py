@@ -13,8 +13,9 @@ from adaptc.sites import Site, Use, module_of
 if TYPE_CHECKING:
     from adaptc.graph import Graph
 
-OnAlias = Literal["refuse", "untie", "live"]
-"""What an adapted tensor that is used elsewhere too becomes: not folded into, its own tensor, or a live expression."""
+OnAlias = Literal["refuse", "untie", "live", "share"]
+"""What an adapted tensor that is used elsewhere too becomes: not folded into, its own tensor, a live expression, or
+adapted everywhere."""
 
 
 def users(graph: Graph, name: str) -> list[fx.Node]:
@@ -55,6 +56,18 @@ def others(graph: Graph, name: str, uses: Sequence[Use]) -> list[fx.Node]:
 def places(found: Iterable[fx.Node]) -> str:
     """The modules that nodes came from, in words."""
     return ", ".join(sorted({module_of(user)[0] or str(user.target) for user in found}))
+
+
+def widened(graph: Graph, site: Site) -> Site:
+    """The site with everyone else who uses its tensor among its uses."""
+    same = set(names(graph, site.parameter))
+    found = [
+        Use(user.name, next((i for i, a in enumerate(user.args) if a is node), -1))
+        for node in graph.nodes
+        if node.op == "get_attr" and node.target in same
+        for user in node.users
+    ]
+    return replace(site, uses=(*site.uses, *(use for use in found if use not in site.uses)))
 
 
 def untie(graph: Graph, site: Site, nodes: dict[str, fx.Node], bias: bool) -> Site:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from adaptc.calibration import Information, read_rows
 from adaptc.compiled import Compiled
 from adaptc.errors import InputError, ProofError, TraceError, WeightError
 from adaptc.graph import Graph
@@ -35,6 +36,7 @@ def compile(
     example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
     dynamic: Mapping[str, Any] | None = None,
     overrides: Sequence[str] = (),
+    calibration: Iterable[Mapping[str, torch.Tensor]] | None = None,
     after: After | None = None,
 ) -> Compiled:
     """Compile a spec; products are written by `Compiled.emit`, or by the command line.
@@ -45,6 +47,7 @@ def compile(
         example_inputs: tensors the module takes, by position or by name; the spec's `inputs` may stand instead.
         dynamic: `{"x": {0: "batch"}}`, the dimensions that vary.
         overrides: `--set` settings.
+        calibration: batches of inputs with labels, for methods that choose by data, in place of the spec's file.
         after: called with a pass's name and the graph after each pass.
 
     Raises:
@@ -56,6 +59,7 @@ def compile(
     graph = _trace(loaded, base)
     if after is not None:
         after("trace", graph)
+    graph.information = _information(loaded, graph, calibration)
     records: list[PassRecord] = []
     plan = make_plan(loaded, graph, after)
     records += plan.records
@@ -64,6 +68,19 @@ def compile(
     if base.real and base.model is not None:
         compiled.proofs.append(_prove_trace(graph, base.model))
     return compiled
+
+
+def _information(
+    spec: Spec, graph: Graph, batches: Iterable[Mapping[str, torch.Tensor]] | None
+) -> Information | None:
+    try:
+        if batches is not None:
+            return Information(graph, batches)
+        if spec.calibration is not None:
+            return Information(graph, read_rows(resolve_path(spec, spec.calibration), graph.inputs))
+    except InputError as error:
+        raise spec.error(("calibration",), *str(error).splitlines()) from error
+    return None
 
 
 def _prove_trace(graph: Graph, model: nn.Module) -> Proof:

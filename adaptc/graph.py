@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
@@ -21,6 +21,9 @@ from adaptc.roles import Roles, find_roles
 from adaptc.sites import Site, Use, module_of
 from adaptc.tracing.base import Base
 from adaptc.weights import Weight
+
+if TYPE_CHECKING:
+    from adaptc.calibration import Information
 
 ORIGIN = ("nn_module_stack", "stack_trace")
 """What a node's meta says of where it came from."""
@@ -81,7 +84,7 @@ class Graph:
     adapted: dict[tuple[str, str], str] = field(default_factory=dict)
     stage: str = "traced"
     origin: Graph | None = None
-    information: Callable[[str], torch.Tensor] | None = None
+    information: Information | None = None
 
     @property
     def nodes(self) -> Iterable[fx.Node]:
@@ -139,18 +142,18 @@ class Graph:
         node.meta[VERIFIED] = signature(node)
         return node
 
-    def attach(self, name: str, weight: Weight, param: Param) -> None:
-        """Add a tensor of a method under a full name: a parameter, or a buffer where it is not trained."""
+    def attach(self, name: str, weight: Weight, trained: bool = True, stored: bool = True) -> None:
+        """Add a tensor under a full name: a parameter, or a buffer where it is not trained."""
         self.weights[name] = weight
         self.aliases[name] = name
         with self.fake_mode:
             value = torch.empty(weight.shape, dtype=weight.dtype)
-        if param.trained:
+        if trained:
             put(self.module, name, nn.Parameter(value, requires_grad=False))
             return
-        put(self.module, name, value, persistent=param.stored)
+        put(self.module, name, value, persistent=stored)
         self.buffers |= {name}
-        if not param.stored:
+        if not stored:
             self.transient |= {name}
 
     def detach(self, name: str) -> None:

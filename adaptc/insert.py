@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from adaptc.aliases import OnAlias, untie
-from adaptc.errors import Refusal, RefusedError
+from adaptc.aliases import OnAlias, untie, widened
+from adaptc.errors import InputError, Refusal, RefusedError
 from adaptc.expression import Traced, cut, splice, trace_expression
 from adaptc.graph import Adaptation, Graph
 from adaptc.method import Method, Param, WeightMethod
@@ -33,7 +33,7 @@ class Insert(Pass):
     seed: int = 0
     on_alias: OnAlias = "refuse"
     """What to do where the weight is used elsewhere too: give the site its own, stay live when the rest is folded,
-    or refuse to fold."""
+    change it everywhere, or refuse to fold."""
     as_stored: bool = False
     """Parameters named by themselves are (out, in) as they are stored, however the model multiplies by them."""
     trained: bool = False
@@ -122,13 +122,15 @@ class Insert(Pass):
     ) -> None:
         if self.on_alias == "untie":
             site = untie(graph, site, nodes, bias=method.adapts_bias())
+        if self.on_alias == "share":
+            site = widened(graph, site)
         value = graph.value_of(site.parameter, site.uses, nodes)
         own = method.stored(site)
         theta: dict[str, fx.Node] = {}
         for argument, (name, param) in named.items():
             if name not in graph.weights:  # of what sites share, the first makes it
                 weight = self._initial(graph, name, param, site, value, argument in own)
-                graph.attach(name, weight, param)
+                graph.attach(name, weight, param.trained, param.stored)
             theta[argument] = graph.parameter_node(name)
         params = {argument: param for argument, (_, param) in named.items()}
         tag = len(graph.adaptations)
@@ -189,8 +191,13 @@ class Insert(Pass):
         """What functions that initialise get: the weight so far, or its Fisher information."""
         if not self.method.calibrated:
             return cut(graph, value).evaluate
-        information = graph.information
-        return lambda: information(site.parameter)
+
+        def estimated() -> torch.Tensor:
+            if graph.information is None:
+                raise InputError(f"{self.method.name} chooses by data: give it `calibration`")
+            return graph.information(site.parameter)
+
+        return estimated
 
 
 def _unpacked(params: Mapping[str, Param], values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -78,6 +78,7 @@ class PeftFormat:
             has no checkpoint of its own (`modules_to_save`).
         by_parameter: it can sit on a parameter that is no module's `weight` (`target_parameters`).
         layers: the classes of layers that PEFT has the method for.
+        tied: PEFT changes a tied output head with its embedding.
     """
 
     type: str | None
@@ -89,6 +90,7 @@ class PeftFormat:
     joins: str | None = None
     by_parameter: bool = False
     layers: frozenset[str] = LINEAR
+    tied: bool = False
 
 
 class Rule:

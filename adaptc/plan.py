@@ -280,6 +280,7 @@ def _alias_notes(graph: Graph, entries: Sequence[Planned]) -> list[str]:
     notes = []
     words = {
         "untie": "untied: both are written, each with its own values",
+        "share": "shared: the others change with it",
         "live": "kept live: its adapter stays in what is folded, computed when the program is loaded",
     }
     for found in entries:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from adaptc.adapt_entries import AdapterEntry
 from adaptc.adapters import places_of
 from adaptc.checkpoint import ROOT, Checkpoint, directories, match, missing, read
-from adaptc.errors import WeightError
+from adaptc.errors import InputError, WeightError
 from adaptc.graph import Graph
 from adaptc.insert import Insert
-from adaptc.method import Param, WeightMethod
+from adaptc.method import Method, Param, WeightMethod, options_of
 from adaptc.names import ATTENTION
 from adaptc.peft_config import declared, named_modules
 from adaptc.peft_keys import PeftLayout
@@ -51,8 +51,24 @@ def entries_of(spec: Spec, graph: Graph, index: int) -> list[Planned]:
     common = {"adapter": entry.name, "entry": index, "seed": spec.seed, "on_alias": entry.on_alias}
     make: Any = load_passes()[f"insert-{entry.method}"]
     item = make(target=entry.target, exclude=entry.exclude, **common, **entry.options())
+    if item.method.calibrated:
+        item = _calibrated(spec, graph, index, item)
     first = Planned(index, item, item.selection(graph))
     return [first, *_biases(graph, first, common)]
+
+
+def _calibrated(spec: Spec, graph: Graph, index: int, item: Insert) -> Insert:
+    """What is inserted, with what data decides decided; a plan alone reads none."""
+    if graph.information is None:
+        if spec.calibration is None:
+            words = f"{item.method.name} chooses by data, and there is none"
+            raise spec.error(
+                ("adapt", index), words, "name some: `calibration: rows.jsonl`, inputs with labels"
+            )
+        return item
+    found = graph.information.of(site.parameter for site in item.selection(graph).sites)
+    by_site = {site.name: found[site.parameter] for site in item.selection(graph).sites}
+    return replace(item, **options_of(item.method.calibrate(by_site)))
 
 
 def _trained(spec: Spec, graph: Graph, index: int, entry: AdapterEntry) -> list[Planned]:
@@ -66,21 +82,31 @@ def _trained(spec: Spec, graph: Graph, index: int, entry: AdapterEntry) -> list[
             checkpoint = read(directory, entry.allow_pickle)
             name = entry.name or (directory.name if directory != path else "default")
             common = {"adapter": name, "entry": index, "seed": spec.seed, "on_alias": entry.on_alias}
-            found += _from_checkpoint(graph, checkpoint, common)
+            found += _from_checkpoint(graph, checkpoint, common, entry.r)
     except WeightError as error:
         raise spec.weight_error(place, error) from None
+    except InputError as error:
+        raise spec.error((*place[:2], "r"), str(error)) from None
     return found
 
 
-def _from_checkpoint(graph: Graph, checkpoint: Checkpoint, common: dict[str, Any]) -> list[Planned]:
+def _from_checkpoint(
+    graph: Graph, checkpoint: Checkpoint, common: dict[str, Any], rank: int | None
+) -> list[Planned]:
     what = declared(checkpoint)
     make: Any = load_passes()[f"insert-{what.method.name}"]
+    if what.method.peft is not None and what.method.peft.tied and common["on_alias"] == "refuse":
+        common = common | {"on_alias": "share"}
     chosen = {"target": what.target, "exclude": what.exclude, "as_stored": what.as_stored, "trained": True}
     item = make(**common, **chosen, **what.options)
     if not checkpoint.own and any(site.type == ATTENTION for site in item.selection(graph).sites):
         options = what.method.from_peft(what.options, named_modules(checkpoint))
         item = make(**common, **chosen, **options)
-    first = Planned(common["entry"], item, item.selection(graph), checkpoint)
+    whole = None
+    if rank is not None:
+        whole = item.method
+        item = replace(item, **options_of(_cut(whole, rank)))
+    first = Planned(common["entry"], item, item.selection(graph), checkpoint, whole)
     grouped = [s for s in first.selection.sites if s.groups > 1 and not item.method.in_peft(s)]
     if grouped and not checkpoint.own:
         raise WeightError(
@@ -92,6 +118,24 @@ def _from_checkpoint(graph: Graph, checkpoint: Checkpoint, common: dict[str, Any
         target = [pattern for module in checkpoint.saved_modules for pattern in (module, f"*.{module}")]
         joined.append(_whole(graph, first, target, common))
     return [first, *_biases(graph, first, common), *joined]
+
+
+def _cut(method: WeightMethod, rank: int) -> WeightMethod:
+    """The method at a smaller rank.
+
+    Raises:
+        InputError: its ranks are not nested, or there are fewer.
+    """
+    largest: int | None = getattr(method, "r", None)
+    cut = method.cut(rank)
+    if cut is None:
+        nested = [name for name, cls in load_methods().items() if cls.cut is not Method.cut]
+        raise InputError(
+            f"the ranks of {method.name} are not nested, as those of {', '.join(nested)} are: leave r out"
+        )
+    if largest is not None and rank > largest:
+        raise InputError(f"the adapter has ranks up to {largest}, got {rank}")
+    return cut
 
 
 def _whole(graph: Graph, host: Planned, target: Any, common: dict[str, Any], **options: Any) -> Planned:

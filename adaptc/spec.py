@@ -25,7 +25,7 @@ from adaptc.errors import Problem, SpecError, WeightError
 from adaptc.inputs import InputSpec
 from adaptc.source import Source
 from adaptc.spec_errors import fault, got, invalid, problems
-from adaptc.spec_part import Many, Part
+from adaptc.spec_part import Many, Part, PathText
 from adaptc.yaml_text import Loc
 
 VERSION = 1
@@ -63,6 +63,10 @@ class Spec(Part):
     adapt: Many[AdaptEntry] = ()
     quantize: Many[Annotated[Any, AfterValidator(_no_quantizer)]] = Field(
         (), json_schema_extra={"maxItems": 0}
+    )
+    calibration: PathText | None = Field(
+        None,
+        description="rows that some methods choose by: a .jsonl or .safetensors file of inputs with labels",
     )
     emit: EmitEntries = ()
     passes: Many[PassEntry] | None = Field(

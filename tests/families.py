@@ -25,7 +25,7 @@ from adaptc.spec import load
 from adaptc.tracing.export import export
 from adaptc.tracing.graph import trace
 from adaptc.tracing.module import from_module, inputs_from_examples
-from adaptc.weights import Held
+from adaptc.weights import Held, seeded
 from tests import hugging_face
 
 VOCABULARY = hugging_face.VOCABULARY
@@ -295,16 +295,49 @@ def field_names(method: str) -> frozenset[str]:
     return frozenset(f.name for f in dataclasses.fields(load_methods()[method]))  # type: ignore[arg-type]
 
 
+SMALL: dict[str, dict[str, Any]] = {
+    "adalora": {"init_r": 4, "target_r": 2},
+    "c3a": {"block_size": 8},
+    "child-tuning": {"variant": "D"},
+    "fishmask": {"keep_ratio": 0.3},
+    "fourierft": {"n_frequency": 20},
+    "lokr": {"r": 2},
+    "oft": {"block_size": 8},
+    "road": {"group_size": 8},
+    "shira": {"r": 2},
+    "trainable-tokens": {"token_indices": list(range(3, 60)), "on_alias": "share"},
+    "vblora": {"vector_length": 8, "num_vectors": 12},
+}
+"""Options that fit layers as small as those here; any other method with a rank has rank 4."""
+EMBEDDINGS = ("*wte", "*word_embeddings", "*embed_tokens", "shared")
+DIVIDING, UNDIVIDED = ("c3a", "road", "vblora"), ("down", "last")
+"""Methods that cut a layer's outputs into equal pieces, and layers of five outputs."""
+
+
 def entry(method: str, family: str, **options: Any) -> dict[str, Any]:
     """An `adapt` entry of a method for a family."""
-    base = FAMILIES[family]
-    whole = "parameter" in load_methods()[method].kinds
-    found: dict[str, Any] = {"method": method, "target": list(base.whole if whole else base.target)}
-    if "r" in field_names(method):
-        found["r"] = 4
+    base, kinds = FAMILIES[family], load_methods()[method].kinds
+    target = EMBEDDINGS if kinds == {"embedding"} else base.whole if "parameter" in kinds else base.target
+    if method in DIVIDING and family in PLAIN:
+        target = [name for name in target if name not in UNDIVIDED]
+    small = SMALL.get(method, {"r": 4} if "r" in field_names(method) else {})
+    found: dict[str, Any] = {"method": method, "target": list(target), **small}
     if "feedforward" in field_names(method):
         found["feedforward"] = list(base.feedforward)
     return found | options
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Fisher information drawn at random, in place of an estimate."""
+
+    graph: Graph
+
+    def __call__(self, name: str) -> torch.Tensor:
+        return torch.rand(self.graph.weights[name].shape, generator=seeded(0, name))
+
+    def of(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        return {name: self(name) for name in names}
 
 
 class Zoo:
@@ -366,7 +399,8 @@ class Zoo:
                 if dtype:
                     examples["x"] = examples["x"].to(getattr(torch, dtype))
                 base = from_module(model, inputs_from_examples(model, examples, self.dynamic(name)))
-            self._graphs[name, dtype] = trace(base)
+            self._graphs[name, dtype] = graph = trace(base)
+            graph.information = Drawn(graph)  # type: ignore[assignment]
         return self._graphs[name, dtype]
 
     def export(self, model: nn.Module, inputs: Any, training: bool = False) -> fx.GraphModule:

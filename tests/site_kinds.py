@@ -19,7 +19,7 @@ from adaptc.registry import load_methods
 from adaptc.spec import load
 from adaptc.tracing.graph import trace
 from adaptc.tracing.module import from_module, inputs_from_examples
-from tests.families import randomise
+from tests.families import Drawn, randomise
 
 WIDTH, WORDS, PADDING = 16, 24, 3
 SHAPES = ((3, 11), (1, 1), (2, 7))
@@ -72,10 +72,13 @@ class Kind:
     site: str = "linear"
     """The kind of site that it is."""
     ids: bool = False
-    in_peft: frozenset[str] = frozenset()
-    """The methods that PEFT has on it."""
+    layer: str = ""
+    """The class of layer that PEFT knows it as; `parameter` where it takes it by the parameter's name."""
     refused: frozenset[str] = frozenset()
     """The methods that cannot compute what they should on it."""
+
+    def in_peft(self, method: str) -> bool:
+        return self.layer in IN_PEFT.get(method, ())
 
     def takes(self, method: str) -> bool:
         kinds = load_methods()[method].kinds
@@ -168,11 +171,26 @@ def _per_head(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(-1, 4, 4).transpose(0, 1)
 
 
-LOW_RANK, SCALING, LORA = frozenset({"lora", "dora"}), frozenset({"ia3"}), frozenset({"lora"})
+SCALING = frozenset({"ia3"})
+CONVOLUTIONS = frozenset({"Conv1d", "Conv2d", "Conv3d"})
+PLAIN, STORED, SQUARE = frozenset({"Linear"}), frozenset({"Linear", "Conv1D"}), frozenset({"Linear"})
+EVERYWHERE = STORED | CONVOLUTIONS | {"Embedding"}
+IN_PEFT = {
+    **dict.fromkeys(("lora", "dylora"), EVERYWHERE | {"parameter"}),
+    **dict.fromkeys(("dora", "hira"), EVERYWHERE),
+    "ia3": STORED | {"Conv2d", "Conv3d"},
+    "adalora": STORED | {"Conv2d"},
+    **dict.fromkeys(("loha", "lokr"), PLAIN | {"Conv1d", "Conv2d"}),
+    **dict.fromkeys(("vera", "fourierft", "randlora", "vblora"), STORED),
+    **dict.fromkeys(("oft", "boft", "hra"), SQUARE),
+    **dict.fromkeys(("miss", "c3a", "road", "delora", "shira"), PLAIN),
+    "trainable-tokens": frozenset({"Embedding"}),
+}
+"""The layers that PEFT has a method for, read from its source; convolutions here are not square."""
 
 
-def _conv(layer: Build, axes: str, *space: int, **more: Any) -> Kind:
-    return Kind(lambda: Convolutional(layer(), *space), ("l",), (Matrix("l.weight", axes),), "conv", **more)
+def _conv(build: Build, axes: str, *space: int, **more: Any) -> Kind:
+    return Kind(lambda: Convolutional(build(), *space), ("l",), (Matrix("l.weight", axes),), "conv", **more)
 
 
 def _bare(run: Callable[..., torch.Tensor], axes: str, *shape: int, **more: Any) -> Kind:
@@ -196,20 +214,20 @@ def _attention(*weights: str, cross: bool = False, **options: Any) -> Kind:
 
 KINDS: dict[str, Kind] = {
     "conv1d": _conv(
-        lambda: nn.Conv1d(16, 24, 3, stride=2, padding=1, dilation=1), "oii", in_peft=LOW_RANK
+        lambda: nn.Conv1d(16, 24, 3, stride=2, padding=1, dilation=1), "oii", layer="Conv1d"
     ),
     "conv2d": _conv(
         lambda: nn.Conv2d(8, 12, (2, 3), padding=(0, 2), dilation=(1, 2)), "oiii", 2,
-        in_peft=LOW_RANK | SCALING,
+        layer="Conv2d",
     ),
     "conv3d": _conv(
         lambda: nn.Conv3d(4, 12, (2, 1, 3), padding=(0, 0, 1), bias=False), "oiiii", 2, 2,
-        in_peft=LOW_RANK | SCALING,
+        layer="Conv3d",
     ),
-    "conv-same": _conv(lambda: nn.Conv1d(16, 16, 3, padding="same"), "oii", in_peft=LOW_RANK),
+    "conv-same": _conv(lambda: nn.Conv1d(16, 16, 3, padding="same"), "oii", layer="Conv1d"),
     "conv-circular": _conv(
         lambda: nn.Conv2d(8, 12, (2, 3), padding=1, padding_mode="circular"), "oiii", 2,
-        in_peft=LOW_RANK | SCALING,
+        layer="Conv2d",
     ),
     "conv-grouped": _conv(lambda: nn.Conv1d(16, 12, 3, padding=1, groups=2), "oii"),
     "conv-depthwise": _conv(lambda: nn.Conv1d(16, 32, 3, padding=1, groups=16), "oii"),
@@ -221,17 +239,17 @@ KINDS: dict[str, Kind] = {
     ),
     "embedding": Kind(
         lambda: Layer(nn.Embedding(WORDS, WIDTH, padding_idx=PADDING)), ("l",), (Matrix("l.weight", "io"),),
-        "embedding", ids=True, in_peft=LOW_RANK,
+        "embedding", ids=True, layer="Embedding",
     ),
-    "linear": _linear(lambda: Layer(nn.Linear(WIDTH, 12)), in_peft=LOW_RANK | SCALING),
-    "conv1d-gpt2": _linear(lambda: Layer(_conv1d()), axes="io", in_peft=LOW_RANK | SCALING),
+    "linear": _linear(lambda: Layer(nn.Linear(WIDTH, 12)), layer="Linear"),
+    "conv1d-gpt2": _linear(lambda: Layer(_conv1d()), axes="io", layer="Conv1D"),
     "twice": _linear(
         lambda: Layer(nn.Linear(WIDTH, WIDTH), lambda x, layer: layer(torch.tanh(layer(x)))),
-        in_peft=LOW_RANK | SCALING,
+        layer="Linear",
     ),
     "turned": _linear(
         lambda: Layer(nn.Linear(WIDTH, 12, bias=False), lambda x, layer: x @ layer.weight.t()),
-        in_peft=LOW_RANK | SCALING,
+        layer="Linear",
     ),
     "fused-rows": Kind(
         Fused, ("l[3:9]", "l[24:]"),
@@ -240,16 +258,16 @@ KINDS: dict[str, Kind] = {
     "fused-roles": Kind(
         Fused, ("l[q,v]",), (Matrix("l.weight", rows=((0, 16),)), Matrix("l.weight", rows=((24, 32),)))
     ),
-    "sliced": _bare(lambda x, W: F.linear(x, W[4:12]), "oi", 20, WIDTH, in_peft=LORA),
+    "sliced": _bare(lambda x, W: F.linear(x, W[4:12]), "oi", 20, WIDTH, layer="parameter"),
     "right": _bare(lambda x, W: x @ W, "io", WIDTH, 12),
-    "left": _bare(lambda x, W: W @ x.transpose(1, 2), "oi", 12, WIDTH, in_peft=LORA),
+    "left": _bare(lambda x, W: W @ x.transpose(1, 2), "oi", 12, WIDTH, layer="parameter"),
     "addmm": _bare(
         lambda x, W: torch.addmm(x.new_ones(12), x.reshape(-1, WIDTH), W, beta=0.5, alpha=2), "io", WIDTH, 12,
         refused=SCALING,
     ),
-    "einsum": _bare(lambda x, W: torch.einsum("bsi,oi->bso", x, W), "oi", 12, WIDTH, in_peft=LORA),
+    "einsum": _bare(lambda x, W: torch.einsum("bsi,oi->bso", x, W), "oi", 12, WIDTH, layer="parameter"),
     "einsum-turned": _bare(lambda x, W: torch.einsum("bsi, io -> bso", x, W), "io", WIDTH, 12),
-    "einsum-first": _bare(lambda x, W: torch.einsum("oi,bsi->bso", W, x), "oi", 12, WIDTH, in_peft=LORA),
+    "einsum-first": _bare(lambda x, W: torch.einsum("oi,bsi->bso", W, x), "oi", 12, WIDTH, layer="parameter"),
     "einsum-heads": _bare(lambda x, W: torch.einsum("bsi,ihd->bshd", x, W), "ioo", WIDTH, 3, 4),
     "einsum-merge": _bare(
         lambda x, W: torch.einsum("bshd,hdo->bso", x.unflatten(-1, (4, 4)), W), "iio", 4, 4, 12
@@ -262,15 +280,15 @@ KINDS: dict[str, Kind] = {
         lambda x, W: torch.bmm(x, W.unsqueeze(0).expand(x.shape[0], -1, -1)), "io", WIDTH, 12
     ),
     "experts-in-out": _bare(lambda x, W: torch.bmm(_per_head(x), W), "eio", 4, 4, 12),
-    "experts-out-in": _bare(lambda x, W: torch.bmm(_per_head(x), W.transpose(1, 2)), "eoi", 4, 12, 4, in_peft=LORA),
+    "experts-out-in": _bare(lambda x, W: torch.bmm(_per_head(x), W.mT), "eoi", 4, 12, 4, layer="parameter"),
     "experts-matmul": _bare(lambda x, W: torch.matmul(x.unsqueeze(1), W), "eio", 3, WIDTH, 12),
     "experts-baddbmm": _bare(
         lambda x, W: torch.baddbmm(x.new_ones(4, 1, 12), _per_head(x), W), "eio", 4, 4, 12
     ),
-    "experts-gathered": _bare(_gathered, "eoi", 4, 12, WIDTH, in_peft=LORA),
+    "experts-gathered": _bare(_gathered, "eoi", 4, 12, WIDTH, layer="parameter"),
     "experts-one-by-one": _bare(
         lambda x, W: torch.cat([F.linear(x, W[0]), F.linear(x, W[-1]), x @ W[1].t()], -1), "eoi", 3, 12, WIDTH,
-        in_peft=LORA,
+        layer="parameter",
     ),
     "attention": _attention("in_proj_weight", "out_proj.weight"),
     "attention-batch-second": _attention("in_proj_weight", "out_proj.weight", batch_first=False, bias=False),
@@ -324,8 +342,26 @@ def entry(method: str, names: Sequence[str], **options: Any) -> dict[str, Any]:
     """An `adapt` entry of a method on those kinds."""
     targets = [target for name in names for target in _targets(method, name)]
     fields = load_methods()[method].__dataclass_fields__  # type: ignore[attr-defined]
-    rank = {"r": 2, "alpha": 3} if "r" in fields else {}
-    return {"method": method, "target": targets, **rank, **options}
+    small = SMALL.get(method) or {k: v for k, v in {"r": 2, "alpha": 3}.items() if k in fields}
+    return {"method": method, "target": targets, **small, **options}
+
+
+SMALL: dict[str, dict[str, Any]] = {
+    "adalora": {"init_r": 2, "target_r": 1},
+    "boft": {"block_size": 2},
+    "c3a": {"block_size": 2},
+    "child-tuning": {"variant": "D"},
+    "fishmask": {"keep_ratio": 0.4},
+    "fourierft": {"n_frequency": 9},
+    "lokr": {"r": 1},
+    "oft": {"block_size": 4},
+    "road": {"group_size": 2},
+    "shira": {"r": 1},
+    "trainable-tokens": {"token_indices": [*range(4, WORDS)]},
+    "vblora": {"vector_length": 2, "num_vectors": 5},
+    "vera": {"r": 3},
+}
+"""Options that fit layers as small as those here."""
 
 
 def _targets(method: str, name: str) -> list[str]:
@@ -360,7 +396,8 @@ class Museums:
             examples = inputs(names, *SHAPES[0])
             axes = {0: "batch", 1: "seq"}
             specs = inputs_from_examples(self.model(*names), examples, dict.fromkeys(examples, axes))
-            self._graphs[names] = trace(from_module(self.model(*names), specs))
+            self._graphs[names] = graph = trace(from_module(self.model(*names), specs))
+            graph.information = Drawn(graph)  # type: ignore[assignment]
         return self._graphs[names]
 
     def compiled(self, names: Sequence[str], *adapt: Any) -> Compiled:

@@ -22,12 +22,12 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     torch.manual_seed(0)
     small: dict[str, Any] = {
-        "hidden_size": 16,
-        "intermediate_size": 24,
+        "hidden_size": 64,
+        "intermediate_size": 128,
         "num_attention_heads": 2,
         "num_hidden_layers": 1,
     }
-    model = BertModel(BertConfig(vocab_size=99, **small))
+    model = BertModel(BertConfig(vocab_size=3000, **small))
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.1)
     directory = tmp_path_factory.mktemp("bert")

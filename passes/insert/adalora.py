@@ -27,10 +27,11 @@ Kept = Annotated[
 class Adalora(WeightMethod):
     """W' = W + (alpha / init_r) P diag(e) Q        P (out, r)   e (r, 1)   Q (r, in)
 
-    Zhang et al. 2023: a singular value decomposition, held near one by the penalty `orth_reg_weight` (‖PᵀP - I‖ + ‖QQᵀ - I‖)
-    (equation 4). From `init_r` ranks a layer, the least sensitive of all layers are given up (equations 8 to 10) until
-    `target_r` a layer are left: none for `tinit` steps, then cubically fewer, every `deltaT` steps, for the last `tfinal`
-    none any more (equation 12). `adaptc.TrainingStep` does so; ranks given up are in no checkpoint. e starts at zero.
+    Zhang et al. 2023: a singular value decomposition, held near one by the penalty `orth_reg_weight` (‖PᵀP - I‖ +
+    ‖QQᵀ - I‖) (equation 4). From `init_r` ranks a layer, the least sensitive of all layers are given up (equations 8
+    to 10) until `target_r` a layer are left: none for `tinit` steps, then cubically fewer, every `deltaT` steps, for
+    the last `tfinal` none any more (equation 12). `adaptc.TrainingStep` does so; ranks given up are in no checkpoint.
+    e starts at zero.
     """
 
     init_r: Rank = 12

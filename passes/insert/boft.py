@@ -21,11 +21,11 @@ Count = Annotated[int, Field(ge=0)]
 @method("boft")
 @dataclass(frozen=True)
 class Boft(WeightMethod):
-    """W' = diag(s) W (M_m … M_1)ᵀ,  M_i = P_i diag(R_i1, …, R_in) P_iᵀ        R (m, n, b, b) before Cayley   s (out, 1)
+    """W' = diag(s) W (M_m … M_1)ᵀ,  M_i = P_i diag(R_i1, …, R_in) P_iᵀ        X (m, n, b, b)   s (out, 1)
 
-    Liu et al. 2024, equation 6, on the columns of W. R_ij = (I - S) (I + S)⁻¹ with S = (X - Xᵀ) / 2 of the stored X; P_i
-    sorts halves of blocks, 2^i of them apart, so that m = `n_butterfly_factor` factors turn every input into every other.
-    X starts at zero, s at one. PEFT runs m > 1 with its CUDA extension only; here it runs anywhere.
+    Liu et al. 2024, equation 6, on the columns of W. R_ij = (I - S) (I + S)⁻¹ with S = (X - Xᵀ) / 2 of the stored X;
+    P_i sorts halves of blocks, 2^i of them apart, so that m = `n_butterfly_factor` factors turn every input into
+    every other. X starts at zero, s at one. PEFT runs m > 1 with its CUDA extension only; here it runs anywhere.
     """
 
     block_size: Count = 4
@@ -81,7 +81,10 @@ class Boft(WeightMethod):
 
         skew = (X - X.transpose(2, 3)) / 2
         identity = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
-        R = torch.linalg.solve_ex(identity + skew, identity - skew, left=False)[0]
+        left, right = identity + skew, identity - skew
+        if X.dtype.itemsize == 2:  # there is no solver for narrow numbers
+            left, right = left.float(), right.float()
+        R = torch.linalg.solve_ex(left, right, left=False)[0].to(X.dtype)
         (m, n, b, _), half = X.shape, X.shape[-1] // 2
         for i in range(m):
             # W P_i R_iᵀ P_iᵀ; P_i swaps which half of a block, and which of 2^i blocks, and is none for i = 0.

@@ -24,8 +24,8 @@ Count = Annotated[int, Field(gt=0, description="side of each circulant block")]
 class C3a(WeightMethod):
     """W' = W + [C(k_ij)] / in        k (out / b, in / b, b);  C(k) is circulant: C(k)[t, s] = k[(s - t) mod b]
 
-    Chen et al. 2025, section 3.3, block by block; PEFT computes it by Fourier transforms of the input, which is the same.
-    The kernels start Xavier-uniform, so that the model does not start as its base.
+    Chen et al. 2025, section 3.3, block by block; PEFT computes it by Fourier transforms of the input, which is the
+    same. The kernels start Xavier-uniform, so that the model does not start as its base.
     """
 
     block_size: Count = 256

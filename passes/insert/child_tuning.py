@@ -28,9 +28,9 @@ Share = Annotated[float, Field(gt=0, le=1, description="share of the entries tha
 class ChildTuning(Chosen):
     """W' = W + D        D of W's own shape (F), or the sparse k entries with the largest Fisher information (D)
 
-    Xu et al. 2021, section 3. Task-free, each step's gradient is multiplied by a mask, 1 with probability `reserve_p`, and
-    divided by that (algorithm 1); `adaptc.TrainingStep` draws it. Task-driven, the k entries are chosen once, by the
-    empirical Fisher information from the spec's `calibration` (equation 4). D starts at zero.
+    Xu et al. 2021, section 3. Task-free, each step's gradient is multiplied by a mask, 1 with probability
+    `reserve_p`, and divided by that (algorithm 1); `adaptc.TrainingStep` draws it. Task-driven, the k entries are
+    chosen once, by the empirical Fisher information from the spec's `calibration` (equation 4). D starts at zero.
     """
 
     variant: Variant = "F"

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 @method("dylora")
 @dataclass(frozen=True)
 class Dylora(LowRank):
-    """W' = W + (alpha / b) B[:, :b] A[:b],  b drawn from 1 … r at each step of training, r otherwise        A (r, in)   B (out, r)
+    """W' = W + (alpha / b) B[:, :b] A[:b],  b ≤ r drawn at each step of training, r else        A (r, in)   B (out, r)
 
-    Valipour et al. 2023, section 4: ranks are nested, so that one training gives an adapter of every rank up to r; set the
-    rank when it is compiled (`--set adapt.0.r=4` where the entry names the checkpoint). `adaptc.TrainingStep` draws b.
-    A starts Kaiming-uniform, B at zero. In a checkpoint it is LoRA of rank r.
+    Valipour et al. 2023, section 4: ranks are nested, so that one training gives an adapter of every rank up to r;
+    set the rank when it is compiled (`--set adapt.0.r=4` where the entry names the checkpoint). `adaptc.TrainingStep`
+    draws b. A starts Kaiming-uniform, B at zero. In a checkpoint it is LoRA of rank r.
     """
 
     peft: ClassVar[PeftFormat | None] = LowRank.peft_format("LORA", use_dora=False, adaptc_nested=True)

@@ -70,4 +70,5 @@ class FourierFT(WeightMethod):
         import torch
 
         C = W.new_zeros(W.numel()).scatter(0, at, c).view(W.shape)
-        return W + self.scaling * torch.fft.ifft2(C).real
+        wide = C.float() if C.dtype.itemsize == 2 else C  # there is no transform of narrow numbers
+        return W + self.scaling * torch.fft.ifft2(wide).real.to(W.dtype)

@@ -22,9 +22,9 @@ GramSchmidt = Annotated[bool, Field(description="make the reflections orthogonal
 class Hra(WeightMethod):
     """W' = W H_1 … H_r,  H_i = I - 2 u_i u_iᵀ / ‖u_i‖²        u (in, r)
 
-    Yuan et al. 2024, equation 3. The product is I - U S Uᵀ with U the unit vectors and S⁻¹ = I / 2 + the upper triangle of
-    UᵀU (Schreiber and Van Loan 1989), so that nothing larger than (in, r) is built. With `apply_GS` U is made orthogonal
-    first, and S = 2 I. The u start Kaiming-uniform and equal in pairs, so that they cancel.
+    Yuan et al. 2024, equation 3. The product is I - U S Uᵀ with U the unit vectors and S⁻¹ = I / 2 + the upper
+    triangle of UᵀU (Schreiber and Van Loan 1989), so that nothing larger than (in, r) is built. With `apply_GS` U is
+    made orthogonal first, and S = 2 I. The u start Kaiming-uniform and equal in pairs, so that they cancel.
     """
 
     r: Rank = 8

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 class Loha(Scaled):
     """W' = W + (alpha / r) (A1 B1) ∘ (A2 B2)        A1, A2 (out, r)   B1, B2 (r, in)
 
-    Hyeon-Woo et al. 2022 (FedPara), proposition 1: of rank up to r². With `use_effective_conv2d`, on kernels of more than
-    one point, A B is T contracted with A (r, out) and B (r, in), T (r, r, height, width) (proposition 3). All start
-    Kaiming-uniform but B2, which is zero.
+    Hyeon-Woo et al. 2022 (FedPara), proposition 1: of rank up to r². With `use_effective_conv2d`, on kernels of more
+    than one point, A B is T contracted with A (r, out) and B (r, in), T (r, r, height, width) (proposition 3). All
+    start Kaiming-uniform but B2, which is zero.
     """
 
     use_effective_conv2d: bool = False

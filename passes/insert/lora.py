@@ -32,10 +32,10 @@ Initial = Annotated[
 class Lora(LowRank):
     """W' = W + (alpha / r) B A,  b' = b + (alpha / r) c  with `lora_bias`     A (r, in)   B (out, r)   c (out,)
 
-    Hu et al. 2021, section 4.1. A starts Kaiming-uniform, B and c at zero, as in PEFT. With `init_weights` "pissa" (Meng
-    et al. 2024, equations 2 to 4) A and B start as the r largest singular vectors of W, with "olora" (Büyükakyüz 2024,
-    section 3) as the first r of its QR decomposition, and W' = W + (alpha / r) (B A - B0 A0) with these first values
-    A0, B0, which follow from W and are not stored; "orthogonal" starts with both random, B A = 0.
+    Hu et al. 2021, section 4.1. A starts Kaiming-uniform, B and c at zero, as in PEFT. With `init_weights` "pissa"
+    (Meng et al. 2024, equations 2 to 4) A and B start as the r largest singular vectors of W, with "olora"
+    (Büyükakyüz 2024, section 3) as the first r of its QR decomposition, and W' = W + (alpha / r) (B A - B0 A0) with
+    these first values A0, B0, which follow from W and are not stored; "orthogonal" starts with both random, B A = 0.
     """
 
     lora_bias: bool = False

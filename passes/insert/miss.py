@@ -26,8 +26,8 @@ Form = Annotated[
 class Miss(WeightMethod):
     """W' = W + [Bᵀ Bᵀ … Bᵀ]        B (r, out), repeated over blocks of r columns
 
-    Kang and Yin 2025, equation 5. With `init_weights` "mini" B is (r, mini_r), repeated along the rows too; with "bat" each
-    block X of r rows and r columns becomes X + X B + B, B (out / r, r, r). B starts at zero.
+    Kang and Yin 2025, equation 5. With `init_weights` "mini" B is (r, mini_r), repeated along the rows too; with
+    "bat" each block X of r rows and r columns becomes X + X B + B, B (out / r, r, r). B starts at zero.
     """
 
     r: Rank = 64

@@ -21,12 +21,13 @@ Count = Annotated[int, Field(ge=0)]
 @method("oft")
 @dataclass(frozen=True)
 class Oft(WeightMethod):
-    """W' = W diag(R_1, …, R_n)ᵀ,  R = (I - Q) (I + Q)⁻¹,  Q skew        Q's upper triangles (n, b (b - 1) / 2),  n b = in
+    """W' = W diag(R_1, …, R_n)ᵀ,  R = (I - Q) (I + Q)⁻¹,  Q skew        Q (n, b (b - 1) / 2),  n b = in
 
-    Qiu et al. 2023, section 3.2, on the columns of W: the input is turned, in blocks of `block_size` (or `r` blocks). With
-    `use_cayley_neumann` (Qiu et al. 2025, equation 4) R is I + 2 Q + 2 Q² + … instead, the inverse as a series of
-    `num_cayley_neumann_terms` in the other direction, as PEFT has it. `coft` holds ‖Q‖ below `eps`, `block_share` turns
-    all blocks alike. Blocks that do not divide the input are made the nearest that do. Q starts at zero.
+    Qiu et al. 2023, section 3.2, on the columns of W: the input is turned, in blocks of `block_size` (or `r` blocks).
+    With `use_cayley_neumann` (Qiu et al. 2025, equation 4) R is I + 2 Q + 2 Q² + … instead, the inverse as a series
+    of `num_cayley_neumann_terms` in the other direction, as PEFT has it. `coft` holds ‖Q‖ below `eps`, `block_share`
+    turns all blocks alike. Blocks that do not divide the input are made the nearest that do. Q, kept as upper
+    triangles, starts at zero.
     """
 
     r: Count = 0
@@ -88,7 +89,10 @@ class Oft(WeightMethod):
 
         identity = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
         if not self.use_cayley_neumann:
-            return torch.linalg.solve_ex(identity + Q, identity - Q, left=False)[0]
+            left, right = identity + Q, identity - Q
+            if Q.dtype.itemsize == 2:  # there is no solver for narrow numbers
+                left, right = left.float(), right.float()
+            return torch.linalg.solve_ex(left, right, left=False)[0].to(Q.dtype)
         terms = self.num_cayley_neumann_terms
         if terms == 1:
             return identity.expand_as(Q)

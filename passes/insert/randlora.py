@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 @method("randlora")
 @dataclass(frozen=True)
 class Randlora(WeightMethod):
-    """W' = W + (alpha / r) Σ_j B_j diag(l_j) A diag(g_j)        l (r, n)   g (n, min)   A (r, 1, min), B (max, n, r) frozen
+    """W' = W + (alpha / r) Σ_j B_j diag(l_j) A diag(g_j)        l (r, n)   g (n, min)
 
-    Albert et al. 2025, equation 4; min and max are the sides of W, n = ⌈min / r⌉ makes the sum of full rank, and the sum
-    is turned where W has fewer rows than columns. A and B are drawn once for all layers (Kaiming-uniform at unit
-    deviation, or -1, 0, 1 with `sparse` and `very_sparse`). l starts at zero, g equal. PEFT pairs the terms of B and A in
-    another order, (j, r) with (r, j), which is kept.
+    Albert et al. 2025, equation 4; min and max are the sides of W, n = ⌈min / r⌉ makes the sum of full rank, and the
+    sum is turned where W has fewer rows than columns. A and B are drawn once for all layers (Kaiming-uniform at unit
+    deviation, or -1, 0, 1 with `sparse` and `very_sparse`). l starts at zero, g equal. PEFT pairs the terms of B and
+    A in another order, (j, r) with (r, j), which is kept.
     """
 
     r: Rank = 32

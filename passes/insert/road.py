@@ -26,8 +26,9 @@ Group = Annotated[
 class Road(WeightMethod):
     """W' = R W,  b' = R b,  R turns outputs in pairs: [a cos t, -a sin t; a sin t, a cos t]        t, a (out / 2,)
 
-    Liao et al. 2024, equation 3. Each pair has one angle t and scale a (road_1), each output its own (road_2: (out,)), or
-    each entry of the four (road_4: (2 out,)). Pairs lie half a `group_size` apart, as in PEFT. t starts at zero, a at one.
+    Liao et al. 2024, equation 3. Each pair has one angle t and scale a (road_1), each output its own (road_2:
+    (out,)), or each entry of the four (road_4: (2 out,)). Pairs lie half a `group_size` apart, as in PEFT. t starts
+    at zero, a at one.
     """
 
     variant: Variant = "road_1"

@@ -29,7 +29,10 @@ class TrainableTokens(WeightMethod):
 
     kinds: ClassVar[frozenset[str]] = frozenset({"embedding"})
     peft: ClassVar[PeftFormat | None] = PeftFormat(
-        "TRAINABLE_TOKENS", options={"token_indices": "token_indices"}, layers=frozenset({"Embedding"})
+        "TRAINABLE_TOKENS",
+        options={"token_indices": "token_indices"},
+        layers=frozenset({"Embedding"}),
+        tied=True,
     )
 
     def refuses(self, site: Site) -> tuple[tuple[str, ...], str] | None:

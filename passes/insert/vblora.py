@@ -21,11 +21,11 @@ Count = Annotated[int, Field(gt=0)]
 @method("vblora")
 @dataclass(frozen=True)
 class Vblora(WeightMethod):
-    """W' = W + B A,  each piece of B and A = Σ_k softmax(top k of a) v_k        a (r, in / v, n), (out / v, r, n)   V (n, v)
+    """W' = W + B A,  each piece of B and A = Σ_k softmax(top k of a) v_k        a (…, …, n)   V (n, v)
 
-    Li et al. 2024, equations 3 and 4: rows of A and columns of B are cut into pieces of `vector_length`, each a mixture of
-    the `topk` vectors of the bank V that its logits choose; all layers share V and train it. Logits start normal, V
-    uniform, so that the model does not start as its base.
+    Li et al. 2024, equations 3 and 4: rows of A and columns of B are cut into pieces of `vector_length`, each a
+    mixture of the `topk` vectors of the bank V that its logits choose; all layers share V and train it. Logits start
+    normal, V uniform, so that the model does not start as its base.
     """
 
     r: Rank = 4

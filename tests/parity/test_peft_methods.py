@@ -28,7 +28,12 @@ TARGETS: dict[str, Any] = {
     "resnet": ["convolution"],
 }
 EMBEDDINGS = {"llama": "embed_tokens", "bert": "word_embeddings"}
-NORMS = {"llama": ["input_layernorm", "norm"], "bert": ["LayerNorm"], "t5": ["layer_norm"], "vit": ["layernorm_before"]}
+NORMS = {
+    "llama": ["input_layernorm", "norm"],
+    "bert": ["LayerNorm"],
+    "t5": ["layer_norm"],
+    "vit": ["layernorm_before"],
+}
 LINEAR, TRANSPOSED, CONVOLUTION = ("llama", "bert", "t5", "vit"), ("gpt2",), ("resnet",)
 QUICK = ("llama", "bert")
 

@@ -1,0 +1,145 @@
+"""Calibration: data that methods choose by, and the Fisher information that it gives."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from adaptc.errors import InputError
+from adaptc.inputs import InputSpec
+from adaptc.weights import read_safetensors
+
+if TYPE_CHECKING:
+    from adaptc.graph import Graph
+
+Batch = Mapping[str, torch.Tensor]
+
+
+class Information:
+    """The empirical Fisher information of weights: the mean over rows of (∂ loss / ∂ w)², in float32.
+
+    Args:
+        graph: a traced graph that gives a loss.
+        batches: inputs with labels; every row counts by itself.
+
+    Raises:
+        InputError: the graph gives no loss, there is no row, or a row has other inputs than the model.
+    """
+
+    def __init__(self, graph: Graph, batches: Iterable[Batch]):
+        self.graph, self.loss = graph, _loss(graph)
+        self.rows = [row for batch in batches for row in _rows(_checked(batch, graph.inputs), graph.inputs)]
+        if not self.rows:
+            raise InputError("calibration: there is no row of data")
+        self._known: dict[str, torch.Tensor] = {}
+
+    def __call__(self, name: str) -> torch.Tensor:
+        """Of one weight, in its shape."""
+        return self.of([name])[name]
+
+    def of(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Of several weights, by one run over the data."""
+        wanted = list(names)
+        missing = [name for name in wanted if name not in self._known]
+        if missing:
+            self._known |= self._estimate(missing)
+        return {name: self._known[name] for name in wanted}
+
+    def _estimate(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        from adaptc.graph import bind
+
+        module = bind(self.graph, names).eval()
+        parameters = {name: module.get_parameter(name) for name in names}
+        sums = {name: torch.zeros(p.shape) for name, p in parameters.items()}
+        for row in self.rows:
+            module.zero_grad()
+            leaves = [leaf for leaf in pytree.tree_leaves(module(**row)) if isinstance(leaf, torch.Tensor)]
+            leaves[self.loss].backward()
+            for name, p in parameters.items():
+                if p.grad is not None:
+                    sums[name] += p.grad.float().square()
+        return {name: total / len(self.rows) for name, total in sums.items()}
+
+
+def read_rows(path: Path, inputs: Sequence[InputSpec]) -> list[Batch]:
+    """Batches from a file: tensors of all rows (.safetensors), or a JSON object a row (.jsonl).
+
+    Raises:
+        InputError: there is no such file, or it holds something else.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    if path.suffix == ".safetensors":
+        return [{name: weight.load() for name, weight in read_safetensors(path).items()}]
+    if path.suffix != ".jsonl":
+        raise InputError(f"{path}: expected a .jsonl or a .safetensors file")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [_row(path, number, line, inputs) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _row(path: Path, number: int, line: str, inputs: Sequence[InputSpec]) -> Batch:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}:{number}: not JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise InputError(f"{path}:{number}: expected an object of inputs, got {type(row).__name__}")
+    try:
+        tensors = {name: torch.tensor(value) for name, value in row.items()}
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path}:{number}: expected numbers and lists of them: {error}") from None
+    batched = {spec.name for spec in inputs if _batch_of(spec) is not None}
+    return {name: value.unsqueeze(0) if name in batched else value for name, value in tensors.items()}
+
+
+def _checked(batch: Batch, inputs: Sequence[InputSpec]) -> Batch:
+    expected = ", ".join(f"{spec.name}: {spec}" for spec in inputs)
+    if set(batch) != {spec.name for spec in inputs}:
+        raise InputError(
+            f"calibration: a row has {', '.join(sorted(batch)) or 'nothing'}, expected {expected}"
+        )
+    found = {}
+    for spec in inputs:
+        value = batch[spec.name]
+        if value.dim() != len(spec.dims):
+            raise InputError(f"calibration: {spec.name} has {value.dim()} dimensions, expected {spec}")
+        found[spec.name] = value.to(getattr(torch, spec.dtype))
+    return found
+
+
+def _rows(batch: Batch, inputs: Sequence[InputSpec]) -> Iterator[Batch]:
+    """The rows of a batch, each as a batch of one."""
+    batched = [spec.name for spec in inputs if _batch_of(spec) is not None]
+    count = batch[batched[0]].shape[0] if batched else 1
+    for row in range(count):
+        yield {name: value[row : row + 1] if name in batched else value for name, value in batch.items()}
+
+
+def _batch_of(spec: InputSpec) -> Any:
+    """The name of the first dimension, where it is dynamic."""
+    return spec.dims[0] if spec.dims and isinstance(spec.dims[0], str) else None
+
+
+def _loss(graph: Graph) -> int:
+    """Which of the outputs is the loss.
+
+    Raises:
+        InputError: none is a single number, or several are and none is called loss.
+    """
+    result = next(node for node in graph.nodes if node.op == "output").args[0]
+    values = [node.meta["val"] for node in pytree.tree_leaves(result) if hasattr(node, "meta")]
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    single = [i for i, value in enumerate(tensors) if value.dim() == 0 and value.dtype.is_floating_point]
+    named = [i for i, name in enumerate(graph.tensors) if name == "loss"]
+    found = named or single
+    if len(found) != 1:
+        raise InputError(
+            "calibration needs a loss, and the model gives none: put its labels among `inputs`, "
+            "such as labels: int64[batch]"
+        )
+    return found[0]
