@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 
 from adaptc.checkpoint import ROOT, Checkpoint, load, match
 from adaptc.graph import Adaptation, Graph
-from adaptc.method import Method, Param, PeftFormat, options_of
+from adaptc.method import MATRIX_KINDS, Method, Param, PeftFormat, options_of
 from adaptc.peft_keys import PeftLayout, as_stored
 from adaptc.registry import method_named
 from adaptc.sites import Site
@@ -27,7 +27,7 @@ class AdapterTensor:
         key: its key in a checkpoint, without PEFT's prefix; see `checkpoint.short`.
         shape: its shape.
         argument: what the method's expression calls it.
-        site: the site it belongs to, by its pattern; "" for one that all of them share.
+        site: the site it belongs to, by its pattern, or the parameter's name; "" for one that all of them share.
         trained: whether it gets a gradient.
         stored: whether checkpoints hold it.
         below: of indices what all of them are below.
@@ -172,7 +172,8 @@ def _place(site: Site, param: Param, shared: bool, layout: PeftLayout | None) ->
     """The key of a tensor, and the site it belongs to."""
     if shared:
         return f"{ROOT}{param.key}", ""
-    return (layout.key(site, param) if layout is not None else site.key(param.key)), site.pattern
+    key = layout.key(site, param) if layout is not None else site.key(param.key)
+    return key, site.pattern if site.kind in MATRIX_KINDS else site.name
 
 
 def _in_peft(a: Adaptation, graph: Graph) -> bool:

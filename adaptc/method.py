@@ -120,6 +120,8 @@ class Method:
     aliases: ClassVar[Mapping[str, str]] = {}
     """Other spellings of an option, such as PEFT's own (`lora_alpha` for `alpha`)."""
     identity_at_init: ClassVar[bool] = True
+    while_training: ClassVar[frozenset[str]] = frozenset({"dropout"})
+    """Options that do not change what a trained adapter computes."""
     fast: ClassVar[frozenset[str]] = frozenset()
     """The tensors that LoRA+ gives a larger learning rate: the outer factors, which start at zero."""
 
@@ -188,6 +190,10 @@ class Method:
     def read_options(cls, options: dict[str, Any]) -> dict[str, Any]:
         """Options as PEFT's configuration has them, in the values that the method takes."""
         return options
+
+    def peft_options(self) -> dict[str, Any]:
+        """Options in the values that PEFT's configuration has: the inverse of `read_options`."""
+        return options_of(self)
 
     @classmethod
     def from_peft(cls, options: dict[str, Any], targets: Sequence[str]) -> dict[str, Any]:

@@ -134,7 +134,11 @@ class Convolution:
         return Convolution(plain, (0, *ones), ([*ones], [0] * len(ones), [*ones], 1), 1)
 
     def multiply(self, emit: Emit, x: fx.Node, E: fx.Node, flipped: bool, bias: Any) -> fx.Node:
-        """The convolution with E's rows as kernels; E itself where it is only a view of them."""
+        """The convolution with E's rows as kernels; E itself where it is kernels, or only a view of them."""
+        if E.meta["val"].dim() > 2:
+            return emit(self.target, x, E, bias, *self.options)
+        if flipped:
+            E = emit(aten.t.default, E)
         rows, columns = E.meta["val"].shape
         shape = [rows, self.kernel[0] or columns, *self.kernel[1:]]
         source = E.args[0] if E.target in VIEWS else None

@@ -111,7 +111,7 @@ def _differing(method: type[Method], options: Mapping[str, Any], record: Adapter
     for key, value in options.items():
         plain = list(value) if isinstance(value, tuple) else value
         per_layer = method.peft is not None and key in method.peft.modules
-        if key != "dropout" and not per_layer and plain != record.options.get(key):
+        if key not in method.while_training and not per_layer and plain != record.options.get(key):
             return key
     return ""
 

@@ -176,11 +176,11 @@ CONVOLUTIONS = frozenset({"Conv1d", "Conv2d", "Conv3d"})
 PLAIN, STORED, SQUARE = frozenset({"Linear"}), frozenset({"Linear", "Conv1D"}), frozenset({"Linear"})
 EVERYWHERE = STORED | CONVOLUTIONS | {"Embedding"}
 IN_PEFT = {
-    **dict.fromkeys(("lora", "dylora"), EVERYWHERE | {"parameter"}),
-    **dict.fromkeys(("dora", "hira"), EVERYWHERE),
+    "lora": EVERYWHERE | {"parameter"},
+    **dict.fromkeys(("dora", "dylora", "hira"), EVERYWHERE),
     "ia3": STORED | {"Conv2d", "Conv3d"},
     "adalora": STORED | {"Conv2d"},
-    **dict.fromkeys(("loha", "lokr"), PLAIN | {"Conv1d", "Conv2d"}),
+    **dict.fromkeys(("loha", "lokr"), PLAIN | {"Conv1d", "Conv2d", "grouped Conv1d"}),
     **dict.fromkeys(("vera", "fourierft", "randlora", "vblora"), STORED),
     **dict.fromkeys(("oft", "boft", "hra"), SQUARE),
     **dict.fromkeys(("miss", "c3a", "road", "delora", "shira"), PLAIN),
@@ -229,8 +229,8 @@ KINDS: dict[str, Kind] = {
         lambda: nn.Conv2d(8, 12, (2, 3), padding=1, padding_mode="circular"), "oiii", 2,
         layer="Conv2d",
     ),
-    "conv-grouped": _conv(lambda: nn.Conv1d(16, 12, 3, padding=1, groups=2), "oii"),
-    "conv-depthwise": _conv(lambda: nn.Conv1d(16, 32, 3, padding=1, groups=16), "oii"),
+    "conv-grouped": _conv(lambda: nn.Conv1d(16, 12, 3, padding=1, groups=2), "oii", layer="grouped Conv1d"),
+    "conv-depthwise": _conv(lambda: nn.Conv1d(16, 32, 3, padding=1, groups=16), "oii", layer="grouped Conv1d"),
     "conv-transposed": _conv(
         lambda: nn.ConvTranspose2d(8, 5, 3, stride=2, padding=(0, 1), output_padding=1), "ioii", 2,
             ),

@@ -81,8 +81,9 @@ def _config(group: Sequence[AdapterRecord], base: str | None) -> dict[str, Any]:
         config["target_parameters"] = list(host.parameters)
     if host.transposed:
         config["fan_in_fan_out"] = True
+    options = host.instance.peft_options()
     for ours, theirs in host.format.options.items():
-        value = host.options[ours]
+        value = options[ours]
         config[theirs] = (
             [m for m in host.modules if matches_any(value, m)] if ours in host.format.modules else value
         )

@@ -93,7 +93,8 @@ def translate(graph: Graph, opset: int) -> Any:
         with quietly(), torch.no_grad():
             graph = functional(graph)
             functions, table = _vocabulary()
-            _lower(graph, {*functions, *translations(n.target for n in graph.nodes)}, table)
+            with graph.fake_mode:  # of operations that make a constant too
+                _lower(graph, {*functions, *translations(n.target for n in graph.nodes)}, table)
             _promote(graph)
             program, registry = _program(graph), _registry(graph, opset)
             model = _core._exported_program_to_onnx_program(program, registry=registry).model

@@ -63,6 +63,25 @@ class Adalora(WeightMethod):
         layers=frozenset({"Linear", "Conv1D", "Conv2d"}),
     )
 
+    while_training: ClassVar[frozenset[str]] = frozenset(
+        {
+            "dropout",
+            "target_r",
+            "tinit",
+            "tfinal",
+            "deltaT",
+            "beta1",
+            "beta2",
+            "orth_reg_weight",
+            "total_step",
+        }
+    )
+
+    def peft_options(self) -> dict[str, object]:
+        """PEFT reads no configuration without a number of steps that leaves some for its schedule."""
+        total = self.total_step or self.tinit + self.tfinal + 1
+        return {**super().peft_options(), "total_step": total, "rank_pattern": self.rank_pattern or None}
+
     @classmethod
     def read_options(cls, options: dict[str, object]) -> dict[str, object]:
         """PEFT writes null for no pattern."""

@@ -69,11 +69,10 @@ class Boft(WeightMethod):
     def params(self, site: Site) -> dict[str, Param]:
         """X (m, n, b, b) zero, s one for each row."""
         b = self._block(site.in_features)
-        rows = (1, site.out_features) if site.kind == "conv" else (site.out_features, 1)
-        return {
-            "X": Param((self.n_butterfly_factor, site.in_features // b, b, b), "zeros", "boft_R"),
-            "s": Param(rows, "ones", "boft_s", lambda s: s.reshape(-1, 1)),
-        }
+        s = Param((site.out_features, 1), "ones", "boft_s")
+        if site.kind == "conv":
+            s = Param((1, site.out_features), "ones", "boft_s", lambda s: s.T)
+        return {"X": Param((self.n_butterfly_factor, site.in_features // b, b, b), "zeros", "boft_R"), "s": s}
 
     def weight(self, W: Tensor, *, X: Tensor, s: Tensor) -> Tensor:
         """W's columns turned, then its rows scaled, of shape (out, in)."""
