@@ -70,6 +70,13 @@ class Compiled:
                 self.graph.weights[name] = Computed(tuple(buffer.shape), buffer.dtype, _follows(module, name))
         return module
 
+    def reset(self) -> None:
+        """Let what follows from the options be so again in the module, such as a mask that a training step drew."""
+        with torch.no_grad():
+            for name, param in self.graph.inserted.items():
+                if not param.stored:
+                    attribute(self.module, name).copy_(self.graph.weights[name].load())
+
     def trainable_graph(self) -> Graph:
         """The factored graph in both modes; adapters as they stand."""
         graph = self._both_modes.copy()

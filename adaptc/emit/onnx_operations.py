@@ -65,9 +65,9 @@ def grouped_product(rows: Any, weight: Any, ends: Any) -> Any:
 def solved(A: Any, B: Any, left: bool = True, check_errors: bool = False) -> tuple[Any, ...]:
     """`A⁻¹ B`, or `B A⁻¹`, by Newton's iteration X ← X (2 I - A X), which ONNX has the operations for.
 
-    A (..., n, n). It starts from Aᵀ / (‖A‖₁ ‖A‖∞), from where it converges for every A that has an inverse (Ben-Israel and
-    Cohen 1966), quadratically; `NEWTON` steps do for condition numbers up to about a thousand. The factors that
-    torch gives besides have no form here.
+    A (..., n, n). It starts from Aᵀ / (‖A‖₁ ‖A‖∞), from where it converges for every A that has an inverse
+    (Ben-Israel and Cohen 1966), quadratically; `NEWTON` steps do for condition numbers up to about a thousand. The
+    factors that torch gives besides have no form here.
     """
     rank, axes = len(A.shape), [op.Constant(value_ints=[axis]) for axis in (-2, -1)]
     sums = [

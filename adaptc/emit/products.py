@@ -79,6 +79,7 @@ def _torch(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> Non
     compiled.check_gradients()
     directory = staging.path(final)
     module = compiled.module
+    compiled.reset()
     save_torch(module, directory)
     about = module.meta[META]
     common = _common(compiled)

@@ -38,8 +38,9 @@ def save_torch(module: fx.GraphModule, directory: Path) -> None:
     about = module.meta[META]
     inputs = [InputSpec.from_json(spec) for spec in about["inputs"]]
     examples = example_tensors(inputs, example_sizes(inputs))
-    was = module.training
+    was, hooks = module.training, dict(module._forward_pre_hooks)
     module.train()
+    module._forward_pre_hooks.clear()  # what a training does around the module is no part of it
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     try:
         with warnings.catch_warnings():
@@ -54,6 +55,7 @@ def save_torch(module: fx.GraphModule, directory: Path) -> None:
                 raise file.error
     finally:
         module.train(was)
+        module._forward_pre_hooks.update(hooks)
         with torch.no_grad():
             for name, buffer in module.named_buffers():
                 buffer.copy_(buffers[name])

@@ -10,7 +10,7 @@ from torch import fx
 
 from adaptc.errors import Refusal, RefusedError
 from adaptc.graph import Graph
-from adaptc.multiplications import VIEWS, Product, operands
+from adaptc.multiplications import VIEWS, Linear, Product, operands
 from adaptc.pipeline import Pass, graph_pass
 from adaptc.tracing.modes import training_node
 
@@ -23,8 +23,9 @@ TRANSPOSES = {aten.t.default, aten.numpy_T.default, aten.mT.default, aten.transp
 @dataclass(frozen=True)
 class Factor(Pass):
     """linear(x, U + V) = linear(x, U) + linear(x, V);  linear(x, P Q) = linear(linear(x, Q), P);
-    linear(x, [U; V]) = [linear(x, U), linear(x, V)]; a scale of rows scales the output, a scale of columns the input,
-    a scalar the narrowest side. Convolutions and embeddings the same way, where such a step exists.
+    linear(x, [U; V]) = [linear(x, U), linear(x, V)];  linear(x, W diag(M_1, …)) = linear(diag(M_1, …) x, W); a scale of
+    rows scales the output, a scale of columns the input, a scalar the narrowest side. Convolutions and embeddings
+    the same way, where such a step exists.
 
     It stops where building the product costs less than two thin ones would, for `tokens` rows of x: forward
     and backward, 6 t r (in + out) against 2 t in out + 6 r in out operations. Branch dropout goes on the input of every
@@ -108,6 +109,9 @@ class _Rewrite:
             scaled = self.scaled(product, x, E, flipped, bias)
             if scaled is not None:
                 return scaled
+        turned = _turned_blocks(E) if isinstance(product, Linear) else None
+        if turned is not None and self.tokens < E.meta["val"].shape[0]:
+            return self.apply(product, self.turn(x, turned[1]), turned[0], flipped, bias)
         if E.target is aten.mm.default and product.after is not None and self.worth(product, E):
             outer, inner = (args[1], args[0]) if flipped else (args[0], args[1])
             return self.apply(product.after, self.apply(product, x, inner, flipped), outer, flipped, bias)
@@ -145,6 +149,13 @@ class _Rewrite:
             if flat is not None:
                 return self.apply(product, self.emit(E.target, x, flat), matrix, flipped, bias)
         return None
+
+    def turn(self, x: fx.Node, M: fx.Node) -> fx.Node:
+        """Blocks of x, each times its matrix: M (n, b, b)."""
+        n, _, b = M.meta["val"].shape
+        blocks = self.emit(aten.unflatten.int, x, -1, [n, b])
+        turned = self.emit(aten.einsum.default, "...nb,ncb->...nc", [blocks, M])
+        return self.emit(aten.flatten.using_ints, turned, -2, -1)
 
     def multiply(self, product: Product, x: fx.Node, E: fx.Node, flipped: bool, bias: Any) -> fx.Node:
         """The product with E as it is."""
@@ -204,6 +215,35 @@ class _Rewrite:
     def emit(self, target: Any, *args: Any) -> fx.Node:
         """One operation, recorded as coming from the base's node."""
         return self.graph.call(target, *args, like=self.node)
+
+
+def _turned_blocks(E: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """W and M (n, b, b), if E is W (out, in) with each of its n blocks of columns times its matrix.
+
+    That is a product of batches in front of which, and behind, rows and blocks are exchanged.
+    """
+    product = _behind(E)
+    if product is None or product.target is not aten.bmm.default:
+        return None
+    W, M = _behind(product.args[0]), product.args[1]
+    if W is None or not isinstance(M, fx.Node) or not _same_shape(W, E):
+        return None
+    (n, b, c), (_, columns) = M.meta["val"].shape, E.meta["val"].shape
+    return (W, M) if b == c and n * b == columns else None
+
+
+def _behind(E: Any) -> fx.Node | None:
+    """What an exchange of the first two axes is made of, behind views that keep the entries' order."""
+    exchanged = _plain(E)
+    if exchanged.target is not aten.transpose.int or exchanged.args[1:] != (0, 1):
+        return None
+    return _plain(exchanged.args[0])
+
+
+def _plain(E: Any) -> fx.Node:
+    while E.target in VIEWS or E.target is aten.clone.default:
+        E = E.args[0]
+    return E
 
 
 def _transposes(E: fx.Node) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
@@ -73,16 +73,33 @@ class Oft(WeightMethod):
         blocks = 1 if self.block_share else site.in_features // b
         return {"Q": Param((blocks, b * (b - 1) // 2), "zeros", "oft_R.weight")}
 
-    def weight(self, W: Tensor, *, Q: Tensor) -> Tensor:
+    def shared(self, sites: Sequence[Site]) -> dict[str, Param]:
+        """For each size of block where the entries of a skew matrix stand in its upper triangle, and their signs."""
+        found = {}
+        for b in sorted({self._block(site.in_features) for site in sites}):
+            found[f"place_{b}"] = Param(
+                (b * b,),
+                lambda *_, b=b: _places(b),
+                f"oft_place_{b}",
+                trained=False,
+                stored=False,
+                below=b * b,
+            )
+            found[f"sign_{b}"] = Param(
+                (b, b), lambda W, _, b=b: _signs(W, b), f"oft_sign_{b}", trained=False, stored=False
+            )
+        return found
+
+    def weight(self, W: Tensor, *, Q: Tensor, **of_blocks: Tensor) -> Tensor:
         """Each block of W's columns times Rᵀ, of shape (out, in)."""
         b = self._block(W.shape[1])
-        S = _skew(Q, b)
+        S = Q.index_select(1, of_blocks[f"place_{b}"]).unflatten(1, (b, b)) * of_blocks[f"sign_{b}"]
         if self.coft:
             S = _bounded(S, self.eps * len(Q) ** -0.5)
         R = self._rotation(S)
         n = W.shape[1] // b
         blocks = W.unflatten(1, (n, b)).transpose(0, 1)
-        return (blocks @ R.expand(n, b, b).transpose(1, 2)).transpose(0, 1).flatten(1)
+        return blocks.bmm(R.expand(n, b, b).transpose(1, 2)).transpose(0, 1).flatten(1)
 
     def _rotation(self, Q: Tensor) -> Tensor:
         import torch
@@ -99,7 +116,7 @@ class Oft(WeightMethod):
         R, power = identity + 2 * Q, Q
         last = 0 if terms == 2 else max(3, terms - 1)
         for exponent in range(2, last + 1):
-            power = power @ Q
+            power = power.bmm(Q)
             R = R + (power if exponent == last else 2 * power)
         return R
 
@@ -118,15 +135,19 @@ def _nearest_divisor(size: int, wanted: int) -> int:
     return below if wanted - below <= above - wanted else above
 
 
-def _skew(upper: Tensor, b: int) -> Tensor:
-    """Skew matrices (n, b, b) of their upper triangles (n, b (b - 1) / 2), row after row."""
+def _places(b: int) -> Tensor:
+    """Row after row, where each entry of a matrix (b, b) stands among those above the diagonal."""
     import torch
 
-    at = torch.arange(b, device=upper.device)
-    i, j = at.unsqueeze(1), at.unsqueeze(0)
-    low, high = torch.minimum(i, j), torch.maximum(i, j)
-    place = (low * (2 * b - low - 1) // 2 + high - low - 1).clamp(0, upper.shape[1] - 1)
-    return upper.index_select(1, place.flatten()).unflatten(1, (b, b)) * (j - i).sign().to(upper.dtype)
+    at = torch.arange(b)
+    low, high = torch.minimum(at.unsqueeze(1), at), torch.maximum(at.unsqueeze(1), at)
+    return (low * (2 * b - low - 1) // 2 + high - low - 1).clamp(0, max(0, b * (b - 1) // 2 - 1)).flatten()
+
+
+def _signs(W: Tensor, b: int) -> Tensor:
+    """One above the diagonal, -1 below it."""
+    ones = W.new_ones(b, b)
+    return ones.triu(1) - ones.tril(-1)
 
 
 def _bounded(Q: Tensor, eps: float) -> Tensor:
