@@ -158,14 +158,8 @@ def match(checkpoint: Checkpoint, expected: Mapping[str, Expected]) -> None:
     """
     held = checkpoint.tensors
     absent = [key for key in expected if key not in held]
-    shared = {key.removeprefix(ROOT) for key in expected if key.startswith(ROOT)}
-    left = [
-        key
-        for key in held
-        if key not in expected
-        and not key.endswith(".base_layer.weight")
-        and key.rpartition(".")[2] not in shared  # PEFT may repeat in each layer what all of them share
-    ]
+    left = [key for key in held if key not in expected and not key.endswith(".base_layer.weight")]
+    left = [key for key in left if not _copied(checkpoint, key, expected)]
     shifted = _shift(left, set(expected)) if left else None
     if shifted:
         raise WeightError(
@@ -247,6 +241,15 @@ def check_base(checkpoint: Checkpoint, sha256: str) -> None:
             f"{checkpoint.path}: this adapter was trained on another base: its own has SHA-256 "
             f"{checkpoint.base_sha256[:12]}..., this one {sha256[:12]}..."
         )
+
+
+def _copied(checkpoint: Checkpoint, key: str, expected: Iterable[str]) -> bool:
+    """Whether a tensor is that of another module once more, as PEFT writes what modules share."""
+    held, leaf = checkpoint.tensors, key.rpartition(".")[2]
+    alike = [
+        k for k in expected if k in held and k.rpartition(".")[2] == leaf and held[k].shape == held[key].shape
+    ]
+    return any(torch.equal(held[k].load(), held[key].load()) for k in alike)
 
 
 def _shift(left: list[str], expected: set[str]) -> str | None:

@@ -24,7 +24,7 @@ LAYERS = {"target": ["*.query", "*.value", "*.intermediate.dense"]}
 ENTRIES: dict[str, dict[str, Any]] = {
     "adalora": {**LAYERS, "init_r": 12, "target_r": 8, "alpha": 16},
     "bitfit": {"target": "*", "exclude": ["classifier"]},
-    "boft": {**LAYERS, "block_size": 4, "n_butterfly_factor": 2},
+    "boft": {**LAYERS, "block_size": 4},
     "c3a": {**LAYERS, "block_size": 64},
     "child-tuning": {"target": "*.layer.*", "variant": "D", "reserve_p": 0.1},
     "delora": {**LAYERS, "r": 8},

@@ -105,7 +105,7 @@ def examine(name: str) -> Row:
 
 
 def _train(module: Any, data: list[Any], own: set[str]) -> tuple[list[float], bool]:
-    """The losses of steps on one batch after another, on the first at both ends; whether gradients are where they belong."""
+    """The losses on the first batch before and after a step on each; whether gradients are where they belong."""
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=2e-3)
     step, gradient = adaptc.TrainingStep(module, steps=10 * len(data)), True
     with torch.no_grad():

@@ -251,3 +251,90 @@ def test_bfloat16_is_rounded_once(tmp_path: Path) -> None:
         assert (merged.double() - exact).abs().mean() > 1.05 * (exact.to(torch.bfloat16) - exact).abs().mean()
         silent.unmerge_adapter()
         assert not torch.equal(silent.base_model.model.lin.base_layer.weight, base)
+
+
+# s3: OFT on a convolution
+
+
+class Convolving(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 6, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x)
+
+
+@pytest.mark.parametrize("seed", [None, 3], ids=["at the start", "trained"])
+def test_oft_on_a_3x3_convolution_runs_as_it_merges(seed: int | None, tmp_path: Path) -> None:
+    """PEFT folds overlapping patches back on one another, so that its forward is not its own merge."""
+    base = randomise(Convolving())
+    config = peft.OFTConfig(target_modules=["conv"], oft_block_size=4)
+    theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    if seed is not None:
+        perturb(theirs, seed)
+    theirs.save_pretrained(tmp_path)
+    x = torch.randn(2, 4, 7, 5)
+    with torch.no_grad():
+        live = theirs(x)
+        merged = theirs.merge_and_unload()(x)
+    differs(live, merged)  # the silence
+    compiled = adaptc.compile(
+        {"adapt": [{"adapter": str(tmp_path)}]},
+        model=base,
+        example_inputs=(torch.randn(3, 4, 9, 8),),
+        dynamic={"x": {0: "batch", 2: "height", 3: "width"}},
+    )
+    with torch.no_grad():
+        close(compiled.module.eval()(x), merged)
+        close(compiled.fold()(x), merged)
+        if seed is None:
+            close(merged, base(x))
+        else:
+            differs(merged, base(x))
+
+
+# AdaLoRA's penalty without a task
+
+
+def test_adaloras_penalty_does_not_depend_on_how_it_is_called() -> None:
+    """Without a task_type PEFT's forward goes past the model that adds it; here a training step adds it."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            from transformers.modeling_outputs import SequenceClassifierOutput
+
+            return SequenceClassifierOutput(loss=self.layer(x).square().mean())
+
+    base, x = randomise(Model()), torch.randn(3, 8)
+    config = peft.AdaLoraConfig(target_modules=["layer"], init_r=4, target_r=2, total_step=9)
+    theirs = peft.get_peft_model(copy.deepcopy(base), config)
+    perturb(theirs)
+    plain = theirs.base_model.model(x).loss
+    assert torch.equal(theirs(x).loss, plain)  # the silence
+    assert float(theirs.base_model(x).loss - plain) > 0.1
+
+    module = adaptc.compile(
+        {"adapt": [{"method": "adalora", "target": "layer", "init_r": 4, "target_r": 2}]},
+        model=Plain(base.layer),
+        example_inputs=(x,),
+    ).module
+    with torch.no_grad():
+        for key in "ABE":
+            module.get_parameter(f"layer.lora_{key}.default").copy_(
+                theirs.get_parameter(f"base_model.model.layer.lora_{key}.default")
+            )
+    close(adaptc.TrainingStep(module, steps=9).penalty(), theirs.base_model(x).loss - plain, 4096)
+
+
+class Plain(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)

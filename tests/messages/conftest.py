@@ -93,6 +93,26 @@ class Tied(nn.Module):
         return self.head(self.middle(self.embed(ids)))
 
 
+class Labelled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = Net(16)
+
+    def forward(self, x, labels):
+        logits = self.net(x)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+class Embedded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(99, 16)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, ids):
+        return self.head(torch.tanh(self.embed(ids)))
+
+
 class TwoInputs(nn.Module):
     def __init__(self):
         super().__init__()
@@ -142,6 +162,14 @@ def tied():
 
 def two_inputs():
     return TwoInputs()
+
+
+def labelled():
+    return _seeded(Labelled)
+
+
+def embedded():
+    return _seeded(Embedded)
 
 
 def fixed_batch():

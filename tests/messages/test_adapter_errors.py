@@ -346,7 +346,7 @@ def test_option_that_is_not_read(
     assert f"option {option}: {value!r} changes what lora computes" in text
 
 
-@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
+@pytest.mark.parametrize("init", ["pissa_niter_4", "corda", "loftq", "lora_ga"])
 def test_initialisation_that_changes_the_base(
     refused: Callable[..., str], configure: Callable[..., None], init: str
 ) -> None:

@@ -280,7 +280,7 @@ def test_adapter_name_and_load_into_a_module(zoo: Zoo, pairs: Any, tmp_path: Pat
 @pytest.mark.parametrize(
     "options",
     [
-        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "corda"},
         {"layer_replication": [[0, 2]]},
         {"use_dora": True, "lora_bias": True},
         {"trainable_token_indices": [1]},
