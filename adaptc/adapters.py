@@ -224,6 +224,6 @@ def group(records: Sequence[AdapterRecord]) -> list[list[AdapterRecord]]:
 
 
 def _hosts(host: AdapterRecord, record: AdapterRecord) -> bool:
-    known = host.format is not None and host.format.type is not None
+    known = host.format is not None and host.format.type is not None and host.format.hosts
     apart = host.entry == record.entry or not set(host.modules) & set(record.modules)
     return known and host.adapter == record.adapter and apart

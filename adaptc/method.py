@@ -79,6 +79,7 @@ class PeftFormat:
         by_parameter: it can sit on a parameter that is no module's `weight` (`target_parameters`).
         layers: the classes of layers that PEFT has the method for.
         tied: PEFT changes a tied output head with its embedding.
+        hosts: another method's modules can join this configuration.
     """
 
     type: str | None
@@ -91,6 +92,7 @@ class PeftFormat:
     by_parameter: bool = False
     layers: frozenset[str] = LINEAR
     tied: bool = False
+    hosts: bool = True
 
 
 class Rule:

@@ -33,6 +33,7 @@ class TrainableTokens(WeightMethod):
         options={"token_indices": "token_indices"},
         layers=frozenset({"Embedding"}),
         tied=True,
+        hosts=False,
     )
 
     def refuses(self, site: Site) -> tuple[tuple[str, ...], str] | None:

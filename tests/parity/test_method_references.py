@@ -173,3 +173,19 @@ def test_a_tied_embedding_and_its_head_change_together(zoo: Zoo, tmp_path: Any) 
         close(compiled.module.eval()(**tensors)["logits"], want)
         close(compiled.fold()(**tensors)["logits"], want)
         differs(want, zoo.run_eager("gpt2", tensors)["logits"])
+
+
+def test_trained_words_and_a_head_are_two_checkpoints(zoo: Zoo, tmp_path: Any) -> None:
+    """PEFT's configuration of trainable tokens has no place for other modules: it would lose the head."""
+    entries = [
+        {"method": "trainable-tokens", "target": "*.word_embeddings", "token_indices": [4, 9]},
+        {"method": "full", "target": "classifier"},
+    ]
+    compiled = zoo.compiled("bert", entries)
+    perturb(compiled.module)
+    compiled.save_adapter(tmp_path)
+    assert (tmp_path / "adapters.json").is_file()
+    again = zoo.compiled("bert", [{"adapter": str(tmp_path)}])
+    tensors = inputs("bert", 2, 5)
+    with torch.no_grad():
+        close(again.module.eval()(**tensors)["logits"], compiled.module.eval()(**tensors)["logits"])
