@@ -12,8 +12,15 @@ from pathlib import Path
 from benchmarks.large import half_billion, seven_billion
 from benchmarks.minilm import minilm
 from benchmarks.start import start
+from benchmarks.steps import steps
 
-PARTS = {"start": start, "minilm": minilm, "half-billion": half_billion, "seven-billion": seven_billion}
+PARTS = {
+    "start": start,
+    "minilm": minilm,
+    "steps": steps,
+    "half-billion": half_billion,
+    "seven-billion": seven_billion,
+}
 PACKAGES = ("torch", "transformers", "peft", "onnxruntime")
 
 
@@ -33,7 +40,7 @@ def machine() -> str:
 
 def main() -> None:
     """Run the parts that are named."""
-    names = sys.argv[1:] or ["start", "minilm", "half-billion"]
+    names = sys.argv[1:] or ["start", "minilm", "steps", "half-billion"]
     unknown = [name for name in names if name not in PARTS]
     if unknown:
         sys.exit(f"unknown part {unknown[0]!r}; known: {', '.join(PARTS)}")
