@@ -141,7 +141,7 @@ class Expected(Protocol):
         ...
 
 
-def full(key: str) -> str:
+def spelled(key: str) -> str:
     """A key as it stands in the file."""
     return key if key.startswith(ROOT) else PREFIX + key
 
@@ -167,21 +167,21 @@ def match(checkpoint: Checkpoint, expected: Mapping[str, Expected]) -> None:
         )
     if absent:
         raise WeightError(
-            f"{checkpoint.path}: tensor {full(absent[0])!r} is missing; the file is incomplete, "
+            f"{checkpoint.path}: tensor {spelled(absent[0])!r} is missing; the file is incomplete, "
             "or the adapter was trained on another base"
         )
     for key, wanted in expected.items():
         if held[key].shape != wanted.shape:
             raise WeightError(
-                f"{checkpoint.path}: tensor {full(key)!r} has shape {list(held[key].shape)}, but this base and "
+                f"{checkpoint.path}: tensor {spelled(key)!r} has shape {list(held[key].shape)}, but this base and "
                 f"this configuration need {list(wanted.shape)}; the adapter was trained on another base, "
                 "or its configuration was changed"
             )
         if wanted.below is None and not held[key].dtype.is_floating_point:
             words = f"is {_kind(held[key])}; trained weights are floating-point numbers"
-            raise WeightError(f"{checkpoint.path}: tensor {full(key)!r} {words}")
+            raise WeightError(f"{checkpoint.path}: tensor {spelled(key)!r} {words}")
     if left:
-        shown = ", ".join(repr(full(key)) for key in left[:3])
+        shown = ", ".join(repr(spelled(key)) for key in left[:3])
         raise WeightError(
             f"{checkpoint.path}: {len(left)} tensors fit no layer this adapter was given: {shown}; "
             "it was trained on another base, or holds something this version does not read"
@@ -198,11 +198,11 @@ def load(checkpoint: Checkpoint, expected: Mapping[str, Expected]) -> dict[str, 
     for key, wanted in expected.items():
         value = found[key] = checkpoint.tensors[key].load()
         if not torch.isfinite(value).all():
-            raise WeightError(f"{checkpoint.path}: tensor {full(key)!r} holds NaN or infinity")
+            raise WeightError(f"{checkpoint.path}: tensor {spelled(key)!r} holds NaN or infinity")
         if wanted.below is not None and value.numel() and not 0 <= value.min() <= value.max() < wanted.below:
             words = f"holds the index {int(value.max() if value.min() >= 0 else value.min())}"
             raise WeightError(
-                f"{checkpoint.path}: tensor {full(key)!r} {words}, expected 0 to {wanted.below - 1}"
+                f"{checkpoint.path}: tensor {spelled(key)!r} {words}, expected 0 to {wanted.below - 1}"
             )
     return found
 

@@ -82,7 +82,7 @@ class LowRank(Scaled):
 
     def factors(self, site: Site) -> dict[str, Param]:
         """A (r, in) and B (out, r) as PEFT keeps them."""
-        return factors(site, self.r, self.in_peft(site), "lora", ".weight")
+        return factors(site, self.r, self.in_peft(site), "lora_{}.weight", "lora_embedding_{}")
 
     def in_peft(self, site: Site) -> bool:
         """PEFT's low-rank grouped convolution reaches across groups, which no weight here can."""

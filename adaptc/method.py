@@ -122,6 +122,8 @@ class Method:
     aliases: ClassVar[Mapping[str, str]] = {}
     """Other spellings of an option, such as PEFT's own (`lora_alpha` for `alpha`)."""
     identity_at_init: ClassVar[bool] = True
+    small: ClassVar[Mapping[str, object]] = {}
+    """Options that fit a layer of a few numbers, where the defaults do not: what every law is tested with."""
     while_training: ClassVar[frozenset[str]] = frozenset({"dropout"})
     """Options that do not change what a trained adapter computes."""
     fast: ClassVar[frozenset[str]] = frozenset()

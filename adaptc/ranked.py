@@ -68,17 +68,17 @@ def peft_name(site: Site) -> str:
     return site.module if site.leaf in ("weight", PACKED) else f"{site.module}.{site.leaf}"
 
 
-def factors(site: Site, r: int, as_kernels: bool, prefix: str, suffix: str = "") -> dict[str, Param]:
+def factors(site: Site, r: int, as_kernels: bool, key: str, embedding: str) -> dict[str, Param]:
     """A (r, in) and B (out, r), named, shaped and initialised as PEFT does on each kind of site; B A is zero.
 
     A convolution's are kernels where PEFT has them so, fused experts' stand beside one another: A (experts r, in),
-    B (out, r experts).
+    B (out, r experts). In `key`, and `embedding` for such layers, {} is the letter.
     """
-    out, inner, keys = site.out_features, site.in_features, (f"{prefix}_A{suffix}", f"{prefix}_B{suffix}")
+    out, inner, keys = site.out_features, site.in_features, (key.format("A"), key.format("B"))
     if site.kind == "embedding":
         return {
-            "A": Param((r, inner), "zeros", f"{prefix}_embedding_A"),
-            "B": Param((out, r), "standard-normal", f"{prefix}_embedding_B"),
+            "A": Param((r, inner), "zeros", embedding.format("A")),
+            "B": Param((out, r), "standard-normal", embedding.format("B")),
         }
     if site.kind == "conv" and as_kernels:
         ones = (1,) * (len(site.shape) - 2)

@@ -15,6 +15,7 @@ import torch
 
 import adaptc
 from adaptc.registry import load_methods
+from adaptc.spec import load
 
 ROOT = Path(__file__).resolve().parents[1]
 SST2 = ROOT.parent / "shared" / "data" / "sst2"
@@ -49,15 +50,20 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "vblora": {**LAYERS, "r": 4, "num_vectors": 64, "vector_length": 64},
     "vera": {**LAYERS, "r": 256},
 }
-"""What each method is shown with: its spec's layers, or what it is for."""
+"""What a method is shown with, where that is not what its spec in specs/ says."""
 
 
 def known() -> list[str]:
     """The methods that come with adaptc, in alphabetical order."""
-    found = [n for n, cls in load_methods().items() if cls.__module__.startswith("adaptc.")]
-    missing = sorted(set(found) - set(ENTRIES))
-    assert not missing, f"no entry in benchmarks/field.py: {missing}"
-    return sorted(found)
+    return sorted(n for n, cls in load_methods().items() if cls.__module__.startswith("adaptc."))
+
+
+def entry_of(method: str) -> dict[str, Any]:
+    """What a method is shown with."""
+    if method in ENTRIES:
+        return {"method": method, **ENTRIES[method]}
+    spec = load(ROOT / "specs" / f"{method}.yaml")
+    return next(e.model_dump() for e in spec.adapt if getattr(e, "method", "") == method)
 
 
 @cache
@@ -105,8 +111,7 @@ def batches(count: int, size: int, seed: int = 0) -> Iterator[dict[str, torch.Te
 
 def compiled(method: str, *more: Mapping[str, Any], **options: Any) -> adaptc.Compiled:
     """A method on MiniLM with a new head, which is trained whole."""
-    entry = {"method": method, **ENTRIES[method], **options}
-    return from_entries([entry, *more])
+    return from_entries([{**entry_of(method), **options}, *more])
 
 
 def from_entries(adapt: list[Any]) -> adaptc.Compiled:

@@ -22,7 +22,7 @@ import adaptc
 from adaptc.emit.onnx import onnx_runner
 from adaptc.method import summary
 from adaptc.registry import load_methods
-from benchmarks.field import ENTRIES, HEAD, ROOT, batches, compiled, from_entries, peft_model, trained
+from benchmarks.field import HEAD, ROOT, batches, compiled, from_entries, known, peft_model, trained
 from benchmarks.table import BOUND, error
 
 PAGE = ROOT / "docs/methods.md"
@@ -184,7 +184,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     found = []
-    for name in sys.argv[1:] or sorted(ENTRIES):
+    for name in sys.argv[1:] or known():
         found.append(examine(name))
         print(" | ".join(found[-1].shown), flush=True)
     about = ("method", "sits on", "equation", "trained", "sites", "live", "PEFT", "lines")

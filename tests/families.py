@@ -57,7 +57,7 @@ class Mlp(nn.Module):
         self.norm = nn.BatchNorm1d(32)
         self.drop = nn.Dropout(0.2)
         self.mid = nn.Linear(32, 24, bias=False)
-        self.down = nn.Linear(24, 5)
+        self.down = nn.Linear(24, 6)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.drop(F.relu(self.norm(self.up(x))))
@@ -116,7 +116,7 @@ class Raw(nn.Module):
         super().__init__()
         self.first, self.second = Matmul(16, 24), Addmm(24, 32)
         self.third = Matmul(32, 16)
-        self.last = nn.Linear(16, 5)
+        self.last = nn.Linear(16, 6)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = torch.tanh(self.second(torch.tanh(self.first(x))))
@@ -295,33 +295,21 @@ def field_names(method: str) -> frozenset[str]:
     return frozenset(f.name for f in dataclasses.fields(load_methods()[method]))  # type: ignore[arg-type]
 
 
-SMALL: dict[str, dict[str, Any]] = {
-    "adalora": {"init_r": 4, "target_r": 2},
-    "c3a": {"block_size": 8},
-    "child-tuning": {"variant": "D"},
-    "fishmask": {"keep_ratio": 0.3},
-    "fourierft": {"n_frequency": 20},
-    "lokr": {"r": 2},
-    "oft": {"block_size": 8},
-    "road": {"group_size": 8},
-    "shira": {"r": 2},
-    "trainable-tokens": {"token_indices": list(range(3, 60)), "on_alias": "share"},
-    "vblora": {"vector_length": 8, "num_vectors": 12},
-}
-"""Options that fit layers as small as those here; any other method with a rank has rank 4."""
 EMBEDDINGS = ("*wte", "*word_embeddings", "*embed_tokens", "shared")
-DIVIDING, UNDIVIDED = ("c3a", "road", "vblora"), ("down", "last")
-"""Methods that cut a layer's outputs into equal pieces, and layers of five outputs."""
+
+
+def small(method: str) -> dict[str, Any]:
+    """The options of a method that fit layers as small as those here."""
+    ranks = {"r": 4} if "r" in field_names(method) else {}
+    return {**ranks, **load_methods()[method].small}
 
 
 def entry(method: str, family: str, **options: Any) -> dict[str, Any]:
     """An `adapt` entry of a method for a family."""
     base, kinds = FAMILIES[family], load_methods()[method].kinds
     target = EMBEDDINGS if kinds == {"embedding"} else base.whole if "parameter" in kinds else base.target
-    if method in DIVIDING and family in PLAIN:
-        target = [name for name in target if name not in UNDIVIDED]
-    small = SMALL.get(method, {"r": 4} if "r" in field_names(method) else {})
-    found: dict[str, Any] = {"method": method, "target": list(target), **small}
+    shares = {"on_alias": "share"} if kinds == {"embedding"} else {}
+    found: dict[str, Any] = {"method": method, "target": list(target), **shares, **small(method)}
     if "feedforward" in field_names(method):
         found["feedforward"] = list(base.feedforward)
     return found | options

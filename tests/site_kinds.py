@@ -181,7 +181,7 @@ IN_PEFT = {
     "ia3": STORED | {"Conv2d", "Conv3d"},
     "adalora": STORED | {"Conv2d"},
     **dict.fromkeys(("loha", "lokr"), PLAIN | {"Conv1d", "Conv2d", "grouped Conv1d"}),
-    **dict.fromkeys(("vera", "fourierft", "randlora", "vblora"), STORED),
+    **dict.fromkeys(("vera", "fourierft", "gralora", "randlora", "vblora"), STORED),
     **dict.fromkeys(("oft", "boft", "hra"), SQUARE),
     **dict.fromkeys(("miss", "c3a", "road", "delora", "shira"), PLAIN),
     "trainable-tokens": frozenset({"Embedding"}),
@@ -342,26 +342,8 @@ def entry(method: str, names: Sequence[str], **options: Any) -> dict[str, Any]:
     """An `adapt` entry of a method on those kinds."""
     targets = [target for name in names for target in _targets(method, name)]
     fields = load_methods()[method].__dataclass_fields__  # type: ignore[attr-defined]
-    small = SMALL.get(method) or {k: v for k, v in {"r": 2, "alpha": 3}.items() if k in fields}
-    return {"method": method, "target": targets, **small, **options}
-
-
-SMALL: dict[str, dict[str, Any]] = {
-    "adalora": {"init_r": 2, "target_r": 1},
-    "boft": {"block_size": 2},
-    "c3a": {"block_size": 2},
-    "child-tuning": {"variant": "D"},
-    "fishmask": {"keep_ratio": 0.4},
-    "fourierft": {"n_frequency": 9},
-    "lokr": {"r": 1},
-    "oft": {"block_size": 4},
-    "road": {"group_size": 2},
-    "shira": {"r": 1},
-    "trainable-tokens": {"token_indices": [*range(4, WORDS)]},
-    "vblora": {"vector_length": 2, "num_vectors": 5},
-    "vera": {"r": 3},
-}
-"""Options that fit layers as small as those here."""
+    ranks = {k: v for k, v in {"r": 2, "alpha": 3, "init_r": 2}.items() if k in fields}
+    return {"method": method, "target": targets, **ranks, **load_methods()[method].small, **options}
 
 
 def _targets(method: str, name: str) -> list[str]:

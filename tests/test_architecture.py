@@ -37,6 +37,7 @@ WITHOUT_TORCH = [
     "registry",
     "schema",
     "source",
+    "sparse",
     "spec",
     "spec_errors",
     "spec_part",
@@ -116,7 +117,7 @@ def test_passes_import_the_compiler_only(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "passes/insert").glob("*.py")), ids=shown)
 def test_methods_hold_maths_only(path: Path) -> None:
-    allowed = {"adaptc.method", "adaptc.low_rank", "adaptc.ranked", "adaptc.names", "adaptc.sites"}
+    allowed = {f"adaptc.{n}" for n in ("method", "low_rank", "ranked", "sparse", "names", "sites")}
     ours = {name for name, _ in imported(path) if name.startswith("adaptc")}
     known = {name for name in ours if any(name == a or name.startswith(a + ".") for a in allowed)}
     assert ours <= known, f"{shown(path)} imports {ours - known}"

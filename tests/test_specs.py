@@ -49,7 +49,14 @@ def adapter(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
+QUICK = ("lora", "oft", "fishmask", "own-model", "peft-to-huggingface", "peft-to-onnx", "sentiment")
+"""The journeys, and methods that stand for all."""
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] * (p.stem not in QUICK)) for p in SPECS],
+)
 def test_spec_compiles(
     path: Path, bert: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

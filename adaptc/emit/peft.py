@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from adaptc.adapters import AdapterRecord, AdapterTensor, group
-from adaptc.checkpoint import BASE_HASH, CONFIG, ORDER, TENSORS, full
+from adaptc.checkpoint import BASE_HASH, CONFIG, ORDER, TENSORS, spelled
 from adaptc.errors import WeightError
 from adaptc.names import matches_any
 
@@ -40,7 +40,7 @@ def save(
     for name, members in zip(names, groups, strict=True):
         target = directory / name
         target.mkdir(parents=True, exist_ok=True)
-        tensors = {full(t.key): _kept(values[t.name], t) for r in members for t in r.stored}
+        tensors = {spelled(t.key): _kept(values[t.name], t) for r in members for t in r.stored}
         metadata = {"format": "pt", **({BASE_HASH: base["sha256"]} if base.get("sha256") else {})}
         try:
             save_file(tensors, target / TENSORS, metadata=metadata)

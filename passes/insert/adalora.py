@@ -48,6 +48,7 @@ class Adalora(WeightMethod):
     rank_pattern: Kept = field(default_factory=dict)
 
     kinds: ClassVar[frozenset[str]] = MATRIX_KINDS
+    small: ClassVar[Mapping[str, object]] = {"init_r": 4, "target_r": 2}
     aliases: ClassVar[Mapping[str, str]] = {"lora_alpha": "alpha", "lora_dropout": "dropout"}
     peft: ClassVar[PeftFormat | None] = PeftFormat(
         "ADALORA",

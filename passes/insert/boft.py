@@ -33,6 +33,7 @@ class Boft(WeightMethod):
     n_butterfly_factor: Annotated[int, Field(ge=1)] = 1
 
     kinds: ClassVar[frozenset[str]] = MATRIX_KINDS - {"embedding"}
+    small: ClassVar[Mapping[str, object]] = {"block_size": 2}
     aliases: ClassVar[Mapping[str, str]] = {
         "boft_block_size": "block_size",
         "boft_block_num": "block_num",

@@ -32,6 +32,7 @@ class C3a(WeightMethod):
     block_size_pattern: Mapping[str, Count] = field(default_factory=dict)
 
     kinds: ClassVar[frozenset[str]] = MATRIX_KINDS
+    small: ClassVar[Mapping[str, object]] = {"block_size": 2}
     identity_at_init: ClassVar[bool] = False
     peft: ClassVar[PeftFormat | None] = PeftFormat(
         "C3A",

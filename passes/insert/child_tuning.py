@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -35,6 +35,8 @@ class ChildTuning(Chosen):
 
     variant: Variant = "F"
     reserve_p: Share = 0.3
+
+    small: ClassVar[Mapping[str, object]] = {"variant": "D"}
 
     @property
     def ratio(self) -> float:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
@@ -27,6 +28,8 @@ class Fishmask(Chosen):
     """
 
     keep_ratio: Ratio = 0.005
+
+    small: ClassVar[Mapping[str, object]] = {"keep_ratio": 0.3}
 
     @property
     def ratio(self) -> float:

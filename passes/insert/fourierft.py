@@ -35,6 +35,7 @@ class FourierFT(WeightMethod):
     n_frequency_pattern: Mapping[str, Count] = field(default_factory=dict)
 
     kinds: ClassVar[frozenset[str]] = MATRIX_KINDS
+    small: ClassVar[Mapping[str, object]] = {"n_frequency": 9}
     identity_at_init: ClassVar[bool] = False
     peft: ClassVar[PeftFormat | None] = PeftFormat(
         "FOURIERFT",

@@ -40,7 +40,7 @@ class Hira(Ranked):
 
     def params(self, site: Site) -> dict[str, Param]:
         """A (r, in) Kaiming-uniform, B (out, r) zero."""
-        return factors(site, self.r, self.in_peft(site), "hira")
+        return factors(site, self.r, self.in_peft(site), "hira_{}", "hira_embedding_{}")
 
     def weight(self, W: Tensor, *, A: Tensor, B: Tensor) -> Tensor:
         """W + W ∘ (B A), of shape (out, in)."""

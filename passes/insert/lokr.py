@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -29,6 +30,7 @@ class Lokr(Scaled):
     decompose_factor: int = -1
     use_effective_conv2d: bool = False
 
+    small: ClassVar[Mapping[str, object]] = {"r": 1}
     peft: ClassVar[PeftFormat | None] = PeftFormat(
         "LOKR",
         options={

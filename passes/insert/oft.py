@@ -39,6 +39,7 @@ class Oft(WeightMethod):
     num_cayley_neumann_terms: Annotated[int, Field(ge=1)] = 5
 
     kinds: ClassVar[frozenset[str]] = MATRIX_KINDS - {"embedding"}
+    small: ClassVar[Mapping[str, object]] = {"r": 0, "block_size": 4}
     aliases: ClassVar[Mapping[str, str]] = {"oft_block_size": "block_size"}
     peft: ClassVar[PeftFormat | None] = PeftFormat(
         "OFT",

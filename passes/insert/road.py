@@ -35,6 +35,7 @@ class Road(WeightMethod):
     group_size: Group = 64
 
     kinds: ClassVar[frozenset[str]] = MATRIX_KINDS
+    small: ClassVar[Mapping[str, object]] = {"group_size": 2}
     peft: ClassVar[PeftFormat | None] = PeftFormat(
         "ROAD",
         options={"variant": "variant", "group_size": "group_size"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
@@ -29,6 +30,7 @@ class Shira(WeightMethod):
     random_seed: Seed = None
 
     kinds: ClassVar[frozenset[str]] = MATRIX_KINDS
+    small: ClassVar[Mapping[str, object]] = {"r": 1}
     peft: ClassVar[PeftFormat | None] = PeftFormat(
         "SHIRA",
         options={"r": "r", "random_seed": "random_seed"},

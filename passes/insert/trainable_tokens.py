@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
@@ -28,6 +29,7 @@ class TrainableTokens(WeightMethod):
     token_indices: Tokens = ()
 
     kinds: ClassVar[frozenset[str]] = frozenset({"embedding"})
+    small: ClassVar[Mapping[str, object]] = {"token_indices": (*range(4, 24),)}
     peft: ClassVar[PeftFormat | None] = PeftFormat(
         "TRAINABLE_TOKENS",
         options={"token_indices": "token_indices"},

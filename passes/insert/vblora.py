@@ -37,6 +37,7 @@ class Vblora(WeightMethod):
     init_logits_std: float = 0.1
 
     kinds: ClassVar[frozenset[str]] = MATRIX_KINDS
+    small: ClassVar[Mapping[str, object]] = {"vector_length": 2, "num_vectors": 12}
     aliases: ClassVar[Mapping[str, str]] = {"vblora_dropout": "dropout"}
     identity_at_init: ClassVar[bool] = False
     peft: ClassVar[PeftFormat | None] = PeftFormat(

@@ -38,12 +38,17 @@ from tests.families import (
 METHODS = tuple(load_methods())
 FIRST = ("lora", "dora", "ia3", "full")
 """Methods that are tested on several bases in the quick laws; the others are on one."""
-ONE = {"layernorm": "bert", "bitfit": "bert", "trainable-tokens": "llama"}
+
+
+def one(method: str) -> str:
+    """The base that stands for all."""
+    kinds = load_methods()[method].kinds
+    return "llama" if kinds == {"embedding"} else "bert" if "parameter" in kinds else "block"
 
 
 def quick(method: str, name: str) -> bool:
     if method not in FIRST:
-        return name == ONE.get(method, "block")
+        return name == one(method)
     return name in QUICK and (name != "t5" or method == "lora")
 
 
@@ -224,18 +229,22 @@ def test_initialisation_follows_the_seed(zoo: Zoo, method: str, name: str) -> No
     assert list(one) == list(same)
     assert all(torch.equal(one[n], same[n]) for n in one)
     drawn = [n for n in one if one[n].numel() > 1 and not torch.equal(one[n], other[n])]
-    inits = [p.init for a in _adaptations(zoo, method, name) for _, p in a.params.values() if p.trained]
-    named = {init for init in inits if isinstance(init, str)}
-    assert bool(drawn) == (bool(named & DRAWN) or method in DRAWS)
+    params = [p for a in _adaptations(zoo, method, name) for _, p in a.params.values() if p.trained]
+    assert bool(drawn) == any(_draws(param.init) for param in params)
     random = [one[n] for n in drawn]
     for first, second in pairwise(random):
         if first.shape == second.shape:
             assert not torch.equal(first, second), "two layers start with the same numbers"
 
 
-DRAWN = {"kaiming-uniform", "normal", "standard-normal"}
-DRAWS = ("c3a", "hra", "vblora")
-"""Methods with functions of their own that draw."""
+def _draws(init: Any) -> bool:
+    """Whether an initialisation depends on the generator."""
+    if isinstance(init, str):
+        return init in ("kaiming-uniform", "normal", "standard-normal")
+    used = torch.Generator().manual_seed(1)
+    before = used.get_state()
+    init(torch.ones(64, 64), used)
+    return not torch.equal(before, used.get_state())
 
 
 def _adaptations(zoo: Zoo, method: str, name: str) -> list[Any]:
@@ -247,7 +256,7 @@ NARROW = [
     for method in METHODS
     for name in ("gpt2", "llama", "block")
     for dtype in ("float16", "bfloat16")
-    for later in [method not in FIRST and (dtype == "float16" or name != ONE.get(method, "block"))]
+    for later in [method not in FIRST and (dtype == "float16" or name != one(method))]
 ]
 
 
@@ -418,10 +427,17 @@ def test_lora_dropout_is_the_papers() -> None:
     close(got, want, 8)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(
-    "name", [n if n == "block" else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES]
-)
+COMPILED = [
+    pytest.param(
+        method, name, id=f"{method}-{name}",
+        marks=[pytest.mark.slow] * (name != "block" or method not in (*FIRST, "oft", "vblora")),
+    )
+    for method in METHODS
+    for name in FAMILIES
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "name"), COMPILED)
 def test_torch_compile_takes_the_whole_graph(zoo: Zoo, method: str, name: str) -> None:
     skip_without_site(zoo, method, name)
     if method != "lora" and name in HUGGING_FACE:

@@ -49,8 +49,8 @@ ONE_PROBLEM = {
     "bad name": (adapted("name: a b"), 6, 11, "adapt.0.name", "must match [A-Za-z0-9_-]+, got 'a b'"),
     "unknown option": (
         adapted("drop_out: 0.1"), 6, 5, "adapt.0.drop_out",
-        "unknown key 'drop_out'; did you mean 'dropout'? known: method, name, target, exclude, on_alias, r, alpha, "
-        "dropout, rslora, rank_pattern, alpha_pattern",
+        "unknown key 'drop_out'; did you mean 'dropout'? known: method, name, target, exclude, on_alias, r, rank_pattern, "
+        "alpha, alpha_pattern, dropout, rslora",
     ),
     "option of another method": (
         HEAD + "adapt: [{method: ia3, target: x, r: 8}]\n", 3, 34, "adapt.0.r", "unknown key 'r'",
@@ -218,8 +218,8 @@ ONE_PROBLEM = {
     "negative seed": (HEAD + "seed: -1\n", 3, 7, "seed", "must be at least 0, got -1"),
     "unknown key": (
         HEAD + "adpt: []\n", 3, 1, "adpt",
-        "unknown key 'adpt'; did you mean 'adapt'? known: version, base, inputs, adapt, quantize, emit, "
-        "passes, seed",
+        "unknown key 'adpt'; did you mean 'adapt'? known: version, base, inputs, adapt, quantize, "
+        "calibration, emit, passes, seed",
     ),
     "version missing": ("base: {model: m}\n", 1, 1, "version", "required, but missing"),
     "version is text": ("version: '1'\nbase: {model: m}\n", 1, 10, "version", "expected 1, got '1'"),
@@ -277,7 +277,7 @@ def test_the_line_is_quoted_with_a_caret(tmp_path: Path) -> None:
 def test_an_unlikely_spelling_still_lists_what_is_known(tmp_path: Path) -> None:
     (problem,) = problems_in(tmp_path, adapted("rank: 8"))
     assert problem.message.startswith("unknown key 'rank'; did you mean 'rank_pattern'")
-    assert "r, alpha, dropout" in problem.message
+    assert "r, rank_pattern, alpha" in problem.message
 
 
 def test_tabs_come_with_advice(tmp_path: Path) -> None:

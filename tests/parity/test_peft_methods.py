@@ -57,6 +57,8 @@ CASES = {
     "c3a": Case("c3a", "C3AConfig", {"block_size": 8}),
     "delora": Case("delora", "DeloraConfig", {"r": 4, "delora_lambda": 9}),
     "fourierft": Case("fourierft", "FourierFTConfig", {"n_frequency": 50}, LINEAR + TRANSPOSED),
+    "gralora": Case("gralora", "GraloraConfig", {"r": 4, "alpha": 6}, LINEAR + TRANSPOSED),
+    "gralora-hybrid": Case("gralora", "GraloraConfig", {"r": 8, "gralora_k": 4, "hybrid_r": 3}, ("bert",)),
     "hira": Case("hira", "HiraConfig", {"r": 4}, LINEAR + TRANSPOSED + CONVOLUTION),
     "hra": Case("hra", "HRAConfig", {"r": 4}),
     "hra-orthogonal": Case("hra", "HRAConfig", {"r": 4, "apply_GS": True}, ("bert",)),
