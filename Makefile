@@ -4,9 +4,9 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 PYTHON3 ?= python3
 
-.PHONY: help demo test test-all bench families check clean
+.PHONY: help demo test test-all bench families methods sst2 check clean
 help:  ## list the commands
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON3) -m venv $(VENV)
@@ -27,6 +27,12 @@ bench: $(READY)  ## figures beside PEFT, as ratios from one run
 
 families: $(READY)  ## every base and method beside PEFT: writes docs/families.md, takes half an hour
 	$(PYTHON) -m benchmarks.table
+
+methods: $(READY)  ## every method on MiniLM beside PEFT: writes docs/methods.md, takes a quarter of an hour
+	$(PYTHON) -m benchmarks.methods
+
+sst2: $(READY)  ## the accuracy of every method beside PEFT's: writes benchmarks/sst2.md, takes half an hour
+	$(PYTHON) -m benchmarks.sst2
 
 check: $(READY)  ## lint, format, types
 	$(VENV)/bin/ruff check .

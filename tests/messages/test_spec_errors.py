@@ -49,8 +49,8 @@ ONE_PROBLEM = {
     "bad name": (adapted("name: a b"), 6, 11, "adapt.0.name", "must match [A-Za-z0-9_-]+, got 'a b'"),
     "unknown option": (
         adapted("drop_out: 0.1"), 6, 5, "adapt.0.drop_out",
-        "unknown key 'drop_out'; did you mean 'dropout'? known: method, name, target, exclude, on_alias, r, rank_pattern, "
-        "alpha, alpha_pattern, dropout, rslora",
+        "unknown key 'drop_out'; did you mean 'dropout'? known: method, name, target, exclude, on_alias, r, "
+        "rank_pattern, alpha, alpha_pattern, dropout, rslora",
     ),
     "option of another method": (
         HEAD + "adapt: [{method: ia3, target: x, r: 8}]\n", 3, 34, "adapt.0.r", "unknown key 'r'",
