@@ -124,8 +124,14 @@ class Insert(Pass):
             site = untie(graph, site, nodes, bias=method.adapts_bias())
         if self.on_alias == "share":
             site = widened(graph, site)
-        value = graph.value_of(site.parameter, site.uses, nodes)
         own = method.stored(site)
+        derived = any(not param.stored for _, param in named.values())
+        # What is computed again on loading starts from the base, whatever earlier entries will have learned.
+        value = (
+            graph.parameter_node(site.parameter)
+            if derived
+            else graph.value_of(site.parameter, site.uses, nodes)
+        )
         theta: dict[str, fx.Node] = {}
         for argument, (name, param) in named.items():
             if name not in graph.weights:  # of what sites share, the first makes it

@@ -28,7 +28,8 @@ class TrainingStep:
 
     It adds the gradients of the methods' penalties, steps the optimizer, and lets the methods do what they do at each
     step (prune ranks, draw masks). Methods that do nothing of the kind are left alone. With transformers' Trainer
-    use `Trainer(..., callbacks=[step.callback()])` instead.
+    use `Trainer(..., callbacks=[step.callback()])` instead; with a gradient scaler `scaler.unscale_(optimizer)`,
+    `step.before()`, `scaler.step(optimizer)`, `step.after()`.
 
     Args:
         module: a module that adaptc made, or such a one behind `torch.compile` or DistributedDataParallel.

@@ -68,7 +68,7 @@ ADALORA = {
 }
 
 
-def test_adalora_gives_up_the_ranks_that_peft_gives_up(zoo: Zoo) -> None:
+def test_adalora_gives_up_the_ranks_that_peft_gives_up(zoo: Zoo, tmp_path: Path) -> None:
     """PEFT's allocator and ours beside one another, on the same gradients."""
     peft = pytest.importorskip("peft")
     total, name = 20, "bert"
@@ -112,6 +112,11 @@ def test_adalora_gives_up_the_ranks_that_peft_gives_up(zoo: Zoo) -> None:
     left = [int((p != 0).sum()) for n, p in own.items() if "lora_E" in n]
     assert sum(left) == 2 * len(left)
     assert len(set(left)) > 1, "every layer kept as many: nothing was allocated"
+    theirs.save_pretrained(tmp_path)
+    assert any(len(v) < 4 for k, v in tensors_in(tmp_path).items() if "lora_E" in k)
+    again = zoo.compiled(name, [{"adapter": str(tmp_path)}])
+    with torch.no_grad():
+        close(again.module.eval()(**tensors)["logits"], theirs.base_model(**tensors).logits)
 
 
 def test_given_up_ranks_are_in_no_checkpoint_fold_or_live_export(tmp_path: Path) -> None:

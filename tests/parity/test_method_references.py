@@ -143,6 +143,31 @@ def test_what_lora_takes_out_of_the_weight(init: str) -> None:
     check(compiled, base, {"layer.weight": (W - taken + 2 * B @ A).float()})
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_what_was_taken_out_does_not_move_with_an_earlier_adapter(init: str, tmp_path: Any) -> None:
+    """A0 and B0 follow from the base, which is the same when the checkpoints are loaded again."""
+    base, x = randomise(One()), torch.randn(5, 24)
+    entries = [
+        {"method": "lora", "target": "layer", "r": 2, "name": "first"},
+        {"method": "lora", "target": "layer", "r": 3, "name": "second", "init_weights": init},
+    ]
+
+    def compiled(adapt: Any) -> Compiled:
+        return adaptc.compile(
+            {"adapt": adapt}, model=base, example_inputs=(torch.randn(3, 24),), dynamic={"x": {0: "n"}}
+        )
+
+    made = compiled(entries)
+    with torch.no_grad():
+        close(made.module.eval()(x), base(x))
+    perturb(made.module)
+    made.save_adapter(tmp_path)
+    with torch.no_grad():
+        want = made.module(x)
+        close(made.fold()(x), want)
+        close(compiled([{"adapter": str(tmp_path)}]).module.eval()(x), want)
+
+
 def test_orthogonal_initialisation_is_random_and_gives_nothing(zoo: Zoo) -> None:
     compiled = zoo.compiled("bert", [{"method": "lora", "target": "*.query", "init_weights": "orthogonal"}])
     state = compiled.module.state_dict()
