@@ -12,7 +12,8 @@ from pydantic import TypeAdapter
 
 from adaptc.checkpoint import ROOT, Checkpoint, load, match
 from adaptc.graph import Adaptation, Graph
-from adaptc.method import MATRIX_KINDS, Method, Param, PeftFormat, options_of
+from adaptc.method import MATRIX_KINDS, Method, Param, options_of
+from adaptc.peft_format import PeftFormat
 from adaptc.peft_keys import PeftLayout, as_stored
 from adaptc.registry import method_named
 from adaptc.sites import Site

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from adaptc.method import Dropout, Param, PeftFormat
+from adaptc.method import Dropout, Param
 from adaptc.names import ATTENTION, OUT_PROJECTION
+from adaptc.peft_format import PeftFormat
 from adaptc.ranked import Scaled, factors
 
 if TYPE_CHECKING:

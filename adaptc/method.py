@@ -9,12 +9,14 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import Field
 
 from adaptc.names import ATTENTION
+from adaptc.peft_format import PeftFormat
+from adaptc.rule import Rule
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -31,9 +33,6 @@ MATRIX_KINDS = frozenset({"linear", "conv", "embedding", "experts"})
 
 DROPLESS = frozenset({"embedding", "experts"})
 """Kinds of site whose input dropout cannot go in front of: indices, and rows gathered for an expert."""
-LINEAR = frozenset({"Linear", "Conv1D"})
-"""Layers that multiply by a matrix, as PEFT knows them; `Conv1D` is GPT-2's, stored (in, out)."""
-
 Init = Literal["zeros", "ones", "kaiming-uniform", "normal", "standard-normal"]
 """How a new parameter starts, when it does not depend on the base weight."""
 
@@ -61,55 +60,6 @@ class Param:
     trained: bool = True
     stored: bool = True
     below: int | None = None
-
-
-@dataclass(frozen=True)
-class PeftFormat:
-    """How PEFT's `adapter_config.json` spells a method.
-
-    Attributes:
-        type: PEFT's `peft_type`.
-        options: our option's name -> PEFT's key.
-        fixed: keys that must have, and are written with, this value (`use_dora: true`).
-        ignored: keys that do not change what the adapted model computes.
-        changes_base: beginnings of initialisations that change the base's weights too, which no checkpoint holds.
-        modules: options that are patterns here and lists of module names there.
-        joins: the list in another method's configuration that holds this method's modules, for a method that
-            has no checkpoint of its own (`modules_to_save`).
-        by_parameter: it can sit on a parameter that is no module's `weight` (`target_parameters`).
-        layers: the classes of layers that PEFT has the method for.
-        tied: PEFT changes a tied output head with its embedding.
-        hosts: another method's modules can join this configuration.
-    """
-
-    type: str | None
-    options: Mapping[str, str] = field(default_factory=dict)
-    fixed: Mapping[str, object] = field(default_factory=dict)
-    ignored: frozenset[str] = frozenset()
-    changes_base: tuple[str, ...] = ()
-    modules: frozenset[str] = frozenset()
-    joins: str | None = None
-    by_parameter: bool = False
-    layers: frozenset[str] = LINEAR
-    tied: bool = False
-    hosts: bool = True
-
-
-class Rule:
-    """What a method does while it is trained, besides its gradient. Every hook does nothing unless overridden."""
-
-    def forward(self, training: bool) -> None:
-        """Before the model runs."""
-
-    def penalty(self) -> Tensor | None:
-        """What is added to the loss."""
-        return None
-
-    def before(self, number: int) -> None:
-        """Before the optimizer's step, counted from 1; gradients are there."""
-
-    def after(self, number: int) -> None:
-        """After it."""
 
 
 class Method:

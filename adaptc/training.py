@@ -11,7 +11,7 @@ from torch import nn
 from adaptc.adapters import AdapterRecord
 from adaptc.emit.torch import records
 from adaptc.errors import AdaptcError
-from adaptc.method import Rule
+from adaptc.rule import Rule
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback

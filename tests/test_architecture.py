@@ -33,8 +33,10 @@ WITHOUT_TORCH = [
     "low_rank",
     "method",
     "names",
+    "peft_format",
     "ranked",
     "registry",
+    "rule",
     "schema",
     "source",
     "sparse",
@@ -117,7 +119,10 @@ def test_passes_import_the_compiler_only(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "passes/insert").glob("*.py")), ids=shown)
 def test_methods_hold_maths_only(path: Path) -> None:
-    allowed = {f"adaptc.{n}" for n in ("method", "low_rank", "ranked", "sparse", "names", "sites")}
+    allowed = {
+        f"adaptc.{n}"
+        for n in ("method", "peft_format", "rule", "low_rank", "ranked", "sparse", "names", "sites")
+    }
     ours = {name for name, _ in imported(path) if name.startswith("adaptc")}
     known = {name for name in ours if any(name == a or name.startswith(a + ".") for a in allowed)}
     assert ours <= known, f"{shown(path)} imports {ours - known}"

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
 from pydantic import Field
 
-from adaptc.method import MATRIX_KINDS, Alpha, Dropout, Param, PeftFormat, Rank, Rule, WeightMethod, method
+from adaptc.method import MATRIX_KINDS, Alpha, Dropout, Param, Rank, WeightMethod, method
+from adaptc.peft_format import PeftFormat
+from adaptc.rule import Rule
 
 if TYPE_CHECKING:
     from torch import Tensor

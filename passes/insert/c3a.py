@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
 from pydantic import Field
 
-from adaptc.method import MATRIX_KINDS, Param, PeftFormat, WeightMethod, method
+from adaptc.method import MATRIX_KINDS, Param, WeightMethod, method
+from adaptc.peft_format import PeftFormat
 from adaptc.ranked import of_pattern
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from adaptc.method import Param, Rule, method
+from adaptc.method import Param, method
+from adaptc.rule import Rule
 from adaptc.sparse import Chosen
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
 from pydantic import Field
 
-from adaptc.method import Dropout, Param, PeftFormat, method
+from adaptc.method import Dropout, Param, method
+from adaptc.peft_format import PeftFormat
 from adaptc.ranked import Ranked, of_pattern
 
 if TYPE_CHECKING:

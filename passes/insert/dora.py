@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from adaptc.low_rank import LowRank
-from adaptc.method import Param, PeftFormat, method
+from adaptc.method import Param, method
+from adaptc.peft_format import PeftFormat
 
 if TYPE_CHECKING:
     from torch import Tensor

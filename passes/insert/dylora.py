@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from adaptc.low_rank import LowRank
-from adaptc.method import Param, PeftFormat, Rule, method
+from adaptc.method import Param, method
+from adaptc.peft_format import PeftFormat
+from adaptc.rule import Rule
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from adaptc.method import Param, Patterns, PeftFormat, WeightMethod, method
+from adaptc.method import Param, Patterns, WeightMethod, method
 from adaptc.names import matches_any
+from adaptc.peft_format import PeftFormat
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from adaptc.method import Dropout, Param, PeftFormat, Rank, method
+from adaptc.method import Dropout, Param, Rank, method
+from adaptc.peft_format import PeftFormat
 from adaptc.ranked import Ranked, factors
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
-from adaptc.method import MATRIX_KINDS, Param, PeftFormat, Rank, WeightMethod, method
+from adaptc.method import MATRIX_KINDS, Param, Rank, WeightMethod, method
+from adaptc.peft_format import PeftFormat
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor

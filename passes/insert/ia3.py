@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
-from adaptc.method import MATRIX_KINDS, Param, Patterns, PeftFormat, WeightMethod, method
+from adaptc.method import MATRIX_KINDS, Param, Patterns, WeightMethod, method
 from adaptc.names import ATTENTION, matches_any
+from adaptc.peft_format import PeftFormat
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from adaptc.method import Param, PeftFormat, WeightMethod, method
+from adaptc.method import Param, WeightMethod, method
+from adaptc.peft_format import PeftFormat
 
 if TYPE_CHECKING:
     from torch import Tensor

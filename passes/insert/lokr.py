@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from adaptc.method import Param, PeftFormat, method
+from adaptc.method import Param, method
+from adaptc.peft_format import PeftFormat
 from adaptc.ranked import Scaled
 
 if TYPE_CHECKING:

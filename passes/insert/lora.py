@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from adaptc.low_rank import LowRank
-from adaptc.method import Param, PeftFormat, method
+from adaptc.method import Param, method
+from adaptc.peft_format import PeftFormat
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from adaptc.method import MATRIX_KINDS, Alpha, Dropout, Param, PeftFormat, Rank, WeightMethod, method
+from adaptc.method import MATRIX_KINDS, Alpha, Dropout, Param, Rank, WeightMethod, method
+from adaptc.peft_format import PeftFormat
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,0 +1,41 @@
+"""How PEFT's configuration spells a method, and where PEFT has it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+LINEAR = frozenset({"Linear", "Conv1D"})
+"""Layers that multiply by a matrix, as PEFT knows them; `Conv1D` is GPT-2's, stored (in, out)."""
+
+
+@dataclass(frozen=True)
+class PeftFormat:
+    """How PEFT's `adapter_config.json` spells a method.
+
+    Attributes:
+        type: PEFT's `peft_type`.
+        options: our option's name -> PEFT's key.
+        fixed: keys that must have, and are written with, this value (`use_dora: true`).
+        ignored: keys that do not change what the adapted model computes.
+        changes_base: beginnings of initialisations that change the base's weights too, which no checkpoint holds.
+        modules: options that are patterns here and lists of module names there.
+        joins: the list in another method's configuration that holds this method's modules, for a method that
+            has no checkpoint of its own (`modules_to_save`).
+        by_parameter: it can sit on a parameter that is no module's `weight` (`target_parameters`).
+        layers: the classes of layers that PEFT has the method for.
+        tied: PEFT changes a tied output head with its embedding.
+        hosts: another method's modules can join this configuration.
+    """
+
+    type: str | None
+    options: Mapping[str, str] = field(default_factory=dict)
+    fixed: Mapping[str, object] = field(default_factory=dict)
+    ignored: frozenset[str] = frozenset()
+    changes_base: tuple[str, ...] = ()
+    modules: frozenset[str] = frozenset()
+    joins: str | None = None
+    by_parameter: bool = False
+    layers: frozenset[str] = LINEAR
+    tied: bool = False
+    hosts: bool = True
