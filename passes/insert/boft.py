@@ -29,7 +29,7 @@ class Boft(WeightMethod):
     every other. X starts at zero, s at one. PEFT runs m > 1 with its CUDA extension only; here it runs anywhere.
     """
 
-    block_size: Count = 4
+    block_size: Annotated[int, Field(ge=0, description="4, unless block_num is given")] = 0
     block_num: Count = 0
     n_butterfly_factor: Annotated[int, Field(ge=1)] = 1
 
@@ -47,6 +47,11 @@ class Boft(WeightMethod):
         layers=frozenset({"Linear", "Conv2d"}),
     )
 
+    def __post_init__(self) -> None:
+        """Blocks of 4, if nothing is said."""
+        if not self.block_size and not self.block_num:
+            object.__setattr__(self, "block_size", 4)
+
     def in_peft(self, site: Site) -> bool:
         """PEFT's convolutions are square and not grouped."""
         square = site.kind != "conv" or (site.groups == 1 and len({*site.inner_shape[1:]}) == 1)
@@ -54,8 +59,8 @@ class Boft(WeightMethod):
 
     def refuses(self, site: Site) -> tuple[tuple[str, ...], str] | None:
         """The blocks, and for each further factor twice as many, must divide the input."""
-        if bool(self.block_size) == bool(self.block_num):
-            return ("block_size",), "write one of block_size and block_num, and 0 for the other"
+        if self.block_size and self.block_num:
+            return ("block_size",), "write one of block_size and block_num"
         inner, m = site.in_features, self.n_butterfly_factor
         key, given = ("block_size", self.block_size) if self.block_size else ("block_num", self.block_num)
         if inner % given:

@@ -32,7 +32,7 @@ class Oft(WeightMethod):
     """
 
     r: Count = 0
-    block_size: Count = 32
+    block_size: Annotated[int, Field(ge=0, description="32, unless r is given")] = 0
     coft: bool = False
     eps: float = 6e-5
     block_share: bool = False
@@ -54,6 +54,11 @@ class Oft(WeightMethod):
         layers=frozenset({"Linear", "Conv2d"}),
     )
 
+    def __post_init__(self) -> None:
+        """Blocks of 32, if nothing is said."""
+        if not self.r and not self.block_size:
+            object.__setattr__(self, "block_size", 32)
+
     def in_peft(self, site: Site) -> bool:
         """PEFT's convolutions are square and not grouped."""
         square = site.kind != "conv" or (site.groups == 1 and len({*site.inner_shape[1:]}) == 1)
@@ -61,8 +66,8 @@ class Oft(WeightMethod):
 
     def refuses(self, site: Site) -> tuple[tuple[str, ...], str] | None:
         """Blocks are told by their size or by their number."""
-        if bool(self.r) == bool(self.block_size):
-            return ("r",), "write one of r (how many blocks) and block_size, and 0 for the other"
+        if self.r and self.block_size:
+            return ("r",), "write one of r (how many blocks) and block_size"
         if self._block(site.in_features) == 1:
             return (
                 "block_size",

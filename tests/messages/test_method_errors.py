@@ -27,7 +27,10 @@ CASES: list[tuple[str, str, dict[str, object], str, str]] = [
     ("adalora", "layers.0.query", {"init_r": 17}, "init_r", "rank init_r must be at most 16 here, got 17"),
     ("adalora", "layers.0.query", {"init_r": 4}, "target_r", "target_r must be at most init_r (4), got 8"),
     ("boft", "layers.0.query", {"block_size": 5}, "block_size", "block_size must divide 16, got 5"),
-    ("boft", "layers.0.query", {"block_num": 4}, "block_size", "write one of block_size and block_num"),
+    (
+        "boft", "layers.0.query", {"block_size": 4, "block_num": 4}, "block_size",
+        "write one of block_size and block_num",
+    ),
     (
         "boft", "layers.0.query", {"block_size": 4, "n_butterfly_factor": 4}, "n_butterfly_factor",
         "4 factors of blocks of 4 need an even block, and 32 to divide 16",
@@ -47,7 +50,7 @@ CASES: list[tuple[str, str, dict[str, object], str, str]] = [
         "miss", "layers.0.query", {"r": 4, "init_weights": "bat", "dropout": 0.1}, "dropout",
         "bat has no branch that dropout could go in front of",
     ),
-    ("oft", "head", {"r": 4}, "r", "write one of r (how many blocks) and block_size, and 0 for the other"),
+    ("oft", "head", {"r": 4, "block_size": 4}, "r", "write one of r (how many blocks) and block_size"),
     ("road", "head", {"group_size": 2}, "group_size", "group_size must divide 3, got 2"),
     ("shira", "head", {"r": 3}, "r", "r makes 57 entries, and there are 48 here"),
     ("vblora", "head", {"vector_length": 4}, "vector_length", "vector_length must divide 16 and 3, got 4"),

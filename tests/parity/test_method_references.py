@@ -214,3 +214,16 @@ def test_trained_words_and_a_head_are_two_checkpoints(zoo: Zoo, tmp_path: Any) -
     tensors = inputs("bert", 2, 5)
     with torch.no_grad():
         close(again.module.eval()(**tensors)["logits"], compiled.module.eval()(**tensors)["logits"])
+
+
+def test_blocks_are_told_by_size_or_by_number() -> None:
+    asked: list[tuple[str, dict[str, int], tuple[int, ...]]] = [
+        ("oft", {"r": 4}, (4, 15)),
+        ("oft", {"block_size": 6}, (4, 15)),
+        ("oft", {}, (1, 276)),
+        ("boft", {"block_num": 4}, (1, 4, 6, 6)),
+        ("boft", {}, (1, 6, 4, 4)),
+    ]
+    for name, options, shape in asked:
+        theta = one(name, target="layer", **options)[2]
+        assert shape in {tuple(value.shape) for value in theta.values()}, (name, options)
