@@ -59,15 +59,16 @@ def places(found: Iterable[fx.Node]) -> str:
 
 
 def widened(graph: Graph, site: Site) -> Site:
-    """The site with everyone else who uses its tensor among its uses."""
-    same = set(names(graph, site.parameter))
+    """The site with everyone else who uses its tensor among its uses, in the order of execution."""
+    same, order = set(names(graph, site.parameter)), {node.name: i for i, node in enumerate(graph.nodes)}
     found = [
         Use(user.name, next((i for i, a in enumerate(user.args) if a is node), -1))
         for node in graph.nodes
         if node.op == "get_attr" and node.target in same
         for user in node.users
     ]
-    return replace(site, uses=(*site.uses, *(use for use in found if use not in site.uses)))
+    uses = {*site.uses, *found}
+    return replace(site, uses=tuple(sorted(uses, key=lambda use: order[use.node])))
 
 
 def untie(graph: Graph, site: Site, nodes: dict[str, fx.Node], bias: bool) -> Site:

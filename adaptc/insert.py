@@ -165,8 +165,8 @@ class Insert(Pass):
                 result.meta["val"] = want
             for use in uses:
                 nodes[use.node].replace_input_with(before, result)
+                graph.adapted[parameter, use.node] = result.name
             nodes[result.name] = result
-            graph.adapted[parameter, uses[0].node] = result.name
 
     def _initial(
         self, graph: Graph, name: str, param: Param, site: Site, value: fx.Node, own: bool

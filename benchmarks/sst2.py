@@ -22,7 +22,7 @@ from benchmarks.field import HEAD, batches, classifier, compiled, known, peft_mo
 PAGE = Path(__file__).with_name("sst2.md")
 STEPS, BATCH = 100, 16
 RATES = {
-    **{"full fine-tuning": 1e-4, "full": 3e-4, "child-tuning": 1e-3, "fishmask": 1e-3, "c3a": 2e-2},
+    **{"full fine-tuning": 1e-4, "full": 3e-4, "child-tuning": 2e-4, "fishmask": 1e-3, "c3a": 2e-2},
     **dict.fromkeys(("fourierft", "vblora", "vera"), 1e-2),
     **dict.fromkeys(("ia3", "road"), 5e-3),
 }

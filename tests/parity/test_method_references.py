@@ -227,3 +227,21 @@ def test_blocks_are_told_by_size_or_by_number() -> None:
     for name, options, shape in asked:
         theta = one(name, target="layer", **options)[2]
         assert shape in {tuple(value.shape) for value in theta.values()}, (name, options)
+
+
+@pytest.mark.parametrize("target", ["*.wte", "lm_head"])
+def test_share_changes_a_tied_tensor_wherever_it_is_used(zoo: Zoo, target: str) -> None:
+    """Whichever of the two layers is named: the embedding runs first, the head last."""
+    compiled = zoo.compiled("gpt2", [{"method": "lora", "target": target, "r": 4, "on_alias": "share"}])
+    perturb(compiled.module)
+    folded, model = compiled.fold(), zoo.fresh("gpt2")
+    name = "transformer.wte.weight"
+    state = folded.state_dict()
+    differs(state[name], model.state_dict()[name])
+    assert torch.equal(state[name], state["lm_head.weight"])
+    with torch.no_grad():
+        model.get_parameter(name).copy_(state[name])
+        tensors = inputs("gpt2", 2, 5)
+        want = model(**tensors, use_cache=False).logits
+        close(folded(**tensors)["logits"], want)
+        close(compiled.module.eval()(**tensors)["logits"], want)
