@@ -35,7 +35,8 @@ TEXT = """\
 Accuracy on the {tests} sentences of the development set after {steps} steps of AdamW on {batch} sentences each
 (seed 0, no schedule), of all-MiniLM-L6-v2 with a new head, which is trained too and not counted. PEFT starts from the
 same numbers, has the same optimizer and sees the same batches; where it has no such method there is a dash. An
-untrained head gives {before:.1%}. A development set of this size tells differences of about two points.
+untrained head gives {before:.1%}. A development set of this size tells differences of about two points. DyLoRA's
+adapter is LoRA to PEFT, which trains it as that.
 
 {table}
 
