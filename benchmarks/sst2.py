@@ -25,6 +25,7 @@ RATES = {
     **{"full fine-tuning": 1e-4, "full": 3e-4, "child-tuning": 2e-4, "fishmask": 1e-3, "c3a": 2e-2},
     **dict.fromkeys(("fourierft", "vblora", "vera"), 1e-2),
     **dict.fromkeys(("ia3", "road"), 5e-3),
+    "miss": 3e-4,
 }
 """Learning rates where 2e-3 is not a good one: methods with few or bounded parameters take larger steps."""
 TEXT = """\
