@@ -25,7 +25,7 @@ class AdapterTensor:
 
     Attributes:
         name: its name in the graph.
-        key: its key in a checkpoint, without PEFT's prefix; see `checkpoint.short`.
+        key: its key in a checkpoint, without PEFT's prefix; see `checkpoint.spelled`.
         shape: its shape.
         argument: what the method's expression calls it.
         site: the site it belongs to, by its pattern, or the parameter's name; "" for one that all of them share.

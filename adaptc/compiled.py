@@ -89,9 +89,7 @@ class Compiled:
         base = self.base.copy()
         if base.base.model is not None:
             follow_training(base.module, export(base.base.model, base.base.inputs, training=True))
-        graph = run(base, self.plan.passes)
-        factor = load_passes()["factor"]()
-        return run(graph, [factor]) if graph.stage in factor.takes else graph
+        return _factored(run(base, self.plan.passes))
 
     def live_graph(self, adapted: Graph | None = None) -> Graph:
         """The factored graph in evaluation mode, with the adapters of `adapted`, or as they stand."""
@@ -118,8 +116,7 @@ class Compiled:
         for name, param in graph.inserted.items():
             if param.stored:
                 graph.weights[name] = Held(values[name])
-        factor = load_passes()["factor"]()
-        return run(graph, [factor]) if graph.stage in factor.takes else graph
+        return _factored(graph)
 
     def folded_graph(self, keep: Callable[[Graph], Any] | None = None) -> Graph:
         """The folded graph, proved against the live one: as the adapters stand, or where they do not show, with
@@ -330,6 +327,12 @@ class Compiled:
             for argument, (name, _) in a.params.items()
         }
         return record.shaped(shapes)
+
+
+def _factored(graph: Graph) -> Graph:
+    """The graph factored, where its passes have not done so."""
+    factor = load_passes()["factor"]()
+    return run(graph, [factor]) if graph.stage in factor.takes else graph
 
 
 def _put(weight: Weight, value: Callable[[], torch.Tensor]) -> None:

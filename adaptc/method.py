@@ -158,6 +158,10 @@ class Method:
         """Whether PEFT has this method on such a layer, and reads what is stored for it. It knows no slices."""
         if self.peft is None or site.kind == "parameter":
             return self.peft is not None
+        if site.kind == "conv":
+            sides = len({*site.inner_shape[1:]})
+            if (self.peft.square and sides > 1) or (site.groups > 1 and not self.peft.grouped):
+                return False
         return site.leaf == "weight" and site.type != ATTENTION and site.layer in self.peft.layers
 
 

@@ -24,6 +24,8 @@ class PeftFormat:
             has no checkpoint of its own (`modules_to_save`).
         by_parameter: it can sit on a parameter that is no module's `weight` (`target_parameters`).
         layers: the classes of layers that PEFT has the method for.
+        square: of convolutions it has those with square kernels only.
+        grouped: it has grouped convolutions too.
         tied: PEFT changes a tied output head with its embedding.
         hosts: another method's modules can join this configuration.
     """
@@ -37,5 +39,7 @@ class PeftFormat:
     joins: str | None = None
     by_parameter: bool = False
     layers: frozenset[str] = LINEAR
+    square: bool = False
+    grouped: bool = False
     tied: bool = False
     hosts: bool = True

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from adaptc.adapters import AdapterRecord
-from adaptc.emit.torch import records
+from adaptc.emit.torch import records, tensors_of
 from adaptc.errors import AdaptcError
 from adaptc.rule import Rule
 
@@ -42,7 +42,10 @@ class TrainingStep:
     def __init__(self, module: nn.Module, steps: int | None = None):
         self.number = 0
         plain = _unwrapped(module)
-        self._rules = [rule for record in records(plain) if (rule := _rule(record, plain, steps)) is not None]
+        tensors = tensors_of(plain)
+        self._rules = [
+            rule for record in records(plain) if (rule := _rule(record, tensors, steps)) is not None
+        ]
         if self._rules:
             plain.register_forward_pre_hook(self._forward)
 
@@ -125,11 +128,7 @@ def _unwrapped(module: nn.Module) -> Any:
     return module
 
 
-def _rule(record: AdapterRecord, module: nn.Module, steps: int | None) -> Rule | None:
-    tensors: Mapping[str, torch.Tensor] = {
-        **dict(module.named_parameters()),
-        **dict(module.named_buffers()),
-    }
+def _rule(record: AdapterRecord, tensors: Mapping[str, torch.Tensor], steps: int | None) -> Rule | None:
     sites = record.sites(tensors)
     try:
         return record.instance.rule(list(sites.values()), steps)

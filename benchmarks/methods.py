@@ -10,7 +10,6 @@ import inspect
 import statistics
 import sys
 import tempfile
-import warnings
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +22,7 @@ from adaptc.emit.onnx import onnx_runner
 from adaptc.method import summary
 from adaptc.registry import load_methods
 from benchmarks.field import HEAD, ROOT, batches, compiled, from_entries, known, peft_model, trained
+from benchmarks.process import quiet
 from benchmarks.table import BOUND, error
 
 PAGE = ROOT / "docs/methods.md"
@@ -178,11 +178,7 @@ def table(columns: tuple[str, ...], found: list[tuple[str, ...]]) -> str:
 
 def main() -> None:
     """Run the methods that are named, or all, and write the page."""
-    import transformers
-
-    warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet()
     found = []
     for name in sys.argv[1:] or known():
         found.append(examine(name))

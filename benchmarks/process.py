@@ -42,6 +42,15 @@ class Taken:
     proofs: tuple[str, ...] = ()
 
 
+def quiet() -> None:
+    """Let no library talk between the rows."""
+    import transformers
+
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
 def measure(job: str, side: str, *arguments: object) -> Taken:
     """Run one side of a job in a fresh process."""
     command = [sys.executable, "-m", "benchmarks.process", job, side, *map(str, arguments)]
@@ -140,11 +149,7 @@ def main() -> None:
     """Import everything, forget the peak so far, run one side, and print what it took."""
     for name in IMPORTS:
         importlib.import_module(name)
-    import transformers
-
-    warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet()
     job, *arguments = sys.argv[1:]
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
     before = _memory("VmRSS")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 import sys
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 import adaptc
 from benchmarks.__main__ import machine
 from benchmarks.field import HEAD, batches, classifier, compiled, known, peft_model, rows, tensors, trained
+from benchmarks.process import quiet
 
 PAGE = Path(__file__).with_name("sst2.md")
 STEPS, BATCH = 100, 16
@@ -152,11 +152,7 @@ def plot(found: list[Result]) -> None:
 
 def main() -> None:
     """Run the methods that are named, or all, and write the page."""
-    import transformers
-
-    warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet()
     found = []
     for name in sys.argv[1:] or known():
         found.append(measure(name))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-import warnings
 from pathlib import Path
 
 import adaptc
 from benchmarks.field import minilm
 from benchmarks.minilm import TARGETS, line, memory, side_by_side
-from benchmarks.process import batch, train_step
+from benchmarks.process import batch, quiet, train_step
 
 CONFIGURATIONS = {
     "AdaLoRA, init_r 12": ("AdaLoraConfig", {"init_r": 12, "target_r": 8, "total_step": 1000}),
@@ -26,9 +25,7 @@ def steps() -> None:
     import peft
     import transformers
 
-    warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet()
     print("\n| MiniLM, on every linear, batch 16 x 64 | adaptc / PEFT | adaptc | PEFT |\n|---|---|---|---|")
     work = Path(tempfile.mkdtemp(prefix="adaptc-bench-"))
     for number, (what, (cls, options)) in enumerate(CONFIGURATIONS.items()):

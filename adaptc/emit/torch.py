@@ -167,7 +167,7 @@ def load_adapter_into(module: fx.GraphModule, directory: Path) -> None:
         check_base(checkpoint, base)
         check_options(checkpoint, members[0])
         values |= assign(checkpoint, members)
-    tensors = _tensors(module)
+    tensors = tensors_of(module)
     with torch.no_grad():
         for name, value in values.items():
             tensors[name].copy_(value)
@@ -175,8 +175,9 @@ def load_adapter_into(module: fx.GraphModule, directory: Path) -> None:
 
 def save_adapter_of(module: fx.GraphModule, directory: Path) -> None:
     """Write a module's adapters as PEFT checkpoints."""
-    save(*compacted(records(module), _tensors(module)), directory, module.meta[META]["base"])
+    save(*compacted(records(module), tensors_of(module)), directory, module.meta[META]["base"])
 
 
-def _tensors(module: fx.GraphModule) -> dict[str, torch.Tensor]:
+def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers of a module by their names."""
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}

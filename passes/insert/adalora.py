@@ -90,10 +90,6 @@ class Adalora(WeightMethod):
         """PEFT writes null for no pattern."""
         return options | {"rank_pattern": options.get("rank_pattern") or {}}
 
-    def in_peft(self, site: Site) -> bool:
-        """PEFT has no grouped convolutions."""
-        return super().in_peft(site) and site.groups == 1
-
     def refuses_to_train(self, site: Site) -> tuple[tuple[str, ...], str] | None:
         """A rank above the smaller side adds parameters and no freedom; the budget shrinks."""
         limit = min(site.in_features, site.out_features)

@@ -45,17 +45,13 @@ class Boft(WeightMethod):
         options={name: f"boft_{name}" for name in ("block_size", "block_num", "n_butterfly_factor")},
         ignored=frozenset({"boft_dropout"}),
         layers=frozenset({"Linear", "Conv2d"}),
+        square=True,
     )
 
     def __post_init__(self) -> None:
         """Blocks of 4, if nothing is said."""
         if not self.block_size and not self.block_num:
             object.__setattr__(self, "block_size", 4)
-
-    def in_peft(self, site: Site) -> bool:
-        """PEFT's convolutions are square and not grouped."""
-        square = site.kind != "conv" or (site.groups == 1 and len({*site.inner_shape[1:]}) == 1)
-        return super().in_peft(site) and square
 
     def refuses(self, site: Site) -> tuple[tuple[str, ...], str] | None:
         """The blocks, and for each further factor twice as many, must divide the input."""

@@ -35,10 +35,6 @@ class Hira(Ranked):
         layers=frozenset({"Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d"}),
     )
 
-    def in_peft(self, site: Site) -> bool:
-        """PEFT has no grouped convolutions."""
-        return super().in_peft(site) and site.groups == 1
-
     def params(self, site: Site) -> dict[str, Param]:
         """A (r, in) Kaiming-uniform, B (out, r) zero."""
         return factors(site, self.r, self.in_peft(site), "hira_{}", "hira_embedding_{}")

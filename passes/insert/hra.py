@@ -36,12 +36,8 @@ class Hra(WeightMethod):
         "HRA",
         options={"r": "r", "apply_GS": "apply_GS"},
         layers=frozenset({"Linear", "Conv2d"}),
+        square=True,
     )
-
-    def in_peft(self, site: Site) -> bool:
-        """PEFT's convolutions are square and not grouped."""
-        square = site.kind != "conv" or (site.groups == 1 and len({*site.inner_shape[1:]}) == 1)
-        return super().in_peft(site) and square
 
     def refuses_to_train(self, site: Site) -> tuple[tuple[str, ...], str] | None:
         """Pairs of reflections cancel at the start; more than there are columns are too many."""

@@ -34,6 +34,7 @@ class Loha(Scaled):
         },
         ignored=frozenset({"rank_dropout", "module_dropout"}),
         layers=frozenset({"Linear", "Conv1d", "Conv2d"}),
+        grouped=True,
     )
 
     def params(self, site: Site) -> dict[str, Param]:

@@ -43,6 +43,7 @@ class Lokr(Scaled):
         },
         ignored=frozenset({"rank_dropout", "module_dropout", "rank_dropout_scale"}),
         layers=frozenset({"Linear", "Conv1d", "Conv2d"}),
+        grouped=True,
     )
 
     def params(self, site: Site) -> dict[str, Param]:

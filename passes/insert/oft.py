@@ -52,17 +52,13 @@ class Oft(WeightMethod):
         },
         ignored=frozenset({"module_dropout"}),
         layers=frozenset({"Linear", "Conv2d"}),
+        square=True,
     )
 
     def __post_init__(self) -> None:
         """Blocks of 32, if nothing is said."""
         if not self.r and not self.block_size:
             object.__setattr__(self, "block_size", 32)
-
-    def in_peft(self, site: Site) -> bool:
-        """PEFT's convolutions are square and not grouped."""
-        square = site.kind != "conv" or (site.groups == 1 and len({*site.inner_shape[1:]}) == 1)
-        return super().in_peft(site) and square
 
     def refuses(self, site: Site) -> tuple[tuple[str, ...], str] | None:
         """Blocks are told by their size or by their number."""

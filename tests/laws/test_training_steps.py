@@ -15,7 +15,7 @@ import adaptc
 from adaptc.compiled import Compiled
 from adaptc.emit.onnx import onnx_runner
 from tests.families import Zoo, close, entry, inputs, outputs, perturb, without_cache
-from tests.parity.test_peft_methods import tensors_in
+from tests.parity.test_peft import tensors_in
 
 WIDTH = 12
 

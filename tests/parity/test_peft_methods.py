@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from adaptc.compiled import Compiled
 from adaptc.registry import load_methods
 from tests.families import SHAPES, Zoo, close, differs, inputs, outputs, perturb, without_cache
+from tests.parity.test_peft import tensors_in
 
 peft = pytest.importorskip("peft")
 DECODER = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
@@ -139,11 +139,6 @@ def pairs(zoo: Zoo, tmp_path_factory: pytest.TempPathFactory) -> Any:
 def run_peft(ours: Compiled, model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     with torch.no_grad():
         return outputs(model, tensors, ours.base.outputs, **without_cache(model.get_base_model()))
-
-
-def tensors_in(path: Path) -> dict[str, torch.Tensor]:
-    with safe_open(path / "adapter_model.safetensors", framework="pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
 
 
 @pytest.mark.parametrize(("case", "name"), PAIRS)
