@@ -26,6 +26,7 @@ RATES = {
     **dict.fromkeys(("fourierft", "vblora", "vera"), 1e-2),
     **dict.fromkeys(("ia3", "road"), 5e-3),
     "miss": 3e-4,
+    "randlora": 3e-4,
 }
 """Learning rates where 2e-3 is not a good one: methods with few or bounded parameters take larger steps."""
 TEXT = """\
