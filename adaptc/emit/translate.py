@@ -25,7 +25,7 @@ from torch.fx.node import map_arg
 from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
 
-from adaptc.emit.onnx_operations import translations
+from adaptc.emit.onnx_operations import COMPLEX, translations
 from adaptc.errors import AdaptcError
 from adaptc.graph import ORIGIN, Graph, attribute
 from adaptc.sites import module_of, source_of
@@ -76,7 +76,7 @@ def _registry(graph: Graph, opset: int) -> Any:
                 registry._register(target, meta)
     registry._cleanup_registry_based_on_opset_version()
     for target, function in translations(targets).items():
-        registry.register_op(target, function)
+        registry.register_op(target, function, is_complex=target.name() in COMPLEX)
     return registry
 
 
