@@ -87,6 +87,8 @@ def entry_model(cls: type[Method]) -> type[MethodEntry]:
     hints = get_type_hints(cls, include_extras=True)
     keys: dict[str, Any] = {f.name: (_from_list(hints[f.name]), _option(cls, f)) for f in _fields(cls)}
     keys["method"] = Literal[cls.name], ...
+    if cls.everywhere:
+        keys["target"] = Target, Field(("*",), description="as of every method; everywhere if left out")
     return create_model(
         f"{cls.__name__}Entry", __base__=MethodEntry, __module__=cls.__module__, __doc__=summary(cls), **keys
     )

@@ -12,7 +12,9 @@ from pydantic import TypeAdapter
 
 from adaptc.checkpoint import ROOT, Checkpoint, load, match
 from adaptc.graph import Adaptation, Graph
+from adaptc.kinds import TOKENS, PromptMethod
 from adaptc.method import MATRIX_KINDS, Method, Param, options_of
+from adaptc.names import shared_name
 from adaptc.peft_format import PeftFormat
 from adaptc.peft_keys import PeftLayout, as_stored
 from adaptc.registry import method_named
@@ -50,7 +52,8 @@ class AdapterRecord:
 
     `modules` and `parameters` are what PEFT would be told to target, `patterns` what adaptc would. `transposed`: some
     weight is stored `(in, out)`. `ambiguous`: a module's name ends another's that is not adapted, so that PEFT's rule
-    for lists of names would take both. `in_peft`: PEFT has this method on all of these sites.
+    for lists of names would take both. `in_peft`: PEFT has this method on all of these sites. `sizes`: what PEFT's
+    configuration says of the sites.
     """
 
     adapter: str
@@ -63,6 +66,7 @@ class AdapterRecord:
     transposed: bool
     ambiguous: bool
     in_peft: bool
+    sizes: Mapping[str, int]
     tensors: tuple[AdapterTensor, ...]
 
     @classmethod
@@ -118,7 +122,9 @@ def records_of(graph: Graph) -> list[AdapterRecord]:
     for (entry, method, adapter), group in groups.items():
         layout = PeftLayout(beside[entry, adapter], places_of(graph))
         own = PeftLayout([a.site for a in group], layout.order)
-        in_peft = own.known and all(_in_peft(a, graph) for a in group)
+        every = sum(point.kind == group[0].site.kind for point in graph.points) if group[0].stays else 0
+        sizes = group[0].declared.peft_sizes([a.site for a in group], every)
+        in_peft = own.known and sizes is not None and all(_in_peft(a, graph) for a in group)
         tensors = {
             name: AdapterTensor(
                 name, key, param.shape, argument, site, param.trained, param.stored, param.below
@@ -141,6 +147,7 @@ def records_of(graph: Graph) -> list[AdapterRecord]:
                 transposed=any(a.site.transposed for a in group),
                 ambiguous=any(other.endswith("." + module) for other in others for module in modules),
                 in_peft=in_peft,
+                sizes=sizes or {},
                 tensors=tuple(tensors.values()),
             )
         )
@@ -158,6 +165,11 @@ def compacted(
     found, kept = [], dict(values)
     for record in records:
         sites, instance = record.sites(values), record.instance
+        if isinstance(instance, PromptMethod):
+            plain, tokens = _plain_tokens(record, instance, values)
+            found.append(plain)
+            kept |= tokens
+            continue
         smaller, left = instance.compact(sites)
         if smaller is instance:
             found.append(record)
@@ -167,6 +179,19 @@ def compacted(
         found.append(replace(record.shaped(shapes), options=_plain(smaller)))
         kept |= new
     return found, kept
+
+
+def _plain_tokens(
+    record: AdapterRecord, method: PromptMethod, values: Mapping[str, torch.Tensor]
+) -> tuple[AdapterRecord, dict[str, torch.Tensor]]:
+    """Virtual tokens as they are saved: without what makes them."""
+    if method.plain == method:
+        return record, {}
+    with torch.no_grad():
+        made = method.tokens(**{t.argument: values[t.name] for t in record.tensors})
+    name = shared_name(record.adapter, TOKENS)
+    tokens = AdapterTensor(name, ROOT + TOKENS, tuple(made.shape), "tokens", "", True, True, None)
+    return replace(record, options=_plain(method.plain), tensors=(tokens,)), {name: made}
 
 
 def _place(site: Site, param: Param, shared: bool, layout: PeftLayout | None) -> tuple[str, str]:
@@ -225,6 +250,9 @@ def group(records: Sequence[AdapterRecord]) -> list[list[AdapterRecord]]:
 
 
 def _hosts(host: AdapterRecord, record: AdapterRecord) -> bool:
-    known = host.format is not None and host.format.type is not None and host.format.hosts
+    if host.format is None or host.format.type is None:
+        return False
+    heads = all(not host.format.heads.isdisjoint(module.split(".")) for module in record.modules)
+    known = host.format.hosts or (bool(host.format.heads) and heads)
     apart = host.entry == record.entry or not set(host.modules) & set(record.modules)
     return known and host.adapter == record.adapter and apart

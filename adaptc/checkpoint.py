@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from adaptc.errors import WeightError
+from adaptc.kinds import HEADS, TOKENS
 from adaptc.weights import Held, Weight, open_safetensors, read_safetensors, sha256_of_tensors
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -104,6 +105,8 @@ def read(path: Path, allow_pickle: bool = False) -> Checkpoint:
         tensors = _unpickled(path / PICKLE, allow_pickle)
     else:
         raise WeightError(f"{path}: no {TENSORS} there")
+    if TOKENS in tensors:
+        tensors = {_with_prefix(key): weight for key, weight in tensors.items()}
     for key, weight in tensors.items():
         if not key.startswith(ROOT):
             raise WeightError(
@@ -112,8 +115,13 @@ def read(path: Path, allow_pickle: bool = False) -> Checkpoint:
         if weight.dtype in (torch.uint8, torch.bool):
             raise WeightError(f"{path}: tensor {key!r} is {_kind(weight)}, which no adapter has")
     named = {key.removeprefix(PREFIX): weight for key, weight in tensors.items()}
-    listed = config.get("modules_to_save") or []
+    listed = config.get("modules_to_save") or (sorted(HEADS) if ROOT + TOKENS in named else [])
     return Checkpoint(path, config, named, sha, _saved(listed, named))
+
+
+def _with_prefix(key: str) -> str:
+    """A key of a checkpoint with virtual tokens as others have it."""
+    return ROOT + key if key == TOKENS else PREFIX + key.removeprefix(PREFIX).removeprefix(ROOT)
 
 
 def _saved(listed: Sequence[str], keys: Iterable[str]) -> tuple[str, ...]:
@@ -141,8 +149,10 @@ class Expected(Protocol):
         ...
 
 
-def spelled(key: str) -> str:
-    """A key as it stands in the file."""
+def spelled(key: str, bare: bool = False) -> str:
+    """A key as it stands in the file; in one with virtual tokens `bare`."""
+    if bare:
+        return key.removeprefix(ROOT) if key.startswith(ROOT) else ROOT + key
     return key if key.startswith(ROOT) else PREFIX + key
 
 

@@ -135,7 +135,8 @@ class Compiled:
         if folded.adaptations and folded.stage != "folded":
             reason = f"`passes` leaves a graph that is {self.graph.stage}, which cannot be folded; leave `factor` out"
             raise RefusedError([Refusal(reason)])
-        if self.spec.passes is None and not folded.adaptations and folded.operations != self.base.operations:
+        gone = not folded.adaptations and not any(a.stays for a in self.graph.adaptations)
+        if self.spec.passes is None and gone and folded.operations != self.base.operations:
             raise ProofError("the folded graph has other operations than the base")
         if keep is not None:
             keep(folded)
@@ -223,6 +224,12 @@ class Compiled:
         names = [n for n, first in self.base.aliases.items() if n == first]
         return sha256_of_tensors((name, self.base.weights[name]) for name in names)
 
+    @property
+    def origin(self) -> dict[str, str]:
+        """What a checkpoint of an adapter says of its base."""
+        task = getattr(self.spec.base, "task", None) or ""
+        return {"name": self.base.base.describe, "sha256": self.base_sha256, "task": task}
+
     def about(self, graph: Graph) -> dict[str, Any]:
         """What a module by itself must know: to save and load its adapters, and to be saved."""
         return {
@@ -234,7 +241,7 @@ class Compiled:
             "transient": sorted(graph.transient),
             "trainable": graph.adapter_names,
             "adapters": adapters.as_json(adapters.records_of(graph)),
-            "base": {"name": self.base.base.describe, "sha256": self.base_sha256},
+            "base": self.origin,
         }
 
     def rounding(self, folded: Mapping[str, Weight]) -> dict[str, float]:

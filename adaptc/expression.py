@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,43 +12,54 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from adaptc.graph import ORIGIN, Graph
+from adaptc.graph import ORIGIN, Adaptation, Graph
 from adaptc.weights import Weight
 
-Traced = tuple[fx.Graph, list[str]]
 PIECE = 2**15
 """Numbers of a folded weight whose rounding is measured at once: as many as torch computes with on one thread."""
 
 
-def trace_expression(function: Callable[..., torch.Tensor], W: Any, theta: Mapping[str, Any]) -> Traced:
-    """Trace `function(W, **theta)` on fake tensors; gives the graph and the order of its inputs after W."""
-    names = list(theta)
+def trace_expression(
+    function: Callable[..., torch.Tensor],
+    operands: Sequence[Any],
+    theta: Mapping[str, Any],
+    whole: bool = False,
+) -> fx.Graph:
+    """Trace `function(*operands, **theta)` on fake tensors; its inputs are the operands, then `theta` in order.
 
-    def positional(W: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
-        return function(W, **dict(zip(names, values, strict=True)))
+    With `whole` operations stay as the model would run them, such as a linear layer on a batch.
+    """
+    names, count = list(theta), len(operands)
 
-    return make_fx(positional)(W, *theta.values()).graph, names
+    def positional(*values: torch.Tensor) -> torch.Tensor:
+        return function(*values[:count], **dict(zip(names, values[count:], strict=True)))
+
+    return make_fx(positional, pre_dispatch=whole)(*operands, *theta.values()).graph
 
 
 def splice(
-    graph: Graph, traced: Traced, value: fx.Node, theta: Mapping[str, fx.Node], like: fx.Node, tag: int
+    graph: Graph,
+    traced: fx.Graph,
+    operands: Sequence[fx.Node],
+    like: fx.Node,
+    tag: int,
+    before: fx.Node | None = None,
 ) -> fx.Node:
-    """Copy a traced expression in front of `like`; gives the node of its result.
+    """Copy a traced expression in front of `like`, or of another node; gives the node of its result.
 
     Args:
         graph: the host.
         traced: the expression.
-        value: the node of the weight so far.
-        theta: the nodes of the parameters.
-        like: the first user of the weight; new nodes take its origin.
+        operands: the nodes of its inputs.
+        like: the first user of what it changes; new nodes take its origin.
         tag: the number of the adaptation, kept on each new node.
+        before: where it stands, if not in front of `like`.
     """
-    expression, names = traced
-    inputs = [n for n in expression.nodes if n.op == "placeholder"]
-    mapping = dict(zip(inputs, [value, *(theta[name] for name in names)], strict=True))
+    inputs = [n for n in traced.nodes if n.op == "placeholder"]
+    mapping = dict(zip(inputs, operands, strict=True))
     known = set(graph.module.graph.nodes)
-    with graph.module.graph.inserting_before(like):
-        result = graph.module.graph.graph_copy(expression, mapping)
+    with graph.module.graph.inserting_before(before or like):
+        result = graph.module.graph.graph_copy(traced, mapping)
     for node in graph.module.graph.nodes:
         if node not in known:
             node.meta = {"val": node.meta.get("val"), "adaptation": tag}
@@ -160,3 +171,22 @@ def cut(graph: Graph, result: fx.Node) -> Expression:
         mapping[node] = copied.node_copy(node, mapping.__getitem__)
     leaves = {str(n.target): graph.weights[str(n.target)] for n in order if n.op == "get_attr"}
     return Expression(tuple(mapping.values()), mapping[result], leaves)
+
+
+def constants(graph: Graph, adaptation: Adaptation) -> bool:
+    """Store what is computed from an adaptation's tensors alone; True if there is anything."""
+    constant = {n for n in graph.nodes if n.op == "get_attr" and n.target != "training"}
+    names = {name for name, _ in adaptation.params.values()}
+    own = {n for n in constant if n.target in names}
+    for node in graph.nodes:
+        operands = node.all_input_nodes
+        if node.op == "call_function" and operands and constant.issuperset(operands):
+            constant.add(node)
+            own |= {node} if own.intersection(operands) else set()
+    last = [n for n in own if n.op != "get_attr" and not constant.issuperset(n.users)]
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    for number, node in enumerate(sorted(last, key=order.__getitem__)):
+        value, name = node.meta["val"], f"{min(names)}_{number}"
+        graph.attach(name, Folded(tuple(value.shape), value.dtype, cut(graph, node)))
+        node.replace_all_uses_with(graph.parameter_node(name))
+    return bool(last)

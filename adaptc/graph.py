@@ -16,7 +16,8 @@ from torch.fx.node import map_arg
 
 from adaptc.aliases import OnAlias
 from adaptc.inputs import InputSpec
-from adaptc.method import Param, WeightMethod
+from adaptc.method import Method, Param, WeightMethod
+from adaptc.points import find_points
 from adaptc.roles import Roles, find_roles
 from adaptc.sites import Site, Use, module_of
 from adaptc.tracing.base import Base
@@ -37,13 +38,18 @@ class Adaptation:
     """One method on one site, as inserted: `method` has the options of this site, `declared` those of the entry."""
 
     site: Site
-    method: WeightMethod
-    declared: WeightMethod
+    method: Method
+    declared: Method
     adapter: str
     entry: int
     params: Mapping[str, tuple[str, Param]]
     """Argument of the method's expression -> (name in the graph, parameter)."""
     on_alias: OnAlias = "refuse"
+
+    @property
+    def stays(self) -> bool:
+        """Whether it is no weight expression, so that it is live in a folded graph too."""
+        return not isinstance(self.method, WeightMethod)
 
     def shares(self, argument: str) -> bool:
         """Whether a tensor is that of all sites of the entry."""
@@ -121,6 +127,15 @@ class Graph:
     @cached_property
     def _roles(self) -> Roles:
         return find_roles(self.nodes, self.sites)
+
+    @property
+    def points(self) -> tuple[Site, ...]:
+        """The places that are no weight: sub-layers, attentions and inputs of the graph as traced."""
+        return (self.origin or self)._points
+
+    @cached_property
+    def _points(self) -> tuple[Site, ...]:
+        return find_points(self.nodes, self.sites)
 
     def by_name(self) -> dict[str, fx.Node]:
         """All nodes by name."""

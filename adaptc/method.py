@@ -72,6 +72,8 @@ class Method:
     aliases: ClassVar[Mapping[str, str]] = {}
     """Other spellings of an option, such as PEFT's own (`lora_alpha` for `alpha`)."""
     identity_at_init: ClassVar[bool] = True
+    everywhere: ClassVar[bool] = False
+    """Whether an entry without a target means every site."""
     small: ClassVar[Mapping[str, object]] = {}
     """Options that fit a layer of a few numbers, where the defaults do not: what every law is tested with."""
     while_training: ClassVar[frozenset[str]] = frozenset({"dropout"})
@@ -153,6 +155,10 @@ class Method:
     def from_peft(cls, options: dict[str, Any], targets: Sequence[str]) -> dict[str, Any]:
         """The options that give what PEFT computes; `targets` are regexes of the modules it names."""
         return options
+
+    def peft_sizes(self, sites: Sequence[Site], every: int) -> dict[str, int] | None:
+        """What PEFT's configuration says of the sites, of `every` there are; None if PEFT cannot have these."""
+        return {}
 
     def in_peft(self, site: Site) -> bool:
         """Whether PEFT has this method on such a layer, and reads what is stored for it. It knows no slices."""

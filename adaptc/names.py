@@ -73,3 +73,9 @@ def parse_layers(text: str) -> frozenset[int]:
 def nearest(word: str, known: Iterable[str], count: int = 3, cutoff: float = 0.55) -> list[str]:
     """Known spellings close to a word that was not found, best first."""
     return difflib.get_close_matches(word, list(known), n=count, cutoff=cutoff)
+
+
+def shared_name(adapter: str, key: str) -> str:
+    """The full name of a tensor that all sites of an adapter share: `vera_A.default`."""
+    first, dot, rest = key.partition(".")
+    return f"{first}.{adapter}{dot}{rest}"

@@ -14,6 +14,7 @@ from adaptc.checkpoint import CONFIG, Checkpoint
 from adaptc.errors import WeightError
 from adaptc.method import Method, options_of
 from adaptc.names import OUT_PROJECTION
+from adaptc.peft_format import PeftFormat
 from adaptc.registry import load_methods
 from adaptc.select import ALL_LINEAR
 
@@ -33,6 +34,7 @@ DESCRIPTIVE = frozenset(
         "layers_pattern",
         "target_parameters",
         "fan_in_fan_out",
+        *("num_layers", "num_attention_heads", "token_dim"),
     }
 )
 """Keys that say where the adapter sits or came from, not what it computes."""
@@ -50,8 +52,8 @@ class Declared:
     """Parameters are read as they are stored, (out, in) or (experts, out, in), as `target_parameters` does."""
 
 
-def declared(checkpoint: Checkpoint) -> Declared:
-    """Read a configuration.
+def declared(checkpoint: Checkpoint, prefer: str = "") -> Declared:
+    """Read a configuration, of several methods that PEFT stores alike as the preferred one.
 
     Raises:
         WeightError: adaptc does not know the method, or an option that would change the result.
@@ -59,24 +61,35 @@ def declared(checkpoint: Checkpoint) -> Declared:
     config = checkpoint.config
     if config.get("adaptc_method"):
         return _own(checkpoint)
-    kind = config.get("peft_type")
-    for cls in load_methods().values():
-        if cls.peft is None or cls.peft.type is None or cls.peft.type != kind:
-            continue
-        if any(bool(config.get(key)) != bool(value) for key, value in cls.peft.fixed.items()):
-            continue
-        _check_rest(checkpoint, cls)
-        options = {ours: config[theirs] for ours, theirs in cls.peft.options.items() if theirs in config}
-        for name in cls.peft.modules:
-            options[name] = tuple(_patterns(checkpoint, cls.peft.options[name]))
-        saved = [p for m in checkpoint.saved_modules for p in (m, f"*.{m}", f"{m}.*", f"*.{m}.*")]
-        exclude = (*_attention_whole(_patterns(checkpoint, "exclude_modules")), *saved)
-        as_stored = bool(config.get("target_parameters"))
-        options = cls.read_options(options)
-        return Declared(cls, _checked(checkpoint, cls, options), _target(checkpoint), exclude, as_stored)
-    known = sorted({cls.peft.type for cls in load_methods().values() if cls.peft and cls.peft.type})
-    raise WeightError(
-        f"{checkpoint.path}: peft_type {kind!r} is not a method this adaptc has; it reads {', '.join(known)}"
+    fitting = {cls.name: format for cls, format in _formats() if _fits(format, config)}
+    if not fitting:
+        known = sorted({str(format.type) for _, format in _formats()})
+        raise WeightError(
+            f"{checkpoint.path}: peft_type {config.get('peft_type')!r} is not a method this adaptc has; "
+            f"it reads {', '.join(known)}"
+        )
+    most = max(fitting, key=lambda name: len(fitting[name].options))  # that reads most of what is said
+    cls = load_methods()[prefer if prefer in fitting else most]
+    format = fitting[cls.name]
+    _check_rest(checkpoint, cls)
+    options = {ours: config[theirs] for ours, theirs in format.options.items() if theirs in config}
+    for name in format.modules:
+        options[name] = tuple(_patterns(checkpoint, format.options[name]))
+    saved = [p for m in checkpoint.saved_modules for p in (m, f"*.{m}", f"{m}.*", f"*.{m}.*")]
+    exclude = (*_attention_whole(_patterns(checkpoint, "exclude_modules")), *saved)
+    target = ["*"] if cls.everywhere else _target(checkpoint)
+    options = _checked(checkpoint, cls, cls.read_options(options))
+    return Declared(cls, options, target, exclude, as_stored=bool(config.get("target_parameters")))
+
+
+def _formats() -> list[tuple[type[Method], PeftFormat]]:
+    """The methods that have a checkpoint of PEFT's, and how it is spelled."""
+    return [(cls, cls.peft) for cls in load_methods().values() if cls.peft is not None and cls.peft.type]
+
+
+def _fits(format: PeftFormat, config: Mapping[str, Any]) -> bool:
+    return format.type == config.get("peft_type") and all(
+        bool(config.get(key)) == bool(value) for key, value in format.fixed.items()
     )
 
 
@@ -86,7 +99,7 @@ def check_options(checkpoint: Checkpoint, record: AdapterRecord) -> None:
     Raises:
         WeightError: it is of another method, or an option differs.
     """
-    found = declared(checkpoint)
+    found = declared(checkpoint, prefer=record.method)
     if found.method.name != record.method:
         raise WeightError(
             f"{checkpoint.path}: a {found.method.name} adapter, but the module holds {record.method}"

@@ -28,6 +28,8 @@ class PeftFormat:
         grouped: it has grouped convolutions too.
         tied: PEFT changes a tied output head with its embedding.
         hosts: another method's modules can join this configuration.
+        heads: where `hosts` is False, modules that PEFT joins of its own accord.
+        bare: keys have no `model.` in front, and what belongs to no module has nothing in front.
     """
 
     type: str | None
@@ -43,3 +45,5 @@ class PeftFormat:
     grouped: bool = False
     tied: bool = False
     hosts: bool = True
+    heads: frozenset[str] = frozenset()
+    bare: bool = False

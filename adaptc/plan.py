@@ -16,6 +16,7 @@ from adaptc.budget import Budget, budget
 from adaptc.errors import Problem, RefusedError, SpecError
 from adaptc.graph import Graph
 from adaptc.insert import Insert
+from adaptc.method import WeightMethod
 from adaptc.names import nearest
 from adaptc.pipeline import Pass, check_order, run
 from adaptc.planned import Planned, entries_of, match_checkpoints
@@ -285,9 +286,10 @@ def _alias_notes(graph: Graph, entries: Sequence[Planned]) -> list[str]:
     }
     for found in entries:
         for site in found.selection.sites:
-            if found.insert.on_alias not in words:
+            method = found.insert.method
+            if found.insert.on_alias not in words or not isinstance(method, WeightMethod):
                 continue
-            beside = found.insert.method.adapts_bias() and site.bias
+            beside = method.adapts_bias() and site.bias
             for name, bias in ((site.name, False), *([(str(site.bias), True)] if beside else [])):
                 others = elsewhere(graph, site, bias)
                 if others:

@@ -12,13 +12,14 @@ from adaptc.checkpoint import ROOT, Checkpoint, directories, match, missing, rea
 from adaptc.errors import InputError, WeightError
 from adaptc.graph import Graph
 from adaptc.insert import Insert
-from adaptc.method import Method, Param, WeightMethod, options_of
+from adaptc.method import Method, Param, options_of
 from adaptc.names import ATTENTION
 from adaptc.peft_config import declared, named_modules
 from adaptc.peft_keys import PeftLayout
 from adaptc.registry import load_methods, load_passes
 from adaptc.select import Selection
 from adaptc.spec import Spec, resolve_path
+from adaptc.words import with_words
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,11 @@ class Planned:
     insert: Insert
     selection: Selection
     checkpoint: Checkpoint | None = None
-    whole: WeightMethod | None = None
+    whole: Method | None = None
     """The method at the rank its checkpoint has, where it is inserted at a smaller one."""
 
     @property
-    def stored_as(self) -> WeightMethod:
+    def stored_as(self) -> Method:
         """The method as the checkpoint holds it."""
         return self.whole or self.insert.method
 
@@ -53,6 +54,7 @@ def entries_of(spec: Spec, graph: Graph, index: int) -> list[Planned]:
     item = make(target=entry.target, exclude=entry.exclude, **common, **entry.options())
     if item.method.calibrated:
         item = _calibrated(spec, graph, index, item)
+    item = with_words(spec, graph, index, item)
     first = Planned(index, item, item.selection(graph))
     return [first, *_biases(graph, first, common)]
 
@@ -120,7 +122,7 @@ def _from_checkpoint(
     return [first, *_biases(graph, first, common), *joined]
 
 
-def _cut(method: WeightMethod, rank: int) -> WeightMethod:
+def _cut(method: Method, rank: int) -> Method:
     """The method at a smaller rank.
 
     Raises:

@@ -52,7 +52,7 @@ def method_named(name: str) -> type[Method]:
 @cache
 def load_passes() -> dict[str, type[Pass]]:
     """Every pass, and one `insert-` pass for every method. Imports torch."""
-    from adaptc.insert import insert_pass
+    from adaptc.insert_passes import insert_pass
     from adaptc.pipeline import PASSES
 
     for package in ("factor", "fold"):

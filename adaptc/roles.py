@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import fx
 
-from adaptc.dataflow import activations_multiplied, ahead, behind, features_reaching
+from adaptc.attention import find_attentions
+from adaptc.dataflow import ahead, behind, features_reaching
 from adaptc.layout import operation
 from adaptc.method import MATRIX_KINDS
 from adaptc.names import ROLES, SLICE_NAMES
@@ -64,19 +65,18 @@ def find_roles(nodes: Iterable[fx.Node], sites: Iterable[Site]) -> Roles:
     an output of the model beside no residual sum is a head.
     """
     ordered = list(nodes)
-    by_name = {node.name: node for node in ordered}
-    products = {site: _product(by_name, site) for site in sites if site.kind in MATRIX_KINDS}
-    weighted = {node: site for site, node in products.items() if node is not None}
-    roles = Roles({site.uses[0]: set() for site in products})
+    sites = [site for site in sites if site.kind in MATRIX_KINDS]
+    weighted = weighted_products(ordered, sites)
+    roles = Roles({site.uses[0]: set() for site in sites})
     for node, site in weighted.items():
         if site.kind == "embedding":
             roles.of[site.uses[0]].add(EMBEDDING)
         elif any(user.op == "output" for user in ahead(node, residual=False)):
             roles.of[site.uses[0]].add(HEAD)
-    for operands, result in _attentions(ordered):
-        for role, operand in operands.items():
-            _give(roles, role, operand, weighted)
-        for node in ahead(result, residual=False):
+    for attention in find_attentions(ordered):
+        for role in (QUERY, KEY, VALUE):
+            _give(roles, role, getattr(attention, role.rpartition(".")[2]), weighted)
+        for node in ahead(attention.mixed, residual=False):
             if node in weighted and not roles.of[weighted[node].uses[0]]:
                 roles.of[weighted[node].uses[0]].add(OUTPUT)
     for node, site in weighted.items():
@@ -85,25 +85,19 @@ def find_roles(nodes: Iterable[fx.Node], sites: Iterable[Site]) -> Roles:
     return roles
 
 
+def weighted_products(nodes: Iterable[fx.Node], sites: Iterable[Site]) -> dict[fx.Node, Site]:
+    """Every node that multiplies by the weight of one of these sites."""
+    by_name = {node.name: node for node in nodes}
+    products = {site: _product(by_name, site) for site in sites if site.kind in MATRIX_KINDS}
+    return {node: site for site, node in products.items() if node is not None}
+
+
 def _product(by_name: Mapping[str, fx.Node], site: Site) -> fx.Node | None:
     """The node that multiplies by a site's weight, behind the weight's own views."""
     node: fx.Node | None = by_name[site.uses[0].node]
     while node is not None and operation(node) != site.op:
         node = next(iter(node.users), None)
     return node
-
-
-def _attentions(nodes: Iterable[fx.Node]) -> Iterator[tuple[dict[str, fx.Node], fx.Node]]:
-    """The operands and the result of every attention: one operation, or two products around a softmax."""
-    for node in nodes:
-        if operation(node) == "scaled_dot_product_attention":
-            yield dict(zip((QUERY, KEY, VALUE), node.args[:3], strict=True)), node  # type: ignore[arg-type]
-        elif operation(node) in ("softmax", "_softmax"):
-            scores = next((n for n in behind([node]) if activations_multiplied(n)), None)
-            mixed = next((n for n in ahead(node) if activations_multiplied(n)), None)
-            if scores is not None and mixed is not None:
-                query, key = activations_multiplied(scores)
-                yield {QUERY: query, KEY: key, VALUE: activations_multiplied(mixed)[1]}, mixed
 
 
 def _feed_forward(out: fx.Node, site: Site, roles: Roles, weighted: Mapping[fx.Node, Site]) -> None:

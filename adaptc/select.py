@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from adaptc.graph import Graph
 from adaptc.method import Method
 from adaptc.names import SLICE_NAMES, layer_of, matches, matches_any, nearest, parse_layers, sliced
+from adaptc.points import POINTS
 from adaptc.roles import PIECES, SLICES
 from adaptc.sites import KINDS, Site
 
@@ -43,7 +44,8 @@ def select(graph: Graph, target: Target, exclude: Sequence[str], method: Method)
     A method for whole modules (kind `parameter`) takes every parameter below the module named.
     """
     whole = "parameter" in method.kinds
-    candidates = graph.parameter_sites if whole else [s for s in graph.sites if s.kind in method.kinds]
+    places = graph.points if method.kinds & POINTS else graph.sites
+    candidates = graph.parameter_sites if whole else [s for s in places if s.kind in method.kinds]
     candidates = [site for site in candidates if method.takes(site)]
     patterns, wanted = _patterns(target, graph)
     heads = (
@@ -85,10 +87,17 @@ def select(graph: Graph, target: Target, exclude: Sequence[str], method: Method)
     )
 
 
+def _roles(site: Site, graph: Graph) -> Collection[str]:
+    """What a site does: its own role where it is a point, else that of its weight."""
+    if site.kind in POINTS:
+        return [site.role] if site.role else []
+    return graph.roles.of.get(site.uses[0], ())
+
+
 def _playing(site: Site, target: Target, graph: Graph) -> list[Site]:
     """Of a fused weight that a role was asked of, the rows that play it; else the site as it is."""
     role = target.get("role") if isinstance(target, Mapping) else None
-    played = [r for r in graph.roles.of.get(site.uses[0], ()) if role is not None and matches(role, r)]
+    played = [r for r in _roles(site, graph) if role is not None and matches(role, r)]
     rows = {r: graph.roles.rows.get((site.uses[0], r)) for r in sorted(played)}
     if site.rows or not rows or not all(rows.values()):
         return [site]
@@ -117,7 +126,7 @@ def _lacking(target: Target, candidates: Sequence[Site], graph: Graph) -> Iterat
     if not isinstance(target, Mapping):
         return
     if target.get("role"):
-        known = sorted({role for site in candidates for role in graph.roles.of.get(site.uses[0], ())})
+        known = sorted({role for site in candidates for role in _roles(site, graph)})
         yield f"role {target['role']!r}: the layers here are {', '.join(known) or 'of none'}"
     if target.get("op"):
         known = sorted({site.op for site in candidates})
@@ -165,7 +174,7 @@ def _patterns(target: Target, graph: Graph) -> tuple[list[str], Callable[[Site],
             (kind is None or matches(kind, site.type))
             and (layers is None or layer_of(site.module) in layers)
             and (op is None or matches(op, site.op))
-            and (role is None or any(matches(role, r) for r in graph.roles.of.get(site.uses[0], ())))
+            and (role is None or any(matches(role, r) for r in _roles(site, graph)))
         )
 
     return [names] if isinstance(names, str) else list(names), wanted

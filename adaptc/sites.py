@@ -7,6 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import fx
@@ -15,7 +16,7 @@ from adaptc.layout import Layout, consumers, operation
 from adaptc.method import MATRIX_KINDS
 from adaptc.names import PACKED
 
-KINDS = ("linear", "conv", "embedding", "experts", "parameter")
+KINDS = ("linear", "conv", "embedding", "experts", "parameter", "sub-layer", "attention", "input")
 """The kinds of site, as messages list them."""
 BIASES: Mapping[str, int] = {
     "linear": 2,
@@ -41,15 +42,15 @@ class Site:
     Attributes:
         module: the full name of the module that uses the weight.
         type: that module's class, such as `Linear`.
-        kind: `linear`, `conv`, `embedding`, `experts` (several matrices in one weight), or `parameter` for any
-            parameter at all.
+        kind: `linear`, `conv`, `embedding`, `experts` (several matrices in one weight), `parameter` for any
+            parameter at all, or that of a point, which is no weight: `sub-layer`, `attention`, `input`.
         op: the operation that reads the weight, such as `conv2d`.
         parameter: the weight's name in the graph.
         leaf: the weight's name inside its module, such as `weight`.
         shape: the stored shape.
         dtype: the stored dtype.
         layout: how the stored weight reads as matrices; None for a `parameter`.
-        uses: where the weight enters this module's operations.
+        uses: where the weight enters this module's operations; of a point what is adapted.
         bias: the name of the bias beside it, if any.
         bias_uses: where the bias enters.
         source: file and line of the model that runs this operation.
@@ -59,6 +60,8 @@ class Site:
         groups: of a grouped convolution.
         computed_bias: the bias beside it is no parameter, but computed from some.
         foreign: where another module reads the weight in another way.
+        role: of a sub-layer what it is the output of; of an attention which half of two it is in.
+        reads: of a sub-layer the node of its input; of an input the placeholder.
     """
 
     module: str
@@ -80,6 +83,19 @@ class Site:
     groups: int = 1
     computed_bias: bool = False
     foreign: tuple[Use, ...] = ()
+    role: str = ""
+    reads: str = ""
+
+    @classmethod
+    def point(cls, **what: Any) -> Site:
+        """A site that is no weight."""
+        return cls(**{"parameter": "", "leaf": "", "layout": None, "bias": None, "bias_uses": (), **what})
+
+    def as_point(self, kind: str, shape: tuple[int, ...], dtype: torch.dtype, source: str) -> Site:
+        """A point that is named after the weight of this site."""
+        what = {"module": self.module, "type": self.type, "op": self.op, "uses": self.uses}
+        kept = {"parameter": self.parameter, "leaf": self.leaf} if kind == "input" else {}
+        return Site.point(kind=kind, shape=shape, dtype=dtype, source=source, **what, **kept)
 
     @property
     def out_features(self) -> int:

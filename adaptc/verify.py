@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
-from torch.fx.node import map_arg
 
 from adaptc.errors import VerifyError
 from adaptc.graph import VERIFIED, Graph, signature
+from adaptc.shapes import evaluated
 from adaptc.sites import module_of, source_of
 
 PYTHON_FUNCTIONS: frozenset[Callable[..., Any]] = frozenset(
@@ -60,7 +60,12 @@ def verify(graph: Graph) -> None:
         _check_node(graph, node)
     inserted = set(graph.inserted)
     read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
-    left = {name for a in graph.adaptations if a.on_alias != "live" for name, _ in a.params.values()}
+    left = {
+        name
+        for a in graph.adaptations
+        if a.on_alias != "live" and not a.stays
+        for name, _ in a.params.values()
+    }
     if graph.stage == "folded" and left:
         raise VerifyError(f"the folded graph still holds the adapters {', '.join(sorted(left))}")
     if graph.stage in ("adapted", "quantized", "factored") and not inserted <= read:
@@ -97,9 +102,8 @@ def _propagate(graph: Graph) -> None:
         for node in graph.nodes:
             if node.op != "call_function" or node.meta.get(VERIFIED) == signature(node):
                 continue
-            args, kwargs = map_arg((node.args, dict(node.kwargs)), _recorded)  # type: ignore[arg-type]
             try:
-                value = node.target(*args, **kwargs)  # type: ignore[operator]
+                value = evaluated(node)
             except Exception as error:
                 raise VerifyError(
                     f"{node.format_node()} does not fit its operands: {error}{_where(node)}"
@@ -110,10 +114,6 @@ def _propagate(graph: Graph) -> None:
                     f"{node.format_node()} gives {value}, but the graph records {recorded}{_where(node)}"
                 )
             node.meta[VERIFIED] = signature(node)
-
-
-def _recorded(node: fx.Node) -> Any:
-    return False if node.target == "training" else node.meta["val"]
 
 
 def _differ(value: Any, recorded: torch.Tensor) -> bool:

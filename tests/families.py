@@ -308,6 +308,7 @@ def entry(method: str, family: str, **options: Any) -> dict[str, Any]:
     """An `adapt` entry of a method for a family."""
     base, kinds = FAMILIES[family], load_methods()[method].kinds
     target = EMBEDDINGS if kinds == {"embedding"} else base.whole if "parameter" in kinds else base.target
+    target = ("*",) if load_methods()[method].everywhere else target
     shares = {"on_alias": "share"} if kinds == {"embedding"} else {}
     found: dict[str, Any] = {"method": method, "target": list(target), **shares, **small(method)}
     if "feedforward" in field_names(method):

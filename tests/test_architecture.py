@@ -20,8 +20,8 @@ CORE = sorted(p for p in (ROOT / "adaptc").rglob("*.py") if "passes" not in p.re
 PASSES = sorted((ROOT / "passes").rglob("*.py"))
 ALL = [*CORE, *PASSES]
 MAY_NAME_METHODS = {"starter.py": "it writes an example spec, which needs a method"}
-ENGLISH = {"full", "reward", "probe", "parallel", "prefix", "prompt"}
-"""Methods whose names are words: only a literal that is nothing but the name counts."""
+ENGLISH = {"full", "reward", "probe", "parallel", "prefix", "prompt", "bottleneck"}
+"""Methods whose names are words: only a literal that is nothing but the name counts, and no variable."""
 WITHOUT_TORCH = [
     "__init__",
     "adapt_entries",
@@ -29,7 +29,9 @@ WITHOUT_TORCH = [
     "cli",
     "emit_entries",
     "errors",
+    "feed_forward",
     "inputs",
+    "kinds",
     "low_rank",
     "method",
     "names",
@@ -121,7 +123,10 @@ def test_passes_import_the_compiler_only(path: Path) -> None:
 def test_methods_hold_maths_only(path: Path) -> None:
     allowed = {
         f"adaptc.{n}"
-        for n in ("method", "peft_format", "rule", "low_rank", "ranked", "sparse", "names", "sites")
+        for n in (
+            *("method", "kinds", "peft_format", "rule", "names", "sites"),
+            *("low_rank", "ranked", "sparse", "feed_forward"),
+        )
     }
     ours = {name for name, _ in imported(path) if name.startswith("adaptc")}
     known = {name for name in ours if any(name == a or name.startswith(a + ".") for a in allowed)}
@@ -195,7 +200,7 @@ def names_of_methods(path: Path, methods: set[str]) -> Iterator[str]:
         elif isinstance(node, ast.ClassDef | ast.FunctionDef):
             words = [name for name in methods if node.name.lower() == name.replace("-", "_")]
         elif isinstance(node, ast.Name):
-            words = [name for name in methods if node.id.lower() == name.replace("-", "_")]
+            words = [name for name in methods - ENGLISH if node.id.lower() == name.replace("-", "_")]
         for word in words:
             yield f"line {node.lineno}: {word!r}"  # type: ignore[attr-defined]
 

@@ -18,7 +18,10 @@ SPECS = sorted(ROOT.glob("specs/*.yaml"))
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import BertConfig, BertModel
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
     small: dict[str, Any] = {
@@ -32,6 +35,9 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
         parameter.data.normal_(0, 0.1)
     directory = tmp_path_factory.mktemp("bert")
     model.save_pretrained(directory)
+    words = Tokenizer(WordLevel({"[UNK]": 0, "is": 1, "this": 2, "review": 3, "positive": 4}, "[UNK]"))
+    words.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(directory)
     return directory
 
 

@@ -18,6 +18,16 @@ from adaptc.checkpoint import BASE_HASH, CONFIG, ORDER, TENSORS, spelled
 from adaptc.errors import WeightError
 from adaptc.names import matches_any
 
+TASKS: Mapping[str, str] = {
+    "causal-lm": "CAUSAL_LM",
+    "seq2seq-lm": "SEQ_2_SEQ_LM",
+    "sequence-classification": "SEQ_CLS",
+    "token-classification": "TOKEN_CLS",
+    "question-answering": "QUESTION_ANS",
+    "feature-extraction": "FEATURE_EXTRACTION",
+}
+"""A base's task -> PEFT's `task_type`, without which it does not use virtual tokens."""
+
 
 def save(
     records: Sequence[AdapterRecord],
@@ -31,7 +41,7 @@ def save(
         records: what was inserted.
         values: the tensors by their names in the graph.
         directory: made if missing.
-        base: `name` and `sha256` of the base, kept in the checkpoint.
+        base: `name`, `sha256` and `task` of the base, kept in the checkpoint.
     """
     groups = group(records)
     if not groups:
@@ -40,15 +50,15 @@ def save(
     for name, members in zip(names, groups, strict=True):
         target = directory / name
         target.mkdir(parents=True, exist_ok=True)
-        tensors = {spelled(t.key): _kept(values[t.name], t) for r in members for t in r.stored}
+        format = members[0].format
+        bare = format is not None and format.bare
+        tensors = {spelled(t.key, bare): _kept(values[t.name], t) for r in members for t in r.stored}
         metadata = {"format": "pt", **({BASE_HASH: base["sha256"]} if base.get("sha256") else {})}
         try:
             save_file(tensors, target / TENSORS, metadata=metadata)
         except SafetensorError as error:  # nothing but the disk can go wrong here
             raise OSError(str(error)) from error
-        (target / CONFIG).write_text(
-            json.dumps(_config(members, base.get("name")), indent=2, sort_keys=True) + "\n"
-        )
+        (target / CONFIG).write_text(json.dumps(_config(members, base), indent=2, sort_keys=True) + "\n")
     if len(groups) > 1:
         (directory / ORDER).write_text(json.dumps({"order": names}, indent=2) + "\n")
 
@@ -66,9 +76,13 @@ def _directories(groups: Sequence[Sequence[AdapterRecord]]) -> list[str]:
     return [name if names.count(name) == 1 else f"{name}-{index}" for index, name in enumerate(names)]
 
 
-def _config(group: Sequence[AdapterRecord], base: str | None) -> dict[str, Any]:
+def _config(group: Sequence[AdapterRecord], base: Mapping[str, str]) -> dict[str, Any]:
     host, joined = group[0], group[1:]
-    config: dict[str, Any] = {"base_model_name_or_path": base, "inference_mode": True, "task_type": None}
+    config: dict[str, Any] = {
+        "base_model_name_or_path": base.get("name"),
+        "inference_mode": True,
+        "task_type": None,
+    }
     if host.format is None or host.format.type is None:
         return config | {
             "peft_type": None,
@@ -76,7 +90,11 @@ def _config(group: Sequence[AdapterRecord], base: str | None) -> dict[str, Any]:
             "adaptc_options": dict(host.options),
             "target_modules": list(host.patterns),
         }
-    config |= {"peft_type": host.format.type, "target_modules": _targets(host), **host.format.fixed}
+    config |= {"peft_type": host.format.type, **host.format.fixed, **host.sizes}
+    if host.format.bare:
+        config["task_type"] = TASKS.get(base.get("task", ""))
+    else:
+        config["target_modules"] = _targets(host)
     if host.parameters:
         config["target_parameters"] = list(host.parameters)
     if host.transposed:
@@ -87,7 +105,7 @@ def _config(group: Sequence[AdapterRecord], base: str | None) -> dict[str, Any]:
         config[theirs] = (
             [m for m in host.modules if matches_any(value, m)] if ours in host.format.modules else value
         )
-    for record in joined:
+    for record in [] if host.format.bare else joined:
         assert record.format is not None
         assert record.format.joins is not None
         whole = (

@@ -166,7 +166,7 @@ class Kept:
 def _peft(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> None:
     directory = staging.path(final)
     records, values = adapters.compacted(adapters.records_of(compiled.graph), tensors_of(compiled))
-    save(records, values, directory, {"name": compiled.base.base.describe, "sha256": compiled.base_sha256})
+    save(records, values, directory, compiled.origin)
     for path, members in zip(checkpoint.directories(directory), adapters.group(records), strict=True):
         for name, value in adapters.assign(checkpoint.read(path), members).items():
             if not torch.equal(value, values[name].to("cpu", value.dtype)):
@@ -227,7 +227,7 @@ def _common(compiled: Compiled) -> dict[str, Any]:
     what = {}
     for planned in compiled.plan.entries:
         for site in planned.selection.sites:
-            what.setdefault(site.parameter, site_json(site) | {"methods": []})["methods"].append(
+            what.setdefault(site.parameter or str(site), site_json(site) | {"methods": []})["methods"].append(
                 planned.insert.method.name
             )
     return {

@@ -10,6 +10,7 @@ from torch import fx
 
 from adaptc.errors import Refusal, RefusedError
 from adaptc.graph import Graph
+from adaptc.method import WeightMethod
 from adaptc.multiplications import VIEWS, Linear, Product, operands
 from adaptc.pipeline import Pass, graph_pass
 from adaptc.tracing.modes import training_node
@@ -263,9 +264,10 @@ def _same_shape(value: Any, E: fx.Node) -> bool:
 
 def _refuse_lost_dropout(graph: Graph, placed: set[int], source: Pass) -> None:
     for tag, adaptation in enumerate(graph.adaptations):
-        if adaptation.method.dropout and tag not in placed:
+        method = adaptation.method
+        if isinstance(method, WeightMethod) and method.dropout and tag not in placed:
             words = (
-                f"{adaptation.method.name} on {adaptation.site.module} has dropout, but its weight is no sum with a "
+                f"{method.name} on {adaptation.site.module} has dropout, but its weight is no sum with a "
                 "term of its own that dropout could go in front of"
             )
             raise RefusedError([Refusal(words, (adaptation.site.uses[0].node,))], source)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import fx
 
 from adaptc.aliases import names, others, places
 from adaptc.errors import Refusal
-from adaptc.expression import Folded, cut
+from adaptc.expression import Folded, constants, cut
 from adaptc.graph import Adaptation, Graph
 from adaptc.method import WeightMethod
 from adaptc.pipeline import Pass, graph_pass
@@ -21,7 +21,10 @@ from adaptc.weights import Weight
 @graph_pass("fold")
 @dataclass(frozen=True)
 class Fold(Pass):
-    """Replace `E(W, θ)` by its value, named as W was: the folded graph has the base's operations, one for one."""
+    """Replace `E(W, θ)` by its value, named as W was: the folded graph has the base's operations, one for one.
+
+    What is inserted into activations, attentions and inputs stays; of it, what depends on weights alone is computed.
+    """
 
     takes: ClassVar[frozenset[str]] = frozenset({"adapted"})
     leaves: ClassVar[str | None] = "folded"
@@ -51,6 +54,8 @@ class Fold(Pass):
         folded: dict[str, Weight] = {}
         live: list[Adaptation] = []
         for adaptation in graph.adaptations:
+            if adaptation.stays:
+                live.append(adaptation)
             for name, uses in _places(adaptation):
                 if name in folded:
                     continue
@@ -63,18 +68,31 @@ class Fold(Pass):
                 stored = graph.parameter_node(name)
                 for use in uses:
                     nodes[use.node].replace_input_with(value, stored)
+        settled = [constants(graph, adaptation) for adaptation in live]
         _forget(graph, live)
         for name, weight in folded.items():
             graph.adapted = {key: value for key, value in graph.adapted.items() if key[0] != name}
             for alias in names(graph, name):
                 graph.weights[alias] = weight
         graph.module.graph.eliminate_dead_code()
-        return bool(folded)
+        _forget_unread(graph)
+        return bool(folded) or any(settled)
 
     def ensures(self, graph: Graph) -> str | None:
         """Nothing of any expression is left, but of those that stay live."""
         left = [node.name for node in graph.nodes if node.meta.get("adaptation") is not None]
         return f"not folded: {', '.join(left)}" if left and not graph.adaptations else None
+
+
+def _forget_unread(graph: Graph) -> None:
+    """Drop tensors of adaptations that stay live which nothing reads any more: those of an encoder of tokens."""
+    read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    gone = [name for a in graph.adaptations if a.stays for name, _ in a.params.values() if name not in read]
+    for name in dict.fromkeys(gone):
+        graph.detach(name)
+    graph.adaptations[:] = [
+        replace(a, params={k: v for k, v in a.params.items() if v[0] not in gone}) for a in graph.adaptations
+    ]
 
 
 def _forget(graph: Graph, live: list[Adaptation]) -> None:
@@ -105,6 +123,8 @@ def _beside(graph: Graph, name: str, uses: tuple[Use, ...], nodes: Mapping[str, 
 def _places(adaptation: Adaptation) -> Iterator[tuple[str, tuple[Use, ...]]]:
     """The weight that a method adapts and where it is used; the bias too where the method adapts it."""
     site, method = adaptation.site, adaptation.method
+    if adaptation.stays:
+        return
     yield site.parameter, site.uses
     if site.bias is not None and isinstance(method, WeightMethod) and method.adapts_bias():
         yield site.bias, site.bias_uses

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import adaptc
 from adaptc.compiled import Compiled
 from adaptc.graph import Graph, bind
 from adaptc.insert import Insert
+from adaptc.kinds import PromptMethod
 from adaptc.method import WeightMethod
 from adaptc.pipeline import run
 from adaptc.registry import load_methods, load_passes
@@ -43,7 +45,7 @@ FIRST = ("lora", "dora", "ia3", "full")
 def one(method: str) -> str:
     """The base that stands for all."""
     kinds = load_methods()[method].kinds
-    return "llama" if kinds == {"embedding"} else "bert" if "parameter" in kinds else "block"
+    return "llama" if kinds <= {"embedding", "input"} else "bert" if "parameter" in kinds else "block"
 
 
 def quick(method: str, name: str) -> bool:
@@ -58,6 +60,17 @@ EVERY = [
     for name in FAMILIES
 ]
 """Every method on every base."""
+
+
+def stays(method: str) -> bool:
+    """Whether it is no weight expression, so that a folded graph has it too."""
+    return not issubclass(load_methods()[method], WeightMethod)
+
+
+def is_made(method: str, name: str) -> bool:
+    """Whether what is saved is made from what is trained, so that training cannot go on from it."""
+    made = insert(method, name).method
+    return isinstance(made, PromptMethod) and made.plain != made
 
 
 def skip_without_site(zoo: Zoo, method: str, name: str) -> None:
@@ -111,9 +124,14 @@ def test_factored_and_folded_equal_the_expression(zoo: Zoo, method: str, name: s
     base, passes = zoo.graph(name), load_passes()
     graph = adapted_graph(zoo, method, name)
     factored, folded = run(graph, [passes["factor"]()]), run(graph, [passes["fold"]()])
-    assert folded.operations == base.operations
-    assert list(bind(folded).state_dict()) == list(bind(base).state_dict())
-    assert not folded.adapter_names
+    if stays(method):
+        assert not Counter(base.operations) - Counter(folded.operations)
+        assert len(folded.operations) <= len(factored.operations)
+        assert set(bind(base).state_dict()) < set(bind(folded).state_dict())
+    else:
+        assert folded.operations == base.operations
+        assert list(bind(folded).state_dict()) == list(bind(base).state_dict())
+        assert not folded.adapter_names
     bound = [bind(g).eval() for g in (graph, factored, folded)]
     for number, (batch, length) in enumerate(SHAPES):
         tensors = inputs(name, batch, length, pad=number == 0, seed=number)
@@ -130,7 +148,8 @@ def test_compiled_module_equals_its_fold(zoo: Zoo, method: str, name: str) -> No
     skip_without_site(zoo, method, name)
     compiled = zoo.adapted(method, name)
     folded, module = compiled.fold(), compiled.module.eval()
-    assert list(folded.state_dict()) == list(zoo.eager(name).state_dict())
+    names = [n for n in folded.state_dict() if n in zoo.eager(name).state_dict() or not stays(method)]
+    assert names == list(zoo.eager(name).state_dict())
     tensors = inputs(name, 4, 6, pad=True)
     with torch.no_grad():
         want = outputs(module, tensors, compiled.graph.outputs)
@@ -198,20 +217,32 @@ def test_checkpoint_round_trip(zoo: Zoo, method: str, name: str, tmp_path: Path)
         for n, parameter in module.named_parameters():
             if n in saved:
                 parameter.mul_(0.5).add_(0.25)
-    compiled.load_adapter(tmp_path / "first")
-    with torch.no_grad():
-        got = outputs(module, tensors, compiled.graph.outputs)
+    if is_made(method, name):
+        with pytest.raises(adaptc.AdaptcError, match=r"compile it with that option, or with `adapter:"):
+            compiled.load_adapter(tmp_path / "first")
+        made = zoo.compiled(name, [{"adapter": str(tmp_path / "first")}]).module.eval()
+        with torch.no_grad():
+            got = outputs(made, tensors, compiled.graph.outputs)
+    else:
+        compiled.load_adapter(tmp_path / "first")
+        with torch.no_grad():
+            got = outputs(module, tensors, compiled.graph.outputs)
     for key in want:
-        assert torch.equal(got[key], want[key])
+        if is_made(method, name):
+            close(got[key], want[key])
+        else:
+            assert torch.equal(got[key], want[key])
     adaptc.save_adapter(module, tmp_path / "second")
     again = zoo.compiled(name, [{"adapter": str(tmp_path / "second")}])
-    assert [a.site.parameter for a in again.graph.adaptations] == [
-        a.site.parameter for a in compiled.graph.adaptations
-    ]
-    for n, value in saved.items():
-        assert torch.equal(again.graph.weights[n].load(), value), n
+    assert [a.site for a in again.graph.adaptations] == [a.site for a in compiled.graph.adaptations]
     want = evaluate(compiled.graph, tensors)
     got = evaluate(again.graph, tensors)
+    if is_made(method, name):
+        for key in want:
+            close(got[key], want[key])
+        return
+    for n, value in saved.items():
+        assert torch.equal(again.graph.weights[n].load(), value), n
     for key in want:
         assert torch.equal(got[key], want[key])
 
@@ -264,6 +295,8 @@ NARROW = [
 def test_a_narrow_fold_rounds_once(zoo: Zoo, method: str, name: str, dtype: str) -> None:
     """The folded weight is the float32 evaluation of the method's own formula, rounded once."""
     skip_without_site(zoo, method, name)
+    if stays(method):
+        pytest.skip(f"{method} folds into no weight")
     graph = adapted_graph(zoo, method, name, dtype)
     folded = run(graph, [load_passes()["fold"]()])
     assert {w.dtype for w in folded.weights.values() if w.dtype.is_floating_point} >= {getattr(torch, dtype)}
@@ -367,7 +400,7 @@ def test_a_method_that_throws_away_what_an_earlier_one_did_is_an_error_of_the_sp
 def test_branch_dropout_is_on_the_branch_in_training_only(zoo: Zoo, method: str) -> None:
     if "dropout" not in field_names(method):
         pytest.skip(f"{method} has no dropout")
-    name = "raw"  # draws no random number of its own
+    name = "block" if stays(method) else "raw"  # that draws no random number of its own
     compiled = zoo.compiled(name, [entry(method, name, dropout=0.5)])
     module, tensors = compiled.module, inputs(name, 3, 5)
     key = compiled.graph.outputs[0]

@@ -1,0 +1,81 @@
+"""Adapters that are a small feed-forward: their options and tensors. The maths stays in each method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from adaptc.kinds import ActivationMethod
+from adaptc.method import Dropout, Param
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from adaptc.sites import Site
+
+Width = Annotated[int, Field(gt=0, description="width of the bottleneck")]
+Activation = Annotated[
+    str, Field(pattern=r"^[a-z][a-z0-9_]*$", description="a function of torch.nn.functional, such as gelu")
+]
+Scale = Annotated[float, Field(gt=0, description="what the adapter's output is multiplied by")]
+Start = Annotated[
+    Literal["zero", "normal"],
+    Field(
+        description="zero: W_up is zero, so it starts as the base; normal: nearly so, both drawn from N(0, 0.02)"
+    ),
+]
+
+
+@dataclass(frozen=True)
+class SmallFeedForward(ActivationMethod):
+    """Options of `s (W_up σ(W_down z + b_down) + b_up)`, W_down `(r, d)`, W_up `(d, r)`."""
+
+    r: Width = 16
+    activation: Activation = "relu"
+    scale: Scale = 1.0
+    dropout: Dropout = 0.0
+    init_weights: Start = "zero"
+
+    aliases: ClassVar[Mapping[str, str]] = {"non_linearity": "activation", "scaling": "scale"}
+    small: ClassVar[Mapping[str, object]] = {"r": 4, "activation": "gelu"}
+    fast: ClassVar[frozenset[str]] = frozenset({"up"})
+
+    def refuses(self, site: Site) -> tuple[tuple[str, ...], str] | None:
+        """A function of one tensor, that torch has."""
+        from torch import ones
+        from torch.nn import functional
+
+        function = getattr(functional, self.activation, None)
+        words = f"torch.nn.functional has no activation {self.activation!r}: such are relu, gelu, silu, tanh"
+        try:
+            usable = function is not None and function(ones(2, 2)).shape == (2, 2)
+        except (TypeError, ValueError, RuntimeError):
+            usable = False
+        return None if usable else (("activation",), words)
+
+    def refuses_to_train(self, site: Site) -> tuple[tuple[str, ...], str] | None:
+        """A bottleneck is narrower than what it is put in."""
+        if self.r <= site.shape[0]:
+            return None
+        return ("r",), f"r={self.r} is wider than the {site.shape[0]} features here"
+
+    def params(self, site: Site) -> dict[str, Param]:
+        """The two matrices `(out, in)` and their biases."""
+        (d,), key = site.shape, f"{self.name.replace('-', '_')}"
+        zero = self.init_weights == "zero"
+        return {
+            "down": Param((self.r, d), "kaiming-uniform" if zero else "normal", f"{key}_down.weight"),
+            "down_bias": Param((self.r,), "zeros", f"{key}_down.bias"),
+            "up": Param((d, self.r), "zeros" if zero else "normal", f"{key}_up.weight"),
+            "up_bias": Param((d,), "zeros", f"{key}_up.bias"),
+        }
+
+    def activated(self, x: Tensor) -> Tensor:
+        """σ(x)."""
+        from torch.nn import functional
+
+        function: Any = getattr(functional, self.activation)
+        return function(x)

@@ -1,0 +1,63 @@
+"""Insert an activation method: what it adds to a sub-layer's output goes in front of the residual sum."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from adaptc.expression import splice, trace_expression
+from adaptc.graph import Graph
+from adaptc.insert import Insert
+from adaptc.sites import Site
+from adaptc.tracing.modes import training_node
+
+aten = torch.ops.aten
+
+
+class InsertActivation(Insert):
+    """`x + h` becomes `x + (h + f(z))` at every sub-layer the target names, h its output."""
+
+    def refused(self, site: Site) -> tuple[tuple[str, ...], str] | None:
+        """The option at fault and why this cannot be inserted at a site; None if it can."""
+        if self.method_class.reads == "input" and not site.reads:
+            return (
+                "target",
+            ), "it reads the sub-layer's input: name that too, target: {node: ..., input: ...}"
+        if not site.shape:
+            return (), "the features of its output are not on the last axis, or their number is not fixed"
+        return super().refused(site)
+
+    def call(self, graph: Graph) -> bool:
+        """Splice the branch, and add it."""
+        sites = self.selection(graph).sites
+        nodes = graph.by_name()
+        for site in sites:
+            self._insert(graph, site, nodes, sites)
+        return True
+
+    def _insert(self, graph: Graph, site: Site, nodes: dict[str, fx.Node], sites: tuple[Site, ...]) -> None:
+        method = self.method.at(site)
+        named = self.tensors(site, sites)
+        theta = self.attached(graph, site, named, None)
+        tag = self.recorded(graph, site, named)
+        first = nodes[site.uses[0].node]
+        output: Any = first.args[site.uses[0].argument]
+        read = nodes[site.reads] if method.reads == "input" else output
+        with graph.module.graph.inserting_before(first):
+            z = read
+            if method.dropout:
+                z = graph.call(
+                    aten.dropout.default, z, method.dropout, training_node(graph.module.graph), like=first
+                )
+        values = {argument: node.meta["val"] for argument, node in theta.items()}
+        with graph.fake_mode:
+            traced = trace_expression(method.branch, [z.meta["val"]], values, whole=True)
+        branch = splice(graph, traced, [z, *theta.values()], first, tag)
+        if branch.meta["val"].shape[-1] != output.meta["val"].shape[-1]:
+            raise ValueError(f"{method.name}.branch makes {branch.meta['val']} of {z.meta['val']} on {site}")
+        with graph.module.graph.inserting_before(first):
+            total = graph.call(aten.add.Tensor, output, branch, like=first)
+        for use in site.uses:
+            nodes[use.node].update_arg(use.argument, total)

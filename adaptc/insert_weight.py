@@ -1,0 +1,129 @@
+"""Insert a weight method: its expression goes in front of every chosen site."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from adaptc.aliases import untie, widened
+from adaptc.errors import Refusal, RefusedError
+from adaptc.expression import splice, trace_expression
+from adaptc.graph import Graph
+from adaptc.insert import Insert
+from adaptc.method import Param, WeightMethod
+from adaptc.sites import Site
+
+
+class InsertWeight(Insert):
+    """`linear(x, W, b)` becomes `linear(x, E(W, θ), E(b, θ))` at every site the target names."""
+
+    def refused(self, site: Site) -> tuple[tuple[str, ...], str] | None:
+        """The option at fault and why this cannot be inserted at a site; None if it can."""
+        if site.computed_bias and self.method.at(site).adapts_bias():
+            return (
+                (),
+                "the bias here is computed from other parameters, so it cannot be adapted with the weight",
+            )
+        return super().refused(site)
+
+    def call(self, graph: Graph) -> bool:
+        """Splice the expression at every site."""
+        method, sites = self.method, self.selection(graph).sites
+        traced: dict[Any, fx.Graph] = {}
+        nodes = graph.by_name()
+        for site in sites:
+            self._insert(graph, site, method.at(site), self.tensors(site, sites), traced, nodes)
+        return True
+
+    def _insert(
+        self,
+        graph: Graph,
+        site: Site,
+        method: WeightMethod,
+        named: dict[str, tuple[str, Param]],
+        traced: dict[Any, fx.Graph],
+        nodes: dict[str, fx.Node],
+    ) -> None:
+        if self.on_alias == "untie":
+            site = untie(graph, site, nodes, bias=method.adapts_bias())
+        if self.on_alias == "share":
+            site = widened(graph, site)
+        own = method.stored(site)
+        derived = any(not param.stored for _, param in named.values())
+        # What is computed again on loading starts from the base, whatever earlier entries will have learned.
+        value = (
+            graph.parameter_node(site.parameter)
+            if derived
+            else graph.value_of(site.parameter, site.uses, nodes)
+        )
+        theta = self.attached(graph, site, named, value)
+        params = {argument: param for argument, (_, param) in named.items()}
+        tag = self.recorded(graph, site, named)
+        targets = [(site.uses, _weight_of(method, site, params, own), site.parameter)]
+        if site.bias is not None and method.adapts_bias():
+            targets.append((site.bias_uses, _bias_of(method, site, params), site.bias))
+        for uses, function, parameter in targets:
+            before = graph.value_of(parameter, uses, nodes)
+            values = {argument: node.meta["val"] for argument, node in theta.items()}
+            shapes = tuple(tuple(value.shape) for value in (before.meta["val"], *values.values()))
+            key = (repr(method), function.__name__, site.layout, site.rows, shapes, str(site.dtype))
+            if key not in traced:
+                with graph.fake_mode:
+                    traced[key] = trace_expression(function, [before.meta["val"]], values)
+            result = splice(graph, traced[key], [before, *theta.values()], nodes[uses[0].node], tag)
+            got, want = result.meta["val"], before.meta["val"]
+            if got.shape != want.shape or got.dtype != want.dtype:
+                raise ValueError(f"{method.name}.{function.__name__} makes {got} of {want} on {site}")
+            if (parameter, uses[0].node) in graph.adapted and not _depends(result, before):
+                words = f"{method.name} replaces what an earlier entry does to {site.module}; write it first"
+                raise RefusedError([Refusal(words, (uses[0].node,))], self)
+            if got.stride() == want.stride():  # then what reads it needs no other check than before
+                result.meta["val"] = want
+            for use in uses:
+                nodes[use.node].replace_input_with(before, result)
+                graph.adapted[parameter, use.node] = result.name
+            nodes[result.name] = result
+
+
+def _unpacked(params: Mapping[str, Param], values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    unpack = {argument: param.unpack for argument, param in params.items()}
+    return {a: call(v) if (call := unpack[a]) is not None else v for a, v in values.items()}
+
+
+def _weight_of(
+    method: WeightMethod, site: Site, params: Mapping[str, Param], own: Collection[str]
+) -> Callable[..., torch.Tensor]:
+    """The method's expression on the stored weight: each of its matrices in turn, or the rows of a slice."""
+
+    def one(W: torch.Tensor, theta: dict[str, torch.Tensor]) -> torch.Tensor:
+        return method.weight(W, **theta)
+
+    each = (0, {argument: 0 if argument in own else None for argument in params})
+    expression = torch.vmap(one, each) if site.batch is not None else one
+
+    def weight(W: torch.Tensor, **values: torch.Tensor) -> torch.Tensor:
+        return site.restored(expression(site.matrix(W), _unpacked(params, values)), W)
+
+    return weight
+
+
+def _bias_of(method: WeightMethod, site: Site, params: Mapping[str, Param]) -> Callable[..., torch.Tensor]:
+    def bias(b: torch.Tensor, **values: torch.Tensor) -> torch.Tensor:
+        return site.bias_restored(method.bias(site.bias_of(b), **_unpacked(params, values)), b)
+
+    return bias
+
+
+def _depends(result: fx.Node, value: fx.Node) -> bool:
+    queue, seen = [result], {result}
+    while queue:
+        node = queue.pop()
+        if node is value:
+            return True
+        new = [operand for operand in node.all_input_nodes if operand not in seen]
+        seen.update(new)
+        queue += new
+    return False

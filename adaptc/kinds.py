@@ -1,0 +1,172 @@
+"""Methods that are no weight expression: what is inserted into activations, attentions and inputs.
+
+They state maths on tensors as weight methods do; where it goes, masks, positions, folding, saving and exporting are
+the compiler's. None of them can vanish: what depends on their weights alone is folded to plain tensors, and what is
+left is live and costs what the plan says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+
+from pydantic import Field
+
+from adaptc.method import Method, Param
+from adaptc.peft_format import PeftFormat
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from adaptc.sites import Site
+
+Count = Annotated[int, Field(gt=0, description="number of virtual tokens")]
+Submodules = Annotated[
+    int, Field(ge=1, le=2, description="2: laid out as PEFT does for an encoder and its decoder")
+]
+TOKENS = "prompt_embeddings"
+"""The key of virtual tokens in a checkpoint; methods call them `tokens`."""
+MAKING = frozenset(
+    {
+        *("prefix_projection", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout"),
+        *("encoder_reparameterization_type", "tokenizer_name_or_path", "tokenizer_kwargs"),
+        *("prompt_tuning_init", "prompt_tuning_init_text"),
+    }
+)
+"""PEFT's options of what makes the tokens, which it does not store."""
+HEADS = frozenset({"classifier", "score"})
+"""Modules that PEFT trains along with virtual tokens where the task is to classify."""
+
+
+class ActivationMethod(Method):
+    """A method that adds to a sub-layer's output: `h' = h + f(z)`, before the residual sum.
+
+    h `(..., d)` is the output of an attention or a feed-forward, z is h too, or where `reads` says so the
+    sub-layer's input x: what its first product reads. A field named `dropout` is applied to z in training.
+    """
+
+    kinds = frozenset({"sub-layer"})
+    everywhere = True
+    reads: ClassVar[str] = "output"
+    """What z is: the sub-layer's `output`, or its `input`."""
+    dropout: float = 0.0
+
+    def branch(self, z: Tensor, **theta: Tensor) -> Tensor:
+        """f(z), of z's shape."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class PromptMethod(Method):
+    """A method that makes virtual tokens out of weights alone. What makes them is dropped when they are saved.
+
+    Its tensors belong to no layer. `tokens` and what is stored are `(n, ...)`, n times `num_transformer_submodules`.
+    """
+
+    num_virtual_tokens: Count = 20
+    num_transformer_submodules: Submodules = 1
+
+    everywhere = True
+    identity_at_init = False
+
+    @property
+    def plain(self) -> Self:
+        """The method whose only tensor is `tokens`, without what makes them."""
+        return self
+
+    def params(self, site: Site) -> dict[str, Param]:
+        """No layer has tensors of its own."""
+        return {}
+
+    def tokens(self, **theta: Tensor) -> Tensor:
+        """The virtual tokens, as they are stored."""
+        raise NotImplementedError
+
+    def in_peft(self, site: Site) -> bool:
+        """Whether PEFT has it at all; see `peft_sizes`."""
+        return self.peft is not None
+
+    @classmethod
+    def read_options(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """PEFT stores the tokens, without what made them."""
+        return {k: v for k, v in options.items() if v is not None}
+
+    @staticmethod
+    def peft_format(kind: str, **options: str) -> PeftFormat:
+        """PEFT's configuration of a method with virtual tokens."""
+        known = {name: name for name in ("num_virtual_tokens", "num_transformer_submodules")}
+        return PeftFormat(kind, options=known | options, ignored=MAKING, hosts=False, heads=HEADS, bare=True)
+
+
+@dataclass(frozen=True)
+class AttentionMethod(PromptMethod):
+    """A method that puts keys and values in front of every attention's own: `K' = [P_k; K]`, `V' = [P_v; V]`.
+
+    `tokens` gives `(n, Σ heads (key size + value size))`: for every attention in order its keys `(n, heads, size)`,
+    then its values. They are seen from everywhere, beyond a sliding window too, and the model counts its own
+    positions from n on. With `num_transformer_submodules` 2 it sits in a decoder, whose attentions share them
+    as PEFT lets them: attention number s of S reads what belongs to number s mod S / 2.
+    """
+
+    kinds = frozenset({"attention"})
+
+    def takes(self, site: Site) -> bool:
+        """PEFT puts them into the decoder of two."""
+        return self.num_transformer_submodules == 1 or site.role == "decoder"
+
+    def columns(self, sites: Sequence[Site]) -> list[int]:
+        """Where the columns of every attention start, and at last their number."""
+        starts, own = [0], sites[: len(sites) // self.num_transformer_submodules]
+        for site in own:
+            heads, *sizes = site.shape
+            starts.append(starts[-1] + heads * sum(sizes))
+        return starts
+
+    def peft_sizes(self, sites: Sequence[Site], every: int) -> dict[str, int] | None:
+        """PEFT has them in all attentions of a model, or of a decoder, whose heads are of one size."""
+        heads, key, _ = sites[0].shape
+        of_decoder = {site.role for site in sites} == {"decoder"}
+        placed = (
+            of_decoder if self.num_transformer_submodules == 2 else len(sites) == every and not sites[0].role
+        )
+        if not placed or {site.shape for site in sites} != {(heads, key, key)}:
+            return None
+        layers = len(sites) // self.num_transformer_submodules
+        return {"num_layers": layers, "num_attention_heads": heads, "token_dim": heads * key}
+
+
+@dataclass(frozen=True)
+class InputMethod(PromptMethod):
+    """A method that puts virtual tokens `(n, d)` into the embedded input `(batch, seq, d)`.
+
+    The model runs on n more tokens, which are never masked; its outputs are those of the real tokens. PEFT stores
+    n more for a decoder, which it does not use.
+    """
+
+    kinds = frozenset({"input"})
+    positions: tuple[int, ...] = ()
+    """Where in the longer sequence the virtual tokens stand; in front of all others where none are given."""
+
+    def refuses(self, site: Site) -> tuple[tuple[str, ...], str] | None:
+        """A place for each token, or none."""
+        if not self.positions or sorted(set(self.positions)) == list(self.positions):
+            return None
+        return ("positions",), "expected places in rising order, each once"
+
+    def peft_sizes(self, sites: Sequence[Site], every: int) -> dict[str, int] | None:
+        """PEFT has them in front. Of what it asks for, it uses the size of an embedded token."""
+        return (
+            None
+            if self.positions
+            else {"token_dim": sites[0].shape[0], "num_layers": 1, "num_attention_heads": 1}
+        )
+
+    @property
+    def texts(self) -> bool:
+        """Whether it starts from words, which a tokenizer must turn into numbers."""
+        return False
+
+    def tokenized(self, tokenize: Callable[[str, bool], Sequence[int]], labels: Sequence[str]) -> Self:
+        """The method with its words turned into numbers: with special tokens around them, or without."""
+        return self

@@ -1,0 +1,133 @@
+"""Positions that a model counts for its tokens: found in the graph, and moved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from adaptc.attention import Attention, find_attentions, operand, replace_operand
+from adaptc.dataflow import VIEWS, behind, is_weight
+from adaptc.graph import Graph
+from adaptc.layout import operation
+
+aten = torch.ops.aten
+Place = tuple[fx.Node, int | tuple[int, int]]
+"""A node, and the argument where it reads positions."""
+LOOKUPS = frozenset({"embedding", "index", "index_select"})
+
+
+def move_positions(graph: Graph, attentions: Sequence[Attention], count: int) -> None:
+    """Let the model count its tokens from `count` on, where these attentions are the first to see them.
+
+    Two ways of counting are known: angles of rotary embeddings, and positions that a table is looked up at. A table
+    that is added whole, or has no row left, stays where it is.
+    """
+    nodes = list(graph.nodes)
+    moved: dict[fx.Node, fx.Node] = {}
+    for user, argument in dict.fromkeys([*_rotary(attentions), *_looked_up(graph, nodes, attentions, count)]):
+        positions = operand(user, argument)
+        if positions not in moved:
+            with graph.module.graph.inserting_after(positions):
+                moved[positions] = graph.call(aten.add.Tensor, positions, count, like=user)
+        replace_operand(user, argument, moved[positions])
+
+
+def _rotary(attentions: Iterable[Attention]) -> Iterator[Place]:
+    """Where frequencies are multiplied with positions, or a table of angles is read, on the way to these attentions."""
+    for attention in attentions:
+        for node in behind([attention.query, attention.key]):
+            if operation(node) in ("cos", "sin"):
+                yield from _angles(node)
+            elif operation(node) in LOOKUPS and is_weight(node.args[0]):  # type: ignore[arg-type]
+                yield node, _indices(node)
+
+
+def _angles(node: fx.Node) -> Iterator[Place]:
+    queue, seen = [node], {node}
+    while queue:
+        current = queue.pop()
+        active = [n for n in current.all_input_nodes if not _stored(n)]
+        if operation(current) in ("mul", "matmul", "bmm", "einsum", "outer") and len(active) == 1:
+            places = [0, 1, (1, 0), (1, 1)]
+            yield current, next(p for p in places if _at(current, p) is active[0])
+        else:
+            queue += [n for n in active if n not in seen]
+            seen.update(active)
+
+
+def _at(node: fx.Node, place: Any) -> Any:
+    found = node.args[place[0]] if isinstance(place, tuple) else node.args[place]
+    return found[place[1]] if isinstance(place, tuple) and isinstance(found, (list, tuple)) else found
+
+
+def _stored(node: fx.Node) -> bool:
+    while operation(node) in VIEWS and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node.op == "get_attr"
+
+
+def _looked_up(
+    graph: Graph, nodes: Sequence[fx.Node], attentions: Sequence[Attention], count: int
+) -> Iterator[Place]:
+    """Where the rows of a table of positions are read, for tokens that one of these attentions sees first."""
+    every = list(find_attentions(nodes))
+    masks = {node for attention in every for node in behind([attention.scores, attention.softmax])}
+    order = {node: index for index, node in enumerate(nodes)}
+    wanted = {attention.mixed for attention in attentions}
+    for node in nodes:
+        if operation(node) not in LOOKUPS or node in masks or not is_weight(node.args[0]):  # type: ignore[arg-type]
+            continue
+        place = _indices(node)
+        positions = operand(node, place)
+        if not isinstance(positions, fx.Node) or not _counts(graph, positions):
+            continue
+        first = min(
+            (a.mixed for a in every if _reaches(node, a.mixed, order)), key=order.__getitem__, default=None
+        )
+        if first in wanted and _has_room(node, positions, count):
+            yield node, place
+
+
+def _indices(node: fx.Node) -> int | tuple[int, int]:
+    return {"embedding": 1, "index_select": 2}.get(operation(node), (1, 0))
+
+
+def _counts(graph: Graph, positions: fx.Node) -> bool:
+    """Whether a value counts tokens: 0, 1, 2, … by their place, or by a mask summed up; or an input of that name."""
+    queue, seen = [positions], set[fx.Node]()
+    while queue:
+        node = queue.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        name = operation(node)
+        if name in ("arange", "cumsum") or (node.op == "placeholder" and "position" in str(node.target)):
+            return True
+        if node.op == "get_attr" and not node.meta["val"].dtype.is_floating_point:
+            stored = graph.weights[str(node.target)].load().flatten()
+            if len(stored) > 1 and bool((stored.diff() == 1).all()):
+                return True
+        inner = [node.args[0]] if name in ("gather", *LOOKUPS) else node.all_input_nodes
+        queue += [n for n in inner if isinstance(n, fx.Node) and isinstance(n.meta.get("val"), torch.Tensor)]
+    return False
+
+
+def _has_room(node: fx.Node, positions: fx.Node, count: int) -> bool:
+    """Whether a table has rows beyond those of a sequence of fixed length."""
+    rows, length = node.args[0].meta["val"].shape[0], positions.meta["val"].shape[-1]  # type: ignore[union-attr]
+    return not isinstance(length, int) or length + count <= rows
+
+
+def _reaches(start: fx.Node, end: fx.Node, order: dict[fx.Node, int]) -> bool:
+    queue, seen = [start], {start}
+    while queue:
+        node = queue.pop()
+        if node is end:
+            return True
+        new = [user for user in node.users if user not in seen and order[user] <= order[end]]
+        seen.update(new)
+        queue += new
+    return False

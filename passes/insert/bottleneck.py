@@ -1,0 +1,31 @@
+"""Bottleneck: a small feed-forward behind a sub-layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from adaptc.feed_forward import SmallFeedForward
+from adaptc.method import method
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@method("bottleneck")
+@dataclass(frozen=True)
+class Sequential(SmallFeedForward):
+    """h' = h + s (W_up σ(W_down h + b_down) + b_up)    W_down (r, d)   W_up (d, r)    Houlsby et al. 2019, section 2.1
+
+    h `(..., d)` is the output of a sub-layer, before the residual sum. Houlsby et al. put one behind every attention
+    and every feed-forward, which is what `target: "*"` means; Pfeiffer et al. 2021 behind feed-forwards alone,
+    `target: {role: feed_forward.out}`; AdapterDrop (Rücklé et al. 2021) leaves the lowest layers out,
+    `target: {layers: 5-11}`.
+    """
+
+    def branch(self, z: Tensor, **theta: Tensor) -> Tensor:
+        """`s (W_up σ(W_down z + b_down) + b_up)`."""
+        from torch.nn.functional import linear
+
+        narrow = self.activated(linear(z, theta["down"], theta["down_bias"]))
+        return self.scale * linear(narrow, theta["up"], theta["up_bias"])

@@ -1,0 +1,137 @@
+"""P-tuning: virtual tokens that a small network makes, at any places among the embedded ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Field
+
+from adaptc.kinds import TOKENS, InputMethod
+from adaptc.method import Param, method
+from adaptc.peft_format import PeftFormat
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from adaptc.sites import Site
+
+Encoder = Annotated[
+    Literal["MLP", "LSTM", "none"],
+    Field(description="the network that makes the tokens while they are trained"),
+]
+Width = Annotated[int | None, Field(gt=0, description="width of that network; d if left out")]
+Layers = Annotated[int, Field(gt=0, description="layers of the LSTM")]
+Places = Annotated[tuple[int, ...], Field(description="where the virtual tokens stand; in front if left out")]
+
+
+@method("p-tuning")
+@dataclass(frozen=True)
+class PTuning(InputMethod):
+    """X' = [X_before; P; X_after]    P = MLP(E) or MLP(LSTM(E))    E (n, d)    Liu et al. 2021 (P-tuning), section 3.2
+
+    MLP: `W_3 relu(W_2 relu(W_1 E + b_1) + b_2) + b_3`, of width h. Behind the LSTM, of h features in each direction,
+    `W_2 relu(W_1 [→; ←] + b_1) + b_2`, of width 2 h. The network is dropped after training: what is saved and
+    folded is P `(n, d)`.
+    """
+
+    encoder_reparameterization_type: Encoder = "MLP"
+    encoder_hidden_size: Width = None
+    encoder_num_layers: Layers = 2
+    positions: Places = ()
+
+    small: ClassVar[Mapping[str, object]] = {"num_virtual_tokens": 3, "encoder_hidden_size": 8}
+    while_training: ClassVar[frozenset[str]] = frozenset({"encoder_hidden_size", "encoder_num_layers"})
+    peft: ClassVar[PeftFormat | None] = InputMethod.peft_format(
+        "P_TUNING",
+        encoder_reparameterization_type="encoder_reparameterization_type",
+        encoder_hidden_size="encoder_hidden_size",
+        encoder_num_layers="encoder_num_layers",
+    )
+
+    @property
+    def plain(self) -> Self:
+        """P itself."""
+        given = self.encoder_reparameterization_type != "none"
+        return replace(self, encoder_reparameterization_type="none") if given else self
+
+    def shared(self, sites: Sequence[Site]) -> dict[str, Param]:
+        """E and the network, or P."""
+        n, d = self.num_virtual_tokens * self.num_transformer_submodules, sites[0].shape[0]
+        h, encoder = self.encoder_hidden_size or d, self.encoder_reparameterization_type
+        found = {"tokens": Param((n, d), "standard-normal", TOKENS)}
+        if encoder == "none":
+            return found
+        found = {"tokens": replace(found["tokens"], key="prompt_inputs")}
+        sizes = [d, h, h, d] if encoder == "MLP" else [2 * h, 2 * h, d]
+        if encoder == "LSTM":
+            for layer in range(self.encoder_num_layers):
+                inner = 2 * h if layer else d
+                for way in ("forward", "backward"):
+                    found |= _affine(f"lstm_{layer}_{way}_x", 4 * h, inner) | _affine(
+                        f"lstm_{layer}_{way}_h", 4 * h, h
+                    )
+        for number, (inner, outer) in enumerate(pairwise(sizes)):
+            found |= _affine(f"mlp_{number}", outer, inner)
+        return found
+
+    def tokens(self, **theta: Tensor) -> Tensor:
+        """P `(n, d)`."""
+        x, encoder = theta["tokens"], self.encoder_reparameterization_type
+        if encoder == "none":
+            return x
+        if encoder == "LSTM":
+            for layer in range(self.encoder_num_layers):
+                x = _both_ways(x, theta, layer)
+        last = 2 if encoder == "MLP" else 1
+        for number in range(last + 1):
+            x = _apply(x, theta, f"mlp_{number}")
+            x = x.relu() if number < last else x
+        return x
+
+    @classmethod
+    def read_options(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """PEFT stores P, however it was made."""
+        return super().read_options(options) | {"encoder_reparameterization_type": "none"}
+
+    def peft_options(self) -> dict[str, Any]:
+        """PEFT knows no P without a network; what is stored it takes as it is."""
+        found = super().peft_options()
+        return found | {"encoder_reparameterization_type": "MLP"}
+
+
+def _affine(name: str, outer: int, inner: int) -> dict[str, Param]:
+    return {
+        name: Param((outer, inner), "kaiming-uniform", f"prompt_{name}.weight"),
+        f"{name}_bias": Param((outer,), "zeros", f"prompt_{name}.bias"),
+    }
+
+
+def _apply(x: Tensor, theta: Mapping[str, Tensor], name: str) -> Tensor:
+    return x @ theta[name].T + theta[f"{name}_bias"]
+
+
+def _both_ways(x: Tensor, theta: Mapping[str, Tensor], layer: int) -> Tensor:
+    """One layer of the LSTM in both directions: x `(n, in)` to `(n, 2 h)`."""
+    from torch import cat
+
+    ahead = _lstm(x, theta, f"lstm_{layer}_forward")
+    back = _lstm(x.flip(0), theta, f"lstm_{layer}_backward").flip(0)
+    return cat([ahead, back], -1)
+
+
+def _lstm(x: Tensor, theta: Mapping[str, Tensor], name: str) -> Tensor:
+    """`c' = σ(f) c + σ(i) tanh(g)`, `h' = σ(o) tanh(c')`, (i, f, g, o) = W x + b + U h + u; x `(n, in)` to `(n, h)`."""
+    from torch import stack
+
+    size = theta[f"{name}_h"].shape[1]
+    h = c = x.new_zeros(size)
+    found = []
+    for row in _apply(x, theta, f"{name}_x"):
+        i, f, g, o = (row + _apply(h, theta, f"{name}_h")).split(size)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * c.tanh()
+        found.append(h)
+    return stack(found)

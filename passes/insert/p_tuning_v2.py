@@ -1,0 +1,38 @@
+"""P-tuning v2: every layer's own prompt, without a network that makes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from adaptc.kinds import TOKENS, AttentionMethod
+from adaptc.method import Param, method
+from adaptc.peft_format import PeftFormat
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from adaptc.sites import Site
+
+
+@method("p-tuning-v2")
+@dataclass(frozen=True)
+class PTuningV2(AttentionMethod):
+    """K' = [P_k; K]   V' = [P_v; V]   P (n, total)    Liu et al. 2022 (P-Tuning v2), section 3
+
+    total is the sum of heads times (key size + value size) over the attentions; drawn from N(0, 0.02), as in the
+    authors' code. To PEFT it is prefix tuning without a projection.
+    """
+
+    peft: ClassVar[PeftFormat | None] = AttentionMethod.peft_format("PREFIX_TUNING")
+    small: ClassVar[Mapping[str, object]] = {"num_virtual_tokens": 3}
+
+    def shared(self, sites: Sequence[Site]) -> dict[str, Param]:
+        """P."""
+        size = (self.num_virtual_tokens, self.columns(sites)[-1])
+        return {"tokens": Param(size, "normal", TOKENS)}
+
+    def tokens(self, **theta: Tensor) -> Tensor:
+        """P `(n, total)`."""
+        return theta["tokens"]

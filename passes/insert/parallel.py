@@ -1,0 +1,31 @@
+"""Parallel adapter: a small feed-forward beside a sub-layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from adaptc.feed_forward import SmallFeedForward
+from adaptc.method import method
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@method("parallel")
+@dataclass(frozen=True)
+class Parallel(SmallFeedForward):
+    """h' = h + s (W_up σ(W_down x + b_down) + b_up)    W_down (r, d)   W_up (d, r)    He et al. 2022, section 4.1
+
+    h `(..., d)` is the output of a sub-layer and x `(..., d)` its input: what its first product reads. The scaled
+    parallel adapter (their section 4.6) has `scale: 4` and sits at feed-forwards, `target: {role: feed_forward.out}`.
+    """
+
+    reads: ClassVar[str] = "input"
+
+    def branch(self, z: Tensor, **theta: Tensor) -> Tensor:
+        """`s (W_up σ(W_down z + b_down) + b_up)`."""
+        from torch.nn.functional import linear
+
+        narrow = self.activated(linear(z, theta["down"], theta["down_bias"]))
+        return self.scale * linear(narrow, theta["up"], theta["up_bias"])

@@ -1,0 +1,94 @@
+"""Prompt tuning: trained vectors among the embedded tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
+
+from pydantic import Field
+
+from adaptc.kinds import TOKENS, InputMethod
+from adaptc.method import Param, method
+from adaptc.peft_format import PeftFormat
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+    from adaptc.sites import Site
+
+Start = Annotated[
+    Literal["RANDOM", "SAMPLE_VOCAB", "TEXT", "CLASS_LABELS"],
+    Field(description="N(0, 1); drawn from the vocabulary; the words of init_text; the names of the classes"),
+]
+Words = Annotated[str | None, Field(min_length=1, description="the words that TEXT starts from")]
+Tokens = Annotated[
+    tuple[tuple[int, ...], ...],
+    Field(
+        description="numbers of the tokens to start from, in place of words: each virtual token the mean of some"
+    ),
+]
+Places = Annotated[tuple[int, ...], Field(description="where the virtual tokens stand; in front if left out")]
+
+
+@method("prompt")
+@dataclass(frozen=True)
+class Prompt(InputMethod):
+    """X' = [P; X]    P (n, d)   X (seq, d)    Lester et al. 2021, sections 2 and 2.1
+
+    P starts as the embeddings of words, again from the first one where there are fewer than n (`TEXT`), of the
+    names of the classes, then of random words (`CLASS_LABELS`), of random words, or of nothing.
+    """
+
+    init: Start = "RANDOM"
+    init_text: Words = None
+    init_tokens: Tokens = ()
+    positions: Places = ()
+
+    aliases: ClassVar[Mapping[str, str]] = {
+        "prompt_tuning_init": "init",
+        "prompt_tuning_init_text": "init_text",
+    }
+    small: ClassVar[Mapping[str, object]] = {"num_virtual_tokens": 3}
+    while_training: ClassVar[frozenset[str]] = frozenset({"init", "init_text", "init_tokens"})
+    peft: ClassVar[PeftFormat | None] = InputMethod.peft_format("PROMPT_TUNING")
+
+    @property
+    def texts(self) -> bool:
+        """Whether it starts from words whose numbers are not given."""
+        return self.init in ("TEXT", "CLASS_LABELS") and not self.init_tokens
+
+    def tokenized(self, tokenize: Callable[[str, bool], Sequence[int]], labels: Sequence[str]) -> Self:
+        """The method with the numbers of its words."""
+        if self.init == "TEXT":
+            return replace(
+                self, init_tokens=tuple((number,) for number in tokenize(str(self.init_text), True))
+            )
+        return replace(self, init_tokens=tuple(tuple(tokenize(label, False)) for label in labels))
+
+    def refuses_to_train(self, site: Site) -> tuple[tuple[str, ...], str] | None:
+        """Words to start from."""
+        if self.init == "TEXT" and not self.init_text and not self.init_tokens:
+            return ("init",), "TEXT starts from init_text, which is not given"
+        return None
+
+    def shared(self, sites: Sequence[Site]) -> dict[str, Param]:
+        """P."""
+        n = self.num_virtual_tokens * self.num_transformer_submodules
+        start = "standard-normal" if self.init == "RANDOM" else self._embedded
+        return {"tokens": Param((n, sites[0].shape[0]), start, TOKENS)}
+
+    def _embedded(self, table: Tensor, generator: Generator) -> Tensor:
+        """Rows of the table `(words, d)`: the mean of those given for each token, then drawn ones."""
+        from torch import randint, stack, tensor
+
+        n = self.num_virtual_tokens * self.num_transformer_submodules
+        given = [table[tensor(numbers)].mean(0) for numbers in self.init_tokens]
+        if self.init == "TEXT":
+            given *= -(-n // len(given))
+        drawn = table[randint(len(table), (n,), generator=generator)]
+        return stack([*given, *drawn][:n])
+
+    def tokens(self, **theta: Tensor) -> Tensor:
+        """P `(n, d)`."""
+        return theta["tokens"]
