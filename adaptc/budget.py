@@ -15,6 +15,7 @@ from adaptc.graph import Graph
 aten = torch.ops.aten
 BATCH, LENGTH = 1, 128
 """The example that operations are counted for: one row, 128 of everything else that is dynamic."""
+EXAMPLE = f"batch {BATCH}, length {LENGTH}"
 PRODUCTS: dict[Any, int] = {
     aten.linear.default: 0,
     aten.addmm.default: 1,
@@ -64,7 +65,7 @@ def budget(base: Graph, adapted: Graph, factored: Graph) -> Budget:
         run_bytes=held,
         base_flops=before,
         added_flops=flops(factored) - before,
-        example=f"batch {BATCH}, length {LENGTH}",
+        example=EXAMPLE,
     )
 
 

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import fx
 
+from adaptc.errors import Refusal, RefusedError
 from adaptc.expression import splice, trace_expression
 from adaptc.graph import Graph
 from adaptc.insert import Insert
+from adaptc.method import MATRIX_KINDS, Method
+from adaptc.points import OUT, OUTPUT, SUBLAYER
+from adaptc.select import Selection, select
 from adaptc.sites import Site
 from adaptc.tracing.modes import training_node
 
 aten = torch.ops.aten
+
+
+class _Matrices(Method):
+    """Stands for a method of all layers: which of them a target names."""
+
+    kinds = MATRIX_KINDS
 
 
 class InsertActivation(Insert):
@@ -28,6 +40,25 @@ class InsertActivation(Insert):
         if not site.shape:
             return (), "the features of its output are not on the last axis, or their number is not fixed"
         return super().refused(site)
+
+    def selection(self, graph: Graph) -> Selection:
+        """What the target matches; lacking is a layer that ends a sub-layer, but has no residual sum behind it."""
+        found = super().selection(graph)
+        if isinstance(self.target, Mapping) and self.target.get("node"):
+            return found
+        known = {point.module for point in graph.points if point.kind == SUBLAYER}
+        named = select(graph, self.target, self.exclude, _Matrices())
+        ends = [s for s in named.sites if graph.roles.of.get(s.uses[0], set()) & {OUTPUT, OUT}]
+        lacking = [site for site in ends if site.module not in known]
+        if not lacking:
+            return found
+        first = lacking[0]
+        words = (
+            f"no residual sum was found behind {first.module or 'the model itself'}, at node {first.uses[0].node}"
+            + (f", from {first.source}" if first.source else ""),
+            f"name the point: target: {{node: {first.uses[0].node}}}, or leave it out with `exclude`",
+        )
+        return dataclasses.replace(found, lacking=(*words, *found.lacking))
 
     def call(self, graph: Graph) -> bool:
         """Splice the branch, and add it."""
@@ -45,6 +76,12 @@ class InsertActivation(Insert):
         first = nodes[site.uses[0].node]
         output: Any = first.args[site.uses[0].argument]
         read = nodes[site.reads] if method.reads == "input" else output
+        if str(read.meta["val"].shape) != str(output.meta["val"].shape):
+            shapes = [list(node.meta["val"].shape) for node in (read, output)]
+            words = (
+                f"{method.name}: its input {read.name} is {shapes[0]}, its output {output.name} {shapes[1]}"
+            )
+            raise RefusedError([Refusal(f"{words}\n  site {site}", (read.name,))], self)
         with graph.module.graph.inserting_before(first):
             z = read
             if method.dropout:

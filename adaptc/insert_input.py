@@ -91,7 +91,7 @@ class InsertInput(Insert):
     def selection(self, graph: Graph) -> Selection:
         """What the target matches: of several sequences the first input's, where all are meant."""
         found = super().selection(graph)
-        if self.target not in ("*", ("*",)) or len(found.sites) < 2:
+        if list(self.target) != ["*"] or len(found.sites) < 2:
             return found
         names = [spec.name for spec in graph.inputs]
         first = min(found.sites, key=lambda site: names.index(site.reads))

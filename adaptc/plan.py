@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import fx
 
 from adaptc.aliases import elsewhere, places
-from adaptc.budget import Budget, budget
+from adaptc.budget import EXAMPLE, Budget, budget, flops
 from adaptc.errors import Problem, RefusedError, SpecError
 from adaptc.graph import Graph
 from adaptc.insert import Insert
@@ -20,9 +20,18 @@ from adaptc.method import WeightMethod
 from adaptc.names import nearest
 from adaptc.pipeline import Pass, check_order, run
 from adaptc.planned import Planned, entries_of, match_checkpoints
+from adaptc.points import POINTS
 from adaptc.registry import load_passes
 from adaptc.sites import KINDS, Site
 from adaptc.spec import Spec
+
+KNOWN_AS: Mapping[str, str] = {
+    "sub-layer": "a sub-layer is what ends in a matrix product and is added to the stream that it was computed from: "
+    "name another point, target: {node: ...} (`--print-after all` shows the nodes)",
+    "attention": "an attention is scaled_dot_product_attention, or two products of activations around a softmax",
+    "input": "an input is an integer input (batch, seq) that is looked up in an embedding",
+}
+"""How points are recognised."""
 
 
 @dataclass
@@ -97,7 +106,10 @@ def make_plan(spec: Spec, graph: Graph, after: Any = None) -> Plan:
     factored = run(adapted, [factor], records, after) if adapted.stage in factor.takes else adapted
     notes = [*graph.base.notes, *_notes(entries), *_alias_notes(graph, entries)]
     if adapted.stage in fold.takes:
-        notes += [f"cannot be folded: {refusal}" for refusal in fold.requires(adapted)]
+        refusals = fold.requires(adapted)
+        notes += [f"cannot be folded: {refusal}" for refusal in refusals]
+        if any(a.stays for a in adapted.adaptations) and not refusals:
+            notes.append(_stays(graph, run(adapted, [fold])))
     return Plan(entries, passes, budget(graph, adapted, factored), notes, adapted, factored, records)
 
 
@@ -136,8 +148,10 @@ def _problems(spec: Spec, graph: Graph, planned: Planned) -> list[Problem]:
 def _no_match(graph: Graph, planned: Planned) -> tuple[str, ...]:
     method, selection = planned.insert.method, planned.selection
     kinds = "/".join(kind for kind in KINDS if kind in method.kinds)
-    words = [f"{method.name}: the target matches no {kinds} layer of {graph.base.describe}"]
+    what = kinds if method.kinds & POINTS else f"{kinds} layer"
+    words = [f"{method.name}: the target matches no {what} of {graph.base.describe}"]
     words += selection.lacking
+    words += [KNOWN_AS[kind] for kind in sorted(method.kinds & POINTS) if not _points_of(graph, kind)]
     if selection.excluded:
         words.append(f"`exclude` took out all that matched: {', '.join(selection.excluded[:4])}")
     if selection.near:
@@ -150,14 +164,16 @@ def _no_match(graph: Graph, planned: Planned) -> tuple[str, ...]:
     ]
     if hidden:
         words.append(f"on no path to the output: {', '.join(hidden[:4])}")
-    modules = [s.module for s in graph.sites if s.kind in method.kinds]
-    shown = list(dict.fromkeys(modules))[:4]
-    words.append(
-        f"such layers are: {', '.join(shown) or 'none'}{', ...' if len(modules) > len(shown) else ''}"
-    )
+    places = graph.points if method.kinds & POINTS else graph.sites
+    modules = list(dict.fromkeys(s.module or "the model itself" for s in places if s.kind in method.kinds))
+    words.append(f"such layers are: {', '.join(modules[:4]) or 'none'}{', ...' if len(modules) > 4 else ''}")
     if planned.checkpoint is not None:
         words.append("the adapter was trained on another base, or on another task's model: see base.task")
     return tuple(words)
+
+
+def _points_of(graph: Graph, kind: str) -> list[Site]:
+    return [point for point in graph.points if point.kind == kind]
 
 
 def reaches_output(graph: Graph, site: Site) -> bool:
@@ -274,6 +290,14 @@ def _notes(entries: Sequence[Planned]) -> list[str]:
         if selection.heads:
             notes.append(f"{where}: all-linear leaves out the output head {', '.join(selection.heads)}")
     return notes
+
+
+def _stays(base: Graph, folded: Graph) -> str:
+    """What is left when everything that can be is folded, and what it costs."""
+    methods = ", ".join(dict.fromkeys(a.method.name for a in folded.adaptations if a.stays))
+    before, after = flops(base), flops(folded)
+    added = f"{(after - before) / before:+.1%} operations" if before else f"+{after} operations"
+    return f"folded, {methods} stays: {added} at {EXAMPLE}"
 
 
 def _alias_notes(graph: Graph, entries: Sequence[Planned]) -> list[str]:

@@ -16,7 +16,8 @@ from adaptc.names import ROLES
 from adaptc.roles import weighted_products
 from adaptc.sites import Site, Use, module_of, source_of
 
-POINTS = frozenset({"sub-layer", "attention", "input"})
+SUBLAYER = "sub-layer"
+POINTS = frozenset({SUBLAYER, "attention", "input"})
 """The kinds of site that are points."""
 OUTPUT, OUT = ROLES[3], ROLES[6]
 PASSED = VIEWS | {"dropout", "alias", "detach"}
@@ -30,6 +31,40 @@ def find_points(nodes: Iterable[fx.Node], sites: Sequence[Site]) -> tuple[Site, 
     found = [*_sublayers(ordered, weighted), *_attentions(ordered), *_inputs(weighted)]
     order = {node.name: index for index, node in enumerate(ordered)}
     return tuple(sorted(found, key=lambda site: order[site.uses[0].node]))
+
+
+def named_point(nodes: Iterable[fx.Node], name: str, reads: str) -> list[Site]:
+    """The value of a node as a place to adapt, where all its users read it; none where it is no activation."""
+    by_name = {node.name: node for node in nodes}
+    node = by_name.get(name)
+    value = node.meta.get("val") if node is not None else None
+    if (
+        node is None
+        or not isinstance(value, torch.Tensor)
+        or node.op != "call_function"
+        or reads not in ("", *by_name)
+    ):
+        return []
+    module, type_name = module_of(node)
+    users = [
+        user for user in node.users if isinstance(user.meta.get("val"), torch.Tensor) or user.op == "output"
+    ]
+    uses = tuple(Use(u.name, i) for u in users for i, argument in enumerate(u.args) if argument is node)
+    width = value.shape[-1] if value.dim() else None
+    shape = (width,) if isinstance(width, int) and len(uses) == len(users) else ()
+    return [
+        Site.point(
+            module=module,
+            type=type_name,
+            kind=SUBLAYER,
+            op=operation(node),
+            shape=shape,
+            dtype=value.dtype,
+            uses=uses,
+            source=source_of(node),
+            reads=reads,
+        )
+    ]
 
 
 def _sublayers(nodes: Sequence[fx.Node], weighted: Mapping[fx.Node, Site]) -> Iterator[Site]:
@@ -87,9 +122,7 @@ def _outputs(
     first = min((n for n in cone if n in weighted), key=order.__getitem__)
     value = branch.meta["val"]
     yield replace(
-        weighted[product].as_point(
-            "sub-layer", _width(value, weighted[product]), value.dtype, source_of(node)
-        ),
+        weighted[product].as_point(SUBLAYER, _width(value, weighted[product]), value.dtype, source_of(node)),
         uses=(use,),
         role=OUTPUT if cone & mixed else OUT,
         reads=_unflattened(_operand(first, weighted[first]), value.dim()).name,

@@ -9,7 +9,7 @@ from typing import Any
 from adaptc.graph import Graph
 from adaptc.method import Method
 from adaptc.names import SLICE_NAMES, layer_of, matches, matches_any, nearest, parse_layers, sliced
-from adaptc.points import POINTS
+from adaptc.points import POINTS, SUBLAYER, named_point
 from adaptc.roles import PIECES, SLICES
 from adaptc.sites import KINDS, Site
 
@@ -44,8 +44,7 @@ def select(graph: Graph, target: Target, exclude: Sequence[str], method: Method)
     A method for whole modules (kind `parameter`) takes every parameter below the module named.
     """
     whole = "parameter" in method.kinds
-    places = graph.points if method.kinds & POINTS else graph.sites
-    candidates = graph.parameter_sites if whole else [s for s in places if s.kind in method.kinds]
+    candidates = graph.parameter_sites if whole else _places(graph, method, target)
     candidates = [site for site in candidates if method.takes(site)]
     patterns, wanted = _patterns(target, graph)
     heads = (
@@ -85,6 +84,16 @@ def select(graph: Graph, target: Target, exclude: Sequence[str], method: Method)
         heads=tuple(heads),
         lacking=lacking,
     )
+
+
+def _places(graph: Graph, method: Method, target: Target) -> list[Site]:
+    """The sites of a method's kinds; of activations the one that is named by its node, if one is."""
+    if not method.kinds & POINTS:
+        return [site for site in graph.sites if site.kind in method.kinds]
+    node = target.get("node") if isinstance(target, Mapping) else None
+    if node is not None and method.kinds == {SUBLAYER}:
+        return named_point((graph.origin or graph).nodes, node, target.get("input") or "")  # type: ignore[union-attr]
+    return [site for site in graph.points if site.kind in method.kinds]
 
 
 def _roles(site: Site, graph: Graph) -> Collection[str]:
@@ -128,6 +137,9 @@ def _lacking(target: Target, candidates: Sequence[Site], graph: Graph) -> Iterat
     if target.get("role"):
         known = sorted({role for site in candidates for role in _roles(site, graph)})
         yield f"role {target['role']!r}: the layers here are {', '.join(known) or 'of none'}"
+    if target.get("node"):
+        nearby = ", ".join(nearest(target["node"], graph.by_name(), 3)) or "none of that spelling"
+        yield f"node {target['node']!r}: there is no such place; near: {nearby} (`--print-after all` shows the nodes)"
     if target.get("op"):
         known = sorted({site.op for site in candidates})
         yield f"op {target['op']!r}: the operations here are {', '.join(known) or 'none'}"
@@ -167,13 +179,14 @@ def _patterns(target: Target, graph: Graph) -> tuple[list[str], Callable[[Site],
         return list(target), lambda site: True
     names = target.get("name") or "*"
     layers = parse_layers(target["layers"]) if target.get("layers") else None
-    kind, op, role = (target.get(key) for key in ("type", "op", "role"))
+    kind, op, role, node = (target.get(key) for key in ("type", "op", "role", "node"))
 
     def wanted(site: Site) -> bool:
         return (
             (kind is None or matches(kind, site.type))
             and (layers is None or layer_of(site.module) in layers)
             and (op is None or matches(op, site.op))
+            and (node is None or site.kind == SUBLAYER or node in {use.node for use in site.uses})
             and (role is None or any(matches(role, r) for r in _roles(site, graph)))
         )
 

@@ -56,6 +56,12 @@ class LayerTarget(Part):
     op: Annotated[str, Field(min_length=1)] | None = Field(
         None, description="the operation that reads the weight, such as conv2d"
     )
+    node: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="a node of the graph by its name, as `--print-after` shows it"
+    )
+    input: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="with node: the node of the sub-layer's input, for a method that reads it"
+    )
     role: Annotated[str, AfterValidator(_role)] | None = Field(
         None, description="what the layer does, read from the dataflow, such as attention.value"
     )
@@ -64,7 +70,9 @@ class LayerTarget(Part):
     def _chooses(self) -> LayerTarget:
         if not self.model_fields_set:
             raise invalid(
-                fault("an empty mapping chooses nothing: give name, type, layers, op or role", at_key=True)
+                fault(
+                    "an empty mapping chooses nothing: give name, type, layers, op, role or node", at_key=True
+                )
             )
         return self
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import adaptc
 from adaptc.compiled import Compiled
+from adaptc.dataflow import PRODUCTS
 from adaptc.graph import Graph, bind
 from adaptc.insert import Insert
 from adaptc.kinds import PromptMethod
@@ -125,7 +126,8 @@ def test_factored_and_folded_equal_the_expression(zoo: Zoo, method: str, name: s
     graph = adapted_graph(zoo, method, name)
     factored, folded = run(graph, [passes["factor"]()]), run(graph, [passes["fold"]()])
     if stays(method):
-        assert not Counter(base.operations) - Counter(folded.operations)
+        lost = Counter(base.operations) - Counter(folded.operations)
+        assert not {op for op in lost if op.split(".")[1] in PRODUCTS}, lost
         assert len(folded.operations) <= len(factored.operations)
         assert set(bind(base).state_dict()) < set(bind(folded).state_dict())
     else:
@@ -157,7 +159,7 @@ def test_compiled_module_equals_its_fold(zoo: Zoo, method: str, name: str) -> No
         base = zoo.run_eager(name, tensors)
     for key in want:
         close(got[key], want[key])
-    differs(want[key], base[key])
+    differs(want[compiled.base.outputs[0]], base[compiled.base.outputs[0]])
     assert "fold" in {proof.name for proof in compiled.proofs}
 
 
