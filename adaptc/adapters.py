@@ -53,7 +53,8 @@ class AdapterRecord:
     `modules` and `parameters` are what PEFT would be told to target, `patterns` what adaptc would. `transposed`: some
     weight is stored `(in, out)`. `ambiguous`: a module's name ends another's that is not adapted, so that PEFT's rule
     for lists of names would take both. `in_peft`: PEFT has this method on all of these sites. `sizes`: what PEFT's
-    configuration says of the sites.
+    configuration says of the sites. `heads`: the base's tensors that PEFT expects beside it where the task is to
+    classify.
     """
 
     adapter: str
@@ -67,13 +68,14 @@ class AdapterRecord:
     ambiguous: bool
     in_peft: bool
     sizes: Mapping[str, int]
+    heads: tuple[str, ...]
     tensors: tuple[AdapterTensor, ...]
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> AdapterRecord:
         """Read what `asdict` wrote."""
         tensors = tuple(AdapterTensor(**{**t, "shape": tuple(t["shape"])}) for t in data["tensors"])
-        lists = {key: tuple(data[key]) for key in ("modules", "parameters", "patterns")}
+        lists = {key: tuple(data[key]) for key in ("modules", "parameters", "patterns", "heads")}
         return cls(**{**data, **lists, "tensors": tensors})
 
     @property
@@ -148,10 +150,21 @@ def records_of(graph: Graph) -> list[AdapterRecord]:
                 ambiguous=any(other.endswith("." + module) for other in others for module in modules),
                 in_peft=in_peft,
                 sizes=sizes or {},
+                heads=_heads(graph, group[0].declared, beside[entry, adapter]) if in_peft else (),
                 tensors=tuple(tensors.values()),
             )
         )
     return found
+
+
+def _heads(graph: Graph, method: Method, sites: Sequence[Site]) -> tuple[str, ...]:
+    """The base's own tensors in modules that PEFT saves along, but for those that are adapted."""
+    wanted = method.peft.heads if method.peft is not None else frozenset()
+    adapted = {site.parameter for site in sites}
+    held = [
+        n for n in graph.weights if n not in graph.inserted and n not in graph.buffers and n not in adapted
+    ]
+    return tuple(name for name in held if not wanted.isdisjoint(name.split(".")))
 
 
 def _plain(method: Method) -> dict[str, Any]:

@@ -40,6 +40,13 @@ class Attention:
         """Whether it is one operation."""
         return self.scores is self.mixed
 
+    @property
+    def biases(self) -> list[fx.Node]:
+        """What the scores are made of on the way to the softmax, beside the product itself; or the mask."""
+        if not self.fused:
+            return [self.softmax]
+        return [mask for mask in self.mixed.args[3:4] if isinstance(mask, fx.Node)]
+
 
 @dataclass(frozen=True)
 class Tokens:

@@ -7,7 +7,7 @@ import itertools
 import json
 import pickle
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +22,8 @@ PICKLE, ORDER = "adapter_model.bin", "adapters.json"
 ROOT = "base_model."
 PREFIX = f"{ROOT}model."
 """What stands in front of every key; `ROOT` alone in front of a tensor that belongs to no module."""
-BASE_HASH = "base_sha256"
+BASE_HASH, BESIDE = "base_sha256", "base_tensors"
+"""What adaptc notes in a file: the base it was trained on, and which tensors are that base's own."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Checkpoint:
         tensors: key without PEFT's prefix -> tensor.
         base_sha256: the base it was trained on, where adaptc wrote it.
         saved_modules: modules trained whole whose tensors it holds.
+        beside: the base's own tensors that adaptc wrote for PEFT.
     """
 
     path: Path
@@ -42,6 +44,7 @@ class Checkpoint:
     tensors: Mapping[str, Weight]
     base_sha256: str | None = None
     saved_modules: tuple[str, ...] = ()
+    beside: Mapping[str, Weight] = field(default_factory=dict)
 
     @property
     def own(self) -> bool:
@@ -52,7 +55,8 @@ class Checkpoint:
     def carried(self) -> dict[str, Weight]:
         """Base weights that PEFT saved along, by the base's name, as it does with embeddings whose size may change."""
         marker = ".base_layer.weight"
-        return {k.replace(marker, ".weight"): t for k, t in self.tensors.items() if k.endswith(marker)}
+        found = {k.replace(marker, ".weight"): t for k, t in self.tensors.items() if k.endswith(marker)}
+        return {**found, **self.beside}
 
     @property
     def sha256(self) -> str:
@@ -97,9 +101,9 @@ def read(path: Path, allow_pickle: bool = False) -> Checkpoint:
     if absent or not (path / CONFIG).is_file():
         raise WeightError(absent or f"{path}: no {CONFIG} there")
     config = _json(path / CONFIG)
-    sha = None
+    about: Mapping[str, str] = {}
     if (path / TENSORS).is_file():
-        sha = (open_safetensors(path / TENSORS).metadata() or {}).get(BASE_HASH)
+        about = open_safetensors(path / TENSORS).metadata() or {}
         tensors: Mapping[str, Weight] = read_safetensors(path / TENSORS)
     elif (path / PICKLE).is_file():
         tensors = _unpickled(path / PICKLE, allow_pickle)
@@ -115,8 +119,9 @@ def read(path: Path, allow_pickle: bool = False) -> Checkpoint:
         if weight.dtype in (torch.uint8, torch.bool):
             raise WeightError(f"{path}: tensor {key!r} is {_kind(weight)}, which no adapter has")
     named = {key.removeprefix(PREFIX): weight for key, weight in tensors.items()}
+    beside = {key: named.pop(key) for key in about.get(BESIDE, "").split() if key in named}
     listed = config.get("modules_to_save") or (sorted(HEADS) if ROOT + TOKENS in named else [])
-    return Checkpoint(path, config, named, sha, _saved(listed, named))
+    return Checkpoint(path, config, named, about.get(BASE_HASH), _saved(listed, named), beside)
 
 
 def _with_prefix(key: str) -> str:

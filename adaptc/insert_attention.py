@@ -54,7 +54,7 @@ class InsertAttention(Insert):
         starts = method.columns(sites)[:-1]
         for number, (site, attention) in enumerate(zip(sites, attentions, strict=True)):
             masks.widen(attention)
-            start = starts[number % len(starts)]
+            start = starts[number * method.num_transformer_submodules % len(starts)]
             heads, *sizes = site.shape
             for found, size in zip((keys_of(attention), values_of(attention)), sizes, strict=True):
                 assert found is not None

@@ -51,7 +51,7 @@ class InsertInput(Insert):
             return [
                 Refusal(f"{words}: make it dynamic, such as {ids.target}: {spec.dtype}[{dims}]", (ids.name,))
             ]
-        unknown = [str(n.target) for n in _beside(graph, ids) if _filler(graph, n, ids) is None]
+        unknown = [str(n.target) for n, _ in _beside(graph, ids) if _filler(graph, n, ids) is None]
         if unknown:
             words = f"{self.name}: it is not known what the input {unknown[0]!r} is for a virtual token"
             known = (
@@ -80,8 +80,8 @@ class InsertInput(Insert):
         first = next(node for node in graph.nodes if node.op == "call_function")
         tokens = splice(graph, traced, list(theta.values()), embedding, tag, before=first)
         places = _Places(graph, method.num_virtual_tokens, ids, embedding, self._positions(graph, method))
-        for node in _beside(graph, ids):
-            places.lengthen(node, _filler(graph, node, ids), first)
+        for node, axis in _beside(graph, ids):
+            places.lengthen(node, axis, _filler(graph, node, ids), first)
         refresh(graph)
         places.put(tokens, _end_of_module(embedding))
         refresh(graph)
@@ -106,10 +106,12 @@ class InsertInput(Insert):
         return graph.parameter_node(name)
 
 
-def _beside(graph: Graph, ids: fx.Node) -> list[fx.Node]:
-    """The inputs that have the dimension of a sequence, that itself among them."""
-    length = str(ids.meta["val"].shape[1])
-    return [n for n in graph.placeholders if length in map(str, n.meta["val"].shape)]
+def _beside(graph: Graph, ids: fx.Node) -> list[tuple[fx.Node, int]]:
+    """The inputs that have the dimension of a sequence, that itself among them, and which of theirs it is."""
+    dims = {spec.name: spec.dims for spec in graph.inputs}
+    length = dims[str(ids.target)][1]
+    held = [(node, dims[str(node.target)]) for node in graph.placeholders]
+    return [(node, own.index(length)) for node, own in held if length in own]
 
 
 def _filler(graph: Graph, node: fx.Node, ids: fx.Node) -> int | str | None:
@@ -157,9 +159,8 @@ class _Places:
         self.real = self._call(aten.add.Tensor, real, self._call(aten.sum.dim_IntList, passed, [1]))
         self.order = self._call(aten.argsort.default, self._call(aten.cat.default, [at, self.real]))
 
-    def lengthen(self, node: fx.Node, filler: int | str | None, first: fx.Node) -> None:
+    def lengthen(self, node: fx.Node, axis: int, filler: int | str | None, first: fx.Node) -> None:
         """Let all that reads an input read a longer one."""
-        axis = [str(size) for size in node.meta["val"].shape].index(str(self.ids.meta["val"].shape[1]))
         users = [user for user in node.users if user.op != "output"]
         mine = set() if self.order is None else {n for n in self.graph.nodes if n in _behind(self.order)}
         with self.graph.module.graph.inserting_before(first):

@@ -105,20 +105,20 @@ class AttentionMethod(PromptMethod):
 
     `tokens` gives `(n, Σ heads (key size + value size))`: for every attention in order its keys `(n, heads, size)`,
     then its values. They are seen from everywhere, beyond a sliding window too, and the model counts its own
-    positions from n on. With `num_transformer_submodules` 2 it sits in a decoder, whose attentions share them
-    as PEFT lets them: attention number s of S reads what belongs to number s mod S / 2.
+    positions from n on. With `num_transformer_submodules` 2 it sits in the self-attentions of a decoder, as PEFT has
+    it: number s of S reads what belongs to number 2 s mod S, so that a part may be read by none.
     """
 
     kinds = frozenset({"attention"})
 
     def takes(self, site: Site) -> bool:
-        """PEFT puts them into the decoder of two."""
+        """PEFT puts them into the decoder of two, where it looks at itself."""
         return self.num_transformer_submodules == 1 or site.role == "decoder"
 
     def columns(self, sites: Sequence[Site]) -> list[int]:
-        """Where the columns of every attention start, and at last their number."""
-        starts, own = [0], sites[: len(sites) // self.num_transformer_submodules]
-        for site in own:
+        """Where the columns that belong to every attention start, and at last their number."""
+        starts = [0]
+        for site in sites:
             heads, *sizes = site.shape
             starts.append(starts[-1] + heads * sum(sizes))
         return starts
@@ -132,8 +132,7 @@ class AttentionMethod(PromptMethod):
         )
         if not placed or {site.shape for site in sites} != {(heads, key, key)}:
             return None
-        layers = len(sites) // self.num_transformer_submodules
-        return {"num_layers": layers, "num_attention_heads": heads, "token_dim": heads * key}
+        return {"num_layers": len(sites), "num_attention_heads": heads, "token_dim": heads * key}
 
 
 @dataclass(frozen=True)

@@ -189,8 +189,17 @@ def _attentions(nodes: Sequence[fx.Node]) -> Iterator[Site]:
             dtype=attention.mixed.meta["val"].dtype,
             uses=(Use(attention.scores.name, 1), Use(attention.mixed.name, 1)),
             source=source_of(attention.mixed),
-            role="" if not crossing else "decoder" if _length(attention.query) in crossing else "encoder",
+            role=_half(attention, crossing),
         )
+
+
+def _half(attention: Attention, crossing: set[str]) -> str:
+    """Which part of a model of two an attention is in; "" where there is one."""
+    if not crossing:
+        return ""
+    if _crosses(attention):
+        return "cross"
+    return "decoder" if _length(attention.query) in crossing else "encoder"
 
 
 def _length(query: fx.Node) -> str:

@@ -74,7 +74,7 @@ def _looked_up(
 ) -> Iterator[Place]:
     """Where the rows of a table of positions are read, for tokens that one of these attentions sees first."""
     every = list(find_attentions(nodes))
-    masks = {node for attention in every for node in behind([attention.scores, attention.softmax])}
+    masks = {node for attention in every for node in behind(attention.biases)}
     order = {node: index for index, node in enumerate(nodes)}
     wanted = {attention.mixed for attention in attentions}
     for node in nodes:

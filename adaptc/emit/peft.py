@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from adaptc.adapters import AdapterRecord, AdapterTensor, group
-from adaptc.checkpoint import BASE_HASH, CONFIG, ORDER, TENSORS, spelled
+from adaptc.checkpoint import BASE_HASH, BESIDE, CONFIG, ORDER, ROOT, TENSORS, spelled
 from adaptc.errors import WeightError
 from adaptc.names import matches_any
 
@@ -27,6 +27,8 @@ TASKS: Mapping[str, str] = {
     "feature-extraction": "FEATURE_EXTRACTION",
 }
 """A base's task -> PEFT's `task_type`, without which it does not use virtual tokens."""
+CLASSIFYING = frozenset({"SEQ_CLS", "TOKEN_CLS"})
+"""The tasks whose head PEFT looks for beside virtual tokens."""
 
 
 def save(
@@ -54,6 +56,10 @@ def save(
         bare = format is not None and format.bare
         tensors = {spelled(t.key, bare): _kept(values[t.name], t) for r in members for t in r.stored}
         metadata = {"format": "pt", **({BASE_HASH: base["sha256"]} if base.get("sha256") else {})}
+        if TASKS.get(base.get("task", "")) in CLASSIFYING and members[0].heads:
+            heads = [name for name in members[0].heads if ROOT + name not in tensors]
+            tensors |= {ROOT + name: values[name].detach().contiguous().clone() for name in heads}
+            metadata[BESIDE] = " ".join(heads)
         try:
             save_file(tensors, target / TENSORS, metadata=metadata)
         except SafetensorError as error:  # nothing but the disk can go wrong here

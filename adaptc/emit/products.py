@@ -166,7 +166,8 @@ class Kept:
 def _peft(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> None:
     directory = staging.path(final)
     records, values = adapters.compacted(adapters.records_of(compiled.graph), tensors_of(compiled))
-    save(records, values, directory, compiled.origin)
+    heads = {name: compiled.base.weights[name].load() for record in records for name in record.heads}
+    save(records, heads | values, directory, compiled.origin)
     for path, members in zip(checkpoint.directories(directory), adapters.group(records), strict=True):
         for name, value in adapters.assign(checkpoint.read(path), members).items():
             if not torch.equal(value, values[name].to("cpu", value.dtype)):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, Strict
 
 from adaptc.kinds import TOKENS, InputMethod
 from adaptc.method import Param, method
@@ -23,7 +23,7 @@ Start = Annotated[
 ]
 Words = Annotated[str | None, Field(min_length=1, description="the words that TEXT starts from")]
 Tokens = Annotated[
-    tuple[tuple[int, ...], ...],
+    tuple[Annotated[tuple[int, ...], Strict(False)], ...],
     Field(
         description="numbers of the tokens to start from, in place of words: each virtual token the mean of some"
     ),
