@@ -25,9 +25,11 @@ LAYERS = {"target": ["*.query", "*.value", "*.intermediate.dense"]}
 ENTRIES: dict[str, dict[str, Any]] = {
     "adalora": {**LAYERS, "init_r": 12, "target_r": 8, "alpha": 16},
     "bitfit": {"target": "*", "exclude": ["classifier"]},
+    "bottleneck": {"r": 16, "activation": "gelu"},
     "boft": {**LAYERS, "block_size": 4},
     "c3a": {**LAYERS, "block_size": 64},
     "child-tuning": {"target": "*.layer.*", "variant": "D", "reserve_p": 0.1},
+    "compacter": {"r": 16, "phm_dim": 4, "activation": "gelu"},
     "delora": {**LAYERS, "r": 8},
     "dora": {**LAYERS, "r": 8, "alpha": 16},
     "dylora": {**LAYERS, "r": 8, "alpha": 16},
@@ -43,6 +45,11 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "lora": {**LAYERS, "r": 8, "alpha": 16},
     "miss": {**LAYERS, "r": 16},
     "oft": {**LAYERS, "block_size": 32},
+    "p-tuning": {"num_virtual_tokens": 10, "encoder_hidden_size": 64},
+    "p-tuning-v2": {"num_virtual_tokens": 10},
+    "parallel": {"target": {"role": "feed_forward.out"}, "r": 32, "scale": 4.0},
+    "prefix": {"num_virtual_tokens": 10},
+    "prompt": {"num_virtual_tokens": 10, "init": "SAMPLE_VOCAB"},
     "randlora": {**LAYERS, "r": 16, "alpha": 320},
     "road": {**LAYERS, "group_size": 32},
     "shira": {**LAYERS, "r": 8},
@@ -129,17 +136,28 @@ def from_entries(adapt: list[Any]) -> adaptc.Compiled:
     return adaptc.compile(spec, calibration=list(batches(4, 16, seed=9)))
 
 
-def peft_model(made: adaptc.Compiled) -> Any:
-    """The same adapter in PEFT, with the same head, trainable; None where PEFT has no such method."""
-    from peft import PeftModel
+def peft_model(made: adaptc.Compiled, trainable: bool = True) -> Any:
+    """The same adapter in PEFT, with the same head; None where PEFT has no such method.
+
+    PEFT does not train virtual tokens that it has read: to be trained, they are made anew and given our values.
+    """
+    from peft import PeftConfig, PeftModel, get_peft_model
 
     with tempfile.TemporaryDirectory() as directory, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         made.save_adapter(directory)
         if (Path(directory) / "adapters.json").exists() or not _in_peft(Path(directory)):
             return None
-        model = classifier(made)
-        return PeftModel.from_pretrained(model, directory, is_trainable=True)
+        config, model = PeftConfig.from_pretrained(directory), classifier(made)
+        if not config.is_prompt_learning or not trainable:
+            return PeftModel.from_pretrained(model, directory, is_trainable=trainable)
+        config.inference_mode = False
+        theirs: Any = get_peft_model(model, config)
+    names = [name for name in made.graph.adapter_names if name.startswith("prompt_")]
+    with torch.no_grad():
+        for parameter, name in zip(theirs.prompt_encoder.parameters(), names, strict=True):
+            parameter.copy_(made.graph.weights[name].load())
+    return theirs
 
 
 def classifier(made: adaptc.Compiled) -> Any:

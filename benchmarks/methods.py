@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 import adaptc
+from adaptc.budget import flops
 from adaptc.emit.onnx import onnx_runner
-from adaptc.method import summary
+from adaptc.method import WeightMethod, summary
 from adaptc.registry import load_methods
 from benchmarks.field import HEAD, ROOT, batches, compiled, from_entries, known, peft_model, trained
 from benchmarks.process import quiet
@@ -37,7 +38,9 @@ new classifier head, float32, with the options of `benchmarks/field.py`. Each is
 ## What each is
 
 `trained` is the share of the base's numbers that is trained, `live` what the adapter adds to the base's
-multiplications where it is not folded. All fold into the base's own operations; ONNX takes all, folded or live.
+multiplications where it is not folded, `folded` what is left of that: most fold into the base's own operations and
+are gone; of what is inserted into activations, attentions and inputs the weights that make it are gone, and it
+stays. ONNX takes all, folded or live.
 
 {about}
 
@@ -68,7 +71,7 @@ def examine(name: str) -> Row:
     """Compile, train, fold, export, save and read one method, beside PEFT where it has it."""
     torch.manual_seed(0)
     cls = load_methods()[name]
-    alone = cls.peft is not None and not cls.peft.hosts  # PEFT's checkpoint has no place for a head
+    alone = cls.peft is not None and not cls.peft.hosts and not cls.peft.heads  # there is no place for a head
     made = compiled(name, *([] if alone else [HEAD]))
     data = list(batches(STEPS + 2, ROWS, seed=1))
     check, module = data[-1], made.module
@@ -90,6 +93,7 @@ def examine(name: str) -> Row:
         f"{trained(module) / plan.parameters:.3%}",
         f"{len(sites)}",
         f"+{added:.1%}" if added > 0 else "weights only",
+        _left(made, name),
         "reads and writes" if format and format.type else "as `modules_to_save`" if format else "no",
         f"{len(source.read_text().splitlines())}",
     )
@@ -104,6 +108,16 @@ def examine(name: str) -> Row:
         *("-" if e is None else f"{e:.0e}" for e in errors.values()),
     )
     return Row(name, about, shown, worst, falls and gradient and (not starts or start < BOUND))
+
+
+def _left(made: adaptc.Compiled, name: str) -> str:
+    """What folding leaves of a method."""
+    folded = made.folded_graph()
+    if not any(a.method.name == name for a in folded.adaptations) and issubclass(
+        load_methods()[name], WeightMethod
+    ):
+        return "gone"
+    return f"stays, +{flops(folded) / made.plan.budget.base_flops - 1:.1%}"
 
 
 def _train(module: Any, data: list[Any], own: set[str]) -> tuple[list[float], bool]:
@@ -139,10 +153,11 @@ def _errors(made: adaptc.Compiled, check: dict[str, torch.Tensor]) -> dict[str, 
 
 
 def _peft_errors(made: adaptc.Compiled, check: dict[str, torch.Tensor]) -> dict[str, float | None]:
-    theirs = peft_model(made)
+    theirs = peft_model(made, trainable=False)
     if theirs is None:
         return {"from peft": None, "to peft": None}
     to_peft = error(_logits(theirs.eval(), check), _logits(made.module.eval(), check))
+    theirs = peft_model(made).eval()
     _perturb(theirs, seed=2)
     with tempfile.TemporaryDirectory() as work:
         theirs.save_pretrained(work)
@@ -183,7 +198,7 @@ def main() -> None:
     for name in sys.argv[1:] or known():
         found.append(examine(name))
         print(" | ".join(found[-1].shown), flush=True)
-    about = ("method", "sits on", "equation", "trained", "sites", "live", "PEFT", "lines")
+    about = ("method", "sits on", "equation", "trained", "sites", "live", "folded", "PEFT", "lines")
     shown = (
         *("method", "at the start", "loss", "gradient", "fold", "ONNX live", "ONNX folded"),
         *("saved and loaded", "PEFT's, here", "ours, in PEFT"),

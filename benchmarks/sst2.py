@@ -24,7 +24,8 @@ STEPS, BATCH = 100, 16
 RATES = {
     **{"full fine-tuning": 1e-4, "full": 3e-4, "child-tuning": 2e-4, "fishmask": 1e-3, "c3a": 2e-2},
     **dict.fromkeys(("fourierft", "vblora", "vera"), 1e-2),
-    **dict.fromkeys(("ia3", "road"), 5e-3),
+    **dict.fromkeys(("ia3", "road", "prefix", "p-tuning-v2"), 5e-3),
+    **dict.fromkeys(("prompt", "compacter"), 1e-2),
     "miss": 3e-4,
     "randlora": 3e-4,
 }

@@ -11,12 +11,15 @@ from benchmarks.field import minilm
 from benchmarks.minilm import TARGETS, line, memory, side_by_side
 from benchmarks.process import batch, quiet, train_step
 
+VIRTUAL = {"num_virtual_tokens": 20, "task_type": "FEATURE_EXTRACTION"}
 CONFIGURATIONS = {
     "AdaLoRA, init_r 12": ("AdaLoraConfig", {"init_r": 12, "target_r": 8, "total_step": 1000}),
     "OFT, blocks of 32": ("OFTConfig", {"oft_block_size": 32}),
     "OFT, the exact inverse": ("OFTConfig", {"oft_block_size": 32, "use_cayley_neumann": False}),
     "VeRA, r 256": ("VeraConfig", {"r": 256}),
     "LoHa, r 8": ("LoHaConfig", {"r": 8}),
+    "prefix, 20 tokens": ("PrefixTuningConfig", VIRTUAL),
+    "prompt, 20 tokens": ("PromptTuningConfig", VIRTUAL),
 }
 
 
@@ -31,7 +34,8 @@ def steps() -> None:
     for number, (what, (cls, options)) in enumerate(CONFIGURATIONS.items()):
         adapter = work / str(number)
         model = transformers.AutoModel.from_pretrained(minilm())
-        config = getattr(peft, cls)(target_modules=TARGETS, **options)
+        targets = {} if options is VIRTUAL else {"target_modules": TARGETS}
+        config = getattr(peft, cls)(**targets, **options)
         theirs = peft.get_peft_model(model, config)
         theirs.save_pretrained(str(adapter))
         ours = adaptc.compile({"base": {"model": str(minilm())}, "adapt": [{"adapter": str(adapter)}]}).module
