@@ -33,9 +33,11 @@ class Information:
 
     def __init__(self, graph: Graph, batches: Iterable[Batch]):
         self.graph, self.loss = graph, _loss(graph)
-        self.rows = [row for batch in batches for row in _rows(_checked(batch, graph.inputs), graph.inputs)]
+        self.rows: list[Batch] = []
+        for batch in batches:
+            self.rows += _rows(_checked(batch, graph.inputs, len(self.rows) + 1), graph.inputs)
         if not self.rows:
-            raise InputError("calibration: there is no row of data")
+            raise InputError("there is no row of data")
         self._known: dict[str, torch.Tensor] = {}
 
     def __call__(self, name: str) -> torch.Tensor:
@@ -56,9 +58,14 @@ class Information:
         module = bind(self.graph, names).eval()
         parameters = {name: module.get_parameter(name) for name in names}
         sums = {name: torch.zeros(p.shape) for name, p in parameters.items()}
-        for row in self.rows:
+        for number, row in enumerate(self.rows, 1):
             module.zero_grad()
-            leaves = [leaf for leaf in pytree.tree_leaves(module(**row)) if isinstance(leaf, torch.Tensor)]
+            try:
+                leaves = [
+                    leaf for leaf in pytree.tree_leaves(module(**row)) if isinstance(leaf, torch.Tensor)
+                ]
+            except (RuntimeError, IndexError, ValueError) as error:
+                raise InputError(f"calibration: the model does not take row {number}: {error}") from error
             leaves[self.loss].backward()
             for name, p in parameters.items():
                 if p.grad is not None:
@@ -97,17 +104,27 @@ def _row(path: Path, number: int, line: str, inputs: Sequence[InputSpec]) -> Bat
     return {name: value.unsqueeze(0) if name in batched else value for name, value in tensors.items()}
 
 
-def _checked(batch: Batch, inputs: Sequence[InputSpec]) -> Batch:
-    expected = ", ".join(f"{spec.name}: {spec}" for spec in inputs)
-    if set(batch) != {spec.name for spec in inputs}:
-        raise InputError(
-            f"calibration: a row has {', '.join(sorted(batch)) or 'nothing'}, expected {expected}"
-        )
-    found = {}
+def _checked(batch: Batch, inputs: Sequence[InputSpec], first: int) -> Batch:
+    """A batch in the dtypes of the inputs; `first` is the number of its first row, for errors."""
+    names = ", ".join(f"{spec.name}: {spec}" for spec in inputs)
+    if not isinstance(batch, Mapping) or set(batch) != {spec.name for spec in inputs}:
+        held = ", ".join(sorted(map(str, batch))) if isinstance(batch, Mapping) else type(batch).__name__
+        raise InputError(f"row {first} has {held or 'nothing'}, expected {names}")
+    found, sizes = {}, {}
     for spec in inputs:
         value = batch[spec.name]
-        if value.dim() != len(spec.dims):
-            raise InputError(f"calibration: {spec.name} has {value.dim()} dimensions, expected {spec}")
+        if not isinstance(value, torch.Tensor) or value.dim() != len(spec.dims):
+            got = f"{value.dim()} dimensions" if isinstance(value, torch.Tensor) else type(value).__name__
+            raise InputError(f"row {first}: {spec.name} has {got}, expected {spec}")
+        for dim, size in zip(spec.dims, value.shape, strict=True):
+            known = dim if isinstance(dim, int) else sizes.setdefault(dim, size)
+            if size != known:
+                words = f"{size} along {dim}, where another input of the row has {known}"
+                raise InputError(f"row {first}: {spec.name} has {words}")
+        outside = spec.high is not None and value.numel() > 0 and int(value.max()) >= spec.high
+        if outside:
+            words = f"holds {int(value.max())}, but the model knows 0 to {int(spec.high or 0) - 1}"
+            raise InputError(f"row {first}: {spec.name} {words}")
         found[spec.name] = value.to(getattr(torch, spec.dtype))
     return found
 

@@ -228,7 +228,12 @@ class Compiled:
     def origin(self) -> dict[str, str]:
         """What a checkpoint of an adapter says of its base."""
         task = getattr(self.spec.base, "task", None) or ""
-        return {"name": self.base.base.describe, "sha256": self.base_sha256, "task": task}
+        known = self.base.base.pretrained
+        return {
+            "name": known.name if known else self.base.base.describe,
+            "sha256": self.base_sha256,
+            "task": task,
+        }
 
     def about(self, graph: Graph) -> dict[str, Any]:
         """What a module by itself must know: to save and load its adapters, and to be saved."""

@@ -186,7 +186,11 @@ def constants(graph: Graph, adaptation: Adaptation) -> bool:
     last = [n for n in own if n.op != "get_attr" and not constant.issuperset(n.users)]
     order = {node: index for index, node in enumerate(graph.nodes)}
     for number, node in enumerate(sorted(last, key=order.__getitem__)):
-        value, name = node.meta["val"], f"{min(names)}_{number}"
+        value, word = node.meta["val"], adaptation.method.name.replace("-", "_")
+        name = ".".join(p for p in (adaptation.site.module, f"{word}_{number}", adaptation.adapter) if p)
         graph.attach(name, Folded(tuple(value.shape), value.dtype, cut(graph, node)))
         node.replace_all_uses_with(graph.parameter_node(name))
+    for node in sorted(own, key=order.__getitem__, reverse=True):  # what writes in place is not dead to torch
+        if node.op != "get_attr" and not node.users:
+            graph.module.graph.erase_node(node)
     return bool(last)

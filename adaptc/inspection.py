@@ -30,8 +30,9 @@ def inspect(path: Path) -> list[dict[str, Any]]:
         rows = []
         for folder in checkpoint.directories(path):
             found = checkpoint.read(folder)
-            rows += _rows({"adapter": folder, "type": found.config.get("peft_type"), "base": found.config.get(
-                "base_model_name_or_path"), "tensors": _tensors(found.tensors)})  # fmt: skip
+            kind = found.config.get("peft_type") or found.config.get("adaptc_method")
+            base = found.config.get("base_model_name_or_path")
+            rows += _rows({"adapter": folder, "type": kind, "base": base, "tensors": _tensors(found.tensors)})
         return rows
     if (path / "config.json").is_file():
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))

@@ -59,10 +59,10 @@ class Masks:
 
     def _causal(self, node: fx.Node) -> fx.Node:
         """Which keys a query sees: those up to its own place."""
-        query, key = node.args[:2]
+        query: Any = node.args[0]
         with self.graph.module.graph.inserting_before(node):
-            sizes = [self._call(aten.sym_size.int, value, -2, like=node) for value in (query, key)]
-            whole = self._call(aten.new_ones.default, query, sizes, like=node)
+            length = self._call(aten.sym_size.int, query, -2, like=node)  # of the keys too: they are its own
+            whole = self._call(aten.new_ones.default, query, [length, length], like=node)
             return self._call(
                 aten.to.dtype, self._call(aten.tril.default, whole, like=node), torch.bool, like=node
             )
@@ -74,9 +74,11 @@ class Masks:
             new = [u for u in queue.pop().users if u not in path and u is not attention.mixed]
             path.update(new)
             queue += new
-        before = _all_behind(attention.mixed)
-        length = attention.scores.meta["val"].shape[-1]
-        for node in [n for n in self.graph.nodes if n in path and n in before and n is not attention.scores]:
+        scores, before = attention.scores, _all_behind(attention.mixed)
+        if operation(scores) == "baddbmm" and _is_wide(scores.args[0]):  # type: ignore[arg-type]
+            scores.update_arg(0, self._wider(scores.args[0], 0.0, scores))  # type: ignore[arg-type]
+        length = scores.meta["val"].shape[-1]
+        for node in [n for n in self.graph.nodes if n in path and n in before and n is not scores]:
             if operation(node) in SIZED:
                 self._resize(node, length)
             for index, argument in enumerate(node.args):

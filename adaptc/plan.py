@@ -287,6 +287,10 @@ def _notes(entries: Sequence[Planned]) -> list[str]:
         where, selection = f"adapt.{planned.entry}", planned.selection
         if planned.checkpoint is None:
             notes += [f"{where}: pattern {pattern!r} matches nothing" for pattern in selection.unused]
+        if planned.checkpoint is None and not planned.insert.method.identity_at_init:
+            notes.append(
+                f"{where}: {planned.insert.method.name} starts elsewhere than the base, before any training"
+            )
         if selection.heads:
             notes.append(f"{where}: all-linear leaves out the output head {', '.join(selection.heads)}")
     return notes

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from adaptc.graph import Graph
-from adaptc.method import Method
+from adaptc.method import MATRIX_KINDS, Method
 from adaptc.names import SLICE_NAMES, layer_of, matches, matches_any, nearest, parse_layers, sliced
 from adaptc.points import POINTS, SUBLAYER, named_point
 from adaptc.roles import PIECES, SLICES
@@ -100,7 +100,14 @@ def _roles(site: Site, graph: Graph) -> Collection[str]:
     """What a site does: its own role where it is a point, else that of its weight."""
     if site.kind in POINTS:
         return [site.role] if site.role else []
+    if site.kind == "parameter":
+        return {role for s in _beside(site, graph) for role in graph.roles.of.get(s.uses[0], ())}
     return graph.roles.of.get(site.uses[0], ())
+
+
+def _beside(site: Site, graph: Graph) -> list[Site]:
+    """The layers of a parameter's own module."""
+    return [s for s in graph.sites if s.module == site.module and s.kind in MATRIX_KINDS]
 
 
 def _playing(site: Site, target: Target, graph: Graph) -> list[Site]:
@@ -168,7 +175,8 @@ def _lineage(module: str) -> list[str]:
 
 def _hits(pattern: str, names: Sequence[str], site: Site, graph: Graph) -> bool:
     if pattern == ALL_LINEAR:
-        return site.kind == "linear" and site.module not in graph.heads
+        linear = site.kind == "linear" or any(s.kind == "linear" for s in _beside(site, graph))
+        return linear and site.module not in graph.heads
     return any(matches(pattern, name) for name in names)
 
 

@@ -56,14 +56,14 @@ class LayerTarget(Part):
     op: Annotated[str, Field(min_length=1)] | None = Field(
         None, description="the operation that reads the weight, such as conv2d"
     )
+    role: Annotated[str, AfterValidator(_role)] | None = Field(
+        None, description="what the layer does, read from the dataflow, such as attention.value"
+    )
     node: Annotated[str, Field(min_length=1)] | None = Field(
         None, description="a node of the graph by its name, as `--print-after` shows it"
     )
     input: Annotated[str, Field(min_length=1)] | None = Field(
         None, description="with node: the node of the sub-layer's input, for a method that reads it"
-    )
-    role: Annotated[str, AfterValidator(_role)] | None = Field(
-        None, description="what the layer does, read from the dataflow, such as attention.value"
     )
 
     @model_validator(mode="after")

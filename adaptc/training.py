@@ -11,6 +11,7 @@ from torch import nn
 from adaptc.adapters import AdapterRecord
 from adaptc.emit.torch import records, tensors_of
 from adaptc.errors import AdaptcError
+from adaptc.registry import load_methods
 from adaptc.rule import Rule
 
 if TYPE_CHECKING:
@@ -101,6 +102,9 @@ def parameter_groups(module: nn.Module, lr: float, ratio: float = 16.0) -> list[
     """What is trained, in groups for an optimizer: the outer factors with learning rate `ratio * lr`, the rest with lr.
 
     LoRA+ (Hayou et al. 2024, section 4): B, which starts at zero, learns faster than A.
+
+    Raises:
+        AdaptcError: nothing that is trained has such factors.
     """
     plain = _unwrapped(module)
     fast = {
@@ -109,6 +113,10 @@ def parameter_groups(module: nn.Module, lr: float, ratio: float = 16.0) -> list[
         for tensor in record.tensors
         if tensor.argument in record.instance.fast
     }
+    if not fast:
+        held = ", ".join(dict.fromkeys(record.method for record in records(plain)))
+        known = ", ".join(sorted(name for name, cls in load_methods().items() if cls.fast))
+        raise AdaptcError(f"{held} has no outer factors that could learn faster; such methods are {known}")
     named = {name: p for name, p in plain.named_parameters() if p.requires_grad}
     slow = [p for name, p in named.items() if name not in fast]
     groups = [

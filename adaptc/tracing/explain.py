@@ -15,6 +15,7 @@ from torch import nn
 
 from adaptc.errors import InputError
 from adaptc.inputs import InputSpec
+from adaptc.names import nearest
 
 LIBRARIES = (
     str(Path(torch.__file__).parent),
@@ -112,6 +113,12 @@ def check_signature(model: nn.Module, inputs: Sequence[InputSpec]) -> None:
         InputError: says what it takes.
     """
     signature = inspect.signature(model.forward)
+    taken = [name for name, p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD]
+    misspelt = next((s.name for s in inputs if s.name not in taken and nearest(s.name, taken, 1, 0.75)), None)
+    if misspelt is not None:
+        raise InputError(
+            f"{type(model).__name__}.forward takes no {misspelt!r}; did you mean {nearest(misspelt, taken, 1)[0]!r}?"
+        )
     try:
         signature.bind(**{spec.name: None for spec in inputs})
     except TypeError as error:

@@ -123,6 +123,14 @@ class Oft(WeightMethod):
             R = R + (power if exponent == last else 2 * power)
         return R
 
+    def refuses_to_train(self, site: Site) -> tuple[tuple[str, ...], str] | None:
+        """Blocks of the size that is asked for, where PEFT takes the nearest that fits."""
+        option, size = ("block_size", self.block_size) if self.block_size else ("r", self.r)
+        if site.in_features % size == 0 or size > site.in_features:
+            return super().refuses_to_train(site)
+        fits = _nearest_divisor(site.in_features, size)
+        return (option,), f"{option}={size} does not divide the {site.in_features} columns here; {fits} does"
+
     def _block(self, size: int) -> int:
         """The size of a block."""
         if self.block_size:

@@ -119,9 +119,18 @@ ROW = {"x": [0.5] * 16, "labels": 1}
         (
             "rows.jsonl",
             json.dumps({"x": ROW["x"]}),
-            "a row has x, expected x: float32[batch, 16], labels: int64[batch]",
+            "row 1 has x, expected x: float32[batch, 16], labels: int64[batch]",
         ),
-        ("rows.jsonl", json.dumps({**ROW, "x": 1.0}), "x has 1 dimensions, expected float32[batch, 16]"),
+        (
+            "rows.jsonl",
+            json.dumps(ROW) + "\n" + json.dumps({**ROW, "labels": 77}),
+            "row 2: labels holds 77, but the model knows 0 to",
+        ),
+        (
+            "rows.jsonl",
+            json.dumps({**ROW, "x": 1.0}),
+            "row 1: x has 1 dimensions, expected float32[batch, 16]",
+        ),
     ],
 )
 def test_calibration_that_cannot_be_read(
