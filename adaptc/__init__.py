@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from adaptc.errors import SpecError as SpecError
     from adaptc.graph import Graph as Graph
     from adaptc.graph import bind as bind
+    from adaptc.kinds import ActivationMethod as ActivationMethod
+    from adaptc.kinds import AttentionMethod as AttentionMethod
+    from adaptc.kinds import InputMethod as InputMethod
     from adaptc.method import Param as Param
     from adaptc.method import WeightMethod as WeightMethod
     from adaptc.pipeline import Pass as Pass
@@ -32,9 +35,12 @@ if TYPE_CHECKING:
     from adaptc.training import parameter_groups as parameter_groups
 
 __all__ = [
+    "ActivationMethod",
     "AdaptcError",
+    "AttentionMethod",
     "Compiled",
     "Graph",
+    "InputMethod",
     "Param",
     "Pass",
     "ProofError",
@@ -71,6 +77,9 @@ _HOMES = {
     "graph_pass": "adaptc.pipeline",
     "Param": "adaptc.method",
     "WeightMethod": "adaptc.method",
+    "ActivationMethod": "adaptc.kinds",
+    "AttentionMethod": "adaptc.kinds",
+    "InputMethod": "adaptc.kinds",
     "AdaptcError": "adaptc.errors",
     "SpecError": "adaptc.errors",
     "ProofError": "adaptc.errors",

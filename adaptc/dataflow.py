@@ -64,6 +64,18 @@ def behind(starts: Iterable[fx.Node], residual: bool = True) -> dict[fx.Node, No
     return found
 
 
+def made_from(node: fx.Node) -> set[fx.Node]:
+    """A node and all that it is made from, beyond products too."""
+    found: set[fx.Node] = set()
+    queue = [node]
+    while queue:
+        node = queue.pop()
+        if node not in found:
+            found.add(node)
+            queue += node.all_input_nodes
+    return found
+
+
 def ahead(node: fx.Node, residual: bool = True) -> dict[fx.Node, None]:
     """What is made from a node, up to and including the next products; with `residual` beyond sums with others too."""
     found: dict[fx.Node, None] = {}

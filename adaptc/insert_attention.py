@@ -50,7 +50,7 @@ class InsertAttention(Insert):
         attentions = [known[site.uses[1].node] for site in sites]
         tokens = splice(graph, traced, list(theta.values()), attentions[0].mixed, tags[0], before=first)
         move_positions(graph, attentions, method.num_virtual_tokens)
-        masks = Masks(graph, method.num_virtual_tokens)
+        masks = Masks(graph, method.num_virtual_tokens, self)
         starts = method.columns(sites)[:-1]
         for number, (site, attention) in enumerate(zip(sites, attentions, strict=True)):
             masks.widen(attention)

@@ -149,9 +149,11 @@ class InputMethod(PromptMethod):
 
     def refuses(self, site: Site) -> tuple[tuple[str, ...], str] | None:
         """A place for each token, or none."""
-        if not self.positions or sorted(set(self.positions)) == list(self.positions):
+        count, rising = len(self.positions), sorted(set(self.positions)) == list(self.positions)
+        if not count or (rising and count == self.num_virtual_tokens and self.positions[0] >= 0):
             return None
-        return ("positions",), "expected places in rising order, each once"
+        words = f"expected places in rising order, each once: {self.num_virtual_tokens} of them, got {count}"
+        return ("positions",), words
 
     def peft_sizes(self, sites: Sequence[Site], every: int) -> dict[str, int] | None:
         """PEFT has them in front. Of what it asks for, it uses the size of an embedded token."""

@@ -262,7 +262,14 @@ def _pipeline(spec: Spec, entries: Sequence[Planned]) -> list[Pass]:
 
 
 def _check_products(spec: Spec, adapted: Graph) -> None:
-    """The spec's own pipeline must leave what its products need."""
+    """What is inserted has a place in every product, and the spec's own pipeline leaves what they need."""
+    stays = ", ".join(dict.fromkeys(a.method.name for a in adapted.adaptations if a.stays))
+    for index, entry in enumerate(spec.emit):
+        if entry.format == "hf" and stays:
+            words = f"{stays} cannot be folded into weights, and a Hugging Face checkpoint holds nothing else"
+            raise spec.error(
+                ("emit", index, "format"), words, "emit onnx or torch; the adapter by itself as peft"
+            )
     if spec.passes is None:
         return
     for index, entry in enumerate(spec.emit):

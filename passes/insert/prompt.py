@@ -56,7 +56,8 @@ class Prompt(InputMethod):
     @property
     def texts(self) -> bool:
         """Whether it starts from words whose numbers are not given."""
-        return self.init in ("TEXT", "CLASS_LABELS") and not self.init_tokens
+        given = self.init_text is not None if self.init == "TEXT" else self.init == "CLASS_LABELS"
+        return given and not self.init_tokens
 
     def tokenized(self, tokenize: Callable[[str, bool], Sequence[int]], labels: Sequence[str]) -> Self:
         """The method with the numbers of its words."""

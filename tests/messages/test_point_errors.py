@@ -1,0 +1,196 @@
+"""What is said where the place for an adapter, a prefix or a prompt cannot be found, or makes no sense."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import adaptc
+from tests.families import Zoo
+
+
+class Blend(nn.Module):
+    """An attention whose result is blended in, not added, and a feed-forward that is added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.out, self.wide, self.narrow = (
+            nn.Linear(8, 8) for _ in range(6)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = torch.softmax(self.query(x) @ self.key(x).transpose(-1, -2), -1)
+        x = torch.lerp(x, self.out(weights @ self.value(x)), 0.5)
+        return x + self.narrow(torch.relu(self.wide(x)))
+
+
+class Slopes(nn.Module):
+    """Attention with a bias that grows with the distance of two tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = torch.arange(x.shape[1])
+        scores = self.query(x) @ self.key(x).transpose(-1, -2)
+        scores = scores - 0.5 * (places[None] - places[:, None]).abs().to(x.dtype)
+        return x + scores.softmax(-1) @ self.value(x)
+
+
+class Powers(Slopes):
+    """Attention whose scores meet the number of tokens in a way that nobody foresaw."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.query(x) @ self.key(x).transpose(-1, -2)
+        scores = torch.pow(scores.exp(), x.mean(-1)[:, None])
+        return x + scores.softmax(-1) @ self.value(x)
+
+
+class Looks(nn.Module):
+    """Tokens, and two inputs beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.out = nn.Embedding(20, 8), nn.Linear(8, 3)
+
+    def forward(self, ids: Tensor, weights: Tensor) -> Tensor:
+        return self.out(self.words(ids) * weights[..., None])
+
+
+X = torch.randn(2, 5, 8)
+
+
+def words(
+    model: nn.Module, entry: dict[str, Any], given: tuple[Tensor, ...] = (X,), length: bool = True
+) -> str:
+    """The error of a compile, in words."""
+    names = ["ids", "weights"] if len(given) == 2 else ["x"]
+    axes: dict[int, str] = {0: "batch", 1: "seq"} if length else {0: "batch"}
+    with pytest.raises(adaptc.SpecError) as caught:
+        adaptc.compile(
+            {"adapt": [entry]}, model=model, example_inputs=given, dynamic=dict.fromkeys(names, axes)
+        )
+    return str(caught.value)
+
+
+def bottleneck(**options: Any) -> dict[str, Any]:
+    return {"method": "bottleneck", "r": 4, **options}
+
+
+def test_a_layer_without_a_residual_sum_is_no_silent_skip() -> None:
+    found = words(Blend(), bottleneck())
+    assert "adapt.0.target: bottleneck: no residual sum was found behind out, at node linear_3" in found
+    assert "from test_point_errors.py:" in found
+    assert "name the point: target: {node: linear_3}, or leave it out with `exclude`" in found
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [bottleneck(exclude=["out"]), bottleneck(target={"node": "linear_3"}), bottleneck(target="narrow")],
+)
+def test_and_its_mend_mends_it(entry: dict[str, Any]) -> None:
+    compiled = adaptc.compile(
+        {"adapt": [entry]}, model=Blend(), example_inputs=(X,), dynamic={"x": {0: "batch", 1: "seq"}}
+    )
+    (adaptation,) = compiled.graph.adaptations
+    module = compiled.module.eval()
+    with torch.no_grad():
+        before = module(X)
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3)
+        assert not torch.allclose(module(X), before), adaptation.site
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ({"node": "linaer_3"}, "node 'linaer_3': there is no such place; near: linear_3"),
+        ({"node": "linear_3", "input": "nothing"}, "there is no such place"),
+        ({"role": "embedding"}, "role 'embedding': the layers here are feed_forward.out"),
+        ("nowhere", "matches no sub-layer of tests.messages.test_point_errors.Blend"),
+    ],
+)
+def test_a_place_that_is_not_there(target: Any, said: str) -> None:
+    assert said in words(Blend(), bottleneck(target=target))
+
+
+def test_a_parallel_adapter_needs_an_input_of_the_same_shape() -> None:
+    parallel = {"method": "parallel", "r": 4}
+    found = words(Blend(), {**parallel, "target": {"node": "linear_3"}})
+    assert "it reads the sub-layer's input: name that too, target: {node: ..., input: ...}" in found
+    found = words(Blend(), {**parallel, "target": {"node": "linear_3", "input": "softmax"}})
+    assert "its input softmax is" in found
+    assert "its output linear_3" in found
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"activation": "nosuch"}, "has no activation 'nosuch': such are relu, gelu, silu, tanh"),
+        ({"activation": "linear"}, "has no activation 'linear'"),
+        ({"r": 9}, "r=9 is wider than the 8 features here"),
+        ({"method": "compacter", "phm_dim": 3}, "phm_dim=3 does not divide 4"),
+        ({"method": "prompt"}, "an input is an integer input (batch, seq) that is looked up in an embedding"),
+    ],
+)
+def test_options_that_make_no_sense(options: dict[str, Any], said: str) -> None:
+    entry = bottleneck(target="narrow") | options
+    if entry["method"] == "prompt":
+        entry = {"method": "prompt"}
+    assert said in words(Blend(), entry)
+
+
+def test_an_attention_that_is_not_understood() -> None:
+    found = words(Slopes(), {"method": "prefix"})
+    assert "it adds a bias that is computed from positions, and looked up in no table" in found
+    assert "from test_point_errors.py:" in found
+    assert "leave it out with `exclude`" in found
+    found = words(Powers(), {"method": "p-tuning-v2"})
+    assert "is not understood: pow is no operation on scores that is known" in found
+
+
+def test_where_there_is_no_attention() -> None:
+    found = words(Looks(), {"method": "prefix"}, (torch.randint(20, (2, 5)), torch.randn(2, 5)))
+    assert "an attention is scaled_dot_product_attention, or two products of activations" in found
+
+
+def test_virtual_tokens_beside_an_input_of_unknown_meaning() -> None:
+    found = words(Looks(), {"method": "prompt"}, (torch.randint(20, (2, 5)), torch.randn(2, 5)))
+    assert "it is not known what the input 'weights' is for a virtual token" in found
+    assert "inputs of that length are known by their names" in found
+
+
+def test_virtual_tokens_in_a_sequence_of_fixed_length() -> None:
+    given = (torch.randint(20, (2, 5)), torch.randn(2, 5))
+    found = words(Looks(), {"method": "prompt"}, given, length=False)
+    assert "the length of ids is fixed, so nothing can be put in front" in found
+    assert "ids: int64[batch, seq]" in found
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"positions": [3, 1]}, "expected places in rising order, each once"),
+        ({"positions": [1, 2]}, "expected places in rising order, each once: 20 of them, got 2"),
+        ({"init": "TEXT"}, "TEXT starts from init_text, which is not given"),
+        ({"init": "TEXT", "init_text": "good"}, "starts from words, and"),
+    ],
+)
+def test_prompts_that_make_no_sense(options: dict[str, Any], said: str) -> None:
+    given = (torch.randint(20, (2, 5)), torch.randn(2, 5))
+    assert said in words(Looks(), {"method": "prompt", **options}, given)
+
+
+def test_what_stays_has_no_place_in_a_hugging_face_checkpoint(zoo: Zoo) -> None:
+    emit = [{"format": "hf", "path": "merged"}]
+    with pytest.raises(adaptc.SpecError, match="bottleneck cannot be folded into weights") as caught:
+        zoo.compiled("bert", [bottleneck()], emit=emit)
+    assert "emit.0.format" in str(caught.value)
+    assert "emit onnx or torch; the adapter by itself as peft" in str(caught.value)
+    with pytest.raises(adaptc.AdaptcError, match="bottleneck cannot be folded into weights"):
+        zoo.compiled("bert", [bottleneck()]).emit("hf", "/nowhere/merged")
