@@ -36,6 +36,7 @@ class Budget:
     run_bytes: int
     base_flops: int
     added_flops: int
+    folded_flops: int
     example: str
 
     @property
@@ -44,8 +45,15 @@ class Budget:
         return self.trainable / max(1, self.parameters)
 
 
-def budget(base: Graph, adapted: Graph, factored: Graph) -> Budget:
-    """The cost of training and running an adapted model. Activations are not counted."""
+def budget(base: Graph, adapted: Graph, factored: Graph, folded: Graph | None) -> Budget:
+    """The cost of training and running an adapted model. Activations are not counted.
+
+    Args:
+        base: the graph as traced.
+        adapted: the same with its adapters.
+        factored: as it is trained.
+        folded: what is left when it is folded; None where that is the base.
+    """
     firsts = {first for name, first in base.aliases.items() if first not in base.buffers}
     weights = {name: base.weights[name] for name in firsts}
     adapters = {name: adapted.weights[name] for name in adapted.adapter_names}
@@ -65,6 +73,7 @@ def budget(base: Graph, adapted: Graph, factored: Graph) -> Budget:
         run_bytes=held,
         base_flops=before,
         added_flops=flops(factored) - before,
+        folded_flops=flops(folded) - before if folded is not None else 0,
         example=EXAMPLE,
     )
 

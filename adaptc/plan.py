@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import fx
 
 from adaptc.aliases import elsewhere, places
-from adaptc.budget import EXAMPLE, Budget, budget, flops
+from adaptc.budget import Budget, budget
 from adaptc.errors import Problem, RefusedError, SpecError
 from adaptc.graph import Graph
 from adaptc.insert import Insert
@@ -105,12 +105,14 @@ def make_plan(spec: Spec, graph: Graph, after: Any = None) -> Plan:
     factor, fold = load_passes()["factor"](), load_passes()["fold"]()
     factored = run(adapted, [factor], records, after) if adapted.stage in factor.takes else adapted
     notes = [*graph.base.notes, *_notes(entries), *_alias_notes(graph, entries)]
-    if adapted.stage in fold.takes:
-        refusals = fold.requires(adapted)
-        notes += [f"cannot be folded: {refusal}" for refusal in refusals]
-        if any(a.stays for a in adapted.adaptations) and not refusals:
-            notes.append(_stays(graph, run(adapted, [fold])))
-    return Plan(entries, passes, budget(graph, adapted, factored), notes, adapted, factored, records)
+    refusals = fold.requires(adapted) if adapted.stage in fold.takes else []
+    notes += [f"cannot be folded: {refusal}" for refusal in refusals]
+    stays = ", ".join(dict.fromkeys(a.method.name for a in adapted.adaptations if a.stays))
+    if stays:
+        notes.append(f"{stays} stays when the rest is folded, and is paid for in every product")
+    left = run(adapted, [fold]) if stays and adapted.stage in fold.takes and not refusals else None
+    counted = budget(graph, adapted, factored, left)
+    return Plan(entries, passes, counted, notes, adapted, factored, records)
 
 
 def _problems(spec: Spec, graph: Graph, planned: Planned) -> list[Problem]:
@@ -301,14 +303,6 @@ def _notes(entries: Sequence[Planned]) -> list[str]:
         if selection.heads:
             notes.append(f"{where}: all-linear leaves out the output head {', '.join(selection.heads)}")
     return notes
-
-
-def _stays(base: Graph, folded: Graph) -> str:
-    """What is left when everything that can be is folded, and what it costs."""
-    methods = ", ".join(dict.fromkeys(a.method.name for a in folded.adaptations if a.stays))
-    before, after = flops(base), flops(folded)
-    added = f"{(after - before) / before:+.1%} operations" if before else f"+{after} operations"
-    return f"folded, {methods} stays: {added} at {EXAMPLE}"
 
 
 def _alias_notes(graph: Graph, entries: Sequence[Planned]) -> list[str]:

@@ -24,7 +24,9 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from adaptc.budget import Budget
 from adaptc.plan import Plan, Planned
+from adaptc.points import POINTS
 from adaptc.proof import Proof
 from adaptc.sites import Site
 
@@ -72,7 +74,7 @@ class Report:
             "(weights, gradients, Adam; no activations)\n"
             f"operations  {cost.base_flops:,} for {cost.example} (products, convolutions, attention); "
             f"live adapters add {cost.added_flops:,} "
-            f"({cost.added_flops / max(1, cost.base_flops):.2%}), folded ones none\n"
+            f"({cost.added_flops / max(1, cost.base_flops):.2%}), folded ones {_share(cost)}\n"
             f"passes      {' > '.join(plan.pipeline) or 'none'}, then factor (trainable, live) or fold (folded)"
         )
         for note in plan.notes:
@@ -98,6 +100,13 @@ class Report:
         for row in rows:
             table.add_row(*(escape(str(value)) for value in row.values()))
         Console(highlight=False).print(table)
+
+
+def _share(cost: Budget) -> str:
+    """What is left of the adapters' operations when they are folded."""
+    if not cost.folded_flops:
+        return "none"
+    return f"{cost.folded_flops:,} ({cost.folded_flops / max(1, cost.base_flops):.2%})"
 
 
 @dataclass
@@ -143,10 +152,12 @@ def _entry(planned: Planned) -> Table:
     groups: dict[tuple[str, ...], list[int]] = {}
     for site in selection.sites:
         trained = sum(math.prod(p.shape) for p in method.at(site).stored(site).values() if p.trained)
+        each = f"{trained:,}" if trained or not method.shared(selection.sites) else "shared"
         shape = " x ".join(map(str, site.shape))
         if site.piece:
             shape = f"{site.out_features} x {site.in_features} of {shape}"
-        row = (_pattern(site), site.type or site.kind, shape, f"{trained:,}", site.source)
+        kind = site.kind if site.kind in POINTS else site.type or site.kind
+        row = (_pattern(site), kind, shape, each, site.source)
         groups.setdefault(row, []).append(1)
     for row, members in groups.items():
         table.add_row(row[0], str(len(members)), *row[1:])
