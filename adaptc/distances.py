@@ -67,7 +67,10 @@ class Distances:
         if name == "embedding":
             return [args[0], self.longer(args[1], axis), *args[2:]]  # type: ignore[arg-type]
         if name == "arange":
-            return [-self.count, args[-1]]
+            start, end = (0, *args)[-2:]
+            if not isinstance(start, int) or len(args) > 2:
+                raise ValueError("its positions do not start at a number and rise by one")
+            return [start - self.count, end]
         if name in POINTWISE or torch.Tag.pointwise in getattr(node.target, "tags", ()):
             return [self._term(node, i, a, axis) for i, a in enumerate(args)]
         inner: Any = axis

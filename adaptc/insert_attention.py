@@ -105,4 +105,4 @@ def _resize(graph: Graph, node: fx.Node) -> None:
             node.update_arg(1, sizes)
         with graph.fake_mode, enable_python_dispatcher(), torch.no_grad():
             node.meta["val"] = evaluated(node)
-        (node,) = node.users
+        (node,) = (user for user in node.users if isinstance(user.meta.get("val"), torch.Tensor))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -424,3 +425,38 @@ def test_adapterdrop_leaves_out_layers(zoo: Zoo) -> None:
     entry = {"method": "bottleneck", "r": 4, "target": {"role": "feed_forward.out", "layers": "1"}}
     compiled = zoo.compiled("bert", [entry])
     assert [a.site.module for a in compiled.graph.adaptations] == ["bert.encoder.layer.1.output.dense"]
+
+
+@pytest.mark.parametrize("name", ["llama", pytest.param("t5", marks=pytest.mark.slow)])
+def test_two_prefixes_are_a_longer_one(zoo: Zoo, name: str) -> None:
+    """The second stands in front of the first, and everything counts on behind both."""
+    both = zoo.compiled(
+        name, [{"method": "prefix", "num_virtual_tokens": n, "name": f"p{n}"} for n in (3, 2)]
+    )
+    one = zoo.compiled(name, [{"method": "prefix", "num_virtual_tokens": 5}])
+    first, second = (both.graph.weights[f"prompt_embeddings.p{n}"].load() for n in (3, 2))
+    tensors = inputs(name, 2, 6, pad=True)
+    with torch.no_grad():
+        one.module.get_parameter("prompt_embeddings.default").copy_(torch.cat([second, first]))
+        got, want = (outputs(c.module.eval(), tensors, c.graph.outputs) for c in (both, one))
+    for key in want:
+        close(got[key], want[key])
+
+
+def test_all_kinds_at_once(zoo: Zoo, tmp_path: Path) -> None:
+    entries = [
+        {"method": "lora", "target": "*_proj", "r": 2},
+        {"method": "prefix", "num_virtual_tokens": 3},
+        {"method": "bottleneck", "r": 4},
+        {"method": "parallel", "r": 4, "name": "beside"},
+        {"method": "prompt", "num_virtual_tokens": 4, "name": "words"},
+    ]
+    compiled = zoo.compiled("llama", entries)
+    perturb(compiled.module, seed=1)
+    compiled.save_adapter(tmp_path)
+    again = zoo.compiled("llama", [{"adapter": str(tmp_path)}])
+    tensors = inputs("llama", 2, 5, pad=True)
+    with torch.no_grad():
+        want = outputs(compiled.module.eval(), tensors, ("logits",))["logits"]
+        close(outputs(compiled.fold(), tensors, ("logits",))["logits"], want)
+        assert torch.equal(outputs(again.module.eval(), tensors, ("logits",))["logits"], want)
