@@ -28,7 +28,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "hidden_size": 64,
         "intermediate_size": 128,
         "num_attention_heads": 2,
-        "num_hidden_layers": 3,
+        "num_hidden_layers": 2,
     }
     model = BertModel(BertConfig(vocab_size=3000, **small))
     for parameter in model.parameters():

@@ -37,10 +37,16 @@ OURS: dict[str, dict[str, Any]] = {
     "mlp": {"method": "p-tuning", "encoder_hidden_size": 12},
     "lstm": {"method": "p-tuning", "encoder_hidden_size": 12, "encoder_reparameterization_type": "LSTM"},
 }
+QUICK = {("prefix", "llama"), ("prefix", "t5"), ("prompt", "bert"), ("mlp", "llama"), ("lstm", "bert")}
 CASES = [
-    pytest.param(kind, name, marks=[pytest.mark.slow] * (name not in ("llama", "bert", "t5")))
+    pytest.param(kind, name, marks=[pytest.mark.slow] * ((kind, name) not in QUICK))
     for kind in KINDS
     for name in TASKS
+]
+OURS_CASES = [
+    pytest.param(kind, name, marks=[pytest.mark.slow] * ((kind, name) not in QUICK | {("v2", "bert")}))
+    for kind in OURS
+    for name in ("llama", "bert", "t5")
 ]
 
 
@@ -76,8 +82,7 @@ def test_theirs_are_read(zoo: Zoo, kind: str, name: str, tmp_path: Path) -> None
         differs(live["logits"], zoo.run_eager(name, tensors)["logits"])
 
 
-@pytest.mark.parametrize("name", ["llama", "bert", "t5"])
-@pytest.mark.parametrize("kind", OURS)
+@pytest.mark.parametrize(("kind", "name"), OURS_CASES)
 def test_ours_are_read_there(zoo: Zoo, kind: str, name: str, tmp_path: Path) -> None:
     entry: dict[str, Any] = {**OURS[kind], "num_virtual_tokens": 3}
     if name == "t5":
@@ -123,7 +128,7 @@ def test_a_head_goes_with_them(zoo: Zoo, tmp_path: Path) -> None:
     close(one["logits"], other["logits"])
 
 
-@pytest.mark.parametrize("kind", ["prefix", "prompt"])
+@pytest.mark.parametrize("kind", [pytest.param("prefix", marks=pytest.mark.slow), "prompt"])
 def test_labels_line_up(zoo: Zoo, kind: str, tmp_path: Path) -> None:
     """The loss of a model that computes its own is PEFT's, and logits stand beside their tokens."""
     model = theirs(zoo, kind, "llama")
