@@ -54,9 +54,7 @@ class InsertInput(Insert):
         unknown = [str(n.target) for n, _ in _beside(graph, ids) if _filler(graph, n, ids) is None]
         if unknown:
             words = f"{self.name}: it is not known what the input {unknown[0]!r} is for a virtual token"
-            known = (
-                "inputs of that length are known by their names: *mask*, token_type_ids, labels, *position*"
-            )
+            known = "inputs of that length are known by their names: *mask* (of integers or booleans), token_type_ids, labels, *position*"
             return [Refusal(f"{words}\n  {known}", (unknown[0],))]
         return []
 
@@ -122,6 +120,13 @@ def _filler(graph: Graph, node: fx.Node, ids: fx.Node) -> int | str | None:
         return 1 if getattr(config, "pad_token_id", 0) != 1 else 0
     if name == LABELS:
         return IGNORED
+    dtype = node.meta["val"].dtype
+    if (
+        "mask" in name and dtype.is_floating_point
+    ):  # 1 where a token counts, or 0 where nothing is subtracted?
+        return None
+    if "padding_mask" in name and dtype == torch.bool:  # torch's own: true where a token is none
+        return 0
     fillers: Mapping[str, int | str] = {"position": "position", "mask": 1, "token_type_ids": 0}
     return next((filler for part, filler in fillers.items() if part in name), None)
 

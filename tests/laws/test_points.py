@@ -326,6 +326,32 @@ def test_virtual_tokens_at_any_places(positions: list[int]) -> None:
             close(compiled.fold()(ids, mask), want)
 
 
+class Padded(Reads):
+    """The same, told by torch's kind of mask."""
+
+    def forward(self, ids: Tensor, key_padding_mask: Tensor) -> Tensor:
+        return super().forward(ids, (~key_padding_mask).long())
+
+
+def test_virtual_tokens_are_no_padding() -> None:
+    model = randomise(Padded()).eval()
+    entry = {"adapt": [{"method": "prompt", "num_virtual_tokens": 3}]}
+    ids, padding = torch.randint(20, (2, 5)), torch.zeros(2, 5, dtype=torch.bool)
+    axes = dict.fromkeys(("ids", "key_padding_mask"), {0: "batch", 1: "seq"})
+    compiled = adaptc.compile(entry, model=model, example_inputs=(ids, padding), dynamic=axes)
+    plain = reads({"method": "prompt", "num_virtual_tokens": 3}, model_of(model))
+    padding[0, 3:] = True
+    with torch.no_grad():
+        close(compiled.module.eval()(ids, padding), plain.module.eval()(ids, (~padding).long()))
+
+
+def model_of(padded: nn.Module) -> Reads:
+    """The same weights behind the other mask."""
+    other = Reads()
+    other.load_state_dict(padded.state_dict())
+    return other.eval()
+
+
 ENCODED = {
     "mlp": {"method": "p-tuning", "encoder_hidden_size": 6},
     "lstm": {

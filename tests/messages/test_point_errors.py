@@ -165,6 +165,17 @@ def test_virtual_tokens_beside_an_input_of_unknown_meaning() -> None:
     assert "inputs of that length are known by their names" in found
 
 
+def test_a_mask_of_numbers_may_mean_either() -> None:
+    class Masked(Looks):
+        def forward(self, ids: Tensor, weights_mask: Tensor) -> Tensor:
+            return super().forward(ids, weights_mask)
+
+    axes = dict.fromkeys(("ids", "weights_mask"), {0: "batch", 1: "seq"})
+    given = (torch.randint(20, (2, 5)), torch.ones(2, 5))
+    with pytest.raises(adaptc.SpecError, match="not known what the input 'weights_mask' is"):
+        adaptc.compile({"adapt": [{"method": "prompt"}]}, model=Masked(), example_inputs=given, dynamic=axes)
+
+
 def test_virtual_tokens_in_a_sequence_of_fixed_length() -> None:
     given = (torch.randint(20, (2, 5)), torch.randn(2, 5))
     found = words(Looks(), {"method": "prompt"}, given, length=False)
