@@ -54,7 +54,10 @@ class InsertInput(Insert):
         unknown = [str(n.target) for n, _ in _beside(graph, ids) if _filler(graph, n, ids) is None]
         if unknown:
             words = f"{self.name}: it is not known what the input {unknown[0]!r} is for a virtual token"
-            known = "inputs of that length are known by their names: *mask* (of integers or booleans), token_type_ids, labels, *position*"
+            known = (
+                "inputs of that length are known by their names: token_type_ids, labels, *position*, *mask*"
+            )
+            known += " (of integers or booleans)"
             return [Refusal(f"{words}\n  {known}", (unknown[0],))]
         return []
 

@@ -337,7 +337,7 @@ def test_virtual_tokens_are_no_padding() -> None:
     model = randomise(Padded()).eval()
     entry = {"adapt": [{"method": "prompt", "num_virtual_tokens": 3}]}
     ids, padding = torch.randint(20, (2, 5)), torch.zeros(2, 5, dtype=torch.bool)
-    axes = dict.fromkeys(("ids", "key_padding_mask"), {0: "batch", 1: "seq"})
+    axes = {key: {0: "batch", 1: "seq"} for key in ("ids", "key_padding_mask")}
     compiled = adaptc.compile(entry, model=model, example_inputs=(ids, padding), dynamic=axes)
     plain = reads({"method": "prompt", "num_virtual_tokens": 3}, model_of(model))
     padding[0, 3:] = True

@@ -170,7 +170,7 @@ def test_a_mask_of_numbers_may_mean_either() -> None:
         def forward(self, ids: Tensor, weights_mask: Tensor) -> Tensor:
             return super().forward(ids, weights_mask)
 
-    axes = dict.fromkeys(("ids", "weights_mask"), {0: "batch", 1: "seq"})
+    axes = {key: {0: "batch", 1: "seq"} for key in ("ids", "weights_mask")}
     given = (torch.randint(20, (2, 5)), torch.ones(2, 5))
     with pytest.raises(adaptc.SpecError, match="not known what the input 'weights_mask' is"):
         adaptc.compile({"adapt": [{"method": "prompt"}]}, model=Masked(), example_inputs=given, dynamic=axes)
