@@ -133,10 +133,14 @@ def _adaptc(base: str, task: str, adapter: str) -> Any:
 
 def _peft(base: str, task: str, adapter: str, trainable: bool) -> Any:
     import transformers
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel, get_peft_model
 
     model: Any = getattr(transformers, AUTO[task]).from_pretrained(base)
     model.config.use_cache = False  # neither a training step nor a traced program returns one
+    config = PeftConfig.from_pretrained(adapter)
+    if config.is_prompt_learning and trainable:  # it does not train virtual tokens that it has read
+        config.inference_mode = False
+        return get_peft_model(model, config)
     return PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
 
 
