@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import fx
 
-from adaptc.errors import Refusal
+from adaptc.errors import Refusal, RefusedError
 from adaptc.expression import splice, trace_expression
 from adaptc.graph import Graph
 from adaptc.insert import Insert
@@ -86,7 +86,11 @@ class InsertInput(Insert):
         refresh(graph)
         places.put(tokens, _end_of_module(embedding))
         refresh(graph)
-        places.restore_outputs()
+        try:
+            places.restore_outputs()
+        except ValueError as error:
+            words = f"{self.name}: an output cannot be cut to the real tokens: {error}"
+            raise RefusedError([Refusal(words, (embedding.name,))], self) from error
         return True
 
     def selection(self, graph: Graph) -> Selection:

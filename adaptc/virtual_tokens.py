@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
@@ -89,7 +90,11 @@ class Places:
         return self._call(aten.slice.Tensor, node, axis, self.count, 2**63 - 1)
 
     def restore_outputs(self) -> None:
-        """Outputs of the real tokens only: on every axis that the virtual ones have made longer."""
+        """Outputs of the real tokens only: on every axis that the virtual ones have made longer.
+
+        Raises:
+            ValueError: an output has another length than the tokens, which depends on theirs.
+        """
         output = next(node for node in self.graph.nodes if node.op == "output")
         for node in list(output.all_input_nodes):
             before, now = self.before.get(node), node.meta.get("val")
@@ -98,8 +103,12 @@ class Places:
             result = node
             with self.graph.module.graph.inserting_before(output):
                 for axis, (old, new) in enumerate(zip(before.shape, now.shape, strict=True)):
-                    if str(old) != str(new):
-                        result = self.without(result, axis)
+                    if str(old) == str(new):
+                        continue
+                    grown: Any = new - old
+                    if sympy.simplify(grown.node.expr) != self.count:
+                        raise ValueError(f"{node.name} has a length of {old}, which would be {new}")
+                    result = self.without(result, axis)
             output.replace_input_with(node, result)
 
     def _call(self, target: Any, *args: Any) -> fx.Node:

@@ -176,6 +176,24 @@ def test_a_mask_of_numbers_may_mean_either() -> None:
         adaptc.compile({"adapt": [{"method": "prompt"}]}, model=Masked(), example_inputs=given, dynamic=axes)
 
 
+def test_an_output_that_is_no_row_of_tokens() -> None:
+    class Halved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = nn.Embedding(20, 8)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.words(ids)[:, ::2]
+
+    with pytest.raises(adaptc.SpecError, match="an output cannot be cut to the real tokens"):
+        adaptc.compile(
+            {"adapt": [{"method": "prompt"}]},
+            model=Halved(),
+            example_inputs=(torch.randint(20, (2, 6)),),
+            dynamic={"ids": {0: "batch", 1: "seq"}},
+        )
+
+
 def test_virtual_tokens_in_a_sequence_of_fixed_length() -> None:
     given = (torch.randint(20, (2, 5)), torch.randn(2, 5))
     found = words(Looks(), {"method": "prompt"}, given, length=False)
