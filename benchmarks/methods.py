@@ -7,6 +7,7 @@ exit code 1 if something does not hold.
 from __future__ import annotations
 
 import inspect
+import re
 import statistics
 import sys
 import tempfile
@@ -89,7 +90,7 @@ def examine(name: str) -> Row:
     about = (
         f"`{name}`",
         ", ".join(sorted(cls.kinds)),
-        f"`{summary(cls).split('        ')[0]}`",
+        f"`{re.split(r' {4,}', summary(cls))[0]}`",
         f"{trained(module) / plan.parameters:.3%}",
         f"{len(sites)}",
         f"+{added:.1%}" if added > 0 else "weights only",
