@@ -150,17 +150,17 @@ def records_of(graph: Graph) -> list[AdapterRecord]:
                 ambiguous=any(other.endswith("." + module) for other in others for module in modules),
                 in_peft=in_peft,
                 sizes=sizes or {},
-                heads=_heads(graph, group[0].declared, beside[entry, adapter]) if in_peft else (),
+                heads=_heads(graph, group[0].declared) if in_peft else (),
                 tensors=tuple(tensors.values()),
             )
         )
     return found
 
 
-def _heads(graph: Graph, method: Method, sites: Sequence[Site]) -> tuple[str, ...]:
-    """The base's own tensors in modules that PEFT saves along, but for those that are adapted."""
+def _heads(graph: Graph, method: Method) -> tuple[str, ...]:
+    """The base's own tensors in modules that PEFT saves along, but for those that are adapted, in whichever entry."""
     wanted = method.peft.heads if method.peft is not None else frozenset()
-    adapted = {site.parameter for site in sites}
+    adapted = {a.site.parameter for a in graph.adaptations}
     held = [
         n for n in graph.weights if n not in graph.inserted and n not in graph.buffers and n not in adapted
     ]

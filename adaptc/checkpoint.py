@@ -239,6 +239,11 @@ def check_carried(checkpoint: Checkpoint, base: Mapping[str, Weight]) -> None:
             or known.shape != weight.shape
             or not torch.equal(known.load(), weight.load().to(known.dtype))
         ):
+            if name in checkpoint.beside:
+                raise WeightError(
+                    f"{checkpoint.path}: it was trained beside another {name} than this base's; a head that the base's "
+                    "files do not hold is drawn from `seed`: give the same, or train the head too"
+                )
             raise WeightError(
                 f"{checkpoint.path}: it holds a {name} that is not this base's (shape {list(weight.shape)}): the "
                 "vocabulary was resized or trained; save the resized base too, and name that as base.model"

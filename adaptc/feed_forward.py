@@ -10,6 +10,7 @@ from pydantic import Field
 
 from adaptc.kinds import ActivationMethod
 from adaptc.method import Dropout, Param
+from adaptc.names import nearest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +28,10 @@ Start = Annotated[
         description="zero: W_up is zero, so it starts as the base; normal: nearly so, both drawn from N(0, 0.02)"
     ),
 ]
+
+
+ACTIVATIONS = ("relu", "gelu", "silu", "tanh", "mish", "leaky_relu", "elu", "hardswish")
+"""Some of torch's, for messages."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,9 @@ class SmallFeedForward(ActivationMethod):
         from torch.nn import functional
 
         function = getattr(functional, self.activation, None)
-        words = f"torch.nn.functional has no activation {self.activation!r}: such are relu, gelu, silu, tanh"
+        near = nearest(self.activation, ACTIVATIONS, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ":"
+        words = f"torch.nn.functional has no activation {self.activation!r}{hint} such are {', '.join(ACTIVATIONS)}"
         try:
             usable = function is not None and function(ones(2, 2)).shape == (2, 2)
         except (TypeError, ValueError, RuntimeError):

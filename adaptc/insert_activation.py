@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import fx
@@ -14,7 +13,7 @@ from adaptc.expression import splice, trace_expression
 from adaptc.graph import Graph
 from adaptc.insert import Insert
 from adaptc.method import MATRIX_KINDS, Method
-from adaptc.points import OUT, OUTPUT, SUBLAYER
+from adaptc.points import OUT, OUTPUT, SUBLAYER, WHOLE
 from adaptc.select import Selection, select
 from adaptc.sites import Site
 from adaptc.tracing.modes import training_node
@@ -73,9 +72,15 @@ class InsertActivation(Insert):
         named = self.tensors(site, sites)
         theta = self.attached(graph, site, named, None)
         tag = self.recorded(graph, site, named)
-        first = nodes[site.uses[0].node]
-        output: Any = first.args[site.uses[0].argument]
+        first, output = _entry(graph, site, nodes)
+        users = (
+            [nodes[use.node] for use in site.uses] if site.uses[0].argument != WHOLE else list(output.users)
+        )
         read = nodes[site.reads] if method.reads == "input" else output
+        order = {node: index for index, node in enumerate(graph.nodes)}
+        if order[read] >= order[first]:
+            words = f"{method.name}: its input {read.name} is computed behind {site.uses[0].node}"
+            raise RefusedError([Refusal(f"{words}\n  site {site}", (read.name,))], self)
         if str(read.meta["val"].shape) != str(output.meta["val"].shape):
             shapes = [list(node.meta["val"].shape) for node in (read, output)]
             words = (
@@ -86,15 +91,27 @@ class InsertActivation(Insert):
             z = read
             if method.dropout:
                 z = graph.call(
-                    aten.dropout.default, z, method.dropout, training_node(graph.module.graph), like=first
+                    aten.dropout.default, z, method.dropout, training_node(graph.module.graph), like=output
                 )
         values = {argument: node.meta["val"] for argument, node in theta.items()}
         with graph.fake_mode:
             traced = trace_expression(method.branch, [z.meta["val"]], values, whole=True)
-        branch = splice(graph, traced, [z, *theta.values()], first, tag)
+        branch = splice(graph, traced, [z, *theta.values()], output, tag, before=first)
         if branch.meta["val"].shape[-1] != output.meta["val"].shape[-1]:
             raise ValueError(f"{method.name}.branch makes {branch.meta['val']} of {z.meta['val']} on {site}")
         with graph.module.graph.inserting_before(first):
-            total = graph.call(aten.add.Tensor, output, branch, like=first)
-        for use in site.uses:
-            nodes[use.node].update_arg(use.argument, total)
+            total = graph.call(aten.add.Tensor, output, branch, like=output)
+        for user in users:
+            user.replace_input_with(output, total)
+        if site.uses[0].argument == WHOLE:
+            graph.adapted["", site.uses[0].node] = total.name
+            nodes[total.name] = total
+
+
+def _entry(graph: Graph, site: Site, nodes: dict[str, fx.Node]) -> tuple[fx.Node, fx.Node]:
+    """In front of which node a branch stands, and what it is added to: as earlier entries have left it."""
+    use = site.uses[0]
+    if use.argument != WHOLE:
+        return nodes[use.node], nodes[use.node].args[use.argument]  # type: ignore[return-value]
+    output = nodes[graph.adapted.get(("", use.node), use.node)]
+    return output.next, output

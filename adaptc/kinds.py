@@ -152,7 +152,8 @@ class InputMethod(PromptMethod):
         count, rising = len(self.positions), sorted(set(self.positions)) == list(self.positions)
         if not count or (rising and count == self.num_virtual_tokens and self.positions[0] >= 0):
             return None
-        words = f"expected places in rising order, each once: {self.num_virtual_tokens} of them, got {count}"
+        wanted = f"{self.num_virtual_tokens} places from 0 on in rising order, each once"
+        words = f"expected {wanted}, got {list(self.positions)}"
         return ("positions",), words
 
     def peft_sizes(self, sites: Sequence[Site], every: int) -> dict[str, int] | None:

@@ -16,8 +16,9 @@ from adaptc.budget import Budget, budget
 from adaptc.errors import Problem, RefusedError, SpecError
 from adaptc.graph import Graph
 from adaptc.insert import Insert
+from adaptc.kinds import TOKENS, PromptMethod
 from adaptc.method import WeightMethod
-from adaptc.names import nearest
+from adaptc.names import nearest, shared_name
 from adaptc.pipeline import Pass, check_order, run
 from adaptc.planned import Planned, entries_of, match_checkpoints
 from adaptc.points import POINTS
@@ -206,6 +207,8 @@ def _name_clashes(spec: Spec, entries: Sequence[Planned]) -> list[Problem]:
         for site in planned.selection.sites:
             method = planned.insert.method
             names = [name for name, _ in planned.insert.tensors(site, planned.selection.sites).values()]
+            if isinstance(method, PromptMethod):  # what makes them is dropped when they are saved
+                names.append(shared_name(planned.insert.adapter, TOKENS))
             clash = next((n for n in names if taken.get(n, planned) is not planned), None)
             if clash:
                 problems.append(
@@ -296,6 +299,12 @@ def _notes(entries: Sequence[Planned]) -> list[str]:
         where, selection = f"adapt.{planned.entry}", planned.selection
         if planned.checkpoint is None:
             notes += [f"{where}: pattern {pattern!r} matches nothing" for pattern in selection.unused]
+        method = planned.insert.method
+        if isinstance(method, PromptMethod):
+            count = method.num_virtual_tokens
+            notes.append(
+                f"{where}: tokens count on behind {count} virtual ones: the longest sequence is shorter by these"
+            )
         if planned.checkpoint is None and not planned.insert.method.identity_at_init:
             notes.append(
                 f"{where}: {planned.insert.method.name} starts elsewhere than the base, before any training"

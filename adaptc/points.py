@@ -20,6 +20,8 @@ SUBLAYER = "sub-layer"
 POINTS = frozenset({SUBLAYER, "attention", "input"})
 """The kinds of site that are points."""
 OUTPUT, OUT = ROLES[3], ROLES[6]
+WHOLE = -1
+"""In place of an argument: the value of the node itself, wherever it is read."""
 PASSED = VIEWS | {"dropout", "alias", "detach"}
 """What a residual stream may pass on its way to a sum."""
 
@@ -34,7 +36,7 @@ def find_points(nodes: Iterable[fx.Node], sites: Sequence[Site]) -> tuple[Site, 
 
 
 def named_point(nodes: Iterable[fx.Node], name: str, reads: str) -> list[Site]:
-    """The value of a node as a place to adapt, where all its users read it; none where it is no activation."""
+    """The value of a node as a place to adapt, wherever it is read; none where it is no activation."""
     by_name = {node.name: node for node in nodes}
     node = by_name.get(name)
     value = node.meta.get("val") if node is not None else None
@@ -46,12 +48,8 @@ def named_point(nodes: Iterable[fx.Node], name: str, reads: str) -> list[Site]:
     ):
         return []
     module, type_name = module_of(node)
-    users = [
-        user for user in node.users if isinstance(user.meta.get("val"), torch.Tensor) or user.op == "output"
-    ]
-    uses = tuple(Use(u.name, i) for u in users for i, argument in enumerate(u.args) if argument is node)
     width = value.shape[-1] if value.dim() else None
-    shape = (width,) if isinstance(width, int) and len(uses) == len(users) else ()
+    shape = (width,) if isinstance(width, int) else ()
     return [
         Site.point(
             module=module,
@@ -60,7 +58,7 @@ def named_point(nodes: Iterable[fx.Node], name: str, reads: str) -> list[Site]:
             op=operation(node),
             shape=shape,
             dtype=value.dtype,
-            uses=uses,
+            uses=(Use(name, WHOLE),),
             source=source_of(node),
             reads=reads,
         )

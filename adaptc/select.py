@@ -145,8 +145,10 @@ def _lacking(target: Target, candidates: Sequence[Site], graph: Graph) -> Iterat
         known = sorted({role for site in candidates for role in _roles(site, graph)})
         yield f"role {target['role']!r}: the layers here are {', '.join(known) or 'of none'}"
     if target.get("node"):
-        nearby = ", ".join(nearest(target["node"], graph.by_name(), 3)) or "none of that spelling"
-        yield f"node {target['node']!r}: there is no such place; near: {nearby} (`--print-after all` shows the nodes)"
+        known = [node.name for node in graph.nodes if node.op == "call_function"]
+        nearby = ", ".join(nearest(target["node"], known, 3)) or "none of that spelling"
+        words = f"no operation gives such a value; near: {nearby} (`--print-after all` shows the nodes)"
+        yield f"node {target['node']!r}: {words}"
     if target.get("op"):
         known = sorted({site.op for site in candidates})
         yield f"op {target['op']!r}: the operations here are {', '.join(known) or 'none'}"

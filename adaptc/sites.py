@@ -219,8 +219,9 @@ class Site:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, axis)
 
     def __str__(self) -> str:
-        matrix = f"{self.in_features} -> {self.out_features}" + (f" x {self.batch}" if self.batch else "")
-        sides = matrix if self.kind in MATRIX_KINDS else str(list(self.shape))
+        sides = str(list(self.shape))
+        if self.kind in MATRIX_KINDS:
+            sides = f"{self.in_features} -> {self.out_features}" + (f" x {self.batch}" if self.batch else "")
         return f"{self.pattern} ({self.kind} {sides})" + (f", from {self.source}" if self.source else "")
 
 

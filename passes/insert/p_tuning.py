@@ -24,7 +24,12 @@ Encoder = Annotated[
 ]
 Width = Annotated[int | None, Field(gt=0, description="width of that network; d if left out")]
 Layers = Annotated[int, Field(gt=0, description="layers of the LSTM")]
-Places = Annotated[tuple[int, ...], Field(description="where the virtual tokens stand; in front if left out")]
+Places = Annotated[
+    tuple[int, ...],
+    Field(
+        description="their places in the longer sequence, at its end where it is shorter; in front if left out"
+    ),
+]
 
 
 @method("p-tuning")

@@ -28,7 +28,12 @@ Tokens = Annotated[
         description="numbers of the tokens to start from, in place of words: each virtual token the mean of some"
     ),
 ]
-Places = Annotated[tuple[int, ...], Field(description="where the virtual tokens stand; in front if left out")]
+Places = Annotated[
+    tuple[int, ...],
+    Field(
+        description="their places in the longer sequence, at its end where it is shorter; in front if left out"
+    ),
+]
 
 
 @method("prompt")

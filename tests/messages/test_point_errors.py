@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import adaptc
-from tests.families import Zoo
+from tests.families import Zoo, perturb
 
 
 class Blend(nn.Module):
@@ -109,8 +109,9 @@ def test_and_its_mend_mends_it(entry: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("target", "said"),
     [
-        ({"node": "linaer_3"}, "node 'linaer_3': there is no such place; near: linear_3"),
-        ({"node": "linear_3", "input": "nothing"}, "there is no such place"),
+        ({"node": "linaer_3"}, "node 'linaer_3': no operation gives such a value; near: linear_3"),
+        ({"node": "linear_3", "input": "nothing"}, "no operation gives such a value"),
+        ({"node": "x"}, "node 'x': no operation gives such a value; near: "),
         ({"role": "embedding"}, "role 'embedding': the layers here are feed_forward.out"),
         ("nowhere", "matches no sub-layer of tests.messages.test_point_errors.Blend"),
     ],
@@ -126,12 +127,15 @@ def test_a_parallel_adapter_needs_an_input_of_the_same_shape() -> None:
     found = words(Blend(), {**parallel, "target": {"node": "linear_3", "input": "softmax"}})
     assert "its input softmax is" in found
     assert "its output linear_3" in found
+    found = words(Blend(), {**parallel, "target": {"node": "linear_3", "input": "linear_5"}})
+    assert "its input linear_5 is computed behind linear_3" in found
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"activation": "nosuch"}, "has no activation 'nosuch': such are relu, gelu, silu, tanh"),
+        ({"activation": "gleu"}, "has no activation 'gleu'; did you mean 'gelu'?"),
         ({"activation": "linear"}, "has no activation 'linear'"),
         ({"r": 9}, "r=9 is wider than the 8 features here"),
         ({"method": "compacter", "phm_dim": 3}, "phm_dim=3 does not divide 4"),
@@ -204,8 +208,8 @@ def test_virtual_tokens_in_a_sequence_of_fixed_length() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"positions": [3, 1]}, "expected places in rising order, each once"),
-        ({"positions": [1, 2]}, "expected places in rising order, each once: 20 of them, got 2"),
+        ({"positions": [3, 1]}, "in rising order, each once, got [3, 1]"),
+        ({"positions": [1, 2]}, "expected 20 places from 0 on in rising order"),
         ({"init": "TEXT"}, "TEXT starts from init_text, which is not given"),
         ({"init": "TEXT", "init_text": "good"}, "starts from words, and"),
     ],
@@ -223,3 +227,44 @@ def test_what_stays_has_no_place_in_a_hugging_face_checkpoint(zoo: Zoo) -> None:
     assert "emit onnx or torch; the adapter by itself as peft" in str(caught.value)
     with pytest.raises(adaptc.AdaptcError, match="bottleneck cannot be folded into weights"):
         zoo.compiled("bert", [bottleneck()]).emit("hf", "/nowhere/merged")
+
+
+def test_a_node_that_is_an_output_of_the_model() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    compiled = adaptc.compile(
+        {
+            "adapt": [
+                bottleneck(target={"node": "linear_1"}),
+                bottleneck(target={"node": "linear_1"}, name="b"),
+            ]
+        },
+        model=model,
+        example_inputs=(X[:, 0],),
+        dynamic={"input": {0: "batch"}},
+    )
+    assert [str(a.site.module) for a in compiled.graph.adaptations] == ["2", "2"]
+    module = compiled.module.eval()
+    perturb(module, seed=1)
+    theta = dict(module.named_parameters())
+    h = model(X[:, 0])
+    for name in ("default", "b"):
+        down, up = (theta[f"2.bottleneck_{side}.{name}.weight"] for side in ("down", "up"))
+        biases = [theta[f"2.bottleneck_{side}.{name}.bias"] for side in ("down", "up")]
+        h = h + torch.relu(h @ down.T + biases[0]) @ up.T + biases[1]
+    assert torch.allclose(module(X[:, 0]), h, atol=1e-5)
+
+
+def test_two_prompts_of_one_name_would_be_saved_as_one() -> None:
+    given = (torch.randint(20, (2, 5)), torch.ones(2, 5, dtype=torch.int64))
+
+    class Masked(Looks):
+        def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+            return super().forward(ids, mask.float())
+
+    with pytest.raises(adaptc.SpecError, match="puts an adapter named 'default' on words already"):
+        adaptc.compile(
+            {"adapt": [{"method": "prompt"}, {"method": "p-tuning"}]},
+            model=Masked(),
+            example_inputs=given,
+            dynamic={key: {0: "batch", 1: "seq"} for key in ("ids", "mask")},
+        )

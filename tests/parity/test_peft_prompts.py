@@ -128,6 +128,18 @@ def test_a_head_goes_with_them(zoo: Zoo, tmp_path: Path) -> None:
     close(one["logits"], other["logits"])
 
 
+def test_a_head_that_is_trained_under_another_name_is_not_written_untrained(zoo: Zoo, tmp_path: Path) -> None:
+    """PEFT would take the untrained one without a word."""
+    entries = [
+        {"method": "prompt", "num_virtual_tokens": 3, "name": "words"},
+        {"method": "full", "target": "classifier"},
+    ]
+    zoo.compiled("bert", entries).save_adapter(tmp_path)
+    assert list(load_file(tmp_path / "words" / "adapter_model.safetensors")) == ["prompt_embeddings"]
+    with pytest.raises(KeyError):
+        peft.PeftModel.from_pretrained(zoo.fresh("bert"), str(tmp_path / "words"))
+
+
 @pytest.mark.parametrize("kind", [pytest.param("prefix", marks=pytest.mark.slow), "prompt"])
 def test_labels_line_up(zoo: Zoo, kind: str, tmp_path: Path) -> None:
     """The loss of a model that computes its own is PEFT's, and logits stand beside their tokens."""
