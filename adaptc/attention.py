@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -175,7 +175,7 @@ def _before(tokens: Tokens) -> Tokens | None:
     node, args = tokens.node, tokens.node.args
     name = operation(node)
     if name in SAME and _whole(node):
-        return Tokens(node, 0, tokens.sequence, tokens.heads, tokens.features)
+        return replace(tokens, user=node, argument=0)
     if name in ("transpose", "mT") and tokens.heads is not None:
         rank = node.meta["val"].dim()
         one, other = (args[1] % rank, args[2] % rank) if name == "transpose" else (rank - 2, rank - 1)  # type: ignore[operator]
@@ -187,7 +187,7 @@ def _before(tokens: Tokens) -> Tokens | None:
     if name in ("reshape", "view", "flatten") and tokens.heads == 1:
         return _before_repeating(tokens, node)
     if name == "repeat_interleave" and args[2:3] == (tokens.heads,):
-        return Tokens(node, 0, tokens.sequence, tokens.heads, tokens.features)
+        return replace(tokens, user=node, argument=0)
     return None
 
 
@@ -209,4 +209,4 @@ def _before_repeating(tokens: Tokens, node: fx.Node) -> Tokens | None:
         added = added.args[0]
     if operation(added) != "unsqueeze" or added.args[1] != 2 or added.args[0].meta["val"].dim() != 4:
         return None
-    return Tokens(added, 0, tokens.sequence, tokens.heads, tokens.features)
+    return replace(tokens, user=added, argument=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -64,13 +64,13 @@ def behind(starts: Iterable[fx.Node], residual: bool = True) -> dict[fx.Node, No
     return found
 
 
-def made_from(node: fx.Node) -> set[fx.Node]:
-    """A node and all that it is made from, beyond products too."""
+def made_from(node: fx.Node, within: Collection[fx.Node] | None = None) -> set[fx.Node]:
+    """A node and all that it is made from, beyond products too; of some nodes only, where they are given."""
     found: set[fx.Node] = set()
     queue = [node]
     while queue:
         node = queue.pop()
-        if node not in found:
+        if node not in found and (within is None or node in within):
             found.add(node)
             queue += node.all_input_nodes
     return found
@@ -96,13 +96,14 @@ def is_residual(node: fx.Node) -> bool:
 
 def is_weight(node: fx.Node) -> bool:
     """Whether a node is a weight, a view of one, or matrices gathered from one."""
-    while (
-        node.op == "call_function"
-        and operation(node) in VIEWS | {"index"}
-        and isinstance(node.args[0], fx.Node)
-    ):
+    return unviewed(node, VIEWS | {"index"}).op == "get_attr"
+
+
+def unviewed(node: fx.Node, passed: Collection[str] = VIEWS) -> fx.Node:
+    """What a node is a view of, seen through these operations."""
+    while node.op == "call_function" and operation(node) in passed and isinstance(node.args[0], fx.Node):
         node = node.args[0]
-    return node.op == "get_attr"
+    return node
 
 
 def activations_multiplied(node: fx.Node) -> tuple[fx.Node, ...]:

@@ -71,7 +71,7 @@ class SmallFeedForward(ActivationMethod):
 
     def params(self, site: Site) -> dict[str, Param]:
         """The two matrices `(out, in)` and their biases."""
-        (d,), key = site.shape, f"{self.name.replace('-', '_')}"
+        (d,), key = site.shape, self.name.replace("-", "_")
         zero = self.init_weights == "zero"
         return {
             "down": Param((self.r, d), "kaiming-uniform" if zero else "normal", f"{key}_down.weight"),

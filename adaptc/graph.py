@@ -228,6 +228,11 @@ class Graph:
         """The names of the inserted parameters: what is trained."""
         return [name for name, param in self.inserted.items() if param.trained]
 
+    @property
+    def staying(self) -> str:
+        """The inserted methods that a folded graph has too, in words; "" if there are none."""
+        return ", ".join(dict.fromkeys(a.method.name for a in self.adaptations if a.stays))
+
     def __repr__(self) -> str:
         counts = (
             f"{len(self.operations)} operations, {len(self.sites)} sites, {len(self.adaptations)} adapted"

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from adaptc.aliases import untie, widened
+from adaptc.dataflow import made_from
 from adaptc.errors import Refusal, RefusedError
 from adaptc.expression import splice, trace_expression
 from adaptc.graph import Graph
@@ -77,7 +78,7 @@ class InsertWeight(Insert):
             got, want = result.meta["val"], before.meta["val"]
             if got.shape != want.shape or got.dtype != want.dtype:
                 raise ValueError(f"{method.name}.{function.__name__} makes {got} of {want} on {site}")
-            if (parameter, uses[0].node) in graph.adapted and not _depends(result, before):
+            if (parameter, uses[0].node) in graph.adapted and before not in made_from(result):
                 words = f"{method.name} replaces what an earlier entry does to {site.module}; write it first"
                 raise RefusedError([Refusal(words, (uses[0].node,))], self)
             if got.stride() == want.stride():  # then what reads it needs no other check than before
@@ -115,15 +116,3 @@ def _bias_of(method: WeightMethod, site: Site, params: Mapping[str, Param]) -> C
         return site.bias_restored(method.bias(site.bias_of(b), **_unpacked(params, values)), b)
 
     return bias
-
-
-def _depends(result: fx.Node, value: fx.Node) -> bool:
-    queue, seen = [result], {result}
-    while queue:
-        node = queue.pop()
-        if node is value:
-            return True
-        new = [operand for operand in node.all_input_nodes if operand not in seen]
-        seen.update(new)
-        queue += new
-    return False

@@ -25,6 +25,12 @@ Count = Annotated[int, Field(gt=0, description="number of virtual tokens")]
 Submodules = Annotated[
     int, Field(ge=1, le=2, description="2: laid out as PEFT does for an encoder and its decoder")
 ]
+Places = Annotated[
+    tuple[int, ...],
+    Field(
+        description="their places in the longer sequence, at its end where it is shorter; in front if left out"
+    ),
+]
 TOKENS = "prompt_embeddings"
 """The key of virtual tokens in a checkpoint; methods call them `tokens`."""
 MAKING = frozenset(
@@ -144,8 +150,7 @@ class InputMethod(PromptMethod):
     """
 
     kinds = frozenset({"input"})
-    positions: tuple[int, ...] = ()
-    """Where in the longer sequence the virtual tokens stand; in front of all others where none are given."""
+    positions: Places = ()
 
     def refuses(self, site: Site) -> tuple[tuple[str, ...], str] | None:
         """A place for each token, or none."""

@@ -108,7 +108,7 @@ def make_plan(spec: Spec, graph: Graph, after: Any = None) -> Plan:
     notes = [*graph.base.notes, *_notes(entries), *_alias_notes(graph, entries)]
     refusals = fold.requires(adapted) if adapted.stage in fold.takes else []
     notes += [f"cannot be folded: {refusal}" for refusal in refusals]
-    stays = ", ".join(dict.fromkeys(a.method.name for a in adapted.adaptations if a.stays))
+    stays = adapted.staying
     if stays:
         notes.append(f"{stays} stays when the rest is folded, and is paid for in every product")
     left = run(adapted, [fold]) if stays and adapted.stage in fold.takes and not refusals else None
@@ -268,7 +268,7 @@ def _pipeline(spec: Spec, entries: Sequence[Planned]) -> list[Pass]:
 
 def _check_products(spec: Spec, adapted: Graph) -> None:
     """What is inserted has a place in every product, and the spec's own pipeline leaves what they need."""
-    stays = ", ".join(dict.fromkeys(a.method.name for a in adapted.adaptations if a.stays))
+    stays = adapted.staying
     for index, entry in enumerate(spec.emit):
         if entry.format == "hf" and stays:
             words = f"{stays} cannot be folded into weights, and a Hugging Face checkpoint holds nothing else"

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from adaptc.attention import Attention, find_attentions, keys_of, values_of
-from adaptc.dataflow import VIEWS, behind, is_residual
+from adaptc.dataflow import VIEWS, behind, is_residual, made_from, unviewed
 from adaptc.layout import operation
 from adaptc.names import ROLES
 from adaptc.roles import weighted_products
@@ -73,15 +73,9 @@ def _sublayers(nodes: Sequence[fx.Node], weighted: Mapping[fx.Node, Site]) -> It
         if not is_residual(node) or len(node.all_input_nodes) != 2:
             continue
         for index, stream in ((0, node.args[1]), (1, node.args[0])):
-            cone = _cone(node.args[index], _source(stream), order)
+            cone = _cone(node.args[index], unviewed(stream, PASSED), order)  # type: ignore[arg-type]
             if cone is not None:
                 yield from _outputs(Use(node.name, index), node, cone, weighted, mixed, order)
-
-
-def _source(node: Any) -> fx.Node:
-    while operation(node) in PASSED and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    return node
 
 
 def _cone(branch: Any, stream: fx.Node, order: Mapping[fx.Node, int]) -> set[fx.Node] | None:
@@ -111,7 +105,7 @@ def _outputs(
     if not last or branch.meta["val"].dim() < 2:
         return
     if is_residual(branch):
-        parts = [(Use(branch.name, i), _cone_of(a, cone)) for i, a in enumerate(branch.args[:2])]
+        parts = [(Use(branch.name, i), made_from(a, cone)) for i, a in enumerate(branch.args[:2])]
         if len({bool(part & mixed) for _, part in parts}) == 2:
             for each, part in parts:
                 yield from _outputs(each, branch, part, weighted, mixed, order)
@@ -140,29 +134,11 @@ def _unflattened(node: fx.Node, rank: int) -> fx.Node:
     return node
 
 
-def _cone_of(node: Any, cone: set[fx.Node]) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    queue = [node]
-    while queue:
-        node = queue.pop()
-        if node in cone and node not in found:
-            found.add(node)
-            queue += node.all_input_nodes
-    return found
-
-
 def _operand(product: fx.Node, site: Site) -> fx.Node:
     """What a product multiplies its weight with."""
     weights = {use.node for use in site.uses}
     held = [n for n in product.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
-    active = [n for n in held if n.op != "get_attr" and n.name not in weights and not _is_view_of_weight(n)]
-    return active[0]
-
-
-def _is_view_of_weight(node: fx.Node) -> bool:
-    while operation(node) in VIEWS and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    return node.op == "get_attr"
+    return next(n for n in held if n.name not in weights and unviewed(n).op != "get_attr")
 
 
 def _attentions(nodes: Sequence[fx.Node]) -> Iterator[Site]:
@@ -216,9 +192,7 @@ def _inputs(weighted: Mapping[fx.Node, Site]) -> Iterator[Site]:
     for node, site in weighted.items():
         if site.kind != "embedding":
             continue
-        indices: Any = node.args[1]
-        while operation(indices) in VIEWS and isinstance(indices.args[0], fx.Node):
-            indices = indices.args[0]
+        indices = unviewed(node.args[1])  # type: ignore[arg-type]
         if indices.op == "placeholder" and indices.meta["val"].dim() == 2:
             value = node.meta["val"]
             point = site.as_point("input", tuple(value.shape[-1:]), value.dtype, site.source)

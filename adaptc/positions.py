@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from adaptc.attention import Attention, find_attentions, operand, replace_operand
-from adaptc.dataflow import VIEWS, behind, is_weight
+from adaptc.dataflow import behind, is_weight, unviewed
 from adaptc.graph import Graph
 from adaptc.layout import operation
 
@@ -49,7 +49,7 @@ def _angles(node: fx.Node) -> Iterator[Place]:
     queue, seen = [node], {node}
     while queue:
         current = queue.pop()
-        active = [n for n in current.all_input_nodes if not _stored(n)]
+        active = [n for n in current.all_input_nodes if unviewed(n).op != "get_attr"]
         if operation(current) in ("mul", "matmul", "bmm", "einsum", "outer") and len(active) == 1:
             places = [0, 1, (1, 0), (1, 1)]
             yield current, next(p for p in places if _at(current, p) is active[0])
@@ -61,12 +61,6 @@ def _angles(node: fx.Node) -> Iterator[Place]:
 def _at(node: fx.Node, place: Any) -> Any:
     found = node.args[place[0]] if isinstance(place, tuple) else node.args[place]
     return found[place[1]] if isinstance(place, tuple) and isinstance(found, (list, tuple)) else found
-
-
-def _stored(node: fx.Node) -> bool:
-    while operation(node) in VIEWS and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    return node.op == "get_attr"
 
 
 def _looked_up(
@@ -84,9 +78,7 @@ def _looked_up(
         positions = operand(node, place)
         if not isinstance(positions, fx.Node) or not _counts(graph, positions):
             continue
-        first = min(
-            (a.mixed for a in every if _reaches(node, a.mixed, order)), key=order.__getitem__, default=None
-        )
+        first = next((a.mixed for a in every if _reaches(node, a.mixed, order)), None)
         if first in wanted and _has_room(node, positions, count):
             yield node, place
 

@@ -51,9 +51,8 @@ def save_checkpoint(folded: Graph, base: Graph, directory: Path, max_shard_size:
         raise AdaptcError(
             f"a Hugging Face checkpoint needs a Hugging Face base, and {base.base.describe} is none"
         )
-    stays = ", ".join(dict.fromkeys(a.method.name for a in folded.adaptations if a.stays))
-    if stays:
-        reason = f"{stays} cannot be folded into weights, and a Hugging Face checkpoint holds nothing else"
+    if folded.staying:
+        reason = f"{folded.staying} cannot be folded into weights, and a Hugging Face checkpoint holds nothing else"
         raise RefusedError([Refusal(f"{reason}\n  emit it as onnx or torch; the adapter by itself as peft")])
     config = copy.deepcopy(pretrained.config)
     model = _model_of(pretrained, config, folded)

@@ -24,12 +24,6 @@ Encoder = Annotated[
 ]
 Width = Annotated[int | None, Field(gt=0, description="width of that network; d if left out")]
 Layers = Annotated[int, Field(gt=0, description="layers of the LSTM")]
-Places = Annotated[
-    tuple[int, ...],
-    Field(
-        description="their places in the longer sequence, at its end where it is shorter; in front if left out"
-    ),
-]
 
 
 @method("p-tuning")
@@ -45,7 +39,6 @@ class PTuning(InputMethod):
     encoder_reparameterization_type: Encoder = "MLP"
     encoder_hidden_size: Width = None
     encoder_num_layers: Layers = 2
-    positions: Places = ()
 
     small: ClassVar[Mapping[str, object]] = {"num_virtual_tokens": 3, "encoder_hidden_size": 8}
     while_training: ClassVar[frozenset[str]] = frozenset({"encoder_hidden_size", "encoder_num_layers"})

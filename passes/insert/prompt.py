@@ -28,12 +28,6 @@ Tokens = Annotated[
         description="numbers of the tokens to start from, in place of words: each virtual token the mean of some"
     ),
 ]
-Places = Annotated[
-    tuple[int, ...],
-    Field(
-        description="their places in the longer sequence, at its end where it is shorter; in front if left out"
-    ),
-]
 
 
 @method("prompt")
@@ -48,7 +42,6 @@ class Prompt(InputMethod):
     init: Start = "RANDOM"
     init_text: Words = None
     init_tokens: Tokens = ()
-    positions: Places = ()
 
     aliases: ClassVar[Mapping[str, str]] = {
         "prompt_tuning_init": "init",
