@@ -61,13 +61,8 @@ def places(found: Iterable[fx.Node]) -> str:
 def widened(graph: Graph, site: Site) -> Site:
     """The site with everyone else who uses its tensor among its uses, in the order of execution."""
     same, order = set(names(graph, site.parameter)), {node.name: i for i, node in enumerate(graph.nodes)}
-    found = [
-        Use(user.name, next((i for i, a in enumerate(user.args) if a is node), -1))
-        for node in graph.nodes
-        if node.op == "get_attr" and node.target in same
-        for user in node.users
-    ]
-    uses = {*site.uses, *found}
+    every = [other for other in graph.sites if other.parameter in same]
+    uses = {*site.uses, *(use for other in every for use in (*other.uses, *other.foreign))}
     return replace(site, uses=tuple(sorted(uses, key=lambda use: order[use.node])))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from adaptc.expression import splice, trace_expression
 from adaptc.graph import Graph
 from adaptc.insert import Insert
 from adaptc.method import Param, WeightMethod
+from adaptc.select import Selection
 from adaptc.sites import Site
 
 
@@ -29,6 +31,14 @@ class InsertWeight(Insert):
                 "the bias here is computed from other parameters, so it cannot be adapted with the weight",
             )
         return super().refused(site)
+
+    def selection(self, graph: Graph) -> Selection:
+        """What the target matches; of sites that share a tensor and change together, the first."""
+        found = super().selection(graph)
+        if self.on_alias != "share":
+            return found
+        first = {(graph.aliases[site.parameter], site.rows): site for site in reversed(found.sites)}
+        return replace(found, sites=tuple(site for site in found.sites if site in first.values()))
 
     def call(self, graph: Graph) -> bool:
         """Splice the expression at every site."""

@@ -291,3 +291,27 @@ def test_a_layer_that_runs_twice_is_no_alias() -> None:
     assert not made.plan.notes
     check(made, apart(model, made, "a"), model)
     assert made.folded_graph().operations == made.base.operations
+
+
+SHARED = {
+    "both-names": (Pair, ["a", "b"], ["a"]),
+    "three-names": (Three, ["b", "c", "a"], ["a"]),
+    "slices": (Twice, ["a[0:6]", "a[6:16]"], ["a[0:6]", "a[6:16]"]),
+    "slices-of-both": (Pair, ["a[0:6]", "b[0:6]", "b[6:16]"], ["a[0:6]", "b[6:16]"]),
+}
+
+
+@pytest.mark.parametrize("case", SHARED)
+def test_shared_is_adapted_once_by_each_entry(case: str) -> None:
+    kind, target, adapted = SHARED[case]
+    model = kind()
+    made = compiled(model, {"target": target, "on_alias": "share"})
+    assert [a.site.pattern for a in made.graph.adaptations] == adapted
+    want, state = copy.deepcopy(model), made.fold().state_dict()
+    assert list(state) == list(model.state_dict())
+    with torch.no_grad():
+        want.a.weight.copy_(state["a.weight"])
+        assert (want.a.weight - model.a.weight).abs().amin(1).min() > 0, "every row has changed"
+        for name in state:
+            assert not name.endswith("weight") or torch.equal(state[name], state["a.weight"])
+    check(made, want, model)
