@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from functools import cache
-from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import AliasChoices, Field, GetJsonSchemaHandler, Strict, create_model
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema
+from pydantic import Field, create_model
 
 from adaptc.method import Method, Rank, summary
+from adaptc.option_keys import Spelled, option_keys
 from adaptc.registry import load_methods, method_named
 from adaptc.spec_part import OneOf, Part, PathText
 from adaptc.targets import Patterns, Target
@@ -25,7 +24,7 @@ Alias = Annotated[
 AdapterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", description="the adapter's name")]
 
 
-class MethodEntry(Part):
+class MethodEntry(Spelled):
     """An adaptation to insert. Each method has a subclass with its own options as fields."""
 
     method: str
@@ -36,21 +35,11 @@ class MethodEntry(Part):
 
     def options(self) -> dict[str, Any]:
         """The method's own options."""
-        return {f.name: getattr(self, f.name) for f in _fields(method_named(self.method))}
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(method_named(self.method))}  # type: ignore[arg-type]
 
     def build(self) -> Method:
         """The method with these options."""
         return method_named(self.method)(**self.options())
-
-    @classmethod
-    def __get_pydantic_json_schema__(
-        cls, schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> JsonSchemaValue:
-        shown = handler(schema)
-        properties = handler.resolve_ref_schema(shown)["properties"]
-        for spelling, name in cls.spellings().items():
-            properties.setdefault(spelling, properties[name] | {"description": f"another spelling of {name}"})
-        return shown
 
 
 class AdapterEntry(Part):
@@ -63,30 +52,10 @@ class AdapterEntry(Part):
     r: Rank | None = Field(None, description="the rank to cut it to, where its ranks are nested")
 
 
-def _fields(cls: type[Method]) -> tuple[dataclasses.Field[Any], ...]:
-    return dataclasses.fields(cls)  # type: ignore[arg-type]
-
-
-def _from_list(hint: Any) -> Any:
-    plain = get_args(hint)[0] if get_origin(hint) is Annotated else hint
-    return Annotated[hint, Strict(False)] if get_origin(plain) in (tuple, frozenset) else hint
-
-
-def _option(cls: type[Method], option: dataclasses.Field[Any]) -> Any:
-    default = option.default if option.default_factory is dataclasses.MISSING else option.default_factory()
-    spellings = [spelling for spelling, name in cls.aliases.items() if name == option.name]
-    return Field(
-        ... if default is dataclasses.MISSING else default,
-        validation_alias=AliasChoices(option.name, *spellings) if spellings else None,
-    )
-
-
 @cache
 def entry_model(cls: type[Method]) -> type[MethodEntry]:
     """The model of a method's entries: its dataclass fields, with their constraints, are keys."""
-    hints = get_type_hints(cls, include_extras=True)
-    keys: dict[str, Any] = {f.name: (_from_list(hints[f.name]), _option(cls, f)) for f in _fields(cls)}
-    keys["method"] = Literal[cls.name], ...
+    keys = option_keys(cls)
     if cls.everywhere:
         keys["target"] = Target, Field(("*",), description="as of every method; everywhere if left out")
     return create_model(

@@ -21,7 +21,8 @@ adapted everywhere."""
 def users(graph: Graph, name: str) -> list[fx.Node]:
     """Who uses a tensor, under any of its names, outside the inserted expressions; after them, who uses those."""
     same = set(names(graph, name))
-    queue = [n for n in graph.nodes if n.op == "get_attr" and n.target in same]
+    leaves = {graph.quantized[n].value for n in same & graph.quantized.keys()}
+    queue = [n for n in graph.nodes if (n.op == "get_attr" and n.target in same) or n.name in leaves]
     found: dict[fx.Node, None] = {}
     seen: set[fx.Node] = set()
     while queue:

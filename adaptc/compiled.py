@@ -19,6 +19,7 @@ from adaptc.expression import Folded
 from adaptc.graph import Graph, attribute, bind
 from adaptc.insert import Insert
 from adaptc.method import options_of
+from adaptc.orders import folds_into_bits, lowering
 from adaptc.pipeline import Pass, PassRecord, run
 from adaptc.plan import Plan
 from adaptc.planned import Planned
@@ -89,12 +90,10 @@ class Compiled:
         base = self.base.copy()
         if base.base.model is not None:
             follow_training(base.module, export(base.base.model, base.base.inputs, training=True))
-        return _factored(run(base, self.plan.passes))
+        return _lowered(run(base, self.plan.opening))
 
     def live_graph(self, adapted: Graph | None = None) -> Graph:
         """The factored graph in evaluation mode, with the adapters of `adapted`, or as they stand."""
-        if self.graph.stage == "folded":  # by the spec's own passes: what they fold is the reference
-            return run(self.base, [item for item in self.plan.passes if item.leaves != "folded"])
         graph = self.plan.factored.copy()
         graph.weights.update((adapted or self.graph).weights)
         return graph
@@ -109,14 +108,14 @@ class Compiled:
         if not left:
             return self.live_graph()
         passes: list[Pass] = []
-        for item in self.plan.passes:
+        for item in self.plan.opening:
             new = left.get((item.entry, item.method.name)) if isinstance(item, Insert) else None
             passes.append(item if new is None else replace(item, **options_of(new.instance)))  # type: ignore[type-var]
         graph = run(self.base, passes)
         for name, param in graph.inserted.items():
             if param.stored:
                 graph.weights[name] = Held(values[name])
-        return _factored(graph)
+        return _lowered(graph)
 
     def folded_graph(self, keep: Callable[[Graph], Any] | None = None) -> Graph:
         """The folded graph, proved against the live one: as the adapters stand, or where they do not show, with
@@ -131,15 +130,32 @@ class Compiled:
             ProofError: the folded graph has other operations than the base, or computes something else.
         """
         self.check_finite()
+        refusal = None if self.plan.closing else folds_into_bits(self.graph)
+        if refusal:
+            raise RefusedError([refusal])
         folded = self._fold(self.graph, record=True)
         if folded.adaptations and folded.stage != "folded":
             reason = f"`passes` leaves a graph that is {self.graph.stage}, which cannot be folded; leave `factor` out"
             raise RefusedError([Refusal(reason)])
         gone = not folded.adaptations and not any(a.stays for a in self.graph.adaptations)
-        if self.spec.passes is None and gone and folded.operations != self.base.operations:
+        plain = self.spec.passes is None and not self.graph.quantized
+        if plain and gone and folded.operations != self.base.operations:
             raise ProofError("the folded graph has other operations than the base")
-        if keep is not None:
+        behind = self.plan.closing[1:]
+        if keep is not None and not behind:
             keep(folded)
+        if self.graph.adaptations or not behind:
+            self._prove_fold(folded)
+        if not behind:
+            return folded
+        final = run(folded, behind, self.records, self._after)
+        final = run(final, lowering(final)) if final.quantized else final
+        if keep is not None:
+            keep(final)
+        self._folded = None
+        return final
+
+    def _prove_fold(self, folded: Graph) -> None:
         live = Streamed(self.live_graph(), wide=True)
         candidate = self.held_against(live, folded)
         self.prove("fold", live.graph, live, candidate)
@@ -149,7 +165,6 @@ class Compiled:
             adapted = Streamed(self.live_graph(random), wide=True)
             self.prove(RANDOM, random, adapted, self.held_against(adapted, self._fold(random)))
         self._folded = candidate
-        return folded
 
     def streamed(self, graph: Graph, wide: bool = False) -> Streamed:
         """A runner of a graph; of the last folded graph the one that was proved, which knows what it gave, unless it
@@ -266,12 +281,13 @@ class Compiled:
         return proof
 
     def _fold(self, graph: Graph, record: bool = False) -> Graph:
-        """Fold a graph that is at a stage for it; of any other, a copy is given back."""
-        fold = load_passes()["fold"]()
+        """Fold a graph that is at a stage for it, as the spec's own passes do; of any other, a copy is given back."""
+        fold = self.plan.closing[0] if self.plan.closing else load_passes()["fold"]()
         if graph.stage not in fold.takes:
-            return graph.copy()
+            return run(graph, lowering(graph)) if graph.quantized else graph.copy()
         first = record and not any(done.name == fold.name for done in self.records)
-        return run(graph, [fold], self.records if first else None, self._after if first else None)
+        folded = run(graph, [fold], self.records if first else None, self._after if first else None)
+        return run(folded, lowering(folded)) if folded.quantized else folded
 
     def _prove_module(self, graph: Graph) -> None:
         """The trainable module computes what the inserted expressions say, with random adapters."""
@@ -341,10 +357,9 @@ class Compiled:
         return record.shaped(shapes)
 
 
-def _factored(graph: Graph) -> Graph:
-    """The graph factored, where its passes have not done so."""
-    factor = load_passes()["factor"]()
-    return run(graph, [factor]) if graph.stage in factor.takes else graph
+def _lowered(graph: Graph) -> Graph:
+    """The graph as it is trained and run live."""
+    return run(graph, lowering(graph))
 
 
 def _put(weight: Weight, value: Callable[[], torch.Tensor]) -> None:

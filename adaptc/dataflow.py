@@ -96,7 +96,8 @@ def is_residual(node: fx.Node) -> bool:
 
 def is_weight(node: fx.Node) -> bool:
     """Whether a node is a weight, a view of one, or matrices gathered from one."""
-    return unviewed(node, VIEWS | {"index"}).op == "get_attr"
+    source = unviewed(node, VIEWS | {"index"})
+    return source.op == "get_attr" or "quantized" in source.meta
 
 
 def unviewed(node: fx.Node, passed: Collection[str] = VIEWS) -> fx.Node:

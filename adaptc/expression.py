@@ -13,6 +13,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from adaptc.graph import ORIGIN, Adaptation, Graph
+from adaptc.quantized_operations import DEQUANTIZE
 from adaptc.weights import Weight
 
 PIECE = 2**15
@@ -42,7 +43,7 @@ def splice(
     traced: fx.Graph,
     operands: Sequence[fx.Node],
     like: fx.Node,
-    tag: int,
+    mark: Mapping[str, Any],
     before: fx.Node | None = None,
 ) -> fx.Node:
     """Copy a traced expression in front of `like`, or of another node; gives the node of its result.
@@ -52,7 +53,7 @@ def splice(
         traced: the expression.
         operands: the nodes of its inputs.
         like: the first user of what it changes; new nodes take its origin.
-        tag: the number of the adaptation, kept on each new node.
+        mark: what is kept in the meta of each new node: the number of its adaptation, or the weight it stands for.
         before: where it stands, if not in front of `like`.
     """
     inputs = [n for n in traced.nodes if n.op == "placeholder"]
@@ -62,7 +63,7 @@ def splice(
         result = graph.module.graph.graph_copy(traced, mapping)
     for node in graph.module.graph.nodes:
         if node not in known:
-            node.meta = {"val": node.meta.get("val"), "adaptation": tag}
+            node.meta = {"val": node.meta.get("val"), **mark}
             node.meta |= {k: v for k, v in like.meta.items() if k in ORIGIN}
     assert isinstance(result, fx.Node)
     return result
@@ -99,7 +100,10 @@ class Expression:
             for node in self.nodes:
                 if node.op == "get_attr":
                     tensor = self.leaves[str(node.target)].exact()
-                    values[node] = tensor.to(wide) if tensor.dtype.is_floating_point else tensor
+                    narrow = all(
+                        user.target is DEQUANTIZE for user in node.users
+                    )  # stored numbers stay as they are
+                    values[node] = tensor if narrow or not tensor.dtype.is_floating_point else tensor.to(wide)
                     del tensor
                 else:
                     args, kwargs = map_arg((node.args, dict(node.kwargs)), values.__getitem__)  # type: ignore[arg-type]

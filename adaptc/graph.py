@@ -25,6 +25,7 @@ from adaptc.weights import Weight
 
 if TYPE_CHECKING:
     from adaptc.calibration import Information
+    from adaptc.quantized import Quantized
 
 ORIGIN = ("nn_module_stack", "stack_trace")
 """What a node's meta says of where it came from."""
@@ -71,9 +72,11 @@ class Graph:
         base: where the model comes from.
         adaptations: what was inserted so far, in order.
         adapted: (weight, first node that uses it) -> the node that holds its adapted value.
+        quantized: weight -> what stands for it in few bits.
         stage: which legality table holds.
         origin: the graph as traced, which a rewritten one came from.
         information: the Fisher information of a weight by its name, where there is data to estimate it from.
+        rows: that data, a batch of one each.
     """
 
     module: fx.GraphModule
@@ -88,9 +91,11 @@ class Graph:
     base: Base
     adaptations: list[Adaptation] = field(default_factory=list)
     adapted: dict[tuple[str, str], str] = field(default_factory=dict)
+    quantized: dict[str, Quantized] = field(default_factory=dict)
     stage: str = "traced"
     origin: Graph | None = None
     information: Information | None = None
+    rows: Sequence[Mapping[str, torch.Tensor]] = ()
 
     @property
     def nodes(self) -> Iterable[fx.Node]:
@@ -171,6 +176,13 @@ class Graph:
         if not stored:
             self.transient |= {name}
 
+    def restore(self, name: str, weight: Weight) -> None:
+        """Let a name of the base have a weight again, in place of what bits stood for it."""
+        self.weights[name] = weight
+        with self.fake_mode:
+            value = torch.empty(weight.shape, dtype=weight.dtype)
+        put(self.module, name, nn.Parameter(value, requires_grad=False))
+
     def detach(self, name: str) -> None:
         """Forget a tensor that was attached."""
         del self.weights[name], self.aliases[name]
@@ -193,7 +205,14 @@ class Graph:
     def value_of(self, parameter: str, uses: Sequence[Use], nodes: Mapping[str, fx.Node]) -> fx.Node:
         """The node that these uses read a weight from: its expression where it is adapted, else the weight."""
         name = self.adapted.get((parameter, uses[0].node))
-        return nodes[name] if name else self.parameter_node(parameter)
+        return nodes[name] if name else self.leaf(parameter)
+
+    def leaf(self, parameter: str) -> fx.Node:
+        """The node that gives a weight of the base: what is read, or what its few bits stand for."""
+        found = self.quantized.get(parameter)
+        if found is None:
+            return self.parameter_node(parameter)
+        return next(node for node in self.nodes if node.name == found.value)
 
     def copy(self) -> Graph:
         """A graph that can be rewritten without touching this one; weights are shared."""
@@ -209,6 +228,7 @@ class Graph:
             aliases=dict(self.aliases),
             adaptations=list(self.adaptations),
             adapted=dict(self.adapted),
+            quantized=dict(self.quantized),
             origin=self.origin or self,
         )
 

@@ -71,7 +71,7 @@ class InsertActivation(Insert):
         method = self.method.at(site)
         named = self.tensors(site, sites)
         theta = self.attached(graph, site, named, None)
-        tag = self.recorded(graph, site, named)
+        mark = self.recorded(graph, site, named)
         first, output = _entry(graph, site, nodes)
         users = (
             [nodes[use.node] for use in site.uses] if site.uses[0].argument != WHOLE else list(output.users)
@@ -96,7 +96,7 @@ class InsertActivation(Insert):
         values = {argument: node.meta["val"] for argument, node in theta.items()}
         with graph.fake_mode:
             traced = trace_expression(method.branch, [z.meta["val"]], values, whole=True)
-        branch = splice(graph, traced, [z, *theta.values()], output, tag, before=first)
+        branch = splice(graph, traced, [z, *theta.values()], output, mark, before=first)
         if branch.meta["val"].shape[-1] != output.meta["val"].shape[-1]:
             raise ValueError(f"{method.name}.branch makes {branch.meta['val']} of {z.meta['val']} on {site}")
         with graph.module.graph.inserting_before(first):

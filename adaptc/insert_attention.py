@@ -41,14 +41,14 @@ class InsertAttention(Insert):
         method = self.method
         named = self.tensors(sites[0], sites)
         theta = self.attached(graph, sites[0], named, None)
-        tags = [self.recorded(graph, site, named) for site in sites]
+        marks = [self.recorded(graph, site, named) for site in sites]
         values = {argument: node.meta["val"] for argument, node in theta.items()}
         with graph.fake_mode:
             traced = trace_expression(method.tokens, [], values)
         first = next(node for node in graph.nodes if node.op == "call_function")
         known = {attention.mixed.name: attention for attention in find_attentions(graph.nodes)}
         attentions = [known[site.uses[1].node] for site in sites]
-        tokens = splice(graph, traced, list(theta.values()), attentions[0].mixed, tags[0], before=first)
+        tokens = splice(graph, traced, list(theta.values()), attentions[0].mixed, marks[0], before=first)
         move_positions(graph, attentions, method.num_virtual_tokens)
         masks = Masks(graph, method.num_virtual_tokens, self)
         starts = method.columns(sites)[:-1]

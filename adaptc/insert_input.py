@@ -68,8 +68,8 @@ class InsertInput(Insert):
         method = self.method
         nodes = graph.by_name()
         named = self.tensors(site, sites)
-        theta = self.attached(graph, site, named, graph.parameter_node(site.parameter))
-        tag = self.recorded(graph, site, named)
+        theta = self.attached(graph, site, named, graph.leaf(site.parameter))
+        mark = self.recorded(graph, site, named)
         values = {k: node.meta["val"] for k, node in theta.items()}
 
         def tokens_of(**theta: torch.Tensor) -> torch.Tensor:
@@ -79,7 +79,7 @@ class InsertInput(Insert):
             traced = trace_expression(tokens_of, [], values)
         embedding, ids = nodes[site.uses[0].node], nodes[site.reads]
         first = next(node for node in graph.nodes if node.op == "call_function")
-        tokens = splice(graph, traced, list(theta.values()), embedding, tag, before=first)
+        tokens = splice(graph, traced, list(theta.values()), embedding, mark, before=first)
         places = Places(graph, method.num_virtual_tokens, ids, embedding, self._positions(graph, method))
         for node, axis in _beside(graph, ids):
             places.lengthen(node, axis, _filler(graph, node, ids), first)

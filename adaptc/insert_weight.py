@@ -65,14 +65,10 @@ class InsertWeight(Insert):
         own = method.stored(site)
         derived = any(not param.stored for _, param in named.values())
         # What is computed again on loading starts from the base, whatever earlier entries will have learned.
-        value = (
-            graph.parameter_node(site.parameter)
-            if derived
-            else graph.value_of(site.parameter, site.uses, nodes)
-        )
+        value = graph.leaf(site.parameter) if derived else graph.value_of(site.parameter, site.uses, nodes)
         theta = self.attached(graph, site, named, value)
         params = {argument: param for argument, (_, param) in named.items()}
-        tag = self.recorded(graph, site, named)
+        mark = self.recorded(graph, site, named)
         targets = [(site.uses, _weight_of(method, site, params, own), site.parameter)]
         if site.bias is not None and method.adapts_bias():
             targets.append((site.bias_uses, _bias_of(method, site, params), site.bias))
@@ -84,7 +80,7 @@ class InsertWeight(Insert):
             if key not in traced:
                 with graph.fake_mode:
                     traced[key] = trace_expression(function, [before.meta["val"]], values)
-            result = splice(graph, traced[key], [before, *theta.values()], nodes[uses[0].node], tag)
+            result = splice(graph, traced[key], [before, *theta.values()], nodes[uses[0].node], mark)
             got, want = result.meta["val"], before.meta["val"]
             if got.shape != want.shape or got.dtype != want.dtype:
                 raise ValueError(f"{method.name}.{function.__name__} makes {got} of {want} on {site}")

@@ -7,7 +7,6 @@ A method file holds maths only. Inserting, factoring, folding, saving and export
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
@@ -16,6 +15,7 @@ from pydantic import Field
 
 from adaptc.names import ATTENTION
 from adaptc.peft_format import PeftFormat
+from adaptc.registered import register, require_frozen
 from adaptc.rule import Rule
 
 if TYPE_CHECKING:
@@ -223,21 +223,12 @@ def method(name: str) -> Callable[[M], M]:
         ValueError: the name is not kebab-case, is taken by another class, or the class is no frozen dataclass.
     """
 
-    def register(cls: M) -> M:
-        if re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name) is None:
-            raise ValueError(f"a method's name is lower case with hyphens, got {name!r}")
-        known = METHODS.get(name)
-        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(
-                f"method {name!r} is registered already, by {known.__module__}.{known.__qualname__}"
-            )
-        if "__dataclass_params__" not in vars(cls) or not cls.__dataclass_params__.frozen:  # type: ignore[attr-defined]
-            raise ValueError(f"method {name!r}: write @method above @dataclass(frozen=True)")
-        cls.name = name
-        METHODS[name] = cls
+    def decorate(cls: M) -> M:
+        require_frozen("method", name, cls)
+        register(METHODS, "method", name, cls)
         return cls
 
-    return register
+    return decorate
 
 
 def options_of(instance: Method) -> dict[str, Any]:
@@ -245,6 +236,6 @@ def options_of(instance: Method) -> dict[str, Any]:
     return {f.name: getattr(instance, f.name) for f in dataclasses.fields(instance)}  # type: ignore[arg-type]
 
 
-def summary(cls: type[Method]) -> str:
-    """The first line of a method's docstring: its equation."""
+def summary(cls: type) -> str:
+    """The first line of the docstring of a method, or a scheme: its equation."""
     return next((line.strip() for line in (cls.__doc__ or "").splitlines() if line.strip()), "")

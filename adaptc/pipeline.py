@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -11,6 +10,7 @@ from typing import Any, ClassVar, TypeVar
 
 from adaptc.errors import AdaptcError, Refusal, RefusedError, VerifyError
 from adaptc.graph import STAGES, Graph
+from adaptc.registered import register
 from adaptc.verify import verify
 
 
@@ -63,24 +63,16 @@ def graph_pass(name: str) -> Callable[[P], P]:
         ValueError: the name is not kebab-case, is taken by another class, or a stage is unknown.
     """
 
-    def register(cls: P) -> P:
-        if re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name) is None:
-            raise ValueError(f"a pass's name is lower case with hyphens, got {name!r}")
+    def decorate(cls: P) -> P:
         unknown = (set(cls.takes) | ({cls.leaves} - {None})) - set(STAGES)
         if unknown:
             raise ValueError(
                 f"pass {name!r} names unknown stages {sorted(map(str, unknown))}; known: {', '.join(STAGES)}"
             )
-        known = PASSES.get(name)
-        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(
-                f"pass {name!r} is registered already, by {known.__module__}.{known.__qualname__}"
-            )
-        cls.name = name
-        PASSES[name] = cls
+        register(PASSES, "pass", name, cls)
         return cls
 
-    return register
+    return decorate
 
 
 def check_order(passes: Sequence[Pass], stage: str = "traced") -> str | None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from torch import fx
 
 from adaptc.aliases import elsewhere, places
@@ -18,21 +17,22 @@ from adaptc.graph import Graph
 from adaptc.insert import Insert
 from adaptc.kinds import TOKENS, PromptMethod
 from adaptc.method import WeightMethod
-from adaptc.names import nearest, shared_name
+from adaptc.names import shared_name
+from adaptc.near_misses import no_match
+from adaptc.orders import check_products, folds_into_bits, lowering, pipeline_of, split
 from adaptc.pipeline import Pass, check_order, run
 from adaptc.planned import Planned, entries_of, match_checkpoints
-from adaptc.points import POINTS
+from adaptc.planned_quantization import (
+    PlannedQuantization,
+    named_twice,
+    quantizations_of,
+    quantize_notes,
+    quantize_problems,
+)
+from adaptc.quantize import Quantize
 from adaptc.registry import load_passes
-from adaptc.sites import KINDS, Site
+from adaptc.sites import Site
 from adaptc.spec import Spec
-
-KNOWN_AS: Mapping[str, str] = {
-    "sub-layer": "a sub-layer is what ends in a matrix product and is added to the stream that it was computed from: "
-    "name another point, target: {node: ...} (`--print-after all` shows the nodes)",
-    "attention": "an attention is scaled_dot_product_attention, or two products of activations around a softmax",
-    "input": "an input is an integer input (batch, seq) that is looked up in an embedding",
-}
-"""How points are recognised."""
 
 
 @dataclass
@@ -41,7 +41,9 @@ class Plan:
 
     Attributes:
         entries: what is inserted, in order.
-        passes: the pipeline that every product starts with.
+        quantized: what is stored in few bits, in order.
+        passes: the pipeline as the spec states it.
+        closing: of it what folded products have besides: from the pass on that folds.
         budget: parameters, memory and operations.
         notes: what the person should know: patterns without a match, excluded heads, what cannot fold.
         adapted: the graph after the pipeline; its weights are not loaded.
@@ -56,6 +58,13 @@ class Plan:
     adapted: Graph
     factored: Graph
     records: list[Any] = field(default_factory=list)
+    quantized: list[PlannedQuantization] = field(default_factory=list)
+    closing: list[Pass] = field(default_factory=list)
+
+    @property
+    def opening(self) -> list[Pass]:
+        """The passes that every product starts with."""
+        return self.passes[: len(self.passes) - len(self.closing)]
 
     @property
     def sites(self) -> list[Site]:
@@ -88,39 +97,49 @@ def make_plan(spec: Spec, graph: Graph, after: Any = None) -> Plan:
     entries = [found for index in range(len(spec.adapt)) for found in entries_of(spec, graph, index)]
     problems = [problem for found in entries for problem in _problems(spec, graph, found)]
     problems += _name_clashes(spec, entries)
+    quantized = quantizations_of(spec, graph)
+    problems += [problem for found in quantized for problem in quantize_problems(spec, graph, found)]
+    problems += named_twice(spec, quantized)
     if problems:
         raise SpecError(problems)
     match_checkpoints(spec, graph, entries)
-    passes = _pipeline(spec, entries)
+    passes = pipeline_of(spec, [found.insert for found in entries], [found.item for found in quantized])
     wrong = check_order(passes)
     if wrong:
         raise spec.error(("passes",), wrong, "see `adaptc passes` for the stages each pass takes and leaves")
+    opening, closing = split(passes)
     records: list[Any] = []
     try:
-        adapted = run(graph, passes, records, after)
+        adapted = run(graph, opening, records, after)
+        check_products(spec, adapted, closing)
+        factored = run(adapted, lowering(adapted), records, after)
+        if closing:
+            run(adapted, closing, records, after)
     except RefusedError as error:
-        if not isinstance(error.source, Insert):
+        key = "adapt" if isinstance(error.source, Insert) else "quantize"
+        if not isinstance(error.source, Insert | Quantize):
             raise
-        raise spec.error(("adapt", error.source.entry), *str(error).splitlines()) from error
-    _check_products(spec, adapted)
-    factor, fold = load_passes()["factor"](), load_passes()["fold"]()
-    factored = run(adapted, [factor], records, after) if adapted.stage in factor.takes else adapted
+        raise spec.error((key, error.source.entry), *str(error).splitlines()) from error
+    fold = load_passes()["fold"]()
     notes = [*graph.base.notes, *_notes(entries), *_alias_notes(graph, entries)]
+    notes += quantize_notes(graph, quantized)
     refusals = fold.requires(adapted) if adapted.stage in fold.takes else []
+    refusals = refusals or ([folds_into_bits(adapted)] if not closing and folds_into_bits(adapted) else [])
     notes += [f"cannot be folded: {refusal}" for refusal in refusals]
     stays = adapted.staying
     if stays:
         notes.append(f"{stays} stays when the rest is folded, and is paid for in every product")
     left = run(adapted, [fold]) if stays and adapted.stage in fold.takes and not refusals else None
     counted = budget(graph, adapted, factored, left)
-    return Plan(entries, passes, counted, notes, adapted, factored, records)
+    return Plan(entries, passes, counted, notes, adapted, factored, records, quantized, closing)
 
 
 def _problems(spec: Spec, graph: Graph, planned: Planned) -> list[Problem]:
     method, selection = planned.insert.method, planned.selection
     key = "adapter" if planned.checkpoint is not None else "target"
     if not selection.sites:
-        return [spec.source.problem(("adapt", planned.entry, key), *_no_match(graph, planned))]
+        words = no_match(graph, method, selection, planned.checkpoint is not None)
+        return [spec.source.problem(("adapt", planned.entry, key), *words)]
     if selection.lacking:
         words = (f"{method.name}: {selection.lacking[0]}", *selection.lacking[1:])
         return [spec.source.problem(("adapt", planned.entry, key), *words)]
@@ -146,37 +165,6 @@ def _problems(spec: Spec, graph: Graph, planned: Planned) -> list[Problem]:
                 ),
             )
     return list(found.values())
-
-
-def _no_match(graph: Graph, planned: Planned) -> tuple[str, ...]:
-    method, selection = planned.insert.method, planned.selection
-    kinds = "/".join(kind for kind in KINDS if kind in method.kinds)
-    what = kinds if method.kinds & POINTS else f"{kinds} layer"
-    words = [f"{method.name}: the target matches no {what} of {graph.base.describe}"]
-    words += selection.lacking
-    words += [KNOWN_AS[kind] for kind in sorted(method.kinds & POINTS) if not _points_of(graph, kind)]
-    if selection.excluded:
-        words.append(f"`exclude` took out all that matched: {', '.join(selection.excluded[:4])}")
-    if selection.near:
-        words.append(f"near: {', '.join(selection.near)}")
-    unread = sorted({n.rpartition(".")[0] for n in graph.weights} - {s.module for s in graph.sites})
-    hidden = [
-        m
-        for m in unread
-        if any(p.removeprefix("re:").strip("*.") in m for p in selection.unused if p.strip("*."))
-    ]
-    if hidden:
-        words.append(f"on no path to the output: {', '.join(hidden[:4])}")
-    places = graph.points if method.kinds & POINTS else graph.sites
-    modules = list(dict.fromkeys(s.module or "the model itself" for s in places if s.kind in method.kinds))
-    words.append(f"such layers are: {', '.join(modules[:4]) or 'none'}{', ...' if len(modules) > 4 else ''}")
-    if planned.checkpoint is not None:
-        words.append("the adapter was trained on another base, or on another task's model: see base.task")
-    return tuple(words)
-
-
-def _points_of(graph: Graph, kind: str) -> list[Site]:
-    return [point for point in graph.points if point.kind == kind]
 
 
 def reaches_output(graph: Graph, site: Site) -> bool:
@@ -222,75 +210,6 @@ def _name_clashes(spec: Spec, entries: Sequence[Planned]) -> list[Problem]:
                 break
             taken |= dict.fromkeys(names, planned)
     return problems
-
-
-def _pipeline(spec: Spec, entries: Sequence[Planned]) -> list[Pass]:
-    inserts: list[Pass] = [planned.insert for planned in entries]
-    if spec.passes is None:
-        return inserts
-    known = load_passes()
-    passes: list[Pass] = []
-    for index, item in enumerate(spec.passes):
-        name, options = (item, {}) if isinstance(item, str) else next(iter(item.items()))
-        if name == "insert":
-            passes += inserts
-            continue
-        if name not in known:
-            near = nearest(name, [*known, "insert"])
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise spec.error(
-                ("passes", index), f"unknown pass {name!r}{hint}", f"known: insert, {', '.join(known)}"
-            )
-        fields = [f.name for f in dataclasses.fields(known[name])]  # type: ignore[arg-type]
-        unknown = next((option for option in options if option not in fields), None)
-        if unknown is not None:
-            near = nearest(str(unknown), fields)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            shown = ", ".join(fields) or "none"
-            raise spec.error(
-                ("passes", index), f"{name}: unknown option {unknown!r}{hint}", f"its options: {shown}"
-            )
-        try:
-            passes.append(TypeAdapter(known[name]).validate_python(options))
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            option = ".".join(map(str, first["loc"]))
-            words = f"{name}: {option}: {first['msg'].lower()}, got {first['input']!r}"
-            raise spec.error(("passes", index), words, f"its options: {', '.join(fields)}") from None
-    if inserts and not set(map(id, inserts)) <= set(map(id, passes)):
-        raise spec.error(
-            ("passes",),
-            "the pipeline leaves out `insert`, which puts in what `adapt` asks for",
-            "such as passes: [insert, ...]",
-        )
-    return passes
-
-
-def _check_products(spec: Spec, adapted: Graph) -> None:
-    """What is inserted has a place in every product, and the spec's own pipeline leaves what they need."""
-    stays = adapted.staying
-    for index, entry in enumerate(spec.emit):
-        if entry.format == "hf" and stays:
-            words = f"{stays} cannot be folded into weights, and a Hugging Face checkpoint holds nothing else"
-            raise spec.error(
-                ("emit", index, "format"), words, "emit onnx or torch; the adapter by itself as peft"
-            )
-    if spec.passes is None:
-        return
-    for index, entry in enumerate(spec.emit):
-        folded = entry.format == "hf" or (entry.format == "onnx" and entry.adapters == "folded")
-        if folded and adapted.adaptations and adapted.stage not in load_passes()["fold"].takes:
-            raise spec.error(
-                ("passes",),
-                f"the pipeline leaves a graph that is {adapted.stage}, which emit.{index} cannot fold",
-                "leave `factor` out: live and trainable products get it anyway",
-            )
-        if entry.format in ("torch", "peft") and spec.adapt and not adapted.adaptations:
-            raise spec.error(
-                ("passes",),
-                f"the pipeline folds the adapters away, so emit.{index} has nothing left to train or save",
-                "leave `fold` out: folded products get it anyway",
-            )
 
 
 def _notes(entries: Sequence[Planned]) -> list[str]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from adaptc.errors import AdaptcError
 from adaptc.method import METHODS, Method
+from adaptc.scheme import SCHEMES, Scheme
 
 if TYPE_CHECKING:
     from adaptc.pipeline import Pass
@@ -27,6 +28,20 @@ def _import_all(package_name: str) -> None:
 def load_methods() -> dict[str, type[Method]]:
     """Every method, shipped or of an installed package. The shipped ones do not import torch."""
     _import_all("adaptc.passes.insert")
+    _load_installed()
+    return METHODS
+
+
+@cache
+def load_schemes() -> dict[str, type[Scheme]]:
+    """Every quantization scheme, shipped or of an installed package. The shipped ones do not import torch."""
+    _import_all("adaptc.passes.quantize")
+    _load_installed()
+    return SCHEMES
+
+
+@cache
+def _load_installed() -> None:
     for entry_point in entry_points(group=ENTRY_POINT_GROUP):
         try:
             entry_point.load()
@@ -36,7 +51,6 @@ def load_methods() -> dict[str, type[Method]]:
                 f"{package} (entry point {entry_point.name} = {entry_point.value}) cannot be loaded: "
                 f"{type(error).__name__}: {error}\n  mend that package, or uninstall it"
             ) from error
-    return METHODS
 
 
 def method_named(name: str) -> type[Method]:
@@ -51,11 +65,13 @@ def method_named(name: str) -> type[Method]:
 
 @cache
 def load_passes() -> dict[str, type[Pass]]:
-    """Every pass, and one `insert-` pass for every method. Imports torch."""
+    """Every pass, one `insert-` pass for every method, one `quantize-` pass for every scheme. Imports torch."""
     from adaptc.insert_passes import insert_pass
     from adaptc.pipeline import PASSES
+    from adaptc.quantize import quantize_pass
 
-    for package in ("factor", "fold"):
+    for package in ("factor", "fold", "lower"):
         _import_all(f"adaptc.passes.{package}")
     inserts = {f"insert-{name}": insert_pass(cls) for name, cls in load_methods().items()}
-    return {**PASSES, **inserts}
+    quantizes = {f"quantize-{name}": quantize_pass(cls) for name, cls in load_schemes().items()}
+    return {**PASSES, **inserts, **quantizes}

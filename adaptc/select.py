@@ -11,6 +11,7 @@ from adaptc.method import MATRIX_KINDS, Method
 from adaptc.names import SLICE_NAMES, layer_of, matches, matches_any, nearest, parse_layers, sliced
 from adaptc.points import POINTS, SUBLAYER, named_point
 from adaptc.roles import PIECES, SLICES
+from adaptc.scheme import Scheme
 from adaptc.sites import KINDS, Site
 
 ALL_LINEAR = "all-linear"
@@ -38,7 +39,7 @@ class Selection:
     lacking: tuple[str, ...] = ()
 
 
-def select(graph: Graph, target: Target, exclude: Sequence[str], method: Method) -> Selection:
+def select(graph: Graph, target: Target, exclude: Sequence[str], method: Method | Scheme) -> Selection:
     """The sites of a kind the method can sit on whose module the target names.
 
     A method for whole modules (kind `parameter`) takes every parameter below the module named.
@@ -86,7 +87,7 @@ def select(graph: Graph, target: Target, exclude: Sequence[str], method: Method)
     )
 
 
-def _places(graph: Graph, method: Method, target: Target) -> list[Site]:
+def _places(graph: Graph, method: Method | Scheme, target: Target) -> list[Site]:
     """The sites of a method's kinds; of activations the one that is named by its node, if one is."""
     if not method.kinds & POINTS:
         return [site for site in graph.sites if site.kind in method.kinds]

@@ -167,7 +167,7 @@ class Site:
     @property
     def part(self) -> str:
         """What tells this site's tensors from those of others in the same module."""
-        words = (self.leaf if self.shared else "", self.piece.replace(":", "_"))
+        words = (self.leaf if self.shared else "", re.sub("[:,]", "_", self.piece))
         return "_".join(word for word in words if word)
 
     @property

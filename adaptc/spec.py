@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
     BeforeValidator,
     Field,
     PrivateAttr,
@@ -23,6 +22,7 @@ from adaptc.base_entry import Base, Inputs
 from adaptc.emit_entries import EmitEntries
 from adaptc.errors import Problem, SpecError, WeightError
 from adaptc.inputs import InputSpec
+from adaptc.quantize_entries import QuantizeEntries
 from adaptc.source import Source
 from adaptc.spec_errors import fault, got, invalid, problems
 from adaptc.spec_part import Many, Part, PathText
@@ -30,10 +30,6 @@ from adaptc.yaml_text import Loc
 
 VERSION = 1
 """The version of the spec that this adaptc reads."""
-
-
-def _no_quantizer(entry: Any) -> Any:
-    raise invalid(fault("no quantizer is installed: quantize is not available in this version"))
 
 
 def _pass(entry: Any) -> str | dict[str, dict[str, Any]]:
@@ -61,12 +57,11 @@ class Spec(Part):
         {}, validate_default=True, description="name -> dtype[dims]; derived for `base.model`"
     )
     adapt: Many[AdaptEntry] = ()
-    quantize: Many[Annotated[Any, AfterValidator(_no_quantizer)]] = Field(
-        (), json_schema_extra={"maxItems": 0}
-    )
+    quantize: Many[QuantizeEntries] = ()
     calibration: PathText | None = Field(
         None,
-        description="rows that some methods choose by: a .jsonl or .safetensors file of inputs with labels",
+        description="rows that some methods choose by: a .jsonl or .safetensors file of inputs, with labels where "
+        "a method needs them",
     )
     emit: EmitEntries = ()
     passes: Many[PassEntry] | None = Field(

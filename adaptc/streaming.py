@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -83,7 +83,20 @@ def same(known: Sequence[Batch], asked: Sequence[Batch]) -> bool:
     )
 
 
-def _sweep(graph: Graph, batches: Sequence[Batch], choices: Sequence[Choices], wide: bool) -> list[Outcome]:
+def observed(
+    graph: Graph, batches: Sequence[Batch], observe: Callable[[fx.Node, Any], None], wide: bool = False
+) -> list[Outcome]:
+    """One sweep over these batches; told of every value as it is computed."""
+    return _sweep(graph, batches, [Choices((), 0.0) for _ in batches], wide, observe)
+
+
+def _sweep(
+    graph: Graph,
+    batches: Sequence[Batch],
+    choices: Sequence[Choices],
+    wide: bool,
+    observe: Callable[[fx.Node, Any], None] | None = None,
+) -> list[Outcome]:
     values: list[dict[fx.Node, Any]] = [{} for _ in batches]
     outcomes: list[Any] = [None] * len(batches)
     loaded: dict[str, torch.Tensor] = {}
@@ -110,6 +123,8 @@ def _sweep(graph: Graph, batches: Sequence[Batch], choices: Sequence[Choices], w
                         outcomes[number] = result
                     else:
                         values[number][node] = result
+                        if observe is not None:
+                            observe(node, result)
             for done in last.get(node, ()):
                 if isinstance(done, str):
                     loaded.pop(done, None)

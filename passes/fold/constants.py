@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
 from torch import fx
 
 from adaptc.aliases import names, others, places
@@ -63,8 +64,9 @@ class Fold(Pass):
                     live.append(adaptation)
                     break
                 value = graph.value_of(name, uses, nodes)
-                weight = graph.weights[name]
-                folded[name] = Folded(weight.shape, weight.dtype, cut(graph, value))
+                folded[name] = Folded(*_stored(graph, adaptation, name), cut(graph, value))
+                if name in graph.quantized:
+                    graph.restore(name, folded[name])
                 stored = graph.parameter_node(name)
                 for use in uses:
                     nodes[use.node].replace_input_with(value, stored)
@@ -76,6 +78,7 @@ class Fold(Pass):
                 graph.weights[alias] = weight
         graph.module.graph.eliminate_dead_code()
         _forget_unread(graph)
+        _forget_bits(graph, folded)
         return bool(folded) or any(settled)
 
     def ensures(self, graph: Graph) -> str | None:
@@ -93,6 +96,25 @@ def _forget_unread(graph: Graph) -> None:
     graph.adaptations[:] = [
         replace(a, params={k: v for k, v in a.params.items() if v[0] not in gone}) for a in graph.adaptations
     ]
+
+
+def _forget_bits(graph: Graph, folded: Mapping[str, Weight]) -> None:
+    """Drop the bits that stood for what was folded into; what else reads them keeps them."""
+    read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    for name in [name for name in folded if name in graph.quantized]:
+        quantized = graph.quantized.pop(name)
+        for tensor in quantized.tensors.values():
+            if tensor not in read and tensor in graph.weights:
+                graph.detach(tensor)
+        if quantized.rest and quantized.rest not in read:
+            graph.detach(quantized.rest)
+
+
+def _stored(graph: Graph, adaptation: Adaptation, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype of what is folded into: of the weight, or of that which bits stand for."""
+    if name in graph.quantized:
+        return adaptation.site.shape, adaptation.site.dtype
+    return graph.weights[name].shape, graph.weights[name].dtype
 
 
 def _forget(graph: Graph, live: list[Adaptation]) -> None:

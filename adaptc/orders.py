@@ -1,0 +1,135 @@
+"""Orders: the passes of a spec, and what of them each product has."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from adaptc.errors import Refusal
+from adaptc.graph import Graph
+from adaptc.names import nearest
+from adaptc.pipeline import Pass
+from adaptc.quantize import Quantize
+from adaptc.registry import load_passes
+from adaptc.spec import Spec
+
+
+def pipeline_of(spec: Spec, inserts: Sequence[Pass], quantizes: Sequence[Pass]) -> list[Pass]:
+    """The passes in the order that the spec states; if it states none, what is quantized is, then adapters go in.
+
+    Raises:
+        SpecError: a pass or an option is unknown, or what `adapt` or `quantize` asks for is left out.
+    """
+    if spec.passes is None:
+        return [*quantizes, *inserts]
+    known = load_passes()
+    passes: list[Pass] = []
+    for index, item in enumerate(spec.passes):
+        name, options = (item, {}) if isinstance(item, str) else next(iter(item.items()))
+        if name in ("insert", "quantize"):
+            passes += inserts if name == "insert" else quantizes
+            continue
+        if name not in known:
+            near = nearest(name, [*known, "insert", "quantize"])
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise spec.error(
+                ("passes", index),
+                f"unknown pass {name!r}{hint}",
+                f"known: insert, quantize, {', '.join(known)}",
+            )
+        passes.append(_made(spec, index, known[name], name, options))
+    for word, items in (("insert", inserts), ("quantize", quantizes)):
+        if items and not set(map(id, items)) <= set(map(id, passes)):
+            section = "adapt" if word == "insert" else word
+            raise spec.error(
+                ("passes",),
+                f"the pipeline leaves out `{word}`, which puts in what `{section}` asks for",
+                f"such as passes: [{word}, ...]",
+            )
+    return passes
+
+
+def _made(spec: Spec, index: int, cls: Any, name: str, options: Mapping[str, Any]) -> Pass:
+    fields = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    unknown = next((option for option in options if option not in fields), None)
+    if unknown is not None:
+        near = nearest(str(unknown), fields)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        shown = ", ".join(fields) or "none"
+        raise spec.error(
+            ("passes", index), f"{name}: unknown option {unknown!r}{hint}", f"its options: {shown}"
+        )
+    try:
+        return TypeAdapter(cls).validate_python(options)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        option = ".".join(map(str, first["loc"]))
+        words = f"{name}: {option}: {first['msg'].lower()}, got {first['input']!r}"
+        raise spec.error(("passes", index), words, f"its options: {', '.join(fields)}") from None
+
+
+def check_products(spec: Spec, adapted: Graph, closing: Sequence[Pass]) -> None:
+    """What is inserted has a place in every product, and the spec's own pipeline leaves what they need."""
+    stays = adapted.staying
+    bits = bool(adapted.quantized) or any(isinstance(item, Quantize) for item in closing)
+    for index, entry in enumerate(spec.emit):
+        if entry.format == "hf" and bits:
+            words = "a Hugging Face checkpoint holds floats, and the spec asks for weights in few bits"
+            raise spec.error(("emit", index, "format"), words, "emit onnx or torch, or leave `quantize` out")
+        if entry.format == "hf" and stays:
+            words = f"{stays} cannot be folded into weights, and a Hugging Face checkpoint holds nothing else"
+            raise spec.error(
+                ("emit", index, "format"), words, "emit onnx or torch; the adapter by itself as peft"
+            )
+        folded = entry.format == "hf" or (entry.format == "onnx" and entry.adapters == "folded")
+        if (
+            folded
+            and adapted.adaptations
+            and not closing
+            and adapted.stage not in load_passes()["fold"].takes
+        ):
+            raise spec.error(
+                ("passes",),
+                f"the pipeline leaves a graph that is {adapted.stage}, which emit.{index} cannot fold",
+                "leave `factor` out: live and trainable products get it anyway",
+            )
+        refusal = folds_into_bits(adapted) if folded and not closing else None
+        if refusal:
+            raise spec.error(("emit", index, "format"), *str(refusal.reason).splitlines())
+        if entry.format == "onnx" and entry.adapters == "live" and bits and not adapted.quantized:
+            raise spec.error(
+                ("emit", index, "adapters"),
+                "the pipeline quantizes behind `fold`, so what is live would keep its floats",
+                "write `passes: [quantize, insert]`, or `adapters: folded`",
+            )
+
+
+def lowering(adapted: Graph) -> list[Pass]:
+    """What the live and trainable products have besides."""
+    factor = load_passes()["factor"]()
+    factors = [factor] if adapted.stage in factor.takes else []
+    return factors + ([load_passes()["quantized-products"]()] if adapted.quantized else [])
+
+
+def folds_into_bits(adapted: Graph) -> Refusal | None:
+    """Why an adapter cannot be folded unless the spec says in which order: its weight is stored in few bits."""
+    for adaptation in adapted.adaptations:
+        known = adapted.quantized.get(adaptation.site.parameter)
+        if known is not None and not adaptation.stays:
+            return Refusal(
+                f"{adaptation.site.module} is stored as {known.scheme.name}, and folding rounds it again: say how\n"
+                "  passes: [insert, fold, quantize]            fold into the float weights, then quantize\n"
+                "  passes: [quantize, insert, fold, quantize]  fold into what the bits stand for, quantize again\n"
+                "  passes: [quantize, insert, fold]            the same, and leave it in floats\n"
+                "  adapters: live                              leave the bits as they are, the adapter beside them"
+            )
+    return None
+
+
+def split(passes: Sequence[Pass]) -> tuple[list[Pass], list[Pass]]:
+    """The passes that every product starts with, and what folded ones have besides: from the pass on that folds."""
+    at = next((i for i, item in enumerate(passes) if item.leaves == "folded"), len(passes))
+    return list(passes[:at]), list(passes[at:])

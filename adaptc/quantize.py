@@ -1,0 +1,179 @@
+"""Quantize: the weight that a site reads becomes what few bits stand for. One pass for every scheme."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from adaptc.aliases import names
+from adaptc.errors import Refusal
+from adaptc.expression import splice, trace_expression
+from adaptc.graph import Graph
+from adaptc.layer_inputs import LayerInputs
+from adaptc.pipeline import Pass
+from adaptc.quantized import Quantization, Quantized, dtype_of, part, size_of, stored_so, weight_of
+from adaptc.quantized_operations import DEQUANTIZE
+from adaptc.scheme import Scheme
+from adaptc.select import Selection, Target, select
+from adaptc.sites import Site
+from adaptc.weights import Computed, Held
+
+
+@dataclass(frozen=True)
+class Quantize(Pass):
+    """`linear(x, W)` becomes `linear(x, dequantize(codes, …))` at every site the target names.
+
+    Whoever else uses the same tensor reads the same bits: a tied head its embedding's.
+    """
+
+    target: Target = ()
+    exclude: tuple[str, ...] = ()
+    entry: int = 0
+
+    takes: ClassVar[frozenset[str]] = frozenset({"traced", "adapted", "folded"})
+    scheme_class: ClassVar[type[Scheme]]
+
+    @property
+    def scheme(self) -> Scheme:
+        """The scheme with the options of this pass."""
+        own = {f.name for f in dataclasses.fields(Quantize)}
+        return self.scheme_class(
+            **{f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in own}
+        )
+
+    def selection(self, graph: Graph) -> Selection:
+        """What the target matches, each tensor once: as a whole, or all slices of it that are named."""
+        found = select(graph, self.target, self.exclude, self.scheme)
+        of: dict[str, list[Site]] = {}
+        for site in found.sites:
+            of.setdefault(graph.aliases[site.parameter], []).append(site)
+        return dataclasses.replace(found, sites=tuple(_joined(sites) for sites in of.values()))
+
+    def left(self, graph: Graph) -> list[Site]:
+        """The sites that are not quantized by this entry already: after a fold, those that were folded into."""
+        known = {name for name, q in graph.quantized.items() if q.entry == self.entry}
+        return [site for site in self.selection(graph).sites if site.parameter not in known]
+
+    def refused(self, graph: Graph, site: Site) -> tuple[tuple[str, ...], str] | None:
+        """The option at fault and why this cannot be stored so; None if it can."""
+        known = graph.quantized.get(site.parameter)
+        if known is not None:
+            words = f"quantize.{known.entry} stores it as {known.scheme.name} already"
+            return ("target",), f"{words}; leave it out of one of them with `exclude`"
+        if not site.dtype.is_floating_point:
+            return ("target",), f"its weight is {site.dtype}, not a number to be rounded"
+        if self.scheme.calibrated and not graph.rows:
+            return (), "it chooses by the layer's inputs: name some rows, `calibration: rows.jsonl`"
+        return self.scheme.refuses(*size_of(site))
+
+    def requires(self, graph: Graph) -> list[Refusal]:
+        """The target matches, and the scheme can store every matrix."""
+        selection = self.selection(graph)
+        if not selection.sites:
+            near = f"; near: {', '.join(selection.near)}" if selection.near else ""
+            return [Refusal(f"{self.name}: the target {self.target!r} matches no site{near}")]
+        refusals = []
+        for site in self.left(graph):
+            reason = self.refused(graph, site)
+            if reason:
+                words = f"{self.scheme.name}: {reason[1]}\n  site {site}"
+                refusals.append(Refusal(words, (site.uses[0].node,)))
+        return refusals
+
+    def call(self, graph: Graph) -> bool:
+        """Store every matrix, and let what read it read what the bits stand for."""
+        scheme, sites = self.scheme, self.left(graph)
+        inputs = LayerInputs(graph.copy(), sites) if scheme.calibrated and sites else None
+        traced: dict[Any, fx.Graph] = {}
+        for site in sites:
+            given = inputs.of(site) if inputs else None
+            self._quantize(graph, Quantization(scheme, site, graph.weights[site.parameter], given), traced)
+        return bool(sites)
+
+    def ensures(self, graph: Graph) -> str | None:
+        """No planned site reads its weight as it was."""
+        read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+        left = sorted({s.module for s in self.selection(graph).sites if s.parameter in read})
+        return f"{self.name} planned {', '.join(left)}, but did not rewrite it" if left else None
+
+    def _quantize(self, graph: Graph, quantization: Quantization, traced: dict[Any, fx.Graph]) -> None:
+        scheme, site = quantization.scheme, quantization.site
+        parameter, (rows, columns) = site.parameter, quantization.size
+        prefix = f"{parameter}_{site.part}" if site.part else parameter
+        held: dict[str, str] = {}
+        for key, kept in scheme.stored(rows, columns).items():
+            held[key] = f"{prefix}_{key}"
+            graph.attach(held[key], part(quantization, key, kept), trained=False)
+        for key, value in scheme.constants().items():
+            held[key] = f"{scheme.name.replace('-', '_')}_{key}"
+            if held[key] not in graph.weights:
+                graph.attach(held[key], Held(value), trained=False)
+        same = names(graph, parameter)
+        reads = [n for n in graph.nodes if n.op == "get_attr" and n.target in same]
+        first = next(node for node in graph.nodes if any(read in node.all_input_nodes for read in reads))
+        with graph.module.graph.inserting_before(first):
+            tensors = [graph.parameter_node(name) for name in held.values()]
+            found = graph.call(DEQUANTIZE, tensors, scheme.text, rows, columns, site.dtype, like=first)
+        found.meta["quantized"] = parameter
+        rest, operands = "", [found]
+        if site.rows:
+            rest = f"{prefix}_rest"
+            shape = (reads[0].meta["val"].numel() // columns - rows, columns)
+            graph.attach(rest, Computed(shape, site.dtype, quantization.rest), trained=False)
+            operands.append(graph.parameter_node(rest))
+        value = found
+        if site.rows or not stored_so(site):
+            key = (site.kind, site.layout, site.shape, site.rows, site.dtype)
+            if key not in traced:
+                with graph.fake_mode:
+                    traced[key] = trace_expression(
+                        lambda *made: weight_of(site, *made), [o.meta["val"] for o in operands], {}
+                    )
+            value = splice(graph, traced[key], operands, first, {"quantized": parameter})
+        if value.meta["val"].stride() == reads[0].meta["val"].stride():
+            value.meta["val"] = reads[0].meta["val"]
+        for read in reads:
+            read.replace_all_uses_with(value)
+            graph.module.graph.erase_node(read)
+        for name in same:
+            del graph.weights[name]
+        graph.quantized[parameter] = Quantized(quantization, self.entry, held, found.name, value.name, rest)
+
+
+def _joined(sites: Sequence[Site]) -> Site:
+    """One site of a tensor: the whole if that is among them, else all rows of its slices."""
+    whole = next((site for site in sites if not site.rows), None)
+    if whole is not None or len(sites) == 1:
+        return whole or sites[0]
+    rows: list[tuple[int, int]] = []
+    for start, stop in sorted(rows for site in sites for rows in site.rows):
+        if rows and start <= rows[-1][1]:
+            rows[-1] = (rows[-1][0], max(stop, rows[-1][1]))
+        else:
+            rows.append((start, stop))
+    return dataclasses.replace(sites[0], rows=tuple(rows), piece=",".join(site.piece for site in sites))
+
+
+def quantize_pass(cls: type[Scheme]) -> type[Quantize]:
+    """The pass that quantizes by a scheme: `QuantizeNf4`, called `quantize-nf4` in a spec."""
+    fields: list[Any] = [(f.name, Any, field(default=f.default)) for f in dataclasses.fields(cls)]
+    name = "Quantize" + "".join(part.capitalize() for part in cls.name.split("-"))
+    made = dataclasses.make_dataclass(name, fields, bases=(Quantize,), frozen=True)
+    made.scheme_class, made.name, made.__doc__, made.__module__ = (
+        cls,
+        f"quantize-{cls.name}",
+        cls.__doc__,
+        cls.__module__,
+    )
+    return made
+
+
+def stored_bytes(sites: Sequence[Quantized]) -> int:
+    """Bytes that the bits of these take, tables not counted."""
+    kept = [k for q in sites for k in q.scheme.stored(*q.quantization.size).values()]
+    return sum(torch.Size(k.shape).numel() * dtype_of(k).itemsize for k in kept)

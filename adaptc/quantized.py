@@ -1,0 +1,168 @@
+"""Quantized weights: the few bits that stand for a weight, found when they are first asked for, then kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from adaptc.errors import WeightError
+from adaptc.scheme import Kept, Scheme
+from adaptc.sites import Site
+from adaptc.weights import Weight
+
+
+@dataclass(eq=False)
+class Quantization:
+    """One matrix of a weight in few bits.
+
+    Attributes:
+        scheme: how it is stored.
+        site: whose weight it is; of a slice its rows only.
+        source: the weight it stands for.
+        inputs: gives the layer's inputs `(tokens, columns)`, where the scheme chooses by them.
+    """
+
+    scheme: Scheme
+    site: Site
+    source: Weight
+    inputs: Callable[[], torch.Tensor] | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rows and columns of the matrix."""
+        return size_of(self.site)
+
+    @cached_property
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """What is stored.
+
+        Raises:
+            WeightError: the weight holds NaN or infinity.
+        """
+        W = self.matrix()
+        if not torch.isfinite(W).all():
+            raise WeightError(
+                f"{self.site.name} holds NaN or infinity, which no {self.scheme.name} code stands for\n"
+                "  mend the checkpoint, or leave the layer out with `exclude`"
+            )
+        rows, columns = W.shape
+        found = self.scheme.quantize(W, self.inputs() if self.inputs else None)
+        for name, kept in self.scheme.stored(rows, columns).items():
+            got = found[name]
+            if tuple(got.shape) != kept.shape or got.dtype != dtype_of(kept):
+                raise ValueError(f"{self.scheme.name} gives {name} {got.dtype} {list(got.shape)}, not {kept}")
+        return found
+
+    def matrix(self) -> torch.Tensor:
+        """The weight as the scheme sees it: `(rows, columns)`, float32."""
+        with torch.no_grad():
+            return matrix_of(self.site, self.source.exact()).float()
+
+    def dequantized(self) -> torch.Tensor:
+        """What the stored numbers stand for: `(rows, columns)`, float32."""
+        with torch.no_grad():
+            return self.scheme.unpack(*self.size, {**self.scheme.constants(), **self.tensors})
+
+    def rest(self) -> torch.Tensor:
+        """Of a slice, the other rows of the weight's matrix."""
+        assert self.site.layout is not None
+        W = self.site.layout.matrix(self.source.load())
+        kept = torch.ones(W.shape[0], dtype=torch.bool)
+        for start, stop in self.site.rows:
+            kept[start:stop] = False
+        return W[kept]
+
+
+@dataclass(eq=False)
+class Part(Weight):
+    """One of the tensors that stand for a weight."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], torch.Tensor]
+
+    def load(self) -> torch.Tensor:
+        """The tensor; made with the others when the first is asked for."""
+        return self.make()
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A quantized weight in a graph.
+
+    Attributes:
+        quantization: the matrix in few bits.
+        entry: of the spec's `quantize`.
+        tensors: argument of the scheme's `dequantize` -> name in the graph.
+        matrix: the node that gives the matrix `(rows, columns)` in the weight's dtype.
+        value: the node that gives the weight as it was stored.
+        rest: of a slice, the name of the weight's other rows.
+    """
+
+    quantization: Quantization
+    entry: int
+    tensors: Mapping[str, str]
+    matrix: str
+    value: str
+    rest: str = ""
+
+    @property
+    def scheme(self) -> Scheme:
+        """How it is stored."""
+        return self.quantization.scheme
+
+    @property
+    def site(self) -> Site:
+        """Whose weight it is."""
+        return self.quantization.site
+
+
+def size_of(site: Site) -> tuple[int, int]:
+    """Rows and columns of a site's matrix as schemes see it: an embedding's rows are its entries."""
+    if site.kind == "embedding":
+        return site.in_features, site.out_features
+    return site.out_features * (site.batch or 1), site.in_features
+
+
+def matrix_of(site: Site, W: torch.Tensor) -> torch.Tensor:
+    """A stored weight as one matrix; several matrices are stacked."""
+    M = site.matrix(W)
+    return M.t() if site.kind == "embedding" else M.reshape(-1, M.shape[-1])
+
+
+def weight_of(site: Site, M: torch.Tensor, rest: torch.Tensor | None = None) -> torch.Tensor:
+    """The inverse: the weight as it is stored, with the rest of its rows where the matrix is a slice."""
+    assert site.layout is not None
+    if site.kind == "embedding":
+        return site.layout.tensor(M.t(), site.shape)
+    if site.batch is not None:
+        M = M.reshape(site.batch, -1, M.shape[-1])
+    if rest is None:
+        return site.layout.tensor(M, site.shape)
+    pieces, at, taken = [], 0, 0
+    for start, stop in site.rows:
+        before = start - at
+        pieces += [rest[at - taken : at - taken + before], M[taken : taken + stop - start]]
+        at, taken = stop, taken + stop - start
+    pieces.append(rest[at - taken :])
+    return site.layout.tensor(torch.cat([piece for piece in pieces if len(piece)]), site.shape)
+
+
+def stored_so(site: Site) -> bool:
+    """Whether the matrix is the weight itself, not a transpose or another shape of it."""
+    W = torch.empty(site.shape, device="meta")
+    M = matrix_of(site, W)
+    return not site.rows and M.shape == W.shape and M.stride() == W.stride()
+
+
+def dtype_of(kept: Kept) -> torch.dtype:
+    """torch's own."""
+    return getattr(torch, kept.dtype)
+
+
+def part(quantization: Quantization, name: str, kept: Kept) -> Part:
+    """One of a matrix's tensors as a weight."""
+    return Part(kept.shape, dtype_of(kept), lambda: quantization.tensors[name])

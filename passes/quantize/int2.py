@@ -1,0 +1,20 @@
+"""INT2: two-bit integers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from adaptc.integer_blocks import BlockSize, IntegerBlocks, Symmetric
+from adaptc.scheme import scheme
+
+
+@scheme("int2")
+@dataclass(frozen=True)
+class Int2(IntegerBlocks):
+    """W = scales (codes - zeros)        codes 2 bits, a scale for each `block_size` columns of a row"""
+
+    block_size: BlockSize = 32
+    symmetric: Symmetric = False
+
+    width: ClassVar[int] = 2
