@@ -270,13 +270,23 @@ class Compiled:
             name: w.rounding for name, w in folded.items() if isinstance(w, Folded) and w.rounding is not None
         }
 
-    def prove(self, name: str, graph: Graph, reference: Runner, candidate: Runner) -> Proof:
+    def prove(
+        self, name: str, graph: Graph, reference: Runner, candidate: Runner, allowed: float | None = None
+    ) -> Proof:
         """Hold two sides against one another and keep the proof; an earlier one of this name is replaced.
+
+        Args:
+            name: what is proved.
+            graph: its inputs, and the dtype that says what error is tolerated.
+            reference: one side.
+            candidate: the other.
+            allowed: what is tolerated, if not that.
 
         Raises:
             ProofError: they differ.
         """
-        proof = prove(name, graph.inputs, reference, candidate, tolerance(graph), seed=self.spec.seed)
+        allowed = tolerance(graph) if allowed is None else allowed
+        proof = prove(name, graph.inputs, reference, candidate, allowed, seed=self.spec.seed)
         self.proofs = [p for p in self.proofs if p.name != name] + [proof]
         return proof
 

@@ -29,7 +29,12 @@ class OnnxEmit(Part):
     adapters: Literal["folded", "live", "none"] = Field(
         "folded", description="folded away, kept as operations of their own, or left out"
     )
-    opset: Annotated[int, Field(ge=18, le=25)] | None = Field(None, description="ONNX opset; 20 if left out")
+    opset: Annotated[int, Field(ge=18, le=25)] | None = Field(
+        None, description="ONNX opset; 20 if left out, or what the weights' bits need"
+    )
+    target_runtime: Literal["onnxruntime", "standard"] = Field(
+        "onnxruntime", description="what quantized weights are multiplied by: its own operations, or ONNX's"
+    )
 
 
 class PeftEmit(Part):

@@ -37,6 +37,8 @@ class IntegerBlocks(Scheme):
     symmetric: Symmetric = True
     clip: Clip = False
 
+    activations: ClassVar[str] = "float"
+    """What ONNX multiplies by: `float`, or `int8` for activations that are rounded too."""
     width: ClassVar[int]
     """Bits of a code."""
 
@@ -134,9 +136,13 @@ class IntegerBlocks(Scheme):
         if self.symmetric:
             values = codes.to(scales.dtype) - 2 ** (self.bits - 1)
         else:
-            zeros = unpack(tensors["zeros"], self.bits)[:, : scales.shape[1]]
+            zeros = unpack(tensors["zeros"], self.bits)[..., : scales.shape[-1]]
             values = codes.to(scales.dtype) - zeros.to(scales.dtype).unsqueeze(-1)
-        return (values * scales.unsqueeze(-1)).flatten(1)[:, :columns]
+        return (values * scales.unsqueeze(-1)).flatten(-2)[..., :columns]
+
+    def lookup(self, rows: int, columns: int, tensors: Tensors, ids: Tensor) -> Tensor:
+        """Only these rows are read."""
+        return self.dequantize(rows, columns, {name: tensor[ids] for name, tensor in tensors.items()})
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -159,5 +165,5 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
 
     if bits == 8:
         return packed
-    codes = [(packed >> (bits * place)) & (2**bits - 1) for place in range(8 // bits)]
+    codes = [(packed >> (bits * place) if place else packed) & (2**bits - 1) for place in range(8 // bits)]
     return torch.stack(codes, -1).flatten(-2)

@@ -90,5 +90,22 @@ def named(tensors: Sequence[Any], text: str, rows: int, columns: int) -> dict[st
     return dict(zip((*scheme.stored(rows, columns), *scheme.constants()), tensors, strict=True))
 
 
+@torch.library.custom_op("adaptc::quantized_embedding", mutates_args=())
+def quantized_embedding(
+    ids: Tensor, tensors: Sequence[Tensor], scheme: str, rows: int, columns: int, dtype: torch.dtype
+) -> Tensor:
+    """`embedding(W, ids)` for a W that bits stand for, of which only the rows asked for are made."""
+    found = scheme_of(scheme).lookup(rows, columns, named(tensors, scheme, rows, columns), ids)
+    return found.to(dtype).contiguous()
+
+
+@quantized_embedding.register_fake
+def _(
+    ids: Tensor, tensors: Sequence[Tensor], scheme: str, rows: int, columns: int, dtype: torch.dtype
+) -> Tensor:
+    return tensors[0].new_empty((*ids.shape, columns), dtype=dtype)
+
+
 DEQUANTIZE = torch.ops.adaptc.dequantize.default
 LINEAR = torch.ops.adaptc.quantized_linear.default
+EMBEDDING = torch.ops.adaptc.quantized_embedding.default

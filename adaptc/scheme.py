@@ -77,6 +77,12 @@ class Scheme:
         """The same, by a faster kernel where one is installed."""
         return self.dequantize(rows, columns, tensors)
 
+    def lookup(self, rows: int, columns: int, tensors: Tensors, ids: Tensor) -> Tensor:
+        """Some rows of what the stored numbers stand for: `(*ids, columns)`, float32."""
+        from torch.nn.functional import embedding
+
+        return embedding(ids, self.dequantize(rows, columns, tensors))
+
     @property
     def text(self) -> str:
         """The scheme and its options as text, such as `nf4 {"double": true}`; `scheme_of` reads it."""

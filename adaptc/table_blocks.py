@@ -83,11 +83,17 @@ class TableBlocks(Scheme):
 
     def dequantize(self, rows: int, columns: int, tensors: Tensors) -> Tensor:
         """`absmax table[codes]`."""
-        import torch
-
-        codes = torch.stack([tensors["codes"] >> 4, tensors["codes"] & 15], -1).flatten()[: rows * columns]
-        values = tensors["table"].index_select(0, codes.int())
+        values = looked_up(tensors["codes"], tensors["table"])[: rows * columns]
         return scaled(values, self.absmax(tensors), self.block_size).reshape(rows, columns)
+
+    def lookup(self, rows: int, columns: int, tensors: Tensors, ids: Tensor) -> Tensor:
+        """Only these rows are read, where blocks do not go beyond a row."""
+        if columns % self.block_size:
+            return super().lookup(rows, columns, tensors, ids)
+        codes = tensors["codes"].reshape(rows, -1)[ids]
+        absmax = self.absmax(tensors).reshape(rows, -1)[ids]
+        blocks = looked_up(codes, tensors["table"]).unflatten(-1, (-1, self.block_size))
+        return (blocks * absmax.unsqueeze(-1)).flatten(-2)
 
     def absmax(self, tensors: Tensors) -> Tensor:
         """The scales of all blocks."""
@@ -103,6 +109,15 @@ class TableBlocks(Scheme):
             return self.dequantize(rows, columns, tensors)
         codes, absmax = tensors["codes"].unsqueeze(1), self.absmax(tensors)
         return kernel(codes, absmax, self.block_size, self.name, [rows, columns], absmax.dtype)
+
+
+def looked_up(codes: Tensor, table: Tensor) -> Tensor:
+    """What packed codes stand for in a table."""
+    import torch
+    from torch.nn.functional import embedding
+
+    each = torch.stack([codes >> 4, codes & 15], -1).flatten(-2)
+    return embedding(each.int(), table.unsqueeze(1)).squeeze(-1)
 
 
 def nearest(values: Tensor, table: Tensor, block: int) -> tuple[Tensor, Tensor]:
@@ -145,9 +160,12 @@ def scaled(values: Tensor, scales: Tensor, block: int) -> Tensor:
 
 def _filled(values: Tensor, block: int) -> Tensor:
     """`(blocks, block)`, filled with zeros."""
-    from torch.nn.functional import pad
+    import torch
 
-    return pad(values, (0, -len(values) % block)).reshape(-1, block)
+    missing = -len(values) % block
+    if missing:
+        values = torch.cat([values, values.new_zeros(missing)])
+    return values.reshape(-1, block)
 
 
 @cache

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from adaptc.emit.quantized_onnx import integer_tensor, integer_type, ir_version_needed, opset_needed
+from adaptc.emit.quantized_products import Integers, lower_quantized
 from adaptc.emit.translate import translate
 from adaptc.emit.widen import widen
 from adaptc.errors import AdaptcError
@@ -31,9 +33,10 @@ Wrote = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Written:
-    """What was written: the number of operations, and the weights that stand beside the program, to be read back."""
+    """What was written: how many operations, the opset, and the weights beside the program, to be read back."""
 
     nodes: int
+    opset: int
     weights: Mapping[str, Raw]
 
 
@@ -43,24 +46,30 @@ def export_onnx(
     opset: int | None = None,
     metadata: Mapping[str, str] | None = None,
     wrote: Wrote | None = None,
+    runtime: str = "onnxruntime",
+    exact: bool = False,
 ) -> Written:
     """Write a graph that only evaluates (`inference_graph`) as an ONNX program.
 
     Inputs, outputs and weights keep the model's names; named dimensions keep the spec's. What a bfloat16 model
     computes is computed in float32, from weights stored in bfloat16. Past `INLINE_LIMIT` the
-    weights stand in `<name>.data` beside the file.
+    weights stand in `<name>.data` beside the file. Quantized products are written for a `runtime`; `exact` ones
+    do not round activations, see `lower_quantized`.
 
     Raises:
         AdaptcError: an operation has no ONNX form; names it.
     """
     import onnx_ir as ir
 
-    model = translate(graph, opset or OPSET)
+    lower_quantized(graph, runtime, exact)
+    packed = [weight.bits for weight in graph.weights.values() if isinstance(weight, Integers)]
+    model = translate(graph, opset or max([OPSET, *map(opset_needed, packed)]))
     _attach(model, graph)
     _tidy(model, set(graph.weights))
     _name(model, graph)
     widen(model)
     model.producer_name = "adaptc"
+    model.ir_version = max([model.ir_version, *map(ir_version_needed, packed)])
     model.metadata_props.update(metadata or {})
     starts: dict[str, int] = {}
     if sum(value.const_value.nbytes for value in model.graph.initializers.values()) > INLINE_LIMIT:
@@ -74,7 +83,7 @@ def export_onnx(
         for name, start in starts.items()
         if name in graph.weights
     }
-    return Written(sum(1 for _ in model.graph), places)
+    return Written(sum(1 for _ in model.graph), model.opset_imports[""], places)
 
 
 def _write_beside(weights: Sequence[Any], path: Path, wrote: Wrote | None) -> dict[str, int]:
@@ -116,6 +125,9 @@ def _attach(model: Any, graph: Graph) -> None:
         weight = graph.weights.get(name)
         if weight is not None:
             kind = value.const_value.dtype
+            if isinstance(weight, Integers):
+                kind = integer_type(weight.bits)
+                value.type = ir.TensorType(kind)
             value.const_value = ir.LazyTensor(
                 _loader(weight, name), dtype=kind, shape=ir.Shape(weight.shape), name=name, cache=False
             )
@@ -125,6 +137,8 @@ def _loader(weight: Weight, name: str) -> Callable[[], Any]:
     def load() -> Any:
         from torch.onnx._internal.exporter._core import TorchTensor
 
+        if isinstance(weight, Integers):
+            return integer_tensor(weight.load(), weight.bits, name)
         return TorchTensor(weight.load().detach().contiguous(), name=name)
 
     return load
@@ -212,10 +226,10 @@ def _text(dim: Any) -> str:
 
 
 def onnx_runner(
-    path: Path, shown: Path | None = None
+    path: Path, shown: Path | None = None, exact: bool = False
 ) -> Callable[[Mapping[str, torch.Tensor]], Sequence[torch.Tensor]]:
-    """Run an ONNX file in ONNX Runtime, on one thread that does not spin."""
-    session = open_session(path, shown=shown)
+    """Run an ONNX file in ONNX Runtime, on one thread that does not spin; `exact`: activations are not rounded."""
+    session = open_session(path, shown=shown, exact=exact)
     names = {value.name for value in session.get_inputs()}
 
     def call(tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
@@ -231,7 +245,11 @@ def as_array(tensor: torch.Tensor) -> Any:
 
 
 def open_session(
-    model: Path | bytes, threads: int = 1, shown: Path | None = None, beside: Path | None = None
+    model: Path | bytes,
+    threads: int = 1,
+    shown: Path | None = None,
+    beside: Path | None = None,
+    exact: bool = False,
 ) -> Any:
     """An ONNX Runtime session on the CPU.
 
@@ -240,6 +258,7 @@ def open_session(
         threads: that it computes with.
         shown: what an error calls the file.
         beside: the folder of a part's weights; it is then run with as little memory as can be.
+        exact: do not round activations where standard operations on quantized weights are fused.
 
     Raises:
         AdaptcError: ONNX Runtime does not take the program.
@@ -250,6 +269,8 @@ def open_session(
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if exact:
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
     disabled = None
     if beside is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(beside))

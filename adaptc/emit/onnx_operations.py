@@ -13,13 +13,16 @@ import torch
 from onnxscript.function_libs.torch_lib.ops import fft
 from onnxscript.function_libs.torch_lib.ops.nn import aten_scaled_dot_product_attention
 
+from adaptc.emit import quantized_onnx
+
 op: Any = onnxscript.opset18
 
 
 def translations(targets: Iterable[Any]) -> dict[torch._ops.OpOverload, Callable[..., Any]]:
     """What computes those of these operations that have a form here."""
     known = {target for target in targets if isinstance(target, torch._ops.OpOverload)}
-    return {target: TRANSLATIONS[target.name()] for target in known if target.name() in TRANSLATIONS}
+    every = {**TRANSLATIONS, **quantized_onnx.TRANSLATIONS}
+    return {target: every[target.name()] for target in known if target.name() in every}
 
 
 def attention(

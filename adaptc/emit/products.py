@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,17 +16,18 @@ from adaptc.compiled import Compiled, tensors_of
 from adaptc.emit.huggingface import LOADED_SHARE, fits, load_checkpoint, save_checkpoint
 from adaptc.emit.inference import inference_graph
 from adaptc.emit.manifest import MANIFEST, versions, write_manifest
-from adaptc.emit.onnx import OPSET, export_onnx, onnx_runner
+from adaptc.emit.onnx import export_onnx, onnx_runner
 from adaptc.emit.peft import save
 from adaptc.emit.pieces import Pieces
 from adaptc.emit.places import places
+from adaptc.emit.quantized_products import rounds_activations
 from adaptc.emit.reference import recorded
 from adaptc.emit.staging import Staging
 from adaptc.emit.torch import META, PROGRAM, load_torch, save_torch
 from adaptc.errors import ProofError
 from adaptc.graph import Graph
 from adaptc.plan import site_json
-from adaptc.proof import Each, Proof, Runner, runner
+from adaptc.proof import EIGHT_BITS, Each, Proof, Runner, runner
 from adaptc.spec import dump, load
 from adaptc.streaming import Batch, Outcome, Streamed
 
@@ -95,12 +97,10 @@ def _torch(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> Non
 
 def _onnx(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> None:
     path = staging.path(final)
-    opset = entry.opset or OPSET
     product: dict[str, Any] = {
         "name": final.name,
         "format": "onnx",
         "adapters": entry.adapters,
-        "opset": opset,
     }
     metadata = {
         "adaptc.version": versions().get("adaptc", ""),
@@ -112,17 +112,23 @@ def _onnx(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> None
 
     def write(graph: Graph) -> None:
         evaluated = inference_graph(graph)
-        written = export_onnx(evaluated, path, opset, metadata, staging.wrote)
+        if rounds_activations(evaluated):
+            twin.append(evaluated.copy())
+        written = export_onnx(
+            evaluated, path, entry.opset, metadata, staging.wrote, entry.target_runtime, exact=False
+        )
         product.update(
             nodes=written.nodes,
+            opset=written.opset,
             inputs={spec.name: str(spec).replace("bfloat16", "float32") for spec in evaluated.inputs},
             outputs=list(evaluated.outputs),
         )
         if entry.adapters == "folded":
             product["rounding"] = compiled.rounding(graph.weights)
             product["operations"] = {"base": len(compiled.base.operations), "folded": len(graph.operations)}
-        graph.weights.update(written.weights)
+        graph.weights.update({n: w for n, w in written.weights.items() if n in graph.weights})
 
+    twin: list[Graph] = []
     if entry.adapters == "folded":
         graph = compiled.folded_graph(keep=write)
     else:
@@ -137,12 +143,31 @@ def _onnx(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> None
     if run.wide and choices and len(pieces.choices) == choices:
         program, run = pieces, compiled.held_against(pieces, graph)
     reference = Kept(run, product["outputs"])
-    proof = compiled.prove(f"onnx, {entry.adapters}", graph, reference, program)
+    name = f"onnx, {entry.adapters}"
+    if twin:
+        _prove_exact(compiled, name, twin[0], path, entry, reference)
+    proof = compiled.prove(
+        f"{name}, activations in 8 bits" if twin else name,
+        graph,
+        reference,
+        program,
+        EIGHT_BITS if twin else None,
+    )
     product |= _proved(compiled, proof, reference)
     files = [path]
     if beside.exists():
         files.append(beside.replace(staging.path(final.with_name(beside.name))))
     _manifest_beside(compiled, staging, final, product, files)
+
+
+def _prove_exact(
+    compiled: Compiled, name: str, evaluated: Graph, path: Path, entry: Any, reference: Runner
+) -> None:
+    """The program but for the rounding of activations, which would hide what else is wrong, computes the same."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        exact = Path(folder) / path.name
+        export_onnx(evaluated, exact, entry.opset, runtime=entry.target_runtime, exact=True)
+        compiled.prove(name, evaluated, reference, Each(onnx_runner(exact, path, exact=True)))
 
 
 @dataclass(frozen=True)

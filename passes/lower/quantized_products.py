@@ -9,9 +9,9 @@ import torch
 from torch import fx
 
 from adaptc.graph import Graph
-from adaptc.multiplications import Linear, operands
+from adaptc.multiplications import Embedding, Linear, operands
 from adaptc.pipeline import Pass, graph_pass
-from adaptc.quantized_operations import DEQUANTIZE, LINEAR
+from adaptc.quantized_operations import DEQUANTIZE, EMBEDDING, LINEAR
 
 aten = torch.ops.aten
 
@@ -19,7 +19,7 @@ aten = torch.ops.aten
 @graph_pass("quantized-products")
 @dataclass(frozen=True)
 class QuantizedProducts(Pass):
-    """linear(x, dequantize(q), b) = quantized_linear(x, q, b), whatever layout the weight was stored in.
+    """linear(x, dequantize(q), b) = quantized_linear(x, q, b), whatever layout the weight was stored in; lookups too.
 
     Torch would keep every dequantized weight for the gradient: a model of 4 bits would train in the memory of a whole.
     """
@@ -29,15 +29,25 @@ class QuantizedProducts(Pass):
         changed = False
         for node in list(graph.nodes):
             read = operands(node) if node.op == "call_function" else None
-            if read is None or not isinstance(read.product, Linear):
+            if read is None or not isinstance(read.product, Linear | Embedding):
                 continue
             with graph.module.graph.inserting_before(node):
-                result = _apply(graph, node, read.x, read.weight, read.flipped, read.bias)
+                if isinstance(read.product, Embedding):
+                    result = _looked_up(graph, node, read.x, read.weight)
+                else:
+                    result = _apply(graph, node, read.x, read.weight, read.flipped, read.bias)
             if result is not None:
                 node.replace_all_uses_with(result)
                 graph.module.graph.erase_node(node)
                 changed = True
         return changed
+
+
+def _looked_up(graph: Graph, node: fx.Node, ids: fx.Node, E: Any) -> fx.Node | None:
+    """Rows of E; None if no bits stand for it."""
+    if E.target is not DEQUANTIZE:
+        return None
+    return graph.call(EMBEDDING, ids, *E.args, like=node)
 
 
 def _apply(graph: Graph, node: fx.Node, x: fx.Node, E: Any, flipped: bool, bias: Any) -> fx.Node | None:

@@ -1,0 +1,32 @@
+"""Dynamic INT8: 8-bit weights, and in ONNX 8-bit activations too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from adaptc.integer_blocks import IntegerBlocks
+from adaptc.scheme import scheme
+
+
+@scheme("dynamic-int8")
+@dataclass(frozen=True)
+class DynamicInt8(IntegerBlocks):
+    """y = x_scale scales ((x_codes - x_zero) (codes - 128)ᵀ)        8 bits, a scale for each row
+
+    In an ONNX program activations are rounded to 8 bits as they come, in one range for all of a product's (ONNX's
+    DynamicQuantizeLinear), and products are those of integers. In torch, which has no such product of floats, they
+    are not rounded.
+    """
+
+    width: ClassVar[int] = 8
+    activations: ClassVar[str] = "int8"
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "embedding"})
+
+    def refuses(self, rows: int, columns: int) -> tuple[tuple[str, ...], str] | None:
+        """A scale for each row, of symmetric codes: what such a product can be factored by."""
+        if self.block_size is not None:
+            return ("block_size",), "a product of integers has one scale for each row: leave it out"
+        if not self.symmetric:
+            return ("symmetric",), "a product of integers wants symmetric weights"
+        return None
