@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from adaptc.graph import Graph
+from adaptc.quantized_operations import LINEAR
 
 aten = torch.ops.aten
 BATCH, LENGTH = 1, 128
@@ -18,6 +19,7 @@ BATCH, LENGTH = 1, 128
 EXAMPLE = f"batch {BATCH}, length {LENGTH}"
 PRODUCTS: dict[Any, int] = {
     aten.linear.default: 0,
+    LINEAR: 0,
     aten.addmm.default: 1,
     aten.mm.default: 0,
     aten.matmul.default: 0,
@@ -60,7 +62,9 @@ def budget(base: Graph, adapted: Graph, factored: Graph, folded: Graph | None) -
     frozen = sum(adapted.weights[name].nbytes for name in adapted.inserted if name not in adapters)
     total = sum(torch.Size(w.shape).numel() for w in weights.values())
     trainable = sum(torch.Size(w.shape).numel() for w in adapters.values())
-    held = sum(w.nbytes for w in weights.values())
+    bits = {name for q in adapted.quantized.values() for name in (*q.tensors.values(), q.rest) if name}
+    held = sum(w.nbytes for name, w in weights.items() if name in adapted.weights)
+    held += sum(adapted.weights[name].nbytes for name in bits)
     added = sum(w.nbytes for w in adapters.values())
     before = flops(base)
     return Budget(

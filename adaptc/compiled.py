@@ -18,12 +18,15 @@ from adaptc.errors import ProofError, Refusal, RefusedError, WeightError
 from adaptc.expression import Folded
 from adaptc.graph import Graph, attribute, bind
 from adaptc.insert import Insert
+from adaptc.layer_errors import QuantizationErrors, measure
 from adaptc.method import options_of
 from adaptc.orders import folds_into_bits, lowering
 from adaptc.pipeline import Pass, PassRecord, run
 from adaptc.plan import Plan
 from adaptc.planned import Planned
 from adaptc.proof import Proof, Runner, effect, gradients, prove, randomised, tolerance
+from adaptc.quantize import Quantize
+from adaptc.quantized import Part
 from adaptc.registry import load_passes
 from adaptc.spec import Spec
 from adaptc.streaming import Chooser, Streamed
@@ -44,6 +47,7 @@ class Compiled:
         base: the traced graph.
         graph: the adapted graph; its adapter weights follow `module` once that is made.
         proofs: what was proved so far.
+        errors: what quantization costs, as measured last.
         records: what each pass did.
     """
 
@@ -53,6 +57,8 @@ class Compiled:
         self.proofs: list[Proof] = []
         self._after = after
         self._folded: Streamed | None = None
+        self._quantized: Graph | None = None
+        self.errors: QuantizationErrors | None = None
         self._load_checkpoints()
 
     @cached_property
@@ -130,6 +136,7 @@ class Compiled:
             ProofError: the folded graph has other operations than the base, or computes something else.
         """
         self.check_finite()
+        self._quantized = None
         refusal = None if self.plan.closing else folds_into_bits(self.graph)
         if refusal:
             raise RefusedError([refusal])
@@ -148,12 +155,42 @@ class Compiled:
             self._prove_fold(folded)
         if not behind:
             return folded
-        final = run(folded, behind, self.records, self._after)
-        final = run(final, lowering(final)) if final.quantized else final
+        self._quantized = run(folded, behind, self.records, self._after)
+        final = run(self._quantized, lowering(self._quantized))
         if keep is not None:
             keep(final)
         self._folded = None
         return final
+
+    def bare_graph(self) -> Graph:
+        """The model without adapters; quantized, if the spec asks for that."""
+        quantizes = list(dict.fromkeys(item for item in self.plan.passes if isinstance(item, Quantize)))
+        graph = run(self.base, quantizes)
+        graph.weights.update({n: w for n, w in self.graph.weights.items() if isinstance(w, Part)})
+        return run(graph, lowering(graph))
+
+    def float_graph(self) -> Graph:
+        """The model with its adapters as they stand, and no weight quantized."""
+        graph = run(self.base, [item for item in self.plan.opening if not isinstance(item, Quantize)])
+        names = {name for name, param in self.graph.inserted.items() if param.stored}
+        graph.weights.update({name: self.graph.weights[name] for name in names & graph.weights.keys()})
+        return graph
+
+    def quantization_errors(self, adapters: str = "live") -> QuantizationErrors | None:
+        """What quantization costs, against the float model with the same adapters; None where nothing is quantized.
+
+        Args:
+            adapters: of the model as it is `live`, or `folded` by the spec's own passes.
+        """
+        candidate = self.graph
+        if adapters == "folded" and self.plan.closing[1:]:
+            if self._quantized is None:
+                self.folded_graph()
+            candidate = self._quantized or candidate
+        if not candidate.quantized or adapters == "none":
+            return None
+        self.errors = measure(self.float_graph(), candidate, self.spec.seed)
+        return self.errors
 
     def _prove_fold(self, folded: Graph) -> None:
         live = Streamed(self.live_graph(), wide=True)

@@ -11,57 +11,59 @@ from adaptc.errors import InputError
 from adaptc.graph import Graph
 from adaptc.multiplications import operands
 from adaptc.sites import Site
-from adaptc.streaming import observed
-
-TOKENS = 4096
-"""Rows of a layer's input that are kept at most: evenly taken from all of them."""
+from adaptc.streaming import Batch, observed
 
 
 class LayerInputs:
     """The inputs `(tokens, in)` of products with some sites' weights, in float32.
 
-    Taken in one sweep over all calibration rows, when the first is asked for; sites that read the same value share it.
+    Taken in one sweep, when the first is asked for; sites that read the same value share it.
 
     Args:
         graph: the model as it is before it is quantized.
         sites: the layers.
+        rows: batches of the model's inputs.
+        tokens: rows of a layer's input that are kept at most, evenly taken from all of them.
     """
 
-    def __init__(self, graph: Graph, sites: Sequence[Site]):
-        self.graph = graph
+    def __init__(self, graph: Graph, sites: Sequence[Site], rows: Sequence[Batch], tokens: int):
+        self.graph, self.rows, self.tokens = graph, rows, tokens
         nodes = graph.by_name()
         self._read = {site.name: _operand(nodes[site.uses[0].node]) for site in sites}
         self._known: dict[str, torch.Tensor] | None = None
 
-    def of(self, site: Site) -> Callable[[], torch.Tensor]:
-        """What gives a layer's inputs.
+    def of(self, site: Site) -> Callable[[], torch.Tensor | None]:
+        """What gives a layer's inputs; None of a layer that looks up, or is no plain product.
 
         Raises:
-            InputError: when asked, if the model does not take a row.
+            InputError: when asked, if the model takes none of the rows.
         """
-        return lambda: self._all()[self._read[site.name] or ""]
+        name = self._read[site.name]
+        return lambda: None if name is None else self._all()[name]
 
     def _all(self) -> dict[str, torch.Tensor]:
         if self._known is None:
             wanted = {name for name in self._read.values() if name}
             found: dict[str, list[torch.Tensor]] = {name: [] for name in wanted}
+            each = -(-self.tokens // max(1, len(self.rows)))
 
             def keep(node: fx.Node, value: torch.Tensor) -> None:
                 if node.name in found:
-                    found[node.name].append(value.detach().float().reshape(-1, value.shape[-1]))
+                    found[node.name].append(
+                        thinned(value.detach().float().reshape(-1, value.shape[-1]), each)
+                    )
 
-            for number, error in enumerate(observed(self.graph, self.graph.rows, keep), 1):
-                if isinstance(error, Exception):
-                    raise InputError(f"calibration: the model does not take row {number}: {error}") from error
-            self._known = {name: thinned(torch.cat(values)) for name, values in found.items()}
+            outcomes = observed(self.graph, self.rows, keep)
+            failed = [o for o in outcomes if isinstance(o, Exception)]
+            if len(failed) == len(outcomes):
+                raise InputError(f"calibration: the model takes none of the rows: {failed[0]}") from failed[0]
+            self._known = {name: torch.cat(values) for name, values in found.items()}
         return self._known
 
 
-def thinned(rows: torch.Tensor) -> torch.Tensor:
-    """At most `TOKENS` of these rows."""
-    if len(rows) <= TOKENS:
-        return rows
-    return rows[torch.linspace(0, len(rows) - 1, TOKENS).long()]
+def thinned(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """At most so many of these rows, evenly taken."""
+    return rows if len(rows) <= count else rows[torch.linspace(0, len(rows) - 1, count).long()]
 
 
 def _operand(node: fx.Node) -> str | None:

@@ -80,6 +80,7 @@ class Plan:
         """The plan as plain data."""
         return {
             "entries": [_entry_json(planned) for planned in self.entries],
+            "quantize": [_quantized_json(planned) for planned in self.quantized],
             "passes": self.pipeline,
             "budget": dataclasses.asdict(self.budget) | {"trainable_share": self.budget.share},
             "notes": self.notes,
@@ -266,6 +267,19 @@ def _entry_json(planned: Planned) -> dict[str, Any]:
         "excluded": list(selection.excluded),
         "unused_patterns": list(selection.unused) if planned.checkpoint is None else [],
         "near_misses": list(selection.near),
+    }
+
+
+def _quantized_json(planned: PlannedQuantization) -> dict[str, Any]:
+    return {
+        "entry": planned.entry,
+        "method": planned.item.scheme.name,
+        "scheme": planned.item.scheme.text,
+        "sites": [site_json(site) for site in planned.selection.sites],
+        "bytes": planned.stored,
+        "bits": planned.bits,
+        "expected_errors": planned.expected(),
+        "excluded": list(planned.selection.excluded),
     }
 
 

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
+
+import torch
 
 from adaptc.aliases import elsewhere, places
 from adaptc.errors import Problem
 from adaptc.graph import Graph
 from adaptc.near_misses import no_match
 from adaptc.quantize import Quantize
+from adaptc.quantized import bytes_of, size_of
 from adaptc.registry import load_passes
+from adaptc.scheme import Scheme
 from adaptc.select import Selection
 from adaptc.spec import Spec
+
+SAMPLE = 2**16
+"""Numbers that the expected error is found with."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +32,46 @@ class PlannedQuantization:
     entry: int
     item: Quantize
     selection: Selection
+
+    @property
+    def stored(self) -> int:
+        """Bytes of all its matrices."""
+        return sum(bytes_of(self.item.scheme, *size_of(site)) for site in self.selection.sites)
+
+    @property
+    def bits(self) -> float:
+        """Bits a weight, scales and all."""
+        return 8 * self.stored / max(1, self.numbers)
+
+    @property
+    def numbers(self) -> int:
+        """How many weights."""
+        return sum(math.prod(size_of(site)) for site in self.selection.sites)
+
+    def expected(self) -> dict[str, float]:
+        """Relative error of each order of fold and quantize: of the weights, were they normally distributed.
+
+        The outputs' is about the same: in a residual stream the errors of layers add up as the layers' outputs do.
+        """
+        sizes = [size_of(site) for site in self.selection.sites]
+        errors = [expected_error(self.item.scheme, columns) for _, columns in sizes]
+        squares = sum(error**2 * rows * columns for error, (rows, columns) in zip(errors, sizes, strict=True))
+        once = (squares / max(1, self.numbers)) ** 0.5
+        return {
+            "insert, fold, quantize": once,
+            "quantize, insert": once,
+            "quantize, insert, fold, quantize": once * 2**0.5,
+        }
+
+
+@cache
+def expected_error(scheme: Scheme, columns: int) -> float:
+    """‖Ŵ - W‖ / ‖W‖ of some rows of normally distributed weights."""
+    rows = max(SAMPLE // columns, 1)
+    W = torch.randn((rows, columns), generator=torch.Generator().manual_seed(0))
+    plain = scheme.without_inputs()
+    held = {**plain.constants(), **plain.quantize(W)}
+    return float((plain.dequantize(rows, columns, held) - W).norm() / W.norm())
 
 
 def quantizations_of(spec: Spec, graph: Graph) -> list[PlannedQuantization]:

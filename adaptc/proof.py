@@ -22,8 +22,6 @@ EPSILONS = 512
 hundred operations in another order, and far below what a wrong rewrite makes."""
 HALF_EPSILONS = 8
 """The same for float16 and bfloat16, whose products are summed in float32."""
-EIGHT_BITS = HALF_EPSILONS / 127
-"""The same for activations that are rounded to 8 bits, whose largest is 127."""
 MASKED = 1e3
 """How far beyond all other values a constant is that stands for "not this one"."""
 SIZES = ((2, 5, 4, 3, 6, 7, 8), (1, 1, 1, 1, 1, 1, 1), EXAMPLE_SIZES)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch
 from torch import fx
 
 from adaptc.aliases import names
@@ -16,12 +15,15 @@ from adaptc.expression import splice, trace_expression
 from adaptc.graph import Graph
 from adaptc.layer_inputs import LayerInputs
 from adaptc.pipeline import Pass
-from adaptc.quantized import Quantization, Quantized, dtype_of, part, size_of, stored_so, weight_of
+from adaptc.quantized import Quantization, Quantized, part, size_of, stored_so, weight_of
 from adaptc.quantized_operations import DEQUANTIZE
 from adaptc.scheme import Scheme
 from adaptc.select import Selection, Target, select
 from adaptc.sites import Site
 from adaptc.weights import Computed, Held
+
+TOKENS = 4096
+"""Rows of a layer's inputs that schemes choose by."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class Quantize(Pass):
     def call(self, graph: Graph) -> bool:
         """Store every matrix, and let what read it read what the bits stand for."""
         scheme, sites = self.scheme, self.left(graph)
-        inputs = LayerInputs(graph.copy(), sites) if scheme.calibrated and sites else None
+        inputs = LayerInputs(graph.copy(), sites, graph.rows, TOKENS) if scheme.calibrated and sites else None
         traced: dict[Any, fx.Graph] = {}
         for site in sites:
             given = inputs.of(site) if inputs else None
@@ -171,9 +173,3 @@ def quantize_pass(cls: type[Scheme]) -> type[Quantize]:
         cls.__module__,
     )
     return made
-
-
-def stored_bytes(sites: Sequence[Quantized]) -> int:
-    """Bytes that the bits of these take, tables not counted."""
-    kept = [k for q in sites for k in q.scheme.stored(*q.quantization.size).values()]
-    return sum(torch.Size(k.shape).numel() * dtype_of(k).itemsize for k in kept)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -28,7 +28,7 @@ class Quantization:
     scheme: Scheme
     site: Site
     source: Weight
-    inputs: Callable[[], torch.Tensor] | None = None
+    inputs: Callable[[], torch.Tensor | None] | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -166,3 +166,14 @@ def dtype_of(kept: Kept) -> torch.dtype:
 def part(quantization: Quantization, name: str, kept: Kept) -> Part:
     """One of a matrix's tensors as a weight."""
     return Part(kept.shape, dtype_of(kept), lambda: quantization.tensors[name])
+
+
+def bytes_of(scheme: Scheme, rows: int, columns: int) -> int:
+    """Bytes that a matrix takes, tables not counted."""
+    kept = scheme.stored(rows, columns).values()
+    return sum(torch.Size(k.shape).numel() * dtype_of(k).itemsize for k in kept)
+
+
+def stored_bytes(known: Sequence[Quantized]) -> int:
+    """Bytes that all of these take."""
+    return sum(bytes_of(q.scheme, *q.quantization.size) for q in known)

@@ -25,9 +25,12 @@ from rich.progress import (
 from rich.table import Table
 
 from adaptc.budget import Budget
+from adaptc.layer_errors import QuantizationErrors
 from adaptc.plan import Plan, Planned
+from adaptc.planned_quantization import PlannedQuantization
 from adaptc.points import POINTS
 from adaptc.proof import Proof
+from adaptc.quantized import bytes_of, size_of
 from adaptc.sites import Site
 
 COLUMNS = (
@@ -38,6 +41,8 @@ COLUMNS = (
     TimeRemainingColumn(),
 )
 """Of the bar: bytes, their rate, and the time left."""
+WORST = 3
+"""Quantized layers that are shown, the worst first."""
 
 
 class Report:
@@ -67,6 +72,8 @@ class Report:
         """The plan: sites, budget, pipeline, notes."""
         for planned in plan.entries:
             self.out.print(_entry(planned))
+        for planned in plan.quantized:
+            self.out.print(_quantized(planned))
         cost = plan.budget
         self.out.print(
             f"parameters  {cost.parameters:,} in the base, {cost.trainable:,} trainable ({cost.share:.3%})\n"
@@ -135,6 +142,15 @@ class Products:
             self.bar.remove_task(self.task)
             self.task = None
 
+    def measured(self, errors: QuantizationErrors) -> None:
+        """What quantization costs: the model, and its worst layers."""
+        outputs = ", ".join(f"{name} {error:.3g}" for name, error in errors.outputs.items())
+        said = f"quantized {len(errors.layers)} weights to {errors.share:.3f} of float32's bytes"
+        self.console.print(f"{said}; relative error on {errors.inputs}: {outputs}", markup=False)
+        for layer in errors.layers[:WORST]:
+            what = f"{layer.bits:.2f} bits, weight {layer.weight:.3g}, output {layer.error:.3g}"
+            self.console.print(f"  {layer.module}: {layer.scheme}, {what}", markup=False)
+
     def proved(self, proof: Proof) -> None:
         """A proof that held."""
         self.console.print(f"proved  {proof}", markup=False)
@@ -165,6 +181,24 @@ def _entry(planned: Planned) -> Table:
         table.caption = (
             f"matches nothing: {', '.join(selection.unused)}; near: {', '.join(selection.near) or 'none'}"
         )
+    return table
+
+
+def _quantized(planned: PlannedQuantization) -> Table:
+    scheme, selection = planned.item.scheme, planned.selection
+    table = Table(title=escape(f"quantize.{planned.entry}: {scheme.text}"), title_justify="left")
+    for column in ("site", "times", "kind", "shape", "bytes each", "source"):
+        table.add_column(column, overflow="fold")
+    groups: dict[tuple[str, ...], int] = {}
+    for site in selection.sites:
+        size = size_of(site)
+        shape = " x ".join(map(str, size))
+        row = (_pattern(site), site.type or site.kind, shape, _bytes(bytes_of(scheme, *size)), site.source)
+        groups[row] = groups.get(row, 0) + 1
+    for row, times in groups.items():
+        table.add_row(row[0], str(times), *row[1:])
+    orders = "; ".join(f"[{order}] {error:.3f}" for order, error in planned.expected().items())
+    table.caption = escape(f"{planned.bits:.2f} bits a weight; relative error to expect: {orders}")
     return table
 
 

@@ -69,6 +69,10 @@ class Scheme:
         """What is kept of W (rows, columns), float32; `inputs` (tokens, columns) where it is `calibrated`."""
         raise NotImplementedError
 
+    def without_inputs(self) -> Scheme:
+        """The scheme that stores alike and chooses by the weights alone."""
+        return self
+
     def dequantize(self, rows: int, columns: int, tensors: Tensors) -> Tensor:
         """What the stored numbers stand for: `(rows, columns)`, float32."""
         raise NotImplementedError

@@ -20,14 +20,15 @@ from adaptc.emit.onnx import export_onnx, onnx_runner
 from adaptc.emit.peft import save
 from adaptc.emit.pieces import Pieces
 from adaptc.emit.places import places
-from adaptc.emit.quantized_products import rounds_activations
 from adaptc.emit.reference import recorded
+from adaptc.emit.rounding import rounds, with_rounding
 from adaptc.emit.staging import Staging
 from adaptc.emit.torch import META, PROGRAM, load_torch, save_torch
 from adaptc.errors import ProofError
 from adaptc.graph import Graph
+from adaptc.layer_errors import QuantizationErrors
 from adaptc.plan import site_json
-from adaptc.proof import EIGHT_BITS, Each, Proof, Runner, runner
+from adaptc.proof import Each, Proof, Runner, prove, runner, tolerance
 from adaptc.spec import dump, load
 from adaptc.streaming import Batch, Outcome, Streamed
 
@@ -40,6 +41,9 @@ class Observer(Protocol):
 
     def wrote(self, done: int, total: int) -> None:
         """So many bytes of a product are written, of so many."""
+
+    def measured(self, errors: QuantizationErrors) -> None:
+        """What quantization costs a product."""
 
     def proved(self, proof: Proof) -> None:
         """A proof held."""
@@ -61,8 +65,10 @@ def emit_all(
         for entry, final in zip(entries, paths, strict=True):
             if observe:
                 observe.writing(f"{entry.format} {final}")
-            known = list(compiled.proofs)
+            known, before = list(compiled.proofs), compiled.errors
             WRITERS[entry.format](compiled, entry, staging, final)
+            if observe and compiled.errors is not None and compiled.errors is not before:
+                observe.measured(compiled.errors)
             for proof in compiled.proofs:
                 if observe and proof not in known:
                     observe.proved(proof)
@@ -92,6 +98,7 @@ def _torch(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> Non
     reference = Each(runner(module))
     proof = compiled.prove("torch artifact", compiled.graph, reference, Each(runner(load_torch(directory))))
     product = {"name": PROGRAM, "format": "torch", "module": about, **_proved(compiled, proof, reference)}
+    product |= _errors(compiled, "live")
     write_manifest(manifest, common, product, [directory / PROGRAM])
 
 
@@ -112,7 +119,7 @@ def _onnx(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> None
 
     def write(graph: Graph) -> None:
         evaluated = inference_graph(graph)
-        if rounds_activations(evaluated):
+        if rounds(evaluated):
             twin.append(evaluated.copy())
         written = export_onnx(
             evaluated, path, entry.opset, metadata, staging.wrote, entry.target_runtime, exact=False
@@ -133,7 +140,7 @@ def _onnx(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> None
         graph = compiled.folded_graph(keep=write)
     else:
         compiled.check_finite()
-        graph = compiled.compact_graph() if entry.adapters == "live" else compiled.base.copy()
+        graph = compiled.compact_graph() if entry.adapters == "live" else compiled.bare_graph()
         write(graph)
     beside = path.with_name(path.name + ".data")
     pieces = Pieces(path, final)
@@ -142,32 +149,40 @@ def _onnx(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> None
     choices = sum(node.target in DIMENSION for node in graph.nodes)
     if run.wide and choices and len(pieces.choices) == choices:
         program, run = pieces, compiled.held_against(pieces, graph)
-    reference = Kept(run, product["outputs"])
-    name = f"onnx, {entry.adapters}"
+    reference, name = Kept(run, product["outputs"]), f"onnx, {entry.adapters}"
     if twin:
-        _prove_exact(compiled, name, twin[0], path, entry, reference)
-    proof = compiled.prove(
-        f"{name}, activations in 8 bits" if twin else name,
-        graph,
-        reference,
-        program,
-        EIGHT_BITS if twin else None,
-    )
-    product |= _proved(compiled, proof, reference)
+        proof, reference = _prove_rounded(compiled, name, twin[0], path, entry, reference, program)
+    else:
+        proof = compiled.prove(name, graph, reference, program)
+    product |= _proved(compiled, proof, reference) | _errors(compiled, entry.adapters)
     files = [path]
     if beside.exists():
         files.append(beside.replace(staging.path(final.with_name(beside.name))))
     _manifest_beside(compiled, staging, final, product, files)
 
 
-def _prove_exact(
-    compiled: Compiled, name: str, evaluated: Graph, path: Path, entry: Any, reference: Runner
-) -> None:
-    """The program but for the rounding of activations, which would hide what else is wrong, computes the same."""
+def _prove_rounded(
+    compiled: Compiled,
+    name: str,
+    evaluated: Graph,
+    path: Path,
+    entry: Any,
+    reference: Runner,
+    program: Runner,
+) -> tuple[Proof, Runner]:
+    """Prove a program that rounds activations: by one that does not, and against torch that rounds as it should.
+
+    The first is held to the arithmetic of floats. The second may be off by twice what rounding costs: a value at the
+    edge of two codes takes either, and layers behind it round other values.
+    """
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         exact = Path(folder) / path.name
-        export_onnx(evaluated, exact, entry.opset, runtime=entry.target_runtime, exact=True)
+        export_onnx(evaluated.copy(), exact, entry.opset, runtime=entry.target_runtime, exact=True)
         compiled.prove(name, evaluated, reference, Each(onnx_runner(exact, path, exact=True)))
+    rounding = Streamed(with_rounding(evaluated), wide=True)
+    cost = prove("", evaluated.inputs, reference, rounding, float("inf"), compiled.spec.seed).relative
+    allowed = max(2 * cost, tolerance(evaluated))
+    return compiled.prove(f"{name}, activations in 8 bits", evaluated, rounding, program, allowed), rounding
 
 
 @dataclass(frozen=True)
@@ -230,6 +245,12 @@ def _proved(compiled: Compiled, proof: Proof, reference: Runner) -> dict[str, An
     """A product's proof, and what it takes to prove it again."""
     kept = recorded(reference, compiled.base.inputs, compiled.spec.seed, proof.tolerance)
     return {"proof": asdict(proof), "reference": kept}
+
+
+def _errors(compiled: Compiled, adapters: str) -> dict[str, Any]:
+    """What quantization costs a product, where anything is quantized."""
+    errors = compiled.quantization_errors(adapters)
+    return {"quantization": errors.to_json()} if errors else {}
 
 
 WRITERS: dict[str, Callable[[Compiled, Any, Staging, Path], None]] = {

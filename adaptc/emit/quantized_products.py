@@ -99,8 +99,8 @@ def lower_quantized(graph: Graph, runtime: str, exact: bool = False) -> None:
             continue
         with graph.module.graph.inserting_before(node):
             made = _Lowering(graph, node, runtime, exact)
-            kinds = {LINEAR: made.product, EMBEDDING: made.lookup, DEQUANTIZE: made.matrix}
-            result = kinds[node.target]()
+            kinds: dict[Any, Callable[[], fx.Node]] = {LINEAR: made.product, EMBEDDING: made.lookup}
+            result = kinds.get(node.target, made.matrix)()
         node.replace_all_uses_with(result)
         graph.module.graph.erase_node(node)
     graph.module.graph.eliminate_dead_code()
@@ -287,9 +287,3 @@ class _Lowering:
 def fitting(columns: int) -> int:
     """The largest block of at most `RUNTIME_BLOCK` that divides a row; 32 where none from 16 on does."""
     return next((b for b in (RUNTIME_BLOCK, 64, 32, 16) if columns % b == 0), 32)
-
-
-def rounds_activations(graph: Graph) -> bool:
-    """Whether ONNX Runtime computes a product of this graph with activations in 8 bits."""
-    schemes: list[Scheme] = [scheme_of(str(n.args[3])) for n in graph.nodes if n.target is LINEAR]
-    return any(isinstance(scheme, IntegerBlocks) for scheme in schemes)

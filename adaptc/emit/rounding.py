@@ -1,0 +1,66 @@
+"""What ONNX Runtime's products of integers do to activations, done in torch: what such a program is held against."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from adaptc.emit.quantized_products import fitting
+from adaptc.expression import splice, trace_expression
+from adaptc.graph import Graph
+from adaptc.integer_blocks import IntegerBlocks
+from adaptc.quantized_operations import LINEAR
+from adaptc.scheme import scheme_of
+
+EXACT = {(2, 16), (2, 256)}
+"""Bits and blocks that MatMulNBits has no product of integers for."""
+
+
+def rounds(graph: Graph) -> bool:
+    """Whether ONNX Runtime rounds the activations of a product of this graph."""
+    return any(_rounding(node) is not None for node in graph.nodes)
+
+
+def with_rounding(graph: Graph) -> Graph:
+    """A copy that rounds activations as ONNX Runtime does: to 8 bits, in blocks of a row or all of a product's."""
+    graph = graph.copy()
+    for node in list(graph.nodes):
+        block = _rounding(node)
+        if block is None:
+            continue
+        x: Any = node.args[0]
+        with graph.fake_mode:
+            traced = trace_expression(lambda x, block=block: rounded(x, block), [x.meta["val"]], {})
+        made = splice(graph, traced, [x], node, {})
+        node.args = (made, *node.args[1:])
+    graph.clean()
+    return graph
+
+
+def rounded(x: torch.Tensor, block: int) -> torch.Tensor:
+    """x in 8 bits: symmetric in blocks along its last axis, or for a block of 0 in one range for all of it."""
+    if not block:
+        low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
+        step = ((high - low) / 255).clamp(min=1e-30)
+        zero = (-low / step).round()
+        return (((x / step).round() + zero).clamp(0, 255) - zero) * step
+    columns = x.shape[-1]
+    if columns % block:  # `pad` would fix the sizes of the other axes
+        x = torch.cat([x, torch.zeros_like(x[..., : -columns % block])], -1)
+    blocks = x.reshape(*x.shape[:-1], -(-columns // block), block)
+    step = (blocks.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-30)
+    return ((blocks / step).round() * step).reshape(*x.shape[:-1], -1)[..., :columns]
+
+
+def _rounding(node: Any) -> int | None:
+    """The block that a product rounds its activations in; None where it does not."""
+    if node.target is not LINEAR:
+        return None
+    scheme, columns = scheme_of(node.args[3]), node.args[5]
+    if not isinstance(scheme, IntegerBlocks):
+        return None
+    if scheme.activations == "int8":
+        return 0
+    block = scheme.block_size or fitting(columns)
+    return None if (scheme.bits, block) in EXACT else block

@@ -1,0 +1,122 @@
+"""What quantization costs: of every layer its bits, and how far its weight and output are from the float model's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from adaptc.expression import cut
+from adaptc.graph import Graph
+from adaptc.layer_inputs import LayerInputs
+from adaptc.proof import batches
+from adaptc.quantized import Quantized, matrix_of, stored_bytes
+from adaptc.sites import Site
+from adaptc.streaming import Streamed
+
+TOKENS = 256
+"""Rows of a layer's inputs that its output error is measured on."""
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """One quantized layer.
+
+    Attributes:
+        module: its name, with the slice where only that is stored so.
+        scheme: as a spec writes it.
+        bits: stored, a weight, scales and all.
+        bytes: stored.
+        weight: ‖Ŵ - W‖ / ‖W‖, W the float model's weight with its adapters, Ŵ what is computed with.
+        output: ‖x (Ŵ - W)ᵀ‖ / ‖x Wᵀ‖ on the float model's own inputs of the layer; None where it multiplies none.
+    """
+
+    module: str
+    scheme: str
+    bits: float
+    bytes: int
+    weight: float
+    output: float | None
+
+    @property
+    def error(self) -> float:
+        """The output's error, or the weight's where there is none."""
+        return self.weight if self.output is None else self.output
+
+
+@dataclass(frozen=True)
+class QuantizationErrors:
+    """What quantization costs a model, against the float model with the same adapters.
+
+    Attributes:
+        layers: the worst first.
+        outputs: of each output of the model ‖ŷ - y‖ / ‖y‖.
+        inputs: what was measured on.
+        share: bytes of the quantized weights over what they take in float32.
+    """
+
+    layers: tuple[LayerError, ...]
+    outputs: Mapping[str, float]
+    inputs: str
+    share: float
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self)
+
+
+def measure(reference: Graph, candidate: Graph, seed: int = 0) -> QuantizationErrors:
+    """Hold a quantized model against the float one, on the calibration rows or, if there are none, on random inputs.
+
+    Args:
+        reference: the float model with its adapters in place, not factored.
+        candidate: the quantized one, not factored.
+        seed: of random inputs.
+    """
+    rows = list(reference.rows) or list(batches(reference.inputs, seed).values())
+    what = f"{len(rows)} calibration rows" if reference.rows else "random inputs"
+    known = list(candidate.quantized.values())
+    inputs = LayerInputs(reference, [q.site for q in known], rows, TOKENS)
+    layers = [_layer(reference, candidate, q, inputs) for q in known]
+    outputs = _outputs(reference, candidate, rows)
+    numbers = sum(q.quantization.size[0] * q.quantization.size[1] for q in known)
+    share = stored_bytes(known) / max(1, 4 * numbers)
+    worst = sorted(layers, key=lambda layer: -layer.error)
+    return QuantizationErrors(tuple(worst), outputs, what, share)
+
+
+def _layer(reference: Graph, candidate: Graph, q: Quantized, inputs: LayerInputs) -> LayerError:
+    W, computed = (_matrix(graph, q.site) for graph in (reference, candidate))
+    x = inputs.of(q.site)()
+    output = None if x is None else relative(F.linear(x, computed), F.linear(x, W))
+    numbers = W.numel()
+    size = stored_bytes([q])
+    weight = relative(computed, W)
+    return LayerError(q.site.pattern, q.scheme.text, 8 * size / numbers, size, weight, output)
+
+
+def _matrix(graph: Graph, site: Site) -> torch.Tensor:
+    value = graph.value_of(site.parameter, site.uses, graph.by_name())
+    return matrix_of(site, cut(graph, value).evaluate()).float()
+
+
+def _outputs(reference: Graph, candidate: Graph, rows: Sequence[Any]) -> dict[str, float]:
+    error: dict[str, float] = {}
+    scale: dict[str, float] = {}
+    for want, got in zip(Streamed(reference)(rows), Streamed(candidate)(rows), strict=True):
+        if isinstance(want, Exception) or isinstance(got, Exception):
+            continue  # the model itself does not take this size
+        for name, a, b in zip(reference.tensors, want, got, strict=True):
+            finite = torch.isfinite(a) & torch.isfinite(b)
+            if a.is_floating_point():
+                error[name] = error.get(name, 0.0) + float((a - b)[finite].double().square().sum())
+                scale[name] = scale.get(name, 0.0) + float(a[finite].double().square().sum())
+    return {name: (total / max(scale[name], 1e-30)) ** 0.5 for name, total in error.items()}
+
+
+def relative(value: torch.Tensor, reference: torch.Tensor) -> float:
+    """‖value - reference‖ / ‖reference‖."""
+    return float((value - reference).norm() / reference.norm().clamp(min=1e-30))
