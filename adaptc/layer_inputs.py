@@ -9,7 +9,7 @@ from torch import fx
 
 from adaptc.errors import InputError
 from adaptc.graph import Graph
-from adaptc.multiplications import operands
+from adaptc.multiplications import Linear, operands
 from adaptc.sites import Site
 from adaptc.streaming import Batch, observed
 
@@ -69,4 +69,4 @@ def thinned(rows: torch.Tensor, count: int) -> torch.Tensor:
 def _operand(node: fx.Node) -> str | None:
     """The node that is multiplied by the weight here; None where it is looked up, or no plain product."""
     read = operands(node)
-    return read.x.name if read is not None and read.x.meta["val"].dtype.is_floating_point else None
+    return read.x.name if read is not None and isinstance(read.product, Linear) else None
