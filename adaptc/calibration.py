@@ -24,20 +24,14 @@ class Information:
     """The empirical Fisher information of weights: the mean over rows of (∂ loss / ∂ w)², in float32.
 
     Args:
-        graph: a traced graph that gives a loss.
-        batches: inputs with labels; every row counts by itself.
+        graph: a traced graph that gives a loss, with rows of inputs and labels; every row counts by itself.
 
     Raises:
-        InputError: the graph gives no loss, there is no row, or a row has other inputs than the model.
+        InputError: the graph gives no loss.
     """
 
-    def __init__(self, graph: Graph, batches: Iterable[Batch]):
+    def __init__(self, graph: Graph):
         self.graph, self.loss = graph, _loss(graph)
-        self.rows: list[Batch] = []
-        for batch in batches:
-            self.rows += _rows(_checked(batch, graph.inputs, len(self.rows) + 1), graph.inputs)
-        if not self.rows:
-            raise InputError("there is no row of data")
         self._known: dict[str, torch.Tensor] = {}
 
     def __call__(self, name: str) -> torch.Tensor:
@@ -58,7 +52,7 @@ class Information:
         module = bind(self.graph, names).eval()
         parameters = {name: module.get_parameter(name) for name in names}
         sums = {name: torch.zeros(p.shape) for name, p in parameters.items()}
-        for number, row in enumerate(self.rows, 1):
+        for number, row in enumerate(self.graph.rows, 1):
             module.zero_grad()
             try:
                 leaves = [
@@ -70,7 +64,21 @@ class Information:
             for name, p in parameters.items():
                 if p.grad is not None:
                     sums[name] += p.grad.float().square()
-        return {name: total / len(self.rows) for name, total in sums.items()}
+        return {name: total / len(self.graph.rows) for name, total in sums.items()}
+
+
+def checked_rows(batches: Iterable[Batch], inputs: Sequence[InputSpec]) -> list[Batch]:
+    """The rows of some batches, each as a batch of one, in the dtypes of the inputs.
+
+    Raises:
+        InputError: there is no row, or one has other inputs than the model.
+    """
+    rows: list[Batch] = []
+    for batch in batches:
+        rows += _rows(_checked(batch, inputs, len(rows) + 1), inputs)
+    if not rows:
+        raise InputError("there is no row of data")
+    return rows
 
 
 def read_rows(path: Path, inputs: Sequence[InputSpec]) -> list[Batch]:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from adaptc.calibration import Information, read_rows
+from adaptc.adapt_entries import MethodEntry
+from adaptc.calibration import Information, checked_rows, read_rows
 from adaptc.compiled import Compiled
 from adaptc.errors import InputError, ProofError, TraceError, WeightError
 from adaptc.graph import Graph
@@ -73,11 +74,13 @@ def compile(
 def _information(
     spec: Spec, graph: Graph, batches: Iterable[Mapping[str, torch.Tensor]] | None
 ) -> Information | None:
+    chooses = any(isinstance(e, MethodEntry) and e.build().calibrated for e in spec.adapt)
     try:
+        if batches is None and spec.calibration is not None:
+            batches = read_rows(resolve_path(spec, spec.calibration), graph.inputs)
         if batches is not None:
-            return Information(graph, batches)
-        if spec.calibration is not None:
-            return Information(graph, read_rows(resolve_path(spec, spec.calibration), graph.inputs))
+            graph.rows = checked_rows(batches, graph.inputs)
+            return Information(graph) if chooses else None
     except InputError as error:
         raise spec.error(("calibration",), *str(error).splitlines()) from error
     return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -19,6 +19,7 @@ BlockSize = Annotated[
     ),
 ]
 Symmetric = Annotated[bool, Field(description="zero is the middle code; else each block has its own")]
+Bits = Annotated[Literal[2, 4, 8], Field(description="of a code")]
 Clip = Annotated[bool, Field(description="search each block's range for the least squared error")]
 SHRUNK = tuple(1 - step / 40 for step in range(1, 21))
 """Parts of a block's range that the search tries besides all of it."""
@@ -143,6 +144,27 @@ class IntegerBlocks(Scheme):
     def lookup(self, rows: int, columns: int, tensors: Tensors, ids: Tensor) -> Tensor:
         """Only these rows are read."""
         return self.dequantize(rows, columns, {name: tensor[ids] for name, tensor in tensors.items()})
+
+
+@dataclass(frozen=True)
+class CalibratedBlocks(IntegerBlocks):
+    """Integers in blocks that are chosen by the layer's inputs."""
+
+    bits: Bits = 4  # type: ignore[assignment]
+
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
+    calibrated: ClassVar[bool] = True
+
+    def without_inputs(self) -> IntegerBlocks:
+        """The same, rounded to nearest."""
+        return RoundedBlocks(self.block_size, self.symmetric, self.clip, self.bits)
+
+
+@dataclass(frozen=True)
+class RoundedBlocks(IntegerBlocks):
+    """Integers of any width, rounded to nearest."""
+
+    bits: Bits = 4  # type: ignore[assignment]
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

@@ -43,6 +43,8 @@ class LayerInputs:
 
     def _all(self) -> dict[str, torch.Tensor]:
         if self._known is None:
+            if not self.rows:
+                raise InputError("it is chosen by the layers' inputs: give it `calibration`")
             wanted = {name for name in self._read.values() if name}
             found: dict[str, list[torch.Tensor]] = {name: [] for name in wanted}
             each = -(-self.tokens // max(1, len(self.rows)))

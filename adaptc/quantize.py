@@ -69,8 +69,6 @@ class Quantize(Pass):
             return ("target",), f"{words}; leave it out of one of them with `exclude`"
         if not site.dtype.is_floating_point:
             return ("target",), f"its weight is {site.dtype}, not a number to be rounded"
-        if self.scheme.calibrated and not graph.rows:
-            return (), "it chooses by the layer's inputs: name some rows, `calibration: rows.jsonl`"
         return self.scheme.refuses(*size_of(site))
 
     def requires(self, graph: Graph) -> list[Refusal]:

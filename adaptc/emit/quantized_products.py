@@ -120,6 +120,8 @@ class _Lowering:
         args: Any = self.node.args
         x, tensors, bias, text, rows, columns = args
         scheme, held = scheme_of(text), named(tensors, text, rows, columns)
+        if isinstance(scheme, IntegerBlocks) and "channels" in held:
+            x = self.call(aten.mul.Tensor, x, self._as(held["channels"], x))
         if isinstance(scheme, TableBlocks):
             y = self._table(x, held, scheme, rows, columns)
         elif isinstance(scheme, IntegerBlocks) and scheme.activations == "int8" and not self.exact:
@@ -151,6 +153,10 @@ class _Lowering:
         else:
             found = self._traced(lambda ids, **t: scheme.lookup(rows, columns, t, ids), {"ids": ids, **held})
         return found if dtype == torch.float32 else self._traced(lambda v: v.to(dtype), {"v": found})
+
+    def _as(self, value: fx.Node, like: fx.Node) -> fx.Node:
+        dtype = like.meta["val"].dtype
+        return value if dtype == torch.float32 else self._traced(lambda v: v.to(dtype), {"v": value})
 
     def matrix(self) -> fx.Node:
         """The whole matrix: what a convolution or a batch of experts is computed with."""

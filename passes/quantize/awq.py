@@ -1,0 +1,53 @@
+"""AWQ: channels that matter are scaled up before they are rounded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
+
+from adaptc.integer_blocks import BlockSize, CalibratedBlocks, Symmetric
+from adaptc.scheme import Kept, Tensors, scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Steps = Annotated[int, Field(ge=1, description="exponents that are tried, from 0 to 1")]
+
+
+@scheme("awq")
+@dataclass(frozen=True)
+class Awq(CalibratedBlocks):
+    """W = scales (codes - zeros) diag(s)⁻¹        s = mean |x|^a over tokens, for each column of W
+
+    Lin et al. 2024, section 3.2 and equation 5: columns that meet large activations are rounded more finely. Of
+    `steps` exponents a from 0 to 1 the one with the least ‖x W_floatᵀ - x Wᵀ‖ is taken. The inputs of the product are
+    multiplied by 1 / s, one multiplication a number.
+    """
+
+    block_size: BlockSize = 128
+    symmetric: Symmetric = False
+    steps: Steps = 20
+
+    def stored(self, rows: int, columns: int) -> dict[str, Kept]:
+        """What integers are, and what inputs are multiplied by."""
+        return super().stored(rows, columns) | {"channels": Kept((columns,), "float32")}
+
+    def quantize(self, W: Tensor, inputs: Tensor | None = None) -> dict[str, Tensor]:
+        """Try the exponents."""
+        assert inputs is not None
+        size, want = inputs.abs().mean(0).clamp(min=1e-8), inputs @ W.t()
+        best, least = {}, float("inf")
+        for step in range(self.steps + 1):
+            s = size ** (step / self.steps)
+            s = s / (s.max() * s.min()).sqrt()
+            kept = {**super().quantize(W * s), "channels": 1 / s}
+            error = float((inputs @ self.dequantize(*W.shape, kept).t() - want).norm())
+            if error < least:
+                best, least = kept, error
+        return best
+
+    def dequantize(self, rows: int, columns: int, tensors: Tensors) -> Tensor:
+        """`scales (codes - zeros)`, its columns divided by s."""
+        return super().dequantize(rows, columns, tensors) * tensors["channels"]
