@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -38,6 +39,7 @@ class IntegerBlocks(Scheme):
     symmetric: Symmetric = True
     clip: Clip = False
 
+    small: ClassVar[Mapping[str, object]] = {"block_size": 16}
     activations: ClassVar[str] = "float"
     """What ONNX multiplies by: `float`, or `int8` for activations that are rounded too."""
     width: ClassVar[int]

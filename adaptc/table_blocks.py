@@ -39,6 +39,9 @@ class TableBlocks(Scheme):
 
     values: ClassVar[tuple[float, ...]]
     """The table: what each of the 16 codes stands for."""
+    runtime_type: ClassVar[int]
+    """Its number in ONNX Runtime's MatMulBnb4."""
+    small: ClassVar[Mapping[str, object]] = {"block_size": 16}
     aliases: ClassVar[Mapping[str, str]] = {"bnb_4bit_use_double_quant": "double"}
 
     def refuses(self, rows: int, columns: int) -> tuple[tuple[str, ...], str] | None:

@@ -173,9 +173,8 @@ class _Lowering:
         self, x: fx.Node, held: dict[str, Any], scheme: TableBlocks, rows: int, columns: int
     ) -> fx.Node:
         absmax = self._traced(lambda **t: scheme.absmax(t), held) if scheme.double else held["absmax"]
-        kind = int(scheme.name == "nf4")
         if self.runtime == "onnxruntime":
-            sizes = (rows, columns, scheme.block_size, kind)
+            sizes = (rows, columns, scheme.block_size, scheme.runtime_type)
             return self.call(onnx.matmul_bnb4.default, x, held["codes"], absmax, *sizes)
         W = self._whole(held, scheme, rows, columns, x.meta["val"].dtype)
         return self.call(aten.linear.default, x, W)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,6 +22,7 @@ class DynamicInt8(IntegerBlocks):
 
     width: ClassVar[int] = 8
     activations: ClassVar[str] = "int8"
+    small: ClassVar[Mapping[str, object]] = {}
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "embedding"})
 
     def refuses(self, rows: int, columns: int) -> tuple[tuple[str, ...], str] | None:

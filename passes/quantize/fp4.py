@@ -20,3 +20,4 @@ class Fp4(TableBlocks):
     """
 
     values: ClassVar[tuple[float, ...]] = (*MAGNITUDES, 0.0, *(-value for value in MAGNITUDES[1:]))
+    runtime_type: ClassVar[int] = 0

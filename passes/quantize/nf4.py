@@ -36,3 +36,4 @@ class Nf4(TableBlocks):
         0.7229568362236023,
         1.0,
     )
+    runtime_type: ClassVar[int] = 1
