@@ -12,9 +12,9 @@ import torch
 from torch import fx
 
 from adaptc import adapters
-from adaptc.checkpoint import check_base, check_carried
+from adaptc.checkpoint_weights import load_checkpoints, put_weight
 from adaptc.emit.torch import META, load_adapter_into
-from adaptc.errors import ProofError, Refusal, RefusedError, WeightError
+from adaptc.errors import ProofError, Refusal, RefusedError
 from adaptc.expression import Folded
 from adaptc.graph import Graph, attribute, bind
 from adaptc.insert import Insert
@@ -23,7 +23,6 @@ from adaptc.method import options_of
 from adaptc.orders import folds_into_bits, lowering
 from adaptc.pipeline import Pass, PassRecord, run
 from adaptc.plan import Plan
-from adaptc.planned import Planned
 from adaptc.proof import Proof, Runner, effect, gradients, prove, randomised, tolerance
 from adaptc.quantize import Quantize
 from adaptc.quantized import Part
@@ -59,7 +58,7 @@ class Compiled:
         self._folded: Streamed | None = None
         self._quantized: Graph | None = None
         self.errors: QuantizationErrors | None = None
-        self._load_checkpoints()
+        load_checkpoints(self)
 
     @cached_property
     def module(self) -> fx.GraphModule:
@@ -71,7 +70,7 @@ class Compiled:
         inserted = graph.inserted
         for name, param in inserted.items():
             if param.stored:
-                _put(self.graph.weights[name], _follows(module, name))
+                put_weight(self.graph.weights[name], _follows(module, name))
         for name, buffer in module.named_buffers():  # what batch norm learns belongs to every product too
             if name not in inserted:
                 self.graph.weights[name] = Computed(tuple(buffer.shape), buffer.dtype, _follows(module, name))
@@ -364,55 +363,10 @@ class Compiled:
         found = effect(self.base.inputs, base or Streamed(self.base, adapted.wide), adapted, self.spec.seed)
         return found > 10 * tolerance(self.graph)
 
-    def _load_checkpoints(self) -> None:
-        found = adapters.records_of(self.graph)
-        by_path: dict[Path, list[Planned]] = {}
-        for planned in self.plan.entries:
-            if planned.checkpoint is not None:
-                by_path.setdefault(planned.checkpoint.path, []).append(planned)
-        for members in by_path.values():
-            checkpoint = members[0].checkpoint
-            assert checkpoint is not None
-            wanted = {(p.entry, p.insert.method.name, p.insert.adapter): p for p in members}
-            records = [(r, p) for r in found if (p := wanted.get((r.entry, r.method, r.adapter))) is not None]
-            try:
-                if checkpoint.base_sha256:
-                    check_base(checkpoint, self.base_sha256)
-                check_carried(checkpoint, self.base.weights)
-                values = adapters.assign(checkpoint, [self._as_stored(r, p) for r, p in records])
-            except WeightError as error:
-                raise self.spec.weight_error(("adapt", members[0].entry, "adapter"), error) from None
-            for record, planned in records:
-                if planned.whole is not None:
-                    at = planned.insert.method
-                    cut = {site: at.cut_tensors(theta) for site, theta in record.sites(values).items()}
-                    values |= record.renamed(cut)
-            for name, value in values.items():
-                _put(self.graph.weights[name], value.detach)
-
-    def _as_stored(self, record: adapters.AdapterRecord, planned: Planned) -> adapters.AdapterRecord:
-        """A record with the shapes that its checkpoint has, where it is inserted at a smaller rank."""
-        whole = planned.whole
-        if whole is None:
-            return record
-        own = [a for a in self.graph.adaptations if (a.entry, a.method.name) == (record.entry, record.method)]
-        shapes = {
-            name: whole.at(a.site).stored(a.site)[argument].shape
-            for a in own
-            for argument, (name, _) in a.params.items()
-        }
-        return record.shaped(shapes)
-
 
 def _lowered(graph: Graph) -> Graph:
     """The graph as it is trained and run live."""
     return run(graph, lowering(graph))
-
-
-def _put(weight: Weight, value: Callable[[], torch.Tensor]) -> None:
-    """Let an adapter's weight be what this gives."""
-    assert isinstance(weight, Computed)
-    weight.put(value)
 
 
 def _follows(module: fx.GraphModule, name: str) -> Callable[[], torch.Tensor]:

@@ -31,7 +31,7 @@ ORIGIN = ("nn_module_stack", "stack_trace")
 """What a node's meta says of where it came from."""
 VERIFIED = "verified"
 """The signature a node had when its value was last computed."""
-STAGES = ("traced", "adapted", "quantized", "factored", "folded")
+STAGES = ("traced", "adapted", "factored", "folded")
 
 
 @dataclass(frozen=True)

@@ -40,8 +40,8 @@ class IntegerBlocks(Scheme):
     clip: Clip = False
 
     small: ClassVar[Mapping[str, object]] = {"block_size": 16}
-    activations: ClassVar[str] = "float"
-    """What ONNX multiplies by: `float`, or `int8` for activations that are rounded too."""
+    integer_products: ClassVar[bool] = False
+    """Whether ONNX multiplies integers: activations are rounded to 8 bits, in one range for all of a product's."""
     width: ClassVar[int]
     """Bits of a code."""
 

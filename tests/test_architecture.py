@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from adaptc.registry import load_methods
+from adaptc.registry import load_methods, load_schemes
 
 ROOT = Path(__file__).parents[1]
 CORE = sorted(p for p in (ROOT / "adaptc").rglob("*.py") if "passes" not in p.relative_to(ROOT).parts)
@@ -209,7 +209,7 @@ def names_of_methods(path: Path, methods: set[str]) -> Iterator[str]:
 def test_the_compiler_knows_no_method_by_name(path: Path) -> None:
     if path.name in MAY_NAME_METHODS:
         return
-    found = list(names_of_methods(path, set(load_methods())))
+    found = list(names_of_methods(path, {*load_methods(), *load_schemes()}))
     assert not found, f"{shown(path)} names methods: {found}"
 
 
@@ -287,9 +287,10 @@ def test_errors_are_adaptcs_own(path: Path) -> None:
 
 
 def test_every_method_has_a_file_and_a_spec() -> None:
-    for name, cls in load_methods().items():
+    known = {**load_methods(), **load_schemes()}
+    for name, cls in known.items():
         if not cls.__module__.startswith("adaptc.passes."):
             continue
         assert (ROOT / "specs" / f"{name}.yaml").is_file(), f"specs/{name}.yaml"
-    per_file = [cls.__module__ for cls in load_methods().values()]
+    per_file = [cls.__module__ for cls in known.values()]
     assert len(per_file) == len(set(per_file)), "one method a file"

@@ -55,7 +55,18 @@ def adapter(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-QUICK = ("lora", "oft", "fishmask", "own-model", "peft-to-huggingface", "peft-to-onnx", "sentiment")
+QUICK = (
+    "gptq",
+    "int4",
+    "lora",
+    "nf4",
+    "oft",
+    "fishmask",
+    "own-model",
+    "peft-to-huggingface",
+    "peft-to-onnx",
+    "sentiment",
+)
 """The journeys, and methods that stand for all."""
 
 

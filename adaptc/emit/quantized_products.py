@@ -38,7 +38,7 @@ onnx = torch.ops.adaptc_onnx
 aten = torch.ops.aten
 RUNTIME_BLOCK = 128
 """Columns that share a scale where a whole row does, for operations that want blocks: the largest that fit."""
-INT8, FLOAT = 4, 0
+ROUNDED, FLOAT = 4, 0
 """`accuracy_level` of MatMulNBits: activations rounded to 8 bits in blocks, or as they are."""
 
 
@@ -124,7 +124,7 @@ class _Lowering:
             x = self.call(aten.mul.Tensor, x, self._as(held["channels"], x))
         if isinstance(scheme, TableBlocks):
             y = self._table(x, held, scheme, rows, columns)
-        elif isinstance(scheme, IntegerBlocks) and scheme.activations == "int8" and not self.exact:
+        elif isinstance(scheme, IntegerBlocks) and scheme.integer_products and not self.exact:
             y = self._integer(x, held, scheme, columns)
         elif isinstance(scheme, IntegerBlocks) and self.runtime == "onnxruntime":
             return self._nbits(x, held, scheme, rows, columns, bias)
@@ -185,7 +185,7 @@ class _Lowering:
         block = scheme.block_size or fitting(columns)
         if scheme.block_size is None:
             held = self._regrouped(held, scheme, rows, columns, block)
-        accuracy = FLOAT if self.exact else INT8
+        accuracy = FLOAT if self.exact else ROUNDED
         parts = (held["codes"], held["scales"], held.get("zeros"), bias)
         return self.call(onnx.matmul_nbits.default, x, *parts, rows, columns, scheme.bits, block, accuracy)
 

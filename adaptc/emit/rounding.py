@@ -71,7 +71,7 @@ def _rounding(node: Any) -> int | None:
     scheme, columns = scheme_of(node.args[3]), node.args[5]
     if not isinstance(scheme, IntegerBlocks):
         return None
-    if scheme.activations == "int8":
+    if scheme.integer_products:
         return 0
     block = scheme.block_size or fitting(columns)
     return None if (scheme.bits, block) in EXACT else block

@@ -35,7 +35,7 @@ class Factor(Pass):
 
     tokens: int = 1024
 
-    takes: ClassVar[frozenset[str]] = frozenset({"adapted", "quantized"})
+    takes: ClassVar[frozenset[str]] = frozenset({"adapted"})
     leaves: ClassVar[str | None] = "factored"
 
     def call(self, graph: Graph) -> bool:

@@ -21,7 +21,7 @@ class DynamicInt8(IntegerBlocks):
     """
 
     width: ClassVar[int] = 8
-    activations: ClassVar[str] = "int8"
+    integer_products: ClassVar[bool] = True
     small: ClassVar[Mapping[str, object]] = {}
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "embedding"})
 

@@ -15,19 +15,22 @@ from adaptc.errors import AdaptcError, RefusedError, SpecError, VerifyError
 from adaptc.graph import STAGES, Graph, bind
 from adaptc.insert import Insert
 from adaptc.pipeline import PASSES, Pass, PassRecord, check_order, graph_pass, run
+from adaptc.quantize import Quantize
 from adaptc.registry import load_passes
 from adaptc.weights import Held
 from tests.families import Mlp, Zoo, close, differs, inputs, outputs, perturbed, randomise, small
 
 aten = torch.ops.aten
 NAMES = tuple(load_passes())
-INSERTS = tuple(name for name in NAMES if name.startswith("insert-"))
+INSERTS = tuple(name for name in NAMES if name.startswith(("insert-", "quantize-")))
 OTHERS = tuple(name for name in NAMES if name not in INSERTS)
 
 
 def default(name: str, **options: Any) -> Any:
     """A pass with its default options; `nowhere` as the target of one that wants a target."""
     cls = load_passes()[name]
+    if issubclass(cls, Quantize):
+        return cls(**({"target": "nowhere"} | dict(cls.scheme_class.small) | options))
     if issubclass(cls, Insert):
         return cls(**({"target": "nowhere"} | small(cls.method_class.name) | options))
     return cls(**options)
@@ -70,8 +73,6 @@ def test_nothing_to_do_is_refused_or_changes_nothing(zoo: Zoo, name: str) -> Non
     """No site matches, or no adapter is there."""
     item = default(name)
     for stage in sorted(item.takes, key=STAGES.index):
-        if stage == "quantized":
-            continue
         if name in OTHERS and stage != "traced":
             graph = dataclasses.replace(
                 zoo.graph("mlp").copy(), stage=stage
@@ -102,6 +103,8 @@ def test_run_leaves_its_input_alone(zoo: Zoo, name: str) -> None:
     cls = load_passes()[name]
     stage = "traced" if name in INSERTS else min(cls.takes, key=STAGES.index)
     graph = at_stage(zoo, stage)
+    if name == "quantized-products":
+        graph = run(graph, [default("quantize-nf4", target="*")])
     item = default(name, **({"target": "*"} if name in INSERTS else {}))
     skip_without_site(zoo, item)
     before = snapshot(graph)

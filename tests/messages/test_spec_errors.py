@@ -164,9 +164,20 @@ ONE_PROBLEM = {
     ),
     "inputs are a list": (HEAD + "inputs: [x]\n", 3, 9, "inputs", "expected a mapping, got a list"),
     # the rest
-    "quantize": (
-        HEAD + "quantize:\n  - method: nf4\n", 4, 5, "quantize.0",
-        "no quantizer is installed: quantize is not available in this version",
+    "quantize without a target": (
+        HEAD + "quantize:\n  - method: nf4\n", 4, 5, "quantize.0.target", "required, but missing",
+    ),
+    "unknown scheme": (
+        HEAD + "quantize:\n  - {method: nf5, target: all-linear}\n", 4, 14, "quantize.0.method",
+        "unknown method 'nf5'; did you mean 'nf4'",
+    ),
+    "unknown bits": (
+        HEAD + "quantize:\n  - {method: gptq, target: all-linear, bits: 3}\n", 4, 46, "quantize.0.bits",
+        "expected 2, 4 or 8, got 3",
+    ),
+    "unknown option of a scheme": (
+        HEAD + "quantize:\n  - {method: nf4, target: all-linear, group_size: 64}\n", 4, 39,
+        "quantize.0.group_size", "unknown key 'group_size'",
     ),
     "unknown format": (
         HEAD + "emit: [{format: gguf, path: x}]\n", 3, 17, "emit.0.format",
