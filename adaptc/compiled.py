@@ -169,8 +169,9 @@ class Compiled:
         return run(graph, lowering(graph))
 
     def float_graph(self) -> Graph:
-        """The model with its adapters as they stand, and no weight quantized."""
-        graph = run(self.base, [item for item in self.plan.opening if not isinstance(item, Quantize)])
+        """The model with its adapters as they stand, but for those that make up for quantization, and floats only."""
+        kept = [item for item in self.plan.opening if not isinstance(item, Quantize)]
+        graph = run(self.base, [i for i in kept if not (isinstance(i, Insert) and i.method.makes_up)])
         names = {name for name, param in self.graph.inserted.items() if param.stored}
         graph.weights.update({name: self.graph.weights[name] for name in names & graph.weights.keys()})
         return graph

@@ -62,7 +62,7 @@ def compile(
         after("trace", graph)
     graph.information = _information(loaded, graph, calibration)
     records: list[PassRecord] = []
-    plan = make_plan(loaded, graph, after)
+    plan = make_plan(loaded, graph, after, weighed=True)
     records += plan.records
     _ = base.bound  # a broken checkpoint is found before anything is written
     compiled = Compiled(loaded, plan, graph, records, after)

@@ -142,7 +142,9 @@ class Insert(Pass):
         return Computed(param.shape, dtype, make)
 
     def _starting_point(self, graph: Graph, site: Site, value: fx.Node) -> Callable[[], torch.Tensor]:
-        """What functions that initialise get: the weight so far, or its Fisher information."""
+        """What functions that initialise get: the weight so far, its Fisher information, or what it has lost."""
+        if self.method.makes_up:
+            return graph.quantized[site.parameter].quantization.lost
         if not self.method.calibrated:
             return cut(graph, value).evaluate
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from adaptc.aliases import untie, widened
+from adaptc.aliases import elsewhere, untie, widened
 from adaptc.dataflow import made_from
 from adaptc.errors import Refusal, RefusedError
 from adaptc.expression import splice, trace_expression
@@ -39,6 +39,23 @@ class InsertWeight(Insert):
             return found
         first = {(graph.aliases[site.parameter], site.rows): site for site in reversed(found.sites)}
         return replace(found, sites=tuple(site for site in found.sites if site in first.values()))
+
+    def requires(self, graph: Graph) -> list[Refusal]:
+        """Besides: what makes up for quantization finds some, and no bits are untied."""
+        refusals = super().requires(graph)
+        for site in self.selection(graph).sites:
+            quantized = site.parameter in graph.quantized
+            if self.method.makes_up and not quantized:
+                words = (
+                    f"{self.method.name} makes up for quantization, and no bits stand for {site.name} here"
+                )
+                way = "write `passes: [quantize, insert]`, name it in `quantize`, or start the adapter otherwise"
+                refusals.append(Refusal(f"{words}\n  {way}", (site.uses[0].node,)))
+            if self.on_alias == "untie" and quantized and elsewhere(graph, site):
+                words = f"the bits of {site.name} are read elsewhere too, and cannot be untied"
+                way = "untie it before it is quantized: `passes: [insert, quantize]`"
+                refusals.append(Refusal(f"{words}\n  {way}", (site.uses[0].node,)))
+        return refusals
 
     def call(self, graph: Graph) -> bool:
         """Splice the expression at every site."""

@@ -76,12 +76,12 @@ def measure(reference: Graph, candidate: Graph, seed: int = 0) -> QuantizationEr
         candidate: the quantized one, not factored.
         seed: of random inputs.
     """
-    rows = list(reference.rows) or list(batches(reference.inputs, seed).values())
+    rows = rows_of(reference, seed)
     what = f"{len(rows)} calibration rows" if reference.rows else "random inputs"
     known = list(candidate.quantized.values())
     inputs = LayerInputs(reference, [q.site for q in known], rows, TOKENS)
     layers = [_layer(reference, candidate, q, inputs) for q in known]
-    outputs = _outputs(reference, candidate, rows)
+    outputs = output_errors(reference, candidate, rows)
     numbers = sum(q.quantization.size[0] * q.quantization.size[1] for q in known)
     share = stored_bytes(known) / max(1, 4 * numbers)
     worst = sorted(layers, key=lambda layer: -layer.error)
@@ -103,7 +103,13 @@ def _matrix(graph: Graph, site: Site) -> torch.Tensor:
     return matrix_of(site, cut(graph, value).evaluate()).float()
 
 
-def _outputs(reference: Graph, candidate: Graph, rows: Sequence[Any]) -> dict[str, float]:
+def rows_of(graph: Graph, seed: int = 0) -> list[Any]:
+    """The calibration rows; random inputs where there are none."""
+    return list(graph.rows) or list(batches(graph.inputs, seed).values())
+
+
+def output_errors(reference: Graph, candidate: Graph, rows: Sequence[Any]) -> dict[str, float]:
+    """Of each output of a model ‖ŷ - y‖ / ‖y‖ over all rows that it takes."""
     error: dict[str, float] = {}
     scale: dict[str, float] = {}
     for want, got in zip(Streamed(reference)(rows), Streamed(candidate)(rows), strict=True):

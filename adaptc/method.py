@@ -86,6 +86,11 @@ class Method:
         """Whether functions that initialise get the Fisher information of the weight in its place; see `calibrate`."""
         return False
 
+    @property
+    def makes_up(self) -> bool:
+        """Whether functions that initialise get what quantization lost of the weight in its place."""
+        return False
+
     def at(self, site: Site) -> Self:
         """The method with its per-layer options (patterns) resolved for one site."""
         return self

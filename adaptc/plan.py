@@ -28,6 +28,7 @@ from adaptc.planned_quantization import (
     quantizations_of,
     quantize_notes,
     quantize_problems,
+    weighed_within,
 )
 from adaptc.quantize import Quantize
 from adaptc.registry import load_passes
@@ -87,8 +88,10 @@ class Plan:
         }
 
 
-def make_plan(spec: Spec, graph: Graph, after: Any = None) -> Plan:
+def make_plan(spec: Spec, graph: Graph, after: Any = None, weighed: bool = False) -> Plan:
     """Match every entry with the graph, check that each can be inserted, and count.
+
+    With `weighed` weights are read where the spec has a budget, and bits chosen within it.
 
     Raises:
         SpecError: a target matches nothing, a method cannot sit on a layer, a name is taken, a layer has no
@@ -104,6 +107,12 @@ def make_plan(spec: Spec, graph: Graph, after: Any = None) -> Plan:
     if problems:
         raise SpecError(problems)
     match_checkpoints(spec, graph, entries)
+    unmet = []
+    if spec.budget is not None:
+        if weighed:
+            quantized = weighed_within(spec, graph, quantized, spec.budget)
+        else:
+            unmet.append("budget: bits are chosen when weights are read, by `adaptc compile`")
     passes = pipeline_of(spec, [found.insert for found in entries], [found.item for found in quantized])
     wrong = check_order(passes)
     if wrong:
@@ -123,7 +132,7 @@ def make_plan(spec: Spec, graph: Graph, after: Any = None) -> Plan:
         raise spec.error((key, error.source.entry), *str(error).splitlines()) from error
     fold = load_passes()["fold"]()
     notes = [*graph.base.notes, *_notes(entries), *_alias_notes(graph, entries)]
-    notes += quantize_notes(graph, quantized)
+    notes += [*unmet, *quantize_notes(graph, quantized)]
     refusals = fold.requires(adapted) if adapted.stage in fold.takes else []
     refusals = refusals or ([folds_into_bits(adapted)] if not closing and folds_into_bits(adapted) else [])
     notes += [f"cannot be folded: {refusal}" for refusal in refusals]

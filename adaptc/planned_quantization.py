@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from adaptc.aliases import elsewhere, places
-from adaptc.errors import Problem
+from adaptc.errors import InputError, Problem
 from adaptc.graph import Graph
 from adaptc.near_misses import no_match
 from adaptc.quantize import Quantize
@@ -19,7 +19,7 @@ from adaptc.quantized import bytes_of, size_of
 from adaptc.registry import load_passes
 from adaptc.scheme import Scheme
 from adaptc.select import Selection
-from adaptc.spec import Spec
+from adaptc.spec import QuantizeBudget, Spec
 
 SAMPLE = 2**16
 """Numbers that the expected error is found with."""
@@ -133,3 +133,20 @@ def quantize_notes(graph: Graph, planned: Sequence[PlannedQuantization]) -> list
                     f"{where}: {site.name} is also used by {places(others)}, which read the same bits"
                 )
     return notes
+
+
+def weighed_within(
+    spec: Spec, graph: Graph, planned: Sequence[PlannedQuantization], budget: QuantizeBudget
+) -> list[PlannedQuantization]:
+    """The entries with bits chosen for each layer, within the spec's budget.
+
+    Raises:
+        SpecError: it is too small.
+    """
+    from adaptc.mixed_precision import choose
+
+    try:
+        items = choose(graph, [found.item for found in planned], budget)
+    except InputError as error:
+        raise spec.error(("budget",), str(error)) from error
+    return [PlannedQuantization(item.entry, item, item.selection(graph)) for item in items]

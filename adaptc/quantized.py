@@ -66,6 +66,12 @@ class Quantization:
         with torch.no_grad():
             return self.scheme.unpack(*self.size, {**self.scheme.constants(), **self.tensors})
 
+    def lost(self) -> torch.Tensor:
+        """What the weight was, less what the bits stand for: as the weight is stored."""
+        rest = self.rest() if self.site.rows else None
+        W = self.source.exact().float()
+        return W - weight_of(self.site, self.dequantized(), None if rest is None else rest.float())
+
     def rest(self) -> torch.Tensor:
         """Of a slice, the other rows of the weight's matrix."""
         assert self.site.layout is not None

@@ -48,6 +48,23 @@ PassEntry = Annotated[
 ]
 
 
+class QuantizeBudget(Part):
+    """What quantization may cost: bits are then chosen for each layer."""
+
+    size: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="of the quantized weights' bytes in float32"
+    )
+    error: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="of the outputs: relative, on the calibration rows or else on random inputs"
+    )
+
+    @model_validator(mode="after")
+    def _one(self) -> QuantizeBudget:
+        if (self.size is None) == (self.error is None):
+            raise invalid(fault("expected size or error, such as budget: {error: 0.02}", at_key=True))
+        return self
+
+
 class Spec(Part):
     """What adaptc compiles."""
 
@@ -58,6 +75,9 @@ class Spec(Part):
     )
     adapt: Many[AdaptEntry] = ()
     quantize: Many[QuantizeEntries] = ()
+    budget: QuantizeBudget | None = Field(
+        None, description="bits are chosen for each layer that `quantize` names, within this"
+    )
     calibration: PathText | None = Field(
         None,
         description="rows that some methods choose by: a .jsonl or .safetensors file of inputs, with labels where "

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 SPLITS = ("pissa", "olora")
 """Initialisations that take A and B out of W."""
 Initial = Annotated[
-    Literal[True, "gaussian", "orthogonal", "pissa", "olora"],
+    Literal[True, "gaussian", "orthogonal", "pissa", "olora", "loftq"],
     Field(
-        description="how A and B start: true is Kaiming-uniform and zero; pissa and olora take them out of W"
+        description="how A and B start: true is Kaiming-uniform and zero; pissa and olora take them out of W; loftq "
+        "makes up for what quantization lost of W"
     ),
 ]
 
@@ -37,6 +38,7 @@ class Lora(LowRank):
     (Meng et al. 2024, equations 2 to 4) A and B start as the r largest singular vectors of W, with "olora"
     (Büyükakyüz 2024, section 3) as the first r of its QR decomposition, and W' = W + (alpha / r) (B A - B0 A0) with
     these first values A0, B0, which follow from W and are not stored; "orthogonal" starts with both random, B A = 0.
+    With "loftq" (Li et al. 2023, equation 6, one step) B A starts as the best of rank r for what quantization lost.
     """
 
     lora_bias: bool = False
@@ -58,6 +60,16 @@ class Lora(LowRank):
         kept = options.get("init_weights") in SPLITS
         return options if kept else options | {"init_weights": True}
 
+    def peft_options(self) -> dict[str, Any]:
+        """What has made up for quantization at the start is an adapter like any other when it is trained."""
+        found = super().peft_options()
+        return found | ({"init_weights": True} if self.makes_up else {})
+
+    @property
+    def makes_up(self) -> bool:
+        """With "loftq"."""
+        return self.init_weights == "loftq"
+
     def in_peft(self, site: Site) -> bool:
         """PEFT takes A and B out of linear layers' weights only."""
         return super().in_peft(site) and (self.init_weights not in SPLITS or site.kind == "linear")
@@ -76,9 +88,10 @@ class Lora(LowRank):
                     found["B"], lambda W, g: _normal(W, (W.shape[0], r // 2), g) @ _rows(W, r, 1) / 10
                 ),
             }
-        if self.init_weights in SPLITS:
-            split = _Split(_singular if self.init_weights == "pissa" else _triangular, r, self.scale)
+        if self.init_weights in (*SPLITS, "loftq"):
+            split = _Split(_triangular if self.init_weights == "olora" else _singular, r, self.scale)
             found |= {"A": _starts(found["A"], split.A), "B": _starts(found["B"], split.B)}
+        if self.init_weights in SPLITS:
             shapes = {"A0": (r, site.in_features), "B0": (site.out_features, r)}
             found |= {
                 "A0": Param(shapes["A0"], split.A, "lora_A0", trained=False, stored=False),
