@@ -90,6 +90,7 @@ def _prove_trace(graph: Graph, model: nn.Module) -> Proof:
     """The traced graph computes what the model does.
 
     Raises:
+        WeightError: a weight is no number.
         TraceError: no two runs of the model itself agree.
         ProofError: they differ.
     """
@@ -98,6 +99,11 @@ def _prove_trace(graph: Graph, model: nn.Module) -> Proof:
     try:
         return prove("trace", graph.inputs, eager, Streamed(graph), tolerance(graph))
     except ProofError:
+        for name in [name for name in graph.weights if name not in graph.buffers]:
+            if not torch.isfinite(graph.weights[name].load()).all():
+                raise WeightError(
+                    f"{name} holds NaN or infinity, so that the model computes nothing\n  mend the checkpoint"
+                ) from None
         known = list(batches(graph.inputs).values())
         for first, second in zip(eager(known), eager(known), strict=True):
             if (

@@ -75,7 +75,7 @@ def export_onnx(
     if sum(value.const_value.nbytes for value in model.graph.initializers.values()) > INLINE_LIMIT:
         large = [v for v in model.graph.initializers.values() if v.const_value.nbytes > SMALL]
         starts = _write_beside(large, path.with_name(f"{path.name}.data"), wrote)
-    path.write_bytes(ir.to_proto(model).SerializeToString())
+    path.write_bytes(_bytes(model))
     places = {
         name: Raw(
             path.with_name(f"{path.name}.data"), start, graph.weights[name].shape, graph.weights[name].dtype
@@ -84,6 +84,23 @@ def export_onnx(
         if name in graph.weights
     }
     return Written(sum(1 for _ in model.graph), model.opset_imports[""], places)
+
+
+def _bytes(model: Any) -> bytes:
+    """The program as a file holds it.
+
+    Raises:
+        AdaptcError: a weight cannot be read, or made.
+    """
+    import onnx_ir as ir
+
+    try:
+        return ir.to_proto(model).SerializeToString()
+    except ir.serde.SerdeError as error:  # it hides why a weight could not be loaded
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, AdaptcError):
+            cause = cause.__cause__
+        raise (cause or error) from error
 
 
 def _write_beside(weights: Sequence[Any], path: Path, wrote: Wrote | None) -> dict[str, int]:

@@ -255,4 +255,4 @@ def test_a_fold_by_the_specs_own_passes_is_proved_against_what_it_folds() -> Non
     assert live.adaptations
     x = torch.randn(3, 6)
     assert near(made.fold()(x), adaptc.bind(live).eval()(x))
-    assert [proof.name for proof in made.proofs] == ["trace", "fold"]
+    assert [proof.name for proof in made.proofs] == ["trace", "fold", "fold, random adapters"]

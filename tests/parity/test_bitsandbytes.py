@@ -14,23 +14,21 @@ pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 import bitsandbytes.functional as bnb
 
 NAMES = tuple(sorted(n for n, cls in load_schemes().items() if issubclass(cls, TableBlocks)))
-SHAPES = ((64, 128), (512, 384), (3, 64), (300, 257), (7, 100), (5, 33), (1, 1), (2, 3))
+SHAPES = ((512, 384), (300, 257), (5, 33), (1, 1))
 
 
 def weights(shape: tuple[int, int], kind: str) -> torch.Tensor:
     W = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 0.05
     if kind == "zero row":
         W[0] = 0
-    if kind == "outlier":
-        W.view(-1)[-1] = 30.0
     if kind == "ties":
         W = (W * 40).round() / 8
     return W
 
 
-@pytest.mark.parametrize("kind", ["normal", "zero row", "outlier", "ties"])
+@pytest.mark.parametrize("kind", ["normal", "zero row", "ties"])
 @pytest.mark.parametrize("double", [False, True])
-@pytest.mark.parametrize("block_size", [32, 64, 128, 256, 4096])
+@pytest.mark.parametrize("block_size", [32, 64, 4096])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_same_bits(name: str, shape: tuple[int, int], block_size: int, double: bool, kind: str) -> None:
