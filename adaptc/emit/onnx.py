@@ -59,8 +59,6 @@ def export_onnx(
     Raises:
         AdaptcError: an operation has no ONNX form; names it.
     """
-    import onnx_ir as ir
-
     lower_quantized(graph, runtime, exact)
     packed = [weight.bits for weight in graph.weights.values() if isinstance(weight, Integers)]
     model = translate(graph, opset or max([OPSET, *map(opset_needed, packed)]))

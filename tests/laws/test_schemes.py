@@ -377,3 +377,61 @@ def test_bind_of_a_quantized_graph_is_small(zoo: Zoo) -> None:
     assert not set(made.graph.quantized) & set(held)
     q = next(iter(made.graph.quantized.values()))
     assert matrix_of(q.site, q.quantization.source.load()).shape == q.quantization.size
+
+
+@pytest.mark.parametrize(
+    "options", [{"method": "int4"}, {"method": "int4", "symmetric": True}, {"method": "int8"}]
+)
+def test_torch_kernels(options: dict[str, Any]) -> None:
+    """Torch's products with packed weights are those with the weights, to bfloat16's own error."""
+    model = (
+        randomise(nn.Sequential(nn.Linear(128, 48), nn.Tanh(), nn.Linear(48, 64, bias=False)))
+        .bfloat16()
+        .eval()
+    )
+    x = values(3, 128).bfloat16().unsqueeze(0)
+    block = {"block_size": 32} if options["method"] == "int4" else {}
+    made = adaptc.compile(
+        {"quantize": [{**options, **block, "target": "*"}]},
+        model=model,
+        example_inputs=(x,),
+        dynamic={"input": {0: "batch", 1: "seq"}},
+    )
+    plain, fast = made.fold(), made.inference(tokens=1)
+    kernels = [str(n.target) for n in fast.graph.nodes if "pack_mm" in str(n.target)]
+    assert len(kernels) == (1 if options["method"] == "int4" else 2), "48 columns are no whole blocks of 32"
+    with torch.no_grad():
+        close(fast(x), plain(x), epsilons=8)
+        close(fast(x[:, :1]), plain(x[:, :1]), epsilons=8)
+    assert not [n for n in made.inference(tokens=64).graph.nodes if "pack_mm" in str(n.target)]
+
+
+def test_a_larger_budget_is_nearer() -> None:
+    """Bits go where the outputs lose most; a budget is kept to."""
+    model = randomise(Words()).eval()
+    x = torch.randint(0, 29, (4, 6))
+    x[0, 0] = 29
+    found = {}
+    for budget in ({"size": 0.2}, {"size": 0.26}, {"size": 0.5}, {"error": 0.05}, {"error": 1e-9}):
+        made = adaptc.compile(
+            {"quantize": [{"method": "int4", "block_size": 16, "target": "*"}], "budget": budget},
+            model=model,
+            example_inputs=(x,),
+            dynamic={"x": {0: "batch", 1: "seq"}},
+        )
+        errors = made.quantization_errors()
+        if errors is None:
+            assert budget == {"error": 1e-9}, "only then all layers stay in floats"
+            continue
+        found[str(budget)] = errors.outputs["output"]
+        if "size" in budget:
+            sizes = {q.site.parameter: q for q in made.graph.quantized.values()}
+            floats = sum(
+                p.numel() * 4 for n, p in model.named_parameters() if n not in sizes and p.dim() == 2
+            )
+            every = sum(p.numel() * 4 for p in model.parameters() if p.dim() == 2)
+            assert (floats + sum(layer.bytes for layer in errors.layers)) / every <= budget["size"]
+        else:
+            assert errors.outputs["output"] <= budget["error"]
+    a, b, c, d = found.values()
+    assert a > b > c > 0 < d <= 0.05
