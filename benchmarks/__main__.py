@@ -11,6 +11,7 @@ from pathlib import Path
 
 from benchmarks.large import half_billion, seven_billion
 from benchmarks.minilm import minilm
+from benchmarks.runtime import runtime
 from benchmarks.start import start
 from benchmarks.steps import steps
 
@@ -18,6 +19,7 @@ PARTS = {
     "start": start,
     "minilm": minilm,
     "steps": steps,
+    "runtime": runtime,
     "half-billion": half_billion,
     "seven-billion": seven_billion,
 }
