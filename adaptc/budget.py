@@ -84,30 +84,30 @@ def budget(base: Graph, adapted: Graph, factored: Graph, folded: Graph | None) -
 
 def flops(graph: Graph) -> int:
     """Operations of every matrix product and attention of a graph, for the example."""
-    sizes = _symbols(graph)
+    sizes = example_sizes(graph)
     total = 0
     for node in graph.nodes:
         if node.op != "call_function":
             continue
         if node.target in PRODUCTS:
             summed = _operand(node, PRODUCTS[node.target], sizes)[-1]
-            total += 2 * math.prod(_shape(node.meta["val"], sizes)) * summed
+            total += 2 * math.prod(example_shape(node.meta["val"], sizes)) * summed
         elif node.target is aten.scaled_dot_product_attention.default:
             query, key = _operand(node, 0, sizes), _operand(node, 1, sizes)
             total += 4 * math.prod(query) * key[-2]
         elif str(node.target).startswith("aten.conv") and "val" in node.meta:
             weight = _operand(node, 1, sizes)
-            total += 2 * math.prod(_shape(node.meta["val"], sizes)) * math.prod(weight[1:])
+            total += 2 * math.prod(example_shape(node.meta["val"], sizes)) * math.prod(weight[1:])
     return total
 
 
 def _operand(node: fx.Node, index: int, sizes: Mapping[Any, int]) -> list[int]:
     operand = node.args[index]
     assert isinstance(operand, fx.Node)
-    return _shape(operand.meta["val"], sizes)
+    return example_shape(operand.meta["val"], sizes)
 
 
-def _symbols(graph: Graph) -> dict[Any, int]:
+def example_sizes(graph: Graph) -> dict[Any, int]:
     """Every symbolic size of the inputs -> its value in the example."""
     found: dict[Any, int] = {}
     specs = {spec.name: spec for spec in graph.inputs}
@@ -119,7 +119,9 @@ def _symbols(graph: Graph) -> dict[Any, int]:
     return found
 
 
-def _shape(value: torch.Tensor, sizes: Mapping[Any, int]) -> list[int]:
+def example_shape(value: torch.Tensor, sizes: Mapping[Any, int]) -> list[int]:
+    """A value's shape in the example."""
+
     def plain(size: Any) -> int:
         if not isinstance(size, torch.SymInt):
             return int(size)

@@ -35,6 +35,11 @@ class OnnxEmit(Part):
     target_runtime: Literal["onnxruntime", "standard"] = Field(
         "onnxruntime", description="what quantized weights are multiplied by: its own operations, or ONNX's"
     )
+    round_activations: bool = Field(
+        True,
+        description="let ONNX Runtime multiply integers by activations in 8 bits; false is slower for few tokens, and "
+        "for 2 and 8 bits always",
+    )
 
 
 class PeftEmit(Part):

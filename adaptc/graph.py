@@ -18,6 +18,7 @@ from adaptc.aliases import OnAlias
 from adaptc.inputs import InputSpec
 from adaptc.method import Method, Param, WeightMethod
 from adaptc.points import find_points
+from adaptc.recompute import CUT, with_segments
 from adaptc.roles import Roles, find_roles
 from adaptc.sites import Site, Use, module_of
 from adaptc.tracing.base import Base
@@ -332,6 +333,7 @@ def bind(graph: Graph, trainable: Iterable[str] = ()) -> fx.GraphModule:
             made[first] = tensor
         put(module, name, made[first], persistent=name not in graph.transient)
     module.graph = copy_nodes(graph.module.graph)
+    with_segments(module)
     return module
 
 
@@ -349,7 +351,8 @@ def _line(node: fx.Node) -> str:
     )
     operands = [_operand(a) for a in node.args] + [f"{k}={_operand(v)}" for k, v in node.kwargs.items()]
     module = module_of(node)[0]
-    return f"%{node.name} = {target}({', '.join(operands)})  {shape}" + (f"  # {module}" if module else "")
+    note = ", ".join(word for word in (module, "a segment ends" if node.meta.get(CUT) else "") if word)
+    return f"%{node.name} = {target}({', '.join(operands)})  {shape}" + (f"  # {note}" if note else "")
 
 
 def _operand(value: Any) -> str:

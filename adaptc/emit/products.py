@@ -119,11 +119,10 @@ def _onnx(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> None
 
     def write(graph: Graph) -> None:
         evaluated = inference_graph(graph)
-        if rounds(evaluated):
+        if entry.round_activations and rounds(evaluated):
             twin.append(evaluated.copy())
-        written = export_onnx(
-            evaluated, path, entry.opset, metadata, staging.wrote, entry.target_runtime, exact=False
-        )
+        options = {"runtime": entry.target_runtime, "exact": not entry.round_activations}
+        written = export_onnx(evaluated, path, entry.opset, metadata, staging.wrote, **options)
         product.update(
             nodes=written.nodes,
             opset=written.opset,
@@ -144,7 +143,8 @@ def _onnx(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> None
         write(graph)
     beside = path.with_name(path.name + ".data")
     pieces = Pieces(path, final)
-    program: Runner = pieces if beside.exists() else Each(onnx_runner(path, final))
+    exact = not entry.round_activations
+    program: Runner = pieces if beside.exists() else Each(onnx_runner(path, final, exact))
     run = compiled.streamed(graph, wide=True)
     choices = sum(node.target in DIMENSION for node in graph.nodes)
     if run.wide and choices and len(pieces.choices) == choices:

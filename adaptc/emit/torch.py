@@ -21,6 +21,7 @@ from adaptc.errors import WeightError
 from adaptc.graph import put
 from adaptc.inputs import InputSpec
 from adaptc.peft_config import check_options
+from adaptc.recompute import kept_activations
 from adaptc.tracing.archive import load_program
 from adaptc.tracing.export import dynamic_shapes, example_sizes, example_tensors, normalise
 from adaptc.tracing.modes import mark_training_arguments
@@ -43,7 +44,7 @@ def save_torch(module: fx.GraphModule, directory: Path) -> None:
     module._forward_pre_hooks.clear()  # what a training does around the module is no part of it
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), kept_activations(module):
             warnings.simplefilter("ignore")
             program = torch.export.export(
                 module, (), examples, dynamic_shapes=dynamic_shapes(inputs), strict=False

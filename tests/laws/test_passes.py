@@ -71,6 +71,8 @@ def snapshot(graph: Graph) -> tuple[Any, ...]:
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_to_do_is_refused_or_changes_nothing(zoo: Zoo, name: str) -> None:
     """No site matches, or no adapter is there."""
+    if name == "gradient-checkpointing":
+        pytest.skip("there is always something to compute again")
     item = default(name)
     for stage in sorted(item.takes, key=STAGES.index):
         if name in OTHERS and stage != "traced":
