@@ -11,6 +11,7 @@ from pathlib import Path
 
 from benchmarks.large import half_billion, seven_billion
 from benchmarks.minilm import minilm
+from benchmarks.qlora import qlora
 from benchmarks.runtime import runtime
 from benchmarks.start import start
 from benchmarks.steps import steps
@@ -20,6 +21,7 @@ PARTS = {
     "minilm": minilm,
     "steps": steps,
     "runtime": runtime,
+    "qlora": qlora,
     "half-billion": half_billion,
     "seven-billion": seven_billion,
 }
