@@ -17,10 +17,10 @@ demo: $(READY)  ## the main job on the real all-MiniLM-L6-v2: adapt, train, fold
 	$(PYTHON) demo/demo.py
 
 test: $(READY)  ## the quick tests, a few minutes
-	$(PYTHON) -m pytest -q -n 2 --dist loadfile -m "not slow"
+	$(PYTHON) -m pytest -q -n 2 --dist worksteal -m "not slow"
 
 test-all: $(READY)  ## all tests
-	$(PYTHON) -m pytest -q -n 2 --dist loadfile
+	$(PYTHON) -m pytest -q -n 2 --dist worksteal
 
 bench: $(READY)  ## figures beside PEFT, as ratios from one run
 	$(PYTHON) -m benchmarks

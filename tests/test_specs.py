@@ -56,8 +56,6 @@ def adapter(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 QUICK = (
-    "gptq",
-    "int4",
     "lora",
     "nf4",
     "oft",

@@ -230,7 +230,7 @@ ONE_PROBLEM = {
     "unknown key": (
         HEAD + "adpt: []\n", 3, 1, "adpt",
         "unknown key 'adpt'; did you mean 'adapt'? known: version, base, inputs, adapt, quantize, "
-        "calibration, emit, passes, seed",
+        "budget, calibration, emit, passes, seed",
     ),
     "version missing": ("base: {model: m}\n", 1, 1, "version", "required, but missing"),
     "version is text": ("version: '1'\nbase: {model: m}\n", 1, 10, "version", "expected 1, got '1'"),
