@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from adaptc.method import summary
-from adaptc.registry import load_methods, load_passes
+from adaptc.registry import load_methods, load_passes, load_schemes
 
 
 def method_rows() -> list[dict[str, Any]]:
@@ -20,6 +20,20 @@ def method_rows() -> list[dict[str, Any]]:
             "PEFT": (cls.peft.type or cls.peft.joins or "") if cls.peft else "",
         }
         for name, cls in sorted(load_methods().items())
+    ]
+
+
+def scheme_rows() -> list[dict[str, Any]]:
+    """A row a scheme: name, equation, the sites whose weights it stores, its options with their defaults."""
+    return [
+        {
+            "scheme": name,
+            "equation": summary(cls),
+            "stores": ", ".join(sorted(cls.kinds)),
+            "options": ", ".join(f"{f.name}={f.default}" for f in dataclasses.fields(cls)) or "none",
+            "chooses by": "the layer's inputs (calibration)" if cls.calibrated else "the weight",
+        }
+        for name, cls in sorted(load_schemes().items())
     ]
 
 

@@ -115,6 +115,16 @@ def methods(as_json: Json = False) -> None:
 
 
 @app.command()
+def schemes(as_json: Json = False) -> None:
+    """List what `quantize` can hold, with each scheme's equation and options."""
+    from adaptc.catalogue import scheme_rows
+    from adaptc.report import Report
+
+    rows = scheme_rows()
+    _print_json(rows) if as_json else Report().table("schemes", rows)
+
+
+@app.command()
 def passes(as_json: Json = False) -> None:
     """List what `passes` can hold, with the stages each takes and leaves."""
     from adaptc.catalogue import pass_rows

@@ -116,7 +116,7 @@ class Compiled:
         for item in self.plan.opening:
             new = left.get((item.entry, item.method.name)) if isinstance(item, Insert) else None
             passes.append(item if new is None else replace(item, **options_of(new.instance)))  # type: ignore[type-var]
-        graph = run(self.base, passes)
+        graph = self._with_bits(run(self.base, passes))
         for name, param in graph.inserted.items():
             if param.stored:
                 graph.weights[name] = Held(values[name])
@@ -164,9 +164,14 @@ class Compiled:
     def bare_graph(self) -> Graph:
         """The model without adapters; quantized, if the spec asks for that."""
         quantizes = list(dict.fromkeys(item for item in self.plan.passes if isinstance(item, Quantize)))
-        graph = run(self.base, quantizes)
-        graph.weights.update({n: w for n, w in self.graph.weights.items() if isinstance(w, Part)})
+        graph = self._with_bits(run(self.base, quantizes))
         return run(graph, lowering(graph))
+
+    def _with_bits(self, graph: Graph) -> Graph:
+        """The same graph with the bits that were found already, which passes that run again would find anew."""
+        known = {name: w for name, w in self.graph.weights.items() if isinstance(w, Part)}
+        graph.weights.update({name: known[name] for name in known.keys() & graph.weights.keys()})
+        return graph
 
     def float_graph(self) -> Graph:
         """The model with its adapters as they stand, but for those that make up for quantization, and floats only."""

@@ -453,6 +453,15 @@ def test_a_process_prints_json_and_nothing_else(small: Path, tmp_path: Path) -> 
 # the registries
 
 
+def test_schemes(cli: Callable[..., Ran]) -> None:
+    from adaptc.registry import load_schemes
+
+    rows = cli("schemes", "--json").json
+    assert {row["scheme"] for row in rows} == set(load_schemes())
+    assert all(row["equation"] and row["options"] for row in rows)
+    assert "nf4" in cli("schemes").out
+
+
 def test_methods(cli: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
     from adaptc.registry import load_methods
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -315,6 +317,11 @@ def test_a_torch_artifact_holds_the_bits(zoo: Zoo, name: str, tmp_path: Path) ->
     made = zoo.compiled("llama", [{"method": "lora", "target": "all-linear", "r": 2}], quantize=quantize)
     perturb(made.module)
     made.emit("torch", tmp_path / "artifact")
+    code = "import sys, adaptc; print(len(adaptc.load(sys.argv[1]).state_dict()))"
+    ran = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "artifact")], capture_output=True, text=True
+    )
+    assert ran.stdout.strip() == str(len(made.module.state_dict())), ran.stderr
     again = adaptc.load(tmp_path / "artifact")
     tensors = inputs("llama")
     with torch.no_grad():
