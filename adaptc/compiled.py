@@ -24,13 +24,12 @@ from adaptc.orders import folds_into_bits, lowering
 from adaptc.pipeline import Pass, PassRecord, run
 from adaptc.plan import Plan
 from adaptc.proof import Proof, Runner, effect, gradients, prove, randomised, tolerance
-from adaptc.quantize import Quantize
-from adaptc.quantized import Part
 from adaptc.registry import load_passes
 from adaptc.spec import Spec
 from adaptc.streaming import Chooser, Streamed
 from adaptc.tracing.export import export, output_class
 from adaptc.tracing.merge import follow_training
+from adaptc.variants import float_graph, with_bits
 from adaptc.weights import Computed, Held, Weight, sha256_of_files, sha256_of_tensors
 
 RANDOM = "fold, random adapters"
@@ -116,7 +115,7 @@ class Compiled:
         for item in self.plan.opening:
             new = left.get((item.entry, item.method.name)) if isinstance(item, Insert) else None
             passes.append(item if new is None else replace(item, **options_of(new.instance)))  # type: ignore[type-var]
-        graph = self._with_bits(run(self.base, passes))
+        graph = with_bits(self, run(self.base, passes))
         for name, param in graph.inserted.items():
             if param.stored:
                 graph.weights[name] = Held(values[name])
@@ -161,26 +160,6 @@ class Compiled:
         self._folded = None
         return final
 
-    def bare_graph(self) -> Graph:
-        """The model without adapters; quantized, if the spec asks for that."""
-        quantizes = list(dict.fromkeys(item for item in self.plan.passes if isinstance(item, Quantize)))
-        graph = self._with_bits(run(self.base, quantizes))
-        return run(graph, lowering(graph))
-
-    def _with_bits(self, graph: Graph) -> Graph:
-        """The same graph with the bits that were found already, which passes that run again would find anew."""
-        known = {name: w for name, w in self.graph.weights.items() if isinstance(w, Part)}
-        graph.weights.update({name: known[name] for name in known.keys() & graph.weights.keys()})
-        return graph
-
-    def float_graph(self) -> Graph:
-        """The model with its adapters as they stand, but for those that make up for quantization, and floats only."""
-        kept = [item for item in self.plan.opening if not isinstance(item, Quantize)]
-        graph = run(self.base, [i for i in kept if not (isinstance(i, Insert) and i.method.makes_up)])
-        names = {name for name, param in self.graph.inserted.items() if param.stored}
-        graph.weights.update({name: self.graph.weights[name] for name in names & graph.weights.keys()})
-        return graph
-
     def quantization_errors(self, adapters: str = "live") -> QuantizationErrors | None:
         """What quantization costs, against the float model with the same adapters; None where nothing is quantized.
 
@@ -194,7 +173,7 @@ class Compiled:
             candidate = self._quantized or candidate
         if not candidate.quantized or adapters == "none":
             return None
-        self.errors = measure(self.float_graph(), candidate, self.spec.seed)
+        self.errors = measure(float_graph(self), candidate, self.spec.seed)
         return self.errors
 
     def _prove_fold(self, folded: Graph) -> None:

@@ -31,6 +31,7 @@ from adaptc.plan import site_json
 from adaptc.proof import Each, Proof, Runner, prove, runner, tolerance
 from adaptc.spec import dump, load
 from adaptc.streaming import Batch, Outcome, Streamed
+from adaptc.variants import bare_graph
 
 
 class Observer(Protocol):
@@ -139,7 +140,7 @@ def _onnx(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> None
         graph = compiled.folded_graph(keep=write)
     else:
         compiled.check_finite()
-        graph = compiled.compact_graph() if entry.adapters == "live" else compiled.bare_graph()
+        graph = compiled.compact_graph() if entry.adapters == "live" else bare_graph(compiled)
         write(graph)
     beside = path.with_name(path.name + ".data")
     pieces = Pieces(path, final)
