@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -143,6 +144,20 @@ class IntegerBlocks(Scheme):
             values = codes.to(scales.dtype) - zeros.to(scales.dtype).unsqueeze(-1)
         return (values * scales.unsqueeze(-1)).flatten(-2)[..., :columns]
 
+    def unpack(self, rows: int, columns: int, tensors: Tensors) -> Tensor:
+        """The same, with all codes of a byte looked up at once, and no more than one matrix in memory."""
+        from torch.nn.functional import embedding
+
+        if self.bits == 8:
+            return self.dequantize(rows, columns, tensors)
+        scales = tensors["scales"]
+        values = embedding(tensors["codes"].int(), codes_of_bytes(self.bits).to(scales)).flatten(-2)
+        if self.symmetric:
+            values.sub_(2 ** (self.bits - 1))
+        else:
+            values.sub_(unpack(tensors["zeros"], self.bits)[:, : scales.shape[1]].unsqueeze(-1))
+        return values.mul_(scales.unsqueeze(-1)).flatten(1)[:, :columns]
+
     def lookup(self, rows: int, columns: int, tensors: Tensors, ids: Tensor) -> Tensor:
         """Only these rows are read."""
         return self.dequantize(rows, columns, {name: tensor[ids] for name, tensor in tensors.items()})
@@ -181,6 +196,14 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     for place in range(1, each):
         found = found | (grouped[..., place] << (bits * place))
     return found.contiguous()
+
+
+@cache
+def codes_of_bytes(bits: int) -> Tensor:
+    """The codes in every byte: (256, 8 / bits), float32."""
+    import torch
+
+    return unpack(torch.arange(256, dtype=torch.uint8).unsqueeze(1), bits).float()
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:

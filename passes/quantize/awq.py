@@ -51,3 +51,7 @@ class Awq(CalibratedBlocks):
     def dequantize(self, rows: int, columns: int, tensors: Tensors) -> Tensor:
         """`scales (codes - zeros)`, its columns divided by s."""
         return super().dequantize(rows, columns, tensors) * tensors["channels"]
+
+    def unpack(self, rows: int, columns: int, tensors: Tensors) -> Tensor:
+        """The same, by the faster way."""
+        return super().unpack(rows, columns, tensors) * tensors["channels"]
