@@ -149,7 +149,7 @@ class IntegerBlocks(Scheme):
         from torch.nn.functional import embedding
 
         if self.bits == 8:
-            return self.dequantize(rows, columns, tensors)
+            return IntegerBlocks.dequantize(self, rows, columns, tensors)
         scales = tensors["scales"]
         values = embedding(tensors["codes"].int(), codes_of_bytes(self.bits).to(scales)).flatten(-2)
         if self.symmetric:
