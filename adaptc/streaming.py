@@ -84,10 +84,10 @@ def same(known: Sequence[Batch], asked: Sequence[Batch]) -> bool:
 
 
 def observed(
-    graph: Graph, batches: Sequence[Batch], observe: Callable[[fx.Node, Any], None], wide: bool = False
+    graph: Graph, batches: Sequence[Batch], observe: Callable[[fx.Node, Any], None]
 ) -> list[Outcome]:
     """One sweep over these batches; told of every value as it is computed."""
-    return _sweep(graph, batches, [Choices((), 0.0) for _ in batches], wide, observe)
+    return _sweep(graph, batches, [Choices((), 0.0) for _ in batches], False, observe)
 
 
 def _sweep(

@@ -34,7 +34,6 @@ class Integers(Weight):
     shape: tuple[int, ...]
     bits: int
     make: Callable[[], torch.Tensor]
-    signed: bool = False
     dtype: torch.dtype = torch.uint8
 
     def load(self) -> torch.Tensor:
@@ -77,7 +76,7 @@ class _Lowering:
         x, tensors, bias, text, rows, columns = args
         scheme, held = scheme_of(text), named(tensors, text, rows, columns)
         if isinstance(scheme, IntegerBlocks) and "channels" in held:
-            x = self.call(aten.mul.Tensor, x, self._as(held["channels"], x))
+            x = self.call(aten.mul.Tensor, x, self._as(held["channels"], x.meta["val"].dtype))
         if isinstance(scheme, TableBlocks):
             y = self._table(x, held, scheme, rows, columns)
         elif isinstance(scheme, IntegerBlocks) and scheme.integer_products and not self.exact:
@@ -108,10 +107,10 @@ class _Lowering:
             found = self.call(onnx.gather_blocks.default, ids, *parts)
         else:
             found = self._traced(lambda ids, **t: scheme.lookup(rows, columns, t, ids), {"ids": ids, **held})
-        return found if dtype == torch.float32 else self._traced(lambda v: v.to(dtype), {"v": found})
+        return self._as(found, dtype)
 
-    def _as(self, value: fx.Node, like: fx.Node) -> fx.Node:
-        dtype = like.meta["val"].dtype
+    def _as(self, value: fx.Node, dtype: torch.dtype) -> fx.Node:
+        """What is float32, in another dtype."""
         return value if dtype == torch.float32 else self._traced(lambda v: v.to(dtype), {"v": value})
 
     def matrix(self) -> fx.Node:
