@@ -218,7 +218,8 @@ class Compiled:
             ProofError: the kernels compute something else.
         """
         folded = self.folded_graph()
-        graph = run(folded, [load_passes()["torch-kernels"](tokens=tokens)])  # type: ignore[call-arg]
+        known = load_passes()
+        graph = run(folded, [known["plain-integers"](), known["torch-kernels"](tokens=tokens)])  # type: ignore[call-arg]
         self.prove("torch kernels", graph, Streamed(folded), Streamed(graph))
         return bind(graph).eval()
 

@@ -44,14 +44,18 @@ class InsertWeight(Insert):
         """Besides: what makes up for quantization finds some, and no bits are untied."""
         refusals = super().requires(graph)
         for site in self.selection(graph).sites:
-            quantized = site.parameter in graph.quantized
-            if self.method.makes_up and not quantized:
+            quantized = graph.quantized.get(site.parameter)
+            if self.method.makes_up and quantized is not None and quantized.quantization.kept is not None:
+                words = f"{self.method.name} makes up for quantization, and the base holds {site.name} in bits only"
+                way = "start from the float checkpoint and `quantize` it, or start the adapter otherwise"
+                refusals.append(Refusal(f"{words}\n  {way}", (site.uses[0].node,)))
+            if self.method.makes_up and quantized is None:
                 words = (
                     f"{self.method.name} makes up for quantization, and no bits stand for {site.name} here"
                 )
                 way = "write `passes: [quantize, insert]`, name it in `quantize`, or start the adapter otherwise"
                 refusals.append(Refusal(f"{words}\n  {way}", (site.uses[0].node,)))
-            if self.on_alias == "untie" and quantized and elsewhere(graph, site):
+            if self.on_alias == "untie" and quantized is not None and elsewhere(graph, site):
                 words = f"the bits of {site.name} are read elsewhere too, and cannot be untied"
                 way = "untie it before it is quantized: `passes: [insert, quantize]`"
                 refusals.append(Refusal(f"{words}\n  {way}", (site.uses[0].node,)))

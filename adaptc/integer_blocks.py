@@ -81,6 +81,14 @@ class IntegerBlocks(Scheme):
         scales, zeros = self.ranges(values)
         return self.packed(self.rounded(values, scales, zeros), scales, zeros)
 
+    def entering(self, x: Tensor, tensors: Tensors) -> Tensor:
+        """What the integers are multiplied with in place of x `(..., columns)`: x M = x' M', see `leaving`."""
+        return x
+
+    def leaving(self, W: Tensor, tensors: Tensors) -> Tensor:
+        """The matrix M `(rows, columns)` that M', what the integers stand for, is in other columns or scales of."""
+        return W
+
     def blocked(self, W: Tensor) -> Tensor:
         """`(rows, blocks, block)`, filled with zeros."""
         from torch.nn.functional import pad
@@ -142,7 +150,7 @@ class IntegerBlocks(Scheme):
         else:
             zeros = unpack(tensors["zeros"], self.bits)[..., : scales.shape[-1]]
             values = codes.to(scales.dtype) - zeros.to(scales.dtype).unsqueeze(-1)
-        return (values * scales.unsqueeze(-1)).flatten(-2)[..., :columns]
+        return self.leaving((values * scales.unsqueeze(-1)).flatten(-2)[..., :columns], tensors)
 
     def unpack(self, rows: int, columns: int, tensors: Tensors) -> Tensor:
         """The same, with all codes of a byte looked up at once, and no more than one matrix in memory."""
@@ -156,7 +164,7 @@ class IntegerBlocks(Scheme):
             values.sub_(2 ** (self.bits - 1))
         else:
             values.sub_(unpack(tensors["zeros"], self.bits)[:, : scales.shape[1]].unsqueeze(-1))
-        return values.mul_(scales.unsqueeze(-1)).flatten(1)[:, :columns]
+        return self.leaving(values.mul_(scales.unsqueeze(-1)).flatten(1)[:, :columns], tensors)
 
     def lookup(self, rows: int, columns: int, tensors: Tensors, ids: Tensor) -> Tensor:
         """Only these rows are read."""
@@ -174,14 +182,18 @@ class CalibratedBlocks(IntegerBlocks):
 
     def without_inputs(self) -> IntegerBlocks:
         """The same, rounded to nearest."""
-        return RoundedBlocks(self.block_size, self.symmetric, self.clip, self.bits)
+        plain = next(cls for cls in plain_integers() if cls.width == self.bits)
+        return plain(self.block_size, self.symmetric, self.clip)
 
 
-@dataclass(frozen=True)
-class RoundedBlocks(IntegerBlocks):
-    """Integers of any width, rounded to nearest."""
+def plain_integers() -> list[type[IntegerBlocks]]:
+    """The schemes that round to nearest, one a width, from the fewest bits on."""
+    from adaptc.registry import load_schemes
 
-    bits: Bits = 4  # type: ignore[assignment]
+    found = [cls for cls in load_schemes().values() if issubclass(cls, IntegerBlocks)]
+    return sorted(
+        (cls for cls in found if not cls.calibrated and not cls.integer_products), key=lambda cls: cls.width
+    )
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

@@ -68,8 +68,10 @@ class QuantizationErrors:
         return asdict(self)
 
 
-def measure(reference: Graph, candidate: Graph, seed: int = 0) -> QuantizationErrors:
+def measure(reference: Graph, candidate: Graph, seed: int = 0) -> QuantizationErrors | None:
     """Hold a quantized model against the float one, on the calibration rows or, if there are none, on random inputs.
+
+    None where nothing costs anything: what the base has in bits is what it is.
 
     Args:
         reference: the float model with its adapters in place, not factored.
@@ -78,7 +80,9 @@ def measure(reference: Graph, candidate: Graph, seed: int = 0) -> QuantizationEr
     """
     rows = rows_of(reference, seed)
     what = f"{len(rows)} calibration rows" if reference.rows else "random inputs"
-    known = list(candidate.quantized.values())
+    known = [q for q in candidate.quantized.values() if q.quantization.kept is None]
+    if not known:
+        return None
     inputs = LayerInputs(reference, [q.site for q in known], rows, TOKENS)
     layers = [_layer(reference, candidate, q, inputs) for q in known]
     outputs = output_errors(reference, candidate, rows)

@@ -11,13 +11,12 @@ from torch.nn import functional as F
 
 from adaptc.errors import InputError
 from adaptc.graph import Graph
-from adaptc.integer_blocks import CalibratedBlocks, IntegerBlocks
+from adaptc.integer_blocks import CalibratedBlocks, IntegerBlocks, plain_integers
 from adaptc.layer_errors import TOKENS, output_errors, relative, rows_of
 from adaptc.layer_inputs import LayerInputs
 from adaptc.pipeline import run
 from adaptc.quantize import Quantize, quantize_pass
 from adaptc.quantized import Quantization, bytes_of, size_of
-from adaptc.registry import load_schemes
 from adaptc.scheme import Scheme
 from adaptc.sites import Site
 from adaptc.spec import QuantizeBudget
@@ -37,7 +36,7 @@ class Layer:
     """A layer and its ways, from the fewest bytes on; `at` is the one in force."""
 
     site: Site
-    entry: int
+    entry: int | None
     ways: list[Choice]
     at: int = 0
 
@@ -119,12 +118,7 @@ def alternatives(scheme: Scheme) -> list[Scheme]:
     """The same scheme in other bits, from the fewest on; what has one width only, and 8 bits."""
     if isinstance(scheme, CalibratedBlocks):
         return [dataclasses.replace(scheme, bits=bits) for bits in (2, 4, 8)]
-    plain = [
-        cls
-        for cls in load_schemes().values()
-        if issubclass(cls, IntegerBlocks) and not cls.calibrated and not cls.integer_products
-    ]
-    plain.sort(key=lambda cls: cls.width)
+    plain = plain_integers()
     if isinstance(scheme, IntegerBlocks) and not scheme.integer_products:
         options = {f.name: getattr(scheme, f.name) for f in dataclasses.fields(IntegerBlocks)}
         return [cls(**options) for cls in plain]

@@ -16,9 +16,27 @@ from adaptc.quantize import Quantize
 from adaptc.registry import load_passes
 from adaptc.spec import Spec
 
+AGAIN = "fold into what the bits stand for, quantize again"
+LEFT = {"adapters: live": "leave the bits as they are, the adapter beside them"}
+ORDERS = {
+    "passes: [insert, fold, quantize]": "fold into the float weights, then quantize",
+    "passes: [quantize, insert, fold, quantize]": AGAIN,
+    "passes: [quantize, insert, fold]": "the same, and leave it in floats",
+    **LEFT,
+}
+"""How an adapter and bits go together."""
+OF_BASE = {
+    "passes: [insert, fold, quantize]": AGAIN,
+    "passes: [insert, fold]": "the same, and leave it in floats",
+    **LEFT,
+}
+"""The same where the base itself is stored in bits."""
 
-def pipeline_of(spec: Spec, inserts: Sequence[Pass], quantizes: Sequence[Pass]) -> list[Pass]:
+
+def pipeline_of(spec: Spec, inserts: Sequence[Pass], quantizes: Sequence[Quantize]) -> list[Pass]:
     """The passes in the order that the spec states; if it states none, what is quantized is, then adapters go in.
+
+    What the base has in bits has them from the start; the word `quantize` stands for that too.
 
     Raises:
         SpecError: a pass or an option is unknown, or what `adapt` or `quantize` asks for is left out.
@@ -26,7 +44,7 @@ def pipeline_of(spec: Spec, inserts: Sequence[Pass], quantizes: Sequence[Pass]) 
     if spec.passes is None:
         return [*quantizes, *inserts]
     known = load_passes()
-    passes: list[Pass] = []
+    passes: list[Pass] = [item for item in quantizes if item.entry is None]
     for index, item in enumerate(spec.passes):
         name, options = (item, {}) if isinstance(item, str) else next(iter(item.items()))
         if name in ("insert", "quantize"):
@@ -77,8 +95,11 @@ def check_products(spec: Spec, adapted: Graph, closing: Sequence[Pass]) -> None:
     bits = bool(adapted.quantized) or any(isinstance(item, Quantize) for item in closing)
     for index, entry in enumerate(spec.emit):
         if entry.format == "hf" and bits:
-            words = "a Hugging Face checkpoint holds floats, and the spec asks for weights in few bits"
-            raise spec.error(("emit", index, "format"), words, "emit onnx or torch, or leave `quantize` out")
+            base = any(q.entry is None for q in adapted.quantized.values())
+            who = "the base has" if base else "the spec asks for"
+            words = f"a Hugging Face checkpoint holds floats, and {who} bits"
+            hint = "start from the float checkpoint" if base else "leave `quantize` out"
+            raise spec.error(("emit", index, "format"), words, f"emit onnx or torch, or {hint}")
         if entry.format == "hf" and stays:
             words = f"{stays} cannot be folded into weights, and a Hugging Face checkpoint holds nothing else"
             raise spec.error(
@@ -119,13 +140,9 @@ def folds_into_bits(adapted: Graph) -> Refusal | None:
     for adaptation in adapted.adaptations:
         known = adapted.quantized.get(adaptation.site.parameter)
         if known is not None and not adaptation.stays:
-            return Refusal(
-                f"{adaptation.site.module} is stored as {known.scheme.name}, and folding rounds it again: say how\n"
-                "  passes: [insert, fold, quantize]            fold into the float weights, then quantize\n"
-                "  passes: [quantize, insert, fold, quantize]  fold into what the bits stand for, quantize again\n"
-                "  passes: [quantize, insert, fold]            the same, and leave it in floats\n"
-                "  adapters: live                              leave the bits as they are, the adapter beside them"
-            )
+            words = f"{adaptation.site.module} is stored as {known.scheme.name}, and folding rounds it again: say how"
+            orders = OF_BASE if known.entry is None else ORDERS
+            return Refusal("\n".join([words, *(f"  {order:42}  {what}" for order, what in orders.items())]))
     return None
 
 

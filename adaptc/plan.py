@@ -118,6 +118,12 @@ def make_plan(spec: Spec, graph: Graph, after: Any = None, weighed: bool = False
     if wrong:
         raise spec.error(("passes",), wrong, "see `adaptc passes` for the stages each pass takes and leaves")
     opening, closing = split(passes)
+    again = [item for item in closing if isinstance(item, Quantize) and item.scheme.calibrated]
+    if again and spec.calibration is None and not graph.rows:
+        words = (
+            f"{again[0].scheme.name} chooses by the layers' inputs, and there are none to quantize again by"
+        )
+        raise spec.error(("passes",), words, "name some rows: `calibration: rows.jsonl`")
     records: list[Any] = []
     try:
         adapted = run(graph, opening, records, after)
@@ -126,10 +132,11 @@ def make_plan(spec: Spec, graph: Graph, after: Any = None, weighed: bool = False
         if closing:
             run(adapted, closing, records, after)
     except RefusedError as error:
-        key = "adapt" if isinstance(error.source, Insert) else "quantize"
         if not isinstance(error.source, Insert | Quantize):
             raise
-        raise spec.error((key, error.source.entry), *str(error).splitlines()) from error
+        key = "adapt" if isinstance(error.source, Insert) else "quantize"
+        place = ("base",) if error.source.entry is None else (key, error.source.entry)
+        raise spec.error(place, *str(error).splitlines()) from error
     fold = load_passes()["fold"]()
     notes = [*graph.base.notes, *_notes(entries), *_alias_notes(graph, entries)]
     notes += [*unmet, *quantize_notes(graph, quantized)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from adaptc.aliases import elsewhere, places
 from adaptc.errors import InputError, Problem
 from adaptc.graph import Graph
 from adaptc.near_misses import no_match
-from adaptc.quantize import Quantize
+from adaptc.quantize import Quantize, quantize_pass
 from adaptc.quantized import bytes_of, size_of
 from adaptc.registry import load_passes
 from adaptc.scheme import Scheme
@@ -27,9 +28,9 @@ SAMPLE = 2**16
 
 @dataclass(frozen=True)
 class PlannedQuantization:
-    """Weights to store in few bits: an entry of `quantize`."""
+    """Weights to store in few bits: an entry of `quantize`, or None for those that the base has in bits already."""
 
-    entry: int
+    entry: int | None
     item: Quantize
     selection: Selection
 
@@ -57,6 +58,8 @@ class PlannedQuantization:
         errors = [expected_error(self.item.scheme, columns) for _, columns in sizes]
         squares = sum(error**2 * rows * columns for error, (rows, columns) in zip(errors, sizes, strict=True))
         once = (squares / max(1, self.numbers)) ** 0.5
+        if self.entry is None:
+            return {"insert": 0.0, "insert, fold, quantize": once}
         return {
             "insert, fold, quantize": once,
             "quantize, insert": once,
@@ -75,17 +78,34 @@ def expected_error(scheme: Scheme, columns: int) -> float:
 
 
 def quantizations_of(spec: Spec, graph: Graph) -> list[PlannedQuantization]:
-    """What the entries of `quantize` store in few bits."""
-    found = []
+    """What the base has in bits, and what the entries of `quantize` store in few; what these name is theirs."""
+    found: list[PlannedQuantization] = []
     for index, entry in enumerate(spec.quantize):
         make: Any = load_passes()[f"quantize-{entry.method}"]
         item = make(target=entry.target, exclude=entry.exclude, entry=index, **entry.options())
         found.append(PlannedQuantization(index, item, item.selection(graph)))
+    taken = {site.parameter for planned in found for site in planned.selection.sites}
+    return [*_of_base(graph, taken), *found]
+
+
+def _of_base(graph: Graph, taken: set[str]) -> list[PlannedQuantization]:
+    of: dict[Scheme, list[str]] = {}
+    for site in graph.sites:
+        known = graph.base.packed.get(site.parameter)
+        if known is not None and site.parameter not in taken:
+            of.setdefault(known.bits.scheme, []).append(site.pattern)
+    found = []
+    for scheme, target in of.items():
+        options = {f.name: getattr(scheme, f.name) for f in dataclasses.fields(scheme)}
+        item = quantize_pass(type(scheme))(target=tuple(target), entry=None, **options)
+        found.append(PlannedQuantization(None, item, item.selection(graph)))
     return found
 
 
 def quantize_problems(spec: Spec, graph: Graph, planned: PlannedQuantization) -> list[Problem]:
     """Why an entry cannot be done: its target matches nothing, or matrices that the scheme does not take."""
+    if planned.entry is None:
+        return []
     item, place = planned.item, ("quantize", planned.entry)
     scheme = item.scheme
     if not planned.selection.sites:
@@ -107,6 +127,8 @@ def named_twice(spec: Spec, planned: Sequence[PlannedQuantization]) -> list[Prob
     taken: dict[str, int] = {}
     problems = []
     for found in planned:
+        if found.entry is None:
+            continue
         twice = next((s for s in found.selection.sites if s.parameter in taken), None)
         if twice is not None:
             words = (
@@ -122,7 +144,14 @@ def quantize_notes(graph: Graph, planned: Sequence[PlannedQuantization]) -> list
     """What the person should know: patterns without a match, heads left out, tensors that are used elsewhere too."""
     notes = []
     for found in planned:
+        if found.entry is None:
+            continue
         where = f"quantize.{found.entry}"
+        again = sum(site.parameter in graph.base.packed for site in found.selection.sites)
+        if again:
+            notes.append(
+                f"{where}: {again} weights of the base are quantized anew, from what its bits stand for"
+            )
         notes += [f"{where}: pattern {pattern!r} matches nothing" for pattern in found.selection.unused]
         if found.selection.heads:
             notes.append(f"{where}: all-linear leaves out the output head {', '.join(found.selection.heads)}")
@@ -138,7 +167,7 @@ def quantize_notes(graph: Graph, planned: Sequence[PlannedQuantization]) -> list
 def weighed_within(
     spec: Spec, graph: Graph, planned: Sequence[PlannedQuantization], budget: QuantizeBudget
 ) -> list[PlannedQuantization]:
-    """The entries with bits chosen for each layer, within the spec's budget.
+    """The entries with bits chosen for each layer, within the spec's budget; what the base has in bits stays.
 
     Raises:
         SpecError: it is too small.
@@ -146,7 +175,8 @@ def weighed_within(
     from adaptc.mixed_precision import choose
 
     try:
-        items = choose(graph, [found.item for found in planned], budget)
+        items = choose(graph, [found.item for found in planned if found.entry is not None], budget)
     except InputError as error:
         raise spec.error(("budget",), str(error)) from error
-    return [PlannedQuantization(item.entry, item, item.selection(graph)) for item in items]
+    chosen = [PlannedQuantization(item.entry, item, item.selection(graph)) for item in items]
+    return [*(found for found in planned if found.entry is None), *chosen]

@@ -35,7 +35,7 @@ class Quantize(Pass):
 
     target: Target = ()
     exclude: tuple[str, ...] = ()
-    entry: int = 0
+    entry: int | None = 0
 
     takes: ClassVar[frozenset[str]] = frozenset({"traced", "adapted", "folded"})
     scheme_class: ClassVar[type[Scheme]]
@@ -65,7 +65,8 @@ class Quantize(Pass):
         """The option at fault and why this cannot be stored so; None if it can."""
         known = graph.quantized.get(site.parameter)
         if known is not None:
-            words = f"quantize.{known.entry} stores it as {known.scheme.name} already"
+            who = "the base" if known.entry is None else f"quantize.{known.entry}"
+            words = f"{who} stores it as {known.scheme.name} already"
             return ("target",), f"{words}; leave it out of one of them with `exclude`"
         if not site.dtype.is_floating_point:
             return ("target",), f"its weight is {site.dtype}, not a number to be rounded"
@@ -88,11 +89,17 @@ class Quantize(Pass):
     def call(self, graph: Graph) -> bool:
         """Store every matrix, and let what read it read what the bits stand for."""
         scheme, sites = self.scheme, self.left(graph)
-        inputs = LayerInputs(graph.copy(), sites, graph.rows, TOKENS) if scheme.calibrated and sites else None
+        made = [Quantization(scheme, site, graph.weights[site.parameter]) for site in sites]
+        if scheme.calibrated:
+            chosen = [quantization for quantization in made if quantization.kept is None]
+            inputs = (
+                LayerInputs(graph.copy(), [q.site for q in chosen], graph.rows, TOKENS) if chosen else None
+            )
+            for quantization in chosen:
+                quantization.inputs = inputs.of(quantization.site) if inputs else None
         traced: dict[Any, fx.Graph] = {}
-        for site in sites:
-            given = inputs.of(site) if inputs else None
-            self._quantize(graph, Quantization(scheme, site, graph.weights[site.parameter], given), traced)
+        for quantization in made:
+            self._quantize(graph, quantization, traced)
         return bool(sites)
 
     def ensures(self, graph: Graph) -> str | None:

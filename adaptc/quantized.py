@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 
 from adaptc.errors import WeightError
+from adaptc.packed import Bits, Packed
 from adaptc.scheme import Kept, Scheme
 from adaptc.sites import Site
 from adaptc.weights import Weight
@@ -35,6 +36,12 @@ class Quantization:
         """Rows and columns of the matrix."""
         return size_of(self.site)
 
+    @property
+    def kept(self) -> Bits | None:
+        """The base's own bits, where it is stored so already and nothing was folded into it."""
+        known = self.source.bits if isinstance(self.source, Packed) else None
+        return known if known is not None and known.scheme == self.scheme and not self.site.rows else None
+
     @cached_property
     def tensors(self) -> Mapping[str, torch.Tensor]:
         """What is stored.
@@ -42,6 +49,8 @@ class Quantization:
         Raises:
             WeightError: the weight holds NaN or infinity.
         """
+        if self.kept is not None:
+            return {name: read() for name, read in self.kept.parts.items()}
         W = self.matrix()
         if not torch.isfinite(W).all():
             raise WeightError(
@@ -101,7 +110,7 @@ class Quantized:
 
     Attributes:
         quantization: the matrix in few bits.
-        entry: of the spec's `quantize`.
+        entry: of the spec's `quantize`; None where the base itself is stored so.
         tensors: argument of the scheme's `dequantize` -> name in the graph.
         matrix: the node that gives the matrix `(rows, columns)` in the weight's dtype.
         value: the node that gives the weight as it was stored.
@@ -109,7 +118,7 @@ class Quantized:
     """
 
     quantization: Quantization
-    entry: int
+    entry: int | None
     tensors: Mapping[str, str]
     matrix: str
     value: str
@@ -170,8 +179,9 @@ def dtype_of(kept: Kept) -> torch.dtype:
 
 
 def part(quantization: Quantization, name: str, kept: Kept) -> Part:
-    """One of a matrix's tensors as a weight."""
-    return Part(kept.shape, dtype_of(kept), lambda: quantization.tensors[name])
+    """One of a matrix's tensors as a weight; those of the base are read from its files whenever they are asked for."""
+    make = quantization.kept.parts[name] if quantization.kept else lambda: quantization.tensors[name]
+    return Part(kept.shape, dtype_of(kept), make)
 
 
 def bytes_of(scheme: Scheme, rows: int, columns: int) -> int:

@@ -13,6 +13,7 @@ from adaptc.method import METHODS, Method
 from adaptc.scheme import SCHEMES, Scheme
 
 if TYPE_CHECKING:
+    from adaptc.packed import Reader
     from adaptc.pipeline import Pass
 
 ENTRY_POINT_GROUP = "adaptc.passes"
@@ -38,6 +39,16 @@ def load_schemes() -> dict[str, type[Scheme]]:
     _import_all("adaptc.passes.quantize")
     _load_installed()
     return SCHEMES
+
+
+@cache
+def load_readers() -> dict[str, Reader]:
+    """Every reader of checkpoints that another library has quantized, by their `quant_method`. Imports torch."""
+    from adaptc.packed import READERS
+
+    _import_all("adaptc.passes.stored")
+    _load_installed()
+    return READERS
 
 
 @cache

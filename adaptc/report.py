@@ -186,7 +186,8 @@ def _entry(planned: Planned) -> Table:
 
 def _quantized(planned: PlannedQuantization) -> Table:
     scheme, selection = planned.item.scheme, planned.selection
-    table = Table(title=escape(f"quantize.{planned.entry}: {scheme.text}"), title_justify="left")
+    who = "base, stored as" if planned.entry is None else f"quantize.{planned.entry}:"
+    table = Table(title=escape(f"{who} {scheme.text}"), title_justify="left")
     for column in ("site", "times", "kind", "shape", "bytes each", "source"):
         table.add_column(column, overflow="fold")
     groups: dict[tuple[str, ...], int] = {}

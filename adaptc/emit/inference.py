@@ -9,14 +9,15 @@ from torch import fx
 from torch.fx.graph import CodeGen
 
 from adaptc.graph import Graph, is_tensor
+from adaptc.registry import load_passes
 from adaptc.tracing.export import LABELS
 
 aten = torch.ops.aten
 
 
 def inference_graph(graph: Graph) -> Graph:
-    """A copy that only evaluates: dropout is gone, tied weights have one name, and a loss and its labels are
-    left out where other outputs remain and need no labels.
+    """A copy that only evaluates: dropout is gone, tied weights have one name, integers are plain, and a loss and its
+    labels are left out where other outputs remain and need no labels.
     """
     graph = graph.copy()
     nodes = graph.module.graph
@@ -39,6 +40,7 @@ def inference_graph(graph: Graph) -> Graph:
     names = {n.target for n in nodes.nodes if n.op == "placeholder"}
     graph.inputs = tuple(spec for spec in graph.inputs if spec.name in names)
     graph.outputs = tuple(graph.outputs[i] for i in kept)
+    load_passes()["plain-integers"]().call(graph)
     graph.module.recompile()
     return graph
 

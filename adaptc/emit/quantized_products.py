@@ -45,7 +45,7 @@ def lower_quantized(graph: Graph, runtime: str, exact: bool = False) -> None:
     """Write every quantized product and lookup in operations that ONNX has, in place.
 
     Args:
-        graph: one that only evaluates.
+        graph: one that only evaluates, whose integers are plain.
         runtime: `onnxruntime` for its own operations, `standard` for those of ONNX.
         exact: activations are never rounded: what proves that nothing else is.
     """
@@ -75,8 +75,6 @@ class _Lowering:
         args: Any = self.node.args
         x, tensors, bias, text, rows, columns = args
         scheme, held = scheme_of(text), named(tensors, text, rows, columns)
-        if isinstance(scheme, IntegerBlocks) and "channels" in held:
-            x = self.call(aten.mul.Tensor, x, self._as(held["channels"], x.meta["val"].dtype))
         if isinstance(scheme, TableBlocks):
             y = self._table(x, held, scheme, rows, columns)
         elif isinstance(scheme, IntegerBlocks) and scheme.integer_products and not self.exact:

@@ -10,7 +10,7 @@ from adaptc.emit.quantized_products import fitting
 from adaptc.expression import splice, trace_expression
 from adaptc.graph import Graph
 from adaptc.integer_blocks import IntegerBlocks
-from adaptc.quantized_operations import LINEAR, named
+from adaptc.quantized_operations import LINEAR
 from adaptc.scheme import scheme_of
 
 EXACT = {(2, 16), (2, 256)}
@@ -30,12 +30,9 @@ def with_rounding(graph: Graph) -> Graph:
         if block is None:
             continue
         x: Any = node.args[0]
-        found = named(node.args[1], node.args[3], *node.args[4:6])  # type: ignore[arg-type]
-        operands = [x, *([found["channels"]] if "channels" in found else [])]
         with graph.fake_mode:
-            values = [operand.meta["val"] for operand in operands]
-            traced = trace_expression(lambda *given, block=block: _rounded_as(block, *given), values, {})
-        made = splice(graph, traced, operands, node, {})
+            traced = trace_expression(lambda x, block=block: rounded(x, block), [x.meta["val"]], {})
+        made = splice(graph, traced, [x], node, {})
         node.args = (made, *node.args[1:])
     graph.clean()
     return graph
@@ -54,14 +51,6 @@ def rounded(x: torch.Tensor, block: int) -> torch.Tensor:
     blocks = x.reshape(*x.shape[:-1], -(-columns // block), block)
     step = (blocks.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-30)
     return ((blocks / step).round() * step).reshape(*x.shape[:-1], -1)[..., :columns]
-
-
-def _rounded_as(block: int, x: torch.Tensor, channels: torch.Tensor | None = None) -> torch.Tensor:
-    """x rounded as it is multiplied: behind the factors of its channels, where it has some."""
-    if channels is None:
-        return rounded(x, block)
-    factors = channels.to(x.dtype)
-    return rounded(x * factors, block) / factors
 
 
 def _rounding(node: Any) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 from torch import fx, nn
 
 from adaptc.inputs import InputSpec
+from adaptc.packed import Packed
 from adaptc.weights import Weight
 
 
@@ -44,6 +45,7 @@ class Base:
         heads: modules that are output heads.
         real: the model holds its weights, so that it can be run.
         files: the base's weight files; empty for a base in memory.
+        packed: of the weights those that the base holds in bits.
         notes: what the loader chose or changed, for the person.
         pretrained: the checkpoint of a Hugging Face base.
     """
@@ -56,6 +58,7 @@ class Base:
     heads: frozenset[str] = frozenset()
     real: bool = False
     files: tuple[Path, ...] = ()
+    packed: Mapping[str, Packed] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     pretrained: Pretrained | None = None
 

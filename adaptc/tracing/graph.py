@@ -38,7 +38,9 @@ def trace(base: Base) -> Graph:
     weights: dict[str, Weight] = {}
     for name in aliases:
         tensor = attribute(owner, name)
-        weights[name] = Computed(tuple(tensor.shape), tensor.dtype, _loader(base, name, tuple(tensor.shape)))
+        weights[name] = base.packed.get(name) or Computed(
+            tuple(tensor.shape), tensor.dtype, _loader(base, name, tuple(tensor.shape))
+        )
     for node in traced.graph.nodes:
         if node.op == "get_attr" and node.target not in weights and node.target != "training":
             tensor = attribute(traced, str(node.target))

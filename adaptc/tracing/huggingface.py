@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,7 @@ from adaptc.names import nearest
 from adaptc.tracing.base import Base, Pretrained
 from adaptc.tracing.derive import choices, derive_inputs, set_for_tracing
 from adaptc.tracing.module import held_weights
+from adaptc.tracing.packed import initialised, missing, packed_weights
 from adaptc.tracing.stored import stored_weights, untie_as_stored
 from adaptc.weights import Weight
 
@@ -72,6 +74,7 @@ def load(model: str, entry: BaseEntry, seed: int, inputs: tuple[InputSpec, ...])
         raise TraceError(f"{model}: its configuration cannot be read: {first}") from error
     kind = entry.dtype or _dtype_of(config)
     config.dtype = getattr(torch, kind)
+    about = _quantization(config)
     pretrained = Pretrained(model, auto, copy.deepcopy(config), trust)
     notes = set_for_tracing(config)
     try:
@@ -86,8 +89,16 @@ def load(model: str, entry: BaseEntry, seed: int, inputs: tuple[InputSpec, ...])
     notes += untie_as_stored(module, directory) if files else []
     fake_parameters(module)
 
+    packed = packed_weights(module, directory, about) if about and files else {}
+    if about and not files:
+        notes.append(
+            f"quantized by {about.get('quant_method')}, and its files are not here: planned as floats"
+        )
+
     def weights() -> dict[str, Weight]:
-        found = stored_weights(module, directory) if files else None
+        if about:
+            return _quantized_weights(module, directory, packed, seed, notes)
+        found = stored_weights(module, directory, {}) if files else None
         return found or pretrained_weights(replace(pretrained, config=config), seed, notes)
 
     return Base(
@@ -97,9 +108,39 @@ def load(model: str, entry: BaseEntry, seed: int, inputs: tuple[InputSpec, ...])
         heads=_heads(module),
         inputs=inputs or derive_inputs(module, config),
         files=files,
+        packed=packed,
         notes=notes,
         pretrained=pretrained,
     )
+
+
+def _quantization(config: Any) -> dict[str, Any]:
+    """What a configuration says of the library that quantized its checkpoint, which is taken out of it."""
+    about = getattr(config, "quantization_config", None)
+    if about is None:
+        return {}
+    del config.quantization_config  # a graph is traced of the float model
+    return dict(about if isinstance(about, Mapping) else about.to_dict())
+
+
+def _quantized_weights(
+    module: nn.Module, directory: Path, packed: Mapping[str, Weight], seed: int, notes: list[str]
+) -> dict[str, Weight]:
+    if not any(directory.glob("*.safetensors")):
+        raise WeightError(
+            f"{directory} is quantized, and only read from files here: download it, and name its directory\n"
+            f"  hf download {directory} --local-dir {directory.name}"
+        )
+    new = missing(module, directory, packed)
+    if new:
+        notes.append(_initialised(new, seed))
+    found = stored_weights(module, directory, {**packed, **initialised(module, new, seed)})
+    assert found is not None
+    return found
+
+
+def _initialised(names: Sequence[str], seed: int) -> str:
+    return f"not in the checkpoint, initialised from seed {seed}: {', '.join(names)}"
 
 
 def fake_parameters(model: nn.Module) -> None:
@@ -146,9 +187,9 @@ def pretrained_weights(pretrained: Pretrained, seed: int, notes: list[str]) -> d
         loaded, info = load_pretrained(pretrained)
     finally:
         torch.random.set_rng_state(state)
-    missing = sorted(info["missing_keys"])
-    if missing:
-        notes.append(f"not in the checkpoint, initialised from seed {seed}: {', '.join(missing)}")
+    new = sorted(info["missing_keys"])
+    if new:
+        notes.append(_initialised(new, seed))
     return held_weights(loaded)
 
 

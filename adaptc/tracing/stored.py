@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,31 +26,33 @@ def first_names(model: nn.Module) -> dict[str, str]:
     return {name: seen.setdefault(id(tensor), name) for name, tensor in both}
 
 
-def stored_weights(model: nn.Module, directory: Path) -> dict[str, Weight] | None:
+def stored_weights(
+    model: nn.Module, directory: Path, known: Mapping[str, Weight]
+) -> dict[str, Weight] | None:
     """The checkpoint's tensors under the model's names, or None where transformers must convert or initialise.
+
+    Args:
+        model: whose parameters are fake.
+        directory: the checkpoint.
+        known: weights that are not looked for there.
 
     Raises:
         WeightError: a file is broken, missing, or a tensor has another shape than the configuration says.
     """
-    stored = _tensors(directory)
-    if _converted(model, stored):
+    stored = tensors_of(directory)
+    if converted(model, stored):
         return None
-    prefix = getattr(model, "base_model_prefix", "") + "."
-    firsts = first_names(model)
     buffers = dict(model.named_buffers(remove_duplicate=False))
     found: dict[str, Weight] = {}
-    for name, first in firsts.items():
-        spellings = [
-            spelling
-            for n, f in firsts.items()
-            if f == first
-            for spelling in (n, n.removeprefix(prefix), prefix + n)
-        ]
-        source = next((stored[spelling] for spelling in (name, *spellings) if spelling in stored), None)
+    for name, keys in spellings(model).items():
         tensor = model.get_parameter(name) if name not in buffers else buffers[name]
         if name in buffers and not isinstance(tensor, FakeTensor):
             found[name] = Held(tensor)
             continue
+        if name in known:
+            found[name] = known[name]
+            continue
+        source = next((stored[key] for key in keys if key in stored), None)
         if source is None:
             return None
         if source.shape != tuple(tensor.shape):
@@ -61,6 +63,16 @@ def stored_weights(model: nn.Module, directory: Path) -> dict[str, Weight] | Non
         target = tensor.dtype if tensor.dtype.is_floating_point else source.dtype
         found[name] = Stored(source.file, source.key, source.shape, target)
     return found
+
+
+def spellings(model: nn.Module) -> dict[str, list[str]]:
+    """Every name of a parameter or buffer -> its keys in a checkpoint: any alias, with the base's prefix or without."""
+    prefix = getattr(model, "base_model_prefix", "") + "."
+    firsts = first_names(model)
+    of: dict[str, list[str]] = {}
+    for name, first in firsts.items():
+        of.setdefault(first, []).extend((name, name.removeprefix(prefix), prefix + name))
+    return {name: list(dict.fromkeys([name, *of[first]])) for name, first in firsts.items()}
 
 
 def _shards(index: Path) -> list[str]:
@@ -79,7 +91,7 @@ def untie_as_stored(model: nn.Module, directory: Path) -> list[str]:
     """
     notes: list[str] = []
     try:
-        stored = _tensors(directory)
+        stored = tensors_of(directory)
     except WeightError:
         return notes  # a plan needs no weights; whoever reads them is told
     for name, first in first_names(model).items():
@@ -94,7 +106,7 @@ def untie_as_stored(model: nn.Module, directory: Path) -> list[str]:
     return notes
 
 
-def _tensors(directory: Path) -> dict[str, Stored]:
+def tensors_of(directory: Path) -> dict[str, Stored]:
     """Every tensor of a checkpoint by its key, in one file or several."""
     index = directory / "model.safetensors.index.json"
     if index.is_file():
@@ -107,7 +119,7 @@ def _tensors(directory: Path) -> dict[str, Stored]:
     return stored
 
 
-def _converted(model: Any, stored: Iterable[str]) -> bool:
+def converted(model: Any, stored: Iterable[str]) -> bool:
     """Whether transformers computes some of a model's tensors from the checkpoint's, beyond giving them other names."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter

@@ -52,10 +52,9 @@ def _product(graph: Graph, node: fx.Node) -> fx.Node | None:
     args: Any = node.args
     x, tensors, bias, text, rows, columns = args
     scheme = scheme_of(text)
-    if x.meta["val"].dtype != torch.bfloat16 or type(scheme).dequantize is not IntegerBlocks.dequantize:
+    if x.meta["val"].dtype != torch.bfloat16 or not isinstance(scheme, IntegerBlocks) or scheme.calibrated:
         return None
     held, prefix = named(tensors, text, rows, columns), str(tensors[0].target).removesuffix("codes")
-    assert isinstance(scheme, IntegerBlocks)
     weights = {key: graph.weights[str(n.target)] for key, n in held.items()}
     flat = graph.call(aten.reshape.default, x, [-1, columns], like=node)
     if scheme.bits == 8 and scheme.block_size is None and scheme.symmetric:

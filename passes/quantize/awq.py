@@ -48,10 +48,10 @@ class Awq(CalibratedBlocks):
                 best, least = kept, error
         return best
 
-    def dequantize(self, rows: int, columns: int, tensors: Tensors) -> Tensor:
-        """`scales (codes - zeros)`, its columns divided by s."""
-        return super().dequantize(rows, columns, tensors) * tensors["channels"]
+    def entering(self, x: Tensor, tensors: Tensors) -> Tensor:
+        """x / s."""
+        return x * tensors["channels"].to(x.dtype)
 
-    def unpack(self, rows: int, columns: int, tensors: Tensors) -> Tensor:
-        """The same, by the faster way."""
-        return super().unpack(rows, columns, tensors) * tensors["channels"]
+    def leaving(self, W: Tensor, tensors: Tensors) -> Tensor:
+        """The columns divided by s."""
+        return W * tensors["channels"]

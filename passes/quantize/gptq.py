@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
 from adaptc.integer_blocks import BlockSize, CalibratedBlocks, Symmetric
-from adaptc.scheme import scheme
+from adaptc.scheme import Kept, Tensors, scheme
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 Damping = Annotated[
     float, Field(gt=0, lt=1, description="added to the diagonal of xᵀx, as a part of its mean")
 ]
+ActOrder = Annotated[bool, Field(description="round the columns that meet the largest inputs first")]
 AT_ONCE = 128
 """Columns whose errors reach those behind them in one product, where a block is a whole row."""
 
@@ -27,18 +29,43 @@ class Gptq(CalibratedBlocks):
 
     Frantar et al. 2023, algorithm 1: columns are rounded in their order; the error of each is spread over those not
     rounded yet, by the Cholesky factor of (xᵀx + damping)⁻¹. A block's range is that of its weights as they have
-    become by then.
+    become by then. With `act_order` columns are stored in the order in which they are rounded, from the largest xᵀx
+    on, and the inputs of the product put into that order.
     """
 
     block_size: BlockSize = 128
     symmetric: Symmetric = False
     damping: Damping = 0.01
+    act_order: ActOrder = False
+
+    aliases: ClassVar[Mapping[str, str]] = {"desc_act": "act_order"}
+
+    def stored(self, rows: int, columns: int) -> dict[str, Kept]:
+        """What integers are, and which column of W each stored one is."""
+        order = {"order": Kept((columns,), "int32")} if self.act_order else {}
+        return super().stored(rows, columns) | order
 
     def quantize(self, W: Tensor, inputs: Tensor | None = None) -> dict[str, Tensor]:
         """Round, and make up for it."""
         import torch
 
         assert inputs is not None
+        if not self.act_order:
+            return self._rounded(W, inputs)
+        order = inputs.square().sum(0).argsort(descending=True, stable=True)
+        return self._rounded(W[:, order], inputs[:, order]) | {"order": order.to(torch.int32)}
+
+    def entering(self, x: Tensor, tensors: Tensors) -> Tensor:
+        """The inputs in the order of the stored columns."""
+        return x.index_select(-1, tensors["order"]) if self.act_order else x
+
+    def leaving(self, W: Tensor, tensors: Tensors) -> Tensor:
+        """The columns in the order of the inputs."""
+        return W.index_select(-1, tensors["order"].argsort()) if self.act_order else W
+
+    def _rounded(self, W: Tensor, inputs: Tensor) -> dict[str, Tensor]:
+        import torch
+
         W, columns = W.clone(), W.shape[1]
         factor = _factor(inputs, self.damping)
         block = min(self.block(columns), columns)

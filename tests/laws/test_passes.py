@@ -107,6 +107,9 @@ def test_run_leaves_its_input_alone(zoo: Zoo, name: str) -> None:
     graph, tensors = at_stage(zoo, stage), inputs("mlp", 4)
     if name == "quantized-products":
         graph = run(graph, [default("quantize-nf4", target="*")])
+    if name == "plain-integers":
+        chosen = dataclasses.replace(graph, rows=[inputs("mlp", 9)])
+        graph = run(chosen, [default("quantize-gptq", target="re:up|down"), default("quantized-products")])
     if name == "torch-kernels":  # there are some for bfloat16 only
         bits = [load_passes()["quantize-int8"](target="*"), default("quantized-products")]  # type: ignore[call-arg]
         graph, tensors = run(zoo.graph("mlp", "bfloat16"), bits), {"x": inputs("mlp", 4)["x"].bfloat16()}

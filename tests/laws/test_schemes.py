@@ -18,9 +18,10 @@ from torch.nn import functional as F
 import adaptc
 from adaptc.compiled import Compiled
 from adaptc.graph import bind
+from adaptc.pipeline import run
 from adaptc.quantized import bytes_of, matrix_of, weight_of
 from adaptc.quantized_operations import quantized_embedding, quantized_linear, quantized_product
-from adaptc.registry import load_methods, load_schemes
+from adaptc.registry import load_methods, load_passes, load_schemes
 from adaptc.scheme import Scheme, scheme_of
 from tests.families import (
     FAMILIES,
@@ -45,6 +46,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "double": [{"double": True}],
     "block_size": [{"block_size": 32}],
     "bits": [{"bits": 2}, {"bits": 8}],
+    "act_order": [{"act_order": True}],
 }
 STAND_FOR_ALL = ("nf4", "int4")
 """The schemes that stand for all in the quick laws: one of each layout."""
@@ -256,6 +258,36 @@ def test_every_method_sits_on_every_quantized_weight(zoo: Zoo, method: str) -> N
         assert both[0][0].keys() == both[1][0].keys()
         for name, grad in both[1][0].items():
             close(both[0][0][name], grad, epsilons=4096)
+
+
+CALIBRATED = [param for param in variants() if param.values[0].calibrated]
+
+
+@pytest.mark.parametrize("scheme", CALIBRATED)
+def test_integers_in_other_columns_or_scales_are_plain_ones(scheme: Any) -> None:
+    """x M = x' M': what kernels of plain integers are given."""
+    W, x = values(12, 40), values(7, 40, seed=3)
+    held = stored(scheme, W)
+    plain = scheme.without_inputs()
+    inner = plain.dequantize(12, 40, {key: held[key] for key in plain.stored(12, 40)})
+    want = F.linear(x, scheme.dequantize(12, 40, held))
+    close(F.linear(scheme.entering(x, held), inner), want)
+    if set(held) != set(plain.stored(12, 40)):
+        assert not torch.allclose(F.linear(x, inner), want, rtol=1e-3)
+
+
+def test_plain_integers(zoo: Zoo) -> None:
+    for name in ("awq", "gptq"):
+        graph = dataclasses.replace(zoo.graph("mlp"), rows=[inputs("mlp", 9)])
+        more = {"act_order": True} if name == "gptq" else {}
+        item: Any = load_passes()[f"quantize-{name}"]
+        known = {"target": "re:up|down", **load_schemes()[name].small, **more}
+        quantized = run(graph, [item(**known), load_passes()["quantized-products"]()])
+        plain = run(quantized, [load_passes()["plain-integers"]()])
+        assert f"{name} {{" in quantized.text()
+        assert f"{name} {{" not in plain.text()
+        tensors = inputs("mlp", 5, 2)
+        close(*(outputs(bind(g).eval(), tensors, g.outputs)["output"] for g in (plain, quantized)))
 
 
 # products

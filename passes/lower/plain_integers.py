@@ -1,0 +1,48 @@
+"""Plain integers: a product with integers in other columns or scales becomes one with integers as they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from adaptc.expression import splice, trace_expression
+from adaptc.graph import Graph
+from adaptc.integer_blocks import CalibratedBlocks
+from adaptc.pipeline import Pass, graph_pass
+from adaptc.quantized_operations import LINEAR, named
+from adaptc.scheme import scheme_of
+
+
+@graph_pass("plain-integers")
+@dataclass(frozen=True)
+class PlainIntegers(Pass):
+    """quantized_linear(x, awq) = quantized_linear(x / s, int4), and so on: one kernel serves all such schemes."""
+
+    def call(self, graph: Graph) -> bool:
+        """Rewrite every product with integers that were chosen by a layer's inputs."""
+        changed = False
+        for node in list(graph.nodes):
+            if node.target is LINEAR and isinstance(scheme_of(str(node.args[3])), CalibratedBlocks):
+                with graph.module.graph.inserting_before(node):
+                    result = _plain(graph, node)
+                node.replace_all_uses_with(result)
+                graph.module.graph.erase_node(node)
+                changed = True
+        return changed
+
+
+def _plain(graph: Graph, node: fx.Node) -> fx.Node:
+    args: Any = node.args
+    x, tensors, bias, text, rows, columns = args
+    scheme: Any = scheme_of(text)
+    held, plain = named(tensors, text, rows, columns), scheme.without_inputs()
+    kept = plain.stored(rows, columns)
+    besides = {key: tensor for key, tensor in held.items() if key not in kept}
+    if besides:
+        with graph.fake_mode:
+            values = {key: tensor.meta["val"] for key, tensor in besides.items()}
+            traced = trace_expression(lambda x, **t: scheme.entering(x, t), [x.meta["val"]], values)
+        x = splice(graph, traced, [x, *besides.values()], node, {})
+    return graph.call(LINEAR, x, [held[key] for key in kept], bias, plain.text, rows, columns, like=node)

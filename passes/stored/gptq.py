@@ -1,0 +1,72 @@
+"""GPTQ: integers in blocks, packed along the inputs in words of 32 bits, as AutoGPTQ and GPTQModel write them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from adaptc.errors import WeightError
+from adaptc.integer_blocks import unpack
+from adaptc.packed import Bits, stored_by
+from adaptc.packed_integers import integer_bits, words_of
+from adaptc.registry import load_schemes
+from adaptc.weights import Weight
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMATS = {"gptq": 1, "gptq_v2": 0}
+"""What a checkpoint holds less than each zero is."""
+
+
+@stored_by("gptq")
+def gptq(about: Mapping[str, Any], module: str, tensors: Mapping[str, Weight]) -> Bits | None:
+    """`qweight (in bits / 32, out)`, `qzeros (groups, out bits / 32)`, `scales (groups, out)`, `g_idx (in)`.
+
+    `g_idx` is the group of every input, where these were rounded in the order of what they matter (`desc_act`).
+    """
+    import torch
+
+    if f"{module}.qweight" not in tensors:
+        return None
+    qweight, qzeros, scales = (words_of(tensors, module, key) for key in ("qweight", "qzeros", "scales"))
+    bits, group = about["bits"], about["group_size"]
+    form = about.get("checkpoint_format", "gptq")
+    if bits not in (2, 4, 8) or form not in FORMATS:
+        raise WeightError(
+            f"{module}: {bits} bits in the format {form!r}; expected 2, 4 or 8 in {' or '.join(FORMATS)}"
+        )
+    less = FORMATS[form] * sum(1 << place for place in range(0, 32, bits))
+    columns, rows = qweight.shape[0] * 32 // bits, qweight.shape[1]
+    order = _order(module, tensors, group)
+    options = {"block_size": None if group == -1 else group, "symmetric": about.get("sym", True)}
+    if order is None:
+        scheme = load_schemes()[f"int{bits}"](**options)
+    else:
+        scheme = load_schemes()["gptq"](bits=bits, act_order=True, **options)  # type: ignore[call-arg]
+
+    def codes() -> Tensor:
+        found = unpack(qweight.load().t().contiguous().view(torch.uint8), bits)
+        return found if order is None else found[:, order]
+
+    def zeros() -> Tensor:
+        # Added to whole words: a zero of 0 is stored as a borrow from its neighbour.
+        words = (qzeros.load().long() + less).bitwise_and(2**32 - 1).int()
+        return unpack(words.view(torch.uint8), bits)[:, :rows].t()
+
+    found = integer_bits(scheme, rows, columns, codes, zeros, lambda: scales.load().t(), module)  # type: ignore[arg-type]
+    return found if order is None else found.beside("order", lambda: order.int())
+
+
+def _order(module: str, tensors: Mapping[str, Weight], group: int) -> Tensor | None:
+    """The inputs group by group; None where they stand so already."""
+    import torch
+
+    if f"{module}.g_idx" not in tensors or group == -1:
+        return None
+    groups = tensors[f"{module}.g_idx"].load().long()
+    order = torch.argsort(groups, stable=True)
+    whole = torch.arange(len(groups))
+    if not torch.equal(groups[order], whole // group):
+        raise WeightError(f"{module}.g_idx: expected groups of {group} inputs each")
+    return None if torch.equal(order, whole) else order
