@@ -24,13 +24,16 @@ from adaptc.pipeline import Pass, check_order, run
 from adaptc.planned import Planned, entries_of, match_checkpoints
 from adaptc.planned_quantization import (
     PlannedQuantization,
+    expected_error,
     named_twice,
     quantizations_of,
     quantize_notes,
     quantize_problems,
+    suggestion,
     weighed_within,
 )
 from adaptc.quantize import Quantize
+from adaptc.quantized import size_of
 from adaptc.registry import load_passes
 from adaptc.sites import Site
 from adaptc.spec import Spec
@@ -81,7 +84,7 @@ class Plan:
         """The plan as plain data."""
         return {
             "entries": [_entry_json(planned) for planned in self.entries],
-            "quantize": [_quantized_json(planned) for planned in self.quantized],
+            "quantize": [_quantized_json(planned, self.adapted) for planned in self.quantized],
             "passes": self.pipeline,
             "budget": dataclasses.asdict(self.budget) | {"trainable_share": self.budget.share},
             "notes": self.notes,
@@ -107,12 +110,13 @@ def make_plan(spec: Spec, graph: Graph, after: Any = None, weighed: bool = False
     if problems:
         raise SpecError(problems)
     match_checkpoints(spec, graph, entries)
-    unmet = []
+    chosen = []
     if spec.budget is not None:
         if weighed:
-            quantized = weighed_within(spec, graph, quantized, spec.budget)
+            asked, quantized = quantized, weighed_within(spec, graph, quantized, spec.budget)
+            chosen.append(suggestion(spec.budget, asked, quantized))
         else:
-            unmet.append("budget: bits are chosen when weights are read, by `adaptc compile`")
+            chosen.append("budget: bits are chosen when weights are read, by `adaptc compile`")
     passes = pipeline_of(spec, [found.insert for found in entries], [found.item for found in quantized])
     wrong = check_order(passes)
     if wrong:
@@ -139,7 +143,7 @@ def make_plan(spec: Spec, graph: Graph, after: Any = None, weighed: bool = False
         raise spec.error(place, *str(error).splitlines()) from error
     fold = load_passes()["fold"]()
     notes = [*graph.base.notes, *_notes(entries), *_alias_notes(graph, entries)]
-    notes += [*unmet, *quantize_notes(graph, quantized)]
+    notes += [*chosen, *quantize_notes(graph, quantized)]
     refusals = fold.requires(adapted) if adapted.stage in fold.takes else []
     refusals = refusals or ([folds_into_bits(adapted)] if not closing and folds_into_bits(adapted) else [])
     notes += [f"cannot be folded: {refusal}" for refusal in refusals]
@@ -286,15 +290,21 @@ def _entry_json(planned: Planned) -> dict[str, Any]:
     }
 
 
-def _quantized_json(planned: PlannedQuantization) -> dict[str, Any]:
+def _quantized_json(planned: PlannedQuantization, adapted: Graph) -> dict[str, Any]:
+    expected, more = planned.expected(), planned.outputs(adapted)
+    scheme = planned.item.scheme
     return {
         "entry": planned.entry,
-        "method": planned.item.scheme.name,
-        "scheme": planned.item.scheme.text,
-        "sites": [site_json(site) for site in planned.selection.sites],
+        "method": scheme.name,
+        "scheme": scheme.text,
+        "sites": [
+            site_json(site) | {"expected_error": expected_error(scheme, size_of(site)[1])}
+            for site in planned.selection.sites
+        ],
         "bytes": planned.stored,
         "bits": planned.bits,
-        "expected_errors": planned.expected(),
+        "expected_errors": expected,
+        "expected_output_errors": {order: more * error for order, error in expected.items()},
         "excluded": list(planned.selection.excluded),
     }
 

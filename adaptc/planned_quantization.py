@@ -52,7 +52,7 @@ class PlannedQuantization:
     def expected(self) -> dict[str, float]:
         """Relative error of each order of fold and quantize: of the weights, were they normally distributed.
 
-        The outputs' is about the same: in a residual stream the errors of layers add up as the layers' outputs do.
+        A layer's output is off by about as much. The model's outputs are by at most about `outputs` times as much.
         """
         sizes = [size_of(site) for site in self.selection.sites]
         errors = [expected_error(self.item.scheme, columns) for _, columns in sizes]
@@ -63,8 +63,21 @@ class PlannedQuantization:
         return {
             "insert, fold, quantize": once,
             "quantize, insert": once,
+            "quantize, insert, fold": once,
             "quantize, insert, fold, quantize": once * 2**0.5,
         }
+
+    def outputs(self, graph: Graph) -> float:
+        """How many layers' errors add up in the model's outputs: the root of the products in a row.
+
+        Independent errors add up by their squares; behind a residual stream or a norm less of each is left.
+        """
+        mine = {use.node for site in self.selection.sites for use in site.uses}
+        behind: dict[Any, int] = {}
+        for node in graph.nodes:
+            before = max((behind[operand] for operand in node.all_input_nodes), default=0)
+            behind[node] = before + (node.name in mine)
+        return max(behind.values(), default=0) ** 0.5
 
 
 @cache
@@ -180,3 +193,19 @@ def weighed_within(
         raise spec.error(("budget",), str(error)) from error
     chosen = [PlannedQuantization(item.entry, item, item.selection(graph)) for item in items]
     return [*(found for found in planned if found.entry is None), *chosen]
+
+
+def suggestion(
+    budget: QuantizeBudget, before: Sequence[PlannedQuantization], after: Sequence[PlannedQuantization]
+) -> str:
+    """What a budget has chosen, in words: how many weights get which scheme, and which are left out."""
+    counts = {
+        found.item.scheme.text: len(found.selection.sites) for found in after if found.entry is not None
+    }
+    kept = {site.parameter for found in after for site in found.selection.sites}
+    left = [s.module for found in before for s in found.selection.sites if s.parameter not in kept]
+    words = [f"{text} for {count} weights" for text, count in counts.items()]
+    if left:
+        words.append(f"floats (`exclude`) for {', '.join(left)}")
+    given = ", ".join(f"{key} {value}" for key, value in budget.model_dump().items() if value is not None)
+    return f"budget, {given}: {'; '.join(words)}"

@@ -27,7 +27,7 @@ from rich.table import Table
 from adaptc.budget import Budget
 from adaptc.layer_errors import QuantizationErrors
 from adaptc.plan import Plan, Planned
-from adaptc.planned_quantization import PlannedQuantization
+from adaptc.planned_quantization import PlannedQuantization, expected_error
 from adaptc.points import POINTS
 from adaptc.proof import Proof
 from adaptc.quantized import bytes_of, size_of
@@ -73,7 +73,7 @@ class Report:
         for planned in plan.entries:
             self.out.print(_entry(planned))
         for planned in plan.quantized:
-            self.out.print(_quantized(planned))
+            self.out.print(_quantized(planned, planned.outputs(plan.adapted)))
         cost = plan.budget
         self.out.print(
             f"parameters  {cost.parameters:,} in the base, {cost.trainable:,} trainable ({cost.share:.3%})\n"
@@ -184,22 +184,27 @@ def _entry(planned: Planned) -> Table:
     return table
 
 
-def _quantized(planned: PlannedQuantization) -> Table:
+def _quantized(planned: PlannedQuantization, more: float) -> Table:
     scheme, selection = planned.item.scheme, planned.selection
     who = "base, stored as" if planned.entry is None else f"quantize.{planned.entry}:"
     table = Table(title=escape(f"{who} {scheme.text}"), title_justify="left")
-    for column in ("site", "times", "kind", "shape", "bytes each", "source"):
+    for column in ("site", "times", "kind", "shape", "bytes each", "error", "source"):
         table.add_column(column, overflow="fold")
     groups: dict[tuple[str, ...], int] = {}
     for site in selection.sites:
         size = size_of(site)
         shape = " x ".join(map(str, size))
-        row = (_pattern(site), site.type or site.kind, shape, _bytes(bytes_of(scheme, *size)), site.source)
+        error = "0" if planned.entry is None else f"{expected_error(scheme, size[1]):.3f}"
+        kind, each = site.type or site.kind, _bytes(bytes_of(scheme, *size))
+        row = (_pattern(site), kind, shape, each, error, site.source)
         groups[row] = groups.get(row, 0) + 1
     for row, times in groups.items():
         table.add_row(row[0], str(times), *row[1:])
-    orders = "; ".join(f"[{order}] {error:.3f}" for order, error in planned.expected().items())
-    table.caption = escape(f"{planned.bits:.2f} bits a weight; relative error to expect: {orders}")
+    orders = "; ".join(
+        f"[{order}] {error:.3f} ({more * error:.2f})" for order, error in planned.expected().items()
+    )
+    words = "relative error to expect of a layer (and at most about so much of the outputs)"
+    table.caption = escape(f"{planned.bits:.2f} bits a weight; {words}: {orders}")
     return table
 
 

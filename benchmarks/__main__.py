@@ -12,6 +12,7 @@ from pathlib import Path
 from benchmarks.large import half_billion, seven_billion
 from benchmarks.minilm import minilm
 from benchmarks.qlora import qlora
+from benchmarks.quantized import half_billion_in_bits, orders
 from benchmarks.runtime import runtime
 from benchmarks.start import start
 from benchmarks.steps import steps
@@ -22,7 +23,9 @@ PARTS = {
     "steps": steps,
     "runtime": runtime,
     "qlora": qlora,
+    "orders": orders,
     "half-billion": half_billion,
+    "half-billion-in-bits": half_billion_in_bits,
     "seven-billion": seven_billion,
 }
 PACKAGES = ("torch", "transformers", "peft", "onnxruntime")

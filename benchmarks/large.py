@@ -20,7 +20,7 @@ SIDES = ("adaptc", "peft")
 
 def half_billion() -> None:
     """A Llama of half a billion parameters in float32: both sides, trained too, and run."""
-    with _written(HALF_BILLION, 6) as work:
+    with written(HALF_BILLION, 6) as work:
         if work is None:
             return
         _fold("half a billion parameters, float32, LoRA r 16 on every linear: to ONNX", HALF_BILLION, work)
@@ -31,7 +31,7 @@ def half_billion() -> None:
 
 def seven_billion() -> None:
     """The shape of Llama-2-7B in bfloat16; PEFT's way takes more memory than this machine has, so only ours."""
-    with _written(SEVEN_BILLION, 2) as work:
+    with written(SEVEN_BILLION, 2) as work:
         if work is not None:
             title = "Llama-2-7B's shape, bfloat16, LoRA r 16 on every linear"
             _fold(f"{title}: to ONNX", SEVEN_BILLION, work, SIDES[:1])
@@ -40,7 +40,7 @@ def seven_billion() -> None:
 
 
 @contextmanager
-def _written(shape: Shape, copies: int) -> Iterator[Path | None]:
+def written(shape: Shape, copies: int) -> Iterator[Path | None]:
     """A folder with a base and an adapter in it, or None where the disk has no room for so many copies."""
     needed = shape.nbytes * copies + 2 * 10**9
     free = shutil.disk_usage(tempfile.gettempdir()).free

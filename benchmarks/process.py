@@ -1,10 +1,11 @@
 """One side of a job in a process of its own: seconds and peak memory.
 
-`python -m benchmarks.process fold|train adaptc|peft BASE TASK ADAPTER ...` prints one JSON object.
+`python -m benchmarks.process fold|train|qlora adaptc|peft BASE ...` prints one JSON object.
 """
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import statistics
@@ -35,11 +36,16 @@ STEPS = 5
 
 @dataclass(frozen=True)
 class Taken:
-    """What one side took: seconds, and bytes of resident memory at the peak beyond what the imports took."""
+    """What one side took: seconds, and bytes of resident memory at the peak beyond what the imports took.
+
+    Before it trained, a module's state dict `held` so many bytes, and so many were `resident`.
+    """
 
     seconds: float
     bytes: int
     proofs: tuple[str, ...] = ()
+    held: int = 0
+    resident: int = 0
 
 
 def quiet() -> None:
@@ -96,6 +102,53 @@ def train(side: str, base: str, task: str, adapter: str, how: str, size: str) ->
         step()
         taken.append(time.perf_counter() - start)
     return {"seconds": statistics.median(taken[2:])}
+
+
+def qlora(side: str, base: str, stored: str) -> dict[str, Any]:
+    """The median step of a LoRA on a base in NF4 with double quantization, and what the process holds before it.
+
+    Args:
+        side: `adaptc`, or `peft` on bitsandbytes' layers.
+        base: a checkpoint in floats, or in bits.
+        stored: `floats` or `bits`.
+    """
+    module = _qlora_adaptc(base, stored) if side == "adaptc" else _qlora_peft(base, stored)
+    held = sum(tensor.nbytes for tensor in module.state_dict().values())
+    gc.collect()
+    resident = _memory("VmRSS")
+    step = train_step(module, batch(1, 64))
+    taken = []
+    for _ in range(2 + STEPS):
+        start = time.perf_counter()
+        step()
+        taken.append(time.perf_counter() - start)
+    return {"seconds": statistics.median(taken[2:]), "held": held, "resident": resident}
+
+
+def _qlora_adaptc(base: str, stored: str) -> Any:
+    import adaptc
+
+    quantize = [{"method": "nf4", "target": "all-linear", "double": True}] if stored == "floats" else []
+    lora = {"method": "lora", "target": "all-linear", "r": 16, "alpha": 32}
+    spec = {"base": {"model": base, "task": "causal-lm"}, "quantize": quantize, "adapt": [lora]}
+    return adaptc.compile(spec).module
+
+
+def _qlora_peft(base: str, stored: str) -> Any:
+    import torch
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    config = transformers.BitsAndBytesConfig(**bits, bnb_4bit_compute_dtype=torch.float32)
+    how = {"quantization_config": config} if stored == "floats" else {}
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.float32, device_map={"": "cpu"}, **how
+    )
+    model.config.use_cache = False
+    return get_peft_model(
+        model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
 
 
 def batch(rows: int, length: int) -> dict[str, Any]:
@@ -157,7 +210,8 @@ def main() -> None:
     job, *arguments = sys.argv[1:]
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
     before = _memory("VmRSS")
-    taken = {"fold": fold, "train": train}[job](*arguments)
+    taken = {"fold": fold, "train": train, "qlora": qlora}[job](*arguments)
+    taken["resident"] = max(0, taken.get("resident", 0) - before)
     print(json.dumps({**taken, "bytes": _memory("VmHWM") - before}))
 
 

@@ -42,7 +42,7 @@ def runtime() -> None:
     """Print the table."""
     quiet()
     work = Path(tempfile.mkdtemp(prefix="adaptc-bench-"))
-    rows = _rows()
+    rows = sentences()
     spec = {"base": {"model": str(minilm())}}
     adaptc.compile(spec).emit("onnx", work / "float.onnx")
     programs: dict[str, Path] = {"float32": work / "float.onnx"}
@@ -103,7 +103,7 @@ def _theirs(work: Path) -> dict[str, Path]:
     return found
 
 
-def _rows() -> list[dict[str, torch.Tensor]]:
+def sentences() -> list[dict[str, torch.Tensor]]:
     """Sentences as the model takes them: real ones where they are, else random tokens."""
     import transformers
 

@@ -60,6 +60,13 @@ REASONS = (
         "write its size as a number in `inputs`, such as input_values: float32[batch, 16000]",
     ),
     Reason(
+        r"Found <class '[\w.]*Cache'> in output",
+        r"",
+        "the model gives back a cache of keys and values",
+        "outputs that are tensors; a graph has no cache yet",
+        "write model.config.use_cache = False before it is compiled",
+    ),
+    Reason(
         ON_VALUES,
         r"^assert\b",
         "an assertion depends on the values of a tensor",

@@ -461,9 +461,13 @@ def test_a_larger_budget_is_nearer() -> None:
             dynamic={"x": {0: "batch", 1: "seq"}},
         )
         errors = made.quantization_errors()
+        notes = [note for note in made.plan.notes if note.startswith("budget, ")]
+        assert len(notes) == 1, "what was chosen is told"
         if errors is None:
             assert budget == {"error": 1e-9}, "only then all layers stay in floats"
+            assert "floats (`exclude`) for embed, up, down" in notes[0]
             continue
+        assert all(layer.scheme in notes[0] for layer in errors.layers)
         found[str(budget)] = errors.outputs["output"]
         if "size" in budget:
             sizes = {q.site.parameter: q for q in made.graph.quantized.values()}

@@ -319,6 +319,13 @@ class Bessel(nn.Module):
         return torch.special.bessel_j0(self.up(x))
 
 
+def test_a_model_that_gives_back_its_cache() -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    model, ids = MODELS["llama"].build(), torch.zeros(2, 5, dtype=torch.long)
+    with pytest.raises(TraceError, match=r"gives back a cache of keys and values(.|\n)*use_cache = False"):
+        adaptc.compile({}, model=model, example_inputs={"input_ids": ids})
+
+
 def test_what_onnx_has_no_form_for_is_told_with_its_line(tmp_path: Path) -> None:
     compiled = adaptc.compile({"inputs": {"x": "float32[batch, 4]"}, "adapt": []}, model=Bessel())
     with pytest.raises(adaptc.AdaptcError) as caught:
