@@ -16,6 +16,7 @@ from adaptc.expression import splice, trace_expression
 from adaptc.graph import Graph
 from adaptc.insert import Insert
 from adaptc.method import Param, WeightMethod
+from adaptc.quantized import Quantization, Quantized
 from adaptc.select import Selection
 from adaptc.sites import Site
 
@@ -45,21 +46,28 @@ class InsertWeight(Insert):
         refusals = super().requires(graph)
         for site in self.selection(graph).sites:
             quantized = graph.quantized.get(site.parameter)
-            if self.method.makes_up and quantized is not None and quantized.quantization.kept is not None:
-                words = f"{self.method.name} makes up for quantization, and the base holds {site.name} in bits only"
-                way = "start from the float checkpoint and `quantize` it, or start the adapter otherwise"
-                refusals.append(Refusal(f"{words}\n  {way}", (site.uses[0].node,)))
-            if self.method.makes_up and quantized is None:
-                words = (
-                    f"{self.method.name} makes up for quantization, and no bits stand for {site.name} here"
-                )
-                way = "write `passes: [quantize, insert]`, name it in `quantize`, or start the adapter otherwise"
-                refusals.append(Refusal(f"{words}\n  {way}", (site.uses[0].node,)))
+            reason = self._not_made_up(graph, site, quantized) if self.method.makes_up else None
             if self.on_alias == "untie" and quantized is not None and elsewhere(graph, site):
                 words = f"the bits of {site.name} are read elsewhere too, and cannot be untied"
-                way = "untie it before it is quantized: `passes: [insert, quantize]`"
-                refusals.append(Refusal(f"{words}\n  {way}", (site.uses[0].node,)))
+                reason = (words, "untie it before it is quantized: `passes: [insert, quantize]`")
+            if reason is not None:
+                refusals.append(Refusal("\n  ".join(reason), (site.uses[0].node,)))
         return refusals
+
+    def _not_made_up(self, graph: Graph, site: Site, quantized: Quantized | None) -> tuple[str, str] | None:
+        """Why the method cannot make up for what quantization loses, and what to do; None if it can."""
+        what, otherwise = f"{self.method.name} makes up for quantization", "or start the adapter otherwise"
+        if quantized is None:
+            way = f"write `passes: [quantize, insert]`, name it in `quantize`, {otherwise}"
+            return f"{what}, and no bits stand for {site.name} here", way
+        if quantized.quantization.kept is not None:
+            way = f"start from the float checkpoint and `quantize` it, {otherwise}"
+            return f"{what}, and the base holds {site.name} in bits only", way
+        if any(a.method.makes_up and a.site.parameter == site.parameter for a in graph.adaptations):
+            return f"{what} of {site.name}, which an earlier entry does already", f"take one, {otherwise}"
+        if self.method.rounds > 1 and (site.rows or quantized.site.rows):
+            return f"{what} of slices of {site.name} once only", "leave `loftq_iter` out"
+        return None
 
     def call(self, graph: Graph) -> bool:
         """Splice the expression at every site."""
@@ -90,6 +98,8 @@ class InsertWeight(Insert):
         theta = self.attached(graph, site, named, value)
         params = {argument: param for argument, (_, param) in named.items()}
         mark = self.recorded(graph, site, named)
+        if method.makes_up:
+            _quantize_without(graph.quantized[site.parameter].quantization, method)
         targets = [(site.uses, _weight_of(method, site, params, own), site.parameter)]
         if site.bias is not None and method.adapts_bias():
             targets.append((site.bias_uses, _bias_of(method, site, params), site.bias))
@@ -143,3 +153,13 @@ def _bias_of(method: WeightMethod, site: Site, params: Mapping[str, Param]) -> C
         return site.bias_restored(method.bias(site.bias_of(b), **_unpacked(params, values)), b)
 
     return bias
+
+
+def _quantize_without(quantization: Quantization, method: WeightMethod) -> None:
+    """Let a weight be quantized without what an adapter on all of it makes up for."""
+    flipped = quantization.site.kind == "embedding"
+
+    def made_up(lost: torch.Tensor) -> torch.Tensor:
+        return method.made_up(lost.t()).t() if flipped else method.made_up(lost)
+
+    quantization.rounds, quantization.made_up = method.rounds, made_up

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -15,12 +16,19 @@ from adaptc.peft_format import PeftFormat
 from adaptc.ranked import Scaled, factors
 
 if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
     from adaptc.sites import Site
 
 Biases = Annotated[
     Literal["none", "all", "lora_only"],
     Field(description="biases trained along: none, those of the adapted layers (lora_only), or all"),
 ]
+Rounds = Annotated[
+    int, Field(ge=1, description="with loftq, how often W is quantized, each time without what B A then is")
+]
+NOT_AGAIN = ("loftq_iter",), "only `init_weights: loftq` quantizes again: leave it out"
+"""Why an option that says how often makes no sense."""
 
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """PEFT's initialisations that take something out of the base's weights, which no checkpoint tells."""
@@ -99,3 +107,36 @@ class LowRank(Scaled):
     def scale(self) -> float:
         """alpha / r, or alpha / sqrt(r) with `rslora`."""
         return self.alpha / (self.r**0.5 if self.rslora else self.r)
+
+
+@dataclass
+class Split:
+    """A matrix taken apart once for A and B, which start as its two factors."""
+
+    split: Callable[[Tensor, int, float], tuple[Tensor, Tensor]]
+    r: int
+    scale: float
+    known: dict[bytes, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def A(self, W: Tensor, _: Generator) -> Tensor:  # noqa: N802 (the paper's name)
+        """The inner factor `(r, in)`."""
+        return self._of(W)[0]
+
+    def B(self, W: Tensor, _: Generator) -> Tensor:  # noqa: N802
+        """The outer factor `(out, r)`."""
+        return self._of(W)[1]
+
+    def _of(self, W: Tensor) -> tuple[Tensor, Tensor]:
+        key = hashlib.sha256(W.contiguous().numpy().tobytes()).digest()
+        if key not in self.known:
+            self.known = {key: self.split(W, self.r, self.scale)}
+        return self.known[key]
+
+
+def singular(W: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
+    """A and B, of which scale B A is the best approximation of W of rank r."""
+    import torch
+
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    root = (S[:r] / scale).sqrt()
+    return root.unsqueeze(1) * Vh[:r], U[:, :r] * root

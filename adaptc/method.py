@@ -91,6 +91,15 @@ class Method:
         """Whether functions that initialise get what quantization lost of the weight in its place."""
         return False
 
+    @property
+    def rounds(self) -> int:
+        """How often a weight is quantized, each time without what is made up for so far."""
+        return 1
+
+    def made_up(self, lost: Tensor) -> Tensor:
+        """What a method that `makes_up` starts by adding to a matrix that has lost so much."""
+        raise NotImplementedError
+
     def at(self, site: Site) -> Self:
         """The method with its per-layer options (patterns) resolved for one site."""
         return self

@@ -24,12 +24,16 @@ class Quantization:
         site: whose weight it is; of a slice its rows only.
         source: the weight it stands for.
         inputs: gives the layer's inputs `(tokens, columns)`, where the scheme chooses by them.
+        rounds: how often it is quantized, each time without what an adapter makes up for by then.
+        made_up: what that is, of a matrix that has lost so much.
     """
 
     scheme: Scheme
     site: Site
     source: Weight
     inputs: Callable[[], torch.Tensor | None] | None = None
+    rounds: int = 1
+    made_up: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -58,7 +62,12 @@ class Quantization:
                 "  mend the checkpoint, or leave the layer out with `exclude`"
             )
         rows, columns = W.shape
-        found = self.scheme.quantize(W, self.inputs() if self.inputs else None)
+        given = self.inputs() if self.inputs else None
+        found = self.scheme.quantize(W, given)
+        for _ in range(self.rounds - 1):
+            assert self.made_up is not None
+            made_up = self.made_up(W - self._unpacked(found))
+            found = self.scheme.quantize(W - made_up, given)
         for name, kept in self.scheme.stored(rows, columns).items():
             got = found[name]
             if tuple(got.shape) != kept.shape or got.dtype != dtype_of(kept):
@@ -72,8 +81,11 @@ class Quantization:
 
     def dequantized(self) -> torch.Tensor:
         """What the stored numbers stand for: `(rows, columns)`, float32."""
+        return self._unpacked(self.tensors)
+
+    def _unpacked(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         with torch.no_grad():
-            return self.scheme.unpack(*self.size, {**self.scheme.constants(), **self.tensors})
+            return self.scheme.unpack(*self.size, {**self.scheme.constants(), **tensors})
 
     def lost(self) -> torch.Tensor:
         """What the weight was, less what the bits stand for: as the weight is stored."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from adaptc.low_rank import LowRank
+from adaptc.low_rank import NOT_AGAIN, LowRank, Rounds, Split, singular
 from adaptc.method import Param, method
 from adaptc.peft_format import PeftFormat
 
@@ -38,11 +37,13 @@ class Lora(LowRank):
     (Meng et al. 2024, equations 2 to 4) A and B start as the r largest singular vectors of W, with "olora"
     (Büyükakyüz 2024, section 3) as the first r of its QR decomposition, and W' = W + (alpha / r) (B A - B0 A0) with
     these first values A0, B0, which follow from W and are not stored; "orthogonal" starts with both random, B A = 0.
-    With "loftq" (Li et al. 2023, equation 6, one step) B A starts as the best of rank r for what quantization lost.
+    With "loftq" (Li et al. 2023, algorithm 1) B A starts as the best of rank r for what quantization lost, and W is
+    quantized again without it `loftq_iter` - 1 times.
     """
 
     lora_bias: bool = False
     init_weights: Initial = True
+    loftq_iter: Rounds = 1
 
     peft: ClassVar[PeftFormat | None] = LowRank.peft_format(
         "LORA",
@@ -57,7 +58,8 @@ class Lora(LowRank):
     @classmethod
     def read_options(cls, options: dict[str, Any]) -> dict[str, Any]:
         """Initialisations that leave no trace in a trained adapter are as good as the first."""
-        kept = options.get("init_weights") in SPLITS
+        again = options.get("init_weights") == "loftq" and options.get("loftq_iter", 1) > 1
+        kept = again or options.get("init_weights") in SPLITS
         return options if kept else options | {"init_weights": True}
 
     def peft_options(self) -> dict[str, Any]:
@@ -70,9 +72,20 @@ class Lora(LowRank):
         """With "loftq"."""
         return self.init_weights == "loftq"
 
+    @property
+    def rounds(self) -> int:
+        """`loftq_iter`."""
+        return self.loftq_iter if self.makes_up else 1
+
+    def made_up(self, lost: Tensor) -> Tensor:
+        """Its best approximation of rank r, as A and B start."""
+        A, B = singular(lost, self.r, self.scale)
+        return self.scale * (B @ A)
+
     def in_peft(self, site: Site) -> bool:
-        """PEFT takes A and B out of linear layers' weights only."""
-        return super().in_peft(site) and (self.init_weights not in SPLITS or site.kind == "linear")
+        """PEFT takes A and B out of linear layers' weights only, and knows no bits that an adapter has changed."""
+        split = self.init_weights not in SPLITS or site.kind == "linear"
+        return super().in_peft(site) and split and self.rounds == 1
 
     def params(self, site: Site) -> dict[str, Param]:
         """A (r, in) Kaiming-uniform, B (out, r) zero, c (out,) zero; or what W is split into."""
@@ -89,7 +102,7 @@ class Lora(LowRank):
                 ),
             }
         if self.init_weights in (*SPLITS, "loftq"):
-            split = _Split(_triangular if self.init_weights == "olora" else _singular, r, self.scale)
+            split = Split(_triangular if self.init_weights == "olora" else singular, r, self.scale)
             found |= {"A": _starts(found["A"], split.A), "B": _starts(found["B"], split.B)}
         if self.init_weights in SPLITS:
             shapes = {"A0": (r, site.in_features), "B0": (site.out_features, r)}
@@ -110,6 +123,8 @@ class Lora(LowRank):
             return (
                 "init_weights",
             ), "several matrices in one weight start as true says: leave init_weights out"
+        if self.loftq_iter > 1 and not self.makes_up:
+            return NOT_AGAIN
         if self.init_weights == "orthogonal" and self.at(site).r % 2:
             return ("init_weights",), f"orthogonal needs an even rank, got {self.at(site).r}"
         return None
@@ -136,36 +151,6 @@ class Lora(LowRank):
     def bias(self, b: Tensor, *, c: Tensor, **_: Tensor) -> Tensor:
         """b + scale c, of shape (out,)."""
         return b + self.scale * c
-
-
-@dataclass
-class _Split:
-    """W taken apart once for all tensors of a site."""
-
-    split: Callable[[Tensor, int, float], tuple[Tensor, Tensor]]
-    r: int
-    scale: float
-    known: dict[bytes, tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-    def A(self, W: Tensor, _: Generator) -> Tensor:  # noqa: N802 (the paper's name)
-        return self._of(W)[0]
-
-    def B(self, W: Tensor, _: Generator) -> Tensor:  # noqa: N802
-        return self._of(W)[1]
-
-    def _of(self, W: Tensor) -> tuple[Tensor, Tensor]:
-        key = hashlib.sha256(W.contiguous().numpy()).digest()
-        if key not in self.known:
-            self.known = {key: self.split(W, self.r, self.scale)}
-        return self.known[key]
-
-
-def _singular(W: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
-    import torch
-
-    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-    root = (S[:r] / scale).sqrt()
-    return root.unsqueeze(1) * Vh[:r], U[:, :r] * root
 
 
 def _triangular(W: Tensor, r: int, _: float) -> tuple[Tensor, Tensor]:

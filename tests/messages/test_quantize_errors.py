@@ -154,6 +154,16 @@ def test_what_makes_up_for_nothing() -> None:
     assert "passes: [quantize, insert]" in words
 
 
+def test_what_is_made_up_for_twice_or_in_slices() -> None:
+    start = {"init_weights": "loftq"}
+    words = said(SpecError, quantize=[NF4], adapt=[{**LORA, **start}, {**LORA, **start, "name": "other"}])
+    assert (
+        "adapt.1: lora makes up for quantization of up.weight, which an earlier entry does already" in words
+    )
+    words = said(SpecError, quantize=[NF4], adapt=[{**LORA, "loftq_iter": 2}])
+    assert "adapt.0.loftq_iter: lora: only `init_weights: loftq` quantizes again" in words
+
+
 def test_bits_are_not_untied() -> None:
     words = said(
         SpecError,

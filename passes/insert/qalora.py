@@ -1,0 +1,104 @@
+"""QA-LoRA: low-rank adaptation of groups of inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from adaptc.low_rank import NOT_AGAIN, Rounds, Split, singular
+from adaptc.method import Dropout, Param, method
+from adaptc.ranked import Scaled
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from adaptc.sites import Site
+
+GroupSize = Annotated[
+    int, Field(ge=2, description="inputs that share a column of A, such as the block of a quantized weight")
+]
+Initial = Annotated[
+    Literal[True, "loftq"],
+    Field(description="true is Kaiming-uniform and zero; loftq makes up for what quantization lost of W"),
+]
+
+
+@method("qalora")
+@dataclass(frozen=True)
+class Qalora(Scaled):
+    """W' = W + (alpha / r) B (A ⊗ 1)        A (r, in / g)   B (out, r)   1 (1, g)
+
+    Xu et al. 2024, section 3.3 and algorithm 1: inputs are summed over groups of g, so that what is added shifts every
+    row of a group alike, as another zero of a quantized block does. A starts Kaiming-uniform, B at zero; with
+    `init_weights` "loftq" B A starts as the best of rank r for the means, over every group, of what quantization lost,
+    and W is quantized again without it `loftq_iter` - 1 times.
+    """
+
+    group_size: GroupSize = 32
+    dropout: Dropout = 0.0
+    init_weights: Initial = True
+    loftq_iter: Rounds = 1
+
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "experts"})
+    small: ClassVar[Mapping[str, object]] = {"r": 2, "group_size": 2}
+    fast: ClassVar[frozenset[str]] = frozenset({"B"})
+
+    @property
+    def makes_up(self) -> bool:
+        """With "loftq"."""
+        return self.init_weights == "loftq"
+
+    @property
+    def rounds(self) -> int:
+        """`loftq_iter`."""
+        return self.loftq_iter if self.makes_up else 1
+
+    @classmethod
+    def read_options(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """What has made up for quantization once is an adapter like any other when it is trained."""
+        return options if options.get("loftq_iter", 1) > 1 else options | {"init_weights": True}
+
+    def refuses(self, site: Site) -> tuple[tuple[str, ...], str] | None:
+        """Groups fit the inputs, and have at least as many columns as A has rows."""
+        inner, g = site.in_features, self.group_size
+        if inner % g:
+            return ("group_size",), f"must divide {inner} here, got {g}"
+        if self.at(site).r > inner // g:
+            return (
+                "r",
+            ), f"rank r must be at most {inner // g} here, the number of groups, got {self.at(site).r}"
+        if self.loftq_iter > 1 and not self.makes_up:
+            return NOT_AGAIN
+        if self.makes_up and site.batch is not None:
+            return ("init_weights",), "several matrices in one weight start as true says: leave it out"
+        return None
+
+    def params(self, site: Site) -> dict[str, Param]:
+        """A (r, in / g) Kaiming-uniform, B (out, r) zero; or what makes up for quantization."""
+        shapes = (self.r, site.in_features // self.group_size), (site.out_features, self.r)
+        if not self.makes_up:
+            return {
+                "A": Param(shapes[0], "kaiming-uniform", "qalora_A"),
+                "B": Param(shapes[1], "zeros", "qalora_B"),
+            }
+        split = Split(lambda lost, r, scale: singular(self._means(lost), r, scale), self.r, self.scale)
+        return {"A": Param(shapes[0], split.A, "qalora_A"), "B": Param(shapes[1], split.B, "qalora_B")}
+
+    def made_up(self, lost: Tensor) -> Tensor:
+        """The best approximation of rank r of its groups' means."""
+        A, B = singular(self._means(lost), self.r, self.scale)
+        return self.scale * (B @ self._spread(A))
+
+    def weight(self, W: Tensor, *, A: Tensor, B: Tensor) -> Tensor:
+        """W + scale B (A ⊗ 1), of shape (out, in)."""
+        return W + self.scale * (B @ self._spread(A))
+
+    def _means(self, W: Tensor) -> Tensor:
+        return W.unflatten(1, (-1, self.group_size)).mean(-1)
+
+    def _spread(self, A: Tensor) -> Tensor:
+        """Every column g times: few numbers are copied, and x is multiplied by r rows as in LoRA."""
+        return A.unsqueeze(-1).expand(-1, -1, self.group_size).reshape(A.shape[0], -1)
