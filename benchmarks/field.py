@@ -50,6 +50,7 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "parallel": {"target": {"role": "feed_forward.out"}, "r": 32, "scale": 4.0},
     "prefix": {"num_virtual_tokens": 10},
     "prompt": {"num_virtual_tokens": 10, "init": "SAMPLE_VOCAB"},
+    "qalora": {**LAYERS, "r": 8, "alpha": 16, "group_size": 32},
     "randlora": {**LAYERS, "r": 16, "alpha": 320},
     "road": {**LAYERS, "group_size": 32},
     "shira": {**LAYERS, "r": 8},
