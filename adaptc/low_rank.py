@@ -140,3 +140,20 @@ def singular(W: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     root = (S[:r] / scale).sqrt()
     return root.unsqueeze(1) * Vh[:r], U[:, :r] * root
+
+
+class MakesUp:
+    """A method that may start by making up for quantization: its `init_weights` "loftq", and `loftq_iter`."""
+
+    init_weights: Any
+    loftq_iter: int
+
+    @property
+    def makes_up(self) -> bool:
+        """With "loftq"."""
+        return self.init_weights == "loftq"
+
+    @property
+    def rounds(self) -> int:
+        """`loftq_iter`, where it makes up for anything."""
+        return self.loftq_iter if self.makes_up else 1

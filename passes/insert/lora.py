@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from adaptc.low_rank import NOT_AGAIN, LowRank, Rounds, Split, singular
+from adaptc.low_rank import NOT_AGAIN, LowRank, MakesUp, Rounds, Split, singular
 from adaptc.method import Param, method
 from adaptc.peft_format import PeftFormat
 
@@ -30,7 +30,7 @@ Initial = Annotated[
 
 @method("lora")
 @dataclass(frozen=True)
-class Lora(LowRank):
+class Lora(MakesUp, LowRank):
     """W' = W + (alpha / r) B A,  b' = b + (alpha / r) c  with `lora_bias`     A (r, in)   B (out, r)   c (out,)
 
     Hu et al. 2021, section 4.1. A starts Kaiming-uniform, B and c at zero, as in PEFT. With `init_weights` "pissa"
@@ -66,16 +66,6 @@ class Lora(LowRank):
         """What has made up for quantization at the start is an adapter like any other when it is trained."""
         found = super().peft_options()
         return found | ({"init_weights": True} if self.makes_up else {})
-
-    @property
-    def makes_up(self) -> bool:
-        """With "loftq"."""
-        return self.init_weights == "loftq"
-
-    @property
-    def rounds(self) -> int:
-        """`loftq_iter`."""
-        return self.loftq_iter if self.makes_up else 1
 
     def made_up(self, lost: Tensor) -> Tensor:
         """Its best approximation of rank r, as A and B start."""

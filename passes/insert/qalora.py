@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from adaptc.low_rank import NOT_AGAIN, Rounds, Split, singular
+from adaptc.low_rank import NOT_AGAIN, MakesUp, Rounds, Split, singular
 from adaptc.method import Dropout, Param, method
 from adaptc.ranked import Scaled
 
@@ -28,7 +28,7 @@ Initial = Annotated[
 
 @method("qalora")
 @dataclass(frozen=True)
-class Qalora(Scaled):
+class Qalora(MakesUp, Scaled):
     """W' = W + (alpha / r) B (A ⊗ 1)        A (r, in / g)   B (out, r)   1 (1, g)
 
     Xu et al. 2024, section 3.3 and algorithm 1: inputs are summed over groups of g, so that what is added shifts every
@@ -45,16 +45,6 @@ class Qalora(Scaled):
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "experts"})
     small: ClassVar[Mapping[str, object]] = {"r": 2, "group_size": 2}
     fast: ClassVar[frozenset[str]] = frozenset({"B"})
-
-    @property
-    def makes_up(self) -> bool:
-        """With "loftq"."""
-        return self.init_weights == "loftq"
-
-    @property
-    def rounds(self) -> int:
-        """`loftq_iter`."""
-        return self.loftq_iter if self.makes_up else 1
 
     @classmethod
     def read_options(cls, options: dict[str, Any]) -> dict[str, Any]:
