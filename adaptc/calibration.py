@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from adaptc.graph import Graph
 
 Batch = Mapping[str, torch.Tensor]
+IGNORED = -100
+"""A label that torch's losses leave out."""
 
 
 class Information:
@@ -87,6 +89,8 @@ def read_rows(path: Path, inputs: Sequence[InputSpec]) -> list[Batch]:
     Raises:
         InputError: there is no such file, or it holds something else.
     """
+    if path.is_dir():
+        raise InputError(f"{path}: a directory; expected a .jsonl or a .safetensors file")
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     if path.suffix == ".safetensors":
@@ -104,10 +108,16 @@ def _row(path: Path, number: int, line: str, inputs: Sequence[InputSpec]) -> Bat
         raise InputError(f"{path}:{number}: not JSON ({error})") from None
     if not isinstance(row, dict):
         raise InputError(f"{path}:{number}: expected an object of inputs, got {type(row).__name__}")
-    try:
-        tensors = {name: torch.tensor(value) for name, value in row.items()}
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path}:{number}: expected numbers and lists of them: {error}") from None
+    tensors = {}
+    for name, value in row.items():
+        try:
+            tensors[name] = torch.tensor(value)
+        except (TypeError, ValueError, RuntimeError):
+            known = ", ".join(str(spec.name) for spec in inputs)
+            raise InputError(
+                f"{path}:{number}: {name}: expected numbers and lists of them, got {json.dumps(value)[:40]}; "
+                f"the inputs are {known}"
+            ) from None
     batched = {spec.name for spec in inputs if _batch_of(spec) is not None}
     return {name: value.unsqueeze(0) if name in batched else value for name, value in tensors.items()}
 
@@ -129,10 +139,15 @@ def _checked(batch: Batch, inputs: Sequence[InputSpec], first: int) -> Batch:
             if size != known:
                 words = f"{size} along {dim}, where another input of the row has {known}"
                 raise InputError(f"row {first}: {spec.name} has {words}")
-        outside = spec.high is not None and value.numel() > 0 and int(value.max()) >= spec.high
-        if outside:
-            words = f"holds {int(value.max())}, but the model knows 0 to {int(spec.high or 0) - 1}"
-            raise InputError(f"row {first}: {spec.name} {words}")
+        if not value.numel():
+            raise InputError(f"row {first}: {spec.name} holds nothing")
+        if spec.dtype.startswith("int") and value.is_floating_point():
+            raise InputError(f"row {first}: {spec.name} holds {value.flatten()[0]:g}, expected whole numbers")
+        if spec.high is not None:
+            wrong = value[(value >= spec.high) | ((value < 0) & (value != IGNORED))]
+            if wrong.numel():
+                words = f"holds {int(wrong.flatten()[0])}, but the model knows 0 to {spec.high - 1}"
+                raise InputError(f"row {first}: {spec.name} {words}")
         found[spec.name] = value.to(getattr(torch, spec.dtype))
     return found
 

@@ -160,11 +160,14 @@ class Compiled:
         self._folded = None
         return final
 
-    def quantization_errors(self, adapters: str = "live") -> QuantizationErrors | None:
+    def quantization_errors(
+        self, adapters: str = "live", rounding: Graph | None = None
+    ) -> QuantizationErrors | None:
         """What quantization costs, against the float model with the same adapters; None where nothing is quantized.
 
         Args:
             adapters: of the model as it is `live`, or `folded` by the spec's own passes.
+            rounding: the same with activations rounded as a program does, if one does.
         """
         candidate = self.graph
         if adapters == "folded" and self.plan.closing[1:]:
@@ -173,7 +176,7 @@ class Compiled:
             candidate = self._quantized or candidate
         if not candidate.quantized or adapters == "none":
             return None
-        self.errors = measure(float_graph(self), candidate, self.spec.seed)
+        self.errors = measure(float_graph(self), candidate, self.spec.seed, rounding)
         return self.errors
 
     def _prove_fold(self, folded: Graph) -> None:

@@ -64,7 +64,9 @@ def compile(
     records: list[PassRecord] = []
     plan = make_plan(loaded, graph, after, weighed=True)
     records += plan.records
+    said = len(base.notes)
     _ = base.bound  # a broken checkpoint is found before anything is written
+    plan.notes += base.notes[said:]
     compiled = Compiled(loaded, plan, graph, records, after)
     if base.real and base.model is not None:
         compiled.proofs.append(_prove_trace(graph, base.model))

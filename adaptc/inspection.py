@@ -38,7 +38,11 @@ def inspect(path: Path) -> list[dict[str, Any]]:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         files = sorted(path.glob("*.safetensors"))
         tensors = {name: weight for file in files for name, weight in read_safetensors(file).items()}
-        return _rows({"model": path, "class": config.get("architectures"), "tensors": _tensors(tensors)})
+        about = config.get("quantization_config")
+        bits = {"quantized": _quantized(about)} if isinstance(about, dict) else {}
+        return _rows(
+            {"model": path, "class": config.get("architectures"), "tensors": _tensors(tensors), **bits}
+        )
     raise _nothing(path)
 
 
@@ -153,6 +157,12 @@ def _product(manifest: Mapping[str, Any], path: Path) -> dict[str, Any]:
     methods = sorted({method for site in manifest["sites"] for method in site["methods"]})
     shown["sites"] = f"{len(manifest['sites'])} ({', '.join(methods)})"
     return shown | {"versions": ", ".join(f"{k} {v}" for k, v in manifest["versions"].items())}
+
+
+def _quantized(about: Mapping[str, Any]) -> str:
+    """What a configuration says of the library that quantized its checkpoint, and how."""
+    said = {key: value for key, value in about.items() if isinstance(value, (bool, int, str)) and value}
+    return ", ".join(f"{key} {value}" for key, value in sorted(said.items()) if not key.startswith("_"))
 
 
 def _tensors(tensors: Mapping[str, Any]) -> str:

@@ -23,6 +23,8 @@ BlockSize = Annotated[
 Symmetric = Annotated[bool, Field(description="zero is the middle code; else each block has its own")]
 Bits = Annotated[Literal[2, 4, 8], Field(description="of a code")]
 Clip = Annotated[bool, Field(description="search each block's range for the least squared error")]
+SMALLEST = 16
+"""The smallest block that kernels take."""
 SHRUNK = tuple(1 - step / 40 for step in range(1, 21))
 """Parts of a block's range that the search tries besides all of it."""
 
@@ -54,13 +56,15 @@ class IntegerBlocks(Scheme):
     def refuses(self, rows: int, columns: int) -> tuple[tuple[str, ...], str] | None:
         """Block sizes that no kernel takes."""
         b = self.block_size
-        if b is not None and (b < 16 or b & (b - 1)):
+        if b is not None and (b < SMALLEST or b & (b - 1)):
             return ("block_size",), f"expected a power of two from 16 on, got {b}"
         return None
 
     def block(self, columns: int) -> int:
-        """Columns of a block: `block_size`, or the whole row, filled up to whole bytes."""
-        return self.block_size or -(-columns * self.bits // 8) * 8 // self.bits
+        """Columns of a block: `block_size`, or less for a narrower row; without one the row, filled to whole bytes."""
+        if self.block_size is None:
+            return -(-columns * self.bits // 8) * 8 // self.bits
+        return min(self.block_size, max(SMALLEST, 1 << (columns - 1).bit_length()))
 
     def blocks(self, columns: int) -> int:
         """Blocks of a row."""

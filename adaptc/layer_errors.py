@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -54,6 +54,7 @@ class QuantizationErrors:
     Attributes:
         layers: the worst first.
         outputs: of each output of the model ‖ŷ - y‖ / ‖y‖.
+        rounded: the same in a program that rounds activations too; empty for one that does not.
         inputs: what was measured on.
         share: bytes of the quantized weights over what they take in float32.
     """
@@ -62,13 +63,16 @@ class QuantizationErrors:
     outputs: Mapping[str, float]
     inputs: str
     share: float
+    rounded: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
         return asdict(self)
 
 
-def measure(reference: Graph, candidate: Graph, seed: int = 0) -> QuantizationErrors | None:
+def measure(
+    reference: Graph, candidate: Graph, seed: int = 0, rounding: Graph | None = None
+) -> QuantizationErrors | None:
     """Hold a quantized model against the float one, on the calibration rows or, if there are none, on random inputs.
 
     None where nothing costs anything: what the base has in bits is what it is.
@@ -77,11 +81,12 @@ def measure(reference: Graph, candidate: Graph, seed: int = 0) -> QuantizationEr
         reference: the float model with its adapters in place, not factored.
         candidate: the quantized one, not factored.
         seed: of random inputs.
+        rounding: the quantized one with activations rounded as a program does, if one does.
     """
     rows = rows_of(reference, seed)
     what = f"{len(rows)} calibration rows" if reference.rows else "random inputs"
     known = [q for q in candidate.quantized.values() if q.quantization.kept is None]
-    if not known:
+    if not known and rounding is None:
         return None
     inputs = LayerInputs(reference, [q.site for q in known], rows, TOKENS)
     layers = [_layer(reference, candidate, q, inputs) for q in known]
@@ -89,7 +94,8 @@ def measure(reference: Graph, candidate: Graph, seed: int = 0) -> QuantizationEr
     numbers = sum(q.quantization.size[0] * q.quantization.size[1] for q in known)
     share = stored_bytes(known) / max(1, 4 * numbers)
     worst = sorted(layers, key=lambda layer: -layer.error)
-    return QuantizationErrors(tuple(worst), outputs, what, share)
+    rounded = output_errors(reference, rounding, rows) if rounding is not None else {}
+    return QuantizationErrors(tuple(worst), outputs, what, share, rounded)
 
 
 def _layer(reference: Graph, candidate: Graph, q: Quantized, inputs: LayerInputs) -> LayerError:
@@ -113,13 +119,17 @@ def rows_of(graph: Graph, seed: int = 0) -> list[Any]:
 
 
 def output_errors(reference: Graph, candidate: Graph, rows: Sequence[Any]) -> dict[str, float]:
-    """Of each output of a model ‖ŷ - y‖ / ‖y‖ over all rows that it takes."""
+    """Of each output that a candidate has ‖ŷ - y‖ / ‖y‖ over all rows that it takes."""
     error: dict[str, float] = {}
     scale: dict[str, float] = {}
-    for want, got in zip(Streamed(reference)(rows), Streamed(candidate)(rows), strict=True):
+    taken = {spec.name for spec in candidate.inputs}
+    given = [{name: value for name, value in row.items() if name in taken} for row in rows]
+    for want, got in zip(Streamed(reference)(rows), Streamed(candidate)(given), strict=True):
         if isinstance(want, Exception) or isinstance(got, Exception):
             continue  # the model itself does not take this size
-        for name, a, b in zip(reference.tensors, want, got, strict=True):
+        known = dict(zip(reference.tensors, want, strict=True))
+        for name, b in zip(candidate.tensors, got, strict=True):
+            a = known[name].to(b.dtype)
             finite = torch.isfinite(a) & torch.isfinite(b)
             if a.is_floating_point():
                 error[name] = error.get(name, 0.0) + float((a - b)[finite].double().square().sum())

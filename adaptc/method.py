@@ -157,9 +157,14 @@ class Method:
         return {k: p if p.unpack else dataclasses.replace(p, shape=batch + p.shape) for k, p in found.items()}
 
     @classmethod
+    def trained_options(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """Options of a trained adapter, without what only its start depended on."""
+        return options
+
+    @classmethod
     def read_options(cls, options: dict[str, Any]) -> dict[str, Any]:
         """Options as PEFT's configuration has them, in the values that the method takes."""
-        return options
+        return cls.trained_options(options)
 
     def peft_options(self) -> dict[str, Any]:
         """Options in the values that PEFT's configuration has: the inverse of `read_options`."""

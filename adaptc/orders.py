@@ -59,6 +59,10 @@ def pipeline_of(spec: Spec, inserts: Sequence[Pass], quantizes: Sequence[Quantiz
                 f"known: insert, quantize, {', '.join(known)}",
             )
         passes.append(_made(spec, index, known[name], name, options))
+    if "quantize" in spec.passes and not quantizes:
+        at = spec.passes.index("quantize")
+        words = "`quantize` stands for what is stored in few bits, and nothing is"
+        raise spec.error(("passes", at), words, "name it: `quantize: [{method: ..., target: ...}]`")
     for word, items in (("insert", inserts), ("quantize", quantizes)):
         if items and not set(map(id, items)) <= set(map(id, passes)):
             section = "adapt" if word == "insert" else word
@@ -141,6 +145,8 @@ def folds_into_bits(adapted: Graph) -> Refusal | None:
         known = adapted.quantized.get(adaptation.site.parameter)
         if known is not None and not adaptation.stays:
             words = f"{adaptation.site.module} is stored as {known.scheme.name}, and folding rounds it again: say how"
+            if known.scheme.calibrated:
+                words += ", and name rows to quantize by: `calibration: rows.jsonl`"
             orders = OF_BASE if known.entry is None else ORDERS
             return Refusal("\n".join([words, *(f"  {order:42}  {what}" for order, what in orders.items())]))
     return None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from adaptc.errors import WeightError
 from adaptc.registered import register
 from adaptc.scheme import Scheme
 from adaptc.weights import Weight
@@ -23,16 +25,64 @@ class Bits:
         rows: outputs of the layer.
         columns: its inputs.
         parts: argument of the scheme's `dequantize` -> reads the tensor.
+        name: whose it is, for messages.
     """
 
     scheme: Scheme
     rows: int
     columns: int
     parts: Mapping[str, Callable[[], Tensor]]
+    name: str
+
+    def read(self, key: str) -> Tensor:
+        """One of its tensors.
+
+        Raises:
+            WeightError: it holds NaN or infinity.
+        """
+        found = self.parts[key]()
+        if found.is_floating_point() and not found.isfinite().all():
+            raise WeightError(
+                f"{self.name}: its {key} hold NaN or infinity, so that the layer computes nothing\n"
+                "  mend the checkpoint"
+            )
+        return found
 
     def beside(self, key: str, read: Callable[[], Tensor]) -> Bits:
         """The same with one more tensor."""
         return replace(self, parts={**self.parts, key: read})
+
+
+def needed(tensors: Mapping[str, Weight], key: str, shape: tuple[int, ...] | None = None) -> Weight:
+    """One of the tensors that a quantized matrix is stored in, of as many numbers as a shape has.
+
+    Raises:
+        WeightError: it is missing, or of another size.
+    """
+    found = tensors.get(key)
+    if found is None:
+        raise WeightError(f"{key} is missing: the checkpoint is not whole, copy or download it again")
+    if shape is not None and math.prod(found.shape) != math.prod(shape):
+        raise WeightError(
+            f"{key} has shape {list(found.shape)}, expected {list(shape)}; the file and config.json's "
+            "quantization_config do not belong together"
+        )
+    return found
+
+
+def number(about: Mapping[str, Any], key: str, otherwise: int | None = None) -> int:
+    """A whole number of a checkpoint's `quantization_config`.
+
+    Raises:
+        WeightError: it is missing, or something else.
+    """
+    found = about.get(key, otherwise)
+    try:
+        return int(str(found))
+    except ValueError:
+        raise WeightError(
+            f"config.json: quantization_config.{key}: expected a whole number, got {found!r}"
+        ) from None
 
 
 Reader = Callable[[Mapping[str, Any], str, Mapping[str, Weight]], "Bits | None"]
@@ -81,6 +131,6 @@ class Packed(Weight):
     def exact(self) -> Tensor:
         """What the bits stand for, float32."""
         scheme, rows, columns = self.bits.scheme, self.bits.rows, self.bits.columns
-        held = {**scheme.constants(), **{key: read() for key, read in self.bits.parts.items()}}
+        held = {**scheme.constants(), **{key: self.bits.read(key) for key in self.bits.parts}}
         W = scheme.unpack(rows, columns, held)
         return W.t().contiguous() if self.flipped else W

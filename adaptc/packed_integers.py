@@ -3,29 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from adaptc.errors import WeightError
 from adaptc.integer_blocks import IntegerBlocks, pack
-from adaptc.packed import Bits
+from adaptc.packed import Bits, needed, number
 from adaptc.weights import Weight
 
-if TYPE_CHECKING:
-    from torch import Tensor
 
-
-def words_of(tensors: Mapping[str, Weight], module: str, key: str) -> Weight:
-    """One of a module's tensors.
+def words_of(tensors: Mapping[str, Weight], module: str) -> tuple[Weight, Weight, Weight] | None:
+    """`qweight`, `qzeros` and `scales` of a module; None where it has neither.
 
     Raises:
-        WeightError: it is not there, or integers are not in words of 32 bits.
+        WeightError: one of them is not there, or integers are not in words of 32 bits.
     """
-    found = tensors.get(f"{module}.{key}")
-    if found is None:
-        raise WeightError(f"{module}.{key} is missing, without which {module}.qweight means nothing")
-    if not found.dtype.is_floating_point and found.dtype.itemsize != 4:
-        raise WeightError(f"{module}.{key} is {found.dtype}; expected words of 32 bits")
-    return found
+    keys = [f"{module}.{name}" for name in ("qweight", "qzeros", "scales")]
+    if not any(key in tensors for key in keys):
+        return None
+    qweight, qzeros, scales = (needed(tensors, key) for key in keys)
+    for key, weight in zip(keys, (qweight, qzeros), strict=False):
+        if weight.dtype != torch.int32 or len(weight.shape) != 2:
+            raise WeightError(
+                f"{key} is {weight.dtype} {list(weight.shape)}; expected a matrix of int32, words of 32 bits"
+            )
+    return qweight, qzeros, scales
+
+
+def group_of(about: Mapping[str, Any]) -> int | None:
+    """Inputs that share a scale: `group_size`; None for all of them, which is written -1.
+
+    Raises:
+        WeightError: it is neither.
+    """
+    group = number(about, "group_size", 128)
+    if group < 1 and group != -1:
+        raise WeightError(
+            f"config.json: quantization_config.group_size: expected -1 or more than 0, got {group}"
+        )
+    return None if group == -1 else group
 
 
 def integer_bits(
@@ -34,7 +52,7 @@ def integer_bits(
     columns: int,
     codes: Callable[[], Tensor],
     zeros: Callable[[], Tensor],
-    scales: Callable[[], Tensor],
+    scales: Weight,
     module: str,
 ) -> Bits:
     """Bits of integers in blocks, packed as `scheme` has them when they are asked for.
@@ -45,10 +63,18 @@ def integer_bits(
         columns: its inputs.
         codes: gives them, one a byte: `(rows, columns)`.
         zeros: gives one a block: `(rows, blocks)`.
-        scales: gives one a block, floats: `(rows, blocks)`.
+        scales: one a block, floats: `(blocks, rows)`.
         module: whose they are, for messages.
+
+    Raises:
+        WeightError: there are not as many scales.
     """
     n = scheme.blocks(columns)
+    if tuple(scales.shape) != (n, rows):
+        raise WeightError(
+            f"{module}.scales has shape {list(scales.shape)}, expected {[n, rows]} for blocks of "
+            f"{scheme.block_size or columns}: quantization_config.group_size is another checkpoint's"
+        )
 
     def blocks() -> Tensor:
         from torch.nn.functional import pad
@@ -60,11 +86,12 @@ def integer_bits(
         middle = 2 ** (scheme.bits - 1)
         if scheme.symmetric and not (zeros() == middle).all():
             raise WeightError(
-                f"{module}.qzeros: the checkpoint calls its codes symmetric, but its zeros are not all {middle}"
+                f"{module}.qzeros: the checkpoint calls its codes symmetric, but its zeros are not all {middle}\n"
+                "  set quantization_config in config.json right: its `sym` or `zero_point`, or its `checkpoint_format`"
             )
-        return scales().float().contiguous()
+        return scales.load().t().float().contiguous()
 
     parts = {"codes": blocks, "scales": ranges}
     if not scheme.symmetric:
         parts["zeros"] = lambda: pack(zeros(), scheme.bits)
-    return Bits(scheme, rows, columns, parts)
+    return Bits(scheme, rows, columns, parts, module)

@@ -121,7 +121,7 @@ def named_modules(checkpoint: Checkpoint) -> list[str]:
 
 def _differing(method: type[Method], options: Mapping[str, Any], record: AdapterRecord) -> str:
     """The first option that the module was compiled with another value of; "" if there is none."""
-    known = method.read_options(dict(record.options))
+    known = method.trained_options(dict(record.options))
     for key, value in options.items():
         plain = list(value) if isinstance(value, tuple) else value
         per_layer = method.peft is not None and key in method.peft.modules
@@ -137,7 +137,7 @@ def _own(checkpoint: Checkpoint) -> Declared:
         raise WeightError(
             f"{checkpoint.path}: method {config['adaptc_method']!r} is not installed; install the package that has it"
         )
-    options = _checked(checkpoint, cls, cls.read_options(dict(config.get("adaptc_options") or {})))
+    options = _checked(checkpoint, cls, cls.trained_options(dict(config.get("adaptc_options") or {})))
     target = config.get("target_modules")
     if not isinstance(target, list) or not target:
         raise WeightError(f"{checkpoint.path / CONFIG}: its configuration names no target_modules")

@@ -112,6 +112,8 @@ def make_plan(spec: Spec, graph: Graph, after: Any = None, weighed: bool = False
     match_checkpoints(spec, graph, entries)
     chosen = []
     if spec.budget is not None:
+        if not spec.quantize:
+            raise spec.error(("budget",), "chooses the bits of what `quantize` names, and that is nothing")
         if weighed:
             asked, quantized = quantized, weighed_within(spec, graph, quantized, spec.budget)
             chosen.append(suggestion(spec.budget, asked, quantized))
@@ -147,6 +149,12 @@ def make_plan(spec: Spec, graph: Graph, after: Any = None, weighed: bool = False
     refusals = fold.requires(adapted) if adapted.stage in fold.takes else []
     refusals = refusals or ([folds_into_bits(adapted)] if not closing and folds_into_bits(adapted) else [])
     notes += [f"cannot be folded: {refusal}" for refusal in refusals]
+    if any(isinstance(item, Quantize) for item in closing):
+        notes += [
+            f"emit.{index}: what is trained keeps its weights as they are: `quantize` stands behind `fold`"
+            for index, entry in enumerate(spec.emit)
+            if entry.format == "torch"
+        ]
     stays = adapted.staying
     if stays:
         notes.append(f"{stays} stays when the rest is folded, and is paid for in every product")

@@ -54,7 +54,7 @@ class Quantization:
             WeightError: the weight holds NaN or infinity.
         """
         if self.kept is not None:
-            return {name: read() for name, read in self.kept.parts.items()}
+            return {name: self.kept.read(name) for name in self.kept.parts}
         W = self.matrix()
         if not torch.isfinite(W).all():
             raise WeightError(
@@ -63,6 +63,11 @@ class Quantization:
             )
         rows, columns = W.shape
         given = self.inputs() if self.inputs else None
+        if given is not None and not torch.isfinite(given).all():
+            raise WeightError(
+                f"{self.site.name} is given NaN or infinity on the calibration rows\n"
+                "  a weight before it is broken: mend the checkpoint, or leave the layer out with `exclude`"
+            )
         found = self.scheme.quantize(W, given)
         for _ in range(self.rounds - 1):
             assert self.made_up is not None
@@ -192,8 +197,8 @@ def dtype_of(kept: Kept) -> torch.dtype:
 
 def part(quantization: Quantization, name: str, kept: Kept) -> Part:
     """One of a matrix's tensors as a weight; those of the base are read from its files whenever they are asked for."""
-    make = quantization.kept.parts[name] if quantization.kept else lambda: quantization.tensors[name]
-    return Part(kept.shape, dtype_of(kept), make)
+    bits = quantization.kept
+    return Part(kept.shape, dtype_of(kept), lambda: bits.read(name) if bits else quantization.tensors[name])
 
 
 def bytes_of(scheme: Scheme, rows: int, columns: int) -> int:

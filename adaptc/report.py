@@ -109,6 +109,10 @@ class Report:
         Console(highlight=False).print(table)
 
 
+def _shown(errors: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {error:.3g}" for name, error in errors.items())
+
+
 def _share(cost: Budget) -> str:
     """What is left of the adapters' operations when they are folded."""
     if not cost.folded_flops:
@@ -144,8 +148,11 @@ class Products:
 
     def measured(self, errors: QuantizationErrors) -> None:
         """What quantization costs: the model, and its worst layers."""
-        outputs = ", ".join(f"{name} {error:.3g}" for name, error in errors.outputs.items())
+        outputs = _shown(errors.outputs)
+        if errors.rounded:
+            outputs += f"; with activations in 8 bits, as this program has them: {_shown(errors.rounded)}"
         said = f"quantized {len(errors.layers)} weights to {errors.share:.3f} of float32's bytes"
+        said = said if errors.layers else "what the base has in bits has them still"
         self.console.print(f"{said}; relative error on {errors.inputs}: {outputs}", markup=False)
         for layer in errors.layers[:WORST]:
             what = f"{layer.bits:.2f} bits, weight {layer.weight:.3g}, output {layer.error:.3g}"

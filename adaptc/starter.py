@@ -35,6 +35,10 @@ EMIT_FOLDED = """\
   - {format: onnx, path: build/model.onnx}           # folded: no adapter left to pay for
   # - {format: onnx, path: build/live.onnx, adapters: live}
   # - {format: torch, path: build/trainable}         # to train on"""
+EMIT_LIVE = """\
+  - {format: onnx, path: build/model.onnx, adapters: live}   # the base stays in its bits, the adapter beside them
+  # passes: [insert, fold, quantize] folds it in and quantizes again; [insert, fold] leaves floats
+  # - {format: torch, path: build/trainable}         # to train on"""
 HEADS = {
     "WhisperForConditionalGeneration": "speech-seq2seq",
     "ForCausalLM": "causal-lm",
@@ -76,7 +80,7 @@ def starter_spec(model: Path, adapter: Path | None, folder: Path) -> str:
         task=task,
         adapt=adapt,
         config=override,
-        emit=EMIT_TRAIN if adapter is None else EMIT_FOLDED,
+        emit=EMIT_TRAIN if adapter is None else EMIT_LIVE if "quantization_config" in config else EMIT_FOLDED,
     )
 
 

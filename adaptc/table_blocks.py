@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -187,9 +188,14 @@ def dynamic_table() -> Tensor:
 @cache
 def _kernel() -> Any:
     """bitsandbytes' operation, if it is installed."""
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # on loading it regrets kernels that nobody asked for
     try:
         import bitsandbytes  # noqa: F401 (registers the operation)
         import torch
     except ImportError:
         return None
+    finally:
+        logger.setLevel(level)
     return torch.ops.bitsandbytes.dequantize_4bit.default

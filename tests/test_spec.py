@@ -101,7 +101,7 @@ def test_an_entry_builds_its_method() -> None:
     assert type(built) is load_methods()["lora"]
     assert entry.options() == {
         "r": 4, "alpha": 16.0, "dropout": 0.0, "rslora": False, "rank_pattern": {"q": 2}, "alpha_pattern": {},
-        "biases": "none", "lora_bias": False, "init_weights": True,
+        "biases": "none", "lora_bias": False, "init_weights": True, "loftq_iter": 1,
     }  # fmt: skip
     assert built == load_methods()["lora"](**entry.options())
 

@@ -96,7 +96,7 @@ def _config(group: Sequence[AdapterRecord], base: Mapping[str, str]) -> dict[str
             "adaptc_options": dict(host.options),
             "target_modules": list(host.patterns),
         }
-    config |= {"peft_type": host.format.type, **host.format.fixed, **host.sizes}
+    config |= {"peft_type": host.format.type, **_written(host.format.fixed), **host.sizes}
     if host.format.bare:
         config["task_type"] = TASKS.get(base.get("task", ""))
     else:
@@ -120,6 +120,11 @@ def _config(group: Sequence[AdapterRecord], base: Mapping[str, str]) -> dict[str
         if whole:
             config.setdefault(record.format.joins, []).extend(whole)
     return config
+
+
+def _written(fixed: Mapping[str, object]) -> dict[str, object]:
+    """What is fixed, but for what PEFT does not know and is false anyway."""
+    return {key: value for key, value in fixed.items() if value or not key.startswith("adaptc_")}
 
 
 def _only_bias(record: AdapterRecord, module: str) -> bool:

@@ -71,7 +71,7 @@ def emit_all(
             if observe and compiled.errors is not None and compiled.errors is not before:
                 observe.measured(compiled.errors)
             for proof in compiled.proofs:
-                if observe and proof not in known:
+                if observe and not any(proof is other for other in known):
                     observe.proved(proof)
     return paths
 
@@ -85,7 +85,8 @@ def emit_one(compiled: Compiled, entry: Mapping[str, Any]) -> None:
 
 
 def _torch(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> None:
-    compiled.check_gradients()
+    if compiled.graph.adapter_names:
+        compiled.check_gradients()
     directory = staging.path(final)
     module = compiled.module
     compiled.reset()
@@ -155,7 +156,8 @@ def _onnx(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> None
         proof, reference = _prove_rounded(compiled, name, twin[0], path, entry, reference, program)
     else:
         proof = compiled.prove(name, graph, reference, program)
-    product |= _proved(compiled, proof, reference) | _errors(compiled, entry.adapters)
+    rounding = with_rounding(twin[0]) if twin else None
+    product |= _proved(compiled, proof, reference) | _errors(compiled, entry.adapters, rounding)
     files = [path]
     if beside.exists():
         files.append(beside.replace(staging.path(final.with_name(beside.name))))
@@ -183,7 +185,8 @@ def _prove_rounded(
     rounding = Streamed(with_rounding(evaluated), wide=True)
     cost = prove("", evaluated.inputs, reference, rounding, float("inf"), compiled.spec.seed).relative
     allowed = max(2 * cost, tolerance(evaluated))
-    return compiled.prove(f"{name}, activations in 8 bits", evaluated, rounding, program, allowed), rounding
+    words = f"{name}, against torch that rounds activations to 8 bits too"
+    return compiled.prove(words, evaluated, rounding, program, allowed), rounding
 
 
 @dataclass(frozen=True)
@@ -248,9 +251,9 @@ def _proved(compiled: Compiled, proof: Proof, reference: Runner) -> dict[str, An
     return {"proof": asdict(proof), "reference": kept}
 
 
-def _errors(compiled: Compiled, adapters: str) -> dict[str, Any]:
+def _errors(compiled: Compiled, adapters: str, rounding: Graph | None = None) -> dict[str, Any]:
     """What quantization costs a product, where anything is quantized."""
-    errors = compiled.quantization_errors(adapters)
+    errors = compiled.quantization_errors(adapters, rounding)
     return {"quantization": errors.to_json()} if errors else {}
 
 

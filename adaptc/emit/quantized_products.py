@@ -23,6 +23,8 @@ onnx = quantized_symbols.onnx
 aten = torch.ops.aten
 RUNTIME_BLOCK = 128
 """Columns that share a scale where a whole row does, for operations that want blocks: the largest that fit."""
+LARGEST_BLOCK = 256
+"""Of MatMulBnb4; with larger ones the weight is made in the program."""
 ROUNDED, FLOAT = 4, 0
 """`accuracy_level` of MatMulNBits: activations rounded to 8 bits in blocks, or as they are."""
 
@@ -93,19 +95,19 @@ class _Lowering:
         args: Any = self.node.args
         ids, tensors, text, rows, columns, dtype = args
         scheme, held = scheme_of(text), named(tensors, text, rows, columns)
-        block = scheme.block_size if isinstance(scheme, IntegerBlocks) and scheme.bits > 2 else None
-        if (
-            isinstance(scheme, IntegerBlocks)
-            and block
-            and self.runtime == "onnxruntime"
-            and not columns % block
-        ):
+        if isinstance(scheme, IntegerBlocks) and self._gathered(scheme, columns):
+            block = scheme.block(columns)
             flat = self.call(aten.reshape.default, held["codes"], [rows, -1])
             parts = (flat, held["scales"], held.get("zeros"), scheme.bits, block)
             found = self.call(onnx.gather_blocks.default, ids, *parts)
         else:
             found = self._traced(lambda ids, **t: scheme.lookup(rows, columns, t, ids), {"ids": ids, **held})
         return self._as(found, dtype)
+
+    def _gathered(self, scheme: IntegerBlocks, columns: int) -> bool:
+        """Whether ONNX Runtime looks up by the bits themselves."""
+        known = self.runtime == "onnxruntime" and scheme.bits > 2 and scheme.block_size is not None
+        return known and columns % scheme.block(columns) == 0
 
     def _as(self, value: fx.Node, dtype: torch.dtype) -> fx.Node:
         """What is float32, in another dtype."""
@@ -126,7 +128,7 @@ class _Lowering:
         self, x: fx.Node, held: dict[str, Any], scheme: TableBlocks, rows: int, columns: int
     ) -> fx.Node:
         absmax = self._traced(lambda **t: scheme.absmax(t), held) if scheme.double else held["absmax"]
-        if self.runtime == "onnxruntime":
+        if self.runtime == "onnxruntime" and scheme.block_size <= LARGEST_BLOCK:
             sizes = (rows, columns, scheme.block_size, scheme.runtime_type)
             return self.call(onnx.matmul_bnb4.default, x, held["codes"], absmax, *sizes)
         W = self._whole(held, scheme, rows, columns, x.meta["val"].dtype)
@@ -135,7 +137,7 @@ class _Lowering:
     def _nbits(
         self, x: fx.Node, held: dict[str, Any], scheme: IntegerBlocks, rows: int, columns: int, bias: Any
     ) -> fx.Node:
-        block = scheme.block_size or fitting(columns)
+        block = fitting(columns) if scheme.block_size is None else scheme.block(columns)
         if scheme.block_size is None:
             held = self._regrouped(held, scheme, rows, columns, block)
         accuracy = FLOAT if self.exact else ROUNDED

@@ -62,5 +62,5 @@ def _rounding(node: Any) -> int | None:
         return None
     if scheme.integer_products:
         return 0
-    block = scheme.block_size or fitting(columns)
+    block = fitting(columns) if scheme.block_size is None else scheme.block(columns)
     return None if (scheme.bits, block) in EXACT else block

@@ -22,7 +22,7 @@ from adaptc.tracing.base import Base, Pretrained
 from adaptc.tracing.derive import choices, derive_inputs, set_for_tracing
 from adaptc.tracing.module import held_weights
 from adaptc.tracing.packed import initialised, missing, packed_weights
-from adaptc.tracing.stored import stored_weights, untie_as_stored
+from adaptc.tracing.stored import check_no_bits, stored_weights, untie_as_stored
 from adaptc.weights import Weight
 
 
@@ -45,9 +45,17 @@ def unknown_task(task: str) -> str | None:
     """The words for a task nobody has an Auto class for, or None."""
     if task in tasks():
         return None
-    near = nearest(task, tasks())
+    near = _of_hub(task) or nearest(task, tasks())
     hint = f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
     return f"unknown task {task!r}{hint} known: {', '.join(tasks())}"
+
+
+def _of_hub(task: str) -> list[str]:
+    """Our task of one that the hub calls by another name, such as text-generation."""
+    from transformers.pipelines import SUPPORTED_TASKS
+
+    autos = {auto.__name__ for auto in SUPPORTED_TASKS.get(task, {}).get("pt", ())}
+    return [name for name, auto in tasks().items() if auto in autos]
 
 
 def load(model: str, entry: BaseEntry, seed: int, inputs: tuple[InputSpec, ...]) -> Base:
@@ -98,6 +106,8 @@ def load(model: str, entry: BaseEntry, seed: int, inputs: tuple[InputSpec, ...])
     def weights() -> dict[str, Weight]:
         if about:
             return _quantized_weights(module, directory, packed, seed, notes)
+        if files:
+            check_no_bits(directory)
         found = stored_weights(module, directory, {}) if files else None
         return found or pretrained_weights(replace(pretrained, config=config), seed, notes)
 
@@ -120,13 +130,22 @@ def _quantization(config: Any) -> dict[str, Any]:
     if about is None:
         return {}
     del config.quantization_config  # a graph is traced of the float model
-    return dict(about if isinstance(about, Mapping) else about.to_dict())
+    about = about.to_dict() if hasattr(about, "to_dict") else about
+    if not isinstance(about, Mapping) or "quant_method" not in about:
+        raise TraceError(
+            f"config.json: quantization_config: expected a mapping with a quant_method, got {about!r}"
+        )
+    return dict(about)
 
 
 def _quantized_weights(
     module: nn.Module, directory: Path, packed: Mapping[str, Weight], seed: int, notes: list[str]
 ) -> dict[str, Weight]:
-    if not any(directory.glob("*.safetensors")):
+    if directory.is_dir() and not any(directory.glob("*.safetensors")):
+        raise WeightError(
+            f"{directory} holds no weights; expected model.safetensors, or shards and their index"
+        )
+    if not directory.is_dir():
         raise WeightError(
             f"{directory} is quantized, and only read from files here: download it, and name its directory\n"
             f"  hf download {directory} --local-dir {directory.name}"

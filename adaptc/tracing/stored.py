@@ -17,6 +17,8 @@ from adaptc.graph import put
 from adaptc.weights import Held, Stored, Weight, read_safetensors
 
 CONFIG = "config.json"
+PACKED = (".qweight", ".SCB", ".absmax")
+"""How keys end that only quantized checkpoints have."""
 
 
 def first_names(model: nn.Module) -> dict[str, str]:
@@ -60,6 +62,11 @@ def stored_weights(
                 f"{source.file}: tensor {source.key!r} has shape {list(source.shape)}, but {CONFIG} describes "
                 f"{list(tensor.shape)} for {name}; the file and the configuration belong to different models"
             )
+        if tensor.dtype.is_floating_point and not source.dtype.is_floating_point:
+            raise WeightError(
+                f"{source.file}: tensor {source.key!r} holds {source.dtype}, not the floats of {name}: the checkpoint "
+                f"is quantized, and {CONFIG} has no quantization_config that says how"
+            )
         target = tensor.dtype if tensor.dtype.is_floating_point else source.dtype
         found[name] = Stored(source.file, source.key, source.shape, target)
     return found
@@ -73,6 +80,19 @@ def spellings(model: nn.Module) -> dict[str, list[str]]:
     for name, first in firsts.items():
         of.setdefault(first, []).extend((name, name.removeprefix(prefix), prefix + name))
     return {name: list(dict.fromkeys([name, *of[first]])) for name, first in firsts.items()}
+
+
+def check_no_bits(directory: Path) -> None:
+    """A checkpoint that is to be loaded as floats holds nothing else.
+
+    Raises:
+        WeightError: it is quantized.
+    """
+    packed = next((key for key in tensors_of(directory) if key.endswith(PACKED)), None)
+    if packed is not None:
+        raise WeightError(
+            f"{directory} holds {packed}, bits of a quantized weight, and {CONFIG} has no quantization_config"
+        )
 
 
 def _shards(index: Path) -> list[str]:

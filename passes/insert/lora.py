@@ -56,7 +56,7 @@ class Lora(MakesUp, LowRank):
     aliases: ClassVar[dict[str, str]] = {**LowRank.aliases, "init_lora_weights": "init_weights"}
 
     @classmethod
-    def read_options(cls, options: dict[str, Any]) -> dict[str, Any]:
+    def trained_options(cls, options: dict[str, Any]) -> dict[str, Any]:
         """Initialisations that leave no trace in a trained adapter are as good as the first."""
         again = options.get("init_weights") == "loftq" and options.get("loftq_iter", 1) > 1
         kept = again or options.get("init_weights") in SPLITS

@@ -47,7 +47,7 @@ class Qalora(MakesUp, Scaled):
     fast: ClassVar[frozenset[str]] = frozenset({"B"})
 
     @classmethod
-    def read_options(cls, options: dict[str, Any]) -> dict[str, Any]:
+    def trained_options(cls, options: dict[str, Any]) -> dict[str, Any]:
         """What has made up for quantization once is an adapter like any other when it is trained."""
         return options if options.get("loftq_iter", 1) > 1 else options | {"init_weights": True}
 

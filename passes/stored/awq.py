@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from adaptc.errors import WeightError
 from adaptc.integer_blocks import unpack
-from adaptc.packed import Bits, stored_by
-from adaptc.packed_integers import integer_bits, words_of
+from adaptc.packed import Bits, number, stored_by
+from adaptc.packed_integers import group_of, integer_bits, words_of
 from adaptc.registry import load_schemes
 from adaptc.weights import Weight
 
@@ -23,29 +23,25 @@ PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 @stored_by("awq")
 def awq(about: Mapping[str, Any], module: str, tensors: Mapping[str, Weight]) -> Bits | None:
     """`qweight (in, out / 8)`, `qzeros (groups, out / 8)`, `scales (groups, out)`; inputs are scaled before."""
-    if f"{module}.qweight" not in tensors:
+    found = words_of(tensors, module)
+    if found is None:
         return None
-    qweight, qzeros, scales = (words_of(tensors, module, key) for key in ("qweight", "qzeros", "scales"))
-    bits, group = about.get("bits", BITS), about.get("group_size", 128)
+    qweight, qzeros, scales = found
+    bits, group = number(about, "bits", BITS), group_of(about)
     form = str(about.get("version", "gemm")).lower()
     if bits != BITS or form != "gemm":
         raise WeightError(f"{module}: {bits} bits in the format {form!r}; expected 4 in 'gemm'")
-    columns, rows = qweight.shape[0], scales.shape[1]
-    options = {"block_size": None if group == -1 else group, "symmetric": not about.get("zero_point", True)}
-    scheme = load_schemes()["int4"](**options)
+    columns, rows = qweight.shape[0], qweight.shape[1] * len(PLACES)
+    options = {"block_size": group, "symmetric": not about.get("zero_point", True)}
+    scheme: Any = load_schemes()["int4"](**options)
 
-    def fields(words: Weight) -> Tensor:
-        return _fields(words.load())[:, :rows].t()
+    def codes() -> Tensor:
+        return _fields(qweight.load()).t()
 
-    return integer_bits(
-        scheme,  # type: ignore[arg-type]
-        rows,
-        columns,
-        lambda: fields(qweight),
-        lambda: fields(qzeros),
-        lambda: scales.load().t(),
-        module,
-    )
+    def zeros() -> Tensor:
+        return _fields(qzeros.load()).t()
+
+    return integer_bits(scheme, rows, columns, codes, zeros, scales, module)
 
 
 def _fields(words: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from adaptc.errors import WeightError
 from adaptc.integer_blocks import unpack
-from adaptc.packed import Bits, stored_by
-from adaptc.packed_integers import integer_bits, words_of
+from adaptc.packed import Bits, needed, number, stored_by
+from adaptc.packed_integers import group_of, integer_bits, words_of
 from adaptc.registry import load_schemes
 from adaptc.weights import Weight
 
@@ -27,10 +27,11 @@ def gptq(about: Mapping[str, Any], module: str, tensors: Mapping[str, Weight]) -
     """
     import torch
 
-    if f"{module}.qweight" not in tensors:
+    words = words_of(tensors, module)
+    if words is None:
         return None
-    qweight, qzeros, scales = (words_of(tensors, module, key) for key in ("qweight", "qzeros", "scales"))
-    bits, group = about["bits"], about["group_size"]
+    qweight, qzeros, scales = words
+    bits, group = number(about, "bits"), group_of(about)
     form = about.get("checkpoint_format", "gptq")
     if bits not in (2, 4, 8) or form not in FORMATS:
         raise WeightError(
@@ -38,10 +39,10 @@ def gptq(about: Mapping[str, Any], module: str, tensors: Mapping[str, Weight]) -
         )
     less = FORMATS[form] * sum(1 << place for place in range(0, 32, bits))
     columns, rows = qweight.shape[0] * 32 // bits, qweight.shape[1]
-    order = _order(module, tensors, group)
-    options = {"block_size": None if group == -1 else group, "symmetric": about.get("sym", True)}
+    order = None if group is None else _order(module, tensors, columns, group)
+    options = {"block_size": group, "symmetric": bool(about.get("sym", True))}
     if order is None:
-        scheme = load_schemes()[f"int{bits}"](**options)
+        scheme: Any = load_schemes()[f"int{bits}"](**options)
     else:
         scheme = load_schemes()["gptq"](bits=bits, act_order=True, **options)  # type: ignore[call-arg]
 
@@ -54,19 +55,19 @@ def gptq(about: Mapping[str, Any], module: str, tensors: Mapping[str, Weight]) -
         words = (qzeros.load().long() + less).bitwise_and(2**32 - 1).int()
         return unpack(words.view(torch.uint8), bits)[:, :rows].t()
 
-    found = integer_bits(scheme, rows, columns, codes, zeros, lambda: scales.load().t(), module)  # type: ignore[arg-type]
+    found = integer_bits(scheme, rows, columns, codes, zeros, scales, module)
     return found if order is None else found.beside("order", lambda: order.int())
 
 
-def _order(module: str, tensors: Mapping[str, Weight], group: int) -> Tensor | None:
+def _order(module: str, tensors: Mapping[str, Weight], columns: int, group: int) -> Tensor | None:
     """The inputs group by group; None where they stand so already."""
     import torch
 
-    if f"{module}.g_idx" not in tensors or group == -1:
+    if f"{module}.g_idx" not in tensors:
         return None
-    groups = tensors[f"{module}.g_idx"].load().long()
+    groups = needed(tensors, f"{module}.g_idx", (columns,)).load().long()
     order = torch.argsort(groups, stable=True)
-    whole = torch.arange(len(groups))
+    whole = torch.arange(columns)
     if not torch.equal(groups[order], whole // group):
         raise WeightError(f"{module}.g_idx: expected groups of {group} inputs each")
     return None if torch.equal(order, whole) else order

@@ -148,6 +148,19 @@ def test_a_pipeline_without_quantize() -> None:
     assert "the pipeline leaves out `quantize`" in words
 
 
+def test_quantize_without_anything_to_quantize() -> None:
+    words = said(SpecError, adapt=[LORA], passes=["insert", "fold", "quantize"])
+    assert "passes.2: `quantize` stands for what is stored in few bits, and nothing is" in words
+    words = said(SpecError, adapt=[LORA], budget={"size": 0.2})
+    assert "budget: chooses the bits of what `quantize` names, and that is nothing" in words
+
+
+def test_what_is_trained_keeps_its_floats(tmp_path: Path) -> None:
+    emit = [{"format": "torch", "path": str(tmp_path / "t")}]
+    made = compiled(quantize=[NF4], adapt=[LORA], emit=emit, passes=["insert", "fold", "quantize"])
+    assert any(note.startswith("emit.0: what is trained keeps its weights") for note in made.plan.notes)
+
+
 def test_what_makes_up_for_nothing() -> None:
     words = said(SpecError, adapt=[{**LORA, "init_weights": "loftq"}])
     assert "adapt.0: lora makes up for quantization, and no bits stand for up.weight here" in words

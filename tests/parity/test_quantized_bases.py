@@ -224,7 +224,11 @@ def test_another_library(tmp_path: Path) -> None:
         ("gptq", {"checkpoint_format": "marlin"}, "the format 'marlin'"),
         ("awq", {"version": "gemv"}, "the format 'gemv'; expected 4 in 'gemm'"),
         ("gptq", {"group_size": 24}, "expected groups of 24 inputs|power of two"),
-        ("gptq", {"bits": 8}, "is stored as a matrix .* but config.json describes"),
+        ("gptq", {"bits": 8}, "g_idx has shape .* do not belong together"),
+        ("awq", {"bits": "four"}, "quantization_config.bits: expected a whole number, got 'four'"),
+        ("awq", {"group_size": 0}, "group_size: expected -1 or more than 0, got 0"),
+        ("awq", {"group_size": 64}, r"scales has shape \[2, 64\], expected \[1, 64\] for blocks of 64"),
+        ("gptq", {"group_size": -1}, "for blocks of 64: quantization_config.group_size is another"),
     ],
 )
 def test_a_format_that_is_not_read(tmp_path: Path, name: str, about: Any, words: str) -> None:
@@ -251,11 +255,72 @@ def test_groups_of_other_sizes(tmp_path: Path) -> None:
         compiled(broken(tmp_path, "gptq", move))
 
 
-def test_not_from_a_hub(tmp_path: Path) -> None:
+def test_no_weights_at_all(tmp_path: Path) -> None:
     directory = broken(tmp_path, "gptq")
     (directory / "model.safetensors").unlink()
-    with pytest.raises(AdaptcError, match=r"only read from files here: download it"):
+    with pytest.raises(AdaptcError, match=r"holds no weights; expected model\.safetensors"):
         compiled(directory)
+
+
+@pytest.mark.parametrize("key", ["qweight", "qzeros"])
+def test_bits_without_the_rest(tmp_path: Path, key: str) -> None:
+    """A layer is never made up where the file holds parts of it."""
+    with pytest.raises(AdaptcError, match=rf"{DOWN}\.{key} is missing: the checkpoint is not whole"):
+        compiled(broken(tmp_path, "awq", lambda held: held.pop(f"{DOWN}.{key}")))
+
+
+def test_scales_that_are_no_numbers(tmp_path: Path) -> None:
+    def spoil(held: dict[str, torch.Tensor]) -> None:
+        held[f"{DOWN}.scales"][0, 0] = float("nan")
+
+    made = compiled(broken(tmp_path, "gptq", spoil))
+    with pytest.raises(AdaptcError, match=rf"{DOWN}: its scales hold NaN or infinity"):
+        _ = made.module
+
+
+def test_a_configuration_that_says_nothing(tmp_path: Path) -> None:
+    directory = broken(tmp_path, "gptq")
+    config = json.loads((directory / "config.json").read_text())
+    about = config.pop("quantization_config")
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(AdaptcError, match=r"bits of a quantized weight, and config\.json has no quant"):
+        compiled(directory)
+    about.pop("quant_method")
+    (directory / "config.json").write_text(json.dumps(config | {"quantization_config": about}))
+    with pytest.raises(AdaptcError, match="expected a mapping with a quant_method"):
+        compiled(directory)
+
+
+def test_what_is_made_up_is_told(tmp_path: Path) -> None:
+    made = compiled(broken(tmp_path, "gptq", lambda held: held.pop("model.norm.weight")))
+    assert any("model.norm.weight" in note and "initialised" in note for note in made.plan.notes)
+
+
+@pytest.mark.parametrize(
+    ("lost", "words"),
+    [
+        (".weight.absmax", r"absmax is missing: the checkpoint is not whole"),
+        (".weight.quant_map", r"quant_map is missing"),
+        (".weight.quant_state.bitsandbytes__nf4", r"quant_state.bitsandbytes__nf4 is missing"),
+        (".SCB", r"SCB is missing"),
+    ],
+)
+def test_bitsandbytes_without_the_rest(
+    floats: dict[str, Path], lost: str, words: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    options: Any = KINDS["8 bits" if lost == ".SCB" else "nf4"]
+    theirs = AutoModelForCausalLM.from_pretrained(
+        floats["llama"], quantization_config=BitsAndBytesConfig(**options), device_map="cpu"
+    )
+    theirs.save_pretrained(tmp_path)
+    held = load_file(tmp_path / "model.safetensors")
+    held.pop(f"{DOWN}{lost}")
+    save_file(held, tmp_path / "model.safetensors")
+    with pytest.raises(AdaptcError, match=words):
+        _ = compiled(tmp_path).module
 
 
 def test_floats_only(tmp_path: Path) -> None:
