@@ -465,7 +465,7 @@ def test_lora_dropout_is_the_papers() -> None:
 COMPILED = [
     pytest.param(
         method, name, id=f"{method}-{name}",
-        marks=[pytest.mark.slow] * (name != "block" or method not in (*FIRST, "oft", "vblora")),
+        marks=[pytest.mark.slow] * (name != "block" or method not in FIRST),
     )
     for method in METHODS
     for name in FAMILIES

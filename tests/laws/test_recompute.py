@@ -85,6 +85,7 @@ def test_as_many_segments_as_asked_for(zoo: Zoo) -> None:
     assert sum(isinstance(part, Segment) for part in again.module.children()) == 2
 
 
+@pytest.mark.slow
 def test_compiled_by_torch_and_kept_in_an_artifact(zoo: Zoo, tmp_path: Path) -> None:
     plain, again = pair(zoo, "llama")
     want = step(plain, "llama")

@@ -115,7 +115,11 @@ ROW = {"x": [0.5] * 16, "labels": 1}
         ("rows.jsonl", "", "calibration: there is no row of data"),
         ("rows.jsonl", json.dumps(ROW) + "\n{", "rows.jsonl:2: not JSON"),
         ("rows.jsonl", "[1]", "rows.jsonl:1: expected an object of inputs, got list"),
-        ("rows.jsonl", json.dumps({**ROW, "x": ["a"]}), "rows.jsonl:1: x: expected numbers and lists of them"),
+        (
+            "rows.jsonl",
+            json.dumps({**ROW, "x": ["a"]}),
+            "rows.jsonl:1: x: expected numbers and lists of them",
+        ),
         (
             "rows.jsonl",
             json.dumps({"x": ROW["x"]}),

@@ -161,6 +161,7 @@ def test_labels_line_up(zoo: Zoo, kind: str, tmp_path: Path) -> None:
     compare({"logits": got["logits"]}, want)
 
 
+@pytest.mark.slow
 def test_words_to_start_from_are_theirs(zoo: Zoo, tmp_path: Path) -> None:
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel

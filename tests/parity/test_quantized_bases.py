@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import adaptc
 from adaptc.compiled import Compiled
 from adaptc.errors import AdaptcError
+from tests.families import marked
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -59,7 +60,7 @@ def test_weights_are_those_of_gptqmodel(name: str) -> None:
     assert all(q.quantization.kept is not None for q in made.graph.quantized.values())
 
 
-@pytest.mark.parametrize("name", BY_GPTQMODEL)
+@pytest.mark.parametrize("name", marked(BY_GPTQMODEL, ["gptq-asymmetric"]))
 def test_bits_stay_bits(name: str) -> None:
     """What a module holds of the layers is the file's bytes, but for scales, which it has in float32."""
     made = compiled(DATA / name)
@@ -70,8 +71,8 @@ def test_bits_stay_bits(name: str) -> None:
     assert codes == sum(4 * t.numel() for n, t in stored.items() if n.endswith("qweight"))
 
 
-@pytest.mark.parametrize("runtime", ["onnxruntime", "standard"])
-@pytest.mark.parametrize("name", BY_GPTQMODEL)
+@pytest.mark.parametrize("runtime", marked(["onnxruntime", "standard"], ["onnxruntime"]))
+@pytest.mark.parametrize("name", marked(BY_GPTQMODEL, ["gptq-ordered", "awq"]))
 def test_products_of_a_quantized_base(name: str, runtime: str, tmp_path: Path) -> None:
     made = trained(compiled(DATA / name))
     made.emit("onnx", tmp_path / "live.onnx", adapters="live", target_runtime=runtime)
@@ -86,7 +87,7 @@ def test_products_of_a_quantized_base(name: str, runtime: str, tmp_path: Path) -
         assert torch.equal(found(**given)["logits"], made.module.eval()(**given)["logits"])
 
 
-@pytest.mark.parametrize("name", ["gptq", "gptq-ordered"])
+@pytest.mark.parametrize("name", marked(["gptq", "gptq-ordered"], ["gptq"]))
 def test_folding_is_said_in_the_spec(name: str, tmp_path: Path) -> None:
     with pytest.raises(AdaptcError, match=r"fold into what the bits stand for, quantize again"):
         compiled(DATA / name).emit("onnx", tmp_path / "a.onnx")
@@ -188,7 +189,8 @@ def test_weights_are_those_of_bitsandbytes(
             want = dequantize_4bit(weight.data, state).reshape(shape)
         assert torch.equal(q.quantization.dequantized(), want)
         assert torch.equal(made.base.weights[name].load(), want.t() if model == "gpt2" else want)
-    trained(made).emit("onnx", tmp_path / "live.onnx", adapters="live")
+    if kind == "nf4, double":
+        trained(made).emit("onnx", tmp_path / "live.onnx", adapters="live")
 
 
 # what cannot be read
