@@ -23,7 +23,7 @@ from adaptc.method import options_of
 from adaptc.orders import folds_into_bits, lowering
 from adaptc.pipeline import Pass, PassRecord, run
 from adaptc.plan import Plan
-from adaptc.proof import Proof, Runner, effect, gradients, prove, randomised, tolerance
+from adaptc.proof import Proof, Runner, check_weights, effect, gradients, prove, randomised, tolerance
 from adaptc.registry import load_passes
 from adaptc.spec import Spec
 from adaptc.streaming import Chooser, Streamed
@@ -324,9 +324,14 @@ class Compiled:
 
         Raises:
             ProofError: they differ.
+            WeightError: the base holds a weight that is no number.
         """
         allowed = tolerance(graph) if allowed is None else allowed
-        proof = prove(name, graph.inputs, reference, candidate, allowed, seed=self.spec.seed)
+        try:
+            proof = prove(name, graph.inputs, reference, candidate, allowed, seed=self.spec.seed)
+        except ProofError:
+            check_weights(self.base)
+            raise
         self.proofs = [p for p in self.proofs if p.name != name] + [proof]
         return proof
 

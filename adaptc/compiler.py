@@ -19,7 +19,7 @@ from adaptc.errors import InputError, ProofError, TraceError, WeightError
 from adaptc.graph import Graph
 from adaptc.pipeline import PassRecord
 from adaptc.plan import Plan, make_plan
-from adaptc.proof import Each, Proof, batches, prove, runner, tolerance
+from adaptc.proof import Each, Proof, batches, check_weights, prove, runner, tolerance
 from adaptc.spec import Spec, load, require_base, resolve_path
 from adaptc.streaming import Streamed
 from adaptc.tracing.base import Base
@@ -101,11 +101,7 @@ def _prove_trace(graph: Graph, model: nn.Module) -> Proof:
     try:
         return prove("trace", graph.inputs, eager, Streamed(graph), tolerance(graph))
     except ProofError:
-        for name in [name for name in graph.weights if name not in graph.buffers]:
-            if not torch.isfinite(graph.weights[name].load()).all():
-                raise WeightError(
-                    f"{name} holds NaN or infinity, so that the model computes nothing\n  mend the checkpoint"
-                ) from None
+        check_weights(graph)
         known = list(batches(graph.inputs).values())
         for first, second in zip(eager(known), eager(known), strict=True):
             if (

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils import _pytree as pytree
 
-from adaptc.errors import ProofError
+from adaptc.errors import ProofError, WeightError
 from adaptc.graph import Graph
 from adaptc.inputs import InputSpec
 from adaptc.streaming import Batch, Outcome
@@ -85,6 +85,19 @@ class Proof:
         held = f"{self.name}: largest error {self.relative:.1e} of {self.tolerance:.1e} allowed"
         how = f" ({self.coverage})" if self.coverage else ""
         return f"{held}, on {', '.join(self.shapes)}{how}"
+
+
+def check_weights(graph: Graph) -> None:
+    """Every weight of a graph is a number: what is looked at where a proof has failed.
+
+    Raises:
+        WeightError: names the first that is not.
+    """
+    for name in [name for name in graph.weights if name not in graph.buffers]:
+        if not torch.isfinite(graph.weights[name].load()).all():
+            raise WeightError(
+                f"{name} holds NaN or infinity, so that the model computes nothing\n  mend the checkpoint"
+            )
 
 
 def tolerance(graph: Graph) -> float:

@@ -553,6 +553,24 @@ def test_init_for_an_adapter(cli: Callable[..., Ran], bert: Path, bert_adapter: 
     assert ran.json["plan"]["entries"][0]["checkpoint"] is not None
 
 
+def test_init_for_an_adapter_on_a_quantized_base(cli: Callable[..., Ran], tmp_path: Path) -> None:
+    import adaptc
+
+    base = Path(__file__).parent / "data" / "quantized" / "gptq"
+    spec = {
+        "base": {"model": str(base), "task": "causal-lm"},
+        "adapt": [{"method": "lora", "target": "*.q_proj"}],
+    }
+    adaptc.compile(spec).save_adapter(tmp_path / "adapter")
+    made = cli("init", base, "--adapter", tmp_path / "adapter", "--output", tmp_path / "spec.yaml")
+    assert made.code == 0, made.err
+    ran = cli("compile", tmp_path / "spec.yaml", "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json["plan"]["quantize"][0]["scheme"].startswith("int4 ")
+    shown = cli("inspect", base)
+    assert "quant_method gptq" in " ".join(shown.out.split())
+
+
 def test_init_does_not_overwrite(cli: Callable[..., Ran], bert: Path, tmp_path: Path) -> None:
     path = tmp_path / "spec.yaml"
     path.write_text("mine")

@@ -58,8 +58,6 @@ def adapter(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 QUICK = (
     "lora",
     "nf4",
-    "oft",
-    "fishmask",
     "own-model",
     "peft-to-huggingface",
     "peft-to-onnx",

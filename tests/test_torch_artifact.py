@@ -20,7 +20,7 @@ import adaptc
 from adaptc.compiled import Compiled
 from tests.families import FAMILIES, Zoo, close, entry, inputs, outputs, perturb
 
-NAMES = [n if n in ("gpt2", "mlp") else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES]
+NAMES = [n if n == "mlp" else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES]
 
 CHILD = """
 import sys, json, torch

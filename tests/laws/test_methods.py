@@ -39,7 +39,7 @@ from tests.families import (
 )
 
 METHODS = tuple(load_methods())
-FIRST = ("lora", "dora", "ia3", "full")
+FIRST = ("lora",)
 """Methods that are tested on several bases in the quick laws; the others are on one."""
 
 
@@ -465,7 +465,7 @@ def test_lora_dropout_is_the_papers() -> None:
 COMPILED = [
     pytest.param(
         method, name, id=f"{method}-{name}",
-        marks=[pytest.mark.slow] * (name != "block" or method not in FIRST),
+        marks=[pytest.mark.slow] * (name != "block" or method not in ("lora", "dora")),
     )
     for method in METHODS
     for name in FAMILIES

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import adaptc
 from adaptc.compiled import Compiled
-from tests.families import Zoo, close, differs, inputs, outputs, perturb, randomise
+from tests.families import Zoo, close, differs, inputs, marked, outputs, perturb, randomise
 
 BEHIND = {
     "llama": ["self_attn.o_proj", "mlp.down_proj"],
@@ -204,7 +204,7 @@ FORMS = [
 
 
 @pytest.mark.parametrize(("form", "groups"), FORMS)
-@pytest.mark.parametrize("method", ["prefix", "p-tuning-v2"])
+@pytest.mark.parametrize("method", marked(["prefix", "p-tuning-v2"], ["prefix"]))
 def test_keys_and_values_in_front_of_every_spelling(form: str, groups: int, method: str) -> None:
     model = randomise(Attend(form, groups=groups)).eval()
     assert isinstance(model, Attend)
