@@ -284,9 +284,9 @@ def test_another_weight_that_is_no_number(tmp_path: Path) -> None:
     def spoil(held: dict[str, torch.Tensor]) -> None:
         held["model.norm.weight"][3] = float("nan")
 
-    made = trained(compiled(broken(tmp_path, "gptq", spoil), passes=["insert", "fold"]))
+    made = compiled(broken(tmp_path, "gptq", spoil))
     with pytest.raises(AdaptcError, match=r"model\.norm\.weight holds NaN or infinity"):
-        made.emit("onnx", tmp_path / "m.onnx")
+        _ = made.module
 
 
 def test_a_configuration_that_says_nothing(tmp_path: Path) -> None:
