@@ -127,7 +127,7 @@ class Split:
         return self._of(W)[1]
 
     def _of(self, W: Tensor) -> tuple[Tensor, Tensor]:
-        key = hashlib.sha256(W.contiguous().numpy().tobytes()).digest()
+        key = hashlib.sha256(W.contiguous().numpy().data).digest()
         if key not in self.known:
             self.known = {key: self.split(W, self.r, self.scale)}
         return self.known[key]
@@ -147,6 +147,12 @@ class MakesUp:
 
     init_weights: Any
     loftq_iter: int
+
+    @classmethod
+    def trained_options(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """What has made up for quantization once is an adapter like any other when it is trained."""
+        again = options.get("init_weights") == "loftq" and options.get("loftq_iter", 1) > 1
+        return options if again else options | {"init_weights": True}
 
     @property
     def makes_up(self) -> bool:

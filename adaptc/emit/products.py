@@ -152,11 +152,11 @@ def _onnx(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> None
     if run.wide and choices and len(pieces.choices) == choices:
         program, run = pieces, compiled.held_against(pieces, graph)
     reference, name = Kept(run, product["outputs"]), f"onnx, {entry.adapters}"
-    if twin:
-        proof, reference = _prove_rounded(compiled, name, twin[0], path, entry, reference, program)
+    rounding = with_rounding(twin[0]) if twin else None
+    if rounding is not None:
+        proof, reference = _prove_rounded(compiled, name, twin[0], rounding, path, entry, reference, program)
     else:
         proof = compiled.prove(name, graph, reference, program)
-    rounding = with_rounding(twin[0]) if twin else None
     product |= _proved(compiled, proof, reference) | _errors(compiled, entry.adapters, rounding)
     files = [path]
     if beside.exists():
@@ -168,6 +168,7 @@ def _prove_rounded(
     compiled: Compiled,
     name: str,
     evaluated: Graph,
+    rounded: Graph,
     path: Path,
     entry: Any,
     reference: Runner,
@@ -182,7 +183,7 @@ def _prove_rounded(
         exact = Path(folder) / path.name
         export_onnx(evaluated.copy(), exact, entry.opset, runtime=entry.target_runtime, exact=True)
         compiled.prove(name, evaluated, reference, Each(onnx_runner(exact, path, exact=True)))
-    rounding = Streamed(with_rounding(evaluated), wide=True)
+    rounding = Streamed(rounded, wide=True)
     cost = prove("", evaluated.inputs, reference, rounding, float("inf"), compiled.spec.seed).relative
     allowed = max(2 * cost, tolerance(evaluated))
     words = f"{name}, against torch that rounds activations to 8 bits too"

@@ -22,7 +22,7 @@ from adaptc.tracing.base import Base, Pretrained
 from adaptc.tracing.derive import choices, derive_inputs, set_for_tracing
 from adaptc.tracing.module import held_weights
 from adaptc.tracing.packed import initialised, missing, packed_weights
-from adaptc.tracing.stored import check_no_bits, stored_weights, untie_as_stored
+from adaptc.tracing.stored import stored_weights, untie_as_stored
 from adaptc.weights import Weight
 
 
@@ -106,8 +106,6 @@ def load(model: str, entry: BaseEntry, seed: int, inputs: tuple[InputSpec, ...])
     def weights() -> dict[str, Weight]:
         if about:
             return _quantized_weights(module, directory, packed, seed, notes)
-        if files:
-            check_no_bits(directory)
         found = stored_weights(module, directory, {}) if files else None
         return found or pretrained_weights(replace(pretrained, config=config), seed, notes)
 

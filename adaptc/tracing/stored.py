@@ -43,6 +43,7 @@ def stored_weights(
     """
     stored = tensors_of(directory)
     if converted(model, stored):
+        _check_no_bits(stored, directory)
         return None
     buffers = dict(model.named_buffers(remove_duplicate=False))
     found: dict[str, Weight] = {}
@@ -56,6 +57,7 @@ def stored_weights(
             continue
         source = next((stored[key] for key in keys if key in stored), None)
         if source is None:
+            _check_no_bits(stored, directory)
             return None
         if source.shape != tuple(tensor.shape):
             raise WeightError(
@@ -82,13 +84,9 @@ def spellings(model: nn.Module) -> dict[str, list[str]]:
     return {name: list(dict.fromkeys([name, *of[first]])) for name, first in firsts.items()}
 
 
-def check_no_bits(directory: Path) -> None:
-    """A checkpoint that is to be loaded as floats holds nothing else.
-
-    Raises:
-        WeightError: it is quantized.
-    """
-    packed = next((key for key in tensors_of(directory) if key.endswith(PACKED)), None)
+def _check_no_bits(stored: Iterable[str], directory: Path) -> None:
+    """What transformers is left to load holds floats: it would make up what is stored in bits."""
+    packed = next((key for key in stored if key.endswith(PACKED)), None)
     if packed is not None:
         raise WeightError(
             f"{directory} holds {packed}, bits of a quantized weight, and {CONFIG} has no quantization_config"

@@ -58,9 +58,7 @@ class Lora(MakesUp, LowRank):
     @classmethod
     def trained_options(cls, options: dict[str, Any]) -> dict[str, Any]:
         """Initialisations that leave no trace in a trained adapter are as good as the first."""
-        again = options.get("init_weights") == "loftq" and options.get("loftq_iter", 1) > 1
-        kept = again or options.get("init_weights") in SPLITS
-        return options if kept else options | {"init_weights": True}
+        return options if options.get("init_weights") in SPLITS else super().trained_options(options)
 
     def peft_options(self) -> dict[str, Any]:
         """What has made up for quantization at the start is an adapter like any other when it is trained."""

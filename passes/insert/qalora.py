@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -45,11 +45,6 @@ class Qalora(MakesUp, Scaled):
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "experts"})
     small: ClassVar[Mapping[str, object]] = {"r": 2, "group_size": 2}
     fast: ClassVar[frozenset[str]] = frozenset({"B"})
-
-    @classmethod
-    def trained_options(cls, options: dict[str, Any]) -> dict[str, Any]:
-        """What has made up for quantization once is an adapter like any other when it is trained."""
-        return options if options.get("loftq_iter", 1) > 1 else options | {"init_weights": True}
 
     def refuses(self, site: Site) -> tuple[tuple[str, ...], str] | None:
         """Groups fit the inputs, and have at least as many columns as A has rows."""

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 STATE = ".quant_state.bitsandbytes__"
+KINDS = ("nf4", "fp4")
+"""The tables that it has, as our schemes are called."""
 LARGEST = 127
 """The code of a row's largest value."""
 
@@ -26,14 +28,14 @@ def bitsandbytes(about: Mapping[str, Any], module: str, tensors: Mapping[str, We
     import torch
 
     weight = f"{module}.weight"
-    found = next((key for key in tensors if key.startswith(weight + STATE)), None)
+    found = next((key for kind in KINDS if (key := weight + STATE + kind) in tensors), None)
     if found is not None:
         return _four(weight, _state(found, tensors), tensors)
     held = tensors.get(weight)
     if held is not None and held.dtype == torch.int8:
         return _eight(module, tensors)
     if held is not None and held.dtype == torch.uint8:
-        needed(tensors, f"{weight + STATE}nf4")
+        needed(tensors, weight + STATE + KINDS[0])
     return None
 
 
