@@ -210,21 +210,20 @@ class Compiled:
         module.meta[META] = self.about(self.base)
         return module.eval()
 
-    def inference(self, tokens: int = 1) -> fx.GraphModule:
-        """The folded module with torch's own kernels for quantized products, where it has faster ones.
+    def inference(self, tokens: int = 1, device: str = "cpu") -> fx.GraphModule:
+        """The folded module with kernels that read quantized weights as they are stored, where faster ones exist.
 
         Args:
             tokens: rows of a product at a time: one where a model generates for one reader.
+            device: where it will run, such as "cuda"; it is proved there.
 
         Raises:
-            RefusedError: it cannot be folded as the spec stands.
+            RefusedError: it cannot be folded as the spec stands, or torch does not reach the device.
             ProofError: the kernels compute something else.
         """
-        folded = self.folded_graph()
-        known = load_passes()
-        graph = run(folded, [known["plain-integers"](), known["torch-kernels"](tokens=tokens)])  # type: ignore[call-arg]
-        self.prove("torch kernels", graph, Streamed(folded), Streamed(graph))
-        return bind(graph).eval()
+        from adaptc.emit.inference import inference_module
+
+        return inference_module(self, tokens, device)
 
     def check_finite(self) -> None:
         """No adapter holds NaN or infinity.

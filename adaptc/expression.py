@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from adaptc.graph import ORIGIN, Adaptation, Graph
 from adaptc.quantized_operations import DEQUANTIZE
+from adaptc.tracing.export import follow_device
 from adaptc.weights import Weight
 
 PIECE = 2**15
@@ -28,14 +29,18 @@ def trace_expression(
 ) -> fx.Graph:
     """Trace `function(*operands, **theta)` on fake tensors; its inputs are the operands, then `theta` in order.
 
-    With `whole` operations stay as the model would run them, such as a linear layer on a batch.
+    With `whole` operations stay as the model would run them, such as a linear layer on a batch. What it makes is made
+    where its first input is.
     """
     names, count = list(theta), len(operands)
 
     def positional(*values: torch.Tensor) -> torch.Tensor:
         return function(*values[:count], **dict(zip(names, values[count:], strict=True)))
 
-    return make_fx(positional, pre_dispatch=whole)(*operands, *theta.values()).graph
+    graph = make_fx(positional, pre_dispatch=whole)(*operands, *theta.values()).graph
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    follow_device(graph, inputs[0], inputs[-1])
+    return graph
 
 
 def splice(

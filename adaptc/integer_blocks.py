@@ -12,6 +12,7 @@ from pydantic import Field
 from adaptc.scheme import Kept, Scheme, Tensors
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 BlockSize = Annotated[
@@ -156,19 +157,19 @@ class IntegerBlocks(Scheme):
             values = codes.to(scales.dtype) - zeros.to(scales.dtype).unsqueeze(-1)
         return self.leaving((values * scales.unsqueeze(-1)).flatten(-2)[..., :columns], tensors)
 
-    def unpack(self, rows: int, columns: int, tensors: Tensors) -> Tensor:
+    def unpack(self, rows: int, columns: int, tensors: Tensors, dtype: torch.dtype) -> Tensor:
         """The same, with all codes of a byte looked up at once, and no more than one matrix in memory."""
         from torch.nn.functional import embedding
 
         if self.bits == 8:
-            return IntegerBlocks.dequantize(self, rows, columns, tensors)
+            return IntegerBlocks.dequantize(self, rows, columns, tensors).to(dtype)
         scales = tensors["scales"]
         values = embedding(tensors["codes"].int(), codes_of_bytes(self.bits).to(scales)).flatten(-2)
         if self.symmetric:
             values.sub_(2 ** (self.bits - 1))
         else:
             values.sub_(unpack(tensors["zeros"], self.bits)[:, : scales.shape[1]].unsqueeze(-1))
-        return self.leaving(values.mul_(scales.unsqueeze(-1)).flatten(1)[:, :columns], tensors)
+        return self.leaving(values.mul_(scales.unsqueeze(-1)).flatten(1)[:, :columns], tensors).to(dtype)
 
     def lookup(self, rows: int, columns: int, tensors: Tensors, ids: Tensor) -> Tensor:
         """Only these rows are read."""

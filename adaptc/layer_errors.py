@@ -90,11 +90,12 @@ def measure(
         return None
     inputs = LayerInputs(reference, [q.site for q in known], rows, TOKENS)
     layers = [_layer(reference, candidate, q, inputs) for q in known]
-    outputs = output_errors(reference, candidate, rows)
+    floats = Streamed(reference)
+    outputs = output_errors(floats, candidate, rows)
     numbers = sum(q.quantization.size[0] * q.quantization.size[1] for q in known)
     share = stored_bytes(known) / max(1, 4 * numbers)
     worst = sorted(layers, key=lambda layer: -layer.error)
-    rounded = output_errors(reference, rounding, rows) if rounding is not None else {}
+    rounded = output_errors(floats, rounding, rows) if rounding is not None else {}
     return QuantizationErrors(tuple(worst), outputs, what, share, rounded)
 
 
@@ -118,16 +119,16 @@ def rows_of(graph: Graph, seed: int = 0) -> list[Any]:
     return list(graph.rows) or list(batches(graph.inputs, seed).values())
 
 
-def output_errors(reference: Graph, candidate: Graph, rows: Sequence[Any]) -> dict[str, float]:
-    """Of each output that a candidate has ‖ŷ - y‖ / ‖y‖ over all rows that it takes."""
+def output_errors(reference: Streamed, candidate: Graph, rows: Sequence[Any]) -> dict[str, float]:
+    """Of each output that a candidate has ‖ŷ - y‖ / ‖y‖ over all rows that it takes. The reference runs once."""
     error: dict[str, float] = {}
     scale: dict[str, float] = {}
     taken = {spec.name for spec in candidate.inputs}
     given = [{name: value for name, value in row.items() if name in taken} for row in rows]
-    for want, got in zip(Streamed(reference)(rows), Streamed(candidate)(given), strict=True):
+    for want, got in zip(reference(rows), Streamed(candidate)(given), strict=True):
         if isinstance(want, Exception) or isinstance(got, Exception):
             continue  # the model itself does not take this size
-        known = dict(zip(reference.tensors, want, strict=True))
+        known = dict(zip(reference.graph.tensors, want, strict=True))
         for name, b in zip(candidate.tensors, got, strict=True):
             a = known[name].to(b.dtype)
             finite = torch.isfinite(a) & torch.isfinite(b)

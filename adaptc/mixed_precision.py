@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch.nn import functional as F
 
 from adaptc.errors import InputError
@@ -20,6 +19,9 @@ from adaptc.quantized import Quantization, bytes_of, size_of
 from adaptc.scheme import Scheme
 from adaptc.sites import Site
 from adaptc.spec import QuantizeBudget
+from adaptc.streaming import Batch, Streamed
+
+Rows = Sequence[Batch]
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,8 @@ def choose(graph: Graph, items: Sequence[Quantize], budget: QuantizeBudget) -> l
     Raises:
         InputError: a budget of size is too small for the fewest bits.
     """
-    rows = rows_of(graph)
-    layers = [layer for item in items for layer in _layers(graph, item, rows)]
+    rows, reference = rows_of(graph), Streamed(graph)
+    layers = [layer for item in items for layer in _layers(reference, item, rows)]
     floats = sum(4 * size_of(layer.site)[0] * size_of(layer.site)[1] for layer in layers)
     steps = _steps(layers)
     if budget.size is not None:
@@ -77,7 +79,7 @@ def choose(graph: Graph, items: Sequence[Quantize], budget: QuantizeBudget) -> l
     while low < high:
         middle = (low + high) // 2
         _take(layers, steps[:middle])
-        if _error(graph, _passes(layers, items), rows) <= budget.error:
+        if _error(reference, _passes(layers, items), rows) <= budget.error:
             high = middle
         else:
             low = middle + 1
@@ -85,7 +87,8 @@ def choose(graph: Graph, items: Sequence[Quantize], budget: QuantizeBudget) -> l
     return _passes(layers, items)
 
 
-def _layers(graph: Graph, item: Quantize, rows: Sequence[dict[str, torch.Tensor]]) -> list[Layer]:
+def _layers(reference: Streamed, item: Quantize, rows: Rows) -> list[Layer]:
+    graph = reference.graph
     sites = item.selection(graph).sites
     inputs = LayerInputs(graph, sites, rows, TOKENS)
     found = []
@@ -99,17 +102,17 @@ def _layers(graph: Graph, item: Quantize, rows: Sequence[dict[str, torch.Tensor]
             error = relative(computed, W) if x is None else relative(F.linear(x, computed), F.linear(x, W))
             ways.append(Choice(scheme, bytes_of(scheme, *size), error))
         ways.append(Choice(None, size[0] * size[1] * site.dtype.itemsize, 0.0))
-        found.append(_weighed(graph, Layer(site, item.entry, ways), item, rows))
+        found.append(_weighed(reference, Layer(site, item.entry, ways), item, rows))
     return found
 
 
-def _weighed(graph: Graph, layer: Layer, item: Quantize, rows: Sequence[dict[str, torch.Tensor]]) -> Layer:
+def _weighed(reference: Streamed, layer: Layer, item: Quantize, rows: Rows) -> Layer:
     """The layer with errors of the model's outputs in place of its own: a layer's output may matter little, or all.
 
     Measured for the fewest bits, with all other layers in floats; those of more bits go by the layer's own.
     """
     first = layer.ways[0].error
-    effect = _error(graph, _passes([layer], [item]), rows)
+    effect = _error(reference, _passes([layer], [item]), rows)
     ways = [Choice(w.scheme, w.bytes, effect * w.error / max(first, 1e-30)) for w in layer.ways]
     return Layer(layer.site, layer.entry, ways)
 
@@ -159,5 +162,5 @@ def _passes(layers: Sequence[Layer], items: Sequence[Quantize]) -> list[Quantize
     return found
 
 
-def _error(graph: Graph, passes: Sequence[Quantize], rows: Sequence[dict[str, torch.Tensor]]) -> float:
-    return max(output_errors(graph, run(graph, passes), rows).values(), default=0.0)
+def _error(reference: Streamed, passes: Sequence[Quantize], rows: Rows) -> float:
+    return max(output_errors(reference, run(reference.graph, passes), rows).values(), default=0.0)

@@ -130,7 +130,9 @@ class Packed(Weight):
 
     def exact(self) -> Tensor:
         """What the bits stand for, float32."""
+        import torch
+
         scheme, rows, columns = self.bits.scheme, self.bits.rows, self.bits.columns
         held = {**scheme.constants(), **{key: self.bits.read(key) for key in self.bits.parts}}
-        W = scheme.unpack(rows, columns, held)
+        W = scheme.unpack(rows, columns, held, torch.float32)
         return W.t().contiguous() if self.flipped else W

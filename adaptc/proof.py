@@ -209,13 +209,13 @@ def _masked(values: torch.Tensor) -> torch.Tensor:
     return found if far else torch.zeros_like(found)
 
 
-def runner(module: torch.nn.Module) -> Call:
-    """Run a module in evaluation mode and flatten its outputs."""
+def runner(module: torch.nn.Module, device: str = "cpu") -> Call:
+    """Run a module on the device that it is on, in evaluation mode, and flatten its outputs."""
 
     def call(tensors: Batch) -> list[torch.Tensor]:
         with evaluating(module), torch.no_grad():
-            result = module(**tensors)
-        return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+            result = module(**{name: tensor.to(device) for name, tensor in tensors.items()})
+        return [leaf.cpu() for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
 
     return call
 

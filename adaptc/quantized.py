@@ -90,7 +90,7 @@ class Quantization:
 
     def _unpacked(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         with torch.no_grad():
-            return self.scheme.unpack(*self.size, {**self.scheme.constants(), **tensors})
+            return self.scheme.unpack(*self.size, {**self.scheme.constants(), **tensors}, torch.float32)
 
     def lost(self) -> torch.Tensor:
         """What the weight was, less what the bits stand for: as the weight is stored."""

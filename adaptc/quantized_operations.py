@@ -24,7 +24,7 @@ def dequantize(tensors: Sequence[Tensor], scheme: str, rows: int, columns: int, 
         dtype: of the result.
     """
     # A custom operation may not give back what it was given, nor a view of it.
-    return _dequantized(tensors, scheme, rows, columns).to(dtype).contiguous()
+    return _dequantized(tensors, scheme, rows, columns, dtype).contiguous()
 
 
 @dequantize.register_fake
@@ -37,7 +37,7 @@ def quantized_linear(
     x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, scheme: str, rows: int, columns: int
 ) -> Tensor:
     """`linear(x, W, bias)` for a W that bits stand for. Its gradient for x makes W again, which is not kept."""
-    W = _dequantized(tensors, scheme, rows, columns).to(x.dtype)
+    W = _dequantized(tensors, scheme, rows, columns, x.dtype)
     return F.linear(x, W, bias)
 
 
@@ -72,7 +72,7 @@ def quantized_product(
     grad: Tensor, tensors: Sequence[Tensor], scheme: str, rows: int, columns: int
 ) -> Tensor:
     """`grad @ W`: what `quantized_linear` needs of W on the way back."""
-    return grad @ _dequantized(tensors, scheme, rows, columns).to(grad.dtype)
+    return grad @ _dequantized(tensors, scheme, rows, columns, grad.dtype)
 
 
 @quantized_product.register_fake
@@ -80,8 +80,8 @@ def _(grad: Tensor, tensors: Sequence[Tensor], scheme: str, rows: int, columns: 
     return grad.new_empty((*grad.shape[:-1], columns))
 
 
-def _dequantized(tensors: Sequence[Tensor], text: str, rows: int, columns: int) -> Tensor:
-    return scheme_of(text).unpack(rows, columns, named(tensors, text, rows, columns))
+def _dequantized(tensors: Sequence[Tensor], text: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    return scheme_of(text).unpack(rows, columns, named(tensors, text, rows, columns), dtype)
 
 
 def named(tensors: Sequence[Any], text: str, rows: int, columns: int) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from adaptc.method import MATRIX_KINDS
 from adaptc.registered import register, require_frozen
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from adaptc.sites import Site
@@ -77,9 +78,9 @@ class Scheme:
         """What the stored numbers stand for: `(rows, columns)`, float32."""
         raise NotImplementedError
 
-    def unpack(self, rows: int, columns: int, tensors: Tensors) -> Tensor:
-        """The same, by a faster kernel where one is installed."""
-        return self.dequantize(rows, columns, tensors)
+    def unpack(self, rows: int, columns: int, tensors: Tensors, dtype: torch.dtype) -> Tensor:
+        """The same in another dtype, by a faster kernel where one is installed."""
+        return self.dequantize(rows, columns, tensors).to(dtype)
 
     def lookup(self, rows: int, columns: int, tensors: Tensors, ids: Tensor) -> Tensor:
         """Some rows of what the stored numbers stand for: `(*ids, columns)`, float32."""

@@ -13,6 +13,7 @@ from pydantic import Field
 from adaptc.scheme import Kept, Scheme, Tensors
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 Block = Annotated[int, Field(description="numbers that share a scale: a power of two from 16 to 4096")]
@@ -106,13 +107,17 @@ class TableBlocks(Scheme):
         values = tensors["nested_table"].index_select(0, tensors["absmax_codes"].int())
         return scaled(values, tensors["absmax_scales"], NESTED) + tensors["absmax_offset"]
 
-    def unpack(self, rows: int, columns: int, tensors: Tensors) -> Tensor:
-        """By bitsandbytes' kernel, where it is installed; not for ragged rows, which it gets wrong on the CPU."""
-        kernel = _kernel()
-        if kernel is None or columns % self.block_size or self.block_size < SMALLEST_KERNEL:
-            return self.dequantize(rows, columns, tensors)
+    def unpack(self, rows: int, columns: int, tensors: Tensors, dtype: torch.dtype) -> Tensor:
+        """By bitsandbytes' kernel, where it is installed; not for ragged rows, which it gets wrong on the CPU.
+
+        In 16 bits it is 5 times as fast as in 32, and rounds alike.
+        """
+        if _operations() is None or columns % self.block_size or self.block_size < SMALLEST_KERNEL:
+            return self.dequantize(rows, columns, tensors).to(dtype)
         codes, absmax = tensors["codes"].unsqueeze(1), self.absmax(tensors)
-        return kernel(codes, absmax, self.block_size, self.name, [rows, columns], absmax.dtype)
+        made = dtype if dtype.itemsize == 2 else absmax.dtype
+        kernel = _operations().dequantize_4bit.default
+        return kernel(codes, absmax, self.block_size, self.name, [rows, columns], made).to(dtype)
 
 
 def looked_up(codes: Tensor, table: Tensor) -> Tensor:
@@ -185,17 +190,22 @@ def dynamic_table() -> Tensor:
     return torch.tensor(sorted(found))
 
 
+def product_kernel() -> Any:
+    """bitsandbytes' product with such a matrix, if one is installed that has it (0.50 on)."""
+    return _operations().gemm_4bit.default if hasattr(_operations(), "gemm_4bit") else None
+
+
 @cache
-def _kernel() -> Any:
-    """bitsandbytes' operation, if it is installed."""
+def _operations() -> Any:
+    """bitsandbytes' operations, if it is installed."""
     logger = logging.getLogger("bitsandbytes")
     level = logger.level
     logger.setLevel(logging.ERROR)  # on loading it regrets kernels that nobody asked for
     try:
-        import bitsandbytes  # noqa: F401 (registers the operation)
+        import bitsandbytes  # noqa: F401 (registers the operations)
         import torch
     except ImportError:
         return None
     finally:
         logger.setLevel(level)
-    return torch.ops.bitsandbytes.dequantize_4bit.default
+    return torch.ops.bitsandbytes

@@ -1,18 +1,34 @@
-"""The graph as an exporter wants it: evaluation mode, no labels, one name for each tensor."""
+"""For inference: the graph as an exporter wants it, and the module with kernels for a device."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 from torch.fx.graph import CodeGen
 
-from adaptc.graph import Graph, is_tensor
+from adaptc.graph import Graph, bind, is_tensor
+from adaptc.pipeline import run
+from adaptc.proof import Each, runner
 from adaptc.registry import load_passes
+from adaptc.streaming import Streamed
 from adaptc.tracing.export import LABELS
 
+if TYPE_CHECKING:
+    from adaptc.compiled import Compiled
+
 aten = torch.ops.aten
+
+
+def inference_module(compiled: Compiled, tokens: int, device: str) -> fx.GraphModule:
+    """The folded graph with kernels for quantized weights, as a module on a device; proved there."""
+    folded, known = compiled.folded_graph(), load_passes()
+    kernels = known["torch-kernels"](tokens=tokens, device=device)  # type: ignore[call-arg]
+    graph = run(folded, [known["plain-integers"](), kernels])
+    module = bind(graph).eval().to(device)
+    compiled.prove(f"kernels on {device}", graph, Streamed(folded), Each(runner(module, device)))
+    return module
 
 
 def inference_graph(graph: Graph) -> Graph:

@@ -113,26 +113,34 @@ def normalise(module: fx.GraphModule) -> fx.GraphModule:
     _inline_regions(module)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     followed = next((node for node in placeholders if node.target != LABELS), None)
-    device: fx.Node | None = None
     for node in list(graph.nodes):
         if node.target in (aten._assert_tensor_metadata.default, torch._check):
             graph.erase_node(node)
             continue
         if node.target is aten.embedding.default and len(node.args) > 4:
             node.update_arg(4, False)  # sparse gradients are for a table that is trained itself
-        constants = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, torch.device)]
-        if node.op == "call_function" and constants and followed is not None:
-            if device is None:
-                with graph.inserting_after(placeholders[-1]):
-                    device = graph.call_function(getattr, (followed, "device"))
-                device.meta["val"] = followed.meta["val"].device
-            found = device
-            node.args = tuple(found if isinstance(a, torch.device) else a for a in node.args)
-            node.kwargs = {k: found if isinstance(v, torch.device) else v for k, v in node.kwargs.items()}
+    if followed is not None:
+        follow_device(graph, followed, placeholders[-1])
     graph.eliminate_dead_code()
     graph.lint()
     module.recompile()
     return module
+
+
+def follow_device(graph: fx.Graph, followed: fx.Node, after: fx.Node) -> None:
+    """Let what is made on a constant device be made where a tensor is."""
+    device: fx.Node | None = None
+    for node in list(graph.nodes):
+        constants = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, torch.device)]
+        if node.op != "call_function" or not constants:
+            continue
+        if device is None:
+            with graph.inserting_after(after):
+                device = graph.call_function(getattr, (followed, "device"))
+            device.meta["val"] = followed.meta["val"].device
+        found = device
+        node.args = tuple(found if isinstance(a, torch.device) else a for a in node.args)
+        node.kwargs = {k: found if isinstance(v, torch.device) else v for k, v in node.kwargs.items()}
 
 
 def _inline_regions(module: fx.GraphModule) -> None:

@@ -105,7 +105,8 @@ def test_what_is_stored_is_what_was_said(scheme: Scheme, size: tuple[int, int]) 
 def test_the_fast_ways_give_the_same(scheme: Scheme, size: tuple[int, int]) -> None:
     held = stored(scheme, values(*size))
     back = scheme.dequantize(*size, held)
-    assert torch.equal(scheme.unpack(*size, held), back)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert torch.equal(scheme.unpack(*size, held, dtype), back.to(dtype))
     ids = torch.tensor([[0, size[0] - 1], [size[0] // 2, 0]])
     if "embedding" in scheme.kinds:
         assert torch.equal(scheme.lookup(*size, held, ids), back[ids])

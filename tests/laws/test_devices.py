@@ -1,0 +1,186 @@
+"""What holds on other devices than the CPU: shown on the meta device, and on a GPU where there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import adaptc
+from adaptc import kernels
+from adaptc.compiled import Compiled
+from adaptc.graph import bind
+from adaptc.registry import load_methods, load_schemes
+from tests.families import FAMILIES, Zoo, close, entry, inputs, randomise
+
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+
+
+class OneDevice(TorchDispatchMode):
+    """No operation finds tensors on two devices, but for single numbers and those that move them."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [a for a in pytree.tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor) and a.dim()]
+        found = sorted({tensor.device.type for tensor in given})
+        assert len(found) < 2 or func is torch.ops.aten._to_copy.default, (
+            f"{func} finds {' and '.join(found)}"
+        )
+        return func(*args, **(kwargs or {}))
+
+
+def elsewhere(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> set[str]:
+    """Where the outputs are when all that a module holds and is given is on another device."""
+    module = module.to("meta")
+    with OneDevice(), torch.no_grad():
+        found = pytree.tree_leaves(module(**{n: t.to("meta") for n, t in tensors.items()}))
+    return {leaf.device.type for leaf in found if isinstance(leaf, torch.Tensor)}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_graph_runs_where_its_weights_are(zoo: Zoo, name: str) -> None:
+    assert elsewhere(bind(zoo.graph(name)).eval(), inputs(name)) == {"meta"}
+
+
+@pytest.mark.parametrize("method", sorted(load_methods()))
+def test_every_method_runs_where_its_weights_are(zoo: Zoo, method: str) -> None:
+    for name in ("llama", "bert", "mlp"):
+        try:
+            made = zoo.compiled(name, [entry(method, name)])
+        except adaptc.AdaptcError:
+            continue
+        for graph in (made.graph, made.live_graph()):
+            assert elsewhere(bind(graph).eval(), inputs(name)) == {"meta"}
+        return
+    pytest.fail("no family has a layer for it")
+
+
+@pytest.mark.parametrize("name", sorted(load_schemes()))
+def test_every_scheme_unpacks_where_its_bits_are(name: str) -> None:
+    scheme = load_schemes()[name](**load_schemes()[name].small)
+    rows, columns = 6, 64
+    held = {n: (k.shape, getattr(torch, k.dtype)) for n, k in scheme.stored(rows, columns).items()}
+    held |= {n: (t.shape, t.dtype) for n, t in scheme.constants().items()}
+    shape_of_codes = held["codes"][0]
+    fakes = {n: torch.empty(shape, dtype=dtype, device="meta") for n, (shape, dtype) in held.items()}
+    with OneDevice():
+        W = scheme.unpack(rows, columns, fakes, torch.bfloat16)
+        assert (W.device.type, W.dtype, tuple(W.shape)) == ("meta", torch.bfloat16, (rows, columns))
+        if "embedding" in scheme.kinds:
+            ids = torch.empty(2, 3, dtype=torch.int64, device="meta")
+            assert scheme.lookup(rows, columns, fakes, ids).device.type == "meta"
+        with pytest.raises(AssertionError, match="finds cpu and meta"):
+            scheme.unpack(
+                rows, columns, fakes | {"codes": torch.zeros(shape_of_codes, dtype=torch.uint8)}, W.dtype
+            )
+
+
+# the kernels of a GPU
+
+
+def quantized(options: dict[str, Any]) -> tuple[Compiled, torch.Tensor]:
+    """Two layers with adapters; the second has no bias."""
+    layers = nn.Linear(128, 48), nn.Tanh(), nn.Linear(48, 64, bias=False)
+    model = randomise(nn.Sequential(*layers)).bfloat16().eval()
+    x = torch.randn(1, 3, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    made = adaptc.compile(
+        {"quantize": [{**options, "target": "*"}]},
+        model=model,
+        example_inputs=(x,),
+        dynamic={"input": {0: "batch", 1: "seq"}},
+    )
+    return made, x
+
+
+SCHEMES = [
+    pytest.param({"method": "int4", "block_size": 16}, "none", id="no kernel takes blocks of 16"),
+    pytest.param({"method": "int4", "block_size": 32}, "_weight_int4pack_mm", id="int4"),
+    pytest.param(
+        {"method": "int4", "block_size": 32, "symmetric": True}, "_weight_int4pack_mm", id="symmetric"
+    ),
+    pytest.param({"method": "int8"}, "none", id="int8"),
+    pytest.param({"method": "nf4", "block_size": 32}, "gemm_4bit", id="nf4"),
+    pytest.param({"method": "nf4", "block_size": 32, "double": True}, "gemm_4bit", id="nf4 double"),
+    pytest.param({"method": "fp4", "block_size": 32}, "gemm_4bit", id="fp4"),
+]
+
+
+def check(made: Compiled, x: torch.Tensor, kernel: str, device: str) -> None:
+    fast, plain = made.inference(device=device), made.fold()
+    found = [
+        str(n.target) for n in fast.graph.nodes if "4pack_mm" in str(n.target) or "gemm" in str(n.target)
+    ]
+    assert [kernel in target for target in found] == ([] if kernel == "none" else [True])
+    assert len(fast.state_dict()) <= len(plain.state_dict()), "a kernel's own copy is the only one"
+    with torch.no_grad():
+        for given in (x, x[:, :1], x.expand(5, -1, -1)):
+            close(fast(given.to(device)).cpu(), plain(given), epsilons=8)
+
+
+@pytest.fixture
+def played(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The graph for a GPU on the CPU: tensor cores' kernels played as int4mm.cu describes them, in other tiles."""
+    library = torch.library.Library("aten", "IMPL")
+
+    def convert(codes: torch.Tensor, tiles: int) -> torch.Tensor:
+        assert codes.dtype == torch.uint8
+        rows, columns = codes.shape[0], codes.shape[1] * 2
+        return codes.view(torch.int32).reshape(rows // 8, columns // (16 * tiles), 32, tiles // 2)
+
+    def product(x: torch.Tensor, tiles: torch.Tensor, block: int, ranges: torch.Tensor) -> torch.Tensor:
+        assert x.dtype == ranges.dtype == torch.bfloat16
+        packed = tiles.reshape(ranges.shape[1], -1).view(torch.uint8)
+        codes = torch.stack([packed >> 4, packed & 15], -1).flatten(1).float()
+        scales, middles = ranges.float().transpose(0, 1).repeat_interleave(block, 1).unbind(-1)
+        return (x.float() @ ((codes - 8) * scales + middles).T).bfloat16()
+
+    library.impl("_convert_weight_to_int4pack", convert, "CPU")
+    library.impl("_weight_int4pack_mm", product, "CPU")
+    monkeypatch.setitem(kernels.KERNELS, "cpu", kernels.KERNELS["cuda"])
+    yield
+    library._destroy()
+
+
+@pytest.mark.parametrize(("options", "kernel"), SCHEMES)
+def test_the_graph_for_a_gpu(played: Any, options: dict[str, Any], kernel: str) -> None:
+    if kernel == "gemm_4bit":
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    check(*quantized(options), kernel, "cpu")
+
+
+@GPU
+@pytest.mark.parametrize(("options", "kernel"), SCHEMES)
+def test_on_a_gpu(options: dict[str, Any], kernel: str) -> None:
+    if kernel == "gemm_4bit":
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    check(*quantized(options), kernel, "cuda")
+
+
+@GPU
+@pytest.mark.parametrize("method", ["lora", "oft", "dora"])
+def test_training_on_a_gpu_comes_back(zoo: Zoo, method: str, tmp_path: Any) -> None:
+    """What was trained there is folded and saved here."""
+    made = zoo.compiled("llama", [entry(method, "llama")])
+    module, given = made.module.cuda().train(), {n: t.cuda() for n, t in inputs("llama").items()}
+    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        module(**given)["logits"].square().mean().backward()
+        optimizer.step()
+    with torch.no_grad():
+        live = module.eval()(**given)["logits"].cpu()
+        close(made.fold()(**inputs("llama"))["logits"], live, epsilons=4096)
+    made.save_adapter(tmp_path / "adapter")
+
+
+def test_a_device_that_is_not_there_is_refused() -> None:
+    made, _ = quantized({"method": "int8"})
+    with pytest.raises(adaptc.AdaptcError) as caught:
+        made.inference(device="nowhere")
+    text = str(caught.value)
+    assert "device: torch does not reach 'nowhere' here" in text
+    assert "expected one such as 'cpu' or 'cuda'" in text
