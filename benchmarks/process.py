@@ -104,15 +104,17 @@ def train(side: str, base: str, task: str, adapter: str, how: str, size: str) ->
     return {"seconds": statistics.median(taken[2:])}
 
 
-def qlora(side: str, base: str, stored: str) -> dict[str, Any]:
+def qlora(side: str, base: str, stored: str, dtype: str) -> dict[str, Any]:
     """The median step of a LoRA on a base in NF4 with double quantization, and what the process holds before it.
 
     Args:
         side: `adaptc`, or `peft` on bitsandbytes' layers.
         base: a checkpoint in floats, or in bits.
         stored: `floats` or `bits`.
+        dtype: computed in.
     """
-    module = _qlora_adaptc(base, stored) if side == "adaptc" else _qlora_peft(base, stored)
+    make = _qlora_adaptc if side == "adaptc" else _qlora_peft
+    module = make(base, stored, dtype)
     held = sum(tensor.nbytes for tensor in module.state_dict().values())
     gc.collect()
     resident = _memory("VmRSS")
@@ -125,25 +127,29 @@ def qlora(side: str, base: str, stored: str) -> dict[str, Any]:
     return {"seconds": statistics.median(taken[2:]), "held": held, "resident": resident}
 
 
-def _qlora_adaptc(base: str, stored: str) -> Any:
+def _qlora_adaptc(base: str, stored: str, dtype: str) -> Any:
     import adaptc
 
     quantize = [{"method": "nf4", "target": "all-linear", "double": True}] if stored == "floats" else []
     lora = {"method": "lora", "target": "all-linear", "r": 16, "alpha": 32}
-    spec = {"base": {"model": base, "task": "causal-lm"}, "quantize": quantize, "adapt": [lora]}
+    spec = {
+        "base": {"model": base, "task": "causal-lm", "dtype": dtype},
+        "quantize": quantize,
+        "adapt": [lora],
+    }
     return adaptc.compile(spec).module
 
 
-def _qlora_peft(base: str, stored: str) -> Any:
+def _qlora_peft(base: str, stored: str, dtype: str) -> Any:
     import torch
     import transformers
     from peft import LoraConfig, get_peft_model
 
     bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-    config = transformers.BitsAndBytesConfig(**bits, bnb_4bit_compute_dtype=torch.float32)
+    config = transformers.BitsAndBytesConfig(**bits, bnb_4bit_compute_dtype=getattr(torch, dtype))
     how = {"quantization_config": config} if stored == "floats" else {}
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        base, dtype=torch.float32, device_map={"": "cpu"}, **how
+        base, dtype=getattr(torch, dtype), device_map={"": "cpu"}, **how
     )
     model.config.use_cache = False
     return get_peft_model(

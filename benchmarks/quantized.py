@@ -34,15 +34,20 @@ def half_billion_in_bits() -> None:
             "\n| half a billion parameters, NF4 with double quantization, LoRA r 16 | state dict | resident | peak | "
             "training step |\n|---|---|---|---|---|"
         )
-        for stored, base in (("floats", work / "base"), ("bits", work / "bits")):
-            taken = {side: measure("qlora", side, base, stored) for side in SIDES}
-            for side, found in taken.items():
-                row = f"{gb(found.held)} | {gb(found.resident)} | {gb(found.bytes)} | {found.seconds:.2f} s"
-                print(f"| {side}, a checkpoint in {stored} | {row} |", flush=True)
-            ours, theirs = taken.values()
-            ratios = [getattr(ours, n) / getattr(theirs, n) for n in ("held", "resident", "bytes", "seconds")]
-            print(f"| adaptc / PEFT | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} |", flush=True)
+        for dtype in ("float32", "bfloat16"):
+            for stored, base in (("floats", work / "base"), ("bits", work / "bits")):
+                _rows(dtype, stored, base)
         print("\nMemory above the imports; the step is one of 64 tokens.")
+
+
+def _rows(dtype: str, stored: str, base: Path) -> None:
+    taken = {side: measure("qlora", side, base, stored, dtype) for side in SIDES}
+    for side, found in taken.items():
+        row = f"{gb(found.held)} | {gb(found.resident)} | {gb(found.bytes)} | {found.seconds:.2f} s"
+        print(f"| {side}, {dtype}, a checkpoint in {stored} | {row} |", flush=True)
+    ours, theirs = taken.values()
+    ratios = [getattr(ours, n) / getattr(theirs, n) for n in ("held", "resident", "bytes", "seconds")]
+    print(f"| adaptc / PEFT | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} |", flush=True)
 
 
 def _by_bitsandbytes(base: Path, directory: Path) -> None:
