@@ -29,7 +29,7 @@ from adaptc.spec import Spec
 from adaptc.streaming import Chooser, Streamed
 from adaptc.tracing.export import export, output_class
 from adaptc.tracing.merge import follow_training
-from adaptc.variants import float_graph, with_bits
+from adaptc.variants import bits_graph, float_graph, with_bits
 from adaptc.weights import Computed, Held, Weight, sha256_of_files, sha256_of_tensors
 
 RANDOM = "fold, random adapters"
@@ -121,13 +121,14 @@ class Compiled:
                 graph.weights[name] = Held(values[name])
         return _lowered(graph)
 
-    def folded_graph(self, keep: Callable[[Graph], Any] | None = None) -> Graph:
+    def folded_graph(self, keep: Callable[[Graph], Any] | None = None, floats: bool = False) -> Graph:
         """The folded graph, proved against the live one: as the adapters stand, or where they do not show, with
         random ones too.
 
         Args:
             keep: given the graph before it is proved; it may put its weights in a file and let the graph read them
                 from there, so that what is proved is what was written and no weight is folded twice.
+            floats: what is still in bits is floats then.
 
         Raises:
             RefusedError: a weight cannot be folded into, or the spec's own passes leave nothing to fold.
@@ -138,7 +139,7 @@ class Compiled:
         refusal = None if self.plan.closing else folds_into_bits(self.graph)
         if refusal:
             raise RefusedError([refusal])
-        folded = self._fold(self.graph, record=True)
+        folded = self._fold(self.graph, record=True, floats=floats)
         if folded.adaptations and folded.stage != "folded":
             reason = f"`passes` leaves a graph that is {self.graph.stage}, which cannot be folded; leave `factor` out"
             raise RefusedError([Refusal(reason)])
@@ -169,11 +170,12 @@ class Compiled:
             adapters: of the model as it is `live`, or `folded` by the spec's own passes.
             rounding: the same with activations rounded as a program does, if one does.
         """
-        candidate = self.graph
+        candidate = bits_graph(self)
         if adapters == "folded" and self.plan.closing[1:]:
             if self._quantized is None:
                 self.folded_graph()
-            candidate = self._quantized or candidate
+            if self._quantized is not None and self._quantized.quantized:
+                candidate = self._quantized
         if not candidate.quantized or adapters == "none":
             return None
         self.errors = measure(float_graph(self), candidate, self.spec.seed, rounding)
@@ -334,14 +336,16 @@ class Compiled:
         self.proofs = [p for p in self.proofs if p.name != name] + [proof]
         return proof
 
-    def _fold(self, graph: Graph, record: bool = False) -> Graph:
+    def _fold(self, graph: Graph, record: bool = False, floats: bool = False) -> Graph:
         """Fold a graph that is at a stage for it, as the spec's own passes do; of any other, a copy is given back."""
         fold = self.plan.closing[0] if self.plan.closing else load_passes()["fold"]()
         if graph.stage not in fold.takes:
             return run(graph, lowering(graph)) if graph.quantized else graph.copy()
         first = record and not any(done.name == fold.name for done in self.records)
         folded = run(graph, [fold], self.records if first else None, self._after if first else None)
-        return run(folded, lowering(folded)) if folded.quantized else folded
+        if not folded.quantized or self.plan.closing[1:]:
+            return folded
+        return run(folded, [load_passes()["dequantize"]()] if floats else lowering(folded))
 
     def _prove_module(self, graph: Graph) -> None:
         """The trainable module computes what the inserted expressions say, with random adapters."""
@@ -350,12 +354,12 @@ class Compiled:
         random = self._random()
         factored = graph.copy()
         factored.weights.update({name: random.weights[name] for name in graph.adapter_names})
-        reference = Streamed(random)
-        self.prove("trainable module", random, reference, self.held_against(reference, factored, wide=False))
+        reference = Streamed(random, wide=True)
+        self.prove("trainable module", random, reference, self.held_against(reference, factored))
 
-    def held_against(self, other: Chooser, graph: Graph, wide: bool = True) -> Streamed:
+    def held_against(self, other: Chooser, graph: Graph) -> Streamed:
         """A runner of a graph that makes the other side's choices between near equals."""
-        return Streamed(graph, wide, follows=other, near=tolerance(graph))
+        return Streamed(graph, wide=True, follows=other, near=tolerance(graph))
 
     def _random(self) -> Graph:
         """The adapted graph with random adapters, whose effect a proof could not miss."""

@@ -178,11 +178,13 @@ class Graph:
             self.transient |= {name}
 
     def restore(self, name: str, weight: Weight) -> None:
-        """Let a name of the base have a weight again, in place of what bits stood for it."""
-        self.weights[name] = weight
+        """Let a tensor of the base have a weight again under all its names, in place of what bits stood for it."""
         with self.fake_mode:
-            value = torch.empty(weight.shape, dtype=weight.dtype)
-        put(self.module, name, nn.Parameter(value, requires_grad=False))
+            value = nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype), requires_grad=False)
+        first = self.aliases.get(name, name)
+        for alias in [alias for alias, of in self.aliases.items() if of == first]:
+            self.weights[alias] = weight
+            put(self.module, alias, value)
 
     def detach(self, name: str) -> None:
         """Forget a tensor that was attached."""

@@ -20,16 +20,18 @@ from adaptc.weights import Computed, Weight
 aten = torch.ops.aten
 BLOCKS = (32, 64, 128, 256)
 """Blocks that torch's products with 4-bit weights take."""
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+"""What bitsandbytes multiplies with."""
 MIDDLE = 8.0
 """The code that they read as zero."""
 
 
 class Product:
-    """`linear(x, W, bias)` of a graph, for a W `(rows, columns)` that bits stand for."""
+    """`linear(x, W, bias)` of a graph that will run on a device, for a W `(rows, columns)` that bits stand for."""
 
-    def __init__(self, graph: Graph, node: fx.Node):
+    def __init__(self, graph: Graph, node: fx.Node, device: str):
         args: Any = node.args
-        self.graph, self.node = graph, node
+        self.graph, self.node, self.device = graph, node, device
         self.x, tensors, self.bias, text, self.rows, self.columns = args
         self.scheme: Scheme = scheme_of(text)
         self.held: dict[str, fx.Node] = named(tensors, text, self.rows, self.columns)
@@ -58,7 +60,8 @@ class Product:
 
     def flat(self, multiply: Callable[[fx.Node], fx.Node]) -> fx.Node:
         """The product by a kernel that takes rows of x alone, and no bias."""
-        y = multiply(self.call(aten.reshape.default, self.x, [-1, self.columns]))
+        rows = self.call(aten.reshape.default, self.x, [-1, self.columns])
+        y = multiply(self.call(aten.contiguous.default, rows))
         shape = [self.call(aten.sym_size.int, self.x, axis) for axis in range(self.x.meta["val"].dim() - 1)]
         y = self.call(aten.reshape.default, y, [*shape, self.rows])
         return y if self.bias is None else self.call(aten.add.Tensor, y, self.bias)
@@ -76,7 +79,7 @@ class Kernel:
 
     most: float
     takes: Callable[[Product], bool]
-    call: Callable[[Product, str], fx.Node]
+    call: Callable[[Product], fx.Node]
 
 
 def takes_eight_bits(product: Product) -> bool:
@@ -87,7 +90,7 @@ def takes_eight_bits(product: Product) -> bool:
     return s.bits == 8 and s.block_size is None and product.dtype == torch.bfloat16
 
 
-def eight_bits(product: Product, device: str) -> fx.Node:
+def eight_bits(product: Product) -> fx.Node:
     """`_weight_int8pack_mm(x, codes, scales)`: codes int8 (rows, columns) around zero, scales (rows)."""
     rows, columns, stored = product.rows, product.columns, product.stored
     codes = torch.empty((rows, columns), dtype=torch.int8, device="meta")
@@ -105,7 +108,17 @@ def takes_four_bits(product: Product) -> bool:
     return not product.columns % s.block_size and not product.rows % 16 and product.dtype == torch.bfloat16
 
 
-def four_bits(operation: Any, pack: Callable[[Tensor], Tensor]) -> Callable[[Product, str], fx.Node]:
+def takes_tiles(product: Product) -> bool:
+    """The same, where the tensor cores know bfloat16."""
+    return takes_four_bits(product) and multiplies_bfloat16(product.device)
+
+
+def multiplies_bfloat16(device: str) -> bool:
+    """Whether a GPU's tensor cores do: from Ampere on (compute capability 8.0)."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def four_bits(operation: Any, pack: Callable[[Tensor], Tensor]) -> Callable[[Product], fx.Node]:
     """`operation(x, pack(codes), block, ranges)`: of every block a scale and what stands for the middle code.
 
     Args:
@@ -113,13 +126,13 @@ def four_bits(operation: Any, pack: Callable[[Tensor], Tensor]) -> Callable[[Pro
         pack: codes uint8 (rows, columns) as it wants them; computed on the device that it runs on.
     """
 
-    def call(product: Product, device: str) -> fx.Node:
+    def call(product: Product) -> fx.Node:
         s: Any = product.scheme
         rows, columns, stored = product.rows, product.columns, product.stored
         codes = pack(torch.empty((rows, columns), dtype=torch.uint8, device="meta"))
         ranges = torch.empty((columns // s.block_size, rows, 2), dtype=torch.bfloat16, device="meta")
         codes = product.attached(
-            "packed", codes, lambda: pack(unpack(stored("codes"), 4).flatten(1).to(device))
+            "packed", codes, lambda: pack(unpack(stored("codes"), 4).flatten(1).to(product.device))
         )
         ranges = product.attached("ranges", ranges, lambda: _ranges(s, stored))
         return product.flat(lambda x: product.call(operation, x, codes, s.block_size, ranges))
@@ -153,10 +166,10 @@ def takes_tables(product: Product) -> bool:
     if not isinstance(s, TableBlocks) or s.block_size < SMALLEST_KERNEL or product.columns % s.block_size:
         return False
     plain = bias is None or bias.meta["val"].dtype == product.dtype
-    return plain and product_kernel() is not None
+    return plain and product.dtype in FLOATS and product_kernel() is not None
 
 
-def tables(product: Product, device: str) -> fx.Node:
+def tables(product: Product) -> fx.Node:
     """bitsandbytes' `gemm_4bit`, which chooses by the rows of x how it goes about it."""
     s: Any = product.scheme
     held = product.held
@@ -175,7 +188,7 @@ KERNELS = {
         Kernel(4, takes_four_bits, four_bits(aten._weight_int4pack_mm_for_cpu.default, in_bytes)),
     ),
     "cuda": (
-        Kernel(64, takes_four_bits, four_bits(aten._weight_int4pack_mm.default, in_tiles)),
+        Kernel(64, takes_tiles, four_bits(aten._weight_int4pack_mm.default, in_tiles)),
         Kernel(inf, takes_tables, tables),
     ),
 }

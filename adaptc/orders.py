@@ -98,17 +98,14 @@ def check_products(spec: Spec, adapted: Graph, closing: Sequence[Pass]) -> None:
     stays = adapted.staying
     bits = bool(adapted.quantized) or any(isinstance(item, Quantize) for item in closing)
     for index, entry in enumerate(spec.emit):
-        if entry.format == "hf" and bits:
-            base = any(q.entry is None for q in adapted.quantized.values())
-            who = "the base has" if base else "the spec asks for"
-            words = f"a Hugging Face checkpoint holds floats, and {who} bits"
-            hint = "start from the float checkpoint" if base else "leave `quantize` out"
-            raise spec.error(("emit", index, "format"), words, f"emit onnx or torch, or {hint}")
         if entry.format == "hf" and stays:
             words = f"{stays} cannot be folded into weights, and a Hugging Face checkpoint holds nothing else"
             raise spec.error(
                 ("emit", index, "format"), words, "emit onnx or torch; the adapter by itself as peft"
             )
+        held = bits_in_checkpoint(adapted, closing) if entry.format == "hf" else None
+        if held:
+            raise spec.error(("emit", index, "format"), *str(held.reason).split("\n  "))
         folded = entry.format == "hf" or (entry.format == "onnx" and entry.adapters == "folded")
         if (
             folded
@@ -130,6 +127,22 @@ def check_products(spec: Spec, adapted: Graph, closing: Sequence[Pass]) -> None:
                 "the pipeline quantizes behind `fold`, so what is live would keep its floats",
                 "write `passes: [quantize, insert]`, or `adapters: folded`",
             )
+
+
+def bits_in_checkpoint(adapted: Graph, closing: Sequence[Pass]) -> Refusal | None:
+    """Why a checkpoint in floats cannot be written: there are bits, and the spec does not say that they are left."""
+    passes = [item for item in closing if isinstance(item, Quantize)]
+    if passes or (adapted.quantized and not closing):
+        entries = [*(q.entry for q in adapted.quantized.values()), *(item.entry for item in passes)]
+        named = any(entry is not None for entry in entries)
+        who = "the base has" if None in entries else "the spec asks for"
+        last = ["insert", "fold"] if adapted.adaptations else ["dequantize"]
+        order = ", ".join([*(["quantize"] if named else []), *last])
+        return Refusal(
+            f"a Hugging Face checkpoint holds floats, and {who} bits\n"
+            f"  write `passes: [{order}]` for floats of what the bits stand for; or emit onnx or torch"
+        )
+    return None
 
 
 def lowering(adapted: Graph) -> list[Pass]:

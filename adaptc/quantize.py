@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -164,6 +164,16 @@ def _joined(sites: Sequence[Site]) -> Site:
         else:
             rows.append((start, stop))
     return dataclasses.replace(sites[0], rows=tuple(rows), piece=",".join(site.piece for site in sites))
+
+
+def forget_bits(graph: Graph, parameters: Iterable[str]) -> None:
+    """Drop the bits that stood for these parameters, which are read as floats now; what else reads them keeps them."""
+    read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    for name in [name for name in parameters if name in graph.quantized]:
+        quantized = graph.quantized.pop(name)
+        for tensor in (*quantized.tensors.values(), quantized.rest):
+            if tensor not in read and tensor in graph.weights:
+                graph.detach(tensor)
 
 
 def quantize_pass(cls: type[Scheme]) -> type[Quantize]:

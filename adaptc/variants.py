@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from adaptc.graph import Graph
 from adaptc.insert import Insert
 from adaptc.orders import lowering
-from adaptc.pipeline import run
+from adaptc.pipeline import Pass, run
 from adaptc.quantize import Quantize
 from adaptc.quantized import Part
+from adaptc.registry import load_passes
 
 if TYPE_CHECKING:
     from adaptc.compiled import Compiled
@@ -25,7 +27,19 @@ def bare_graph(compiled: Compiled) -> Graph:
 def float_graph(compiled: Compiled) -> Graph:
     """The model with its adapters as they stand, but for those that make up for quantization, and floats only."""
     kept = [item for item in compiled.plan.opening if not isinstance(item, Quantize)]
-    graph = run(compiled.base, [i for i in kept if not (isinstance(i, Insert) and i.method.makes_up)])
+    return _again(compiled, [i for i in kept if not (isinstance(i, Insert) and i.method.makes_up)])
+
+
+def bits_graph(compiled: Compiled) -> Graph:
+    """The model as it is, with the bits that it had before any pass made floats of them."""
+    opening = compiled.plan.opening
+    kept = [item for item in opening if not isinstance(item, load_passes()["dequantize"])]
+    return compiled.graph if len(kept) == len(opening) else _again(compiled, kept)
+
+
+def _again(compiled: Compiled, passes: Sequence[Pass]) -> Graph:
+    """What these passes make of the base, with the adapters as they stand."""
+    graph = run(compiled.base, passes)
     names = {name for name, param in compiled.graph.inserted.items() if param.stored}
     known = compiled.graph.weights
     graph.weights.update({name: known[name] for name in names & graph.weights.keys()})

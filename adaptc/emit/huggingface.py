@@ -29,8 +29,8 @@ WEIGHTS = (
     *("*.onnx", "*.onnx_data", "*.onnx.data", "*.tflite", "*.mlmodel", "*.index.json"),
 )
 """Files of weights, which would be the base's own, in whatever format."""
-REPLACED = frozenset({CONFIG, MANIFEST, "adapter_config.json"})
-"""Files that are written anew, or would make transformers look for an adapter."""
+REPLACED = frozenset({CONFIG, MANIFEST, "adapter_config.json", "quantize_config.json", "quant_config.json"})
+"""Files that are written anew, or would make transformers look for an adapter or for bits."""
 LOADED_SHARE = 4
 """A checkpoint is loaded for its proof if it fits this many times into memory: the proof holds it twice."""
 
@@ -67,6 +67,8 @@ def save_checkpoint(folded: Graph, base: Graph, directory: Path, max_shard_size:
     source = _files_of(pretrained)
     left_out = carry_over(source, directory)
     config.architectures = [type(model).__name__]
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     config.save_pretrained(directory)
     _keep_generation(source, model, directory)
     weights = {name: folded.weights[folded.aliases[name]] for name in stored_names(model, folded.aliases)}

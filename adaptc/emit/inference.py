@@ -8,6 +8,7 @@ import torch
 from torch import fx
 from torch.fx.graph import CodeGen
 
+from adaptc.errors import RefusedError
 from adaptc.graph import Graph, bind, is_tensor
 from adaptc.pipeline import run
 from adaptc.proof import Each, runner
@@ -23,11 +24,17 @@ aten = torch.ops.aten
 
 def inference_module(compiled: Compiled, tokens: int, device: str) -> fx.GraphModule:
     """The folded graph with kernels for quantized weights, as a module on a device; proved there."""
-    folded, known = compiled.folded_graph(), load_passes()
+    known = load_passes()
     kernels = known["torch-kernels"](tokens=tokens, device=device)  # type: ignore[call-arg]
+    refusals = kernels.requires(compiled.graph)
+    if refusals:
+        raise RefusedError(refusals)
+    folded = compiled.folded_graph()
     graph = run(folded, [known["plain-integers"](), kernels])
     module = bind(graph).eval().to(device)
-    compiled.prove(f"kernels on {device}", graph, Streamed(folded), Each(runner(module, device)))
+    # A GPU's convolutions round float32 to 10 bits unless told otherwise, which no proof allows.
+    with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
+        compiled.prove(f"kernels on {device}", graph, Streamed(folded), Each(runner(module, device)))
     return module
 
 

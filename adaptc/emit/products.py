@@ -24,9 +24,10 @@ from adaptc.emit.reference import recorded
 from adaptc.emit.rounding import rounds, with_rounding
 from adaptc.emit.staging import Staging
 from adaptc.emit.torch import META, PROGRAM, load_torch, save_torch
-from adaptc.errors import ProofError
+from adaptc.errors import ProofError, RefusedError
 from adaptc.graph import Graph
 from adaptc.layer_errors import QuantizationErrors
+from adaptc.orders import bits_in_checkpoint
 from adaptc.plan import site_json
 from adaptc.proof import Each, Proof, Runner, prove, runner, tolerance
 from adaptc.spec import dump, load
@@ -230,7 +231,11 @@ def _huggingface(compiled: Compiled, entry: Any, staging: Staging, final: Path) 
         product.update(save_checkpoint(graph, compiled.base, directory, entry.max_shard_size))
         product["rounding"] = compiled.rounding(weights)
 
-    graph = compiled.folded_graph(keep=write)
+    bits = bits_in_checkpoint(compiled.graph, compiled.plan.closing)
+    if bits:
+        raise RefusedError([bits])
+    graph = compiled.folded_graph(keep=write, floats=True)
+    product |= _errors(compiled, "folded")
     if fits(graph):
         origin = compiled.base.base.pretrained
         assert origin is not None

@@ -15,6 +15,7 @@ from adaptc.expression import Folded, constants, cut
 from adaptc.graph import Adaptation, Graph
 from adaptc.method import WeightMethod
 from adaptc.pipeline import Pass, graph_pass
+from adaptc.quantize import forget_bits
 from adaptc.sites import Use
 from adaptc.weights import Weight
 
@@ -78,7 +79,7 @@ class Fold(Pass):
                 graph.weights[alias] = weight
         graph.module.graph.eliminate_dead_code()
         _forget_unread(graph)
-        _forget_bits(graph, folded)
+        forget_bits(graph, folded)
         return bool(folded) or any(settled)
 
     def ensures(self, graph: Graph) -> str | None:
@@ -96,18 +97,6 @@ def _forget_unread(graph: Graph) -> None:
     graph.adaptations[:] = [
         replace(a, params={k: v for k, v in a.params.items() if v[0] not in gone}) for a in graph.adaptations
     ]
-
-
-def _forget_bits(graph: Graph, folded: Mapping[str, Weight]) -> None:
-    """Drop the bits that stood for what was folded into; what else reads them keeps them."""
-    read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
-    for name in [name for name in folded if name in graph.quantized]:
-        quantized = graph.quantized.pop(name)
-        for tensor in quantized.tensors.values():
-            if tensor not in read and tensor in graph.weights:
-                graph.detach(tensor)
-        if quantized.rest and quantized.rest not in read:
-            graph.detach(quantized.rest)
 
 
 def _stored(graph: Graph, adaptation: Adaptation, name: str) -> tuple[tuple[int, ...], torch.dtype]:

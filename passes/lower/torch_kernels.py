@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import fx
 
 from adaptc.errors import Refusal
 from adaptc.graph import Graph
 from adaptc.kernels import KERNELS, Kernel, Product
 from adaptc.pipeline import Pass, graph_pass
+from adaptc.quantize import forget_bits
 from adaptc.quantized_operations import LINEAR
 
 
@@ -31,9 +31,9 @@ class TorchKernels(Pass):
     def requires(self, graph: Graph) -> list[Refusal]:
         """Torch reaches the device."""
         try:
-            torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError) as error:
-            why = str(error).splitlines()[0]
+            torch.empty(0, device=torch.device(self.device))
+        except (RuntimeError, AssertionError, TypeError, ImportError) as error:
+            why = str(error).splitlines()[0][:100]
             reason = f"device: torch does not reach {self.device!r} here: {why}\n  expected one such as 'cpu' or 'cuda'"
             return [Refusal(reason)]
         return []
@@ -41,19 +41,18 @@ class TorchKernels(Pass):
     def call(self, graph: Graph) -> bool:
         """Rewrite the products that such a kernel computes."""
         kernels = [k for k in KERNELS.get(torch.device(self.device).type, ()) if self.tokens <= k.most]
-        replaced: list[fx.Node] = []
+        changed = False
         for node in [n for n in graph.nodes if n.target is LINEAR]:
-            product = Product(graph, node)
+            product = Product(graph, node, self.device)
             kernel: Kernel | None = next((k for k in kernels if k.takes(product)), None)
             if kernel is None:
                 continue
             with graph.module.graph.inserting_before(node):
-                result = kernel.call(product, self.device)
+                result = kernel.call(product)
             node.replace_all_uses_with(result)
             graph.module.graph.erase_node(node)
-            replaced += product.held.values()
-        for held in dict.fromkeys(replaced):
-            if not held.users:  # a kernel reads its own copy
-                graph.module.graph.erase_node(held)
-                graph.detach(str(held.target))
-        return bool(replaced)
+            changed = True
+        graph.module.graph.eliminate_dead_code()
+        read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+        forget_bits(graph, [name for name, q in graph.quantized.items() if q.tensors["codes"] not in read])
+        return changed

@@ -85,15 +85,9 @@ def test_every_scheme_unpacks_where_its_bits_are(name: str) -> None:
 def quantized(options: dict[str, Any]) -> tuple[Compiled, torch.Tensor]:
     """Two layers with adapters; the second has no bias."""
     layers = nn.Linear(128, 48), nn.Tanh(), nn.Linear(48, 64, bias=False)
-    model = randomise(nn.Sequential(*layers)).bfloat16().eval()
+    model = randomise(nn.Sequential(*layers)).bfloat16()
     x = torch.randn(1, 3, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
-    made = adaptc.compile(
-        {"quantize": [{**options, "target": "*"}]},
-        model=model,
-        example_inputs=(x,),
-        dynamic={"input": {0: "batch", 1: "seq"}},
-    )
-    return made, x
+    return compiled(model, x, options), x
 
 
 SCHEMES = [
@@ -107,6 +101,26 @@ SCHEMES = [
     pytest.param({"method": "nf4", "block_size": 32, "double": True}, "gemm_4bit", id="nf4 double"),
     pytest.param({"method": "fp4", "block_size": 32}, "gemm_4bit", id="fp4"),
 ]
+
+
+class First(nn.Module):
+    """The first token by itself, as a pooler reads it: no contiguous rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 32)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self.layer(input[:, 0])
+
+
+def compiled(model: nn.Module, x: torch.Tensor, options: dict[str, Any]) -> Compiled:
+    return adaptc.compile(
+        {"quantize": [{**options, "target": "*"}]},
+        model=model.eval(),
+        example_inputs=(x,),
+        dynamic={"input": {0: "batch", 1: "seq"}},
+    )
 
 
 def check(made: Compiled, x: torch.Tensor, kernel: str, device: str) -> None:
@@ -133,6 +147,7 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def product(x: torch.Tensor, tiles: torch.Tensor, block: int, ranges: torch.Tensor) -> torch.Tensor:
         assert x.dtype == ranges.dtype == torch.bfloat16
+        assert x.is_contiguous()
         packed = tiles.reshape(ranges.shape[1], -1).view(torch.uint8)
         codes = torch.stack([packed >> 4, packed & 15], -1).flatten(1).float()
         scales, middles = ranges.float().transpose(0, 1).repeat_interleave(block, 1).unbind(-1)
@@ -141,6 +156,7 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Any:
     library.impl("_convert_weight_to_int4pack", convert, "CPU")
     library.impl("_weight_int4pack_mm", product, "CPU")
     monkeypatch.setitem(kernels.KERNELS, "cpu", kernels.KERNELS["cuda"])
+    monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda device: True)
     yield
     library._destroy()
 
@@ -150,6 +166,22 @@ def test_the_graph_for_a_gpu(played: Any, options: dict[str, Any], kernel: str) 
     if kernel == "gemm_4bit":
         pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     check(*quantized(options), kernel, "cpu")
+
+
+@pytest.mark.parametrize("method", ["int4", "int8", "nf4"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("tables", ["a CPU's", "a GPU's"])
+def test_rows_that_do_not_lie_side_by_side(
+    request: pytest.FixtureRequest, tables: str, dtype: torch.dtype, method: str
+) -> None:
+    """Whatever the dtype, the module runs: where no kernel takes it, the plain way."""
+    if tables == "a GPU's":
+        request.getfixturevalue("played")
+    x = torch.randn(3, 4, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    block = {} if method == "int8" else {"block_size": 32}
+    made = compiled(randomise(First()).to(dtype), x, {"method": method, **block})
+    with torch.no_grad():
+        close(made.inference()(x), made.fold()(x), epsilons=64)
 
 
 @GPU
@@ -177,10 +209,12 @@ def test_training_on_a_gpu_comes_back(zoo: Zoo, method: str, tmp_path: Any) -> N
     made.save_adapter(tmp_path / "adapter")
 
 
-def test_a_device_that_is_not_there_is_refused() -> None:
+@pytest.mark.parametrize("device", ["nowhere", "hpu", "cuda:99", None])
+def test_a_device_that_is_not_there_is_refused(device: Any) -> None:
     made, _ = quantized({"method": "int8"})
     with pytest.raises(adaptc.AdaptcError) as caught:
-        made.inference(device="nowhere")
+        made.inference(device=device)
+    assert [proof.name for proof in made.proofs] == ["trace"], "nothing is folded before"
     text = str(caught.value)
-    assert "device: torch does not reach 'nowhere' here" in text
+    assert f"device: torch does not reach {device!r} here" in text
     assert "expected one such as 'cpu' or 'cuda'" in text

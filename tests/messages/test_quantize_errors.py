@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import adaptc
-from adaptc.errors import AdaptcError, SpecError, WeightError
+from adaptc.errors import AdaptcError, RefusedError, SpecError, WeightError
 
 NF4 = {"method": "nf4", "target": ["up", "down"], "block_size": 16}
 LORA = {"method": "lora", "target": ["up", "down"], "r": 2}
@@ -146,6 +146,47 @@ def test_what_is_live_would_keep_its_floats(tmp_path: Path) -> None:
 def test_a_pipeline_without_quantize() -> None:
     words = said(SpecError, quantize=[NF4], adapt=[LORA], passes=["insert"])
     assert "the pipeline leaves out `quantize`" in words
+
+
+def test_floats_come_before_products_with_bits() -> None:
+    words = said(RefusedError, quantize=[NF4], passes=["quantize", "quantized-products", "dequantize"])
+    assert "up.weight, down.weight: products read the bits already" in words
+    assert "let `dequantize` stand in front" in words
+
+
+@pytest.mark.parametrize(
+    "passes",
+    [
+        ["quantize", "dequantize"],
+        ["quantize", "insert", "dequantize"],
+        ["quantize", "insert", "fold", "dequantize"],
+        ["quantize", "insert", "fold", "quantize", "dequantize"],
+    ],
+)
+def test_what_bits_cost_is_told_of_floats_too(passes: list[str], tmp_path: Path) -> None:
+    """Of layers with an adapter and of those without, wherever in the pipeline floats are made of the bits."""
+    adapt = [LORA | {"target": "up"}] if "insert" in passes else []
+    made = compiled(quantize=[NF4], adapt=adapt, passes=passes)
+    made.emit("onnx", tmp_path / "model.onnx")
+    about = json.loads((tmp_path / "manifest.json").read_text())
+    (product,) = about["products"].values()
+    assert {layer["module"] for layer in product["quantization"]["layers"]} == {"up", "down"}
+    assert all(0.01 < layer["weight"] < 0.3 for layer in product["quantization"]["layers"])
+    state = made.fold().state_dict()
+    assert {"up.weight", "down.weight"} <= set(state)
+    assert not [name for name in state if "codes" in name]
+
+
+def test_kernels_in_a_pipeline() -> None:
+    """What they replace is not counted."""
+    model = Net().bfloat16()
+    made = compiled(
+        model,
+        quantize=[{"method": "int8", "target": "up"}],
+        passes=["quantize", "quantized-products", "torch-kernels"],
+    )
+    assert "up.weight_codes" not in made.graph.weights
+    assert "up.weight_signed" in made.graph.weights
 
 
 def test_quantize_without_anything_to_quantize() -> None:

@@ -27,6 +27,7 @@ from adaptc.inspection import inspect, verify
 from adaptc.spec import dump, load
 from adaptc.weights import Computed, Held
 from tests.families import (
+    FAMILIES,
     VOCABULARY,
     Zoo,
     close,
@@ -185,6 +186,40 @@ def test_transformers_loads_it(merged: Callable[[str], Merged], name: str) -> No
         close(got[key], want[key])
     base = getattr(transformers, AUTO[name]).from_pretrained(case.compiled.base.base.pretrained.name)  # type: ignore[union-attr]
     differs(want["logits"], case.run(base, tensors)["logits"])
+
+
+QUANTIZED = {
+    "gpt2": ("*.c_attn[q,v]", "*.c_fc", "*wte"),
+    "llama": ("all-linear",),
+    "mixtral": ("*.experts", "*.q_proj"),
+}
+
+
+@pytest.mark.parametrize("name", marked(QUANTIZED, ["gpt2"]))
+def test_an_adapter_that_was_trained_on_bits(zoo: Zoo, name: str, tmp_path: Path) -> None:
+    """Floats of what the bits stand for, with the adapter folded in: slices, tied heads and experts too."""
+    made = zoo.compiled(
+        name,
+        [{"method": "lora", "target": list(FAMILIES[name].target), "r": 4}],
+        quantize=[{"method": "nf4", "target": list(QUANTIZED[name]), "block_size": 32}],
+        passes=["quantize", "insert", "fold"],
+    )
+    perturb(made.module)
+    made.emit("hf", tmp_path / "merged")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    for key, weight in made.base.weights.items():
+        q = made.graph.quantized.get(made.base.aliases[key])
+        if q is not None and key in model.state_dict():
+            assert not torch.equal(model.state_dict()[key], weight.load()), "it is what the bits stand for"
+    assert (name == "gpt2") == (model.get_output_embeddings().weight is model.get_input_embeddings().weight)
+    errors = product_of(tmp_path / "merged")["quantization"]
+    assert len(errors["layers"]) == len(made.graph.quantized)
+    assert 0 < errors["outputs"]["logits"] < 0.5
+    tensors = inputs(name, 3, 6, pad=True)
+    with torch.no_grad():
+        want = made.module.eval()(**tensors)["logits"]
+        close(model(**tensors, use_cache=False).logits, want)
+        differs(zoo.eager(name)(**tensors, use_cache=False).logits, want)
 
 
 @pytest.mark.parametrize("name", ["bert", pytest.param("llama", marks=pytest.mark.slow)])

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import adaptc
 from adaptc.compiled import Compiled
 from adaptc.errors import AdaptcError
-from tests.families import marked
+from tests.families import close, marked
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -135,6 +135,31 @@ def test_a_new_head_is_initialised() -> None:
     assert torch.equal(score, compiled(DATA / "gptq", base=base).base.weights["score.weight"].load())
     assert any("score.weight" in note for note in made.base.base.notes)
     assert len(made.graph.quantized) == LAYERS
+
+
+@pytest.mark.parametrize("name", marked(BY_GPTQMODEL, ["gptq-v2"]))
+@pytest.mark.parametrize("adapted", [True, False])
+def test_a_checkpoint_of_what_the_bits_stand_for(name: str, adapted: bool, tmp_path: Path) -> None:
+    """A merged checkpoint in floats that transformers loads, of layers with an adapter and of those without."""
+    from transformers import AutoModelForCausalLM
+
+    adapt = [LORA | {"target": ["*q_proj", "*down_proj"]}] if adapted else []
+    made = compiled(DATA / name, adapt, passes=["insert", "fold"] if adapted else ["dequantize"])
+    if adapted:
+        trained(made)
+    made.emit("hf", tmp_path / "merged")
+    about = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert "quantization_config" not in about
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    theirs, changed = loaded.state_dict(), []
+    for key, weight in made.base.weights.items():
+        if key in theirs and not torch.equal(theirs[key], weight.load()):
+            changed.append(key.split(".")[-2])
+    assert sorted(changed) == (["down_proj", "q_proj"] if adapted else [])
+    ids = torch.randint(3, loaded.config.vocab_size, (3, 4), generator=torch.Generator().manual_seed(0))
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        close(loaded(**given).logits, made.module.eval()(**given)["logits"], epsilons=4)
 
 
 @pytest.fixture(scope="module")
@@ -335,8 +360,30 @@ def test_bitsandbytes_without_the_rest(
 
 
 def test_floats_only(tmp_path: Path) -> None:
-    with pytest.raises(AdaptcError, match=r"the base has bits.*\n.*start from the float checkpoint"):
-        compiled(DATA / "gptq", emit=[{"format": "hf", "path": str(tmp_path / "x")}])
+    emit = [{"format": "hf", "path": str(tmp_path / "x")}]
+    with pytest.raises(
+        AdaptcError, match=r"the base has bits.*\n.*write `passes: \[insert, fold\]` for floats of"
+    ):
+        compiled(DATA / "gptq", emit=emit)
+    with pytest.raises(
+        AdaptcError, match=r"the base has bits.*\n.*write `passes: \[dequantize\]` for floats of"
+    ):
+        compiled(DATA / "gptq", [], emit=emit)
+    with pytest.raises(
+        AdaptcError, match=r"the base has bits.*\n.*write `passes: \[insert, fold\]` for floats of"
+    ):
+        compiled(DATA / "gptq", passes=["insert", "fold", "quantize"], emit=emit)
+    anew = [{"method": "nf4", "target": "*q_proj"}]
+    with pytest.raises(
+        AdaptcError, match=r"the base has bits.*\n.*write `passes: \[quantize, insert, fold\]`"
+    ):
+        compiled(DATA / "gptq", quantize=anew, emit=emit)
+    with pytest.raises(AdaptcError, match=r"prefix.* cannot be folded into weights"):
+        compiled(DATA / "gptq", [{"method": "prefix", "num_virtual_tokens": 2}], emit=emit)
+    for adapt in ([], [LORA | {"target": "lm_head"}]):
+        with pytest.raises(AdaptcError, match=r"the base has bits"):
+            compiled(DATA / "gptq", adapt).emit("hf", tmp_path / "x")
+        assert not (tmp_path / "x").exists()
 
 
 def test_nothing_to_make_up_for() -> None:

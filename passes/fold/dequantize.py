@@ -1,0 +1,43 @@
+"""Dequantize: what bits stand for becomes a stored weight again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from adaptc.errors import Refusal
+from adaptc.expression import Folded, cut
+from adaptc.graph import Graph
+from adaptc.pipeline import Pass, graph_pass
+from adaptc.quantize import forget_bits
+
+
+@graph_pass("dequantize")
+@dataclass(frozen=True)
+class Dequantize(Pass):
+    """W = dequantize(bits), stored in the weight's own dtype under the base's own name: nothing is in bits any more.
+
+    For products that hold floats only, such as a checkpoint that other tools read.
+    """
+
+    def requires(self, graph: Graph) -> list[Refusal]:
+        """What bits stand for is a value of the graph."""
+        nodes = graph.by_name()
+        taken = [name for name, found in graph.quantized.items() if found.value not in nodes]
+        words = f"{', '.join(taken[:3])}: products read the bits already\n  let `dequantize` stand in front"
+        return [Refusal(words)] if taken else []
+
+    def call(self, graph: Graph) -> bool:
+        """Read the stored weights instead."""
+        quantized = dict(graph.quantized)
+        for name, found in quantized.items():
+            value = graph.by_name()[found.value]
+            weight = Folded(found.site.shape, found.site.dtype, cut(graph, value))
+            graph.restore(name, weight)
+            value.replace_all_uses_with(graph.parameter_node(name))
+        graph.module.graph.eliminate_dead_code()
+        forget_bits(graph, quantized)
+        return bool(quantized)
+
+    def ensures(self, graph: Graph) -> str | None:
+        """No bits are left."""
+        return f"{', '.join(graph.quantized)} are left in bits" if graph.quantized else None
