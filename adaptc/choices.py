@@ -25,6 +25,11 @@ DIMENSION = {
 and what it is by default."""
 
 
+def chooses(node: fx.Node) -> bool:
+    """Whether it chooses for the model; what an adapter chooses by itself, both sides of a proof need not have."""
+    return node.target in DIMENSION and node.meta.get("adaptation") is None
+
+
 @dataclass
 class Choices:
     """The choices of one run, in order.

@@ -17,6 +17,7 @@ from adaptc.calibration import Information, checked_rows, read_rows
 from adaptc.compiled import Compiled
 from adaptc.errors import InputError, ProofError, TraceError, WeightError
 from adaptc.graph import Graph
+from adaptc.memory import writes
 from adaptc.pipeline import PassRecord
 from adaptc.plan import Plan, make_plan
 from adaptc.proof import Each, Proof, batches, check_weights, prove, runner, tolerance
@@ -24,7 +25,6 @@ from adaptc.spec import Spec, load, require_base, resolve_path
 from adaptc.streaming import Streamed
 from adaptc.tracing.base import Base
 from adaptc.tracing.graph import trace
-from adaptc.tracing.noise import writes
 from adaptc.tracing.stored import CONFIG
 
 After = Callable[[str, Graph], Any]

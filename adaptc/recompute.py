@@ -4,30 +4,59 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
+from adaptc.memory import writes
+
+LEARNING = frozenset({torch.ops.aten.batch_norm.default, torch.ops.aten.instance_norm.default})
+"""Operations whose fourth and fifth operand are running statistics."""
 CUT = "cut"
 """The key in a node's meta that says that a segment ends there."""
 
 
 class Segment(nn.Module):
-    """Some operations of a graph, without the weights that they read: those are given."""
+    """Some operations of a graph, without the weights that they read: those are given.
 
-    def __init__(self, graph: fx.Graph):
+    Args:
+        graph: the operations.
+        learns: which inputs are buffers that they write to, such as the running mean of a batch norm.
+    """
+
+    def __init__(self, graph: fx.Graph, learns: Sequence[int] = ()):
         super().__init__()
         self.inner = fx.GraphModule(nn.Module(), graph)
+        self.learns = tuple(learns)
         self.recomputes = True
+        self.again = False
 
     def forward(self, *values: Any) -> Any:
         """Compute; where there will be a gradient, forget what it needs and compute again."""
         if self.recomputes and self.training and torch.is_grad_enabled():
-            return checkpoint(self.inner, *values, use_reentrant=False)
+            if not self.learns or torch.compiler.is_compiling():  # which writes to buffers once in any case
+                return checkpoint(self.inner, *values, use_reentrant=False)
+            return checkpoint(self._run, *values, use_reentrant=False, context_fn=self._contexts)
         return self.inner(*values)
+
+    def _run(self, *values: Any) -> Any:
+        if self.again:  # what is learnt from a batch is learnt once
+            values = tuple(v.clone() if index in self.learns else v for index, v in enumerate(values))
+        return self.inner(*values)
+
+    def _contexts(self) -> tuple[Any, Any]:
+        return nullcontext(), self._once_more()
+
+    @contextmanager
+    def _once_more(self) -> Iterator[None]:
+        self.again = True
+        try:
+            yield
+        finally:
+            self.again = False
 
 
 def with_segments(module: fx.GraphModule) -> None:
@@ -35,7 +64,7 @@ def with_segments(module: fx.GraphModule) -> None:
 
     What stands behind the last end is left as it is: its gradient comes first.
     """
-    nodes = [node for node in module.graph.nodes if node.op == "call_function"]
+    nodes = [node for node in module.graph.nodes if node.op == "call_function" and not _counts(node)]
     ends = [index for index, node in enumerate(nodes) if node.meta.get(CUT)]
     start = 0
     for number, end in enumerate(ends):
@@ -55,7 +84,8 @@ def _extract(module: fx.GraphModule, nodes: Sequence[fx.Node], name: str) -> Non
     for node in nodes:
         copied[node] = graph.node_copy(node, copied.__getitem__)
     graph.output(tuple(copied[node] for node in kept))
-    module.add_submodule(name, Segment(graph))
+    learns = [index for index, node in enumerate(given) if any(_learns(user, node) for user in inside)]
+    module.add_submodule(name, Segment(graph, learns))
     with module.graph.inserting_after(nodes[-1]):
         called = module.graph.call_module(name, tuple(given))
     with module.graph.inserting_after(called):
@@ -65,6 +95,20 @@ def _extract(module: fx.GraphModule, nodes: Sequence[fx.Node], name: str) -> Non
             node.replace_all_uses_with(result, delete_user_cb=lambda user: user not in inside)
     for node in reversed(nodes):
         module.graph.erase_node(node)
+
+
+def _counts(node: fx.Node) -> bool:
+    """Whether it changes a buffer by itself, such as the number of batches seen: nothing to compute again."""
+    return writes(node.target) and not node.users and all(n.op == "get_attr" for n in node.all_input_nodes)
+
+
+def _learns(user: fx.Node, read: fx.Node) -> bool:
+    """Whether an operation writes to what it reads here: torch says so of all but norms over a batch."""
+    if read.op != "get_attr" or read not in user.all_input_nodes:
+        return False
+    return (user.target in LEARNING and read in user.args[3:5]) or (
+        writes(user.target) and user.args[0] is read
+    )
 
 
 @contextmanager

@@ -10,9 +10,9 @@ from torch import fx
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from adaptc.choices import DIMENSION, Choices
+from adaptc.choices import Choices, chooses
 from adaptc.graph import Graph
-from adaptc.tracing.noise import writes
+from adaptc.memory import writes
 
 Batch = Mapping[str, torch.Tensor]
 NARROW = (torch.float16, torch.bfloat16)
@@ -113,7 +113,7 @@ def _sweep(
                     try:
                         operands = values[number] | weights
                         result = _step(node, batch, operands, wide)
-                        if node.target in DIMENSION:
+                        if chooses(node):
                             result = choices[number].make(node, operands[node.all_input_nodes[0]], result)
                     except Exception as error:
                         outcomes[number] = error

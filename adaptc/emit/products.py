@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from adaptc import adapters, checkpoint
-from adaptc.choices import DIMENSION
+from adaptc.choices import chooses
 from adaptc.compiled import Compiled, tensors_of
 from adaptc.emit.huggingface import LOADED_SHARE, fits, load_checkpoint, save_checkpoint
 from adaptc.emit.inference import inference_graph
@@ -149,7 +149,7 @@ def _onnx(compiled: Compiled, entry: Any, staging: Staging, final: Path) -> None
     exact = not entry.round_activations
     program: Runner = pieces if beside.exists() else Each(onnx_runner(path, final, exact))
     run = compiled.streamed(graph, wide=True)
-    choices = sum(node.target in DIMENSION for node in graph.nodes)
+    choices = sum(chooses(node) for node in graph.nodes)
     if run.wide and choices and len(pieces.choices) == choices:
         program, run = pieces, compiled.held_against(pieces, graph)
     reference, name = Kept(run, product["outputs"]), f"onnx, {entry.adapters}"

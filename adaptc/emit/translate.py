@@ -28,9 +28,9 @@ from torch.utils import _pytree as pytree
 from adaptc.emit.onnx_operations import COMPLEX, translations
 from adaptc.errors import AdaptcError
 from adaptc.graph import ORIGIN, Graph, attribute
+from adaptc.memory import writes
 from adaptc.sites import module_of, source_of
 from adaptc.tracing.export import dynamic_shapes, example_sizes, example_tensors, normalise
-from adaptc.tracing.noise import writes
 from adaptc.tracing.quiet import quietly
 
 

@@ -11,6 +11,7 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from adaptc.graph import ORIGIN
+from adaptc.memory import writes
 from adaptc.tracing.modes import training_node
 
 aten = torch.ops.aten
@@ -120,12 +121,6 @@ class Noise:
             elif isinstance(operand.meta.get("val"), torch.Tensor):
                 sources.add(bare(operand))
         return _Origin(frozenset(sources), drawn)
-
-
-def writes(target: Any) -> bool:
-    """Whether an operation, such as `mul_`, writes to its first operand."""
-    schema = getattr(target, "_schema", None)
-    return schema is not None and schema.is_mutable
 
 
 def _without_writing(target: torch._ops.OpOverload) -> torch._ops.OpOverload:

@@ -36,6 +36,7 @@ class Randlora(WeightMethod):
     very_sparse: bool = False
 
     kinds: ClassVar[frozenset[str]] = MATRIX_KINDS
+    small: ClassVar[Mapping[str, object]] = {"alpha": 20.0}  # for r of 4; the usual 640 goes with 32
     aliases: ClassVar[Mapping[str, str]] = {"randlora_alpha": "alpha", "randlora_dropout": "dropout"}
     peft: ClassVar[PeftFormat | None] = PeftFormat(
         "RANDLORA",

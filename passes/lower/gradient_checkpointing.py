@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -13,6 +13,7 @@ from torch import fx
 
 from adaptc.budget import example_shape, example_sizes
 from adaptc.graph import Graph
+from adaptc.memory import base_of, writes
 from adaptc.pipeline import Pass, graph_pass
 from adaptc.recompute import CUT
 
@@ -69,6 +70,21 @@ def _cuts(graph: Graph) -> list[fx.Node]:
         needed = {n for n in needed if last[n] > order[node]}
         if node in needed and needed - set(found) == {node} and not _is_weight(node):
             found.append(node)
+    written = _written(graph, order)
+    return [node for node in found if not any(first <= order[node] < last for first, last in written)]
+
+
+def _written(graph: Graph, order: Mapping[fx.Node, int]) -> list[tuple[int, int]]:
+    """Where values are made that a later operation writes to, and where it does.
+
+    A segment that ended between would find its input written to already when it is computed again.
+    """
+    found = []
+    for node in graph.nodes:
+        if node.op == "call_function" and writes(node.target):
+            value = base_of(node)
+            if value.op == "call_function":
+                found.append((order[value], order[node]))
     return found
 
 

@@ -50,7 +50,9 @@ def step(
 
 @pytest.mark.parametrize(
     "family",
-    marked([f for f in FAMILIES if f not in ("raw", "mixtral", "whisper", "bart")], ("llama", "t5")),
+    marked(
+        [f for f in FAMILIES if f not in ("raw", "mixtral", "whisper", "bart")], ("llama", "t5", "resnet")
+    ),
 )
 def test_the_same_gradients_from_less(zoo: Zoo, family: str) -> None:
     plain, again = pair(zoo, family)
@@ -58,6 +60,10 @@ def test_the_same_gradients_from_less(zoo: Zoo, family: str) -> None:
     assert torch.equal(got[0], want[0]), "dropout draws the same numbers again"
     assert got[1].keys() == want[1].keys()
     assert all(torch.equal(got[1][name], grad) for name, grad in want[1].items())
+    learnt, once = (dict(made.module.named_buffers()) for made in (again, plain))
+    assert all(torch.equal(learnt[name], buffer) for name, buffer in once.items()), (
+        "statistics count a batch once"
+    )
     if family in (
         "llama",
         "gpt2",
