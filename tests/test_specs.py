@@ -56,7 +56,6 @@ def adapter(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 QUICK = (
-    "lora",
     "nf4",
     "own-model",
     "peft-to-huggingface",
