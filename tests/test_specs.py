@@ -56,13 +56,12 @@ def adapter(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 QUICK = (
-    "nf4",
     "own-model",
     "peft-to-huggingface",
     "peft-to-onnx",
     "sentiment",
 )
-"""The journeys, and methods that stand for all."""
+"""The journeys; of the methods each has its laws."""
 
 
 @pytest.mark.parametrize(

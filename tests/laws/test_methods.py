@@ -53,7 +53,7 @@ def one(method: str) -> str:
 def quick(method: str, name: str) -> bool:
     if method not in FIRST:
         return name == one(method)
-    return name in QUICK and (name != "t5" or method == "lora")
+    return name in QUICK and name != "t5"
 
 
 EVERY = [

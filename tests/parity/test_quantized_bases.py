@@ -72,7 +72,7 @@ def test_bits_stay_bits(name: str) -> None:
 
 
 @pytest.mark.parametrize("runtime", marked(["onnxruntime", "standard"], ["onnxruntime"]))
-@pytest.mark.parametrize("name", marked(BY_GPTQMODEL, ["gptq-ordered", "awq"]))
+@pytest.mark.parametrize("name", marked(BY_GPTQMODEL, ["gptq-ordered"]))
 def test_products_of_a_quantized_base(name: str, runtime: str, tmp_path: Path) -> None:
     made = trained(compiled(DATA / name))
     made.emit("onnx", tmp_path / "live.onnx", adapters="live", target_runtime=runtime)
