@@ -518,7 +518,11 @@ def test_init_for_a_model(cli: Callable[..., Ran], bert: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize(
     ("name", "task"),
-    [("roberta", "sequence-classification"), ("whisper", "speech-seq2seq"), ("bart", "seq2seq-lm")],
+    [
+        pytest.param("roberta", "sequence-classification", marks=pytest.mark.slow),
+        ("whisper", "speech-seq2seq"),
+        pytest.param("bart", "seq2seq-lm", marks=pytest.mark.slow),
+    ],
 )
 def test_init_knows_the_task_of_a_family(
     cli: Callable[..., Ran], tmp_path: Path, name: str, task: str
