@@ -110,7 +110,7 @@ class TableBlocks(Scheme):
     def unpack(self, rows: int, columns: int, tensors: Tensors, dtype: torch.dtype) -> Tensor:
         """By bitsandbytes' kernel, where it is installed; not for ragged rows, which it gets wrong on the CPU.
 
-        In 16 bits it is 5 times as fast as in 32, and rounds alike.
+        In 16 bits it is 2 to 5 times as fast as in 32, and rounds alike.
         """
         if _operations() is None or columns % self.block_size or self.block_size < SMALLEST_KERNEL:
             return self.dequantize(rows, columns, tensors).to(dtype)
