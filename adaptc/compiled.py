@@ -170,13 +170,14 @@ class Compiled:
             adapters: of the model as it is `live`, or `folded` by the spec's own passes.
             rounding: the same with activations rounded as a program does, if one does.
         """
-        candidate = bits_graph(self)
-        if adapters == "folded" and self.plan.closing[1:]:
-            if self._quantized is None:
-                self.folded_graph()
-            if self._quantized is not None and self._quantized.quantized:
-                candidate = self._quantized
-        if not candidate.quantized or adapters == "none":
+        if adapters == "none":
+            return None
+        behind = adapters == "folded" and bool(self.plan.closing[1:])
+        if behind and self._quantized is None:
+            self.folded_graph()
+        last = self._quantized if behind else None
+        candidate = last if last is not None and last.quantized else bits_graph(self)
+        if not candidate.quantized:
             return None
         self.errors = measure(float_graph(self), candidate, self.spec.seed, rounding)
         return self.errors

@@ -13,7 +13,6 @@ from adaptc.graph import Graph, bind, is_tensor
 from adaptc.pipeline import run
 from adaptc.proof import Each, runner
 from adaptc.registry import load_passes
-from adaptc.streaming import Streamed
 from adaptc.tracing.export import LABELS
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ def inference_module(compiled: Compiled, tokens: int, device: str) -> fx.GraphMo
     module = bind(graph).eval().to(device)
     # A GPU's convolutions round float32 to 10 bits unless told otherwise, which no proof allows.
     with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
-        compiled.prove(f"kernels on {device}", graph, Streamed(folded), Each(runner(module, device)))
+        compiled.prove(f"kernels on {device}", graph, compiled.streamed(folded), Each(runner(module, device)))
     return module
 
 

@@ -137,7 +137,7 @@ class _Lowering:
     def _nbits(
         self, x: fx.Node, held: dict[str, Any], scheme: IntegerBlocks, rows: int, columns: int, bias: Any
     ) -> fx.Node:
-        block = fitting(columns) if scheme.block_size is None else scheme.block(columns)
+        block = runtime_block(scheme, columns)
         if scheme.block_size is None:
             held = self._regrouped(held, scheme, rows, columns, block)
         accuracy = FLOAT if self.exact else ROUNDED
@@ -244,6 +244,10 @@ class _Lowering:
         return self.graph.call(target, *args, like=self.node)
 
 
-def fitting(columns: int) -> int:
-    """The largest block of at most `RUNTIME_BLOCK` that divides a row; 32 where none from 16 on does."""
+def runtime_block(scheme: IntegerBlocks, columns: int) -> int:
+    """Columns that share a scale in MatMulNBits: the scheme's own block; where that is a whole row, the largest of at
+    most `RUNTIME_BLOCK` that divides it, and 32 where none from 16 on does.
+    """
+    if scheme.block_size is not None:
+        return scheme.block(columns)
     return next((b for b in (RUNTIME_BLOCK, 64, 32, 16) if columns % b == 0), 32)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from adaptc.emit.quantized_products import fitting
+from adaptc.emit.quantized_products import runtime_block
 from adaptc.expression import splice, trace_expression
 from adaptc.graph import Graph
 from adaptc.integer_blocks import IntegerBlocks
@@ -62,5 +62,5 @@ def _rounding(node: Any) -> int | None:
         return None
     if scheme.integer_products:
         return 0
-    block = fitting(columns) if scheme.block_size is None else scheme.block(columns)
+    block = runtime_block(scheme, columns)
     return None if (scheme.bits, block) in EXACT else block
