@@ -6,6 +6,7 @@ Everything public is here, and imported when first used, so that `import adaptc`
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,10 +27,12 @@ if TYPE_CHECKING:
     from adaptc.kinds import ActivationMethod as ActivationMethod
     from adaptc.kinds import AttentionMethod as AttentionMethod
     from adaptc.kinds import InputMethod as InputMethod
-    from adaptc.method import Param as Param
-    from adaptc.method import WeightMethod as WeightMethod
+    from adaptc.method_contract import WeightMethod as WeightMethod
+    from adaptc.method_contract import method as method
+    from adaptc.param import Param as Param
     from adaptc.pipeline import Pass as Pass
     from adaptc.pipeline import graph_pass as graph_pass
+    from adaptc.scheme_contract import scheme as scheme
     from adaptc.spec import Spec as Spec
     from adaptc.training import TrainingStep as TrainingStep
     from adaptc.training import parameter_groups as parameter_groups
@@ -49,15 +52,18 @@ __all__ = [
     "SpecError",
     "TrainingStep",
     "WeightMethod",
+    "__version__",
     "bind",
     "compile",
     "graph_pass",
     "load",
     "load_adapter",
+    "method",
     "parameter_groups",
     "passes",
     "run",
     "save_adapter",
+    "scheme",
     "trace",
 ]
 _HOMES = {
@@ -75,8 +81,10 @@ _HOMES = {
     "load_adapter": "adaptc.api",
     "Pass": "adaptc.pipeline",
     "graph_pass": "adaptc.pipeline",
-    "Param": "adaptc.method",
-    "WeightMethod": "adaptc.method",
+    "Param": "adaptc.param",
+    "method": "adaptc.method_contract",
+    "scheme": "adaptc.scheme_contract",
+    "WeightMethod": "adaptc.method_contract",
     "ActivationMethod": "adaptc.kinds",
     "AttentionMethod": "adaptc.kinds",
     "InputMethod": "adaptc.kinds",
@@ -90,6 +98,8 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name == "passes":
         return import_module("adaptc.passes")
+    if name == "__version__":
+        return version("adaptc")
     if name not in _HOMES:
         raise AttributeError(f"module 'adaptc' has no attribute {name!r}")
     value = getattr(import_module(_HOMES[name]), name)

@@ -8,9 +8,8 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, create_model
 
-from adaptc.method import Method, Rank, summary
+from adaptc.method_contract import METHODS, Method, Rank, summary
 from adaptc.option_keys import Spelled, option_keys
-from adaptc.registry import load_methods, method_named
 from adaptc.spec_part import OneOf, Part, PathText
 from adaptc.targets import Patterns, Target
 
@@ -35,11 +34,11 @@ class MethodEntry(Spelled):
 
     def options(self) -> dict[str, Any]:
         """The method's own options."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(method_named(self.method))}  # type: ignore[arg-type]
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(METHODS[self.method])}  # type: ignore[arg-type]
 
     def build(self) -> Method:
         """The method with these options."""
-        return method_named(self.method)(**self.options())
+        return METHODS[self.method](**self.options())
 
 
 class AdapterEntry(Part):
@@ -64,7 +63,7 @@ def entry_model(cls: type[Method]) -> type[MethodEntry]:
 
 
 def _entry_models() -> dict[str, type[MethodEntry]]:
-    return {name: entry_model(cls) for name, cls in load_methods().items()}
+    return {name: entry_model(cls) for name, cls in METHODS.items()}
 
 
 AdaptEntry: TypeAlias = Annotated[

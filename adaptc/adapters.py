@@ -13,12 +13,13 @@ from pydantic import TypeAdapter
 from adaptc.checkpoint import ROOT, Checkpoint, load, match
 from adaptc.graph import Adaptation, Graph
 from adaptc.kinds import TOKENS, PromptMethod
-from adaptc.method import MATRIX_KINDS, Method, Param, options_of
+from adaptc.method_contract import METHODS, Method, options_of
 from adaptc.names import shared_name
+from adaptc.param import Param
 from adaptc.peft_format import PeftFormat
 from adaptc.peft_keys import PeftLayout, as_stored
-from adaptc.registry import method_named
-from adaptc.sites import Site
+from adaptc.point_sites import Site
+from adaptc.site import MATRIX_KINDS, WeightSite
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class AdapterRecord:
     @property
     def instance(self) -> Method:
         """The method with the options of the entry."""
-        return TypeAdapter(method_named(self.method)).validate_python(dict(self.options))
+        return TypeAdapter(METHODS[self.method]).validate_python(dict(self.options))
 
     def sites(self, values: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
         """Of these tensors by name, those of every site, as the method's expression calls them."""
@@ -110,7 +111,7 @@ class AdapterRecord:
     @property
     def format(self) -> PeftFormat | None:
         """How PEFT spells the method, if it has it on these sites."""
-        return method_named(self.method).peft if self.in_peft else None
+        return METHODS[self.method].peft if self.in_peft else None
 
 
 def records_of(graph: Graph) -> list[AdapterRecord]:
@@ -146,7 +147,7 @@ def records_of(graph: Graph) -> list[AdapterRecord]:
                 modules=() if own.parameters and not own.modules else modules,
                 parameters=tuple(own.parameters),
                 patterns=tuple(dict.fromkeys(a.site.pattern for a in group)),
-                transposed=any(a.site.transposed for a in group),
+                transposed=any(isinstance(a.site, WeightSite) and a.site.transposed for a in group),
                 ambiguous=any(other.endswith("." + module) for other in others for module in modules),
                 in_peft=in_peft,
                 sizes=sizes or {},
@@ -217,7 +218,12 @@ def _place(site: Site, param: Param, shared: bool, layout: PeftLayout | None) ->
 
 def _in_peft(a: Adaptation, graph: Graph) -> bool:
     """Whether PEFT would compute the same from what is stored: it takes no slices, and parameters as they lie."""
-    return a.declared.in_peft(a.site) and not a.site.rows and as_stored(a.site, graph).layout == a.site.layout
+    if not a.declared.in_peft(a.site):
+        return False
+    site = a.site
+    return not isinstance(site, WeightSite) or (
+        not site.rows and as_stored(site, graph).layout == site.layout
+    )
 
 
 def places_of(graph: Graph) -> dict[str, int]:

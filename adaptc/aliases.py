@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import fx
 
-from adaptc.sites import Site, Use, module_of
+from adaptc.site import Use, WeightSite
+from adaptc.sites import module_of
 
 if TYPE_CHECKING:
     from adaptc.graph import Graph
@@ -42,7 +43,7 @@ def names(graph: Graph, name: str) -> list[str]:
     return [other for other, first in graph.aliases.items() if first == graph.aliases[name]]
 
 
-def elsewhere(graph: Graph, site: Site, bias: bool = False) -> list[fx.Node]:
+def elsewhere(graph: Graph, site: WeightSite, bias: bool = False) -> list[fx.Node]:
     """Who else uses a site's tensor, or its bias."""
     name, uses = (site.bias, site.bias_uses) if bias else (site.parameter, site.uses)
     return others(graph, name, uses) if name else []
@@ -59,7 +60,7 @@ def places(found: Iterable[fx.Node]) -> str:
     return ", ".join(sorted({module_of(user)[0] or str(user.target) for user in found}))
 
 
-def widened(graph: Graph, site: Site) -> Site:
+def widened(graph: Graph, site: WeightSite) -> WeightSite:
     """The site with everyone else who uses its tensor among its uses, in the order of execution."""
     same, order = set(names(graph, site.parameter)), {node.name: i for i, node in enumerate(graph.nodes)}
     every = [other for other in graph.sites if other.parameter in same]
@@ -67,7 +68,7 @@ def widened(graph: Graph, site: Site) -> Site:
     return replace(site, uses=tuple(sorted(uses, key=lambda use: order[use.node])))
 
 
-def untie(graph: Graph, site: Site, nodes: dict[str, fx.Node], bias: bool) -> Site:
+def untie(graph: Graph, site: WeightSite, nodes: dict[str, fx.Node], bias: bool) -> WeightSite:
     """Give a site tensors of its own, its bias too if asked; gives the site as it is then."""
     # An earlier site of the same tensor may have been untied since this one was chosen.
     known = next(s for s in graph.sites if (s.module, s.leaf) == (site.module, site.leaf))
@@ -105,7 +106,7 @@ def _separated(graph: Graph, name: str, module: str, uses: Sequence[Use], nodes:
     def of(tensor: str | None, at: Sequence[Use]) -> str | None:
         return tensor if tensor not in known else own if at[0].node in moved else rest[0]
 
-    def renamed(site: Site) -> Site:
+    def renamed(site: WeightSite) -> WeightSite:
         bias = of(site.bias, site.bias_uses) if site.bias else None
         return replace(site, parameter=str(of(site.parameter, site.uses)), bias=bias)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from adaptc.method import summary
-from adaptc.registry import load_methods, load_passes, load_schemes
+from adaptc.catalog import load_passes
+from adaptc.method_contract import METHODS, summary
+from adaptc.scheme_contract import SCHEMES
 
 
 def method_rows() -> list[dict[str, Any]]:
@@ -19,7 +20,7 @@ def method_rows() -> list[dict[str, Any]]:
             "options": ", ".join(f.name for f in dataclasses.fields(cls)) or "none",  # type: ignore[arg-type]
             "PEFT": (cls.peft.type or cls.peft.joins or "") if cls.peft else "",
         }
-        for name, cls in sorted(load_methods().items())
+        for name, cls in sorted(METHODS.items())
     ]
 
 
@@ -33,7 +34,7 @@ def scheme_rows() -> list[dict[str, Any]]:
             "options": ", ".join(f"{f.name}={f.default}" for f in dataclasses.fields(cls)) or "none",
             "chooses by": "the layer's inputs (calibration)" if cls.calibrated else "the weight",
         }
-        for name, cls in sorted(load_schemes().items())
+        for name, cls in sorted(SCHEMES.items())
     ]
 
 

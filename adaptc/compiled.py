@@ -19,12 +19,11 @@ from adaptc.expression import Folded
 from adaptc.graph import Graph, attribute, bind
 from adaptc.insert import Insert
 from adaptc.layer_errors import QuantizationErrors, measure
-from adaptc.method import options_of
+from adaptc.method_contract import options_of
 from adaptc.orders import folds_into_bits, lowering
-from adaptc.pipeline import Pass, PassRecord, run
+from adaptc.pipeline import PASSES, Pass, PassRecord, run
 from adaptc.plan import Plan
 from adaptc.proof import Proof, Runner, check_weights, effect, gradients, prove, randomised, tolerance
-from adaptc.registry import load_passes
 from adaptc.spec import Spec
 from adaptc.streaming import Chooser, Streamed
 from adaptc.tracing.export import export, output_class
@@ -339,14 +338,14 @@ class Compiled:
 
     def _fold(self, graph: Graph, record: bool = False, floats: bool = False) -> Graph:
         """Fold a graph that is at a stage for it, as the spec's own passes do; of any other, a copy is given back."""
-        fold = self.plan.closing[0] if self.plan.closing else load_passes()["fold"]()
+        fold = self.plan.closing[0] if self.plan.closing else PASSES["fold"]()
         if graph.stage not in fold.takes:
             return run(graph, lowering(graph)) if graph.quantized else graph.copy()
         first = record and not any(done.name == fold.name for done in self.records)
         folded = run(graph, [fold], self.records if first else None, self._after if first else None)
         if not folded.quantized or self.plan.closing[1:]:
             return folded
-        return run(folded, [load_passes()["dequantize"]()] if floats else lowering(folded))
+        return run(folded, [PASSES["dequantize"]()] if floats else lowering(folded))
 
     def _prove_module(self, graph: Graph) -> None:
         """The trainable module computes what the inserted expressions say, with random adapters."""

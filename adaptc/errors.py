@@ -65,6 +65,33 @@ class VerifyError(AdaptcError):
     """A graph is not legal for the stage it is in: a pass is at fault, not the spec."""
 
 
+class DefinitionError(AdaptcError, ValueError):
+    """A method, a scheme, a pass or a reader is written wrongly; names its author's line.
+
+    Args:
+        message: what is wrong.
+        place: the author's file and line, and the text there.
+        advice: what to do.
+    """
+
+    def __init__(self, message: str, place: str, *advice: str):
+        self.place = place
+        super().__init__("\n  ".join((message, f"at {place}", *advice)))
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What a method or a scheme cannot do on a site: a value, which messages turn into a place in the spec.
+
+    Attributes:
+        option: the path of the option at fault inside its entry; empty where it is none of the options.
+        reason: why, in words that follow the method's name.
+    """
+
+    option: tuple[str, ...]
+    reason: str
+
+
 @dataclass(frozen=True)
 class Refusal:
     """Why a pass will not rewrite something: a value, not an exception, until somebody asked for that rewrite."""

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from adaptc.errors import Fault
 from adaptc.kinds import ActivationMethod
-from adaptc.method import Dropout, Param
+from adaptc.method_contract import Dropout
 from adaptc.names import nearest
+from adaptc.param import Param
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adaptc.sites import Site
+    from adaptc.point_sites import SubLayer
 
 Width = Annotated[int, Field(gt=0, description="width of the bottleneck")]
 Activation = Annotated[
@@ -48,7 +50,7 @@ class SmallFeedForward(ActivationMethod):
     small: ClassVar[Mapping[str, object]] = {"r": 4, "activation": "gelu"}
     fast: ClassVar[frozenset[str]] = frozenset({"up"})
 
-    def refuses(self, site: Site) -> tuple[tuple[str, ...], str] | None:
+    def refuses(self, site: SubLayer) -> Fault | None:
         """A function of one tensor, that torch has."""
         from torch import ones
         from torch.nn import functional
@@ -61,15 +63,15 @@ class SmallFeedForward(ActivationMethod):
             usable = function is not None and function(ones(2, 2)).shape == (2, 2)
         except (TypeError, ValueError, RuntimeError):
             usable = False
-        return None if usable else (("activation",), words)
+        return None if usable else Fault(("activation",), words)
 
-    def refuses_to_train(self, site: Site) -> tuple[tuple[str, ...], str] | None:
+    def refuses_to_train(self, site: SubLayer) -> Fault | None:
         """A bottleneck is narrower than what it is put in."""
-        if self.r <= site.shape[0]:
+        if site.width is None or self.r <= site.width:
             return None
-        return ("r",), f"r={self.r} is wider than the {site.shape[0]} features here"
+        return Fault(("r",), f"r={self.r} is wider than the {site.width} features here")
 
-    def params(self, site: Site) -> dict[str, Param]:
+    def params(self, site: SubLayer) -> dict[str, Param]:
         """The two matrices `(out, in)` and their biases."""
         (d,), key = site.shape, self.name.replace("-", "_")
         zero = self.init_weights == "zero"

@@ -16,11 +16,14 @@ from torch.fx.node import map_arg
 
 from adaptc.aliases import OnAlias
 from adaptc.inputs import InputSpec
-from adaptc.method import Method, Param, WeightMethod
+from adaptc.method_contract import Method, WeightMethod
+from adaptc.param import Param
+from adaptc.point_sites import Point, Site
 from adaptc.points import find_points
 from adaptc.recompute import CUT, with_segments
 from adaptc.roles import Roles, find_roles
-from adaptc.sites import Site, Use, module_of
+from adaptc.site import Use, WeightSite
+from adaptc.sites import module_of
 from adaptc.tracing.base import Base
 from adaptc.weights import Weight
 
@@ -73,6 +76,7 @@ class Graph:
         base: where the model comes from.
         adaptations: what was inserted so far, in order.
         adapted: (weight, first node that uses it) -> the node that holds its adapted value.
+        adapted_values: node that a target names -> the node that holds its adapted value.
         quantized: weight -> what stands for it in few bits.
         stage: which legality table holds.
         origin: the graph as traced, which a rewritten one came from.
@@ -87,11 +91,12 @@ class Graph:
     transient: frozenset[str]
     inputs: tuple[InputSpec, ...]
     outputs: tuple[str, ...]
-    sites: tuple[Site, ...]
+    sites: tuple[WeightSite, ...]
     heads: frozenset[str]
     base: Base
     adaptations: list[Adaptation] = field(default_factory=list)
     adapted: dict[tuple[str, str], str] = field(default_factory=dict)
+    adapted_values: dict[str, str] = field(default_factory=dict)
     quantized: dict[str, Quantized] = field(default_factory=dict)
     stage: str = "traced"
     origin: Graph | None = None
@@ -135,12 +140,12 @@ class Graph:
         return find_roles(self.nodes, self.sites)
 
     @property
-    def points(self) -> tuple[Site, ...]:
+    def points(self) -> tuple[Point, ...]:
         """The places that are no weight: sub-layers, attentions and inputs of the graph as traced."""
         return (self.origin or self)._points
 
     @cached_property
-    def _points(self) -> tuple[Site, ...]:
+    def _points(self) -> tuple[Point, ...]:
         return find_points(self.nodes, self.sites)
 
     def by_name(self) -> dict[str, fx.Node]:
@@ -148,7 +153,7 @@ class Graph:
         return {node.name: node for node in self.nodes}
 
     @property
-    def parameter_sites(self) -> list[Site]:
+    def parameter_sites(self) -> list[WeightSite]:
         """Every parameter as a site of its own, biases too: what whole-module methods choose from."""
         return [site.as_parameter() for site in self.sites]
 
@@ -231,6 +236,7 @@ class Graph:
             aliases=dict(self.aliases),
             adaptations=list(self.adaptations),
             adapted=dict(self.adapted),
+            adapted_values=dict(self.adapted_values),
             quantized=dict(self.quantized),
             origin=self.origin or self,
         )

@@ -5,62 +5,116 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import fx
 
 from adaptc.aliases import OnAlias
-from adaptc.errors import InputError, Refusal
-from adaptc.expression import cut
+from adaptc.author import place_of_function
+from adaptc.calls import blamed, read_only
+from adaptc.errors import DefinitionError, Fault, InputError, Refusal
+from adaptc.expression import cut, trace_expression
 from adaptc.graph import Adaptation, Graph
-from adaptc.method import Method, Param
+from adaptc.method_contract import METHODS, Method
 from adaptc.names import shared_name
+from adaptc.param import Param
 from adaptc.peft_keys import as_stored
 from adaptc.pipeline import Pass
+from adaptc.point_sites import Site
 from adaptc.select import Selection, Target, select
-from adaptc.sites import Site
+from adaptc.site import WeightSite
+from adaptc.trial import try_pending
 from adaptc.weights import Computed, Weight, initial, seeded
+
+M = TypeVar("M", bound=Method[Any])
+_engines: dict[type[Method[Any]], type[Insert[Any]]] = {}
 
 
 @dataclass(frozen=True)
-class Insert(Pass):
-    """Put a method in at every site the target names. Subclasses say how."""
+class Insert(Pass, Generic[M]):
+    """Put a method in at every site the target names: `Insert(method, target="*.query")`.
 
+    What is made is of the subclass for the method's kind, which says how.
+
+    Attributes:
+        method: the method, with its options.
+        target: which sites, as in a spec.
+        exclude: patterns of modules to leave out.
+        adapter: the adapter's name.
+        entry: the number of the entry of the spec that it comes from.
+        seed: what random numbers it starts from depend on.
+        on_alias: what to do where the weight is used elsewhere too: give the site its own, stay live when the rest is
+            folded, change it everywhere, or refuse to fold.
+        as_stored: parameters named by themselves are (out, in) as they are stored, however the model multiplies.
+        trained: it comes from a checkpoint, and is taken as it is: a rank above the layer's size wastes, but is right.
+
+    Raises:
+        TypeError: the method is none, or is not registered.
+        DefinitionError: the method was registered before torch was imported, and has a mistake.
+    """
+
+    method: M
     target: Target = ()
     exclude: tuple[str, ...] = ()
     adapter: str = "default"
     entry: int = 0
     seed: int = 0
     on_alias: OnAlias = "refuse"
-    """What to do where the weight is used elsewhere too: give the site its own, stay live when the rest is folded,
-    change it everywhere, or refuse to fold."""
     as_stored: bool = False
-    """Parameters named by themselves are (out, in) as they are stored, however the model multiplies by them."""
     trained: bool = False
-    """It comes from a checkpoint, and is taken as it is: a rank above the layer's size wastes, but is right."""
 
     takes: ClassVar[frozenset[str]] = frozenset({"traced", "adapted"})
     leaves: ClassVar[str | None] = "adapted"
-    method_class: ClassVar[Any]
+
+    def __init_subclass__(cls, inserts: type[Method[Any]]) -> None:
+        """A class for a kind of method."""
+        super().__init_subclass__()
+        _engines[inserts] = cls
+
+    def __new__(cls, method: M | None = None, *_: Any, **__: Any) -> Insert[M]:
+        """The pass of the class for the method's kind."""
+        if cls is not Insert:
+            return super().__new__(cls)
+        engine = next((engine for kind, engine in _engines.items() if isinstance(method, kind)), None)
+        if engine is None:
+            raise TypeError(f"expected a method such as {next(iter(METHODS)).title()}(), got {method!r}")
+        return super().__new__(engine)
+
+    def __post_init__(self) -> None:
+        if not hasattr(self.method, "name"):
+            cls = type(self.method)
+            raise TypeError(f"{cls.__name__} is not registered: write @method(...) above its class")
+        try_pending(type(self.method))
 
     @property
-    def method(self) -> Any:
-        """The method with the options of this pass."""
-        own = {f.name for f in dataclasses.fields(Insert)}
-        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in own}
-        return self.method_class(**options)
+    def name(self) -> str:  # type: ignore[override]
+        """What a spec calls the pass, such as `insert-` and the method's name."""
+        return f"insert-{self.method.name}"
 
     def selection(self, graph: Graph) -> Selection:
         """What the target matches in this graph."""
         found = select(graph, self.target, self.exclude, self.method)
         if not self.as_stored:
             return found
-        return dataclasses.replace(found, sites=tuple(as_stored(site, graph) for site in found.sites))
+        sites = (as_stored(s, graph) if isinstance(s, WeightSite) else s for s in found.sites)
+        return dataclasses.replace(found, sites=tuple(sites))
 
-    def refused(self, site: Site) -> tuple[tuple[str, ...], str] | None:
+    def refused(self, site: Site) -> Fault | None:
         """The option at fault and why this cannot be inserted at a site; None if it can."""
-        return self.method.refuses(site) or (None if self.trained else self.method.refuses_to_train(site))
+        fault = self._called("refuses", site)
+        return fault or (None if self.trained else self._called("refuses_to_train", site))
+
+    def _called(self, hook: str, site: Site) -> Fault | None:
+        function = getattr(self.method, hook)
+        with blamed("method", self.method.name, function, hook, str(site)):
+            fault = function(site)
+        if fault is not None and not isinstance(fault, Fault):
+            raise DefinitionError(
+                f"method {self.method.name!r}: {hook} gives a Fault or None, got {fault!r}",
+                place_of_function(function),
+            )
+        return fault
 
     def requires(self, graph: Graph) -> list[Refusal]:
         """The target matches, the method can sit there, and the adapter's names are free."""
@@ -72,23 +126,28 @@ class Insert(Pass):
         for site in selection.sites:
             reason = self.refused(site)
             if reason:
-                refusals.append(Refusal(f"{method.name}: {reason[1]}\n  site {site}", (site.uses[0].node,)))
+                refusals.append(Refusal(f"{method.name}: {reason.reason}\n  site {site}", (site.node,)))
                 continue
             if any(name in graph.weights for name, _ in self.tensors(site, selection.sites).values()):
                 refusals.append(
                     Refusal(
                         f"{method.name}: the adapter {self.adapter!r} sits on {site.module} already; "
                         "give this entry another `name`",
-                        (site.uses[0].node,),
+                        (site.node,),
                     )
                 )
         return refusals
 
     def tensors(self, site: Site, sites: Sequence[Site]) -> dict[str, tuple[str, Param]]:
         """Argument of the expression -> name in the graph and tensor: a site's own, and what all sites share."""
-        method = self.method.at(site)
-        own = {k: (parameter_name(site, method, self.adapter, p), p) for k, p in method.stored(site).items()}
-        return own | {k: (shared_name(self.adapter, p.key), p) for k, p in method.shared(sites).items()}
+        with blamed("method", self.method.name, self.method.at, "at", str(site)):
+            method = self.method.at(site)
+        with blamed("method", method.name, method.params, "params", str(site)):
+            own = method.stored(site)
+        with blamed("method", method.name, method.shared, "shared"):
+            shared = method.shared(sites)
+        named = {k: (parameter_name(site, method, self.adapter, p), p) for k, p in own.items()}
+        return named | {k: (shared_name(self.adapter, p.key), p) for k, p in shared.items()}
 
     def ensures(self, graph: Graph) -> str | None:
         """Every planned site was rewritten."""
@@ -96,6 +155,23 @@ class Insert(Pass):
         rewritten = {str(a.site) for a in graph.adaptations if a.entry == self.entry}
         left = planned - rewritten
         return f"{self.name} planned {', '.join(sorted(left))}, but did not rewrite it" if left else None
+
+    def traced(
+        self, method: M, hook: str, site: Site, expression: Callable[..., torch.Tensor], operands: Sequence[Any],
+        theta: Mapping[str, Any], whole: bool = False,
+    ) -> fx.Graph:  # fmt: skip
+        """A method's expression as a graph; `expression` calls the method's `hook`, which must not write to anything.
+
+        Raises:
+            DefinitionError: it cannot be traced, or changes what it is given in place; names the author's line.
+        """
+        names = type(method).expressions[hook]
+
+        def guarded(*given: torch.Tensor, **tensors: torch.Tensor) -> torch.Tensor:
+            return read_only(expression, names, given, tensors)
+
+        with blamed("method", method.name, getattr(method, hook), hook, str(site)):
+            return trace_expression(guarded, operands, theta, whole)
 
     def attached(
         self, graph: Graph, site: Site, named: Mapping[str, tuple[str, Param]], value: fx.Node | None

@@ -8,36 +8,41 @@ from collections.abc import Mapping
 import torch
 from torch import fx
 
-from adaptc.errors import Refusal, RefusedError
-from adaptc.expression import splice, trace_expression
+from adaptc.author import place_of_function
+from adaptc.errors import DefinitionError, Fault, Refusal, RefusedError
+from adaptc.expression import splice
 from adaptc.graph import Graph
 from adaptc.insert import Insert
-from adaptc.method import MATRIX_KINDS, Method
-from adaptc.points import OUT, OUTPUT, SUBLAYER, WHOLE
+from adaptc.kinds import ActivationMethod
+from adaptc.method_contract import Method
+from adaptc.point_sites import SubLayer
+from adaptc.points import OUT, OUTPUT
 from adaptc.select import Selection, select
-from adaptc.sites import Site
+from adaptc.site import MATRIX_KINDS, SUBLAYER, WeightSite
 from adaptc.tracing.modes import training_node
 
 aten = torch.ops.aten
 
 
-class _Matrices(Method):
+class _Matrices(Method[WeightSite]):
     """Stands for a method of all layers: which of them a target names."""
 
     kinds = MATRIX_KINDS
 
 
-class InsertActivation(Insert):
+class InsertActivation(Insert[ActivationMethod], inserts=ActivationMethod):
     """`x + h` becomes `x + (h + f(z))` at every sub-layer the target names, h its output."""
 
-    def refused(self, site: Site) -> tuple[tuple[str, ...], str] | None:
+    def refused(self, site: SubLayer) -> Fault | None:
         """The option at fault and why this cannot be inserted at a site; None if it can."""
-        if self.method_class.reads == "input" and not site.reads:
-            return (
-                "target",
-            ), "it reads the sub-layer's input: name that too, target: {node: ..., input: ...}"
-        if not site.shape:
-            return (), "the features of its output are not on the last axis, or their number is not fixed"
+        if self.method.reads == "input" and not site.reads:
+            return Fault(
+                ("target",), "it reads the sub-layer's input: name that too, target: {node: ..., input: ...}"
+            )
+        if site.width is None:
+            return Fault(
+                (), "the features of its output are not on the last axis, or their number is not fixed"
+            )
         return super().refused(site)
 
     def selection(self, graph: Graph) -> Selection:
@@ -67,19 +72,19 @@ class InsertActivation(Insert):
             self._insert(graph, site, nodes, sites)
         return True
 
-    def _insert(self, graph: Graph, site: Site, nodes: dict[str, fx.Node], sites: tuple[Site, ...]) -> None:
+    def _insert(
+        self, graph: Graph, site: SubLayer, nodes: dict[str, fx.Node], sites: tuple[SubLayer, ...]
+    ) -> None:
         method = self.method.at(site)
         named = self.tensors(site, sites)
         theta = self.attached(graph, site, named, None)
         mark = self.recorded(graph, site, named)
         first, output = _entry(graph, site, nodes)
-        users = (
-            [nodes[use.node] for use in site.uses] if site.uses[0].argument != WHOLE else list(output.users)
-        )
+        users = list(output.users) if site.value else [nodes[use.node] for use in site.uses]
         read = nodes[site.reads] if method.reads == "input" else output
         order = {node: index for index, node in enumerate(graph.nodes)}
         if order[read] >= order[first]:
-            words = f"{method.name}: its input {read.name} is computed behind {site.uses[0].node}"
+            words = f"{method.name}: its input {read.name} is computed behind {site.node}"
             raise RefusedError([Refusal(f"{words}\n  site {site}", (read.name,))], self)
         if str(read.meta["val"].shape) != str(output.meta["val"].shape):
             shapes = [list(node.meta["val"].shape) for node in (read, output)]
@@ -95,23 +100,27 @@ class InsertActivation(Insert):
                 )
         values = {argument: node.meta["val"] for argument, node in theta.items()}
         with graph.fake_mode:
-            traced = trace_expression(method.branch, [z.meta["val"]], values, whole=True)
+            traced = self.traced(method, "branch", site, method.branch, [z.meta["val"]], values, whole=True)
         branch = splice(graph, traced, [z, *theta.values()], output, mark, before=first)
         if branch.meta["val"].shape[-1] != output.meta["val"].shape[-1]:
-            raise ValueError(f"{method.name}.branch makes {branch.meta['val']} of {z.meta['val']} on {site}")
+            raise DefinitionError(
+                f"method {method.name!r}: branch gives {list(branch.meta['val'].shape)} of {list(z.meta['val'].shape)} "
+                f"on {site}",
+                place_of_function(method.branch),
+            )
         with graph.module.graph.inserting_before(first):
             total = graph.call(aten.add.Tensor, output, branch, like=output)
         for user in users:
             user.replace_input_with(output, total)
-        if site.uses[0].argument == WHOLE:
-            graph.adapted["", site.uses[0].node] = total.name
+        if site.value:
+            graph.adapted_values[site.value] = total.name
             nodes[total.name] = total
 
 
-def _entry(graph: Graph, site: Site, nodes: dict[str, fx.Node]) -> tuple[fx.Node, fx.Node]:
+def _entry(graph: Graph, site: SubLayer, nodes: dict[str, fx.Node]) -> tuple[fx.Node, fx.Node]:
     """In front of which node a branch stands, and what it is added to: as earlier entries have left it."""
-    use = site.uses[0]
-    if use.argument != WHOLE:
+    if not site.value:
+        use = site.uses[0]
         return nodes[use.node], nodes[use.node].args[use.argument]  # type: ignore[return-value]
-    output = nodes[graph.adapted.get(("", use.node), use.node)]
+    output = nodes[graph.adapted_values.get(site.value, site.value)]
     return output.next, output

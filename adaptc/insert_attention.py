@@ -11,27 +11,28 @@ from torch._dispatch.python import enable_python_dispatcher
 
 from adaptc.attention import Tokens, find_attentions, keys_of, replace_operand, values_of
 from adaptc.dataflow import VIEWS
-from adaptc.expression import splice, trace_expression
+from adaptc.errors import Fault
+from adaptc.expression import splice
 from adaptc.graph import Graph
 from adaptc.insert import Insert
+from adaptc.kinds import AttentionMethod
 from adaptc.layout import operation
 from adaptc.masks import Masks
+from adaptc.point_sites import AttentionSite
 from adaptc.positions import move_positions
 from adaptc.shapes import evaluated, refresh
-from adaptc.sites import Site
 
 aten = torch.ops.aten
 
 
-class InsertAttention(Insert):
+class InsertAttention(Insert[AttentionMethod], inserts=AttentionMethod):
     """`softmax(q K^T) V` becomes `softmax(q [P_k; K]^T) [P_v; V]` at every attention the target names."""
 
-    def refused(self, site: Site) -> tuple[tuple[str, ...], str] | None:
+    def refused(self, site: AttentionSite) -> Fault | None:
         """The option at fault and why this cannot be inserted at a site; None if it can."""
-        if not site.shape:
-            return (
-                (),
-                "it cannot be told which axes of its keys and values are its heads, tokens and features",
+        if site.heads is None:
+            return Fault(
+                (), "it cannot be told which axes of its keys and values are its heads, tokens and features"
             )
         return super().refused(site)
 
@@ -44,7 +45,7 @@ class InsertAttention(Insert):
         marks = [self.recorded(graph, site, named) for site in sites]
         values = {argument: node.meta["val"] for argument, node in theta.items()}
         with graph.fake_mode:
-            traced = trace_expression(method.tokens, [], values)
+            traced = self.traced(method, "tokens", sites[0], method.tokens, [], values)
         first = next(node for node in graph.nodes if node.op == "call_function")
         known = {attention.mixed.name: attention for attention in find_attentions(graph.nodes)}
         attentions = [known[site.uses[1].node] for site in sites]
@@ -55,11 +56,12 @@ class InsertAttention(Insert):
         for number, (site, attention) in enumerate(zip(sites, attentions, strict=True)):
             masks.widen(attention)
             start = starts[number * method.num_transformer_submodules % len(starts)]
-            heads, *sizes = site.shape
-            for found, size in zip((keys_of(attention), values_of(attention)), sizes, strict=True):
-                assert found is not None
-                _put_in_front(graph, found, tokens, start, heads, size)
-                start += heads * size
+            heads = site.heads
+            assert heads is not None
+            for own, size in ((keys_of(attention), heads.key), (values_of(attention), heads.value)):
+                assert own is not None
+                _put_in_front(graph, own, tokens, start, heads.count, size)
+                start += heads.count * size
         refresh(graph)
         return True
 

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from adaptc.errors import Refusal, RefusedError
-from adaptc.expression import splice, trace_expression
+from adaptc.expression import splice
 from adaptc.graph import Graph
 from adaptc.insert import Insert
 from adaptc.kinds import InputMethod
@@ -25,7 +25,7 @@ IGNORED = -100
 """The label that cross entropy leaves out."""
 
 
-class InsertInput(Insert):
+class InsertInput(Insert[InputMethod], inserts=InputMethod):
     """`E(ids)` becomes `[P; E(ids)]`; masks, types and labels are as long; outputs are those of the real tokens.
 
     Every input with the same dynamic dimension is made longer where it enters the graph, so that whatever the model
@@ -43,7 +43,7 @@ class InsertInput(Insert):
             return [
                 Refusal(f"{self.name}: virtual tokens go into one sequence, but the target names {names}")
             ]
-        ids = graph.by_name()[sites[0].reads]
+        ids = graph.by_name()[sites[0].ids]
         if not isinstance(ids.meta["val"].shape[1], torch.SymInt):
             words = f"{self.name}: the length of {ids.target} is fixed, so nothing can be put in front"
             spec = next(spec for spec in graph.inputs if spec.name == ids.target)
@@ -76,8 +76,8 @@ class InsertInput(Insert):
             return method.tokens(**theta)[: method.num_virtual_tokens]
 
         with graph.fake_mode:
-            traced = trace_expression(tokens_of, [], values)
-        embedding, ids = nodes[site.uses[0].node], nodes[site.reads]
+            traced = self.traced(method, "tokens", site, tokens_of, [], values)
+        embedding, ids = nodes[site.node], nodes[site.ids]
         first = next(node for node in graph.nodes if node.op == "call_function")
         tokens = splice(graph, traced, list(theta.values()), embedding, mark, before=first)
         places = Places(graph, method.num_virtual_tokens, ids, embedding, self._positions(graph, method))
@@ -99,7 +99,7 @@ class InsertInput(Insert):
         if list(self.target) != ["*"] or len(found.sites) < 2:
             return found
         names = [spec.name for spec in graph.inputs]
-        first = min(found.sites, key=lambda site: names.index(site.reads))
+        first = min(found.sites, key=lambda site: names.index(site.ids))
         return dataclasses.replace(found, sites=(first,))
 
     def _positions(self, graph: Graph, method: InputMethod) -> fx.Node | None:

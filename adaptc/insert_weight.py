@@ -10,26 +10,27 @@ import torch
 from torch import fx
 
 from adaptc.aliases import elsewhere, untie, widened
+from adaptc.author import place_of_function
 from adaptc.dataflow import made_from
-from adaptc.errors import Refusal, RefusedError
-from adaptc.expression import splice, trace_expression
+from adaptc.errors import DefinitionError, Fault, Refusal, RefusedError
+from adaptc.expression import splice
 from adaptc.graph import Graph
 from adaptc.insert import Insert
-from adaptc.method import Param, WeightMethod
+from adaptc.method_contract import WeightMethod
+from adaptc.param import Param
 from adaptc.quantized import Quantization, Quantized
 from adaptc.select import Selection
-from adaptc.sites import Site
+from adaptc.site import WeightSite
 
 
-class InsertWeight(Insert):
+class InsertWeight(Insert[WeightMethod], inserts=WeightMethod):
     """`linear(x, W, b)` becomes `linear(x, E(W, θ), E(b, θ))` at every site the target names."""
 
-    def refused(self, site: Site) -> tuple[tuple[str, ...], str] | None:
+    def refused(self, site: WeightSite) -> Fault | None:
         """The option at fault and why this cannot be inserted at a site; None if it can."""
         if site.computed_bias and self.method.at(site).adapts_bias():
-            return (
-                (),
-                "the bias here is computed from other parameters, so it cannot be adapted with the weight",
+            return Fault(
+                (), "the bias here is computed from other parameters, so it cannot be adapted with the weight"
             )
         return super().refused(site)
 
@@ -51,10 +52,12 @@ class InsertWeight(Insert):
                 words = f"the bits of {site.name} are read elsewhere too, and cannot be untied"
                 reason = (words, "untie it before it is quantized: `passes: [insert, quantize]`")
             if reason is not None:
-                refusals.append(Refusal("\n  ".join(reason), (site.uses[0].node,)))
+                refusals.append(Refusal("\n  ".join(reason), (site.node,)))
         return refusals
 
-    def _not_made_up(self, graph: Graph, site: Site, quantized: Quantized | None) -> tuple[str, str] | None:
+    def _not_made_up(
+        self, graph: Graph, site: WeightSite, quantized: Quantized | None
+    ) -> tuple[str, str] | None:
         """Why the method cannot make up for what quantization loses, and what to do; None if it can."""
         what, otherwise = f"{self.method.name} makes up for quantization", "or start the adapter otherwise"
         if quantized is None:
@@ -81,7 +84,7 @@ class InsertWeight(Insert):
     def _insert(
         self,
         graph: Graph,
-        site: Site,
+        site: WeightSite,
         method: WeightMethod,
         named: dict[str, tuple[str, Param]],
         traced: dict[Any, fx.Graph],
@@ -110,11 +113,17 @@ class InsertWeight(Insert):
             key = (repr(method), function.__name__, site.layout, site.rows, shapes, str(site.dtype))
             if key not in traced:
                 with graph.fake_mode:
-                    traced[key] = trace_expression(function, [before.meta["val"]], values)
+                    traced[key] = self.traced(
+                        method, function.__name__, site, function, [before.meta["val"]], values
+                    )
             result = splice(graph, traced[key], [before, *theta.values()], nodes[uses[0].node], mark)
             got, want = result.meta["val"], before.meta["val"]
             if got.shape != want.shape or got.dtype != want.dtype:
-                raise ValueError(f"{method.name}.{function.__name__} makes {got} of {want} on {site}")
+                raise DefinitionError(
+                    f"method {method.name!r}: {function.__name__} gives {_described(got)} of {_described(want)} "
+                    f"on {site}",
+                    place_of_function(getattr(method, function.__name__)),
+                )
             if (parameter, uses[0].node) in graph.adapted and before not in made_from(result):
                 words = f"{method.name} replaces what an earlier entry does to {site.module}; write it first"
                 raise RefusedError([Refusal(words, (uses[0].node,))], self)
@@ -126,13 +135,17 @@ class InsertWeight(Insert):
             nodes[result.name] = result
 
 
+def _described(value: torch.Tensor) -> str:
+    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+
+
 def _unpacked(params: Mapping[str, Param], values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     unpack = {argument: param.unpack for argument, param in params.items()}
     return {a: call(v) if (call := unpack[a]) is not None else v for a, v in values.items()}
 
 
 def _weight_of(
-    method: WeightMethod, site: Site, params: Mapping[str, Param], own: Collection[str]
+    method: WeightMethod, site: WeightSite, params: Mapping[str, Param], own: Collection[str]
 ) -> Callable[..., torch.Tensor]:
     """The method's expression on the stored weight: each of its matrices in turn, or the rows of a slice."""
 
@@ -148,7 +161,9 @@ def _weight_of(
     return weight
 
 
-def _bias_of(method: WeightMethod, site: Site, params: Mapping[str, Param]) -> Callable[..., torch.Tensor]:
+def _bias_of(
+    method: WeightMethod, site: WeightSite, params: Mapping[str, Param]
+) -> Callable[..., torch.Tensor]:
     def bias(b: torch.Tensor, **values: torch.Tensor) -> torch.Tensor:
         return site.bias_restored(method.bias(site.bias_of(b), **_unpacked(params, values)), b)
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from adaptc.scheme import Kept, Scheme, Tensors
+from adaptc.errors import Fault
+from adaptc.scheme_contract import SCHEMES, Kept, Scheme, Tensors
 
 if TYPE_CHECKING:
     import torch
@@ -54,11 +55,11 @@ class IntegerBlocks(Scheme):
         """Bits of a code: 2, 4 or 8."""
         return self.width
 
-    def refuses(self, rows: int, columns: int) -> tuple[tuple[str, ...], str] | None:
+    def refuses(self, rows: int, columns: int) -> Fault | None:
         """Block sizes that no kernel takes."""
         b = self.block_size
         if b is not None and (b < SMALLEST or b & (b - 1)):
-            return ("block_size",), f"expected a power of two from 16 on, got {b}"
+            return Fault(("block_size",), f"expected a power of two from 16 on, got {b}")
         return None
 
     def block(self, columns: int) -> int:
@@ -193,9 +194,7 @@ class CalibratedBlocks(IntegerBlocks):
 
 def plain_integers() -> list[type[IntegerBlocks]]:
     """The schemes that round to nearest, one a width, from the fewest bits on."""
-    from adaptc.registry import load_schemes
-
-    found = [cls for cls in load_schemes().values() if issubclass(cls, IntegerBlocks)]
+    found = [cls for cls in SCHEMES.values() if issubclass(cls, IntegerBlocks)]
     return sorted(
         (cls for cls in found if not cls.calibrated and not cls.integer_products), key=lambda cls: cls.width
     )

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from adaptc.graph import Graph
 from adaptc.integer_blocks import IntegerBlocks, unpack
 from adaptc.quantized_operations import named
-from adaptc.scheme import Scheme, scheme_of
+from adaptc.scheme_contract import Scheme, scheme_of
 from adaptc.table_blocks import SMALLEST_KERNEL, TableBlocks, product_kernel
 from adaptc.weights import Computed, Weight
 

@@ -7,19 +7,22 @@ left is live and costs what the plan says.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Self, TypeVar
 
 from pydantic import Field
 
-from adaptc.method import Method, Param
+from adaptc.errors import Fault
+from adaptc.method_contract import Method
+from adaptc.param import Param
 from adaptc.peft_format import PeftFormat
+from adaptc.point_sites import AttentionSite, InputSite, Point, SubLayer
+from adaptc.site import ATTENTION_POINT, INPUT, SUBLAYER
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adaptc.sites import Site
 
 Count = Annotated[int, Field(gt=0, description="number of virtual tokens")]
 Submodules = Annotated[
@@ -45,14 +48,19 @@ HEADS = frozenset({"classifier", "score"})
 """Modules that PEFT trains along with virtual tokens where the task is to classify."""
 
 
-class ActivationMethod(Method):
+P = TypeVar("P", bound=Point)
+
+
+class ActivationMethod(Method[SubLayer]):
     """A method that adds to a sub-layer's output: `h' = h + f(z)`, before the residual sum.
 
     h `(..., d)` is the output of an attention or a feed-forward, z is h too, or where `reads` says so the
     sub-layer's input x: what its first product reads. A field named `dropout` is applied to z in training.
     """
 
-    kinds = frozenset({"sub-layer"})
+    expressions: ClassVar[Mapping[str, tuple[str, ...]]] = {"branch": ("z",)}
+    sits_on = frozenset({SUBLAYER})
+    kinds = sits_on
     everywhere = True
     reads: ClassVar[str] = "output"
     """What z is: the sub-layer's `output`, or its `input`."""
@@ -64,7 +72,7 @@ class ActivationMethod(Method):
 
 
 @dataclass(frozen=True)
-class PromptMethod(Method):
+class PromptMethod(Method[P], Generic[P]):
     """A method that makes virtual tokens out of weights alone. What makes them is dropped when they are saved.
 
     Its tensors belong to no layer. `tokens` and what is stored are `(n, ...)`, n times `num_transformer_submodules`.
@@ -81,7 +89,7 @@ class PromptMethod(Method):
         """The method whose only tensor is `tokens`, without what makes them."""
         return self
 
-    def params(self, site: Site) -> dict[str, Param]:
+    def params(self, site: P) -> dict[str, Param]:
         """No layer has tensors of its own."""
         return {}
 
@@ -89,7 +97,7 @@ class PromptMethod(Method):
         """The virtual tokens, as they are stored."""
         raise NotImplementedError
 
-    def in_peft(self, site: Site) -> bool:
+    def in_peft(self, site: P) -> bool:
         """Whether PEFT has it at all; see `peft_sizes`."""
         return self.peft is not None
 
@@ -106,7 +114,7 @@ class PromptMethod(Method):
 
 
 @dataclass(frozen=True)
-class AttentionMethod(PromptMethod):
+class AttentionMethod(PromptMethod[AttentionSite]):
     """A method that puts keys and values in front of every attention's own: `K' = [P_k; K]`, `V' = [P_v; V]`.
 
     `tokens` gives `(n, Σ heads (key size + value size))`: for every attention in order its keys `(n, heads, size)`,
@@ -115,58 +123,71 @@ class AttentionMethod(PromptMethod):
     it: number s of S reads what belongs to number 2 s mod S, so that a part may be read by none.
     """
 
-    kinds = frozenset({"attention"})
+    expressions: ClassVar[Mapping[str, tuple[str, ...]]] = {"tokens": ()}
+    sits_on = frozenset({ATTENTION_POINT})
+    kinds = sits_on
 
-    def takes(self, site: Site) -> bool:
+    def takes(self, site: AttentionSite) -> bool:
         """PEFT puts them into the decoder of two, where it looks at itself."""
-        return self.num_transformer_submodules == 1 or site.role == "decoder"
+        return self.num_transformer_submodules == 1 or site.half == "decoder"
 
-    def columns(self, sites: Sequence[Site]) -> list[int]:
+    def columns(self, sites: Sequence[AttentionSite]) -> list[int]:
         """Where the columns that belong to every attention start, and at last their number."""
         starts = [0]
         for site in sites:
-            heads, *sizes = site.shape
-            starts.append(starts[-1] + heads * sum(sizes))
+            assert site.heads is not None
+            starts.append(starts[-1] + site.heads.count * (site.heads.key + site.heads.value))
         return starts
 
-    def peft_sizes(self, sites: Sequence[Site], every: int) -> dict[str, int] | None:
+    def peft_sizes(self, sites: Sequence[AttentionSite], every: int) -> dict[str, int] | None:
         """PEFT has them in all attentions of a model, or of a decoder, whose heads are of one size."""
-        heads, key, _ = sites[0].shape
-        of_decoder = {site.role for site in sites} == {"decoder"}
+        heads = sites[0].heads
+        of_decoder = {site.half for site in sites} == {"decoder"}
         placed = (
-            of_decoder if self.num_transformer_submodules == 2 else len(sites) == every and not sites[0].role
+            of_decoder if self.num_transformer_submodules == 2 else len(sites) == every and not sites[0].half
         )
-        if not placed or {site.shape for site in sites} != {(heads, key, key)}:
+        if (
+            not placed
+            or heads is None
+            or heads.key != heads.value
+            or {site.heads for site in sites} != {heads}
+        ):
             return None
-        return {"num_layers": len(sites), "num_attention_heads": heads, "token_dim": heads * key}
+        return {
+            "num_layers": len(sites),
+            "num_attention_heads": heads.count,
+            "token_dim": heads.count * heads.key,
+        }
 
 
 @dataclass(frozen=True)
-class InputMethod(PromptMethod):
+class InputMethod(PromptMethod[InputSite]):
     """A method that puts virtual tokens `(n, d)` into the embedded input `(batch, seq, d)`.
 
     The model runs on n more tokens, which are never masked; its outputs are those of the real tokens. PEFT stores
     n more for a decoder, which it does not use.
     """
 
-    kinds = frozenset({"input"})
+    expressions: ClassVar[Mapping[str, tuple[str, ...]]] = {"tokens": ()}
+    sits_on = frozenset({INPUT})
+    kinds = sits_on
     positions: Places = ()
 
-    def refuses(self, site: Site) -> tuple[tuple[str, ...], str] | None:
+    def refuses(self, site: InputSite) -> Fault | None:
         """A place for each token, or none."""
         count, rising = len(self.positions), sorted(set(self.positions)) == list(self.positions)
         if not count or (rising and count == self.num_virtual_tokens and self.positions[0] >= 0):
             return None
         wanted = f"{self.num_virtual_tokens} places from 0 on in rising order, each once"
         words = f"expected {wanted}, got {list(self.positions)}"
-        return ("positions",), words
+        return Fault(("positions",), words)
 
-    def peft_sizes(self, sites: Sequence[Site], every: int) -> dict[str, int] | None:
+    def peft_sizes(self, sites: Sequence[InputSite], every: int) -> dict[str, int] | None:
         """PEFT has them in front. Of what it asks for, it uses the size of an embedded token."""
         return (
             None
             if self.positions
-            else {"token_dim": sites[0].shape[0], "num_layers": 1, "num_attention_heads": 1}
+            else {"token_dim": sites[0].width, "num_layers": 1, "num_attention_heads": 1}
         )
 
     @property

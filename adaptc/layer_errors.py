@@ -14,7 +14,7 @@ from adaptc.graph import Graph
 from adaptc.layer_inputs import LayerInputs
 from adaptc.proof import batches
 from adaptc.quantized import Quantized, matrix_of, stored_bytes
-from adaptc.sites import Site
+from adaptc.site import WeightSite
 from adaptc.streaming import Streamed
 
 TOKENS = 256
@@ -109,7 +109,7 @@ def _layer(reference: Graph, candidate: Graph, q: Quantized, inputs: LayerInputs
     return LayerError(q.site.pattern, q.scheme.text, 8 * size / numbers, size, weight, output)
 
 
-def _matrix(graph: Graph, site: Site) -> torch.Tensor:
+def _matrix(graph: Graph, site: WeightSite) -> torch.Tensor:
     value = graph.value_of(site.parameter, site.uses, graph.by_name())
     return matrix_of(site, cut(graph, value).evaluate()).float()
 

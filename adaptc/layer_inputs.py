@@ -10,7 +10,7 @@ from torch import fx
 from adaptc.errors import InputError
 from adaptc.graph import Graph
 from adaptc.multiplications import Linear, operands
-from adaptc.sites import Site
+from adaptc.site import WeightSite
 from adaptc.streaming import Batch, observed
 
 
@@ -26,13 +26,13 @@ class LayerInputs:
         tokens: rows of a layer's input that are kept at most, evenly taken from all of them.
     """
 
-    def __init__(self, graph: Graph, sites: Sequence[Site], rows: Sequence[Batch], tokens: int):
+    def __init__(self, graph: Graph, sites: Sequence[WeightSite], rows: Sequence[Batch], tokens: int):
         self.graph, self.rows, self.tokens = graph, rows, tokens
         nodes = graph.by_name()
-        self._read = {site.name: _operand(nodes[site.uses[0].node]) for site in sites}
+        self._read = {site.name: _operand(nodes[site.node]) for site in sites}
         self._known: dict[str, torch.Tensor] | None = None
 
-    def of(self, site: Site) -> Callable[[], torch.Tensor | None]:
+    def of(self, site: WeightSite) -> Callable[[], torch.Tensor | None]:
         """What gives a layer's inputs; None of a layer that looks up, or is no plain product.
 
         Raises:

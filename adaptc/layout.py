@@ -2,55 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
+from adaptc.site import Layout
+
 aten = torch.ops.aten
 Axes = tuple[int | None, ...]
 """For each axis of a value, which axis of the stored weight it is; None for one that a view added."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Which axes of a stored weight are what: `batch` of separate matrices, `out` of rows, `inner` of columns.
-
-    A linear weight is out (0,), inner (1,); GPT-2's Conv1D out (1,), inner (0,); a convolution's out (0,), inner
-    (1, 2, 3); an embedding's out (1,), inner (0,): it multiplies one-hot rows; fused experts' batch (0,), out (1,),
-    inner (2,).
-    """
-
-    out: tuple[int, ...]
-    inner: tuple[int, ...]
-    batch: tuple[int, ...] = ()
-
-    def matrix(self, W: torch.Tensor) -> torch.Tensor:
-        """The stored weight as `(out, in)`, or `(batch, out, in)`."""
-        order = (*self.batch, *self.out, *self.inner)
-        if order == (1, 0):
-            return W.t()
-        shape = [math.prod(W.shape[axis] for axis in axes) for axes in (self.out, self.inner)]
-        if self.batch:
-            shape.insert(0, math.prod(W.shape[axis] for axis in self.batch))
-        moved = W if order == tuple(range(W.dim())) else W.permute(order)
-        return moved if list(moved.shape) == shape else moved.reshape(shape)
-
-    def tensor(self, M: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-        """The inverse: matrices back to the stored shape."""
-        order = (*self.batch, *self.out, *self.inner)
-        if order == (1, 0):
-            return M.t()
-        moved = [shape[axis] for axis in order]
-        whole = M if list(M.shape) == moved else M.reshape(moved)
-        return (
-            whole
-            if order == tuple(range(len(order)))
-            else whole.permute([order.index(i) for i in range(len(order))])
-        )
 
 
 def _linear(axes: Axes) -> Layout | None:

@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from adaptc.method import Dropout, Param
+from adaptc.errors import Fault
+from adaptc.method_contract import Dropout
 from adaptc.names import ATTENTION, OUT_PROJECTION
+from adaptc.param import Param
 from adaptc.peft_format import PeftFormat
 from adaptc.ranked import Scaled, factors
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from adaptc.sites import Site
+    from adaptc.site import WeightSite
 
 Biases = Annotated[
     Literal["none", "all", "lora_only"],
@@ -27,7 +29,7 @@ Biases = Annotated[
 Rounds = Annotated[
     int, Field(ge=1, description="with loftq, how often W is quantized, each time without what B A then is")
 ]
-NOT_AGAIN = ("loftq_iter",), "only `init_weights: loftq` quantizes again: leave it out"
+NOT_AGAIN = Fault(("loftq_iter",), "only `init_weights: loftq` quantizes again: leave it out")
 """Why an option that says how often makes no sense."""
 
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -89,11 +91,11 @@ class LowRank(Scaled):
         same = {f"(?:{key}){inner}": rank for key, rank in ranks.items()}
         return {**options, "rank_pattern": {**same, **ranks}, "alpha_pattern": {**doubled, **alphas}}
 
-    def factors(self, site: Site) -> dict[str, Param]:
+    def factors(self, site: WeightSite) -> dict[str, Param]:
         """A (r, in) and B (out, r) as PEFT keeps them."""
         return factors(site, self.r, self.in_peft(site), "lora_{}.weight", "lora_embedding_{}")
 
-    def in_peft(self, site: Site) -> bool:
+    def in_peft(self, site: WeightSite) -> bool:
         """PEFT's low-rank grouped convolution reaches across groups, which no weight here can."""
         if site.type == ATTENTION and site.module.endswith(OUT_PROJECTION):
             whole = self.alpha_at(site.module.removesuffix(OUT_PROJECTION))

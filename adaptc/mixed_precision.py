@@ -14,10 +14,10 @@ from adaptc.integer_blocks import CalibratedBlocks, IntegerBlocks, plain_integer
 from adaptc.layer_errors import TOKENS, output_errors, relative, rows_of
 from adaptc.layer_inputs import LayerInputs
 from adaptc.pipeline import run
-from adaptc.quantize import Quantize, quantize_pass
+from adaptc.quantize import Quantize
 from adaptc.quantized import Quantization, bytes_of, size_of
-from adaptc.scheme import Scheme
-from adaptc.sites import Site
+from adaptc.scheme_contract import Scheme
+from adaptc.site import WeightSite
 from adaptc.spec import QuantizeBudget
 from adaptc.streaming import Batch, Streamed
 
@@ -37,7 +37,7 @@ class Choice:
 class Layer:
     """A layer and its ways, from the fewest bytes on; `at` is the one in force."""
 
-    site: Site
+    site: WeightSite
     entry: int | None
     ways: list[Choice]
     at: int = 0
@@ -156,9 +156,7 @@ def _passes(layers: Sequence[Layer], items: Sequence[Quantize]) -> list[Quantize
             if layer.entry == item.entry and scheme is not None:
                 of.setdefault(scheme, []).append(layer.site.pattern)
         for scheme, target in of.items():
-            options = {f.name: getattr(scheme, f.name) for f in dataclasses.fields(scheme)}
-            made = quantize_pass(type(scheme))
-            found.append(made(target=tuple(target), entry=item.entry, **options))
+            found.append(Quantize(scheme, target=tuple(target), entry=item.entry))
     return found
 
 

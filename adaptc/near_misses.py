@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from adaptc.graph import Graph
-from adaptc.method import Method
-from adaptc.points import POINTS
-from adaptc.scheme import Scheme
+from adaptc.method_contract import Method
+from adaptc.point_sites import Point
+from adaptc.scheme_contract import Scheme
 from adaptc.select import Selection
-from adaptc.sites import KINDS, Site
+from adaptc.site import KINDS, POINTS
 
 KNOWN_AS: Mapping[str, str] = {
     "sub-layer": "a sub-layer is what ends in a matrix product and is added to the stream that it was computed from: "
@@ -47,5 +47,5 @@ def no_match(graph: Graph, method: Method | Scheme, selection: Selection, traine
     return tuple(words)
 
 
-def _points_of(graph: Graph, kind: str) -> list[Site]:
+def _points_of(graph: Graph, kind: str) -> list[Point]:
     return [point for point in graph.points if point.kind == kind]

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from adaptc.catalog import AnyPass, PassFactory, load_passes
 from adaptc.errors import Refusal
 from adaptc.graph import Graph
 from adaptc.names import nearest
-from adaptc.pipeline import Pass
+from adaptc.pipeline import PASSES, Pass
 from adaptc.quantize import Quantize
-from adaptc.registry import load_passes
 from adaptc.spec import Spec
 
 AGAIN = "fold into what the bits stand for, quantize again"
@@ -74,8 +74,8 @@ def pipeline_of(spec: Spec, inserts: Sequence[Pass], quantizes: Sequence[Quantiz
     return passes
 
 
-def _made(spec: Spec, index: int, cls: Any, name: str, options: Mapping[str, Any]) -> Pass:
-    fields = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+def _made(spec: Spec, index: int, cls: AnyPass, name: str, options: Mapping[str, Any]) -> Pass:
+    fields = list(inspect.signature(cls).parameters)
     unknown = next((option for option in options if option not in fields), None)
     if unknown is not None:
         near = nearest(str(unknown), fields)
@@ -85,7 +85,11 @@ def _made(spec: Spec, index: int, cls: Any, name: str, options: Mapping[str, Any
             ("passes", index), f"{name}: unknown option {unknown!r}{hint}", f"its options: {shown}"
         )
     try:
-        return TypeAdapter(cls).validate_python(options)
+        return (
+            cls.validated(options)
+            if isinstance(cls, PassFactory)
+            else TypeAdapter(cls).validate_python(options)
+        )
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         option = ".".join(map(str, first["loc"]))
@@ -107,12 +111,7 @@ def check_products(spec: Spec, adapted: Graph, closing: Sequence[Pass]) -> None:
         if held:
             raise spec.error(("emit", index, "format"), *str(held.reason).split("\n  "))
         folded = entry.format == "hf" or (entry.format == "onnx" and entry.adapters == "folded")
-        if (
-            folded
-            and adapted.adaptations
-            and not closing
-            and adapted.stage not in load_passes()["fold"].takes
-        ):
+        if folded and adapted.adaptations and not closing and adapted.stage not in PASSES["fold"].takes:
             raise spec.error(
                 ("passes",),
                 f"the pipeline leaves a graph that is {adapted.stage}, which emit.{index} cannot fold",
@@ -147,9 +146,9 @@ def bits_in_checkpoint(adapted: Graph, closing: Sequence[Pass]) -> Refusal | Non
 
 def lowering(adapted: Graph) -> list[Pass]:
     """What the live and trainable products have besides."""
-    factor = load_passes()["factor"]()
+    factor = PASSES["factor"]()
     factors = [factor] if adapted.stage in factor.takes else []
-    return factors + ([load_passes()["quantized-products"]()] if adapted.quantized else [])
+    return factors + ([PASSES["quantized-products"]()] if adapted.quantized else [])
 
 
 def folds_into_bits(adapted: Graph) -> Refusal | None:

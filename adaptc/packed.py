@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from adaptc.errors import WeightError
-from adaptc.registered import register
-from adaptc.scheme import Scheme
+from adaptc.author import Author
+from adaptc.errors import DefinitionError, WeightError
+from adaptc.registry import Registry
+from adaptc.scheme_contract import Scheme
 from adaptc.weights import Weight
 
 if TYPE_CHECKING:
@@ -88,8 +90,20 @@ def number(about: Mapping[str, Any], key: str, otherwise: int | None = None) -> 
 Reader = Callable[[Mapping[str, Any], str, Mapping[str, Weight]], "Bits | None"]
 """Given a checkpoint's `quantization_config`, a module's name and the tensors by their keys, the module's weight in
 bits, or None where it is stored in floats. Headers are read, and of tensors only what tells the format."""
-READERS: dict[str, Reader] = {}
-"""Every reader known, by its `quant_method`. Filled by the decorator; see `registry.load_readers`."""
+
+
+def _check(name: str, reader: Any, author: Author) -> None:
+    try:
+        inspect.signature(reader).bind("about", "module", "tensors")
+    except TypeError as error:
+        raise DefinitionError(
+            f"reader {name!r} cannot be called as {reader.__name__}(about, module, tensors): {error}",
+            author.place,
+        ) from error
+
+
+READERS: Registry[Reader] = Registry("reader", "adaptc.passes.stored", check=_check)
+"""Every reader, shipped or of an installed package, by its `quant_method`."""
 
 R = TypeVar("R", bound=Reader)
 
@@ -98,14 +112,9 @@ def stored_by(method: str) -> Callable[[R], R]:
     """Register a reader under the `quant_method` of the checkpoints that it reads.
 
     Raises:
-        ValueError: the name is not kebab-case, or another reader has it.
+        DefinitionError: the name is not kebab-case, or another author's.
     """
-
-    def decorate(reader: R) -> R:
-        register(READERS, "reader", method, reader)
-        return reader
-
-    return decorate
+    return READERS.register(method)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,10 +12,9 @@ from pydantic import TypeAdapter, ValidationError
 from adaptc.adapters import AdapterRecord
 from adaptc.checkpoint import CONFIG, Checkpoint
 from adaptc.errors import WeightError
-from adaptc.method import Method, options_of
+from adaptc.method_contract import METHODS, Method, options_of
 from adaptc.names import OUT_PROJECTION
 from adaptc.peft_format import PeftFormat
-from adaptc.registry import load_methods
 from adaptc.select import ALL_LINEAR
 
 DESCRIPTIVE = frozenset(
@@ -69,7 +68,7 @@ def declared(checkpoint: Checkpoint, prefer: str = "") -> Declared:
             f"it reads {', '.join(known)}"
         )
     most = max(fitting, key=lambda name: len(fitting[name].options))  # that reads most of what is said
-    cls = load_methods()[prefer if prefer in fitting else most]
+    cls = METHODS[prefer if prefer in fitting else most]
     format = fitting[cls.name]
     _check_rest(checkpoint, cls)
     options = {ours: config[theirs] for ours, theirs in format.options.items() if theirs in config}
@@ -84,7 +83,7 @@ def declared(checkpoint: Checkpoint, prefer: str = "") -> Declared:
 
 def _formats() -> list[tuple[type[Method], PeftFormat]]:
     """The methods that have a checkpoint of PEFT's, and how it is spelled."""
-    return [(cls, cls.peft) for cls in load_methods().values() if cls.peft is not None and cls.peft.type]
+    return [(cls, cls.peft) for cls in METHODS.values() if cls.peft is not None and cls.peft.type]
 
 
 def _fits(format: PeftFormat, config: Mapping[str, Any]) -> bool:
@@ -132,7 +131,7 @@ def _differing(method: type[Method], options: Mapping[str, Any], record: Adapter
 
 def _own(checkpoint: Checkpoint) -> Declared:
     config = checkpoint.config
-    cls = load_methods().get(config["adaptc_method"])
+    cls = METHODS.get(config["adaptc_method"])
     if cls is None:
         raise WeightError(
             f"{checkpoint.path}: method {config['adaptc_method']!r} is not installed; install the package that has it"

@@ -6,16 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from adaptc.layout import Layout
-from adaptc.method import MATRIX_KINDS, Param
 from adaptc.names import ATTENTION, OUT_PROJECTION, PACKED
-from adaptc.sites import Site
+from adaptc.param import Param
+from adaptc.point_sites import Site
+from adaptc.site import MATRIX_KINDS, Layout, WeightSite
 
 if TYPE_CHECKING:
     from adaptc.graph import Graph
 
 
-def as_stored(site: Site, graph: Graph) -> Site:
+def as_stored(site: WeightSite, graph: Graph) -> WeightSite:
     """The site as PEFT's `target_parameters` reads it: (out, in) or (experts, out, in), however the model multiplies.
 
     Three axes of a module that says `is_transposed` are (experts, in, out).
@@ -46,7 +46,7 @@ class PeftLayout:
 
     def key(self, site: Site, param: Param) -> str:
         """The key of a tensor, without PEFT's prefix."""
-        if site.kind not in MATRIX_KINDS:
+        if not isinstance(site, WeightSite) or site.kind not in MATRIX_KINDS:
             return f"{self._nested(site.module)}{'base_layer.' * self._wraps(site.module)}{param.key}"
         inside = [s for s in self._parameters(site.module) if self._place(s) > self._place(site)]
         return f"{self._nested(site.module)}{'base_layer.' * len(inside)}{param.key}"
@@ -71,22 +71,24 @@ class PeftLayout:
         }
         return packed == inner
 
-    def _matrices(self) -> list[Site]:
-        return [site for site in self.sites if site.kind in MATRIX_KINDS]
+    def _matrices(self) -> list[WeightSite]:
+        return [site for site in self.sites if isinstance(site, WeightSite) and site.kind in MATRIX_KINDS]
 
-    def _parameters(self, module: str) -> list[Site]:
+    def _parameters(self, module: str) -> list[WeightSite]:
         return [site for site in self._matrices() if site.module == module and site.by_parameter]
 
-    def _place(self, site: Site) -> int:
+    def _place(self, site: WeightSite) -> int:
         return self.order[site.parameter]
 
-    def _is_inner(self, site: Site) -> bool:
+    def _is_inner(self, site: WeightSite) -> bool:
         return site.type == ATTENTION and site.module.endswith(OUT_PROJECTION)
 
-    def _whole_attention(self, site: Site) -> str:
+    def _whole_attention(self, site: WeightSite) -> str:
         """The attention module that this output projection is adapted with; "" if it is none."""
         module = site.module.removesuffix(OUT_PROJECTION)
-        packed = any(s.module == module and s.leaf == PACKED for s in self.sites)
+        packed = any(
+            isinstance(s, WeightSite) and s.module == module and s.leaf == PACKED for s in self.sites
+        )
         return module if packed and self._is_inner(site) else ""
 
     def _wraps(self, module: str) -> int:

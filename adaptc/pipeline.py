@@ -8,9 +8,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
+from adaptc.author import Author
+from adaptc.definitions import check_call, check_class, check_defined, check_names, check_options
 from adaptc.errors import AdaptcError, Refusal, RefusedError, VerifyError
 from adaptc.graph import STAGES, Graph
-from adaptc.registered import register
+from adaptc.names import nearest
+from adaptc.registry import Registry
 from adaptc.verify import verify
 
 
@@ -50,8 +53,35 @@ class PassRecord:
     modified: bool
 
 
-PASSES: dict[str, type[Pass]] = {}
-"""Every pass known, by the name it has in a spec. Filled by the decorator; see `registry.load`."""
+WORDS = ("insert", "quantize", "all", "trace")
+"""Names that mean something else where a pass may be named."""
+
+
+def _check(name: str, cls: Any, author: Author) -> None:
+    base = Pass if isinstance(cls, type) and issubclass(cls, Pass) else None
+    definition = check_class("pass", name, cls, base, "Pass", author)
+    generated = name.startswith(("insert-", "quantize-"))
+    if name in WORDS or generated:
+        what = "inserts a method or quantizes by a scheme" if generated else "means something else in a spec"
+        raise definition.mistake(f"the name {what}", "", "give it another name")
+    check_options(definition, frozenset({"name"}))
+    check_names(definition, "takes", STAGES, "the stages it can start from")
+    if cls.leaves not in (*STAGES, None):
+        near = nearest(str(cls.leaves), STAGES, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise definition.mistake(
+            f"leaves: unknown stage {cls.leaves!r}{hint}", "leaves", f"known: {', '.join(STAGES)}"
+        )
+    check_defined(definition, ("call",), "which rewrites the graph")
+    for hook in ("requires", "call", "ensures"):
+        check_call(definition, hook, ("graph",))
+
+
+PASSES: Registry[type[Pass]] = Registry(
+    "pass", "adaptc.passes.factor", "adaptc.passes.fold", "adaptc.passes.lower", check=_check
+)
+"""Every pass, shipped or of an installed package, by the name a spec calls it by. See `catalog` for those that insert
+and quantize."""
 
 P = TypeVar("P", bound=type[Pass])
 
@@ -60,19 +90,10 @@ def graph_pass(name: str) -> Callable[[P], P]:
     """Register a pass under the name a spec calls it by.
 
     Raises:
-        ValueError: the name is not kebab-case, is taken by another class, or a stage is unknown.
+        DefinitionError: the name is not kebab-case or another author's, or the class is no pass that can run; names
+            the line.
     """
-
-    def decorate(cls: P) -> P:
-        unknown = (set(cls.takes) | ({cls.leaves} - {None})) - set(STAGES)
-        if unknown:
-            raise ValueError(
-                f"pass {name!r} names unknown stages {sorted(map(str, unknown))}; known: {', '.join(STAGES)}"
-            )
-        register(PASSES, "pass", name, cls)
-        return cls
-
-    return decorate
+    return PASSES.register(name)
 
 
 def check_order(passes: Sequence[Pass], stage: str = "traced") -> str | None:

@@ -16,11 +16,11 @@ from adaptc.errors import Problem, RefusedError, SpecError
 from adaptc.graph import Graph
 from adaptc.insert import Insert
 from adaptc.kinds import TOKENS, PromptMethod
-from adaptc.method import WeightMethod
+from adaptc.method_contract import WeightMethod
 from adaptc.names import shared_name
 from adaptc.near_misses import no_match
 from adaptc.orders import check_products, folds_into_bits, lowering, pipeline_of, split
-from adaptc.pipeline import Pass, check_order, run
+from adaptc.pipeline import PASSES, Pass, check_order, run
 from adaptc.planned import Planned, entries_of, match_checkpoints
 from adaptc.planned_quantization import (
     PlannedQuantization,
@@ -32,10 +32,9 @@ from adaptc.planned_quantization import (
     suggestion,
     weighed_within,
 )
+from adaptc.point_sites import Site
 from adaptc.quantize import Quantize
 from adaptc.quantized import size_of
-from adaptc.registry import load_passes
-from adaptc.sites import Site
 from adaptc.spec import Spec
 
 
@@ -143,7 +142,7 @@ def make_plan(spec: Spec, graph: Graph, after: Any = None, weighed: bool = False
         key = "adapt" if isinstance(error.source, Insert) else "quantize"
         place = ("base",) if error.source.entry is None else (key, error.source.entry)
         raise spec.error(place, *str(error).splitlines()) from error
-    fold = load_passes()["fold"]()
+    fold = PASSES["fold"]()
     notes = [*graph.base.notes, *_notes(entries), *_alias_notes(graph, entries)]
     notes += [*chosen, *quantize_notes(graph, quantized)]
     refusals = fold.requires(adapted) if adapted.stage in fold.takes else []
@@ -176,11 +175,12 @@ def _problems(spec: Spec, graph: Graph, planned: Planned) -> list[Problem]:
     for site in selection.sites:
         refused = planned.insert.refused(site)
         if refused:
-            option, reason = refused
             found.setdefault(
-                option,
+                refused.option,
                 spec.source.problem(
-                    ("adapt", planned.entry, *option), f"{method.name}: {reason}", f"site {site}"
+                    ("adapt", planned.entry, *refused.option),
+                    f"{method.name}: {refused.reason}",
+                    f"site {site}",
                 ),
             )
         elif not reaches_output(graph, site):

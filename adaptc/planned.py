@@ -12,12 +12,13 @@ from adaptc.checkpoint import ROOT, Checkpoint, directories, match, missing, rea
 from adaptc.errors import InputError, WeightError
 from adaptc.graph import Graph
 from adaptc.insert import Insert
-from adaptc.method import Method, Param, options_of
+from adaptc.method_contract import METHODS, Method
 from adaptc.names import ATTENTION
+from adaptc.param import Param
 from adaptc.peft_config import declared, named_modules
 from adaptc.peft_keys import PeftLayout
-from adaptc.registry import load_methods, load_passes
 from adaptc.select import Selection
+from adaptc.site import WeightSite
 from adaptc.spec import Spec, resolve_path
 from adaptc.words import with_words
 
@@ -50,8 +51,7 @@ def entries_of(spec: Spec, graph: Graph, index: int) -> list[Planned]:
     if isinstance(entry, AdapterEntry):
         return _trained(spec, graph, index, entry)
     common = {"adapter": entry.name, "entry": index, "seed": spec.seed, "on_alias": entry.on_alias}
-    make: Any = load_passes()[f"insert-{entry.method}"]
-    item = make(target=entry.target, exclude=entry.exclude, **common, **entry.options())
+    item = Insert(entry.build(), target=entry.target, exclude=entry.exclude, **common)
     if item.method.calibrated:
         item = _calibrated(spec, graph, index, item)
     item = with_words(spec, graph, index, item)
@@ -70,7 +70,7 @@ def _calibrated(spec: Spec, graph: Graph, index: int, item: Insert) -> Insert:
         return item
     found = graph.information.of(site.parameter for site in item.selection(graph).sites)
     by_site = {site.name: found[site.parameter] for site in item.selection(graph).sites}
-    return replace(item, **options_of(item.method.calibrate(by_site)))
+    return replace(item, method=item.method.calibrate(by_site))
 
 
 def _trained(spec: Spec, graph: Graph, index: int, entry: AdapterEntry) -> list[Planned]:
@@ -96,20 +96,23 @@ def _from_checkpoint(
     graph: Graph, checkpoint: Checkpoint, common: dict[str, Any], rank: int | None
 ) -> list[Planned]:
     what = declared(checkpoint)
-    make: Any = load_passes()[f"insert-{what.method.name}"]
     if what.method.peft is not None and what.method.peft.tied and common["on_alias"] == "refuse":
         common = common | {"on_alias": "share"}
     chosen = {"target": what.target, "exclude": what.exclude, "as_stored": what.as_stored, "trained": True}
-    item = make(**common, **chosen, **what.options)
+    item = Insert(what.method(**what.options), **common, **chosen)
     if not checkpoint.own and any(site.type == ATTENTION for site in item.selection(graph).sites):
         options = what.method.from_peft(what.options, named_modules(checkpoint))
-        item = make(**common, **chosen, **options)
+        item = replace(item, method=what.method(**options))
     whole = None
     if rank is not None:
         whole = item.method
-        item = replace(item, **options_of(_cut(whole, rank)))
+        item = replace(item, method=_cut(whole, rank))
     first = Planned(common["entry"], item, item.selection(graph), checkpoint, whole)
-    grouped = [s for s in first.selection.sites if s.groups > 1 and not item.method.in_peft(s)]
+    grouped = [
+        s
+        for s in first.selection.sites
+        if isinstance(s, WeightSite) and s.groups > 1 and not item.method.in_peft(s)
+    ]
     if grouped and not checkpoint.own:
         raise WeightError(
             f"{checkpoint.path}: PEFT's {item.method.name} on the grouped convolution {grouped[0].module} reaches "
@@ -131,7 +134,7 @@ def _cut(method: Method, rank: int) -> Method:
     largest: int | None = getattr(method, "r", None)
     cut = method.cut(rank)
     if cut is None:
-        nested = [name for name, cls in load_methods().items() if cls.cut is not Method.cut]
+        nested = [name for name, cls in METHODS.items() if cls.cut is not Method.cut]
         raise InputError(
             f"the ranks of {method.name} are not nested, as those of {', '.join(nested)} are: leave r out"
         )
@@ -142,9 +145,8 @@ def _cut(method: Method, rank: int) -> Method:
 
 def _whole(graph: Graph, host: Planned, target: Any, common: dict[str, Any], **options: Any) -> Planned:
     """Parameters trained whole beside a method: PEFT's `modules_to_save`, and the biases of `bias`."""
-    cls = next(c for c in load_methods().values() if c.peft is not None and c.peft.joins == "modules_to_save")
-    make: Any = load_passes()[f"insert-{cls.name}"]
-    item = make(target=target, **common, **options)
+    cls = next(c for c in METHODS.values() if c.peft is not None and c.peft.joins == "modules_to_save")
+    item = Insert(cls(**options), target=target, **common)
     return Planned(host.entry, item, item.selection(graph), host.checkpoint)
 
 

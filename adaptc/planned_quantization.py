@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,10 +14,9 @@ from adaptc.aliases import elsewhere, places
 from adaptc.errors import InputError, Problem
 from adaptc.graph import Graph
 from adaptc.near_misses import no_match
-from adaptc.quantize import Quantize, quantize_pass
+from adaptc.quantize import Quantize
 from adaptc.quantized import bytes_of, size_of
-from adaptc.registry import load_passes
-from adaptc.scheme import Scheme
+from adaptc.scheme_contract import Scheme
 from adaptc.select import Selection
 from adaptc.spec import QuantizeBudget, Spec
 
@@ -94,8 +92,7 @@ def quantizations_of(spec: Spec, graph: Graph) -> list[PlannedQuantization]:
     """What the base has in bits, and what the entries of `quantize` store in few; what these name is theirs."""
     found: list[PlannedQuantization] = []
     for index, entry in enumerate(spec.quantize):
-        make: Any = load_passes()[f"quantize-{entry.method}"]
-        item = make(target=entry.target, exclude=entry.exclude, entry=index, **entry.options())
+        item = Quantize(entry.build(), target=entry.target, exclude=entry.exclude, entry=index)
         found.append(PlannedQuantization(index, item, item.selection(graph)))
     taken = {site.parameter for planned in found for site in planned.selection.sites}
     return [*_of_base(graph, taken), *found]
@@ -109,8 +106,7 @@ def _of_base(graph: Graph, taken: set[str]) -> list[PlannedQuantization]:
             of.setdefault(known.bits.scheme, []).append(site.pattern)
     found = []
     for scheme, target in of.items():
-        options = {f.name: getattr(scheme, f.name) for f in dataclasses.fields(scheme)}
-        item = quantize_pass(type(scheme))(target=tuple(target), entry=None, **options)
+        item = Quantize(scheme, target=tuple(target), entry=None)
         found.append(PlannedQuantization(None, item, item.selection(graph)))
     return found
 
@@ -130,8 +126,10 @@ def quantize_problems(spec: Spec, graph: Graph, planned: PlannedQuantization) ->
     for site in planned.selection.sites:
         refused = item.refused(graph, site)
         if refused:
-            words = f"{scheme.name}: {refused[1]}"
-            found.setdefault(refused[0], spec.source.problem((*place, *refused[0]), words, f"site {site}"))
+            words = f"{scheme.name}: {refused.reason}"
+            found.setdefault(
+                refused.option, spec.source.problem((*place, *refused.option), words, f"site {site}")
+            )
     return list(found.values())
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,29 +12,26 @@ from adaptc.attention import Attention, find_attentions, keys_of, values_of
 from adaptc.dataflow import VIEWS, behind, is_residual, made_from, unviewed
 from adaptc.layout import operation
 from adaptc.names import ROLES
+from adaptc.point_sites import AttentionSite, Heads, InputSite, Point, SubLayer
 from adaptc.roles import weighted_products
-from adaptc.sites import Site, Use, module_of, source_of
+from adaptc.site import ATTENTION_POINT, INPUT, SUBLAYER, Use, WeightSite
+from adaptc.sites import module_of, source_of
 
-SUBLAYER = "sub-layer"
-POINTS = frozenset({SUBLAYER, "attention", "input"})
-"""The kinds of site that are points."""
 OUTPUT, OUT = ROLES[3], ROLES[6]
-WHOLE = -1
-"""In place of an argument: the value of the node itself, wherever it is read."""
 PASSED = VIEWS | {"dropout", "alias", "detach"}
 """What a residual stream may pass on its way to a sum."""
 
 
-def find_points(nodes: Iterable[fx.Node], sites: Sequence[Site]) -> tuple[Site, ...]:
+def find_points(nodes: Iterable[fx.Node], sites: Sequence[WeightSite]) -> tuple[Point, ...]:
     """Every point of a traced graph, in the order of execution."""
     ordered = list(nodes)
     weighted = weighted_products(ordered, sites)
     found = [*_sublayers(ordered, weighted), *_attentions(ordered), *_inputs(weighted)]
     order = {node.name: index for index, node in enumerate(ordered)}
-    return tuple(sorted(found, key=lambda site: order[site.uses[0].node]))
+    return tuple(sorted(found, key=lambda site: order[site.node]))
 
 
-def named_point(nodes: Iterable[fx.Node], name: str, reads: str) -> list[Site]:
+def named_point(nodes: Iterable[fx.Node], name: str, reads: str) -> list[SubLayer]:
     """The value of a node as a place to adapt, wherever it is read; none where it is no activation."""
     by_name = {node.name: node for node in nodes}
     node = by_name.get(name)
@@ -49,23 +45,26 @@ def named_point(nodes: Iterable[fx.Node], name: str, reads: str) -> list[Site]:
         return []
     module, type_name = module_of(node)
     width = value.shape[-1] if value.dim() else None
-    shape = (width,) if isinstance(width, int) else ()
     return [
-        Site.point(
+        SubLayer(
             module=module,
             type=type_name,
             kind=SUBLAYER,
             op=operation(node),
-            shape=shape,
             dtype=value.dtype,
-            uses=(Use(name, WHOLE),),
+            uses=tuple(
+                Use(user.name, next((i for i, a in enumerate(user.args) if a is node), -1))
+                for user in node.users
+            ),
             source=source_of(node),
+            width=width if isinstance(width, int) else None,
             reads=reads,
+            value=name,
         )
     ]
 
 
-def _sublayers(nodes: Sequence[fx.Node], weighted: Mapping[fx.Node, Site]) -> Iterator[Site]:
+def _sublayers(nodes: Sequence[fx.Node], weighted: Mapping[fx.Node, WeightSite]) -> Iterator[SubLayer]:
     """A sub-layer's output, where it enters the sum with the residual stream that it was computed from."""
     order = {node: index for index, node in enumerate(nodes)}
     mixed = {attention.mixed for attention in find_attentions(nodes)}
@@ -95,10 +94,10 @@ def _outputs(
     use: Use,
     node: fx.Node,
     cone: set[fx.Node],
-    weighted: Mapping[fx.Node, Site],
+    weighted: Mapping[fx.Node, WeightSite],
     mixed: set[fx.Node],
     order: Mapping[fx.Node, int],
-) -> Iterator[Site]:
+) -> Iterator[SubLayer]:
     """The sub-layer at one operand of a sum; of parallel ones that were summed before, each."""
     branch: Any = node.args[use.argument]
     last = [n for n in behind([branch]) if n in weighted and n in cone]
@@ -113,18 +112,25 @@ def _outputs(
     product = max(last, key=order.__getitem__)
     first = min((n for n in cone if n in weighted), key=order.__getitem__)
     value = branch.meta["val"]
-    yield replace(
-        weighted[product].as_point(SUBLAYER, _width(value, weighted[product]), value.dtype, source_of(node)),
+    last_layer = weighted[product]
+    yield SubLayer(
+        module=last_layer.module,
+        type=last_layer.type,
+        kind=SUBLAYER,
+        op=last_layer.op,
+        dtype=value.dtype,
         uses=(use,),
-        role=OUTPUT if cone & mixed else OUT,
+        source=source_of(node),
+        width=_width(value, last_layer),
         reads=_unflattened(_operand(first, weighted[first]), value.dim()).name,
+        role=OUTPUT if cone & mixed else OUT,
     )
 
 
-def _width(value: torch.Tensor, site: Site) -> tuple[int, ...]:
-    """The number of features, if they are on the last axis; empty if not."""
+def _width(value: torch.Tensor, site: WeightSite) -> int | None:
+    """The number of features, if they are on the last axis; None if not."""
     width = value.shape[-1]
-    return (width,) if isinstance(width, int) and site.kind != "conv" else ()
+    return width if isinstance(width, int) and site.kind != "conv" else None
 
 
 def _unflattened(node: fx.Node, rank: int) -> fx.Node:
@@ -134,36 +140,36 @@ def _unflattened(node: fx.Node, rank: int) -> fx.Node:
     return node
 
 
-def _operand(product: fx.Node, site: Site) -> fx.Node:
+def _operand(product: fx.Node, site: WeightSite) -> fx.Node:
     """What a product multiplies its weight with."""
     weights = {use.node for use in site.uses}
     held = [n for n in product.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
     return next(n for n in held if n.name not in weights and unviewed(n).op != "get_attr")
 
 
-def _attentions(nodes: Sequence[fx.Node]) -> Iterator[Site]:
-    """Where the keys and the values enter an attention; its shape is (heads, size of a key, size of a value)."""
+def _attentions(nodes: Sequence[fx.Node]) -> Iterator[AttentionSite]:
+    """Where the keys and the values enter an attention."""
     found = list(find_attentions(nodes))
     batches = [n.meta["val"].shape[0] for n in nodes if n.op == "placeholder" and n.meta["val"].dim()]
     crossing = {_length(a.query) for a in found if _crosses(a)}
     for attention in found:
         keys, values = keys_of(attention), values_of(attention)
         module, type_name = module_of(attention.mixed)
-        shape: tuple[int, ...] = ()
+        heads: Heads | None = None
         if keys is not None and values is not None:
-            heads = keys.count(batches)
-            alike = heads is not None and heads == values.count(batches)
-            shape = (heads, keys.size, values.size) if heads is not None and alike else ()
-        yield Site.point(
+            count = keys.count(batches)
+            if count is not None and count == values.count(batches):
+                heads = Heads(count, keys.size, values.size)
+        yield AttentionSite(
             module=module,
             type=type_name,
-            kind="attention",
+            kind=ATTENTION_POINT,
             op=operation(attention.softmax),
-            shape=shape,
             dtype=attention.mixed.meta["val"].dtype,
             uses=(Use(attention.scores.name, 1), Use(attention.mixed.name, 1)),
             source=source_of(attention.mixed),
-            role=_half(attention, crossing),
+            heads=heads,
+            half=_half(attention, crossing),
         )
 
 
@@ -187,7 +193,7 @@ def _crosses(attention: Attention) -> bool:
     return keys is not None and str(keys.node.meta["val"].shape[keys.sequence]) != _length(attention.query)
 
 
-def _inputs(weighted: Mapping[fx.Node, Site]) -> Iterator[Site]:
+def _inputs(weighted: Mapping[fx.Node, WeightSite]) -> Iterator[InputSite]:
     """Where tokens that are given as numbers become vectors."""
     for node, site in weighted.items():
         if site.kind != "embedding":
@@ -195,5 +201,16 @@ def _inputs(weighted: Mapping[fx.Node, Site]) -> Iterator[Site]:
         indices = unviewed(node.args[1])  # type: ignore[arg-type]
         if indices.op == "placeholder" and indices.meta["val"].dim() == 2:
             value = node.meta["val"]
-            point = site.as_point("input", tuple(value.shape[-1:]), value.dtype, site.source)
-            yield replace(point, uses=(Use(node.name, 1),), reads=indices.name)
+            yield InputSite(
+                module=site.module,
+                type=site.type,
+                kind=INPUT,
+                op=site.op,
+                dtype=value.dtype,
+                uses=(Use(node.name, 1),),
+                source=site.source,
+                table=site.parameter,
+                leaf=site.leaf,
+                width=value.shape[-1],
+                ids=indices.name,
+            )

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import fx
 
 from adaptc.aliases import names
-from adaptc.errors import Refusal
+from adaptc.errors import Fault, Refusal
 from adaptc.expression import splice, trace_expression
 from adaptc.graph import Graph
 from adaptc.layer_inputs import LayerInputs
 from adaptc.pipeline import Pass
 from adaptc.quantized import Quantization, Quantized, part, size_of, stored_so, weight_of
 from adaptc.quantized_operations import DEQUANTIZE
-from adaptc.scheme import Scheme
+from adaptc.scheme_contract import Scheme
 from adaptc.select import Selection, Target, select
-from adaptc.sites import Site
+from adaptc.site import WeightSite
 from adaptc.weights import Computed, Held
 
 TOKENS = 4096
@@ -30,46 +30,44 @@ TOKENS = 4096
 class Quantize(Pass):
     """`linear(x, W)` becomes `linear(x, dequantize(codes, …))` at every site the target names.
 
-    Whoever else uses the same tensor reads the same bits: a tied head its embedding's.
+    `Quantize(scheme, target="*.query")`. Whoever else uses the same tensor reads the same bits: a tied head its
+    embedding's. `entry` is the number of the entry of the spec that it comes from, None for what the base has in bits.
     """
 
+    scheme: Scheme
     target: Target = ()
     exclude: tuple[str, ...] = ()
     entry: int | None = 0
 
     takes: ClassVar[frozenset[str]] = frozenset({"traced", "adapted", "folded"})
-    scheme_class: ClassVar[type[Scheme]]
 
     @property
-    def scheme(self) -> Scheme:
-        """The scheme with the options of this pass."""
-        own = {f.name for f in dataclasses.fields(Quantize)}
-        return self.scheme_class(
-            **{f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in own}
-        )
+    def name(self) -> str:  # type: ignore[override]
+        """What a spec calls the pass, such as `quantize-` and the scheme's name."""
+        return f"quantize-{self.scheme.name}"
 
     def selection(self, graph: Graph) -> Selection:
         """What the target matches, each tensor once: as a whole, or all slices of it that are named."""
         found = select(graph, self.target, self.exclude, self.scheme)
-        of: dict[str, list[Site]] = {}
+        of: dict[str, list[WeightSite]] = {}
         for site in found.sites:
             of.setdefault(graph.aliases[site.parameter], []).append(site)
         return dataclasses.replace(found, sites=tuple(_joined(sites) for sites in of.values()))
 
-    def left(self, graph: Graph) -> list[Site]:
+    def left(self, graph: Graph) -> list[WeightSite]:
         """The sites that are not quantized by this entry already: after a fold, those that were folded into."""
         known = {name for name, q in graph.quantized.items() if q.entry == self.entry}
         return [site for site in self.selection(graph).sites if site.parameter not in known]
 
-    def refused(self, graph: Graph, site: Site) -> tuple[tuple[str, ...], str] | None:
+    def refused(self, graph: Graph, site: WeightSite) -> Fault | None:
         """The option at fault and why this cannot be stored so; None if it can."""
         known = graph.quantized.get(site.parameter)
         if known is not None:
             who = "the base" if known.entry is None else f"quantize.{known.entry}"
             words = f"{who} stores it as {known.scheme.name} already"
-            return ("target",), f"{words}; leave it out of one of them with `exclude`"
+            return Fault(("target",), f"{words}; leave it out of one of them with `exclude`")
         if not site.dtype.is_floating_point:
-            return ("target",), f"its weight is {site.dtype}, not a number to be rounded"
+            return Fault(("target",), f"its weight is {site.dtype}, not a number to be rounded")
         return self.scheme.refuses(*size_of(site))
 
     def requires(self, graph: Graph) -> list[Refusal]:
@@ -82,8 +80,8 @@ class Quantize(Pass):
         for site in self.left(graph):
             reason = self.refused(graph, site)
             if reason:
-                words = f"{self.scheme.name}: {reason[1]}\n  site {site}"
-                refusals.append(Refusal(words, (site.uses[0].node,)))
+                words = f"{self.scheme.name}: {reason.reason}\n  site {site}"
+                refusals.append(Refusal(words, (site.node,)))
         return refusals
 
     def call(self, graph: Graph) -> bool:
@@ -152,7 +150,7 @@ class Quantize(Pass):
         graph.quantized[parameter] = Quantized(quantization, self.entry, held, found.name, value.name, rest)
 
 
-def _joined(sites: Sequence[Site]) -> Site:
+def _joined(sites: Sequence[WeightSite]) -> WeightSite:
     """One site of a tensor: the whole if that is among them, else all rows of its slices."""
     whole = next((site for site in sites if not site.rows), None)
     if whole is not None or len(sites) == 1:
@@ -174,17 +172,3 @@ def forget_bits(graph: Graph, parameters: Iterable[str]) -> None:
         for tensor in (*quantized.tensors.values(), quantized.rest):
             if tensor not in read and tensor in graph.weights:
                 graph.detach(tensor)
-
-
-def quantize_pass(cls: type[Scheme]) -> type[Quantize]:
-    """The pass that quantizes by a scheme: `QuantizeNf4`, called `quantize-nf4` in a spec."""
-    fields: list[Any] = [(f.name, Any, field(default=f.default)) for f in dataclasses.fields(cls)]
-    name = "Quantize" + "".join(part.capitalize() for part in cls.name.split("-"))
-    made = dataclasses.make_dataclass(name, fields, bases=(Quantize,), frozen=True)
-    made.scheme_class, made.name, made.__doc__, made.__module__ = (
-        cls,
-        f"quantize-{cls.name}",
-        cls.__doc__,
-        cls.__module__,
-    )
-    return made

@@ -8,10 +8,9 @@ from typing import Annotated, Any, TypeAlias
 
 from pydantic import Field, create_model
 
-from adaptc.method import summary
+from adaptc.method_contract import summary
 from adaptc.option_keys import Spelled, option_keys
-from adaptc.registry import load_schemes
-from adaptc.scheme import Scheme
+from adaptc.scheme_contract import SCHEMES, Scheme
 from adaptc.spec_part import OneOf
 from adaptc.targets import Patterns, Target
 
@@ -25,7 +24,11 @@ class QuantizeEntry(Spelled):
 
     def options(self) -> dict[str, Any]:
         """The scheme's own options."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(load_schemes()[self.method])}
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(SCHEMES[self.method])}
+
+    def build(self) -> Scheme:
+        """The scheme with these options."""
+        return SCHEMES[self.method](**self.options())
 
 
 @cache
@@ -40,7 +43,7 @@ def _entry_model(cls: type[Scheme]) -> type[QuantizeEntry]:
 
 
 def _models() -> dict[str, type[QuantizeEntry]]:
-    return {name: _entry_model(cls) for name, cls in load_schemes().items()}
+    return {name: _entry_model(cls) for name, cls in SCHEMES.items()}
 
 
 QuantizeEntries: TypeAlias = Annotated[QuantizeEntry, OneOf("method", _models)]

@@ -10,8 +10,8 @@ import torch
 
 from adaptc.errors import WeightError
 from adaptc.packed import Bits, Packed
-from adaptc.scheme import Kept, Scheme
-from adaptc.sites import Site
+from adaptc.scheme_contract import Kept, Scheme
+from adaptc.site import WeightSite
 from adaptc.weights import Weight
 
 
@@ -29,7 +29,7 @@ class Quantization:
     """
 
     scheme: Scheme
-    site: Site
+    site: WeightSite
     source: Weight
     inputs: Callable[[], torch.Tensor | None] | None = None
     rounds: int = 1
@@ -147,25 +147,25 @@ class Quantized:
         return self.quantization.scheme
 
     @property
-    def site(self) -> Site:
+    def site(self) -> WeightSite:
         """Whose weight it is."""
         return self.quantization.site
 
 
-def size_of(site: Site) -> tuple[int, int]:
+def size_of(site: WeightSite) -> tuple[int, int]:
     """Rows and columns of a site's matrix as schemes see it: an embedding's rows are its entries."""
     if site.kind == "embedding":
         return site.in_features, site.out_features
     return site.out_features * (site.batch or 1), site.in_features
 
 
-def matrix_of(site: Site, W: torch.Tensor) -> torch.Tensor:
+def matrix_of(site: WeightSite, W: torch.Tensor) -> torch.Tensor:
     """A stored weight as one matrix; several matrices are stacked."""
     M = site.matrix(W)
     return M.t() if site.kind == "embedding" else M.reshape(-1, M.shape[-1])
 
 
-def weight_of(site: Site, M: torch.Tensor, rest: torch.Tensor | None = None) -> torch.Tensor:
+def weight_of(site: WeightSite, M: torch.Tensor, rest: torch.Tensor | None = None) -> torch.Tensor:
     """The inverse: the weight as it is stored, with the rest of its rows where the matrix is a slice."""
     assert site.layout is not None
     if site.kind == "embedding":
@@ -183,7 +183,7 @@ def weight_of(site: Site, M: torch.Tensor, rest: torch.Tensor | None = None) -> 
     return site.layout.tensor(torch.cat([piece for piece in pieces if len(piece)]), site.shape)
 
 
-def stored_so(site: Site) -> bool:
+def stored_so(site: WeightSite) -> bool:
     """Whether the matrix is the weight itself, not a transpose or another shape of it."""
     W = torch.empty(site.shape, device="meta")
     M = matrix_of(site, W)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from adaptc.scheme import scheme_of
+from adaptc.scheme_contract import scheme_of
 
 
 @torch.library.custom_op("adaptc::dequantize", mutates_args=())

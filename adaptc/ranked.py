@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from adaptc.method import MATRIX_KINDS, Alpha, Param, Rank, WeightMethod
+from adaptc.errors import Fault
+from adaptc.method_contract import Alpha, Rank, WeightMethod
 from adaptc.names import PACKED, matches_peft_key
+from adaptc.param import Param
+from adaptc.site import MATRIX_KINDS
 
 if TYPE_CHECKING:
-    from adaptc.sites import Site
+    from adaptc.site import WeightSite
 
 
 @dataclass(frozen=True)
@@ -22,18 +25,18 @@ class Ranked(WeightMethod):
 
     kinds: ClassVar[frozenset[str]] = MATRIX_KINDS
 
-    def at(self, site: Site) -> Self:
+    def at(self, site: WeightSite) -> Self:
         """The rank in force at this site: patterns first, then the entry's own."""
         return replace(super().at(site), r=of_pattern(self.rank_pattern, site, self.r), rank_pattern={})
 
-    def refuses_to_train(self, site: Site) -> tuple[tuple[str, ...], str] | None:
+    def refuses_to_train(self, site: WeightSite) -> Fault | None:
         """A rank above the smaller side of the weight adds parameters and no freedom."""
         limit, rank = min(site.in_features, site.out_features), self.at(site).r
         if rank <= limit:
             return super().refuses_to_train(site)
         key = next((key for key in self.rank_pattern if matches_peft_key(key, peft_name(site))), None)
         place = ("r",) if key is None else ("rank_pattern", key)
-        return place, f"rank r must be at most {limit} here, got {rank}"
+        return Fault(place, f"rank r must be at most {limit} here, got {rank}")
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Scaled(Ranked):
     alpha: Alpha = 8.0
     alpha_pattern: Mapping[str, Alpha] = field(default_factory=dict)
 
-    def at(self, site: Site) -> Self:
+    def at(self, site: WeightSite) -> Self:
         """The rank and alpha in force at this site."""
         return replace(super().at(site), alpha=self.alpha_at(peft_name(site)), alpha_pattern={})
 
@@ -57,18 +60,18 @@ class Scaled(Ranked):
         return self.alpha / self.r
 
 
-def of_pattern(patterns: Mapping[str, Any], site: Site, otherwise: Any) -> Any:
+def of_pattern(patterns: Mapping[str, Any], site: WeightSite, otherwise: Any) -> Any:
     """What the first of PEFT's patterns that names a site says."""
     name = peft_name(site)
     return next((value for key, value in patterns.items() if matches_peft_key(key, name)), otherwise)
 
 
-def peft_name(site: Site) -> str:
+def peft_name(site: WeightSite) -> str:
     """What PEFT holds its patterns against: the module, or a parameter that is targeted by its own name."""
     return site.module if site.leaf in ("weight", PACKED) else f"{site.module}.{site.leaf}"
 
 
-def factors(site: Site, r: int, as_kernels: bool, key: str, embedding: str) -> dict[str, Param]:
+def factors(site: WeightSite, r: int, as_kernels: bool, key: str, embedding: str) -> dict[str, Param]:
     """A (r, in) and B (out, r), named, shaped and initialised as PEFT does on each kind of site; B A is zero.
 
     A convolution's are kernels where PEFT has them so, fused experts' stand beside one another: A (experts r, in),

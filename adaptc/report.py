@@ -28,10 +28,10 @@ from adaptc.budget import Budget
 from adaptc.layer_errors import QuantizationErrors
 from adaptc.plan import Plan, Planned
 from adaptc.planned_quantization import PlannedQuantization, expected_error
-from adaptc.points import POINTS
+from adaptc.point_sites import Site
 from adaptc.proof import Proof
 from adaptc.quantized import bytes_of, size_of
-from adaptc.sites import Site
+from adaptc.site import POINTS
 
 COLUMNS = (
     TextColumn("{task.description}"),

@@ -11,9 +11,8 @@ from torch import fx
 from adaptc.attention import find_attentions
 from adaptc.dataflow import ahead, behind, features_reaching
 from adaptc.layout import operation
-from adaptc.method import MATRIX_KINDS
 from adaptc.names import ROLES, SLICE_NAMES
-from adaptc.sites import Site, Use
+from adaptc.site import MATRIX_KINDS, Use, WeightSite
 
 QUERY, KEY, VALUE, OUTPUT, IN, GATE, OUT, EMBEDDING, HEAD = ROLES
 SLICES: Mapping[str, str] = dict(
@@ -56,7 +55,7 @@ class Roles:
     rows: dict[tuple[Use, str], Rows] = field(default_factory=dict)
 
 
-def find_roles(nodes: Iterable[fx.Node], sites: Iterable[Site]) -> Roles:
+def find_roles(nodes: Iterable[fx.Node], sites: Iterable[WeightSite]) -> Roles:
     """Read the roles of every site that is a matrix.
 
     What makes an attention's query, key or value, with no other product in between, has that role; what an attention
@@ -85,22 +84,24 @@ def find_roles(nodes: Iterable[fx.Node], sites: Iterable[Site]) -> Roles:
     return roles
 
 
-def weighted_products(nodes: Iterable[fx.Node], sites: Iterable[Site]) -> dict[fx.Node, Site]:
+def weighted_products(nodes: Iterable[fx.Node], sites: Iterable[WeightSite]) -> dict[fx.Node, WeightSite]:
     """Every node that multiplies by the weight of one of these sites."""
     by_name = {node.name: node for node in nodes}
     products = {site: _product(by_name, site) for site in sites if site.kind in MATRIX_KINDS}
     return {node: site for site, node in products.items() if node is not None}
 
 
-def _product(by_name: Mapping[str, fx.Node], site: Site) -> fx.Node | None:
+def _product(by_name: Mapping[str, fx.Node], site: WeightSite) -> fx.Node | None:
     """The node that multiplies by a site's weight, behind the weight's own views."""
-    node: fx.Node | None = by_name[site.uses[0].node]
+    node: fx.Node | None = by_name[site.node]
     while node is not None and operation(node) != site.op:
         node = next(iter(node.users), None)
     return node
 
 
-def _feed_forward(out: fx.Node, site: Site, roles: Roles, weighted: Mapping[fx.Node, Site]) -> None:
+def _feed_forward(
+    out: fx.Node, site: WeightSite, roles: Roles, weighted: Mapping[fx.Node, WeightSite]
+) -> None:
     """Give the roles around a product whose input comes from an activation."""
     branch = behind(out.all_input_nodes, residual=False)  # an activation in the residual stream is another's
     active = [node for node in branch if operation(node) in ACTIVATIONS]
@@ -126,7 +127,7 @@ def _feed_forward(out: fx.Node, site: Site, roles: Roles, weighted: Mapping[fx.N
             roles.of[weighted[node].uses[0]].discard(GATE)
 
 
-def _give(roles: Roles, role: str, operand: fx.Node, weighted: Mapping[fx.Node, Site]) -> None:
+def _give(roles: Roles, role: str, operand: fx.Node, weighted: Mapping[fx.Node, WeightSite]) -> None:
     """Give a role to the products that an operand is made from, and note which of their rows it takes."""
     region = behind([operand])
     for node in region:

@@ -7,12 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from adaptc.catalog import load_passes
 from adaptc.compiler import compile as compile_spec
 from adaptc.emit.places import places
 from adaptc.emit.products import emit_all
 from adaptc.errors import AdaptcError, SpecError
 from adaptc.graph import Graph
-from adaptc.registry import load_passes
 from adaptc.report import Report
 from adaptc.spec import load
 

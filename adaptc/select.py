@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from adaptc.graph import Graph
-from adaptc.method import MATRIX_KINDS, Method
+from adaptc.method_contract import Method
 from adaptc.names import SLICE_NAMES, layer_of, matches, matches_any, nearest, parse_layers, sliced
-from adaptc.points import POINTS, SUBLAYER, named_point
+from adaptc.point_sites import AttentionSite, Point, Site, SubLayer
+from adaptc.points import named_point
 from adaptc.roles import PIECES, SLICES
-from adaptc.scheme import Scheme
-from adaptc.sites import KINDS, Site
+from adaptc.scheme_contract import Scheme
+from adaptc.site import KINDS, MATRIX_KINDS, POINTS, SUBLAYER
 
 ALL_LINEAR = "all-linear"
 Target = str | Sequence[str] | Mapping[str, Any]
@@ -99,8 +100,11 @@ def _places(graph: Graph, method: Method | Scheme, target: Target) -> list[Site]
 
 def _roles(site: Site, graph: Graph) -> Collection[str]:
     """What a site does: its own role where it is a point, else that of its weight."""
-    if site.kind in POINTS:
-        return [site.role] if site.role else []
+    if isinstance(site, Point):
+        role = (
+            site.role if isinstance(site, SubLayer) else site.half if isinstance(site, AttentionSite) else ""
+        )
+        return [role] if role else []
     if site.kind == "parameter":
         return {role for s in _beside(site, graph) for role in graph.roles.of.get(s.uses[0], ())}
     return graph.roles.of.get(site.uses[0], ())

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
 from pydantic import Field
 
-from adaptc.method import Param, WeightMethod
+from adaptc.method_contract import WeightMethod
+from adaptc.param import Param
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from adaptc.sites import Site
+    from adaptc.site import WeightSite
 
 STEPS = 64
 """Halvings of the interval in which the threshold is looked for: as many as a float64 can tell apart."""
@@ -47,11 +48,11 @@ class Chosen(WeightMethod):
         """Always: entries are chosen by data."""
         return True
 
-    def takes(self, site: Site) -> bool:
+    def takes(self, site: WeightSite) -> bool:
         """Whether any entry of a parameter is chosen."""
         return not self.counts or self.counts.get(site.name, 0) > 0
 
-    def params(self, site: Site) -> dict[str, Param]:
+    def params(self, site: WeightSite) -> dict[str, Param]:
         """The delta (k,) zero, and the places (k,) of its entries, in ascending order."""
         size = 1
         for side in site.shape:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from adaptc.scheme import Kept, Scheme, Tensors
+from adaptc.errors import Fault
+from adaptc.scheme_contract import Kept, Scheme, Tensors
 
 if TYPE_CHECKING:
     import torch
@@ -46,11 +47,11 @@ class TableBlocks(Scheme):
     small: ClassVar[Mapping[str, object]] = {"block_size": 16}
     aliases: ClassVar[Mapping[str, str]] = {"bnb_4bit_use_double_quant": "double"}
 
-    def refuses(self, rows: int, columns: int) -> tuple[tuple[str, ...], str] | None:
+    def refuses(self, rows: int, columns: int) -> Fault | None:
         """Block sizes that no kernel takes."""
         b = self.block_size
         if not 16 <= b <= 4096 or b & (b - 1):
-            return ("block_size",), f"expected a power of two from 16 to 4096, got {b}"
+            return Fault(("block_size",), f"expected a power of two from 16 to 4096, got {b}")
         return None
 
     def blocks(self, rows: int, columns: int) -> int:

@@ -11,7 +11,7 @@ from torch import nn
 from adaptc.adapters import AdapterRecord
 from adaptc.emit.torch import records, tensors_of
 from adaptc.errors import AdaptcError
-from adaptc.registry import load_methods
+from adaptc.method_contract import METHODS
 from adaptc.rule import Rule
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def parameter_groups(module: nn.Module, lr: float, ratio: float = 16.0) -> list[
     }
     if not fast:
         held = ", ".join(dict.fromkeys(record.method for record in records(plain)))
-        known = ", ".join(sorted(name for name, cls in load_methods().items() if cls.fast))
+        known = ", ".join(sorted(name for name, cls in METHODS.items() if cls.fast))
         raise AdaptcError(f"{held} has no outer factors that could learn faster; such methods are {known}")
     named = {name: p for name, p in plain.named_parameters() if p.requires_grad}
     slow = [p for name, p in named.items() if name not in fast]

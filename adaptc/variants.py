@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 from adaptc.graph import Graph
 from adaptc.insert import Insert
 from adaptc.orders import lowering
-from adaptc.pipeline import Pass, run
+from adaptc.pipeline import PASSES, Pass, run
 from adaptc.quantize import Quantize
 from adaptc.quantized import Part
-from adaptc.registry import load_passes
 
 if TYPE_CHECKING:
     from adaptc.compiled import Compiled
@@ -33,7 +32,7 @@ def float_graph(compiled: Compiled) -> Graph:
 def bits_graph(compiled: Compiled) -> Graph:
     """The model as it is, with the bits that it had before any pass made floats of them."""
     opening = compiled.plan.opening
-    kept = [item for item in opening if not isinstance(item, load_passes()["dequantize"])]
+    kept = [item for item in opening if not isinstance(item, PASSES["dequantize"])]
     return compiled.graph if len(kept) == len(opening) else _again(compiled, kept)
 
 

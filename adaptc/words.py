@@ -9,11 +9,10 @@ from typing import Any
 from adaptc.graph import Graph
 from adaptc.insert import Insert
 from adaptc.kinds import InputMethod
-from adaptc.method import options_of
 from adaptc.spec import Spec
 
 
-def with_words(spec: Spec, graph: Graph, index: int, item: Insert) -> Insert:
+def with_words(spec: Spec, graph: Graph, index: int, item: Insert[Any]) -> Insert[Any]:
     """What is inserted, with its words as numbers of tokens.
 
     Raises:
@@ -32,7 +31,7 @@ def with_words(spec: Spec, graph: Graph, index: int, item: Insert) -> Insert:
             "save one beside the model, or give the numbers: init_tokens: [[7], [12]]",
         )
     labels = [str(name) for _, name in sorted((getattr(origin.config, "id2label", None) or {}).items())]
-    return replace(item, **options_of(method.tokenized(tokenize, labels)))
+    return replace(item, method=method.tokenized(tokenize, labels))
 
 
 def _tokenizer(origin: Any) -> Callable[[str, bool], Sequence[int]] | None:

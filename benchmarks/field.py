@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import adaptc
-from adaptc.registry import load_methods
+from adaptc.method_contract import METHODS
 from adaptc.spec import load
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,7 +63,7 @@ ENTRIES: dict[str, dict[str, Any]] = {
 
 def known() -> list[str]:
     """The methods that come with adaptc, in alphabetical order."""
-    return sorted(n for n, cls in load_methods().items() if cls.__module__.startswith("adaptc."))
+    return sorted(n for n, cls in METHODS.items() if cls.__module__.startswith("adaptc."))
 
 
 def entry_of(method: str) -> dict[str, Any]:

@@ -21,8 +21,7 @@ import torch
 import adaptc
 from adaptc.budget import flops
 from adaptc.emit.onnx import onnx_runner
-from adaptc.method import WeightMethod, summary
-from adaptc.registry import load_methods
+from adaptc.method_contract import METHODS, WeightMethod, summary
 from benchmarks.field import HEAD, ROOT, batches, compiled, from_entries, known, peft_model, trained
 from benchmarks.process import quiet
 from benchmarks.table import BOUND, error
@@ -71,7 +70,7 @@ class Row:
 def examine(name: str) -> Row:
     """Compile, train, fold, export, save and read one method, beside PEFT where it has it."""
     torch.manual_seed(0)
-    cls = load_methods()[name]
+    cls = METHODS[name]
     alone = cls.peft is not None and not cls.peft.hosts and not cls.peft.heads  # there is no place for a head
     made = compiled(name, *([] if alone else [HEAD]))
     data = list(batches(STEPS + 2, ROWS, seed=1))
@@ -114,9 +113,7 @@ def examine(name: str) -> Row:
 def _left(made: adaptc.Compiled, name: str) -> str:
     """What folding leaves of a method."""
     folded = made.folded_graph()
-    if not any(a.method.name == name for a in folded.adaptations) and issubclass(
-        load_methods()[name], WeightMethod
-    ):
+    if not any(a.method.name == name for a in folded.adaptations) and issubclass(METHODS[name], WeightMethod):
         return "gone"
     return f"stays, +{flops(folded) / made.plan.budget.base_flops - 1:.1%}"
 

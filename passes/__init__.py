@@ -1,14 +1,18 @@
-"""The transformations, one a file. Every registered pass is an attribute here: `adaptc.passes.Fold()`."""
+"""The transformations, one a file. Every registered pass is an attribute here: `adaptc.passes.Fold()`.
+
+So are the passes made for methods and schemes, `InsertLora(target=..., r=4)` and `QuantizeNf4(target=...)`, and the
+classes of these, which take a method or a scheme: `Insert(method, target=...)`, `Quantize(scheme, target=...)`.
+"""
 
 from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    from adaptc.registry import load_passes
+    from adaptc.catalog import Insert, Quantize, load_passes
 
     if name.startswith("_"):
         raise AttributeError(name)
-    passes = {cls.__name__: cls for cls in load_passes().values()}
+    passes = {item.__name__: item for item in (*load_passes().values(), Insert, Quantize)}
     if name in passes:
         return passes[name]
     raise AttributeError(f"no pass is called {name!r}; known: {', '.join(sorted(passes))}")

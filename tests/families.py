@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from adaptc.compiled import Compiled
 from adaptc.compiler import make_base
 from adaptc.graph import Graph
+from adaptc.method_contract import METHODS
 from adaptc.plan import make_plan
-from adaptc.registry import load_methods
 from adaptc.spec import load
 from adaptc.tracing.export import export
 from adaptc.tracing.graph import trace
@@ -292,7 +292,7 @@ def perturb(module: nn.Module, seed: int = 5) -> None:
 
 @cache
 def field_names(method: str) -> frozenset[str]:
-    return frozenset(f.name for f in dataclasses.fields(load_methods()[method]))  # type: ignore[arg-type]
+    return frozenset(f.name for f in dataclasses.fields(METHODS[method]))  # type: ignore[arg-type]
 
 
 EMBEDDINGS = ("*wte", "*word_embeddings", "*embed_tokens", "shared")
@@ -301,14 +301,14 @@ EMBEDDINGS = ("*wte", "*word_embeddings", "*embed_tokens", "shared")
 def small(method: str) -> dict[str, Any]:
     """The options of a method that fit layers as small as those here."""
     ranks = {"r": 4} if "r" in field_names(method) else {}
-    return {**ranks, **load_methods()[method].small}
+    return {**ranks, **METHODS[method].small}
 
 
 def entry(method: str, family: str, **options: Any) -> dict[str, Any]:
     """An `adapt` entry of a method for a family."""
-    base, kinds = FAMILIES[family], load_methods()[method].kinds
+    base, kinds = FAMILIES[family], METHODS[method].kinds
     target = EMBEDDINGS if kinds == {"embedding"} else base.whole if "parameter" in kinds else base.target
-    target = ("*",) if load_methods()[method].everywhere else target
+    target = ("*",) if METHODS[method].everywhere else target
     shares = {"on_alias": "share"} if kinds == {"embedding"} else {}
     found: dict[str, Any] = {"method": method, "target": list(target), **shares, **small(method)}
     if "feedforward" in field_names(method):

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from adaptc.compiled import Compiled
 from adaptc.graph import Graph
+from adaptc.method_contract import METHODS
 from adaptc.plan import make_plan
-from adaptc.registry import load_methods
 from adaptc.spec import load
 from adaptc.tracing.graph import trace
 from adaptc.tracing.module import from_module, inputs_from_examples
@@ -81,7 +81,7 @@ class Kind:
         return self.layer in IN_PEFT.get(method, ())
 
     def takes(self, method: str) -> bool:
-        kinds = load_methods()[method].kinds
+        kinds = METHODS[method].kinds
         return method not in self.refused and bool(kinds & {self.site, "parameter"})
 
 
@@ -341,14 +341,14 @@ def inputs(
 def entry(method: str, names: Sequence[str], **options: Any) -> dict[str, Any]:
     """An `adapt` entry of a method on those kinds."""
     targets = [target for name in names for target in _targets(method, name)]
-    fields = load_methods()[method].__dataclass_fields__  # type: ignore[attr-defined]
+    fields = METHODS[method].__dataclass_fields__  # type: ignore[attr-defined]
     ranks = {k: v for k, v in {"r": 2, "alpha": 3, "init_r": 2}.items() if k in fields}
-    return {"method": method, "target": targets, **ranks, **load_methods()[method].small, **options}
+    return {"method": method, "target": targets, **ranks, **METHODS[method].small, **options}
 
 
 def _targets(method: str, name: str) -> list[str]:
     """For a method of whole modules those, without the slices."""
-    if "parameter" not in load_methods()[method].kinds:
+    if "parameter" not in METHODS[method].kinds:
         return [f"kinds.{name}.{target}" for target in KINDS[name].targets]
     owners = [f"kinds.{name}.{m.parameter}".rpartition(".")[0] for m in KINDS[name].matrices]
     return list(dict.fromkeys(owners))

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from adaptc.registry import load_methods, load_schemes
+from adaptc.method_contract import METHODS
+from adaptc.scheme_contract import SCHEMES
 
 ROOT = Path(__file__).parents[1]
 CORE = sorted(p for p in (ROOT / "adaptc").rglob("*.py") if "passes" not in p.relative_to(ROOT).parts)
@@ -33,7 +34,7 @@ WITHOUT_TORCH = [
     "inputs",
     "kinds",
     "low_rank",
-    "method",
+    "method_contract",
     "names",
     "peft_format",
     "ranked",
@@ -124,7 +125,7 @@ def test_methods_hold_maths_only(path: Path) -> None:
     allowed = {
         f"adaptc.{n}"
         for n in (
-            *("method", "kinds", "peft_format", "rule", "names", "sites"),
+            *("method_contract", "kinds", "peft_format", "rule", "names", "sites"),
             *("low_rank", "ranked", "sparse", "feed_forward"),
         )
     }
@@ -209,7 +210,7 @@ def names_of_methods(path: Path, methods: set[str]) -> Iterator[str]:
 def test_the_compiler_knows_no_method_by_name(path: Path) -> None:
     if path.name in MAY_NAME_METHODS:
         return
-    found = list(names_of_methods(path, {*load_methods(), *load_schemes()}))
+    found = list(names_of_methods(path, {*METHODS, *SCHEMES}))
     assert not found, f"{shown(path)} names methods: {found}"
 
 
@@ -287,7 +288,7 @@ def test_errors_are_adaptcs_own(path: Path) -> None:
 
 
 def test_every_method_has_a_file_and_a_spec() -> None:
-    known = {**load_methods(), **load_schemes()}
+    known = {**METHODS, **SCHEMES}
     for name, cls in known.items():
         if not cls.__module__.startswith("adaptc.passes."):
             continue

@@ -191,7 +191,7 @@ def test_what_starting_imports(code: str) -> None:
     [
         "from adaptc.spec import load; load({'adapt': [{'method': 'lora', 'target': '*', 'r': 4}]})",
         "from adaptc.schema import schema_text; schema_text()",
-        "from adaptc.registry import load_methods; load_methods()",
+        "from adaptc.method_contract import METHODS; list(METHODS)",
         "from adaptc.starter import starter_spec",
     ],
     ids=["a spec", "the schema", "the methods", "a first spec"],
@@ -454,19 +454,19 @@ def test_a_process_prints_json_and_nothing_else(small: Path, tmp_path: Path) -> 
 
 
 def test_schemes(cli: Callable[..., Ran]) -> None:
-    from adaptc.registry import load_schemes
+    from adaptc.scheme_contract import SCHEMES
 
     rows = cli("schemes", "--json").json
-    assert {row["scheme"] for row in rows} == set(load_schemes())
+    assert {row["scheme"] for row in rows} == set(SCHEMES)
     assert all(row["equation"] and row["options"] for row in rows)
     assert "nf4" in cli("schemes").out
 
 
 def test_methods(cli: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
-    from adaptc.registry import load_methods
+    from adaptc.method_contract import METHODS
 
     rows = cli("methods", "--json").json
-    assert {row["method"] for row in rows} == set(load_methods())
+    assert {row["method"] for row in rows} == set(METHODS)
     for row in rows:
         assert row["equation"], row
         assert row["options"], row
@@ -477,7 +477,7 @@ def test_methods(cli: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_passes(cli: Callable[..., Ran]) -> None:
-    from adaptc.registry import load_passes
+    from adaptc.catalog import load_passes
 
     rows = cli("passes", "--json").json
     assert {row["pass"] for row in rows} == set(load_passes())

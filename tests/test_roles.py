@@ -14,8 +14,8 @@ from torch.nn import functional as F
 import adaptc
 from adaptc.errors import SpecError
 from adaptc.graph import Graph
-from adaptc.method import MATRIX_KINDS
 from adaptc.plan import Plan, make_plan
+from adaptc.site import MATRIX_KINDS
 from adaptc.spec import load
 from tests.families import Zoo, randomise
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from adaptc.registry import load_methods
+from adaptc.method_contract import METHODS
 from adaptc.schema import schema
 from adaptc.source import Source
 
@@ -48,7 +48,7 @@ def test_it_names_itself() -> None:
 
 def test_entries_are_told_apart_by_method() -> None:
     methods, adapter = schema()["properties"]["adapt"]["items"]["anyOf"]
-    assert set(methods["discriminator"]["mapping"]) == set(load_methods())
+    assert set(methods["discriminator"]["mapping"]) == set(METHODS)
     assert adapter == {"$ref": "#/$defs/AdapterEntry"}
     assert definition("LoraEntry")["properties"]["method"]["const"] == "lora"
 

@@ -7,17 +7,19 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import pytest
+import torch
 from pydantic import Field
 
 from adaptc.adapt_entries import AdapterEntry, MethodEntry
 from adaptc.emit_entries import HfEmit, OnnxEmit, PeftEmit, TorchEmit
 from adaptc.errors import SpecError
 from adaptc.inputs import InputSpec
-from adaptc.method import METHODS, WeightMethod, method
-from adaptc.registry import load_methods
+from adaptc.method_contract import METHODS, WeightMethod, method
+from adaptc.param import Param
+from adaptc.site import WeightSite
 from adaptc.spec import Spec, dump, load, require_base, resolve_path
 
 WHOLE = """\
@@ -98,18 +100,18 @@ def test_every_section(whole: Path) -> None:
 def test_an_entry_builds_its_method() -> None:
     entry = entry_of(method="lora", target="all-linear", r=4, alpha=16, rank_pattern={"q": 2})
     built = entry.build()
-    assert type(built) is load_methods()["lora"]
+    assert type(built) is METHODS["lora"]
     assert entry.options() == {
         "r": 4, "alpha": 16.0, "dropout": 0.0, "rslora": False, "rank_pattern": {"q": 2}, "alpha_pattern": {},
         "biases": "none", "lora_bias": False, "init_weights": True, "loftq_iter": 1,
     }  # fmt: skip
-    assert built == load_methods()["lora"](**entry.options())
+    assert built == METHODS["lora"](**entry.options())
 
 
-@pytest.mark.parametrize("name", sorted(load_methods()))
+@pytest.mark.parametrize("name", sorted(METHODS))
 def test_defaults_are_the_methods_own(name: str) -> None:
     entry = entry_of(method=name, target="all-linear")
-    assert entry.build() == load_methods()[name]()
+    assert entry.build() == METHODS[name]()
     assert (entry.name, entry.exclude) == ("default", ())
 
 
@@ -222,13 +224,21 @@ def own_method() -> Iterator[None]:
     @method("own-method")
     @dataclass(frozen=True)
     class Own(WeightMethod):
-        """W' = W"""
+        """W' = W + s"""
 
         mode: Literal["a", "b"]
         sizes: Annotated[tuple[int, ...], Field(min_length=2)] = (1, 2)
 
+        kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
+
+        def params(self, site: WeightSite) -> dict[str, Param]:
+            return {"s": Param((site.out_features, 1), "zeros", "s")}
+
+        def weight(self, W: torch.Tensor, *, s: torch.Tensor) -> torch.Tensor:
+            return W + s
+
     yield
-    del METHODS["own-method"]
+    METHODS.forget("own-method")
 
 
 @pytest.mark.usefixtures("own_method")

@@ -10,7 +10,7 @@ import torch
 
 import adaptc
 from adaptc.emit.products import emit_all
-from adaptc.registry import load_methods
+from adaptc.method_contract import METHODS
 
 ROOT = Path(__file__).parent.parent
 SPECS = sorted(ROOT.glob("specs/*.yaml"))
@@ -90,7 +90,7 @@ def test_spec_compiles(
 
 
 def test_every_method_has_a_spec() -> None:
-    assert {name for name, cls in load_methods().items() if cls.__module__.startswith("adaptc.")} <= {
+    assert {name for name, cls in METHODS.items() if cls.__module__.startswith("adaptc.")} <= {
         p.stem for p in SPECS
     }
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import adaptc
+from adaptc.catalog import load_passes
 from adaptc.emit import onnx as emit_onnx
 from adaptc.emit import pieces
 from adaptc.emit.inference import inference_graph
@@ -20,7 +21,6 @@ from adaptc.emit.onnx import export_onnx, onnx_runner
 from adaptc.emit.products import emit_all
 from adaptc.graph import Graph, bind
 from adaptc.proof import batches, prove, runner, tolerance
-from adaptc.registry import load_passes
 from adaptc.spec import load
 from adaptc.streaming import Streamed
 from adaptc.weights import Held, Weight

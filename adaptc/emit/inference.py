@@ -10,9 +10,8 @@ from torch.fx.graph import CodeGen
 
 from adaptc.errors import RefusedError
 from adaptc.graph import Graph, bind, is_tensor
-from adaptc.pipeline import run
+from adaptc.pipeline import PASSES, run
 from adaptc.proof import Each, runner
-from adaptc.registry import load_passes
 from adaptc.tracing.export import LABELS
 
 if TYPE_CHECKING:
@@ -23,7 +22,7 @@ aten = torch.ops.aten
 
 def inference_module(compiled: Compiled, tokens: int, device: str) -> fx.GraphModule:
     """The folded graph with kernels for quantized weights, as a module on a device; proved there."""
-    known = load_passes()
+    known = PASSES
     kernels = known["torch-kernels"](tokens=tokens, device=device)  # type: ignore[call-arg]
     refusals = kernels.requires(compiled.graph)
     if refusals:
@@ -62,7 +61,7 @@ def inference_graph(graph: Graph) -> Graph:
     names = {n.target for n in nodes.nodes if n.op == "placeholder"}
     graph.inputs = tuple(spec for spec in graph.inputs if spec.name in names)
     graph.outputs = tuple(graph.outputs[i] for i in kept)
-    load_passes()["plain-integers"]().call(graph)
+    PASSES["plain-integers"]().call(graph)
     graph.module.recompile()
     return graph
 

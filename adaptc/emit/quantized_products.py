@@ -15,7 +15,7 @@ from adaptc.expression import splice, trace_expression
 from adaptc.graph import Graph
 from adaptc.integer_blocks import IntegerBlocks, pack, unpack
 from adaptc.quantized_operations import DEQUANTIZE, EMBEDDING, LINEAR, named
-from adaptc.scheme import Scheme, scheme_of
+from adaptc.scheme_contract import Scheme, scheme_of
 from adaptc.table_blocks import TableBlocks
 from adaptc.weights import Computed, Weight
 

@@ -11,7 +11,7 @@ from adaptc.expression import splice, trace_expression
 from adaptc.graph import Graph
 from adaptc.integer_blocks import IntegerBlocks
 from adaptc.quantized_operations import LINEAR
-from adaptc.scheme import scheme_of
+from adaptc.scheme_contract import scheme_of
 
 EXACT = {(2, 16), (2, 256)}
 """Bits and blocks that MatMulNBits has no product of integers for."""

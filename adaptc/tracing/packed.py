@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from adaptc.errors import WeightError
-from adaptc.packed import Bits, Packed
-from adaptc.registry import load_readers
+from adaptc.packed import READERS, Bits, Packed
 from adaptc.tracing.stored import CONFIG, converted, spellings, tensors_of
 from adaptc.weights import Held, Weight, seeded
 
@@ -30,7 +29,7 @@ def packed_weights(model: nn.Module, directory: Path, about: Mapping[str, Any]) 
         WeightError: nobody reads that library's format, or what is stored does not fit the model.
     """
     method = str(about.get("quant_method"))
-    readers = load_readers()
+    readers = READERS
     if method not in readers:
         raise WeightError(
             f"{directory} is quantized by {method!r}, which adaptc does not read; it reads {', '.join(sorted(readers))}"
@@ -65,7 +64,9 @@ def _packed(model: nn.Module, name: str, bits: Bits) -> Packed:
         )
     refused = bits.scheme.refuses(*size)
     if refused:
-        raise WeightError(f"{name} is stored as {bits.scheme.text}: {'.'.join(refused[0])}: {refused[1]}")
+        raise WeightError(
+            f"{name} is stored as {bits.scheme.text}: {'.'.join(refused.option)}: {refused.reason}"
+        )
     return Packed(bits, shape, parameter.dtype, flipped)
 
 

@@ -10,7 +10,7 @@ from torch import fx
 
 from adaptc.errors import Refusal, RefusedError
 from adaptc.graph import Graph
-from adaptc.method import WeightMethod
+from adaptc.method_contract import WeightMethod
 from adaptc.multiplications import VIEWS, Linear, Product, operands
 from adaptc.pipeline import Pass, graph_pass
 from adaptc.tracing.modes import training_node

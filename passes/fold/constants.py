@@ -13,10 +13,10 @@ from adaptc.aliases import names, others, places
 from adaptc.errors import Refusal
 from adaptc.expression import Folded, constants, cut
 from adaptc.graph import Adaptation, Graph
-from adaptc.method import WeightMethod
+from adaptc.method_contract import WeightMethod
 from adaptc.pipeline import Pass, graph_pass
 from adaptc.quantize import forget_bits
-from adaptc.sites import Use
+from adaptc.site import Use
 from adaptc.weights import Weight
 
 

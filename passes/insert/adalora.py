@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
 from pydantic import Field
 
-from adaptc.method import MATRIX_KINDS, Alpha, Dropout, Param, Rank, WeightMethod, method
+from adaptc.errors import Fault
+from adaptc.method_contract import Alpha, Dropout, Rank, WeightMethod, method
+from adaptc.param import Param
 from adaptc.peft_format import PeftFormat
 from adaptc.rule import Rule
+from adaptc.site import MATRIX_KINDS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adaptc.sites import Site
+    from adaptc.site import WeightSite
 
 Steps = Annotated[int, Field(ge=0)]
 Decay = Annotated[float, Field(gt=0, lt=1)]
@@ -90,16 +93,18 @@ class Adalora(WeightMethod):
         """PEFT writes null for no pattern."""
         return options | {"rank_pattern": options.get("rank_pattern") or {}}
 
-    def refuses_to_train(self, site: Site) -> tuple[tuple[str, ...], str] | None:
+    def refuses_to_train(self, site: WeightSite) -> Fault | None:
         """A rank above the smaller side adds parameters and no freedom; the budget shrinks."""
         limit = min(site.in_features, site.out_features)
         if self.init_r > limit:
-            return ("init_r",), f"rank init_r must be at most {limit} here, got {self.init_r}"
+            return Fault(("init_r",), f"rank init_r must be at most {limit} here, got {self.init_r}")
         if self.target_r > self.init_r:
-            return ("target_r",), f"target_r must be at most init_r ({self.init_r}), got {self.target_r}"
+            return Fault(
+                ("target_r",), f"target_r must be at most init_r ({self.init_r}), got {self.target_r}"
+            )
         return super().refuses_to_train(site)
 
-    def params(self, site: Site) -> dict[str, Param]:
+    def params(self, site: WeightSite) -> dict[str, Param]:
         """P (out, r) and Q (r, in) normal, e (r, 1) zero; r is what is left of `init_r`."""
         r = sum(self.rank_pattern.get(_key(site.pattern), (True,) * self.init_r))
         return {

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from adaptc.method import Param, WeightMethod, method
+from adaptc.method_contract import WeightMethod, method
+from adaptc.param import Param
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adaptc.sites import Site
+    from adaptc.site import WeightSite
 
 
 @method("bitfit")
@@ -23,11 +24,11 @@ class Bitfit(WeightMethod):
 
     kinds: ClassVar[frozenset[str]] = frozenset({"parameter"})
 
-    def takes(self, site: Site) -> bool:
+    def takes(self, site: WeightSite) -> bool:
         """Whether a parameter is a bias, by its name."""
         return site.leaf == "bias" or site.leaf.endswith("_bias")
 
-    def params(self, site: Site) -> dict[str, Param]:
+    def params(self, site: WeightSite) -> dict[str, Param]:
         """d, zero."""
         return {"d": Param(site.shape, "zeros", f"bitfit_delta.{site.leaf}")}
 

@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
-from adaptc.method import MATRIX_KINDS, Param, WeightMethod, method
+from adaptc.errors import Fault
+from adaptc.method_contract import WeightMethod, method
+from adaptc.param import Param
 from adaptc.peft_format import PeftFormat
+from adaptc.site import MATRIX_KINDS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adaptc.sites import Site
+    from adaptc.site import WeightSite
 
 Count = Annotated[int, Field(ge=0)]
 
@@ -53,23 +56,23 @@ class Boft(WeightMethod):
         if not self.block_size and not self.block_num:
             object.__setattr__(self, "block_size", 4)
 
-    def refuses(self, site: Site) -> tuple[tuple[str, ...], str] | None:
+    def refuses(self, site: WeightSite) -> Fault | None:
         """The blocks, and for each further factor twice as many, must divide the input."""
         if self.block_size and self.block_num:
-            return ("block_size",), "write one of block_size and block_num"
+            return Fault(("block_size",), "write one of block_size and block_num")
         inner, m = site.in_features, self.n_butterfly_factor
         key, given = ("block_size", self.block_size) if self.block_size else ("block_num", self.block_num)
         if inner % given:
-            return (key,), f"{key} must divide {inner}, got {given}"
+            return Fault((key,), f"{key} must divide {inner}, got {given}")
         b = self._block(inner)
         if m > 1 and (b % 2 or inner % (b * 2 ** (m - 1))):
             words = (
                 f"{m} factors of blocks of {b} need an even block, and {b * 2 ** (m - 1)} to divide {inner}"
             )
-            return ("n_butterfly_factor",), words
+            return Fault(("n_butterfly_factor",), words)
         return None
 
-    def params(self, site: Site) -> dict[str, Param]:
+    def params(self, site: WeightSite) -> dict[str, Param]:
         """X (m, n, b, b) zero, s one for each row."""
         b = self._block(site.in_features)
         s = Param((site.out_features, 1), "ones", "boft_s")

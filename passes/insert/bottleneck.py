@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adaptc.feed_forward import SmallFeedForward
-from adaptc.method import method
+from adaptc.method_contract import method
 
 if TYPE_CHECKING:
     from torch import Tensor

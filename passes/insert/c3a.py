@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
 from pydantic import Field
 
-from adaptc.method import MATRIX_KINDS, Param, WeightMethod, method
+from adaptc.errors import Fault
+from adaptc.method_contract import WeightMethod, method
+from adaptc.param import Param
 from adaptc.peft_format import PeftFormat
 from adaptc.ranked import of_pattern
+from adaptc.site import MATRIX_KINDS
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from adaptc.sites import Site
+    from adaptc.site import WeightSite
 
 Count = Annotated[int, Field(gt=0, description="side of each circulant block")]
 
@@ -41,20 +44,20 @@ class C3a(WeightMethod):
         layers=frozenset({"Linear"}),
     )
 
-    def at(self, site: Site) -> Self:
+    def at(self, site: WeightSite) -> Self:
         """The block size of this site."""
         b = of_pattern(self.block_size_pattern, site, self.block_size)
         return replace(super().at(site), block_size=b, block_size_pattern={})
 
-    def refuses(self, site: Site) -> tuple[tuple[str, ...], str] | None:
+    def refuses(self, site: WeightSite) -> Fault | None:
         """Blocks must fit both sides."""
         b = self.at(site).block_size
         if site.in_features % b or site.out_features % b:
             sides = f"{site.in_features} and {site.out_features}"
-            return ("block_size",), f"block_size must divide {sides}, got {b}"
+            return Fault(("block_size",), f"block_size must divide {sides}, got {b}")
         return None
 
-    def params(self, site: Site) -> dict[str, Param]:
+    def params(self, site: WeightSite) -> dict[str, Param]:
         """k (out / b, in / b, b), uniform within sqrt(6 / (in + out))."""
         b, (out, inner) = self.block_size, (site.out_features, site.in_features)
         shape, bound = (out // b, inner // b, b), (6 / (inner + out)) ** 0.5

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from adaptc.method import Param, method
+from adaptc.method_contract import method
+from adaptc.param import Param
 from adaptc.rule import Rule
 from adaptc.sparse import Chosen
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adaptc.sites import Site
+    from adaptc.site import WeightSite
 
 Variant = Annotated[
     Literal["F", "D"],
@@ -49,7 +50,7 @@ class ChildTuning(Chosen):
         """Only what is task-driven is chosen by data."""
         return self.variant == "D"
 
-    def params(self, site: Site) -> dict[str, Param]:
+    def params(self, site: WeightSite) -> dict[str, Param]:
         """The delta: whole, or its chosen entries and their places."""
         if self.variant == "D":
             return super().params(site)

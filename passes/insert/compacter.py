@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
+from adaptc.errors import Fault
 from adaptc.feed_forward import SmallFeedForward
-from adaptc.method import Param, method
+from adaptc.method_contract import method
+from adaptc.param import Param
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adaptc.sites import Site
+    from adaptc.point_sites import SubLayer
 
 
 @method("compacter")
@@ -33,16 +35,17 @@ class Compacter(SmallFeedForward):
 
     small: ClassVar = {"r": 4, "phm_dim": 2, "activation": "gelu"}
 
-    def refuses(self, site: Site) -> tuple[tuple[str, ...], str] | None:
+    def refuses(self, site: SubLayer) -> Fault | None:
         """Both sides are made of phm_dim parts."""
         for option, size in (("r", self.r), ("phm_dim", site.shape[0])):
             if size % self.phm_dim:
-                return (
-                    option,
-                ), f"phm_dim={self.phm_dim} does not divide {size}, a side of the bottleneck's matrices"
+                return Fault(
+                    (option,),
+                    f"phm_dim={self.phm_dim} does not divide {size}, a side of the bottleneck's matrices",
+                )
         return super().refuses(site)
 
-    def params(self, site: Site) -> dict[str, Param]:
+    def params(self, site: SubLayer) -> dict[str, Param]:
         """The right factors and the biases of a layer."""
         (d,), n, k = site.shape, self.phm_dim, self.phm_rank
         last = "zeros" if self.init_weights == "zero" else "normal"
@@ -55,7 +58,7 @@ class Compacter(SmallFeedForward):
             "up_bias": Param((d,), "zeros", "compacter_up.bias"),
         }
 
-    def shared(self, sites: Sequence[Site]) -> dict[str, Param]:
+    def shared(self, sites: Sequence[SubLayer]) -> dict[str, Param]:
         """The left factors of all layers."""
         return {"rule": Param((self.phm_dim,) * 3, "kaiming-uniform", "compacter_rule")}
 

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
 from pydantic import Field
 
-from adaptc.method import Dropout, Param, method
+from adaptc.method_contract import Dropout, method
+from adaptc.param import Param
 from adaptc.peft_format import PeftFormat
 from adaptc.ranked import Ranked, of_pattern
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adaptc.sites import Site
+    from adaptc.site import WeightSite
 
 Boundary = Annotated[float, Field(description="how far the change may go: λ at the start")]
 
@@ -50,12 +51,12 @@ class Delora(Ranked):
         layers=frozenset({"Linear"}),
     )
 
-    def at(self, site: Site) -> Self:
+    def at(self, site: WeightSite) -> Self:
         """The rank and λ of this site."""
         here = of_pattern(self.lambda_pattern, site, self.lambda_)
         return replace(super().at(site), lambda_=here, lambda_pattern={})
 
-    def params(self, site: Site) -> dict[str, Param]:
+    def params(self, site: WeightSite) -> dict[str, Param]:
         """A (r, in) Kaiming-uniform, B (out, r) zero, λ (1,), w (in,) the norms of W's columns."""
         r, out, inner = self.r, site.out_features, site.in_features
         return {

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from adaptc.low_rank import LowRank
-from adaptc.method import Param, method
+from adaptc.method_contract import method
+from adaptc.param import Param
 from adaptc.peft_format import PeftFormat
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adaptc.sites import Site
+    from adaptc.site import WeightSite
 
 
 @method("dora")
@@ -27,7 +28,7 @@ class Dora(LowRank):
 
     peft: ClassVar[PeftFormat | None] = LowRank.peft_format("LORA", use_dora=True, adaptc_nested=False)
 
-    def params(self, site: Site) -> dict[str, Param]:
+    def params(self, site: WeightSite) -> dict[str, Param]:
         """A (r, in) Kaiming-uniform, B (out, r) zero, m (out,) the norms of W's rows."""
         shape, flat = (site.out_features,), None
         if site.kind == "conv" and self.in_peft(site):

@@ -7,14 +7,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from adaptc.low_rank import LowRank
-from adaptc.method import Param, method
+from adaptc.method_contract import method
+from adaptc.param import Param
 from adaptc.peft_format import PeftFormat
 from adaptc.rule import Rule
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adaptc.sites import Site
+    from adaptc.site import WeightSite
 
 
 @method("dylora")
@@ -29,7 +30,7 @@ class Dylora(LowRank):
 
     peft: ClassVar[PeftFormat | None] = LowRank.peft_format("LORA", use_dora=False, adaptc_nested=True)
 
-    def params(self, site: Site) -> dict[str, Param]:
+    def params(self, site: WeightSite) -> dict[str, Param]:
         """A (r, in), B (out, r), and m (r, 1): 1 / b for the ranks in force, zero for the others."""
         mask = Param(
             (self.r, 1), lambda W, _: self._mask(W, self.r), "dylora_mask", trained=False, stored=False

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
-from adaptc.method import method
+from adaptc.method_contract import method
 from adaptc.sparse import Chosen
 
 if TYPE_CHECKING:

@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
 from pydantic import Field
 
-from adaptc.method import MATRIX_KINDS, Param, WeightMethod, method
+from adaptc.errors import Fault
+from adaptc.method_contract import WeightMethod, method
+from adaptc.param import Param
 from adaptc.peft_format import PeftFormat
 from adaptc.ranked import of_pattern
+from adaptc.site import MATRIX_KINDS
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from adaptc.sites import Site
+    from adaptc.site import WeightSite
 
 Count = Annotated[int, Field(gt=0, description="how many frequencies are trained")]
 
@@ -43,17 +46,21 @@ class FourierFT(WeightMethod):
         options={name: name for name in ("n_frequency", "scaling", "random_loc_seed", "n_frequency_pattern")},
     )
 
-    def at(self, site: Site) -> Self:
+    def at(self, site: WeightSite) -> Self:
         """The number of frequencies of this site."""
         n = of_pattern(self.n_frequency_pattern, site, self.n_frequency)
         return replace(super().at(site), n_frequency=n, n_frequency_pattern={})
 
-    def refuses(self, site: Site) -> tuple[tuple[str, ...], str] | None:
+    def refuses(self, site: WeightSite) -> Fault | None:
         """There are as many frequencies as entries."""
         most, n = site.out_features * site.in_features, self.at(site).n_frequency
-        return None if n <= most else (("n_frequency",), f"n_frequency must be at most {most} here, got {n}")
+        return (
+            None
+            if n <= most
+            else Fault(("n_frequency",), f"n_frequency must be at most {most} here, got {n}")
+        )
 
-    def params(self, site: Site) -> dict[str, Param]:
+    def params(self, site: WeightSite) -> dict[str, Param]:
         """c (n,) standard normal, and the entries' places in C, row after row."""
         n, size = self.n_frequency, site.out_features * site.in_features
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from adaptc.method import Param, Patterns, WeightMethod, method
+from adaptc.method_contract import Patterns, WeightMethod, method
 from adaptc.names import matches_any
+from adaptc.param import Param
 from adaptc.peft_format import PeftFormat
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adaptc.sites import Site
+    from adaptc.site import WeightSite
 
 
 @method("full")
@@ -29,11 +30,11 @@ class Full(WeightMethod):
     kinds: ClassVar[frozenset[str]] = frozenset({"parameter"})
     peft: ClassVar[PeftFormat | None] = PeftFormat(None, joins="modules_to_save")
 
-    def takes(self, site: Site) -> bool:
+    def takes(self, site: WeightSite) -> bool:
         """Whether a parameter is one of those named."""
         return matches_any(self.parameters, site.leaf)
 
-    def params(self, site: Site) -> dict[str, Param]:
+    def params(self, site: WeightSite) -> dict[str, Param]:
         """V, a copy of the base's parameter."""
         return {"V": Param(site.shape, lambda W, _: W, site.leaf)}
 

@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
-from adaptc.method import MATRIX_KINDS, Alpha, Dropout, Param, Rank, WeightMethod, method
+from adaptc.errors import Fault
+from adaptc.method_contract import Alpha, Dropout, Rank, WeightMethod, method
+from adaptc.param import Param
 from adaptc.peft_format import PeftFormat
+from adaptc.site import MATRIX_KINDS
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from adaptc.sites import Site
+    from adaptc.site import WeightSite
 
 Blocks = Annotated[int, Field(gt=0, description="blocks along each side of the weight")]
 
@@ -48,13 +51,13 @@ class Gralora(WeightMethod):
         },
     )
 
-    def refuses(self, site: Site) -> tuple[tuple[str, ...], str] | None:
+    def refuses(self, site: WeightSite) -> Fault | None:
         """Blocks must fit both sides and the rank."""
         sides = {"in": site.in_features, "out": site.out_features, "r": self.r}
         wrong = next((name for name, size in sides.items() if size % self.k), None)
-        return (("k",), f"k must divide {wrong} ({sides[wrong]}), got {self.k}") if wrong else None
+        return Fault(("k",), f"k must divide {wrong} ({sides[wrong]}), got {self.k}") if wrong else None
 
-    def params(self, site: Site) -> dict[str, Param]:
+    def params(self, site: WeightSite) -> dict[str, Param]:
         """A and B of all blocks, C and D of the whole."""
         k, r, inner, out = self.k, self.r, site.in_features, site.out_features
 

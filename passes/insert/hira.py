@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from adaptc.method import Dropout, Param, Rank, method
+from adaptc.method_contract import Dropout, Rank, method
+from adaptc.param import Param
 from adaptc.peft_format import PeftFormat
 from adaptc.ranked import Ranked, factors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adaptc.sites import Site
+    from adaptc.site import WeightSite
 
 
 @method("hira")
@@ -35,7 +36,7 @@ class Hira(Ranked):
         layers=frozenset({"Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d"}),
     )
 
-    def params(self, site: Site) -> dict[str, Param]:
+    def params(self, site: WeightSite) -> dict[str, Param]:
         """A (r, in) Kaiming-uniform, B (out, r) zero."""
         return factors(site, self.r, self.in_peft(site), "hira_{}", "hira_embedding_{}")
 

@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
-from adaptc.method import MATRIX_KINDS, Param, Rank, WeightMethod, method
+from adaptc.errors import Fault
+from adaptc.method_contract import Rank, WeightMethod, method
+from adaptc.param import Param
 from adaptc.peft_format import PeftFormat
+from adaptc.site import MATRIX_KINDS
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from adaptc.sites import Site
+    from adaptc.site import WeightSite
 
 GramSchmidt = Annotated[bool, Field(description="make the reflections orthogonal to one another")]
 
@@ -39,19 +42,22 @@ class Hra(WeightMethod):
         square=True,
     )
 
-    def refuses_to_train(self, site: Site) -> tuple[tuple[str, ...], str] | None:
+    def refuses_to_train(self, site: WeightSite) -> Fault | None:
         """Pairs of reflections cancel at the start; more than there are columns are too many."""
         if self.r % 2:
-            return ("r",), f"r must be even, since reflections start in pairs that cancel, got {self.r}"
+            return Fault(
+                ("r",), f"r must be even, since reflections start in pairs that cancel, got {self.r}"
+            )
         if self.apply_GS:
-            return (
-                "apply_GS",
-            ), "equal pairs cannot be made orthogonal, so such reflections do not start as the base"
+            return Fault(
+                ("apply_GS",),
+                "equal pairs cannot be made orthogonal, so such reflections do not start as the base",
+            )
         if self.r > site.in_features:
-            return ("r",), f"rank r must be at most {site.in_features} here, got {self.r}"
+            return Fault(("r",), f"rank r must be at most {site.in_features} here, got {self.r}")
         return None
 
-    def params(self, site: Site) -> dict[str, Param]:
+    def params(self, site: WeightSite) -> dict[str, Param]:
         """u (in, r), every second column equal to the one before."""
         shape = (site.in_features, self.r)
 

@@ -6,14 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
-from adaptc.method import MATRIX_KINDS, Param, Patterns, WeightMethod, method
+from adaptc.errors import Fault
+from adaptc.method_contract import Patterns, WeightMethod, method
 from adaptc.names import ATTENTION, matches_any
+from adaptc.param import Param
 from adaptc.peft_format import PeftFormat
+from adaptc.site import MATRIX_KINDS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adaptc.sites import Site
+    from adaptc.site import WeightSite
 
 
 @method("ia3")
@@ -35,24 +38,25 @@ class Ia3(WeightMethod):
         modules=frozenset({"feedforward"}),
     )
 
-    def at(self, site: Site) -> Self:
+    def at(self, site: WeightSite) -> Self:
         """Feed-forward or not, decided once for the site."""
         return replace(self, feedforward=("*",) if matches_any(self.feedforward, site.module) else ())
 
-    def refuses(self, site: Site) -> tuple[tuple[str, ...], str] | None:
+    def refuses(self, site: WeightSite) -> Fault | None:
         """A grouped convolution's columns are not its input channels, a transposed one's rows not its output."""
         if site.rows_repeat or (site.groups > 1 and self.at(site).feedforward):
-            return (
-                "feedforward",
-            ) if self.feedforward else (), "a grouped convolution's weight has no such scale"
+            return Fault(
+                ("feedforward",) if self.feedforward else (),
+                "a grouped convolution's weight has no such scale",
+            )
         return None
 
-    def in_peft(self, site: Site) -> bool:
+    def in_peft(self, site: WeightSite) -> bool:
         """PEFT scales what goes into or out of linear layers and 2-D and 3-D convolutions."""
         known = site.kind == "linear" or site.op in ("conv2d", "conv3d")
         return known and site.leaf == "weight" and site.type != ATTENTION
 
-    def params(self, site: Site) -> dict[str, Param]:
+    def params(self, site: WeightSite) -> dict[str, Param]:
         """l, all ones; a convolution has one for each channel: (1, channels, 1, 1)."""
         shape = (1, site.in_features) if self.feedforward else (site.out_features, 1)
         if site.kind != "conv":

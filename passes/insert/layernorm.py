@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from adaptc.method import Param, WeightMethod, method
+from adaptc.method_contract import WeightMethod, method
+from adaptc.param import Param
 from adaptc.peft_format import PeftFormat
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adaptc.sites import Site
+    from adaptc.site import WeightSite
 
 
 @method("layernorm")
@@ -25,11 +26,11 @@ class Layernorm(WeightMethod):
     kinds: ClassVar[frozenset[str]] = frozenset({"parameter"})
     peft: ClassVar[PeftFormat | None] = PeftFormat("LN_TUNING")
 
-    def takes(self, site: Site) -> bool:
+    def takes(self, site: WeightSite) -> bool:
         """Whether a parameter is that of a normalisation, by its module's class or the operation that reads it."""
         return "norm" in site.type.lower() or "norm" in site.op
 
-    def params(self, site: Site) -> dict[str, Param]:
+    def params(self, site: WeightSite) -> dict[str, Param]:
         """v, a copy of the base's parameter."""
         return {"v": Param(site.shape, lambda W, _: W, f"ln_tuning_layers.{site.leaf}")}
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from adaptc.method import Param, method
+from adaptc.method_contract import method
+from adaptc.param import Param
 from adaptc.peft_format import PeftFormat
 from adaptc.ranked import Scaled
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adaptc.sites import Site
+    from adaptc.site import WeightSite
 
 
 @method("loha")
@@ -37,7 +38,7 @@ class Loha(Scaled):
         grouped=True,
     )
 
-    def params(self, site: Site) -> dict[str, Param]:
+    def params(self, site: WeightSite) -> dict[str, Param]:
         """A1 and A2 (out, r), B1 and B2 (r, in); with kernels apart A (r, out) and T (r, r, height, width) too."""
         r, out, inner = self.r, site.out_features, site.in_features
         kernel = site.inner_shape[1:] if site.kind == "conv" and self.use_effective_conv2d else ()

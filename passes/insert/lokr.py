@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from adaptc.method import Param, method
+from adaptc.method_contract import method
+from adaptc.param import Param
 from adaptc.peft_format import PeftFormat
 from adaptc.ranked import Scaled
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adaptc.sites import Site
+    from adaptc.site import WeightSite
 
 
 @method("lokr")
@@ -46,7 +47,7 @@ class Lokr(Scaled):
         grouped=True,
     )
 
-    def params(self, site: Site) -> dict[str, Param]:
+    def params(self, site: WeightSite) -> dict[str, Param]:
         """C and D, each whole or in two or three factors."""
         r, kernel = self.r, site.inner_shape[1:] if site.kind == "conv" else ()
         columns = site.inner_shape[0] if kernel else site.in_features

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from adaptc.errors import Fault
 from adaptc.low_rank import NOT_AGAIN, LowRank, MakesUp, Rounds, Split, singular
-from adaptc.method import Param, method
+from adaptc.method_contract import method
+from adaptc.param import Param
 from adaptc.peft_format import PeftFormat
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from adaptc.sites import Site
+    from adaptc.site import WeightSite
 
 SPLITS = ("pissa", "olora")
 """Initialisations that take A and B out of W."""
@@ -70,12 +72,12 @@ class Lora(MakesUp, LowRank):
         A, B = singular(lost, self.r, self.scale)
         return self.scale * (B @ A)
 
-    def in_peft(self, site: Site) -> bool:
+    def in_peft(self, site: WeightSite) -> bool:
         """PEFT takes A and B out of linear layers' weights only, and knows no bits that an adapter has changed."""
         split = self.init_weights not in SPLITS or site.kind == "linear"
         return super().in_peft(site) and split and self.rounds == 1
 
-    def params(self, site: Site) -> dict[str, Param]:
+    def params(self, site: WeightSite) -> dict[str, Param]:
         """A (r, in) Kaiming-uniform, B (out, r) zero, c (out,) zero; or what W is split into."""
         found, r = self.factors(site), self.r
         if self.init_weights == "gaussian":
@@ -101,20 +103,21 @@ class Lora(MakesUp, LowRank):
         c = {"c": Param((site.out_features,), "zeros", "lora_B.bias")} if self.lora_bias else {}
         return {**found, **c}
 
-    def refuses(self, site: Site) -> tuple[tuple[str, ...], str] | None:
+    def refuses(self, site: WeightSite) -> Fault | None:
         """A trained bias needs one to be added to; several matrices in one weight are not split."""
         if self.lora_bias and (site.bias is None or site.rows_repeat):
-            return (
-                "lora_bias",
-            ), "this layer has no bias, one for each row, that lora_bias could be folded into"
+            return Fault(
+                ("lora_bias",),
+                "this layer has no bias, one for each row, that lora_bias could be folded into",
+            )
         if self.init_weights is not True and site.batch is not None:
-            return (
-                "init_weights",
-            ), "several matrices in one weight start as true says: leave init_weights out"
+            return Fault(
+                ("init_weights",), "several matrices in one weight start as true says: leave init_weights out"
+            )
         if self.loftq_iter > 1 and not self.makes_up:
             return NOT_AGAIN
         if self.init_weights == "orthogonal" and self.at(site).r % 2:
-            return ("init_weights",), f"orthogonal needs an even rank, got {self.at(site).r}"
+            return Fault(("init_weights",), f"orthogonal needs an even rank, got {self.at(site).r}")
         return None
 
     def adapts_bias(self) -> bool:

@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from adaptc.method import MATRIX_KINDS, Dropout, Param, Rank, WeightMethod, method
+from adaptc.errors import Fault
+from adaptc.method_contract import Dropout, Rank, WeightMethod, method
+from adaptc.param import Param
 from adaptc.peft_format import PeftFormat
+from adaptc.site import MATRIX_KINDS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adaptc.sites import Site
+    from adaptc.site import WeightSite
 
 Form = Annotated[
     Literal[True, "bat", "mini"],
@@ -44,20 +47,20 @@ class Miss(WeightMethod):
         layers=frozenset({"Linear"}),
     )
 
-    def refuses(self, site: Site) -> tuple[tuple[str, ...], str] | None:
+    def refuses(self, site: WeightSite) -> Fault | None:
         """Blocks must fit the weight."""
         out, inner = site.out_features, site.in_features
         if self.r > inner:
-            return ("r",), f"r must be at most {inner} here, got {self.r}"
+            return Fault(("r",), f"r must be at most {inner} here, got {self.r}")
         if self.init_weights == "bat" and (inner % self.r or out % self.r):
-            return ("r",), f"bat needs r to divide {inner} and {out}, got {self.r}"
+            return Fault(("r",), f"bat needs r to divide {inner} and {out}, got {self.r}")
         if self.init_weights == "bat" and self.dropout:
-            return ("dropout",), "bat has no branch that dropout could go in front of: leave it out"
+            return Fault(("dropout",), "bat has no branch that dropout could go in front of: leave it out")
         if self.init_weights == "mini" and out % self.mini_r:
-            return ("mini_r",), f"mini_r must divide {out}, got {self.mini_r}"
+            return Fault(("mini_r",), f"mini_r must divide {out}, got {self.mini_r}")
         return None
 
-    def params(self, site: Site) -> dict[str, Param]:
+    def params(self, site: WeightSite) -> dict[str, Param]:
         """B, zero."""
         shapes = {True: (self.r, site.out_features), "mini": (self.r, self.mini_r)}
         shape = shapes.get(self.init_weights) or (site.out_features // self.r, self.r, self.r)

@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
-from adaptc.method import MATRIX_KINDS, Param, WeightMethod, method
+from adaptc.errors import Fault
+from adaptc.method_contract import WeightMethod, method
+from adaptc.param import Param
 from adaptc.peft_format import PeftFormat
+from adaptc.site import MATRIX_KINDS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adaptc.sites import Site
+    from adaptc.site import WeightSite
 
 Count = Annotated[int, Field(ge=0)]
 
@@ -60,23 +63,24 @@ class Oft(WeightMethod):
         if not self.r and not self.block_size:
             object.__setattr__(self, "block_size", 32)
 
-    def refuses(self, site: Site) -> tuple[tuple[str, ...], str] | None:
+    def refuses(self, site: WeightSite) -> Fault | None:
         """Blocks are told by their size or by their number."""
         if self.r and self.block_size:
-            return ("r",), "write one of r (how many blocks) and block_size"
+            return Fault(("r",), "write one of r (how many blocks) and block_size")
         if self._block(site.in_features) == 1:
-            return (
-                "block_size",
-            ), f"no block but of size 1 divides {site.in_features}, and such a block cannot turn"
+            return Fault(
+                ("block_size",),
+                f"no block but of size 1 divides {site.in_features}, and such a block cannot turn",
+            )
         return None
 
-    def params(self, site: Site) -> dict[str, Param]:
+    def params(self, site: WeightSite) -> dict[str, Param]:
         """Q's upper triangles, zero: (blocks, b (b - 1) / 2)."""
         b = self._block(site.in_features)
         blocks = 1 if self.block_share else site.in_features // b
         return {"Q": Param((blocks, b * (b - 1) // 2), "zeros", "oft_R.weight")}
 
-    def shared(self, sites: Sequence[Site]) -> dict[str, Param]:
+    def shared(self, sites: Sequence[WeightSite]) -> dict[str, Param]:
         """For each size of block where the entries of a skew matrix stand in its upper triangle, and their signs."""
         found = {}
         for b in sorted({self._block(site.in_features) for site in sites}):
@@ -123,13 +127,15 @@ class Oft(WeightMethod):
             R = R + (power if exponent == last else 2 * power)
         return R
 
-    def refuses_to_train(self, site: Site) -> tuple[tuple[str, ...], str] | None:
+    def refuses_to_train(self, site: WeightSite) -> Fault | None:
         """Blocks of the size that is asked for, where PEFT takes the nearest that fits."""
         option, size = ("block_size", self.block_size) if self.block_size else ("r", self.r)
         if site.in_features % size == 0 or size > site.in_features:
             return super().refuses_to_train(site)
         fits = _nearest_divisor(site.in_features, size)
-        return (option,), f"{option}={size} does not divide the {site.in_features} columns here; {fits} does"
+        return Fault(
+            (option,), f"{option}={size} does not divide the {site.in_features} columns here; {fits} does"
+        )
 
     def _block(self, size: int) -> int:
         """The size of a block."""

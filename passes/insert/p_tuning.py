@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field
 
 from adaptc.kinds import TOKENS, InputMethod
-from adaptc.method import Param, method
+from adaptc.method_contract import method
+from adaptc.param import Param
 from adaptc.peft_format import PeftFormat
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adaptc.sites import Site
+    from adaptc.point_sites import InputSite
 
 Encoder = Annotated[
     Literal["MLP", "LSTM", "none"],
@@ -55,9 +56,9 @@ class PTuning(InputMethod):
         given = self.encoder_reparameterization_type != "none"
         return replace(self, encoder_reparameterization_type="none") if given else self
 
-    def shared(self, sites: Sequence[Site]) -> dict[str, Param]:
+    def shared(self, sites: Sequence[InputSite]) -> dict[str, Param]:
         """E and the network, or P."""
-        n, d = self.num_virtual_tokens * self.num_transformer_submodules, sites[0].shape[0]
+        n, d = self.num_virtual_tokens * self.num_transformer_submodules, sites[0].width
         h, encoder = self.encoder_hidden_size or d, self.encoder_reparameterization_type
         found = {"tokens": Param((n, d), "standard-normal", TOKENS)}
         if encoder == "none":

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from adaptc.kinds import TOKENS, AttentionMethod
-from adaptc.method import Param, method
+from adaptc.method_contract import method
+from adaptc.param import Param
 from adaptc.peft_format import PeftFormat
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adaptc.sites import Site
+    from adaptc.point_sites import AttentionSite
 
 
 @method("p-tuning-v2")
@@ -28,7 +29,7 @@ class PTuningV2(AttentionMethod):
     peft: ClassVar[PeftFormat | None] = AttentionMethod.peft_format("PREFIX_TUNING")
     small: ClassVar[Mapping[str, object]] = {"num_virtual_tokens": 3}
 
-    def shared(self, sites: Sequence[Site]) -> dict[str, Param]:
+    def shared(self, sites: Sequence[AttentionSite]) -> dict[str, Param]:
         """P."""
         size = (self.num_virtual_tokens, self.columns(sites)[-1])
         return {"tokens": Param(size, "normal", TOKENS)}

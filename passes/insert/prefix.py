@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field
 
 from adaptc.kinds import TOKENS, AttentionMethod
-from adaptc.method import Param, method
+from adaptc.method_contract import method
+from adaptc.param import Param
 from adaptc.peft_format import PeftFormat
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adaptc.sites import Site
+    from adaptc.point_sites import AttentionSite
 
 
 @method("prefix")
@@ -46,7 +47,7 @@ class Prefix(AttentionMethod):
         """P itself."""
         return replace(self, projection=False) if self.projection else self
 
-    def shared(self, sites: Sequence[Site]) -> dict[str, Param]:
+    def shared(self, sites: Sequence[AttentionSite]) -> dict[str, Param]:
         """P, or the network that makes it."""
         n, total = self.num_virtual_tokens, self.columns(sites)[-1]
         last = "zeros" if self.init_weights == "zero" else "standard-normal"

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, Strict
 
+from adaptc.errors import Fault
 from adaptc.kinds import TOKENS, InputMethod
-from adaptc.method import Param, method
+from adaptc.method_contract import method
+from adaptc.param import Param
 from adaptc.peft_format import PeftFormat
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from adaptc.sites import Site
+    from adaptc.point_sites import InputSite
 
 Start = Annotated[
     Literal["RANDOM", "SAMPLE_VOCAB", "TEXT", "CLASS_LABELS"],
@@ -65,17 +67,17 @@ class Prompt(InputMethod):
             )
         return replace(self, init_tokens=tuple(tuple(tokenize(label, False)) for label in labels))
 
-    def refuses_to_train(self, site: Site) -> tuple[tuple[str, ...], str] | None:
+    def refuses_to_train(self, site: InputSite) -> Fault | None:
         """Words to start from."""
         if self.init == "TEXT" and not self.init_text and not self.init_tokens:
-            return ("init",), "TEXT starts from init_text, which is not given"
+            return Fault(("init",), "TEXT starts from init_text, which is not given")
         return None
 
-    def shared(self, sites: Sequence[Site]) -> dict[str, Param]:
+    def shared(self, sites: Sequence[InputSite]) -> dict[str, Param]:
         """P."""
         n = self.num_virtual_tokens * self.num_transformer_submodules
         start = "standard-normal" if self.init == "RANDOM" else self._embedded
-        return {"tokens": Param((n, sites[0].shape[0]), start, TOKENS)}
+        return {"tokens": Param((n, sites[0].width), start, TOKENS)}
 
     def _embedded(self, table: Tensor, generator: Generator) -> Tensor:
         """Rows of the table `(words, d)`: the mean of those given for each token, then drawn ones."""

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from adaptc.errors import Fault
 from adaptc.low_rank import NOT_AGAIN, MakesUp, Rounds, Split, singular
-from adaptc.method import Dropout, Param, method
+from adaptc.method_contract import Dropout, method
+from adaptc.param import Param
 from adaptc.ranked import Scaled
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adaptc.sites import Site
+    from adaptc.site import WeightSite
 
 GroupSize = Annotated[
     int, Field(ge=2, description="inputs that share a column of A, such as the block of a quantized weight")
@@ -46,22 +48,23 @@ class Qalora(MakesUp, Scaled):
     small: ClassVar[Mapping[str, object]] = {"r": 2, "group_size": 2}
     fast: ClassVar[frozenset[str]] = frozenset({"B"})
 
-    def refuses(self, site: Site) -> tuple[tuple[str, ...], str] | None:
+    def refuses(self, site: WeightSite) -> Fault | None:
         """Groups fit the inputs, and have at least as many columns as A has rows."""
         inner, g = site.in_features, self.group_size
         if inner % g:
-            return ("group_size",), f"must divide {inner} here, got {g}"
+            return Fault(("group_size",), f"must divide {inner} here, got {g}")
         if self.at(site).r > inner // g:
-            return (
-                "r",
-            ), f"rank r must be at most {inner // g} here, the number of groups, got {self.at(site).r}"
+            return Fault(
+                ("r",),
+                f"rank r must be at most {inner // g} here, the number of groups, got {self.at(site).r}",
+            )
         if self.loftq_iter > 1 and not self.makes_up:
             return NOT_AGAIN
         if self.makes_up and site.batch is not None:
-            return ("init_weights",), "several matrices in one weight start as true says: leave it out"
+            return Fault(("init_weights",), "several matrices in one weight start as true says: leave it out")
         return None
 
-    def params(self, site: Site) -> dict[str, Param]:
+    def params(self, site: WeightSite) -> dict[str, Param]:
         """A (r, in / g) Kaiming-uniform, B (out, r) zero; or what makes up for quantization."""
         shapes = (self.r, site.in_features // self.group_size), (site.out_features, self.r)
         if not self.makes_up:

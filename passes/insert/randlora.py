@@ -7,13 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from adaptc.method import MATRIX_KINDS, Alpha, Dropout, Param, Rank, WeightMethod, method
+from adaptc.method_contract import Alpha, Dropout, Rank, WeightMethod, method
+from adaptc.param import Param
 from adaptc.peft_format import PeftFormat
+from adaptc.site import MATRIX_KINDS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adaptc.sites import Site
+    from adaptc.site import WeightSite
 
 
 @method("randlora")
@@ -47,7 +49,7 @@ class Randlora(WeightMethod):
         },
     )
 
-    def params(self, site: Site) -> dict[str, Param]:
+    def params(self, site: WeightSite) -> dict[str, Param]:
         """l (r, n) zero, g (n, min) one over its longer side."""
         short = min(site.in_features, site.out_features)
         n = -(-short // self.r)
@@ -56,7 +58,7 @@ class Randlora(WeightMethod):
             "g": Param((n, short), lambda W, _: W.new_full((n, short), 1 / max(n, short)), "randlora_gamma"),
         }
 
-    def shared(self, sites: Sequence[Site]) -> dict[str, Param]:
+    def shared(self, sites: Sequence[WeightSite]) -> dict[str, Param]:
         """A (r, 1, min) and B (max, n, r) for the largest number of rows and of columns."""
         sides = [max(s.in_features for s in sites), max(s.out_features for s in sites)]
         short, long = sorted(sides)

@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from adaptc.method import MATRIX_KINDS, Param, WeightMethod, method
+from adaptc.errors import Fault
+from adaptc.method_contract import WeightMethod, method
+from adaptc.param import Param
 from adaptc.peft_format import PeftFormat
+from adaptc.site import MATRIX_KINDS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adaptc.sites import Site
+    from adaptc.site import WeightSite
 
 Variant = Literal["road_1", "road_2", "road_4"]
 Group = Annotated[
@@ -43,15 +46,17 @@ class Road(WeightMethod):
         layers=frozenset({"Linear"}),
     )
 
-    def refuses(self, site: Site) -> tuple[tuple[str, ...], str] | None:
+    def refuses(self, site: WeightSite) -> Fault | None:
         """Groups must fit the outputs."""
         if site.rows_repeat:
-            return (), "a grouped transposed convolution's rows are not its outputs"
+            return Fault((), "a grouped transposed convolution's rows are not its outputs")
         if site.out_features % self.group_size:
-            return ("group_size",), f"group_size must divide {site.out_features}, got {self.group_size}"
+            return Fault(
+                ("group_size",), f"group_size must divide {site.out_features}, got {self.group_size}"
+            )
         return None
 
-    def params(self, site: Site) -> dict[str, Param]:
+    def params(self, site: WeightSite) -> dict[str, Param]:
         """t zero and a one, of (out / 2,), (out,) or (2 out,)."""
         shape = (site.out_features * {"road_1": 1, "road_2": 2, "road_4": 4}[self.variant] // 2,)
         keys: Mapping[str, str] = {"t": "road_theta", "a": "road_alpha"}

@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
-from adaptc.method import MATRIX_KINDS, Param, Rank, WeightMethod, method
+from adaptc.errors import Fault
+from adaptc.method_contract import Rank, WeightMethod, method
+from adaptc.param import Param
 from adaptc.peft_format import PeftFormat
+from adaptc.site import MATRIX_KINDS
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from adaptc.sites import Site
+    from adaptc.site import WeightSite
 
 Seed = Annotated[int | None, Field(description="of the entries that are chosen; null: the spec's seed")]
 
@@ -39,12 +42,12 @@ class Shira(WeightMethod):
         layers=frozenset({"Linear"}),
     )
 
-    def refuses(self, site: Site) -> tuple[tuple[str, ...], str] | None:
+    def refuses(self, site: WeightSite) -> Fault | None:
         """No more entries than there are."""
         count, most = self._count(site), site.out_features * site.in_features
-        return None if count <= most else (("r",), f"r makes {count} entries, and there are {most} here")
+        return None if count <= most else Fault(("r",), f"r makes {count} entries, and there are {most} here")
 
-    def params(self, site: Site) -> dict[str, Param]:
+    def params(self, site: WeightSite) -> dict[str, Param]:
         """s (k,) zero, and the rows and columns (2, k) of its entries."""
         count, (out, inner) = self._count(site), (site.out_features, site.in_features)
 
@@ -65,5 +68,5 @@ class Shira(WeightMethod):
         """W + S, of shape (out, in)."""
         return W.flatten().scatter_add(0, at[0] * W.shape[1] + at[1], s).view(W.shape)
 
-    def _count(self, site: Site) -> int:
+    def _count(self, site: WeightSite) -> int:
         return self.r * (site.in_features + site.out_features)

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
-from adaptc.method import Param, WeightMethod, method
+from adaptc.errors import Fault
+from adaptc.method_contract import WeightMethod, method
+from adaptc.param import Param
 from adaptc.peft_format import PeftFormat
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from adaptc.sites import Site
+    from adaptc.site import WeightSite
 
 Tokens = Annotated[tuple[int, ...], Field(description="the words whose rows are trained")]
 
@@ -39,19 +41,21 @@ class TrainableTokens(WeightMethod):
         hosts=False,
     )
 
-    def refuses(self, site: Site) -> tuple[tuple[str, ...], str] | None:
+    def refuses(self, site: WeightSite) -> Fault | None:
         """Words that there are, each once."""
         words, known = self.token_indices, site.in_features
         if not words:
-            return ("token_indices",), "required: the indices of the words to train, such as [30522, 30523]"
+            return Fault(
+                ("token_indices",), "required: the indices of the words to train, such as [30522, 30523]"
+            )
         wrong = next((word for word in words if not 0 <= word < known), None)
         if wrong is not None:
-            return ("token_indices",), f"the vocabulary has {known} words, so there is no word {wrong}"
+            return Fault(("token_indices",), f"the vocabulary has {known} words, so there is no word {wrong}")
         if len({*words}) < len(words):
-            return ("token_indices",), "a word is named twice"
+            return Fault(("token_indices",), "a word is named twice")
         return None
 
-    def params(self, site: Site) -> dict[str, Param]:
+    def params(self, site: WeightSite) -> dict[str, Param]:
         """V (n, dimensions), the rows of W, and t (n,)."""
         n, words = len(self.token_indices), list(self.token_indices)
 

@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
-from adaptc.method import MATRIX_KINDS, Dropout, Param, Rank, WeightMethod, method
+from adaptc.errors import Fault
+from adaptc.method_contract import Dropout, Rank, WeightMethod, method
+from adaptc.param import Param
 from adaptc.peft_format import PeftFormat
+from adaptc.site import MATRIX_KINDS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adaptc.sites import Site
+    from adaptc.site import WeightSite
 
 Count = Annotated[int, Field(gt=0)]
 
@@ -50,16 +53,16 @@ class Vblora(WeightMethod):
         },
     )
 
-    def refuses(self, site: Site) -> tuple[tuple[str, ...], str] | None:
+    def refuses(self, site: WeightSite) -> Fault | None:
         """The pieces must fit both sides, and not more be chosen than there are."""
         if site.in_features % self.vector_length or site.out_features % self.vector_length:
             sides = f"{site.in_features} and {site.out_features}"
-            return ("vector_length",), f"vector_length must divide {sides}, got {self.vector_length}"
+            return Fault(("vector_length",), f"vector_length must divide {sides}, got {self.vector_length}")
         if self.topk > self.num_vectors:
-            return ("topk",), f"topk must be at most num_vectors ({self.num_vectors}), got {self.topk}"
+            return Fault(("topk",), f"topk must be at most num_vectors ({self.num_vectors}), got {self.topk}")
         return None
 
-    def params(self, site: Site) -> dict[str, Param]:
+    def params(self, site: WeightSite) -> dict[str, Param]:
         """Logits of A (r, in / v, n) and of B (out / v, r, n)."""
         pieces = {
             "A": (self.r, site.in_features // self.vector_length, self.num_vectors),
@@ -74,7 +77,7 @@ class Vblora(WeightMethod):
             for name, shape in pieces.items()
         }
 
-    def shared(self, sites: Sequence[Site]) -> dict[str, Param]:
+    def shared(self, sites: Sequence[WeightSite]) -> dict[str, Param]:
         """The bank V (n, v)."""
         shape, bound = (self.num_vectors, self.vector_length), self.init_vector_bank_bound
         return {

@@ -7,13 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from adaptc.method import MATRIX_KINDS, Dropout, Param, Rank, WeightMethod, method
+from adaptc.method_contract import Dropout, Rank, WeightMethod, method
+from adaptc.param import Param
 from adaptc.peft_format import PeftFormat
+from adaptc.site import MATRIX_KINDS
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from adaptc.sites import Site
+    from adaptc.site import WeightSite
 
 
 @method("vera")
@@ -45,14 +47,14 @@ class Vera(WeightMethod):
         },
     )
 
-    def params(self, site: Site) -> dict[str, Param]:
+    def params(self, site: WeightSite) -> dict[str, Param]:
         """d (r,) at `d_initial`, b (out,) zero."""
         return {
             "d": Param((self.r,), lambda W, _: W.new_full((self.r,), self.d_initial), "vera_lambda_d"),
             "b": Param((site.out_features,), "zeros", "vera_lambda_b"),
         }
 
-    def shared(self, sites: Sequence[Site]) -> dict[str, Param]:
+    def shared(self, sites: Sequence[WeightSite]) -> dict[str, Param]:
         """A (r, largest in) and B (largest out, r), drawn one after the other."""
         inner, outer = max(s.in_features for s in sites), max(s.out_features for s in sites)
         shapes = {"A": (self.r, inner), "B": (outer, self.r)}

@@ -12,7 +12,7 @@ from adaptc.graph import Graph
 from adaptc.integer_blocks import CalibratedBlocks
 from adaptc.pipeline import Pass, graph_pass
 from adaptc.quantized_operations import LINEAR, named
-from adaptc.scheme import scheme_of
+from adaptc.scheme_contract import scheme_of
 
 
 @graph_pass("plain-integers")

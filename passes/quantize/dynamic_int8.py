@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+from adaptc.errors import Fault
 from adaptc.integer_blocks import IntegerBlocks
-from adaptc.scheme import scheme
+from adaptc.scheme_contract import scheme
 
 
 @scheme("dynamic-int8")
@@ -25,10 +26,10 @@ class DynamicInt8(IntegerBlocks):
     small: ClassVar[Mapping[str, object]] = {}
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "embedding"})
 
-    def refuses(self, rows: int, columns: int) -> tuple[tuple[str, ...], str] | None:
+    def refuses(self, rows: int, columns: int) -> Fault | None:
         """A scale for each row, of symmetric codes: what such a product can be factored by."""
         if self.block_size is not None:
-            return ("block_size",), "a product of integers has one scale for each row: leave it out"
+            return Fault(("block_size",), "a product of integers has one scale for each row: leave it out")
         if not self.symmetric:
-            return ("symmetric",), "a product of integers wants symmetric weights"
+            return Fault(("symmetric",), "a product of integers wants symmetric weights")
         return None

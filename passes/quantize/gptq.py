@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import Field
 
 from adaptc.integer_blocks import BlockSize, CalibratedBlocks, Symmetric
-from adaptc.scheme import Kept, Tensors, scheme
+from adaptc.scheme_contract import Kept, Tensors, scheme
 
 if TYPE_CHECKING:
     from torch import Tensor

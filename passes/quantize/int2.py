@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from adaptc.integer_blocks import BlockSize, IntegerBlocks, Symmetric
-from adaptc.scheme import scheme
+from adaptc.scheme_contract import scheme
 
 
 @scheme("int2")

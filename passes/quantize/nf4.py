@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from adaptc.scheme import scheme
+from adaptc.scheme_contract import scheme
 from adaptc.table_blocks import TableBlocks
 
 

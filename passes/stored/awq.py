@@ -9,7 +9,7 @@ from adaptc.errors import WeightError
 from adaptc.integer_blocks import unpack
 from adaptc.packed import Bits, number, stored_by
 from adaptc.packed_integers import group_of, integer_bits, words_of
-from adaptc.registry import load_schemes
+from adaptc.scheme_contract import SCHEMES
 from adaptc.weights import Weight
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def awq(about: Mapping[str, Any], module: str, tensors: Mapping[str, Weight]) ->
         raise WeightError(f"{module}: {bits} bits in the format {form!r}; expected 4 in 'gemm'")
     columns, rows = qweight.shape[0], qweight.shape[1] * len(PLACES)
     options = {"block_size": group, "symmetric": not about.get("zero_point", True)}
-    scheme: Any = load_schemes()["int4"](**options)
+    scheme: Any = SCHEMES["int4"](**options)
 
     def codes() -> Tensor:
         return _fields(qweight.load()).t()

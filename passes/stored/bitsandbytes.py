@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from adaptc.errors import WeightError
 from adaptc.packed import Bits, needed, stored_by
-from adaptc.registry import load_schemes
+from adaptc.scheme_contract import SCHEMES
 from adaptc.table_blocks import NESTED
 from adaptc.weights import Weight
 
@@ -57,7 +57,7 @@ def _four(weight: str, state: Mapping[str, Any], tensors: Mapping[str, Weight]) 
     import torch
 
     rows, columns, double = state["rows"], state["columns"], state["double"]
-    scheme = load_schemes()[state["kind"]](block_size=state["block_size"], double=double)  # type: ignore[call-arg]
+    scheme = SCHEMES[state["kind"]](block_size=state["block_size"], double=double)  # type: ignore[call-arg]
     constants, stored = scheme.constants(), scheme.stored(rows, columns)
     module = weight.removesuffix(".weight")
 
@@ -99,4 +99,4 @@ def _eight(module: str, tensors: Mapping[str, Weight]) -> Bits:
     def scales() -> Tensor:
         return (largest.load().float() / LARGEST).reshape(rows, 1)
 
-    return Bits(load_schemes()["int8"](), rows, columns, {"codes": codes, "scales": scales}, module)
+    return Bits(SCHEMES["int8"](), rows, columns, {"codes": codes, "scales": scales}, module)

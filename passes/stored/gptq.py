@@ -9,7 +9,7 @@ from adaptc.errors import WeightError
 from adaptc.integer_blocks import unpack
 from adaptc.packed import Bits, needed, number, stored_by
 from adaptc.packed_integers import group_of, integer_bits, words_of
-from adaptc.registry import load_schemes
+from adaptc.scheme_contract import SCHEMES
 from adaptc.weights import Weight
 
 if TYPE_CHECKING:
@@ -42,9 +42,9 @@ def gptq(about: Mapping[str, Any], module: str, tensors: Mapping[str, Weight]) -
     order = None if group is None else _order(module, tensors, columns, group)
     options = {"block_size": group, "symmetric": bool(about.get("sym", True))}
     if order is None:
-        scheme: Any = load_schemes()[f"int{bits}"](**options)
+        scheme: Any = SCHEMES[f"int{bits}"](**options)
     else:
-        scheme = load_schemes()["gptq"](bits=bits, act_order=True, **options)  # type: ignore[call-arg]
+        scheme = SCHEMES["gptq"](bits=bits, act_order=True, **options)  # type: ignore[call-arg]
 
     def codes() -> Tensor:
         found = unpack(qweight.load().t().contiguous().view(torch.uint8), bits)

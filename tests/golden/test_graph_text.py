@@ -37,14 +37,19 @@ def traced() -> Graph:
     return adaptc.trace(Small(), example_inputs=(torch.randn(2, 8),), dynamic={"x": {0: "batch"}})
 
 
+def with_options(insert: adaptc.Pass, **options: object) -> adaptc.Pass:
+    """The same pass with other options of its method."""
+    return dataclasses.replace(insert, method=dataclasses.replace(insert.method, **options))
+
+
 def pipelines() -> dict[str, list[adaptc.Pass]]:
     lora = passes.InsertLora(target=["first", "second"], r=1, alpha=4)
     return {
         "traced": [],
         "insert-lora": [lora],
         "factor": [lora, passes.Factor()],
-        "factor-with-dropout": [dataclasses.replace(lora, dropout=0.5), passes.Factor()],
-        "factor-is-not-worth-it": [dataclasses.replace(lora, r=8), passes.Factor()],
+        "factor-with-dropout": [with_options(lora, dropout=0.5), passes.Factor()],
+        "factor-is-not-worth-it": [with_options(lora, r=8), passes.Factor()],
         "fold": [lora, passes.Fold()],
         "insert-dora": [passes.InsertDora(target="first", r=1)],
         "factor-ia3": [passes.InsertIa3(target="*", feedforward=("second",)), passes.Factor()],

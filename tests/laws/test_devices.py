@@ -15,7 +15,8 @@ import adaptc
 from adaptc import kernels
 from adaptc.compiled import Compiled
 from adaptc.graph import bind
-from adaptc.registry import load_methods, load_schemes
+from adaptc.method_contract import METHODS
+from adaptc.scheme_contract import SCHEMES
 from tests.families import FAMILIES, Zoo, close, entry, inputs, marked, randomise
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -46,7 +47,7 @@ def test_a_graph_runs_where_its_weights_are(zoo: Zoo, name: str) -> None:
     assert elsewhere(bind(zoo.graph(name)).eval(), inputs(name)) == {"meta"}
 
 
-@pytest.mark.parametrize("method", sorted(load_methods()))
+@pytest.mark.parametrize("method", sorted(METHODS))
 def test_every_method_runs_where_its_weights_are(zoo: Zoo, method: str) -> None:
     for name in ("llama", "bert", "mlp"):
         try:
@@ -59,9 +60,9 @@ def test_every_method_runs_where_its_weights_are(zoo: Zoo, method: str) -> None:
     pytest.fail("no family has a layer for it")
 
 
-@pytest.mark.parametrize("name", sorted(load_schemes()))
+@pytest.mark.parametrize("name", sorted(SCHEMES))
 def test_every_scheme_unpacks_where_its_bits_are(name: str) -> None:
-    scheme = load_schemes()[name](**load_schemes()[name].small)
+    scheme = SCHEMES[name](**SCHEMES[name].small)
     rows, columns = 6, 64
     held = {n: (k.shape, getattr(torch, k.dtype)) for n, k in scheme.stored(rows, columns).items()}
     held |= {n: (t.shape, t.dtype) for n, t in scheme.constants().items()}

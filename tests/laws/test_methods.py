@@ -13,15 +13,15 @@ import torch
 from torch.nn import functional as F
 
 import adaptc
+from adaptc.catalog import load_passes
 from adaptc.compiled import Compiled
 from adaptc.dataflow import PRODUCTS
 from adaptc.errors import SpecError
 from adaptc.graph import Graph, bind
 from adaptc.insert import Insert
 from adaptc.kinds import ActivationMethod, PromptMethod
-from adaptc.method import WeightMethod
+from adaptc.method_contract import METHODS, WeightMethod
 from adaptc.pipeline import run
-from adaptc.registry import load_methods, load_passes
 from adaptc.weights import Held
 from tests.families import (
     FAMILIES,
@@ -39,14 +39,14 @@ from tests.families import (
     perturbed,
 )
 
-METHODS = tuple(load_methods())
+METHODS = tuple(METHODS)
 FIRST = ("lora",)
 """Methods that are tested on several bases in the quick laws; the others are on one."""
 
 
 def one(method: str) -> str:
     """The base that stands for all."""
-    kinds = load_methods()[method].kinds
+    kinds = METHODS[method].kinds
     return "llama" if kinds <= {"embedding", "input"} else "bert" if "parameter" in kinds else "block"
 
 
@@ -66,7 +66,7 @@ EVERY = [
 
 def stays(method: str) -> bool:
     """Whether it is no weight expression, so that a folded graph has it too."""
-    return not issubclass(load_methods()[method], WeightMethod)
+    return not issubclass(METHODS[method], WeightMethod)
 
 
 def is_made(method: str, name: str) -> bool:
@@ -85,7 +85,7 @@ def skip_without_site(zoo: Zoo, method: str, name: str) -> None:
     refused = next((reason for site in selection.sites if (reason := item.refused(site))), None)
     if refused:
         pytest.skip(f"{method} on {name}: {refused[1]}")
-    if name == "whisper" and issubclass(load_methods()[method], ActivationMethod):
+    if name == "whisper" and issubclass(METHODS[method], ActivationMethod):
         with pytest.raises(SpecError, match=r"no residual sum was found behind model\.encoder\.conv2"):
             zoo.initial(method, name)
         pytest.skip(f"{method} on {name}: nothing is added to a convolution's output")
@@ -114,7 +114,7 @@ def evaluate(graph: Graph, tensors: dict[str, torch.Tensor], module: Any = None)
 @pytest.mark.parametrize(("method", "name"), EVERY)
 def test_starts_as_the_base(zoo: Zoo, method: str, name: str) -> None:
     skip_without_site(zoo, method, name)
-    if not load_methods()[method].identity_at_init:
+    if not METHODS[method].identity_at_init:
         pytest.skip(f"{method} says that it starts elsewhere")
     compiled = zoo.initial(method, name)
     module = compiled.module.eval()
@@ -498,6 +498,6 @@ def test_torch_compile_takes_the_whole_graph(zoo: Zoo, method: str, name: str) -
 
 
 def test_options_of_every_method_are_documented() -> None:
-    for name, cls in load_methods().items():
+    for name, cls in METHODS.items():
         assert dataclasses.is_dataclass(cls), name
         assert "=" in (cls.__doc__ or "").strip().splitlines()[0], f"{name}: the first line is its equation"

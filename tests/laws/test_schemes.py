@@ -16,13 +16,14 @@ from torch import nn
 from torch.nn import functional as F
 
 import adaptc
+from adaptc.catalog import load_passes
 from adaptc.compiled import Compiled
 from adaptc.graph import bind
+from adaptc.method_contract import METHODS
 from adaptc.pipeline import run
 from adaptc.quantized import bytes_of, matrix_of, weight_of
 from adaptc.quantized_operations import quantized_embedding, quantized_linear, quantized_product
-from adaptc.registry import load_methods, load_passes, load_schemes
-from adaptc.scheme import Scheme, scheme_of
+from adaptc.scheme_contract import SCHEMES, Scheme, scheme_of
 from tests.families import (
     FAMILIES,
     SHAPES,
@@ -38,8 +39,8 @@ from tests.families import (
     small,
 )
 
-SCHEMES = tuple(sorted(load_schemes()))
-PLAIN = tuple(name for name in SCHEMES if not load_schemes()[name].calibrated)
+SCHEMES = tuple(sorted(SCHEMES))
+PLAIN = tuple(name for name in SCHEMES if not SCHEMES[name].calibrated)
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "symmetric": [{}, {"symmetric": True}, {"symmetric": False}],
     "clip": [{"clip": True}, {"block_size": None}],
@@ -51,15 +52,13 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
 STAND_FOR_ALL = ("nf4", "int4")
 """The schemes that stand for all in the quick laws: one of each layout."""
 SIZES = ((1, 16), (3, 40), (7, 64), (5, 33), (2, 1), (64, 48))
-WEIGHT_METHODS = tuple(
-    sorted(name for name, cls in load_methods().items() if issubclass(cls, adaptc.WeightMethod))
-)
+WEIGHT_METHODS = tuple(sorted(name for name, cls in METHODS.items() if issubclass(cls, adaptc.WeightMethod)))
 
 
 def variants() -> list[Any]:
     """Every scheme with small options, and with each option that it has changed."""
     found = {}
-    for _, cls in sorted(load_schemes().items()):
+    for _, cls in sorted(SCHEMES.items()):
         fields = {f.name for f in dataclasses.fields(cls)}
         changes = [{}, *(c for option, cs in VARIANTS.items() if option in fields for c in cs)]
         for change in changes:
@@ -79,7 +78,7 @@ def stored(scheme: Scheme, W: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def options(name: str) -> dict[str, Any]:
-    return {"method": name, **load_schemes()[name].small}
+    return {"method": name, **SCHEMES[name].small}
 
 
 # the bits
@@ -123,7 +122,7 @@ def test_more_bits_are_nearer(scheme: Scheme) -> None:
 @pytest.mark.parametrize("name", PLAIN)
 def test_rounding_is_to_the_nearest(name: str) -> None:
     """No other code of a value's block is nearer; what is rounded stays as it is when rounded again."""
-    scheme = load_schemes()[name](**load_schemes()[name].small)
+    scheme = SCHEMES[name](**SCHEMES[name].small)
     W = values(6, 48)
     held = stored(scheme, W)
     back = scheme.dequantize(6, 48, held)
@@ -140,7 +139,7 @@ def test_rounding_is_to_the_nearest(name: str) -> None:
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_zeros_stay_zeros(name: str) -> None:
-    scheme = load_schemes()[name](**load_schemes()[name].small)
+    scheme = SCHEMES[name](**SCHEMES[name].small)
     W = values(4, 64)
     W[1] = 0
     back = scheme.dequantize(4, 64, stored(scheme, W))
@@ -182,11 +181,11 @@ def check(zoo: Zoo, family: str, made: Compiled, modules: Mapping[str, nn.Module
 def test_a_quantized_graph_is_the_model_with_rounded_weights(zoo: Zoo, family: str, name: str) -> None:
     """Whatever reads them: linear layers, Conv1D, convolutions, products of one's own, embeddings and tied heads."""
     target = [*FAMILIES[family].target]
-    if "embedding" in load_schemes()[name].kinds:
+    if "embedding" in SCHEMES[name].kinds:
         target += ["*wte", "*word_embeddings", "*embed_tokens", "shared"]
-    if not any(s.kind in load_schemes()[name].kinds for s in zoo.graph(family).sites):
-        pytest.skip(f"{name} stands for {sorted(load_schemes()[name].kinds)}")
-    if family == "resnet" and "conv" not in load_schemes()[name].kinds:
+    if not any(s.kind in SCHEMES[name].kinds for s in zoo.graph(family).sites):
+        pytest.skip(f"{name} stands for {sorted(SCHEMES[name].kinds)}")
+    if family == "resnet" and "conv" not in SCHEMES[name].kinds:
         target = ["classifier.1"]
     made = zoo.compiled(family, [], quantize=[{**options(name), "target": target}])
     assert made.graph.quantized
@@ -215,8 +214,8 @@ def test_slices_leave_the_other_rows_alone(zoo: Zoo, name: str, target: str) -> 
 
 @pytest.mark.parametrize("name", marked(PLAIN, STAND_FOR_ALL[:1]))
 def test_experts(zoo: Zoo, name: str) -> None:
-    if "experts" not in load_schemes()[name].kinds:
-        pytest.skip(f"{name} stands for {sorted(load_schemes()[name].kinds)}")
+    if "experts" not in SCHEMES[name].kinds:
+        pytest.skip(f"{name} stands for {sorted(SCHEMES[name].kinds)}")
     quantize = [{**options(name), "target": "*.experts.*"}]
     made = zoo.compiled("mixtral", [], quantize=quantize)
     assert {q.site.kind for q in made.graph.quantized.values()} == {"experts"}
@@ -226,12 +225,12 @@ def test_experts(zoo: Zoo, name: str) -> None:
 @pytest.mark.parametrize("method", marked(WEIGHT_METHODS, ("lora", "dora", "ia3", "bitfit")))
 def test_every_method_sits_on_every_quantized_weight(zoo: Zoo, method: str) -> None:
     """W is whatever stands there: the same adapter on rounded floats computes and learns the same."""
-    if load_methods()[method](**small(method)).calibrated:  # type: ignore[call-arg]
+    if METHODS[method](**small(method)).calibrated:  # type: ignore[call-arg]
         pytest.skip("chooses by data, which a module in memory is not given here")
     for family in ("block",) if method == "layernorm" else ("block", "raw"):
         target = entry(method, family)
         kinds = {s.kind for s in zoo.graph(family).sites} | {"parameter"}
-        if not load_methods()[method].kinds & kinds:
+        if not METHODS[method].kinds & kinds:
             continue
         quantize = [{**options("nf4"), "target": list(FAMILIES[family].target)}]
         made = zoo.compiled(family, [target], quantize=quantize)
@@ -282,7 +281,7 @@ def test_plain_integers(zoo: Zoo) -> None:
         graph = dataclasses.replace(zoo.graph("mlp"), rows=[inputs("mlp", 9)])
         more = {"act_order": True} if name == "gptq" else {}
         item: Any = load_passes()[f"quantize-{name}"]
-        known = {"target": "re:up|down", **load_schemes()[name].small, **more}
+        known = {"target": "re:up|down", **SCHEMES[name].small, **more}
         quantized = run(graph, [item(**known), load_passes()["quantized-products"]()])
         plain = run(quantized, [load_passes()["plain-integers"]()])
         assert f"{name} {{" in quantized.text()
@@ -352,9 +351,7 @@ def test_onnx(name: str, runtime: str, tmp_path: Path) -> None:
     model, x = Words().eval(), torch.randint(0, 30, (2, 5))
     randomise(model)
     target = [
-        n
-        for n in ("embed", "up", "down", "head")
-        if n != "embed" or "embedding" in load_schemes()[name].kinds
+        n for n in ("embed", "up", "down", "head") if n != "embed" or "embedding" in SCHEMES[name].kinds
     ]
     made = adaptc.compile(
         {"quantize": [{**options(name), "target": target}]},
@@ -424,7 +421,7 @@ def test_a_torch_artifact_holds_the_bits(zoo: Zoo, name: str, tmp_path: Path) ->
 @pytest.mark.parametrize("name", SCHEMES)
 def test_operations(name: str) -> None:
     """torch's own checks of custom operations: shapes, aliases, autograd, compilation."""
-    scheme = load_schemes()[name](**load_schemes()[name].small)
+    scheme = SCHEMES[name](**SCHEMES[name].small)
     W = values(12, 40)
     held = list(stored(scheme, W).values())
     x, bias = values(3, 40, 3).requires_grad_(), values(1, 12, 4)[0].requires_grad_()
@@ -446,10 +443,10 @@ def test_operations(name: str) -> None:
         assert torch.equal(quantized_embedding(*args), back[ids])
 
 
-@pytest.mark.parametrize("name", [n for n in SCHEMES if load_schemes()[n].calibrated])
+@pytest.mark.parametrize("name", [n for n in SCHEMES if SCHEMES[n].calibrated])
 def test_inputs_make_it_better_than_rounding(name: str) -> None:
     """On inputs of the same kind that it has not seen, as real layers have them: a few channels are large."""
-    scheme = load_schemes()[name](block_size=64)
+    scheme = SCHEMES[name](block_size=64)
     generator = torch.Generator().manual_seed(3)
     mix = (
         torch.randn(16, 64, generator=generator)

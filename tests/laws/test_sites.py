@@ -12,17 +12,17 @@ import pytest
 import torch
 from torch import nn
 
+from adaptc.catalog import load_passes
 from adaptc.emit.onnx import onnx_runner
 from adaptc.graph import Graph, bind
-from adaptc.method import WeightMethod
+from adaptc.method_contract import METHODS, WeightMethod
 from adaptc.passes import Factor, Fold
 from adaptc.pipeline import run
-from adaptc.registry import load_methods, load_passes
 from adaptc.weights import Held
 from tests.families import close, differs, perturb, perturbed
 from tests.site_kinds import KINDS, SHAPES, Kind, Matrix, Museums, entry, inputs
 
-METHODS = tuple(load_methods())
+METHODS = tuple(METHODS)
 SPELLED = (
     *("conv1d", "conv2d", "conv3d", "conv-same", "conv-grouped", "conv-transposed", "embedding", "linear"),
     *("conv1d-gpt2", "fused-rows", "einsum-heads", "experts-out-in", "attention"),
@@ -183,7 +183,7 @@ def test_all_kinds_at_once_train_fold_and_run_in_onnx_runtime(
     compiled, model = museums.compiled(names, entry(method, names)), museums.model(*names)
     module = compiled.module.eval()
     shapes = [inputs(names, *shape) for shape in SHAPES]
-    if load_methods()[method].identity_at_init:
+    if METHODS[method].identity_at_init:
         with torch.no_grad():
             want, got = model(**shapes[0]), module(**shapes[0])
         for name in names:

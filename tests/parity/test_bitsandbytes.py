@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from adaptc.registry import load_schemes
+from adaptc.scheme_contract import SCHEMES
 from adaptc.table_blocks import TableBlocks, dynamic_table
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 import bitsandbytes.functional as bnb
 
-NAMES = tuple(sorted(n for n, cls in load_schemes().items() if issubclass(cls, TableBlocks)))
+NAMES = tuple(sorted(n for n, cls in SCHEMES.items() if issubclass(cls, TableBlocks)))
 SHAPES = ((512, 384), (300, 257), (5, 33), (1, 1))
 
 
@@ -32,7 +32,7 @@ def weights(shape: tuple[int, int], kind: str) -> torch.Tensor:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_same_bits(name: str, shape: tuple[int, int], block_size: int, double: bool, kind: str) -> None:
-    scheme: Any = load_schemes()[name](block_size=block_size, double=double)
+    scheme: Any = SCHEMES[name](block_size=block_size, double=double)
     W = weights(shape, kind)
     theirs, state = bnb.quantize_4bit(W, blocksize=block_size, quant_type=name, compress_statistics=double)
     ours = scheme.quantize(W)
@@ -68,7 +68,7 @@ def test_the_table_of_scales() -> None:
 def test_narrow_weights(name: str, dtype: torch.dtype) -> None:
     W = weights((48, 128), "normal").to(dtype)
     theirs, state = bnb.quantize_4bit(W, blocksize=64, quant_type=name)
-    scheme: Any = load_schemes()[name]()
+    scheme: Any = SCHEMES[name]()
     ours = scheme.quantize(W.float())
     assert torch.equal(ours["codes"], theirs.flatten())
     back = scheme.dequantize(48, 128, {**ours, **scheme.constants()}).to(dtype)

@@ -11,7 +11,7 @@ from torch import nn
 
 import adaptc
 from adaptc.compiled import Compiled
-from adaptc.registry import load_methods
+from adaptc.method_contract import METHODS
 from tests.families import Zoo, close, differs, inputs, perturb, randomise
 
 
@@ -79,12 +79,12 @@ def test_boft_with_butterfly_factors(b: int, m: int) -> None:
 
 def test_boft_turns_every_input_into_every_other() -> None:
     """As section 4 says: m factors of blocks of two connect 2^m inputs."""
-    method = load_methods()["boft"](block_size=2, n_butterfly_factor=3)  # type: ignore[call-arg]
+    method = METHODS["boft"](block_size=2, n_butterfly_factor=3)  # type: ignore[call-arg]
     X = torch.randn(3, 4, 2, 2)
     turned = method.weight(torch.eye(8), X=X, s=torch.ones(8, 1))  # type: ignore[attr-defined]
     assert (turned.abs() > 1e-6).all()
     close(turned @ turned.T, torch.eye(8))
-    two = load_methods()["boft"](block_size=2, n_butterfly_factor=2)  # type: ignore[call-arg]
+    two = METHODS["boft"](block_size=2, n_butterfly_factor=2)  # type: ignore[call-arg]
     assert (two.weight(torch.eye(8), X=X[:2], s=torch.ones(8, 1)) == 0).any()  # type: ignore[attr-defined]
 
 

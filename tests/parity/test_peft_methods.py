@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from adaptc.compiled import Compiled
-from adaptc.registry import load_methods
+from adaptc.method_contract import METHODS
 from tests.families import SHAPES, Zoo, close, differs, inputs, outputs, perturb, without_cache
 from tests.parity.test_peft import tensors_in
 
@@ -178,7 +178,7 @@ def test_what_is_saved_loads_in_peft(zoo: Zoo, pairs: Any, case: str, name: str,
         assert torch.equal(value, theirs[key]), key
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     known = json.loads((pair.directory / "adapter_config.json").read_text())
-    cls = load_methods()[CASES[case].method]
+    cls = METHODS[CASES[case].method]
     assert cls.peft is not None
     for key in ("peft_type", *cls.peft.options.values()):
         if known[key] == "orthogonal":

@@ -120,7 +120,7 @@ def test_its_options_are_checked(python: Run, spec: Path, old: str, new: str, sa
     ("code", "said"),
     [
         ("import no_such_module_at_all", "no_such_module_at_all"),
-        ("from adaptc.method import method\n@method('Bad Name')\nclass Bad: ...", "Bad Name"),
+        ("from adaptc.method_contract import method\n@method('Bad Name')\nclass Bad: ...", "Bad Name"),
     ],
     ids=["does not import", "a name that is none"],
 )

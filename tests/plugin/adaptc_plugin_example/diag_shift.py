@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
-from adaptc.method import Param, WeightMethod, method
+from adaptc import Param, WeightMethod, method
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adaptc.sites import Site
+    from adaptc.site import WeightSite
 
 
 @method("diag-shift")
@@ -27,7 +27,7 @@ class DiagShift(WeightMethod):
 
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
 
-    def params(self, site: Site) -> dict[str, Param]:
+    def params(self, site: WeightSite) -> dict[str, Param]:
         """R (out, 1) zero, c (1, in) one."""
         return {
             "r": Param((site.out_features, 1), "zeros", "diag_r"),

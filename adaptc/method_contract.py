@@ -8,64 +8,41 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Self, TypeVar
 
 from pydantic import Field
 
+from adaptc.author import Author
+from adaptc.definitions import check_call, check_class, check_defined, check_names, check_options
+from adaptc.errors import Fault
 from adaptc.names import ATTENTION
+from adaptc.param import Param
 from adaptc.peft_format import PeftFormat
-from adaptc.registered import register, require_frozen
+from adaptc.registry import Registry
 from adaptc.rule import Rule
+from adaptc.site import DROPLESS, WEIGHT_KINDS, Place, WeightSite
+from adaptc.trial import try_out
 
 if TYPE_CHECKING:
-    from torch import Generator, Tensor
-
-    from adaptc.sites import Site
+    from torch import Tensor
 
 Rank = Annotated[int, Field(gt=0, description="rank of the low-rank product")]
 Alpha = Annotated[float, Field(gt=0, description="numerator of the scale alpha / r")]
 Dropout = Annotated[float, Field(ge=0, lt=1, description="dropout on the input of the trained branch")]
 Patterns = Annotated[tuple[str, ...], Field(description="globs, or re: regexes, on the module's full name")]
 
-MATRIX_KINDS = frozenset({"linear", "conv", "embedding", "experts"})
-"""The kinds of site whose weight reads as matrices `(out, in)`; a method that needs no more can sit on all."""
-
-DROPLESS = frozenset({"embedding", "experts"})
-"""Kinds of site whose input dropout cannot go in front of: indices, and rows gathered for an expert."""
-Init = Literal["zeros", "ones", "kaiming-uniform", "normal", "standard-normal"]
-"""How a new parameter starts, when it does not depend on the base weight."""
+S = TypeVar("S", bound=Place)
+"""The type of site that a kind of method sits on."""
 
 
-@dataclass(frozen=True)
-class Param:
-    """One tensor of a method at a site.
-
-    Attributes:
-        shape: its shape, in the orientation checkpoints store it.
-        init: a named initialisation, or a function of the site's weight `W (out, in)` in float32 (of what the method
-            asks for by `calibrated`) and a seeded generator.
-        key: what follows the module's name in a checkpoint, as PEFT spells it (`lora_A.weight`).
-        unpack: from the shape checkpoints store to what the expression takes, where they differ: a convolution's
-            `A (r, in, height, width)` to `(r, in height width)`.
-        trained: it gets a gradient; else it is a buffer.
-        stored: checkpoints hold it; else it follows from the options and the base.
-        below: of a tensor of indices (int64) what all of them are below; None for one of numbers.
-    """
-
-    shape: tuple[int, ...]
-    init: Init | Callable[[Tensor, Generator], Tensor]
-    key: str
-    unpack: Callable[[Tensor], Tensor] | None = None
-    trained: bool = True
-    stored: bool = True
-    below: int | None = None
-
-
-class Method:
+class Method(Generic[S]):
     """What every kind of method states. Subclasses are frozen dataclasses whose fields are the options."""
 
     name: ClassVar[str]
+    expressions: ClassVar[Mapping[str, tuple[str, ...]]]
+    """What a kind of method computes: the name of each expression -> its operands, before its own tensors."""
+    sits_on: ClassVar[frozenset[str]]
+    """The kinds of site that a kind of method may sit on."""
     kinds: ClassVar[frozenset[str]]
     """The kinds of site it can sit on: `linear`, ... or `parameter` for any parameter of a module."""
     peft: ClassVar[PeftFormat | None] = None
@@ -100,27 +77,27 @@ class Method:
         """What a method that `makes_up` starts by adding to a matrix that has lost so much."""
         raise NotImplementedError
 
-    def at(self, site: Site) -> Self:
+    def at(self, site: S) -> Self:
         """The method with its per-layer options (patterns) resolved for one site."""
         return self
 
-    def takes(self, site: Site) -> bool:
+    def takes(self, site: S) -> bool:
         """Whether the method wants a site that the target names; the others are passed over."""
         return True
 
-    def refuses(self, site: Site) -> tuple[tuple[str, ...], str] | None:
+    def refuses(self, site: S) -> Fault | None:
         """The option at fault and why the method cannot compute what it should on this site; None if it can."""
         return None
 
-    def refuses_to_train(self, site: Site) -> tuple[tuple[str, ...], str] | None:
+    def refuses_to_train(self, site: S) -> Fault | None:
         """The same for what makes no sense to train; an adapter that is trained already is taken as it is."""
         return None
 
-    def params(self, site: Site) -> dict[str, Param]:
+    def params(self, site: S) -> dict[str, Param]:
         """The tensors of one matrix of a site: argument name of the expression -> parameter."""
         raise NotImplementedError
 
-    def shared(self, sites: Sequence[Site]) -> dict[str, Param]:
+    def shared(self, sites: Sequence[S]) -> dict[str, Param]:
         """The tensors that all sites of an entry use together; in a checkpoint they belong to no module."""
         return {}
 
@@ -148,7 +125,7 @@ class Method:
         """Tensors of a larger rank, cut to this method's."""
         return dict(theta)
 
-    def stored(self, site: Site) -> dict[str, Param]:
+    def stored(self, site: S) -> dict[str, Param]:
         """The tensors of a site as they are kept: where it holds several matrices, one set for each of them."""
         found = self.params(site)
         if site.batch is None:
@@ -175,11 +152,11 @@ class Method:
         """The options that give what PEFT computes; `targets` are regexes of the modules it names."""
         return options
 
-    def peft_sizes(self, sites: Sequence[Site], every: int) -> dict[str, int] | None:
+    def peft_sizes(self, sites: Sequence[S], every: int) -> dict[str, int] | None:
         """What PEFT's configuration says of the sites, of `every` there are; None if PEFT cannot have these."""
         return {}
 
-    def in_peft(self, site: Site) -> bool:
+    def in_peft(self, site: S) -> bool:
         """Whether PEFT has this method on such a layer, and reads what is stored for it. It knows no slices."""
         if self.peft is None or site.kind == "parameter":
             return self.peft is not None
@@ -190,7 +167,7 @@ class Method:
         return site.leaf == "weight" and site.type != ATTENTION and site.layer in self.peft.layers
 
 
-class WeightMethod(Method):
+class WeightMethod(Method[WeightSite]):
     """A method that says what a weight becomes: `W' = E(W, θ)`, W of shape `(out, in)`.
 
     `weight` and `bias` are written with tensor methods and operators; they are traced once per shape and
@@ -199,21 +176,24 @@ class WeightMethod(Method):
     field named `dropout` is applied to the input of every term of the sum that holds what the method trains.
     """
 
+    expressions: ClassVar[Mapping[str, tuple[str, ...]]] = {"weight": ("W",), "bias": ("b",)}
+    sits_on = WEIGHT_KINDS
     dropout: float = 0.0
 
-    def at(self, site: Site) -> Self:
+    def at(self, site: WeightSite) -> Self:
         """Without dropout where there is no input for it to go in front of."""
         if not self.dropout or site.kind not in DROPLESS:
             return self
         return dataclasses.replace(self, dropout=0.0)  # type: ignore[type-var]
 
-    def refuses_to_train(self, site: Site) -> tuple[tuple[str, ...], str] | None:
+    def refuses_to_train(self, site: WeightSite) -> Fault | None:
         """Indices cannot be dropped."""
         if not self.dropout or site.kind not in DROPLESS:
             return None
-        return (
-            "dropout",
-        ), f"dropout has no input to go in front of on {site.kind}: leave it out for this entry"
+        return Fault(
+            ("dropout",),
+            f"dropout has no input to go in front of on {site.kind}: leave it out for this entry",
+        )
 
     def weight(self, W: Tensor, **theta: Tensor) -> Tensor:
         """The adapted weight `(out, in)`."""
@@ -228,26 +208,39 @@ class WeightMethod(Method):
         return type(self).bias is not WeightMethod.bias
 
 
-METHODS: dict[str, type[Method]] = {}
-"""Every method known, by the name it has in a spec. Filled by the decorator; see `registry.load`."""
+def _check(name: str, cls: Any, author: Author) -> None:
+    base = next((c for c in getattr(cls, "__mro__", ()) if "expressions" in vars(c)), None)
+    bases = "WeightMethod, ActivationMethod, AttentionMethod or InputMethod"
+    definition = check_class("method", name, cls, base, bases, author)
+    assert base is not None
+    expressions: Mapping[str, tuple[str, ...]] = base.expressions
+    check_options(definition)
+    check_names(definition, "kinds", base.sits_on, "which kinds of site it sits on")
+    check_defined(definition, list(expressions), "the expression that it inserts")
+    check_defined(definition, ("params", "shared"), "the tensors of its expression")
+    for hook in ("at", "takes", "refuses", "refuses_to_train", "params"):
+        check_call(definition, hook, ("site",))
+    check_call(definition, "shared", ("sites",))
+    for hook, operands in expressions.items():
+        check_call(definition, hook, operands, None)
+    try_out(definition)
 
 
-M = TypeVar("M", bound=type[Method])
+METHODS: Registry[type[Method[Any]]] = Registry("method", "adaptc.passes.insert", check=_check)
+"""Every method, shipped or of an installed package, by the name a spec calls it by. Reading it imports no torch."""
+
+
+M = TypeVar("M", bound=type[Method[Any]])
 
 
 def method(name: str) -> Callable[[M], M]:
-    """Register a method under the name a spec calls it by.
+    """Register a method under the name a spec calls it by. A class that is defined again replaces the earlier one.
 
     Raises:
-        ValueError: the name is not kebab-case, is taken by another class, or the class is no frozen dataclass.
+        DefinitionError: the name is not kebab-case or another author's, or the class is no method that adaptc can
+            insert; names the line.
     """
-
-    def decorate(cls: M) -> M:
-        require_frozen("method", name, cls)
-        register(METHODS, "method", name, cls)
-        return cls
-
-    return decorate
+    return METHODS.register(name)
 
 
 def options_of(instance: Method) -> dict[str, Any]:
@@ -256,5 +249,5 @@ def options_of(instance: Method) -> dict[str, Any]:
 
 
 def summary(cls: type) -> str:
-    """The first line of the docstring of a method, or a scheme: its equation."""
+    """The first line of the docstring of a method, a scheme: its equation."""
     return next((line.strip() for line in (cls.__doc__ or "").splitlines() if line.strip()), "")

@@ -13,14 +13,17 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from adaptc.method import MATRIX_KINDS
-from adaptc.registered import register, require_frozen
+from adaptc.author import Author
+from adaptc.definitions import check_call, check_class, check_defined, check_names, check_options
+from adaptc.errors import Fault
+from adaptc.registry import Registry
+from adaptc.site import MATRIX_KINDS
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from adaptc.sites import Site
+    from adaptc.site import WeightSite
 
 Tensors = Mapping[str, "Tensor"]
 
@@ -50,11 +53,11 @@ class Scheme:
     calibrated: ClassVar[bool] = False
     """Whether it chooses by the inputs of the layer."""
 
-    def takes(self, site: Site) -> bool:
+    def takes(self, site: WeightSite) -> bool:
         """Whether it wants a site that the target names."""
         return True
 
-    def refuses(self, rows: int, columns: int) -> tuple[tuple[str, ...], str] | None:
+    def refuses(self, rows: int, columns: int) -> Fault | None:
         """The option at fault and why a matrix of this size cannot be stored so; None if it can."""
         return None
 
@@ -96,8 +99,24 @@ class Scheme:
         return f"{self.name} {json.dumps(given)}" if given else self.name
 
 
-SCHEMES: dict[str, type[Scheme]] = {}
-"""Every scheme known, by the name it has in a spec. Filled by the decorator; see `registry.load_schemes`."""
+def _check(name: str, cls: Any, author: Author) -> None:
+    base = Scheme if isinstance(cls, type) and issubclass(cls, Scheme) else None
+    definition = check_class("scheme", name, cls, base, "Scheme", author)
+    check_options(definition)
+    check_names(definition, "kinds", MATRIX_KINDS, "which kinds of site it stores")
+    for hook in ("stored", "quantize", "dequantize"):
+        check_defined(definition, (hook,), "which every scheme has")
+    check_call(definition, "takes", ("site",))
+    check_call(definition, "refuses", ("rows", "columns"))
+    check_call(definition, "stored", ("rows", "columns"))
+    check_call(definition, "quantize", ("W", "inputs"))
+    check_call(definition, "dequantize", ("rows", "columns", "tensors"))
+    check_call(definition, "unpack", ("rows", "columns", "tensors", "dtype"))
+    check_call(definition, "lookup", ("rows", "columns", "tensors", "ids"))
+
+
+SCHEMES: Registry[type[Scheme]] = Registry("scheme", "adaptc.passes.quantize", check=_check)
+"""Every scheme, shipped or of an installed package, by the name a spec calls it by. Reading it imports no torch."""
 
 S = TypeVar("S", bound=type[Scheme])
 
@@ -106,22 +125,19 @@ def scheme(name: str) -> Callable[[S], S]:
     """Register a scheme under the name a spec calls it by.
 
     Raises:
-        ValueError: the name is not kebab-case, is taken by another class, or the class is no frozen dataclass.
+        DefinitionError: the name is not kebab-case or another author's, or the class is no scheme that adaptc can
+            use; names the line.
     """
+    return SCHEMES.register(name)
 
-    def decorate(cls: S) -> S:
-        require_frozen("scheme", name, cls)
-        register(SCHEMES, "scheme", name, cls)
-        return cls
 
-    return decorate
+def scheme_of(text: str) -> Scheme:
+    """The scheme that a text stands for."""
+    name, _, given = text.partition(" ")
+    return _scheme_with(SCHEMES[name], given)
 
 
 @cache
-def scheme_of(text: str) -> Scheme:
-    """The scheme that a text stands for."""
-    from adaptc.registry import load_schemes
-
-    name, _, given = text.partition(" ")
-    options: dict[str, Any] = json.loads(given or "{}")
-    return load_schemes()[name](**options)
+def _scheme_with(cls: type[Scheme], options: str) -> Scheme:
+    """A scheme with options as JSON. A scheme that is defined again is another class."""
+    return cls(**json.loads(options or "{}"))
