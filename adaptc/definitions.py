@@ -179,7 +179,8 @@ def check_names(definition: Definition, attribute: str, known: Collection[str], 
         DefinitionError: there is none, it is no set, or it holds a name that is not known.
     """
     names = getattr(definition.cls, attribute, None)
-    example = f"such as {attribute}: ClassVar[frozenset[str]] = frozenset({{{('linear' if 'linear' in known else min(known))!r}}})"
+    first = "linear" if "linear" in known else min(known)
+    example = f"such as {attribute}: ClassVar[frozenset[str]] = frozenset({{{first!r}}})"
     if names is None:
         raise definition.mistake(f"it does not say {what}", "", f"write {attribute}, {example}")
     if not isinstance(names, frozenset | set) or not names:

@@ -22,13 +22,12 @@ aten = torch.ops.aten
 
 def inference_module(compiled: Compiled, tokens: int, device: str) -> fx.GraphModule:
     """The folded graph with kernels for quantized weights, as a module on a device; proved there."""
-    known = PASSES
-    kernels = known["torch-kernels"](tokens=tokens, device=device)  # type: ignore[call-arg]
+    kernels = PASSES["torch-kernels"](tokens=tokens, device=device)  # type: ignore[call-arg]
     refusals = kernels.requires(compiled.graph)
     if refusals:
         raise RefusedError(refusals)
     folded = compiled.folded_graph()
-    graph = run(folded, [known["plain-integers"](), kernels])
+    graph = run(folded, [PASSES["plain-integers"](), kernels])
     module = bind(graph).eval().to(device)
     # A GPU's convolutions round float32 to 10 bits unless told otherwise, which no proof allows.
     with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
