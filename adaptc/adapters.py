@@ -109,7 +109,7 @@ class AdapterRecord:
         )
 
     @property
-    def format(self) -> PeftFormat | None:
+    def format(self) -> PeftFormat[Any] | None:
         """How PEFT spells the method, if it has it on these sites."""
         return METHODS[self.method].peft if self.in_peft else None
 
@@ -126,7 +126,8 @@ def records_of(graph: Graph) -> list[AdapterRecord]:
         layout = PeftLayout(beside[entry, adapter], places_of(graph))
         own = PeftLayout([a.site for a in group], layout.order)
         every = sum(point.kind == group[0].site.kind for point in graph.points) if group[0].stays else 0
-        sizes = group[0].declared.peft_sizes([a.site for a in group], every)
+        declared, format = group[0].declared, group[0].declared.peft
+        sizes = format.sizes(declared, [a.site for a in group], every) if format is not None else {}
         in_peft = own.known and sizes is not None and all(_in_peft(a, graph) for a in group)
         tensors = {
             name: AdapterTensor(

@@ -49,6 +49,7 @@ HEADS = frozenset({"classifier", "score"})
 
 
 P = TypeVar("P", bound=Point)
+M = TypeVar("M")
 
 
 class ActivationMethod(Method[SubLayer]):
@@ -97,21 +98,6 @@ class PromptMethod(Method[P], Generic[P]):
         """The virtual tokens, as they are stored."""
         raise NotImplementedError
 
-    def in_peft(self, site: P) -> bool:
-        """Whether PEFT has it at all; see `peft_sizes`."""
-        return self.peft is not None
-
-    @classmethod
-    def read_options(cls, options: dict[str, Any]) -> dict[str, Any]:
-        """PEFT stores the tokens, without what made them."""
-        return {k: v for k, v in options.items() if v is not None}
-
-    @staticmethod
-    def peft_format(kind: str, **options: str) -> PeftFormat:
-        """PEFT's configuration of a method with virtual tokens."""
-        known = {name: name for name in ("num_virtual_tokens", "num_transformer_submodules")}
-        return PeftFormat(kind, options=known | options, ignored=MAKING, hosts=False, heads=HEADS, bare=True)
-
 
 @dataclass(frozen=True)
 class AttentionMethod(PromptMethod[AttentionSite]):
@@ -139,26 +125,6 @@ class AttentionMethod(PromptMethod[AttentionSite]):
             starts.append(starts[-1] + site.heads.count * (site.heads.key + site.heads.value))
         return starts
 
-    def peft_sizes(self, sites: Sequence[AttentionSite], every: int) -> dict[str, int] | None:
-        """PEFT has them in all attentions of a model, or of a decoder, whose heads are of one size."""
-        heads = sites[0].heads
-        of_decoder = {site.half for site in sites} == {"decoder"}
-        placed = (
-            of_decoder if self.num_transformer_submodules == 2 else len(sites) == every and not sites[0].half
-        )
-        if (
-            not placed
-            or heads is None
-            or heads.key != heads.value
-            or {site.heads for site in sites} != {heads}
-        ):
-            return None
-        return {
-            "num_layers": len(sites),
-            "num_attention_heads": heads.count,
-            "token_dim": heads.count * heads.key,
-        }
-
 
 @dataclass(frozen=True)
 class InputMethod(PromptMethod[InputSite]):
@@ -182,14 +148,6 @@ class InputMethod(PromptMethod[InputSite]):
         words = f"expected {wanted}, got {list(self.positions)}"
         return Fault(("positions",), words)
 
-    def peft_sizes(self, sites: Sequence[InputSite], every: int) -> dict[str, int] | None:
-        """PEFT has them in front. Of what it asks for, it uses the size of an embedded token."""
-        return (
-            None
-            if self.positions
-            else {"token_dim": sites[0].width, "num_layers": 1, "num_attention_heads": 1}
-        )
-
     @property
     def texts(self) -> bool:
         """Whether it starts from words, which a tokenizer must turn into numbers."""
@@ -198,3 +156,57 @@ class InputMethod(PromptMethod[InputSite]):
     def tokenized(self, tokenize: Callable[[str, bool], Sequence[int]], labels: Sequence[str]) -> Self:
         """The method with its words turned into numbers: with special tokens around them, or without."""
         return self
+
+
+class TokensFormat(PeftFormat[M]):
+    """PEFT's configuration of a method with virtual tokens, which it stores without what made them."""
+
+    @classmethod
+    def of(cls, type: str, **options: str) -> Self:
+        """The format of a `peft_type`; `options` are ours that PEFT has besides -> its keys."""
+        counts = {name: name for name in ("num_virtual_tokens", "num_transformer_submodules")}
+        return cls(type, counts | options, ignored=MAKING, hosts=False, heads=HEADS, bare=True)
+
+    def read(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Options that are null are left out."""
+        return {name: value for name, value in options.items() if value is not None}
+
+
+class AttentionFormat(TokensFormat["AttentionMethod"]):
+    """PEFT's configuration of keys and values in front of those of attentions."""
+
+    def sizes(
+        self, method: AttentionMethod, sites: Sequence[AttentionSite], every: int
+    ) -> dict[str, int] | None:
+        """PEFT has them in all attentions of a model, or of a decoder, whose heads are of one size."""
+        heads = sites[0].heads
+        of_decoder = {site.half for site in sites} == {"decoder"}
+        placed = (
+            of_decoder
+            if method.num_transformer_submodules == 2
+            else len(sites) == every and not sites[0].half
+        )
+        if (
+            not placed
+            or heads is None
+            or heads.key != heads.value
+            or {site.heads for site in sites} != {heads}
+        ):
+            return None
+        return {
+            "num_layers": len(sites),
+            "num_attention_heads": heads.count,
+            "token_dim": heads.count * heads.key,
+        }
+
+
+class InputFormat(TokensFormat["InputMethod"]):
+    """PEFT's configuration of virtual tokens among the embedded ones."""
+
+    def sizes(self, method: InputMethod, sites: Sequence[InputSite], every: int) -> dict[str, int] | None:
+        """PEFT has them in front. Of what it asks for, it uses the size of an embedded token."""
+        return (
+            None
+            if method.positions
+            else {"token_dim": sites[0].width, "num_layers": 1, "num_attention_heads": 1}
+        )

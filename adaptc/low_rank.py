@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -16,11 +16,10 @@ from adaptc.names import ATTENTION, OUT_PROJECTION
 from adaptc.param import Param
 from adaptc.peft_format import PeftFormat
 from adaptc.ranked import Scaled, factors
+from adaptc.site import Place, WeightSite
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
-
-    from adaptc.site import WeightSite
 
 Biases = Annotated[
     Literal["none", "all", "lora_only"],
@@ -52,17 +51,31 @@ class LowRank(Scaled):
     }
     fast: ClassVar[frozenset[str]] = frozenset({"B"})
 
-    @staticmethod
-    def peft_format(
-        kind: str,
+    def factors(self, site: WeightSite) -> dict[str, Param]:
+        """A (r, in) and B (out, r) as PEFT keeps them."""
+        return factors(site, self.r, self.in_peft(site), "lora_{}.weight", "lora_embedding_{}")
+
+    @property
+    def scale(self) -> float:
+        """alpha / r, or alpha / sqrt(r) with `rslora`."""
+        return self.alpha / (self.r**0.5 if self.rslora else self.r)
+
+
+class LowRankFormat(PeftFormat["LowRank"]):
+    """PEFT's configuration of LoRA and its relatives."""
+
+    @classmethod
+    def of(
+        cls,
+        type: str,
         options: Mapping[str, str] | None = None,
         by_parameter: bool = False,
         changes_base: tuple[str, ...] = CHANGES_BASE,
         **fixed: object,
-    ) -> PeftFormat:
-        """PEFT's configuration, which all of a kind share but for more options and what is fixed."""
-        return PeftFormat(
-            kind,
+    ) -> Self:
+        """The format of a `peft_type`, which all of them share but for more options and what is fixed."""
+        return cls(
+            type,
             options={
                 "r": "r",
                 "alpha": "lora_alpha",
@@ -81,34 +94,24 @@ class LowRank(Scaled):
             changes_base=changes_base,
         )
 
-    @classmethod
-    def from_peft(cls, options: dict[str, Any], targets: Sequence[str]) -> dict[str, Any]:
+    def computed(self, options: dict[str, Any], targets: Sequence[str]) -> dict[str, Any]:
         """PEFT (0.21) adds the product twice to the output projection of an attention module that it adapts whole."""
         ranks, alphas = options.get("rank_pattern") or {}, options.get("alpha_pattern") or {}
         inner = re.escape(OUT_PROJECTION)
         doubled = {f"(?:{key}){inner}": 2 * alpha for key, alpha in alphas.items()}
-        doubled |= {f"(?:{key}){inner}": 2 * options.get("alpha", cls.alpha) for key in targets}
+        doubled |= {f"(?:{key}){inner}": 2 * options.get("alpha", LowRank.alpha) for key in targets}
         same = {f"(?:{key}){inner}": rank for key, rank in ranks.items()}
         return {**options, "rank_pattern": {**same, **ranks}, "alpha_pattern": {**doubled, **alphas}}
 
-    def factors(self, site: WeightSite) -> dict[str, Param]:
-        """A (r, in) and B (out, r) as PEFT keeps them."""
-        return factors(site, self.r, self.in_peft(site), "lora_{}.weight", "lora_embedding_{}")
-
-    def in_peft(self, site: WeightSite) -> bool:
+    def covers(self, method: LowRank, site: Place) -> bool:
         """PEFT's low-rank grouped convolution reaches across groups, which no weight here can."""
+        assert isinstance(site, WeightSite)
         if site.type == ATTENTION and site.module.endswith(OUT_PROJECTION):
-            whole = self.alpha_at(site.module.removesuffix(OUT_PROJECTION))
-            return self.peft is not None and self.alpha_at(site.module) == 2 * whole
+            whole = method.alpha_at(site.module.removesuffix(OUT_PROJECTION))
+            return method.alpha_at(site.module) == 2 * whole
         if site.by_parameter:
-            return self.peft is not None and self.peft.by_parameter and not self.dropout
-        known = site.kind != "conv" or (site.groups == 1 and "transpose" not in site.op)
-        return self.peft is not None and known
-
-    @property
-    def scale(self) -> float:
-        """alpha / r, or alpha / sqrt(r) with `rslora`."""
-        return self.alpha / (self.r**0.5 if self.rslora else self.r)
+            return self.by_parameter and not method.dropout
+        return site.kind != "conv" or (site.groups == 1 and "transpose" not in site.op)
 
 
 @dataclass

@@ -15,11 +15,10 @@ from pydantic import Field
 from adaptc.author import Author
 from adaptc.definitions import check_call, check_class, check_defined, check_names, check_options
 from adaptc.errors import Fault
-from adaptc.names import ATTENTION
 from adaptc.param import Param
 from adaptc.peft_format import PeftFormat
 from adaptc.registry import Registry
-from adaptc.rule import Rule
+from adaptc.rule import TrainingHooks
 from adaptc.site import DROPLESS, WEIGHT_KINDS, Place, WeightSite
 from adaptc.trial import try_out
 
@@ -35,8 +34,13 @@ S = TypeVar("S", bound=Place)
 """The type of site that a kind of method sits on."""
 
 
-class Method(Generic[S]):
-    """What every kind of method states. Subclasses are frozen dataclasses whose fields are the options."""
+class Method(TrainingHooks, Generic[S]):
+    """What every kind of method states. Subclasses are frozen dataclasses whose fields are the options.
+
+    A method says which tensors it has (`params`, `shared`), what it computes (the expression of its kind), and where it
+    can sit (`kinds`, `takes`, `refuses`, `refuses_to_train`, `at`). How PEFT spells it is one object, `peft`; what
+    happens while it is trained is in `TrainingHooks`. All but the tensors and the expression may be left out.
+    """
 
     name: ClassVar[str]
     expressions: ClassVar[Mapping[str, tuple[str, ...]]]
@@ -45,37 +49,16 @@ class Method(Generic[S]):
     """The kinds of site that a kind of method may sit on."""
     kinds: ClassVar[frozenset[str]]
     """The kinds of site it can sit on: `linear`, ... or `parameter` for any parameter of a module."""
-    peft: ClassVar[PeftFormat | None] = None
+    peft: ClassVar[PeftFormat[Any] | None] = None
+    """How PEFT spells the method; None where PEFT does not have it."""
     aliases: ClassVar[Mapping[str, str]] = {}
     """Other spellings of an option, such as PEFT's own (`lora_alpha` for `alpha`)."""
     identity_at_init: ClassVar[bool] = True
+    """Whether the model computes the same as before until something is trained."""
     everywhere: ClassVar[bool] = False
     """Whether an entry without a target means every site."""
     small: ClassVar[Mapping[str, object]] = {}
     """Options that fit a layer of a few numbers, where the defaults do not: what every law is tested with."""
-    while_training: ClassVar[frozenset[str]] = frozenset({"dropout"})
-    """Options that do not change what a trained adapter computes."""
-    fast: ClassVar[frozenset[str]] = frozenset()
-    """The tensors that LoRA+ gives a larger learning rate: the outer factors, which start at zero."""
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether functions that initialise get the Fisher information of the weight in its place; see `calibrate`."""
-        return False
-
-    @property
-    def makes_up(self) -> bool:
-        """Whether functions that initialise get what quantization lost of the weight in its place."""
-        return False
-
-    @property
-    def rounds(self) -> int:
-        """How often a weight is quantized, each time without what is made up for so far."""
-        return 1
-
-    def made_up(self, lost: Tensor) -> Tensor:
-        """What a method that `makes_up` starts by adding to a matrix that has lost so much."""
-        raise NotImplementedError
 
     def at(self, site: S) -> Self:
         """The method with its per-layer options (patterns) resolved for one site."""
@@ -101,30 +84,6 @@ class Method(Generic[S]):
         """The tensors that all sites of an entry use together; in a checkpoint they belong to no module."""
         return {}
 
-    def rule(self, sites: Sequence[Mapping[str, Tensor]], steps: int | None) -> Rule | None:
-        """What happens at each step of a training of so many steps; `sites` are the tensors of every site.
-
-        Raises:
-            ValueError: it needs to know the number of steps.
-        """
-        return None
-
-    def calibrate(self, information: Mapping[str, Tensor]) -> Self:
-        """The method with what depends on data resolved, from the Fisher information of every site's weight."""
-        return self
-
-    def compact(self, sites: Mapping[str, dict[str, Tensor]]) -> tuple[Self, Mapping[str, dict[str, Tensor]]]:
-        """The same adapter without what training has pruned: its options, and the tensors of every module."""
-        return self, sites
-
-    def cut(self, r: int) -> Self | None:
-        """The method at a smaller rank, where ranks are nested; None where they are not."""
-        return None
-
-    def cut_tensors(self, theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors of a larger rank, cut to this method's."""
-        return dict(theta)
-
     def stored(self, site: S) -> dict[str, Param]:
         """The tensors of a site as they are kept: where it holds several matrices, one set for each of them."""
         found = self.params(site)
@@ -133,38 +92,9 @@ class Method(Generic[S]):
         batch = (site.batch,)
         return {k: p if p.unpack else dataclasses.replace(p, shape=batch + p.shape) for k, p in found.items()}
 
-    @classmethod
-    def trained_options(cls, options: dict[str, Any]) -> dict[str, Any]:
-        """Options of a trained adapter, without what only its start depended on."""
-        return options
-
-    @classmethod
-    def read_options(cls, options: dict[str, Any]) -> dict[str, Any]:
-        """Options as PEFT's configuration has them, in the values that the method takes."""
-        return cls.trained_options(options)
-
-    def peft_options(self) -> dict[str, Any]:
-        """Options in the values that PEFT's configuration has: the inverse of `read_options`."""
-        return options_of(self)
-
-    @classmethod
-    def from_peft(cls, options: dict[str, Any], targets: Sequence[str]) -> dict[str, Any]:
-        """The options that give what PEFT computes; `targets` are regexes of the modules it names."""
-        return options
-
-    def peft_sizes(self, sites: Sequence[S], every: int) -> dict[str, int] | None:
-        """What PEFT's configuration says of the sites, of `every` there are; None if PEFT cannot have these."""
-        return {}
-
     def in_peft(self, site: S) -> bool:
-        """Whether PEFT has this method on such a layer, and reads what is stored for it. It knows no slices."""
-        if self.peft is None or site.kind == "parameter":
-            return self.peft is not None
-        if site.kind == "conv":
-            sides = len({*site.inner_shape[1:]})
-            if (self.peft.square and sides > 1) or (site.groups > 1 and not self.peft.grouped):
-                return False
-        return site.leaf == "weight" and site.type != ATTENTION and site.layer in self.peft.layers
+        """Whether PEFT has this method on such a site, and reads what is stored for it."""
+        return self.peft is not None and self.peft.covers(self, site)
 
 
 class WeightMethod(Method[WeightSite]):

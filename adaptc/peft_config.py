@@ -77,16 +77,16 @@ def declared(checkpoint: Checkpoint, prefer: str = "") -> Declared:
     saved = [p for m in checkpoint.saved_modules for p in (m, f"*.{m}", f"{m}.*", f"*.{m}.*")]
     exclude = (*_attention_whole(_patterns(checkpoint, "exclude_modules")), *saved)
     target = ["*"] if cls.everywhere else _target(checkpoint)
-    options = _checked(checkpoint, cls, cls.read_options(options))
+    options = _checked(checkpoint, cls, cls.trained_options(format.read(options)))
     return Declared(cls, options, target, exclude, as_stored=bool(config.get("target_parameters")))
 
 
-def _formats() -> list[tuple[type[Method], PeftFormat]]:
+def _formats() -> list[tuple[type[Method], PeftFormat[Any]]]:
     """The methods that have a checkpoint of PEFT's, and how it is spelled."""
     return [(cls, cls.peft) for cls in METHODS.values() if cls.peft is not None and cls.peft.type]
 
 
-def _fits(format: PeftFormat, config: Mapping[str, Any]) -> bool:
+def _fits(format: PeftFormat[Any], config: Mapping[str, Any]) -> bool:
     return format.type == config.get("peft_type") and all(
         bool(config.get(key)) == bool(value) for key, value in format.fixed.items()
     )
@@ -103,7 +103,9 @@ def check_options(checkpoint: Checkpoint, record: AdapterRecord) -> None:
         raise WeightError(
             f"{checkpoint.path}: a {found.method.name} adapter, but the module holds {record.method}"
         )
-    as_read = [found.options, found.method.from_peft(found.options, named_modules(checkpoint))]
+    as_read = [found.options]
+    if found.method.peft is not None:
+        as_read.append(found.method.peft.computed(found.options, named_modules(checkpoint)))
     differing = [_differing(found.method, options, record) for options in as_read]
     if all(differing):
         key = differing[0]

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from adaptc.names import ATTENTION
+from adaptc.site import Place, WeightSite
+
+M = TypeVar("M")
+"""The method."""
 
 LINEAR = frozenset({"Linear", "Conv1D"})
 """Layers that multiply by a matrix, as PEFT knows them; `Conv1D` is GPT-2's, stored (in, out)."""
 
 
 @dataclass(frozen=True)
-class PeftFormat:
-    """How PEFT's `adapter_config.json` spells a method.
+class PeftFormat(Generic[M]):
+    """How PEFT's `adapter_config.json` spells a method, and where PEFT has it.
+
+    A method whose values or layers differ otherwise in PEFT has a subclass of this one beside it.
 
     Attributes:
         type: PEFT's `peft_type`.
@@ -47,3 +56,40 @@ class PeftFormat:
     hosts: bool = True
     heads: frozenset[str] = frozenset()
     bare: bool = False
+
+    def read(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Options as PEFT's configuration has them, in the values that the method takes."""
+        return options
+
+    def write(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Options of the method, in the values that PEFT's configuration has: the inverse of `read`."""
+        return options
+
+    def computed(self, options: dict[str, Any], targets: Sequence[str]) -> dict[str, Any]:
+        """The options that give what PEFT computes where it adapts an attention module whole.
+
+        Args:
+            options: what `read` gives.
+            targets: regexes of the modules that the configuration names.
+        """
+        return options
+
+    def sizes(self, method: M, sites: Sequence[Any], every: int) -> dict[str, int] | None:
+        """Keys of PEFT's configuration that follow from the sites; None if PEFT cannot have these.
+
+        Args:
+            method: the method with the options of its entry.
+            sites: where it sits.
+            every: how many sites of their kind the model has.
+        """
+        return {}
+
+    def covers(self, method: M, site: Place) -> bool:
+        """Whether PEFT has this method on such a layer, and reads what is stored for it. It knows no slices."""
+        if not isinstance(site, WeightSite) or site.kind == "parameter":
+            return True
+        if site.kind == "conv":
+            sides = len({*site.inner_shape[1:]})
+            if (self.square and sides > 1) or (site.groups > 1 and not self.grouped):
+                return False
+        return site.leaf == "weight" and site.type != ATTENTION and site.layer in self.layers

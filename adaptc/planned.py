@@ -101,7 +101,8 @@ def _from_checkpoint(
     chosen = {"target": what.target, "exclude": what.exclude, "as_stored": what.as_stored, "trained": True}
     item = Insert(what.method(**what.options), **common, **chosen)
     if not checkpoint.own and any(site.type == ATTENTION for site in item.selection(graph).sites):
-        options = what.method.from_peft(what.options, named_modules(checkpoint))
+        assert what.method.peft is not None
+        options = what.method.peft.computed(what.options, named_modules(checkpoint))
         item = replace(item, method=what.method(**options))
     whole = None
     if rank is not None:

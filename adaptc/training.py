@@ -12,7 +12,7 @@ from adaptc.adapters import AdapterRecord
 from adaptc.emit.torch import records, tensors_of
 from adaptc.errors import AdaptcError
 from adaptc.method_contract import METHODS
-from adaptc.rule import Rule
+from adaptc.rule import TrainingRule
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -136,7 +136,9 @@ def _unwrapped(module: nn.Module) -> Any:
     return module
 
 
-def _rule(record: AdapterRecord, tensors: Mapping[str, torch.Tensor], steps: int | None) -> Rule | None:
+def _rule(
+    record: AdapterRecord, tensors: Mapping[str, torch.Tensor], steps: int | None
+) -> TrainingRule | None:
     sites = record.sites(tensors)
     try:
         return record.instance.rule(list(sites.values()), steps)

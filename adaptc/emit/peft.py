@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from adaptc.adapters import AdapterRecord, AdapterTensor, group
 from adaptc.checkpoint import BASE_HASH, BESIDE, CONFIG, ORDER, ROOT, TENSORS, spelled
 from adaptc.errors import WeightError
+from adaptc.method_contract import options_of
 from adaptc.names import matches_any
 
 TASKS: Mapping[str, str] = {
@@ -105,7 +106,7 @@ def _config(group: Sequence[AdapterRecord], base: Mapping[str, str]) -> dict[str
         config["target_parameters"] = list(host.parameters)
     if host.transposed:
         config["fan_in_fan_out"] = True
-    options = host.instance.peft_options()
+    options = host.format.write(options_of(host.instance))
     for ours, theirs in host.format.options.items():
         value = options[ours]
         config[theirs] = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from pydantic import Field
 
@@ -12,7 +12,7 @@ from adaptc.errors import Fault
 from adaptc.method_contract import Alpha, Dropout, Rank, WeightMethod, method
 from adaptc.param import Param
 from adaptc.peft_format import PeftFormat
-from adaptc.rule import Rule
+from adaptc.rule import TrainingRule
 from adaptc.site import MATRIX_KINDS
 
 if TYPE_CHECKING:
@@ -25,6 +25,19 @@ Decay = Annotated[float, Field(gt=0, lt=1)]
 Kept = Annotated[
     Mapping[str, tuple[bool, ...]], Field(description="which ranks of a layer are left, by PEFT's names")
 ]
+
+
+class AdaloraFormat(PeftFormat["Adalora"]):
+    """PEFT's configuration of AdaLoRA."""
+
+    def write(self, options: dict[str, Any]) -> dict[str, Any]:
+        """PEFT reads no configuration without a number of steps that leaves some for its schedule."""
+        total = options["total_step"] or options["tinit"] + options["tfinal"] + 1
+        return options | {"total_step": total, "rank_pattern": options["rank_pattern"] or None}
+
+    def read(self, options: dict[str, Any]) -> dict[str, Any]:
+        """PEFT writes null for no pattern."""
+        return options | {"rank_pattern": options.get("rank_pattern") or {}}
 
 
 @method("adalora")
@@ -55,7 +68,7 @@ class Adalora(WeightMethod):
     kinds: ClassVar[frozenset[str]] = MATRIX_KINDS
     small: ClassVar[Mapping[str, object]] = {"init_r": 4, "target_r": 2}
     aliases: ClassVar[Mapping[str, str]] = {"lora_alpha": "alpha", "lora_dropout": "dropout"}
-    peft: ClassVar[PeftFormat | None] = PeftFormat(
+    peft: ClassVar[PeftFormat[Any] | None] = AdaloraFormat(
         "ADALORA",
         options={
             "alpha": "lora_alpha",
@@ -83,16 +96,6 @@ class Adalora(WeightMethod):
         }
     )
 
-    def peft_options(self) -> dict[str, object]:
-        """PEFT reads no configuration without a number of steps that leaves some for its schedule."""
-        total = self.total_step or self.tinit + self.tfinal + 1
-        return {**super().peft_options(), "total_step": total, "rank_pattern": self.rank_pattern or None}
-
-    @classmethod
-    def read_options(cls, options: dict[str, object]) -> dict[str, object]:
-        """PEFT writes null for no pattern."""
-        return options | {"rank_pattern": options.get("rank_pattern") or {}}
-
     def refuses_to_train(self, site: WeightSite) -> Fault | None:
         """A rank above the smaller side adds parameters and no freedom; the budget shrinks."""
         limit = min(site.in_features, site.out_features)
@@ -117,7 +120,7 @@ class Adalora(WeightMethod):
         """W + (alpha / init_r) P diag(e) Q, of shape (out, in)."""
         return W + self.alpha / (self.init_r + 1e-5) * (P @ (e * Q))  # PEFT's division, which cannot fail
 
-    def rule(self, sites: Sequence[Mapping[str, Tensor]], steps: int | None) -> Rule | None:
+    def rule(self, sites: Sequence[Mapping[str, Tensor]], steps: int | None) -> TrainingRule | None:
         """The rank allocator."""
         total = steps or self.total_step
         if total is None:
@@ -148,7 +151,7 @@ def _key(site: str) -> str:
     return f"{site}.lora_E"
 
 
-class _Allocator(Rule):
+class _Allocator(TrainingRule):
     """Sensitivity |w · gradient|, smoothed, times its smoothed uncertainty, decides which ranks are given up."""
 
     def __init__(self, method: Adalora, sites: Sequence[Mapping[str, Tensor]], total: int):

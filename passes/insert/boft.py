@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -43,7 +43,7 @@ class Boft(WeightMethod):
         "boft_block_num": "block_num",
         "boft_n_butterfly_factor": "n_butterfly_factor",
     }
-    peft: ClassVar[PeftFormat | None] = PeftFormat(
+    peft: ClassVar[PeftFormat[Any] | None] = PeftFormat(
         "BOFT",
         options={name: f"boft_{name}" for name in ("block_size", "block_num", "n_butterfly_factor")},
         ignored=frozenset({"boft_dropout"}),

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from adaptc.method_contract import method
 from adaptc.param import Param
-from adaptc.rule import Rule
+from adaptc.rule import TrainingRule
 from adaptc.sparse import Chosen
 
 if TYPE_CHECKING:
@@ -62,12 +62,12 @@ class ChildTuning(Chosen):
             return W + delta
         return W.flatten().scatter_add(0, at, delta).view(W.shape)
 
-    def rule(self, sites: Sequence[Mapping[str, Tensor]], steps: int | None) -> Rule | None:
+    def rule(self, sites: Sequence[Mapping[str, Tensor]], steps: int | None) -> TrainingRule | None:
         """Task-free, a mask on the gradients of each step."""
         return _Masks([site["delta"] for site in sites], self.reserve_p) if self.variant == "F" else None
 
 
-class _Masks(Rule):
+class _Masks(TrainingRule):
     def __init__(self, deltas: Sequence[Tensor], share: float):
         import torch
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from adaptc.low_rank import LowRank
+from adaptc.low_rank import LowRank, LowRankFormat
 from adaptc.method_contract import method
 from adaptc.param import Param
 from adaptc.peft_format import PeftFormat
@@ -26,7 +26,7 @@ class Dora(LowRank):
     term's input too.
     """
 
-    peft: ClassVar[PeftFormat | None] = LowRank.peft_format("LORA", use_dora=True, adaptc_nested=False)
+    peft: ClassVar[PeftFormat[Any] | None] = LowRankFormat.of("LORA", use_dora=True, adaptc_nested=False)
 
     def params(self, site: WeightSite) -> dict[str, Param]:
         """A (r, in) Kaiming-uniform, B (out, r) zero, m (out,) the norms of W's rows."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from adaptc.low_rank import LowRank
+from adaptc.low_rank import LowRank, LowRankFormat
 from adaptc.method_contract import method
 from adaptc.param import Param
 from adaptc.peft_format import PeftFormat
-from adaptc.rule import Rule
+from adaptc.rule import TrainingRule
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +28,7 @@ class Dylora(LowRank):
     draws b. A starts Kaiming-uniform, B at zero. In a checkpoint it is LoRA of rank r.
     """
 
-    peft: ClassVar[PeftFormat | None] = LowRank.peft_format("LORA", use_dora=False, adaptc_nested=True)
+    peft: ClassVar[PeftFormat[Any] | None] = LowRankFormat.of("LORA", use_dora=False, adaptc_nested=True)
 
     def params(self, site: WeightSite) -> dict[str, Param]:
         """A (r, in), B (out, r), and m (r, 1): 1 / b for the ranks in force, zero for the others."""
@@ -50,7 +50,7 @@ class Dylora(LowRank):
         found = dict(theta)
         return found | {"A": found["A"][: self.r], "B": found["B"][:, : self.r]}
 
-    def rule(self, sites: Sequence[Mapping[str, Tensor]], steps: int | None) -> Rule | None:
+    def rule(self, sites: Sequence[Mapping[str, Tensor]], steps: int | None) -> TrainingRule | None:
         """Another rank for each step."""
         return _Ranks(self, [site["m"] for site in sites])
 
@@ -60,7 +60,7 @@ class Dylora(LowRank):
         return mask
 
 
-class _Ranks(Rule):
+class _Ranks(TrainingRule):
     def __init__(self, method: Dylora, masks: Sequence[Tensor]):
         import torch
 

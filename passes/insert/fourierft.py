@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from pydantic import Field
 
@@ -41,7 +41,7 @@ class FourierFT(WeightMethod):
     kinds: ClassVar[frozenset[str]] = MATRIX_KINDS
     small: ClassVar[Mapping[str, object]] = {"n_frequency": 9}
     identity_at_init: ClassVar[bool] = False
-    peft: ClassVar[PeftFormat | None] = PeftFormat(
+    peft: ClassVar[PeftFormat[Any] | None] = PeftFormat(
         "FOURIERFT",
         options={name: name for name in ("n_frequency", "scaling", "random_loc_seed", "n_frequency_pattern")},
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from adaptc.method_contract import Patterns, WeightMethod, method
 from adaptc.names import matches_any
@@ -28,7 +28,7 @@ class Full(WeightMethod):
     parameters: Patterns = ("*",)
 
     kinds: ClassVar[frozenset[str]] = frozenset({"parameter"})
-    peft: ClassVar[PeftFormat | None] = PeftFormat(None, joins="modules_to_save")
+    peft: ClassVar[PeftFormat[Any] | None] = PeftFormat(None, joins="modules_to_save")
 
     def takes(self, site: WeightSite) -> bool:
         """Whether a parameter is one of those named."""

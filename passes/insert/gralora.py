@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -42,7 +42,7 @@ class Gralora(WeightMethod):
     aliases: ClassVar[Mapping[str, str]] = {"gralora_k": "k", "gralora_dropout": "dropout"}
     fast: ClassVar[frozenset[str]] = frozenset({"B", "D"})
     small: ClassVar[Mapping[str, object]] = {"r": 2, "hybrid_r": 1}
-    peft: ClassVar[PeftFormat | None] = PeftFormat(
+    peft: ClassVar[PeftFormat[Any] | None] = PeftFormat(
         "GRALORA",
         options={
             "k": "gralora_k",

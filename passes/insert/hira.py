@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from adaptc.method_contract import Dropout, Rank, method
 from adaptc.param import Param
@@ -30,7 +30,7 @@ class Hira(Ranked):
 
     aliases: ClassVar[Mapping[str, str]] = {"hira_dropout": "dropout"}
     fast: ClassVar[frozenset[str]] = frozenset({"B"})
-    peft: ClassVar[PeftFormat | None] = PeftFormat(
+    peft: ClassVar[PeftFormat[Any] | None] = PeftFormat(
         "HIRA",
         options={"r": "r", "dropout": "hira_dropout", "rank_pattern": "rank_pattern"},
         layers=frozenset({"Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d"}),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -35,7 +35,7 @@ class Hra(WeightMethod):
     apply_GS: GramSchmidt = False  # noqa: N815 (PEFT's spelling)
 
     kinds: ClassVar[frozenset[str]] = MATRIX_KINDS
-    peft: ClassVar[PeftFormat | None] = PeftFormat(
+    peft: ClassVar[PeftFormat[Any] | None] = PeftFormat(
         "HRA",
         options={"r": "r", "apply_GS": "apply_GS"},
         layers=frozenset({"Linear", "Conv2d"}),

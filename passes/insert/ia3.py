@@ -4,19 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from adaptc.errors import Fault
 from adaptc.method_contract import Patterns, WeightMethod, method
 from adaptc.names import ATTENTION, matches_any
 from adaptc.param import Param
 from adaptc.peft_format import PeftFormat
-from adaptc.site import MATRIX_KINDS
+from adaptc.site import MATRIX_KINDS, WeightSite
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adaptc.site import WeightSite
+    from adaptc.site import Place
+
+
+class Ia3Format(PeftFormat["Ia3"]):
+    """PEFT's configuration of IA3."""
+
+    def covers(self, method: Ia3, site: Place) -> bool:
+        """PEFT scales what goes into or out of linear layers and 2-D and 3-D convolutions."""
+        assert isinstance(site, WeightSite)
+        scaled = site.kind == "linear" or site.op in ("conv2d", "conv3d")
+        return scaled and site.leaf == "weight" and site.type != ATTENTION
 
 
 @method("ia3")
@@ -32,7 +42,7 @@ class Ia3(WeightMethod):
 
     kinds: ClassVar[frozenset[str]] = MATRIX_KINDS - {"embedding"}
     aliases: ClassVar[Mapping[str, str]] = {"feedforward_modules": "feedforward"}
-    peft: ClassVar[PeftFormat | None] = PeftFormat(
+    peft: ClassVar[PeftFormat[Any] | None] = Ia3Format(
         type="IA3",
         options={"feedforward": "feedforward_modules"},
         modules=frozenset({"feedforward"}),
@@ -50,11 +60,6 @@ class Ia3(WeightMethod):
                 "a grouped convolution's weight has no such scale",
             )
         return None
-
-    def in_peft(self, site: WeightSite) -> bool:
-        """PEFT scales what goes into or out of linear layers and 2-D and 3-D convolutions."""
-        known = site.kind == "linear" or site.op in ("conv2d", "conv3d")
-        return known and site.leaf == "weight" and site.type != ATTENTION
 
     def params(self, site: WeightSite) -> dict[str, Param]:
         """l, all ones; a convolution has one for each channel: (1, channels, 1, 1)."""

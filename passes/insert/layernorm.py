@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from adaptc.method_contract import WeightMethod, method
 from adaptc.param import Param
@@ -24,7 +24,7 @@ class Layernorm(WeightMethod):
     """
 
     kinds: ClassVar[frozenset[str]] = frozenset({"parameter"})
-    peft: ClassVar[PeftFormat | None] = PeftFormat("LN_TUNING")
+    peft: ClassVar[PeftFormat[Any] | None] = PeftFormat("LN_TUNING")
 
     def takes(self, site: WeightSite) -> bool:
         """Whether a parameter is that of a normalisation, by its module's class or the operation that reads it."""

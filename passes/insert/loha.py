@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from adaptc.method_contract import method
 from adaptc.param import Param
@@ -28,7 +28,7 @@ class Loha(Scaled):
 
     use_effective_conv2d: bool = False
 
-    peft: ClassVar[PeftFormat | None] = PeftFormat(
+    peft: ClassVar[PeftFormat[Any] | None] = PeftFormat(
         "LOHA",
         options={
             name: name for name in ("r", "alpha", "rank_pattern", "alpha_pattern", "use_effective_conv2d")

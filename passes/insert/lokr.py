@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from adaptc.method_contract import method
 from adaptc.param import Param
@@ -33,7 +33,7 @@ class Lokr(Scaled):
     use_effective_conv2d: bool = False
 
     small: ClassVar[Mapping[str, object]] = {"r": 1}
-    peft: ClassVar[PeftFormat | None] = PeftFormat(
+    peft: ClassVar[PeftFormat[Any] | None] = PeftFormat(
         "LOKR",
         options={
             name: name

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from adaptc.errors import Fault
-from adaptc.low_rank import NOT_AGAIN, LowRank, MakesUp, Rounds, Split, singular
+from adaptc.low_rank import NOT_AGAIN, LowRank, LowRankFormat, MakesUp, Rounds, Split, singular
 from adaptc.method_contract import method
 from adaptc.param import Param
 from adaptc.peft_format import PeftFormat
@@ -17,7 +17,7 @@ from adaptc.peft_format import PeftFormat
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from adaptc.site import WeightSite
+    from adaptc.site import Place, WeightSite
 
 SPLITS = ("pissa", "olora")
 """Initialisations that take A and B out of W."""
@@ -28,6 +28,20 @@ Initial = Annotated[
         "makes up for what quantization lost of W"
     ),
 ]
+
+
+class LoraFormat(LowRankFormat):
+    """PEFT's configuration of LoRA."""
+
+    def write(self, options: dict[str, Any]) -> dict[str, Any]:
+        """What has made up for quantization at the start is an adapter like any other when it is trained."""
+        return options | ({"init_weights": True} if options["init_weights"] == "loftq" else {})
+
+    def covers(self, method: LowRank, site: Place) -> bool:
+        """PEFT takes A and B out of linear layers' weights only, and knows no bits that an adapter has changed."""
+        assert isinstance(method, Lora)
+        split = method.init_weights not in SPLITS or site.kind == "linear"
+        return super().covers(method, site) and split and method.rounds == 1
 
 
 @method("lora")
@@ -47,7 +61,7 @@ class Lora(MakesUp, LowRank):
     init_weights: Initial = True
     loftq_iter: Rounds = 1
 
-    peft: ClassVar[PeftFormat | None] = LowRank.peft_format(
+    peft: ClassVar[PeftFormat[Any] | None] = LoraFormat.of(
         "LORA",
         {"lora_bias": "lora_bias", "init_weights": "init_lora_weights"},
         by_parameter=True,
@@ -62,20 +76,10 @@ class Lora(MakesUp, LowRank):
         """Initialisations that leave no trace in a trained adapter are as good as the first."""
         return options if options.get("init_weights") in SPLITS else super().trained_options(options)
 
-    def peft_options(self) -> dict[str, Any]:
-        """What has made up for quantization at the start is an adapter like any other when it is trained."""
-        found = super().peft_options()
-        return found | ({"init_weights": True} if self.makes_up else {})
-
     def made_up(self, lost: Tensor) -> Tensor:
         """Its best approximation of rank r, as A and B start."""
         A, B = singular(lost, self.r, self.scale)
         return self.scale * (B @ A)
-
-    def in_peft(self, site: WeightSite) -> bool:
-        """PEFT takes A and B out of linear layers' weights only, and knows no bits that an adapter has changed."""
-        split = self.init_weights not in SPLITS or site.kind == "linear"
-        return super().in_peft(site) and split and self.rounds == 1
 
     def params(self, site: WeightSite) -> dict[str, Param]:
         """A (r, in) Kaiming-uniform, B (out, r) zero, c (out,) zero; or what W is split into."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -41,7 +41,7 @@ class Miss(WeightMethod):
 
     kinds: ClassVar[frozenset[str]] = MATRIX_KINDS
     aliases: ClassVar[Mapping[str, str]] = {"miss_dropout": "dropout"}
-    peft: ClassVar[PeftFormat | None] = PeftFormat(
+    peft: ClassVar[PeftFormat[Any] | None] = PeftFormat(
         "MISS",
         options={"r": "r", "mini_r": "mini_r", "dropout": "miss_dropout", "init_weights": "init_weights"},
         layers=frozenset({"Linear"}),

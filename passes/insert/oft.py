@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -45,7 +45,7 @@ class Oft(WeightMethod):
     kinds: ClassVar[frozenset[str]] = MATRIX_KINDS - {"embedding"}
     small: ClassVar[Mapping[str, object]] = {"r": 0, "block_size": 4}
     aliases: ClassVar[Mapping[str, str]] = {"oft_block_size": "block_size"}
-    peft: ClassVar[PeftFormat | None] = PeftFormat(
+    peft: ClassVar[PeftFormat[Any] | None] = PeftFormat(
         "OFT",
         options={
             "r": "r",

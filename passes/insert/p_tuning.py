@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
-from adaptc.kinds import TOKENS, InputMethod
+from adaptc.kinds import TOKENS, InputFormat, InputMethod
 from adaptc.method_contract import method
 from adaptc.param import Param
 from adaptc.peft_format import PeftFormat
@@ -25,6 +25,18 @@ Encoder = Annotated[
 ]
 Width = Annotated[int | None, Field(gt=0, description="width of that network; d if left out")]
 Layers = Annotated[int, Field(gt=0, description="layers of the LSTM")]
+
+
+class PTuningFormat(InputFormat):
+    """PEFT's configuration of P-tuning."""
+
+    def read(self, options: dict[str, Any]) -> dict[str, Any]:
+        """PEFT stores P, however it was made."""
+        return super().read(options) | {"encoder_reparameterization_type": "none"}
+
+    def write(self, options: dict[str, Any]) -> dict[str, Any]:
+        """PEFT knows no P without a network; what is stored it takes as it is."""
+        return options | {"encoder_reparameterization_type": "MLP"}
 
 
 @method("p-tuning")
@@ -43,7 +55,7 @@ class PTuning(InputMethod):
 
     small: ClassVar[Mapping[str, object]] = {"num_virtual_tokens": 3, "encoder_hidden_size": 8}
     while_training: ClassVar[frozenset[str]] = frozenset({"encoder_hidden_size", "encoder_num_layers"})
-    peft: ClassVar[PeftFormat | None] = InputMethod.peft_format(
+    peft: ClassVar[PeftFormat[Any] | None] = PTuningFormat.of(
         "P_TUNING",
         encoder_reparameterization_type="encoder_reparameterization_type",
         encoder_hidden_size="encoder_hidden_size",
@@ -89,16 +101,6 @@ class PTuning(InputMethod):
             x = _apply(x, theta, f"mlp_{number}")
             x = x.relu() if number < last else x
         return x
-
-    @classmethod
-    def read_options(cls, options: dict[str, Any]) -> dict[str, Any]:
-        """PEFT stores P, however it was made."""
-        return super().read_options(options) | {"encoder_reparameterization_type": "none"}
-
-    def peft_options(self) -> dict[str, Any]:
-        """PEFT knows no P without a network; what is stored it takes as it is."""
-        found = super().peft_options()
-        return found | {"encoder_reparameterization_type": "MLP"}
 
 
 def _affine(name: str, outer: int, inner: int) -> dict[str, Param]:

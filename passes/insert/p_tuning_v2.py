@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from adaptc.kinds import TOKENS, AttentionMethod
+from adaptc.kinds import TOKENS, AttentionFormat, AttentionMethod
 from adaptc.method_contract import method
 from adaptc.param import Param
 from adaptc.peft_format import PeftFormat
@@ -26,7 +26,7 @@ class PTuningV2(AttentionMethod):
     authors' code. To PEFT it is prefix tuning without a projection.
     """
 
-    peft: ClassVar[PeftFormat | None] = AttentionMethod.peft_format("PREFIX_TUNING")
+    peft: ClassVar[PeftFormat[Any] | None] = AttentionFormat.of("PREFIX_TUNING")
     small: ClassVar[Mapping[str, object]] = {"num_virtual_tokens": 3}
 
     def shared(self, sites: Sequence[AttentionSite]) -> dict[str, Param]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
-from adaptc.kinds import TOKENS, AttentionMethod
+from adaptc.kinds import TOKENS, AttentionFormat, AttentionMethod
 from adaptc.method_contract import method
 from adaptc.param import Param
 from adaptc.peft_format import PeftFormat
@@ -17,6 +17,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from adaptc.point_sites import AttentionSite
+
+
+class PrefixFormat(AttentionFormat):
+    """PEFT's configuration of prefix tuning."""
+
+    def read(self, options: dict[str, Any]) -> dict[str, Any]:
+        """PEFT stores P, however it was made."""
+        return super().read(options) | {"projection": False}
 
 
 @method("prefix")
@@ -38,7 +46,7 @@ class Prefix(AttentionMethod):
     aliases: ClassVar[Mapping[str, str]] = {"prefix_projection": "projection"}
     small: ClassVar[Mapping[str, object]] = {"num_virtual_tokens": 3}
     while_training: ClassVar[frozenset[str]] = frozenset({"encoder_hidden_size", "init_weights"})
-    peft: ClassVar[PeftFormat | None] = AttentionMethod.peft_format(
+    peft: ClassVar[PeftFormat[Any] | None] = PrefixFormat.of(
         "PREFIX_TUNING", projection="prefix_projection", encoder_hidden_size="encoder_hidden_size"
     )
 
@@ -70,8 +78,3 @@ class Prefix(AttentionMethod):
             return theta["tokens"]
         inner = (theta["tokens"] @ theta["inner"].T + theta["inner_bias"]).tanh()
         return inner @ theta["outer"].T + theta["outer_bias"]
-
-    @classmethod
-    def read_options(cls, options: dict[str, Any]) -> dict[str, Any]:
-        """PEFT stores P, however it was made."""
-        return super().read_options(options) | {"projection": False}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, Strict
 
 from adaptc.errors import Fault
-from adaptc.kinds import TOKENS, InputMethod
+from adaptc.kinds import TOKENS, InputFormat, InputMethod
 from adaptc.method_contract import method
 from adaptc.param import Param
 from adaptc.peft_format import PeftFormat
@@ -51,7 +51,7 @@ class Prompt(InputMethod):
     }
     small: ClassVar[Mapping[str, object]] = {"num_virtual_tokens": 3}
     while_training: ClassVar[frozenset[str]] = frozenset({"init", "init_text", "init_tokens"})
-    peft: ClassVar[PeftFormat | None] = InputMethod.peft_format("PROMPT_TUNING")
+    peft: ClassVar[PeftFormat[Any] | None] = InputFormat.of("PROMPT_TUNING")
 
     @property
     def texts(self) -> bool:

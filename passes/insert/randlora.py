@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from adaptc.method_contract import Alpha, Dropout, Rank, WeightMethod, method
 from adaptc.param import Param
@@ -40,7 +40,7 @@ class Randlora(WeightMethod):
     kinds: ClassVar[frozenset[str]] = MATRIX_KINDS
     small: ClassVar[Mapping[str, object]] = {"alpha": 20.0}  # for r of 4; the usual 640 goes with 32
     aliases: ClassVar[Mapping[str, str]] = {"randlora_alpha": "alpha", "randlora_dropout": "dropout"}
-    peft: ClassVar[PeftFormat | None] = PeftFormat(
+    peft: ClassVar[PeftFormat[Any] | None] = PeftFormat(
         "RANDLORA",
         options={
             "alpha": "randlora_alpha",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -40,7 +40,7 @@ class Road(WeightMethod):
 
     kinds: ClassVar[frozenset[str]] = MATRIX_KINDS
     small: ClassVar[Mapping[str, object]] = {"group_size": 2}
-    peft: ClassVar[PeftFormat | None] = PeftFormat(
+    peft: ClassVar[PeftFormat[Any] | None] = PeftFormat(
         "ROAD",
         options={"variant": "variant", "group_size": "group_size"},
         layers=frozenset({"Linear"}),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -35,7 +35,7 @@ class Shira(WeightMethod):
 
     kinds: ClassVar[frozenset[str]] = MATRIX_KINDS
     small: ClassVar[Mapping[str, object]] = {"r": 1}
-    peft: ClassVar[PeftFormat | None] = PeftFormat(
+    peft: ClassVar[PeftFormat[Any] | None] = PeftFormat(
         "SHIRA",
         options={"r": "r", "random_seed": "random_seed"},
         ignored=frozenset({"mask_type"}),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -33,7 +33,7 @@ class TrainableTokens(WeightMethod):
 
     kinds: ClassVar[frozenset[str]] = frozenset({"embedding"})
     small: ClassVar[Mapping[str, object]] = {"token_indices": (*range(4, 24),)}
-    peft: ClassVar[PeftFormat | None] = PeftFormat(
+    peft: ClassVar[PeftFormat[Any] | None] = PeftFormat(
         "TRAINABLE_TOKENS",
         options={"token_indices": "token_indices"},
         layers=frozenset({"Embedding"}),

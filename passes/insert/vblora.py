@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -44,7 +44,7 @@ class Vblora(WeightMethod):
     small: ClassVar[Mapping[str, object]] = {"vector_length": 2, "num_vectors": 12}
     aliases: ClassVar[Mapping[str, str]] = {"vblora_dropout": "dropout"}
     identity_at_init: ClassVar[bool] = False
-    peft: ClassVar[PeftFormat | None] = PeftFormat(
+    peft: ClassVar[PeftFormat[Any] | None] = PeftFormat(
         "VBLORA",
         options={
             "dropout": "vblora_dropout",

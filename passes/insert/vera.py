@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from adaptc.method_contract import Dropout, Rank, WeightMethod, method
 from adaptc.param import Param
@@ -36,7 +36,7 @@ class Vera(WeightMethod):
 
     kinds: ClassVar[frozenset[str]] = MATRIX_KINDS
     aliases: ClassVar[Mapping[str, str]] = {"vera_dropout": "dropout"}
-    peft: ClassVar[PeftFormat | None] = PeftFormat(
+    peft: ClassVar[PeftFormat[Any] | None] = PeftFormat(
         "VERA",
         options={
             "r": "r",
