@@ -21,7 +21,7 @@ from adaptc.names import shared_name
 from adaptc.param import Param
 from adaptc.peft_keys import as_stored
 from adaptc.pipeline import Pass
-from adaptc.point_sites import Site
+from adaptc.point_sites import InputSite, Site
 from adaptc.select import Selection, Target, select
 from adaptc.site import WeightSite
 from adaptc.trial import try_pending
@@ -235,7 +235,7 @@ class Insert(Pass, Generic[M]):
 def parameter_name(site: Site, method: Method, adapter: str, param: Param) -> str:
     """The full name of a parameter: PEFT's own, `module.lora_A.default.weight`, where its key is free."""
     first, dot, rest = param.key.partition(".")
-    if first == site.leaf:
+    if isinstance(site, WeightSite | InputSite) and first == site.leaf:
         first, dot, rest = method.name.replace("-", "_"), ".", param.key
     first += f"_{site.part}" if site.part else ""
     return ".".join(part for part in (site.module, first, adapter) if part) + (dot + rest if rest else "")

@@ -13,7 +13,7 @@ from adaptc.point_sites import AttentionSite, Point, Site, SubLayer
 from adaptc.points import named_point
 from adaptc.roles import PIECES, SLICES
 from adaptc.scheme_contract import Scheme
-from adaptc.site import KINDS, MATRIX_KINDS, POINTS, SUBLAYER
+from adaptc.site import KINDS, MATRIX_KINDS, POINTS, SUBLAYER, WeightSite
 
 ALL_LINEAR = "all-linear"
 Target = str | Sequence[str] | Mapping[str, Any]
@@ -133,6 +133,9 @@ def _lacking_slices(
         if any(_parts(site, [piece], graph) for site in sites):
             continue
         first = sites[0]
+        if not isinstance(first, WeightSite):
+            yield f"{first.module}[{piece}] is no slice: a {first.kind} has none"
+            continue
         known = [PIECES[role] for use, role in graph.roles.rows if use == first.uses[0] and role in PIECES]
         has = (
             f"its slices are {', '.join(sorted(known, key=SLICE_NAMES.index))}"
@@ -160,8 +163,10 @@ def _lacking(target: Target, candidates: Sequence[Site], graph: Graph) -> Iterat
 
 
 def _parts(site: Site, slices: Sequence[str], graph: Graph) -> list[Site]:
-    """The slices of a fused weight that a pattern names: `q`, `gate`, or rows `0:512`."""
-    found = []
+    """The slices of a fused weight that a pattern names: `q`, `gate`, or rows `0:512`; a point has none."""
+    found: list[Site] = []
+    if not isinstance(site, WeightSite):
+        return found
     for name in slices:
         first, colon, last = name.partition(":")
         if colon:
