@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from adaptc.compiled import Compiled as Compiled
     from adaptc.compiler import compile as compile
     from adaptc.errors import AdaptcError as AdaptcError
+    from adaptc.errors import DefinitionError as DefinitionError
+    from adaptc.errors import Fault as Fault
     from adaptc.errors import ProofError as ProofError
     from adaptc.errors import RefusedError as RefusedError
     from adaptc.errors import SpecError as SpecError
@@ -42,6 +44,8 @@ __all__ = [
     "AdaptcError",
     "AttentionMethod",
     "Compiled",
+    "DefinitionError",
+    "Fault",
     "Graph",
     "InputMethod",
     "Param",
@@ -89,6 +93,8 @@ _HOMES = {
     "AttentionMethod": "adaptc.kinds",
     "InputMethod": "adaptc.kinds",
     "AdaptcError": "adaptc.errors",
+    "DefinitionError": "adaptc.errors",
+    "Fault": "adaptc.errors",
     "SpecError": "adaptc.errors",
     "ProofError": "adaptc.errors",
     "RefusedError": "adaptc.errors",

@@ -18,7 +18,7 @@ from adaptc.aliases import OnAlias
 from adaptc.inputs import InputSpec
 from adaptc.method_contract import Method, WeightMethod
 from adaptc.param import Param
-from adaptc.point_sites import Point, Site
+from adaptc.point_sites import AnyPoint, Site
 from adaptc.points import find_points
 from adaptc.recompute import CUT, with_segments
 from adaptc.roles import Roles, find_roles
@@ -140,12 +140,12 @@ class Graph:
         return find_roles(self.nodes, self.sites)
 
     @property
-    def points(self) -> tuple[Point, ...]:
+    def points(self) -> tuple[AnyPoint, ...]:
         """The places that are no weight: sub-layers, attentions and inputs of the graph as traced."""
         return (self.origin or self)._points
 
     @cached_property
-    def _points(self) -> tuple[Point, ...]:
+    def _points(self) -> tuple[AnyPoint, ...]:
         return find_points(self.nodes, self.sites)
 
     def by_name(self) -> dict[str, fx.Node]:

@@ -92,7 +92,7 @@ class Insert(Pass, Generic[M]):
         """What a spec calls the pass, such as `insert-` and the method's name."""
         return f"insert-{self.method.name}"
 
-    def selection(self, graph: Graph) -> Selection:
+    def selection(self, graph: Graph) -> Selection[Any]:
         """What the target matches in this graph."""
         found = select(graph, self.target, self.exclude, self.method)
         if not self.as_stored:

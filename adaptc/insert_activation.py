@@ -45,7 +45,7 @@ class InsertActivation(Insert[ActivationMethod], inserts=ActivationMethod):
             )
         return super().refused(site)
 
-    def selection(self, graph: Graph) -> Selection:
+    def selection(self, graph: Graph) -> Selection[SubLayer]:
         """What the target matches; lacking is a layer that ends a sub-layer, but has no residual sum behind it."""
         found = super().selection(graph)
         if isinstance(self.target, Mapping) and self.target.get("node"):

@@ -13,6 +13,7 @@ from adaptc.expression import splice
 from adaptc.graph import Graph
 from adaptc.insert import Insert
 from adaptc.kinds import InputMethod
+from adaptc.point_sites import InputSite
 from adaptc.select import Selection
 from adaptc.shapes import refresh
 from adaptc.sites import module_of
@@ -93,7 +94,7 @@ class InsertInput(Insert[InputMethod], inserts=InputMethod):
             raise RefusedError([Refusal(words, (embedding.name,))], self) from error
         return True
 
-    def selection(self, graph: Graph) -> Selection:
+    def selection(self, graph: Graph) -> Selection[InputSite]:
         """What the target matches: of several sequences the first input's, where all are meant."""
         found = super().selection(graph)
         if list(self.target) != ["*"] or len(found.sites) < 2:

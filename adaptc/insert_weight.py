@@ -34,7 +34,7 @@ class InsertWeight(Insert[WeightMethod], inserts=WeightMethod):
             )
         return super().refused(site)
 
-    def selection(self, graph: Graph) -> Selection:
+    def selection(self, graph: Graph) -> Selection[WeightSite]:
         """What the target matches; of sites that share a tensor and change together, the first."""
         found = super().selection(graph)
         if self.on_alias != "share":

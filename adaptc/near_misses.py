@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from adaptc.graph import Graph
 from adaptc.method_contract import Method
-from adaptc.point_sites import Point
+from adaptc.point_sites import AnyPoint
 from adaptc.scheme_contract import Scheme
 from adaptc.select import Selection
 from adaptc.site import KINDS, POINTS
@@ -20,7 +21,9 @@ KNOWN_AS: Mapping[str, str] = {
 """How points are recognised."""
 
 
-def no_match(graph: Graph, method: Method | Scheme, selection: Selection, trained: bool) -> tuple[str, ...]:
+def no_match(
+    graph: Graph, method: Method[Any] | Scheme, selection: Selection[Any], trained: bool
+) -> tuple[str, ...]:
     """Words for an entry whose target matches no layer; `trained`: it comes from a checkpoint."""
     kinds = "/".join(kind for kind in KINDS if kind in method.kinds)
     what = kinds if method.kinds & POINTS else f"{kinds} layer"
@@ -47,5 +50,5 @@ def no_match(graph: Graph, method: Method | Scheme, selection: Selection, traine
     return tuple(words)
 
 
-def _points_of(graph: Graph, kind: str) -> list[Point]:
+def _points_of(graph: Graph, kind: str) -> list[AnyPoint]:
     return [point for point in graph.points if point.kind == kind]

@@ -29,7 +29,7 @@ class Planned:
 
     entry: int
     insert: Insert
-    selection: Selection
+    selection: Selection[Any]
     checkpoint: Checkpoint | None = None
     whole: Method | None = None
     """The method at the rank its checkpoint has, where it is inserted at a smaller one."""

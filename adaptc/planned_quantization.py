@@ -18,6 +18,7 @@ from adaptc.quantize import Quantize
 from adaptc.quantized import bytes_of, size_of
 from adaptc.scheme_contract import Scheme
 from adaptc.select import Selection
+from adaptc.site import WeightSite
 from adaptc.spec import QuantizeBudget, Spec
 
 SAMPLE = 2**16
@@ -30,7 +31,7 @@ class PlannedQuantization:
 
     entry: int | None
     item: Quantize
-    selection: Selection
+    selection: Selection[WeightSite]
 
     @property
     def stored(self) -> int:

@@ -120,5 +120,7 @@ class InputSite(Point):
         return (self.width,)
 
 
-Site = WeightSite | SubLayer | AttentionSite | InputSite
+AnyPoint = SubLayer | AttentionSite | InputSite
+"""Any site that is no weight."""
+Site = WeightSite | AnyPoint
 """Any place that can be adapted."""

@@ -12,7 +12,7 @@ from adaptc.attention import Attention, find_attentions, keys_of, values_of
 from adaptc.dataflow import VIEWS, behind, is_residual, made_from, unviewed
 from adaptc.layout import operation
 from adaptc.names import ROLES
-from adaptc.point_sites import AttentionSite, Heads, InputSite, Point, SubLayer
+from adaptc.point_sites import AnyPoint, AttentionSite, Heads, InputSite, SubLayer
 from adaptc.roles import weighted_products
 from adaptc.site import ATTENTION_POINT, INPUT, SUBLAYER, Use, WeightSite
 from adaptc.sites import module_of, source_of
@@ -22,7 +22,7 @@ PASSED = VIEWS | {"dropout", "alias", "detach"}
 """What a residual stream may pass on its way to a sum."""
 
 
-def find_points(nodes: Iterable[fx.Node], sites: Sequence[WeightSite]) -> tuple[Point, ...]:
+def find_points(nodes: Iterable[fx.Node], sites: Sequence[WeightSite]) -> tuple[AnyPoint, ...]:
     """Every point of a traced graph, in the order of execution."""
     ordered = list(nodes)
     weighted = weighted_products(ordered, sites)

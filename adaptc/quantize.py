@@ -46,7 +46,7 @@ class Quantize(Pass):
         """What a spec calls the pass, such as `quantize-` and the scheme's name."""
         return f"quantize-{self.scheme.name}"
 
-    def selection(self, graph: Graph) -> Selection:
+    def selection(self, graph: Graph) -> Selection[WeightSite]:
         """What the target matches, each tensor once: as a whole, or all slices of it that are named."""
         found = select(graph, self.target, self.exclude, self.scheme)
         of: dict[str, list[WeightSite]] = {}

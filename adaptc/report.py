@@ -31,7 +31,7 @@ from adaptc.planned_quantization import PlannedQuantization, expected_error
 from adaptc.point_sites import Site
 from adaptc.proof import Proof
 from adaptc.quantized import bytes_of, size_of
-from adaptc.site import POINTS
+from adaptc.site import POINTS, WeightSite
 
 COLUMNS = (
     TextColumn("{task.description}"),
@@ -216,7 +216,7 @@ def _quantized(planned: PlannedQuantization, more: float) -> Table:
 
 
 def _pattern(site: Site) -> str:
-    plain = site.kind == "linear" and site.module and not site.shared
+    plain = isinstance(site, WeightSite) and site.kind == "linear" and site.module and not site.shared
     name = (site.module if plain else site.name) + (f"[{site.piece}]" if site.piece else "")
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Generic, overload
 
 from adaptc.graph import Graph
-from adaptc.method_contract import Method
+from adaptc.method_contract import Method, S
 from adaptc.names import SLICE_NAMES, layer_of, matches, matches_any, nearest, parse_layers, sliced
 from adaptc.point_sites import AttentionSite, Point, Site, SubLayer
 from adaptc.points import named_point
@@ -20,7 +20,7 @@ Target = str | Sequence[str] | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Selection:
+class Selection(Generic[S]):
     """What a target matched.
 
     Attributes:
@@ -32,7 +32,7 @@ class Selection:
         lacking: why a slice, a role or an operation that was asked for is not there.
     """
 
-    sites: tuple[Site, ...]
+    sites: tuple[S, ...]
     excluded: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
     near: tuple[str, ...] = ()
@@ -40,13 +40,19 @@ class Selection:
     lacking: tuple[str, ...] = ()
 
 
-def select(graph: Graph, target: Target, exclude: Sequence[str], method: Method | Scheme) -> Selection:
+@overload
+def select(graph: Graph, target: Target, exclude: Sequence[str], method: Scheme) -> Selection[WeightSite]: ...
+@overload
+def select(graph: Graph, target: Target, exclude: Sequence[str], method: Method[S]) -> Selection[S]: ...
+def select(
+    graph: Graph, target: Target, exclude: Sequence[str], method: Method[Any] | Scheme
+) -> Selection[Any]:
     """The sites of a kind the method can sit on whose module the target names.
 
     A method for whole modules (kind `parameter`) takes every parameter below the module named.
     """
     whole = "parameter" in method.kinds
-    candidates = graph.parameter_sites if whole else _places(graph, method, target)
+    candidates: list[Any] = graph.parameter_sites if whole else _places(graph, method, target)
     candidates = [site for site in candidates if method.takes(site)]
     patterns, wanted = _patterns(target, graph)
     heads = (
@@ -88,7 +94,7 @@ def select(graph: Graph, target: Target, exclude: Sequence[str], method: Method 
     )
 
 
-def _places(graph: Graph, method: Method | Scheme, target: Target) -> list[Site]:
+def _places(graph: Graph, method: Method[Any] | Scheme, target: Target) -> list[Site]:
     """The sites of a method's kinds; of activations the one that is named by its node, if one is."""
     if not method.kinds & POINTS:
         return [site for site in graph.sites if site.kind in method.kinds]

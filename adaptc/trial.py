@@ -121,16 +121,16 @@ class _Trial:
             self._check_params(hook, params)
         params: dict[str, Param] = {**own, **shared}
         expressions = self.definition.base.expressions
-        for hook, operands in expressions.items():
-            check_call(self.definition, hook, operands, params)
+        ran = [hook for hook in expressions if self._runs(hook)]
+        for hook in ran:
+            check_call(self.definition, hook, expressions[hook], params)
         if method.calibrated or method.makes_up:
             return
         theta = self._started(params)
         if theta is None:
             return
-        ran = [hook for hook in expressions if self._runs(hook)]
-        results = {hook: self._ran(hook, theta) for hook in ran}
-        if all(result is not None for result in results.values()):
+        results = {hook: result for hook in ran if (result := self._ran(hook, theta)) is not None}
+        if len(results) == len(ran):
             self._check_start(results, theta)
             self._check_gradients(ran, params, theta)
 
@@ -152,7 +152,10 @@ class _Trial:
         return True
 
     def _check_params(self, hook: str, params: Any) -> None:
-        operands = {name for names in self.definition.base.expressions.values() for name in names}
+        expressions = self.definition.base.expressions
+        operands = {
+            name for key in expressions if self.definition.overrides(key) for name in expressions[key]
+        }
         if not isinstance(params, Mapping):
             raise self._mistake(f"{hook} gives a dict of Params, got {type(params).__name__}", hook)
         for argument, param in params.items():
