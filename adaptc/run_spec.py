@@ -7,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from adaptc.artifacts import emit_all
 from adaptc.compiler import compile as compile_spec
 from adaptc.emit.places import places
-from adaptc.emit.products import emit_all
 from adaptc.errors import AdaptcError, SpecError
 from adaptc.graph import Graph
 from adaptc.registry import load_passes
@@ -52,8 +52,9 @@ def run_spec(
     with report.working("tracing and planning"):
         compiled = compile_spec(loaded, after=after)
     report.plan(compiled.plan)
-    with report.products() as observer:
-        paths = emit_all(compiled, loaded.emit, observer, output_dir)
+    with report.artifacts() as observer:
+        artifacts = emit_all(compiled.program, loaded.emit, observer, output_dir)
+    paths = [artifact.path for artifact in artifacts]
     report.done(paths)
     if print_after not in (None, "all", "trace") and print_after not in [r.name for r in compiled.records]:
         report.message(f"{print_after} did not run: nothing that is written needs it")
