@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,30 +9,28 @@ from typing import Any, Protocol
 
 import torch
 
-from adaptc import adapters, checkpoint
-from adaptc.choices import chooses
+from adaptc.adapters import assign, compacted, group, records_of
+from adaptc.checkpoint import directories, read
 from adaptc.emit.huggingface import LOADED_SHARE, fits, load_checkpoint, save_checkpoint
-from adaptc.emit.inference import inference_graph
 from adaptc.emit.manifest import MANIFEST, versions, write_manifest
-from adaptc.emit.onnx import Written, export_onnx, onnx_runner
 from adaptc.emit.peft import save
-from adaptc.emit.pieces import Pieces
 from adaptc.emit.places import places
 from adaptc.emit.reference import recorded
-from adaptc.emit.rounding import rounds, with_rounding
 from adaptc.emit.staging import Staging
 from adaptc.emit.torch import META, PROGRAM, load_torch, save_torch
+from adaptc.emit_entries import EmitEntry, HfEmit, OnnxEmit, PeftEmit, TorchEmit
 from adaptc.errors import ProofError, RefusedError
 from adaptc.expression import Folded as FoldedWeight
 from adaptc.graph import Graph
 from adaptc.layer_errors import QuantizationErrors
+from adaptc.onnx_artifact import prove_onnx, write_onnx
 from adaptc.orders import bits_in_checkpoint
 from adaptc.plan_report import site_json
 from adaptc.program import Program
-from adaptc.proof import Each, Proof, prove, runner, tolerance
+from adaptc.proof import Each, Proof, runner
 from adaptc.proofs import check_finite, check_gradients
 from adaptc.spec import dump
-from adaptc.streaming import Interpreter, Run
+from adaptc.streaming import Run
 from adaptc.weights import Weight
 
 
@@ -67,7 +64,7 @@ class Observer(Protocol):
 
 
 def emit_all(
-    program: Program, entries: Sequence[Any], observe: Observer | None = None, into: Path | None = None
+    program: Program, entries: Sequence[EmitEntry], observe: Observer | None = None, into: Path | None = None
 ) -> list[Artifact]:
     """Write the artifacts of a spec's `emit` entries; all are in place afterwards, or none.
 
@@ -94,7 +91,7 @@ def emit_all(
     return artifacts
 
 
-def _torch(program: Program, entry: Any, staging: Staging, final: Path) -> QuantizationErrors | None:
+def _torch(program: Program, entry: TorchEmit, staging: Staging, final: Path) -> QuantizationErrors | None:
     if program.graph.adapter_names:
         check_gradients(program.trainable_graph())
     directory = staging.path(final)
@@ -114,37 +111,24 @@ def _torch(program: Program, entry: Any, staging: Staging, final: Path) -> Quant
     return errors
 
 
-def _onnx(program: Program, entry: Any, staging: Staging, final: Path) -> QuantizationErrors | None:
-    path = staging.path(final)
+def _onnx(program: Program, entry: OnnxEmit, staging: Staging, final: Path) -> QuantizationErrors | None:
     folded = program.folded() if entry.adapters == "folded" else None
     graph = folded.graph if folded is not None else _unfolded(program, entry.adapters)
 
-    evaluated = inference_graph(graph)
-    unrounded = evaluated.copy() if entry.round_activations and rounds(evaluated) else None
-    written = _export(program, entry, evaluated, path, staging.wrote)
-    artifact = {"name": final.name, "format": "onnx", "adapters": entry.adapters}
-    artifact |= _described(evaluated, written)
+    file = write_onnx(program, graph, entry, staging, final)
+    losses = _losses(graph.weights)
+    graph.weights.update({n: w for n, w in file.weights.items() if n in graph.weights})
+
+    merged = program.prove_fold(folded) if folded is not None else None  # of the weights that were written
+    proof, reference, rounded = prove_onnx(program, graph, merged, file)
+
+    errors = program.quantization_errors(folded, rounded) if entry.adapters != "none" else None
+    artifact = {"name": final.name, "format": "onnx", "adapters": entry.adapters, **file.about}
     if folded is not None:
-        artifact["rounding"] = _rounding(graph.weights)
-        artifact["operations"] = {"base": len(program.base.operations), "folded": len(graph.operations)}
-    graph.weights.update({n: w for n, w in written.weights.items() if n in graph.weights})
-
-    merged = program.prove_fold(folded) if folded is not None else None  # from the weights that were written
-    reference, candidate = _sides(program, graph, merged, path, final, entry)
-    reference = reference.only(evaluated.outputs)
-    name, rounding = f"onnx, {entry.adapters}", None
-    if unrounded is None:
-        proof = program.proofs.prove(name, graph, reference, candidate)
-    else:
-        rounding = with_rounding(unrounded)
-        exact = _exact(entry, unrounded, path, reference)
-        proof, reference = _prove_rounded(program, name, unrounded, rounding, exact, reference, candidate)
-
-    errors = None
-    if entry.adapters != "none":
-        errors = program.quantization_errors(folded, rounding)
+        operations = {"base": len(program.base.operations), "folded": len(graph.operations)}
+        artifact |= {"rounding": losses, "operations": operations}
     artifact |= _proved(program, proof, reference) | _errors(errors)
-    _manifest_beside(program, staging, final, artifact, _files(path, staging, final))
+    _manifest_beside(program, staging, final, artifact, file.staged(staging))
     return errors
 
 
@@ -154,103 +138,20 @@ def _unfolded(program: Program, adapters: str) -> Graph:
     return program.compact_graph() if adapters == "live" else program.bare_graph()
 
 
-def _export(
-    program: Program, entry: Any, evaluated: Graph, path: Path, wrote: Callable[[int, int], None] | None
-) -> Written:
-    """Write an ONNX file that says what it was made of."""
-    metadata = {
-        "adaptc.version": versions().get("adaptc", ""),
-        "adaptc.base": program.base.source.describe,
-        "adaptc.base_sha256": program.base_sha256,
-        "adaptc.adapters": entry.adapters,
-        "adaptc.methods": ", ".join(p.insert.method.name for p in program.plan.entries),
-    }
-    options = {"runtime": entry.target_runtime, "exact": not entry.round_activations}
-    return export_onnx(evaluated, path, entry.opset, metadata, wrote, **options)
-
-
-def _described(evaluated: Graph, written: Written) -> dict[str, Any]:
-    """What a manifest says of an ONNX program: `nodes`, `opset`, `inputs`, `outputs`."""
-    return {
-        "nodes": written.nodes,
-        "opset": written.opset,
-        "inputs": {spec.name: str(spec).replace("bfloat16", "float32") for spec in evaluated.inputs},
-        "outputs": list(evaluated.outputs),
-    }
-
-
-def _sides(
-    program: Program, graph: Graph, merged: Run | None, path: Path, final: Path, entry: Any
-) -> tuple[Run, Run]:
-    """What a graph gives, and what the ONNX file that was written of it does.
-
-    Where a graph of float16 or bfloat16 chooses, as a router among experts, it makes the choices of the file, which
-    computes in float32. Elsewhere `merged` is what it gives, where it has run already.
-    """
-    pieces = Pieces(path, final)
-    choices = sum(chooses(node) for node in graph.nodes)
-    if choices and Interpreter(graph, wide=True).wide and len(pieces.choices) == choices:
-        candidate = pieces.on(program.proofs.batches)
-        return program.proofs.run_like(candidate, graph), candidate
-    reference = program.reference(graph, merged, wide=True)
-    if _beside(path).exists():
-        return reference, pieces.on(reference.taken)
-    session = onnx_runner(path, final, exact=not entry.round_activations)
-    return reference, Each(session).on(reference.taken)
-
-
-def _exact(entry: Any, evaluated: Graph, path: Path, reference: Run) -> Run:
-    """What an ONNX file gives that is written of the same graph, but rounds no activations."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        exact = Path(folder) / path.name
-        export_onnx(evaluated.copy(), exact, entry.opset, runtime=entry.target_runtime, exact=True)
-        return Each(onnx_runner(exact, path, exact=True)).on(reference.taken)
-
-
-def _prove_rounded(
-    program: Program, name: str, evaluated: Graph, rounding: Graph, exact: Run, reference: Run, candidate: Run
-) -> tuple[Proof, Run]:
-    """Prove a file that rounds activations: by one that does not, and against torch that rounds as it should.
-
-    The first is held to the arithmetic of floats. The second may be off by twice what rounding costs: a value at the
-    edge of two codes takes either, and layers behind it round other values.
-
-    Returns:
-        The second proof, and what it was held against.
-    """
-    program.proofs.prove(name, evaluated, reference, exact)
-    rounded = Interpreter(rounding, wide=True).on(reference.taken)
-    cost = prove("", reference, rounded, float("inf")).relative
-    allowed = max(2 * cost, tolerance(evaluated))
-    message = f"{name}, against torch that rounds activations to 8 bits too"
-    return program.proofs.prove(message, evaluated, rounded, candidate, allowed), rounded
-
-
-def _beside(path: Path) -> Path:
-    """The file beside an ONNX program that holds its weights, where they are too many for one file."""
-    return path.with_name(path.name + ".data")
-
-
-def _files(path: Path, staging: Staging, final: Path) -> list[Path]:
-    """The files of an ONNX program, all staged."""
-    beside = _beside(path)
-    return [path, beside.replace(staging.path(_beside(final)))] if beside.exists() else [path]
-
-
-def _peft(program: Program, entry: Any, staging: Staging, final: Path) -> None:
+def _peft(program: Program, entry: PeftEmit, staging: Staging, final: Path) -> None:
     directory = staging.path(final)
-    records, values = adapters.compacted(adapters.records_of(program.graph), program.tensors())
+    records, values = compacted(records_of(program.graph), program.tensors())
     heads = {name: program.base.weights[name].load() for record in records for name in record.heads}
     save(records, heads | values, directory, program.base_record)
-    for path, members in zip(checkpoint.directories(directory), adapters.group(records), strict=True):
-        for name, value in adapters.assign(checkpoint.read(path), members).items():
+    for path, members in zip(directories(directory), group(records), strict=True):
+        for name, value in assign(read(path), members).items():
             if not torch.equal(value, values[name].to("cpu", value.dtype)):
                 raise ProofError(f"{name} was not read back as it was written")
     artifact = {"name": "adapter", "format": "peft"}
     write_manifest(directory / MANIFEST, _common(program), artifact, _files_in(directory))
 
 
-def _huggingface(program: Program, entry: Any, staging: Staging, final: Path) -> QuantizationErrors | None:
+def _huggingface(program: Program, entry: HfEmit, staging: Staging, final: Path) -> QuantizationErrors | None:
     refusal = bits_in_checkpoint(program.graph, program.plan.closing)
     if refusal:
         raise RefusedError([refusal])
@@ -259,7 +160,7 @@ def _huggingface(program: Program, entry: Any, staging: Staging, final: Path) ->
     graph, weights = folded.graph, dict(folded.graph.weights)
 
     about = save_checkpoint(graph, program.base, directory, entry.max_shard_size)
-    artifact = {"name": "checkpoint", "format": "hf", **about, "rounding": _rounding(weights)}
+    artifact = {"name": "checkpoint", "format": "hf", **about, "rounding": _losses(weights)}
 
     merged = program.prove_fold(folded)  # from the weights that were written
     errors = program.quantization_errors(folded)
@@ -304,7 +205,7 @@ def _errors(errors: QuantizationErrors | None) -> dict[str, Any]:
     return {"quantization": errors.to_json()} if errors else {}
 
 
-def _rounding(weights: Mapping[str, Weight]) -> dict[str, float]:
+def _losses(weights: Mapping[str, Weight]) -> dict[str, float]:
     """What rounding to the storage dtype cost each folded weight, relative to its largest value."""
     folded = {name: weight for name, weight in weights.items() if isinstance(weight, FoldedWeight)}
     return {name: weight.rounding for name, weight in folded.items() if weight.rounding is not None}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from adaptc import adapters
+from adaptc.adapters import AdapterRecord, assign, records_of
 from adaptc.checkpoint import check_base, check_carried
 from adaptc.errors import WeightError
 from adaptc.graph import Graph
@@ -31,7 +31,7 @@ def load_checkpoints(
     Raises:
         WeightError: they do not fit the model or its base.
     """
-    inserted = adapters.records_of(adapted)
+    inserted = records_of(adapted)
     by_path: dict[Path, list[Planned]] = {}
     for planned in entries:
         if planned.checkpoint is not None:
@@ -45,7 +45,7 @@ def load_checkpoints(
             if checkpoint.base_sha256:
                 check_base(checkpoint, base_sha256())
             check_carried(checkpoint, base.weights)
-            values = adapters.assign(checkpoint, [_as_stored(adapted, r, p) for r, p in records])
+            values = assign(checkpoint, [_as_stored(adapted, r, p) for r, p in records])
         except WeightError as error:
             raise spec.weight_error(("adapt", members[0].entry, "adapter"), error) from None
         for record, planned in records:
@@ -57,7 +57,7 @@ def load_checkpoints(
             put_weight(adapted.weights[name], value.detach)
 
 
-def _as_stored(adapted: Graph, record: adapters.AdapterRecord, planned: Planned) -> adapters.AdapterRecord:
+def _as_stored(adapted: Graph, record: AdapterRecord, planned: Planned) -> AdapterRecord:
     """A record with the shapes that its checkpoint has, where it is inserted at a smaller rank."""
     whole = planned.whole
     if whole is None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from adaptc import adapters
+from adaptc.adapters import as_json, compacted, records_of
 from adaptc.checkpoint_weights import load_checkpoints, put_weight
 from adaptc.emit.torch import META
 from adaptc.errors import ProofError, Refusal, RefusedError
@@ -112,7 +112,7 @@ class Program:
             "buffers": sorted(graph.buffers),
             "transient": sorted(graph.transient),
             "trainable": graph.adapter_names,
-            "adapters": adapters.as_json(adapters.records_of(graph)),
+            "adapters": as_json(records_of(graph)),
             "base": self.base_record,
         }
 
@@ -138,8 +138,8 @@ class Program:
 
     def compact_graph(self) -> Graph:
         """The live graph, without what training has pruned."""
-        records = adapters.records_of(self.graph)
-        smaller, values = adapters.compacted(records, self.tensors())
+        records = records_of(self.graph)
+        smaller, values = compacted(records, self.tensors())
         pruned = {
             (new.entry, new.method): new for old, new in zip(records, smaller, strict=True) if new is not old
         }
