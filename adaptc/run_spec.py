@@ -25,7 +25,7 @@ def run_spec(
     dump_graphs: Path | None,
     report: Report,
 ) -> dict[str, Any]:
-    """Compile a spec file and write its products; gives the result as plain data.
+    """Compile a spec file and write its artifacts; gives the result as plain data.
 
     Raises:
         AdaptcError: anything that makes the exit code other than 0.
