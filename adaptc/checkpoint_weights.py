@@ -2,62 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
-from adaptc import adapters
+from adaptc.adapters import AdapterRecord, assign, records_of
 from adaptc.checkpoint import check_base, check_carried
 from adaptc.errors import WeightError
+from adaptc.graph import Graph
 from adaptc.planned import Planned
+from adaptc.spec import Spec
 from adaptc.weights import Computed, Weight
 
-if TYPE_CHECKING:
-    from adaptc.compiled import Compiled
 
+def load_checkpoints(
+    spec: Spec, entries: Sequence[Planned], base: Graph, adapted: Graph, base_sha256: Callable[[], str]
+) -> None:
+    """Let the adapters of a graph be what the checkpoints of the spec hold.
 
-def load_checkpoints(compiled: Compiled) -> None:
-    """Let the adapters of a compiled model be what its checkpoints hold.
+    Args:
+        spec: says where, in errors.
+        entries: what was inserted, and from which checkpoint.
+        base: the traced graph.
+        adapted: the adapted graph, whose weights are set.
+        base_sha256: gives the base's SHA-256; asked only where a checkpoint names the base it was trained on.
 
     Raises:
         WeightError: they do not fit the model or its base.
     """
-    found = adapters.records_of(compiled.graph)
+    inserted = records_of(adapted)
     by_path: dict[Path, list[Planned]] = {}
-    for planned in compiled.plan.entries:
+    for planned in entries:
         if planned.checkpoint is not None:
             by_path.setdefault(planned.checkpoint.path, []).append(planned)
     for members in by_path.values():
         checkpoint = members[0].checkpoint
         assert checkpoint is not None
         wanted = {(p.entry, p.insert.method.name, p.insert.adapter): p for p in members}
-        records = [(r, p) for r in found if (p := wanted.get((r.entry, r.method, r.adapter))) is not None]
+        records = [(r, p) for r in inserted if (p := wanted.get((r.entry, r.method, r.adapter))) is not None]
         try:
             if checkpoint.base_sha256:
-                check_base(checkpoint, compiled.base_sha256)
-            check_carried(checkpoint, compiled.base.weights)
-            values = adapters.assign(checkpoint, [_as_stored(compiled, r, p) for r, p in records])
+                check_base(checkpoint, base_sha256())
+            check_carried(checkpoint, base.weights)
+            values = assign(checkpoint, [_as_stored(adapted, r, p) for r, p in records])
         except WeightError as error:
-            raise compiled.spec.weight_error(("adapt", members[0].entry, "adapter"), error) from None
+            raise spec.weight_error(("adapt", members[0].entry, "adapter"), error) from None
         for record, planned in records:
             if planned.whole is not None:
                 at = planned.insert.method
                 cut = {site: at.cut_tensors(theta) for site, theta in record.sites(values).items()}
                 values |= record.renamed(cut)
         for name, value in values.items():
-            put_weight(compiled.graph.weights[name], value.detach)
+            put_weight(adapted.weights[name], value.detach)
 
 
-def _as_stored(
-    compiled: Compiled, record: adapters.AdapterRecord, planned: Planned
-) -> adapters.AdapterRecord:
+def _as_stored(adapted: Graph, record: AdapterRecord, planned: Planned) -> AdapterRecord:
     """A record with the shapes that its checkpoint has, where it is inserted at a smaller rank."""
     whole = planned.whole
     if whole is None:
         return record
-    own = [a for a in compiled.graph.adaptations if (a.entry, a.method.name) == (record.entry, record.method)]
+    own = [a for a in adapted.adaptations if (a.entry, a.method.name) == (record.entry, record.method)]
     shapes = {
         name: whole.at(a.site).stored(a.site)[argument].shape
         for a in own

@@ -38,13 +38,13 @@ class Choices:
         others: what the other side chose.
         near: how far apart values may be, over the largest value, to be as good as one another.
         made: where the chosen values stood.
-        turned: how many would have been made otherwise.
+        flipped: how many would have been made otherwise.
     """
 
     others: Sequence[torch.Tensor] = ()
     near: float = 0.0
     made: list[torch.Tensor] = field(default_factory=list)
-    turned: int = 0
+    flipped: int = 0
 
     def make(self, node: fx.Node, operand: torch.Tensor, chosen: Any) -> Any:
         """What an operation chose from its operand, `(values, indices)`, or what the other side did there."""
@@ -52,7 +52,7 @@ class Choices:
             theirs = self.others[len(self.made)]
             values = _taken(node, operand, theirs)
             if _near(values, chosen[0], self.near, operand):
-                self.turned += int((theirs != chosen[1]).sum())
+                self.flipped += int((theirs != chosen[1]).sum())
                 chosen = values, theirs
         self.made.append(chosen[1])
         return chosen

@@ -1,11 +1,10 @@
-"""From a spec to a compiled model: spec, base, trace, plan, passes."""
+"""From a spec to a compiled model, step by step."""
 
 from __future__ import annotations
 
-import copy
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +14,17 @@ from torch import nn
 from adaptc.adapt_entries import MethodEntry
 from adaptc.calibration import Information, checked_rows, read_rows
 from adaptc.compiled import Compiled
-from adaptc.errors import InputError, ProofError, TraceError, WeightError
+from adaptc.errors import InputError, TraceError, WeightError
 from adaptc.graph import Graph
-from adaptc.memory import writes
-from adaptc.pipeline import PassRecord
-from adaptc.plan import Plan, make_plan
-from adaptc.proof import Each, Proof, batches, check_weights, prove, runner, tolerance
+from adaptc.orders import check_artifacts
+from adaptc.plan import make_plan
+from adaptc.plan_report import PlanReport, plan_report
+from adaptc.program import Program
+from adaptc.rewrite import After, rewrite
 from adaptc.spec import Spec, load, require_base, resolve_path
-from adaptc.streaming import Streamed
 from adaptc.tracing.base import Base
 from adaptc.tracing.graph import trace
 from adaptc.tracing.stored import CONFIG
-
-After = Callable[[str, Graph], Any]
 
 
 def compile(
@@ -40,7 +37,9 @@ def compile(
     calibration: Iterable[Mapping[str, torch.Tensor]] | None = None,
     after: After | None = None,
 ) -> Compiled:
-    """Compile a spec; products are written by `Compiled.emit`, or by the command line.
+    """Compile a spec: load, base, trace, calibration, plan, rewrite, check, program, proof.
+
+    Artifacts are written by `Compiled.emit`, or by the command line.
 
     Args:
         spec: a file, a mapping, or a Spec.
@@ -55,81 +54,55 @@ def compile(
         SpecError: the spec is wrong; holds every problem found.
         AdaptcError: the model cannot be traced, a pass refuses, or a proof does not hold.
     """
-    loaded = load(spec, overrides)
-    base = make_base(loaded, model, example_inputs, dynamic)
-    graph = _trace(loaded, base)
-    if after is not None:
-        after("trace", graph)
-    graph.information = _information(loaded, graph, calibration)
-    records: list[PassRecord] = []
-    plan = make_plan(loaded, graph, after, weighed=True)
-    records += plan.records
-    said = len(base.notes)
-    _ = base.bound  # a broken checkpoint is found before anything is written
-    plan.notes += base.notes[said:]
-    compiled = Compiled(loaded, plan, graph, records, after)
-    if base.real and base.model is not None:
-        compiled.proofs.append(_prove_trace(graph, base.model))
-    return compiled
-
-
-def _information(
-    spec: Spec, graph: Graph, batches: Iterable[Mapping[str, torch.Tensor]] | None
-) -> Information | None:
-    chooses = any(isinstance(e, MethodEntry) and e.build().calibrated for e in spec.adapt)
-    try:
-        if batches is None and spec.calibration is not None:
-            batches = read_rows(resolve_path(spec, spec.calibration), graph.inputs)
-        if batches is not None:
-            graph.rows = checked_rows(batches, graph.inputs)
-            return Information(graph) if chooses else None
-    except InputError as error:
-        raise spec.error(("calibration",), *str(error).splitlines()) from error
-    return None
-
-
-def _prove_trace(graph: Graph, model: nn.Module) -> Proof:
-    """The traced graph computes what the model does.
-
-    Raises:
-        WeightError: a weight is no number.
-        TraceError: no two runs of the model itself agree.
-        ProofError: they differ.
-    """
-    changes = any(writes(node.target) for node in graph.nodes)  # such as an embedding with `max_norm`
-    eager = Each(runner(copy.deepcopy(model) if changes else model))
-    try:
-        return prove("trace", graph.inputs, eager, Streamed(graph), tolerance(graph))
-    except ProofError:
-        check_weights(graph)
-        known = list(batches(graph.inputs).values())
-        for first, second in zip(eager(known), eager(known), strict=True):
-            if (
-                isinstance(first, list)
-                and isinstance(second, list)
-                and not all(map(torch.equal, first, second))
-            ):
-                raise TraceError(
-                    f"{type(model).__name__} draws random numbers in evaluation mode too, so that no two runs agree\n"
-                    "  expected a model that is random in training only\n"
-                    "  let it depend on self.training, as nn.Dropout and F.dropout(x, p, self.training) do"
-                ) from None
-        raise
+    spec = load(spec, overrides)
+    base = make_base(spec, model, example_inputs, dynamic)
+    graph = _trace(spec, base, after)
+    _calibrate(spec, graph, calibration)
+    plan = make_plan(spec, graph, weighed=True)
+    rewritten = rewrite(spec, graph, plan, after)
+    check_artifacts(spec, rewritten.adapted, plan.closing)
+    report = plan_report(spec, graph, plan, rewritten, base.bound.notes)
+    program = Program(spec, report, graph, rewritten, after)
+    program.prove_trace()
+    return Compiled(program)
 
 
 def plan(
     spec: str | os.PathLike[str] | Mapping[str, Any] | Spec, overrides: Sequence[str] = ()
-) -> tuple[Spec, Plan]:
-    """Plan a spec without reading a weight."""
-    loaded = load(spec, overrides)
-    return loaded, make_plan(loaded, _trace(loaded, make_base(loaded)))
+) -> tuple[Spec, PlanReport]:
+    """Plan a spec: what `compile` does up to the check, without a weight or a row of data."""
+    spec = load(spec, overrides)
+    base = make_base(spec)
+    graph = _trace(spec, base)
+    plan = make_plan(spec, graph)
+    rewritten = rewrite(spec, graph, plan)
+    check_artifacts(spec, rewritten.adapted, plan.closing)
+    return spec, plan_report(spec, graph, plan, rewritten)
 
 
-def _trace(spec: Spec, base: Base) -> Graph:
+def _trace(spec: Spec, base: Base, after: After | None = None) -> Graph:
+    """The base as a graph."""
     try:
-        return trace(base)
+        graph = trace(base)
     except InputError as error:
         raise spec.error(("inputs",), *str(error).splitlines()) from error
+    if after is not None:
+        after("trace", graph)
+    return graph
+
+
+def _calibrate(spec: Spec, graph: Graph, batches: Iterable[Mapping[str, torch.Tensor]] | None) -> None:
+    """Give a graph the rows of data, and where a method chooses by it the Fisher information."""
+    try:
+        if batches is None and spec.calibration is not None:
+            batches = read_rows(resolve_path(spec, spec.calibration), graph.inputs)
+        if batches is None:
+            return
+        graph.rows = checked_rows(batches, graph.inputs)
+        if any(isinstance(entry, MethodEntry) and entry.build().calibrated for entry in spec.adapt):
+            graph.information = Information(graph)
+    except InputError as error:
+        raise spec.error(("calibration",), *str(error).splitlines()) from error
 
 
 def make_base(

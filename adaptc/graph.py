@@ -73,7 +73,7 @@ class Graph:
         inputs: the model's inputs; outputs: the names of its outputs.
         sites: the places that can be adapted.
         heads: modules that are output heads, which `all-linear` leaves out.
-        base: where the model comes from.
+        source: where the model comes from.
         adaptations: what was inserted so far, in order.
         adapted: (weight, first node that uses it) -> the node that holds its adapted value.
         adapted_values: node that a target names -> the node that holds its adapted value.
@@ -93,7 +93,7 @@ class Graph:
     outputs: tuple[str, ...]
     sites: tuple[WeightSite, ...]
     heads: frozenset[str]
-    base: Base
+    source: Base
     adaptations: list[Adaptation] = field(default_factory=list)
     adapted: dict[tuple[str, str], str] = field(default_factory=dict)
     adapted_values: dict[str, str] = field(default_factory=dict)
@@ -266,7 +266,7 @@ class Graph:
         counts = (
             f"{len(self.operations)} operations, {len(self.sites)} sites, {len(self.adaptations)} adapted"
         )
-        return f"<Graph of {self.base.describe}, {self.stage}: {counts}; see text() and adaptc.bind(graph)>"
+        return f"<Graph of {self.source.describe}, {self.stage}: {counts}; see text() and adaptc.bind(graph)>"
 
     def text(self) -> str:
         """The graph as text, a line a node: result, operation, operands, shape, module."""

@@ -124,7 +124,7 @@ def _filler(graph: Graph, node: fx.Node, ids: fx.Node) -> int | str | None:
     """What an input is for a virtual token; "position" where it goes on counting."""
     name = str(node.target)
     if node is ids:  # never looked up, and no padding
-        config = getattr(graph.base.pretrained, "config", None)
+        config = getattr(graph.source.pretrained, "config", None)
         return 1 if getattr(config, "pad_token_id", 0) != 1 else 0
     if name == LABELS:
         return IGNORED

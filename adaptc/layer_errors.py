@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from adaptc.layer_inputs import LayerInputs
 from adaptc.proof import batches
 from adaptc.quantized import Quantized, matrix_of, stored_bytes
 from adaptc.site import WeightSite
-from adaptc.streaming import Streamed
+from adaptc.streaming import Interpreter, Run, numbered
 
 TOKENS = 256
 """Rows of a layer's inputs that its output error is measured on."""
@@ -90,12 +90,12 @@ def measure(
         return None
     inputs = LayerInputs(reference, [q.site for q in known], rows, TOKENS)
     layers = [_layer(reference, candidate, q, inputs) for q in known]
-    floats = Streamed(reference)
-    outputs = output_errors(floats, candidate, rows)
+    floats = Interpreter(reference).on(numbered(rows))
+    outputs = output_errors(floats, candidate)
     numbers = sum(q.quantization.size[0] * q.quantization.size[1] for q in known)
     share = stored_bytes(known) / max(1, 4 * numbers)
     worst = sorted(layers, key=lambda layer: -layer.error)
-    rounded = output_errors(floats, rounding, rows) if rounding is not None else {}
+    rounded = output_errors(floats, rounding) if rounding is not None else {}
     return QuantizationErrors(tuple(worst), outputs, what, share, rounded)
 
 
@@ -119,18 +119,23 @@ def rows_of(graph: Graph, seed: int = 0) -> list[Any]:
     return list(graph.rows) or list(batches(graph.inputs, seed).values())
 
 
-def output_errors(reference: Streamed, candidate: Graph, rows: Sequence[Any]) -> dict[str, float]:
-    """Of each output that a candidate has ‖ŷ - y‖ / ‖y‖ over all rows that it takes. The reference runs once."""
+def output_errors(reference: Run, candidate: Graph) -> dict[str, float]:
+    """Of each output that a candidate has ‖ŷ - y‖ / ‖y‖, over all batches of the reference that both take."""
     error: dict[str, float] = {}
     scale: dict[str, float] = {}
     taken = {spec.name for spec in candidate.inputs}
-    given = [{name: value for name, value in row.items() if name in taken} for row in rows]
-    for want, got in zip(reference(rows), Streamed(candidate)(given), strict=True):
+    given = {
+        name: {key: value for key, value in batch.items() if key in taken}
+        for name, batch in reference.batches.items()
+    }
+    run = Interpreter(candidate).on(given)
+    for label, want in reference.outcomes.items():
+        got = run.outcomes[label]
         if isinstance(want, Exception) or isinstance(got, Exception):
             continue  # the model itself does not take this size
-        known = dict(zip(reference.graph.tensors, want, strict=True))
-        for name, b in zip(candidate.tensors, got, strict=True):
-            a = known[name].to(b.dtype)
+        wanted = dict(zip(reference.outputs, want, strict=True))
+        for name, b in zip(run.outputs, got, strict=True):
+            a = wanted[name].to(b.dtype)
             finite = torch.isfinite(a) & torch.isfinite(b)
             if a.is_floating_point():
                 error[name] = error.get(name, 0.0) + float((a - b)[finite].double().square().sum())

@@ -19,7 +19,7 @@ from adaptc.quantized import Quantization, bytes_of, size_of
 from adaptc.scheme_contract import Scheme
 from adaptc.site import WeightSite
 from adaptc.spec import QuantizeBudget
-from adaptc.streaming import Batch, Streamed
+from adaptc.streaming import Batch, Interpreter, Run, numbered
 
 Rows = Sequence[Batch]
 
@@ -58,8 +58,9 @@ def choose(graph: Graph, items: Sequence[Quantize], budget: QuantizeBudget) -> l
     Raises:
         InputError: a budget of size is too small for the fewest bits.
     """
-    rows, reference = rows_of(graph), Streamed(graph)
-    layers = [layer for item in items for layer in _layers(reference, item, rows)]
+    rows = rows_of(graph)
+    reference = Interpreter(graph).on(numbered(rows))
+    layers = [layer for item in items for layer in _layers(graph, reference, item, rows)]
     floats = sum(4 * size_of(layer.site)[0] * size_of(layer.site)[1] for layer in layers)
     steps = _steps(layers)
     if budget.size is not None:
@@ -79,7 +80,7 @@ def choose(graph: Graph, items: Sequence[Quantize], budget: QuantizeBudget) -> l
     while low < high:
         middle = (low + high) // 2
         _take(layers, steps[:middle])
-        if _error(reference, _passes(layers, items), rows) <= budget.error:
+        if _error(graph, reference, _passes(layers, items)) <= budget.error:
             high = middle
         else:
             low = middle + 1
@@ -87,8 +88,7 @@ def choose(graph: Graph, items: Sequence[Quantize], budget: QuantizeBudget) -> l
     return _passes(layers, items)
 
 
-def _layers(reference: Streamed, item: Quantize, rows: Rows) -> list[Layer]:
-    graph = reference.graph
+def _layers(graph: Graph, reference: Run, item: Quantize, rows: Rows) -> list[Layer]:
     sites = item.selection(graph).sites
     inputs = LayerInputs(graph, sites, rows, TOKENS)
     found = []
@@ -102,17 +102,17 @@ def _layers(reference: Streamed, item: Quantize, rows: Rows) -> list[Layer]:
             error = relative(computed, W) if x is None else relative(F.linear(x, computed), F.linear(x, W))
             ways.append(Choice(scheme, bytes_of(scheme, *size), error))
         ways.append(Choice(None, size[0] * size[1] * site.dtype.itemsize, 0.0))
-        found.append(_weighed(reference, Layer(site, item.entry, ways), item, rows))
+        found.append(_weighed(graph, reference, Layer(site, item.entry, ways), item))
     return found
 
 
-def _weighed(reference: Streamed, layer: Layer, item: Quantize, rows: Rows) -> Layer:
+def _weighed(graph: Graph, reference: Run, layer: Layer, item: Quantize) -> Layer:
     """The layer with errors of the model's outputs in place of its own: a layer's output may matter little, or all.
 
     Measured for the fewest bits, with all other layers in floats; those of more bits go by the layer's own.
     """
     first = layer.ways[0].error
-    effect = _error(reference, _passes([layer], [item]), rows)
+    effect = _error(graph, reference, _passes([layer], [item]))
     ways = [Choice(w.scheme, w.bytes, effect * w.error / max(first, 1e-30)) for w in layer.ways]
     return Layer(layer.site, layer.entry, ways)
 
@@ -160,5 +160,5 @@ def _passes(layers: Sequence[Layer], items: Sequence[Quantize]) -> list[Quantize
     return found
 
 
-def _error(reference: Streamed, passes: Sequence[Quantize], rows: Rows) -> float:
-    return max(output_errors(reference, run(reference.graph, passes), rows).values(), default=0.0)
+def _error(graph: Graph, reference: Run, passes: Sequence[Quantize]) -> float:
+    return max(output_errors(reference, run(graph, passes)).values(), default=0.0)

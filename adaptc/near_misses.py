@@ -27,7 +27,7 @@ def no_match(
     """Words for an entry whose target matches no layer; `trained`: it comes from a checkpoint."""
     kinds = "/".join(kind for kind in KINDS if kind in method.kinds)
     what = kinds if method.kinds & POINTS else f"{kinds} layer"
-    words = [f"{method.name}: the target matches no {what} of {graph.base.describe}"]
+    words = [f"{method.name}: the target matches no {what} of {graph.source.describe}"]
     words += selection.lacking
     words += [KNOWN_AS[kind] for kind in sorted(method.kinds & POINTS) if not _points_of(graph, kind)]
     if selection.excluded:

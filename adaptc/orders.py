@@ -1,4 +1,4 @@
-"""Orders: the passes of a spec, and what of them each product has."""
+"""Orders: the passes of a spec, and what of them each artifact has."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from adaptc.catalog import AnyPass, PassFactory, load_passes
 from adaptc.errors import Refusal
 from adaptc.graph import Graph
 from adaptc.names import nearest
-from adaptc.pipeline import PASSES, Pass
+from adaptc.pipeline import PASSES, Pass, check_order
 from adaptc.quantize import Quantize
 from adaptc.spec import Spec
 
@@ -97,8 +97,12 @@ def _made(spec: Spec, index: int, cls: AnyPass, name: str, options: Mapping[str,
         raise spec.error(("passes", index), words, f"its options: {', '.join(fields)}") from None
 
 
-def check_products(spec: Spec, adapted: Graph, closing: Sequence[Pass]) -> None:
-    """What is inserted has a place in every product, and the spec's own pipeline leaves what they need."""
+def check_artifacts(spec: Spec, adapted: Graph, closing: Sequence[Pass]) -> None:
+    """Every `emit` entry has what it needs: a place for what is inserted, and a graph that can be folded into it.
+
+    Raises:
+        SpecError: one has not.
+    """
     stays = adapted.staying
     bits = bool(adapted.quantized) or any(isinstance(item, Quantize) for item in closing)
     for index, entry in enumerate(spec.emit):
@@ -145,7 +149,7 @@ def bits_in_checkpoint(adapted: Graph, closing: Sequence[Pass]) -> Refusal | Non
 
 
 def lowering(adapted: Graph) -> list[Pass]:
-    """What the live and trainable products have besides."""
+    """What the live and trainable graphs have besides."""
     factor = PASSES["factor"]()
     factors = [factor] if adapted.stage in factor.takes else []
     return factors + ([PASSES["quantized-products"]()] if adapted.quantized else [])
@@ -164,7 +168,21 @@ def folds_into_bits(adapted: Graph) -> Refusal | None:
     return None
 
 
-def split(passes: Sequence[Pass]) -> tuple[list[Pass], list[Pass]]:
-    """The passes that every product starts with, and what folded ones have besides: from the pass on that folds."""
-    at = next((i for i, item in enumerate(passes) if item.leaves == "folded"), len(passes))
-    return list(passes[:at]), list(passes[at:])
+def closing_of(spec: Spec, graph: Graph, passes: Sequence[Pass]) -> list[Pass]:
+    """The passes that only folded artifacts have: from the one on that folds.
+
+    Raises:
+        SpecError: the passes stand in an impossible order, or one needs data that is not there.
+    """
+    wrong = check_order(passes)
+    if wrong:
+        raise spec.error(("passes",), wrong, "see `adaptc passes` for the stages each pass takes and leaves")
+    start = next((i for i, item in enumerate(passes) if item.leaves == "folded"), len(passes))
+    closing = list(passes[start:])
+    again = [item for item in closing if isinstance(item, Quantize) and item.scheme.calibrated]
+    if again and spec.calibration is None and not graph.rows:
+        message = (
+            f"{again[0].scheme.name} chooses by the layers' inputs, and there are none to quantize again by"
+        )
+        raise spec.error(("passes",), message, "name some rows: `calibration: rows.jsonl`")
+    return closing

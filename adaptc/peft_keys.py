@@ -22,7 +22,7 @@ def as_stored(site: WeightSite, graph: Graph) -> WeightSite:
     """
     if not site.by_parameter or len(site.shape) not in (2, 3):
         return site
-    owner = graph.base.model.get_submodule(site.module) if graph.base.model is not None else None
+    owner = graph.source.model.get_submodule(site.module) if graph.source.model is not None else None
     turned = len(site.shape) == 3 and getattr(owner, "is_transposed", False)
     last, before = len(site.shape) - 1, len(site.shape) - 2
     out, inner = (last, before) if turned else (before, last)

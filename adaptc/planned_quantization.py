@@ -102,7 +102,7 @@ def quantizations_of(spec: Spec, graph: Graph) -> list[PlannedQuantization]:
 def _of_base(graph: Graph, taken: set[str]) -> list[PlannedQuantization]:
     of: dict[Scheme, list[str]] = {}
     for site in graph.sites:
-        known = graph.base.packed.get(site.parameter)
+        known = graph.source.packed.get(site.parameter)
         if known is not None and site.parameter not in taken:
             of.setdefault(known.bits.scheme, []).append(site.pattern)
     found = []
@@ -159,7 +159,7 @@ def quantize_notes(graph: Graph, planned: Sequence[PlannedQuantization]) -> list
         if found.entry is None:
             continue
         where = f"quantize.{found.entry}"
-        again = sum(site.parameter in graph.base.packed for site in found.selection.sites)
+        again = sum(site.parameter in graph.source.packed for site in found.selection.sites)
         if again:
             notes.append(
                 f"{where}: {again} weights of the base are quantized anew, from what its bits stand for"
@@ -176,7 +176,27 @@ def quantize_notes(graph: Graph, planned: Sequence[PlannedQuantization]) -> list
     return notes
 
 
-def weighed_within(
+def within_budget(
+    spec: Spec, graph: Graph, planned: list[PlannedQuantization], weighed: bool
+) -> tuple[list[PlannedQuantization], str]:
+    """The entries with bits chosen for each layer within the spec's budget, and the choice in words.
+
+    Where there is no budget the entries as they are, and "". Without `weighed` no weight is read, and nothing chosen.
+
+    Raises:
+        SpecError: the budget is too small, or nothing is quantized.
+    """
+    if spec.budget is None:
+        return planned, ""
+    if not spec.quantize:
+        raise spec.error(("budget",), "chooses the bits of what `quantize` names, and that is nothing")
+    if not weighed:
+        return planned, "budget: bits are chosen when weights are read, by `adaptc compile`"
+    chosen = _weighed_within(spec, graph, planned, spec.budget)
+    return chosen, _suggestion(spec.budget, planned, chosen)
+
+
+def _weighed_within(
     spec: Spec, graph: Graph, planned: Sequence[PlannedQuantization], budget: QuantizeBudget
 ) -> list[PlannedQuantization]:
     """The entries with bits chosen for each layer, within the spec's budget; what the base has in bits stays.
@@ -194,7 +214,7 @@ def weighed_within(
     return [*(found for found in planned if found.entry is None), *chosen]
 
 
-def suggestion(
+def _suggestion(
     budget: QuantizeBudget, before: Sequence[PlannedQuantization], after: Sequence[PlannedQuantization]
 ) -> str:
     """What a budget has chosen, in words: how many weights get which scheme, and which are left out."""

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from adaptc.errors import ProofError, WeightError
 from adaptc.graph import Graph
 from adaptc.inputs import InputSpec
-from adaptc.streaming import Batch, Outcome
+from adaptc.streaming import Batch, Batches, Outcome, Run
 from adaptc.tracing.export import EXAMPLE_SIZES, example_sizes, example_tensors
 from adaptc.weights import Held, seeded
 
@@ -33,18 +33,10 @@ Call = Callable[[Batch], Sequence[torch.Tensor]]
 
 
 class Runner(Protocol):
-    """One side of a proof: runs several batches in one sweep.
+    """One side of a proof: something that runs batches."""
 
-    `coverage` says how, where the side is not held in memory as one; empty where it is.
-    """
-
-    @property
-    def coverage(self) -> Sequence[str]:
-        """How much of it runs, and how, in some phrases."""
-        ...
-
-    def __call__(self, batches: Sequence[Batch]) -> Sequence[Outcome]:
-        """The outcome of every batch."""
+    def on(self, batches: Batches) -> Run:
+        """One run of every batch."""
         ...
 
 
@@ -53,11 +45,10 @@ class Each:
     """A runner of something in memory, which takes one batch after the other."""
 
     call: Call
-    coverage: Sequence[str] = ()
 
-    def __call__(self, batches: Sequence[Batch]) -> list[Outcome]:
-        """The outcome of every batch."""
-        return [self._one(batch) for batch in batches]
+    def on(self, batches: Batches) -> Run:
+        """One run of every batch."""
+        return Run(batches, {name: self._one(batch) for name, batch in batches.items()})
 
     def _one(self, batch: Batch) -> Outcome:
         try:
@@ -108,34 +99,28 @@ def tolerance(graph: Graph) -> float:
     return EPSILONS * epsilon if epsilon < 1e-6 else HALF_EPSILONS * epsilon
 
 
-def prove(
-    name: str,
-    inputs: Sequence[InputSpec],
-    reference: Runner,
-    candidate: Runner,
-    allowed: float,
-    seed: int = 0,
-) -> Proof:
-    """Run both sides on fresh random inputs of several shapes, padded rows among them.
+def prove(name: str, reference: Run, candidate: Run, allowed: float) -> Proof:
+    """Hold two runs against one another, on the batches that the reference takes.
+
+    Args:
+        name: what is proved.
+        reference: what must come out, on fresh random inputs of several shapes, padded rows among them.
+        candidate: what came out of the other side, at least for the batches that the reference takes.
+        allowed: the relative error tolerated.
 
     Raises:
-        ProofError: the sides differ by more than the tolerance, or one is not finite where the other is; or
-            the reference itself runs on none of the shapes.
+        ProofError: the runs differ by more than that, or one is not finite where the other is; or the reference
+            runs on none of the shapes.
     """
     absolute = relative = 0.0
-    shapes: list[str] = []
     undefined: dict[int, int] = {}
-    known = batches(inputs, seed)
-    expectations = reference(list(known.values()))
-    taken = {
-        label: (batch, outcome)
-        for (label, batch), outcome in zip(known.items(), expectations, strict=True)
-        if not isinstance(outcome, Exception)  # the model itself does not take this size
-    }
-    if not taken:
-        raise ProofError(f"{name}: the model runs on none of the proof's shapes: {expectations[0]}")
-    outcomes = candidate([batch for batch, _ in taken.values()])
-    for (label, (_, expected)), got in zip(taken.items(), outcomes, strict=True):
+    shapes = tuple(reference.taken)
+    if not shapes:
+        reason = next(iter(reference.outcomes.values()))
+        raise ProofError(f"{name}: the model runs on none of the proof's shapes: {reason}")
+    for label in shapes:
+        expected, got = reference.outcomes[label], candidate.outcomes[label]
+        assert not isinstance(expected, Exception)
         if isinstance(got, Exception):
             raise ProofError(f"{name}: it does not run ({label}): {got}") from got
         if len(expected) != len(got):
@@ -150,18 +135,17 @@ def prove(
                 continue
             error, scale = _error(a, b)
             absolute, relative = max(absolute, error), max(relative, error / scale)
-        shapes.append(label)
     never = [index for index, count in undefined.items() if count == len(shapes)]
     if never:
         raise ProofError(f"{name}: output {never[0]} is NaN on all of the proof's shapes")
     how = ", ".join(dict.fromkeys([*candidate.coverage, *reference.coverage]))
-    proof = Proof(name, absolute, relative, allowed, tuple(shapes), how)
+    proof = Proof(name, absolute, relative, allowed, shapes, how)
     if not relative <= allowed:
         raise ProofError(f"the proof failed: {proof}")
     return proof
 
 
-def batches(inputs: Sequence[InputSpec], seed: int = 0) -> dict[str, dict[str, torch.Tensor]]:
+def batches(inputs: Sequence[InputSpec], seed: int = 0) -> Batches:
     """Fresh random inputs of every shape a proof runs on, padded rows among them, by what the shape is called."""
     found: dict[str, dict[str, torch.Tensor]] = {}
     for number, among in enumerate(SIZES):
@@ -244,17 +228,20 @@ def randomised(graph: Graph, seed: int = 0, strength: float = 1.0) -> Graph:
     return copied
 
 
-def effect(inputs: Sequence[InputSpec], reference: Runner, candidate: Runner, seed: int = 0) -> float:
-    """How far apart two sides are on the first of the proof's batches that runs, relative to the largest value."""
-    known = list(batches(inputs, seed).values())
-    outcomes = candidate(known)  # all of them, since a proof that follows asks for the same
-    ran = ((batch, got) for batch, got in zip(known, outcomes, strict=True) if isinstance(got, list))
-    batch, got = next(ran, ({}, []))
-    (expected,) = reference([batch]) if batch else ([],)
-    if isinstance(expected, Exception):
-        return 0.0
-    pairs = zip(expected, got, strict=True)
-    return max((error / scale for error, scale in (_error(a, b) for a, b in pairs)), default=0.0)
+def effect(reference: Run, candidate: Run) -> float:
+    """How far apart two runs are, relative to the largest value, on the batches that both took.
+
+    Gives 0 where they share none.
+    """
+    largest = 0.0
+    for name in reference.taken.keys() & candidate.taken.keys():
+        expected, got = reference.outcomes[name], candidate.outcomes[name]
+        assert not isinstance(expected, Exception)
+        assert not isinstance(got, Exception)
+        for a, b in zip(expected, got, strict=True):
+            error, scale = _error(a, b)
+            largest = max(largest, error / scale)
+    return largest
 
 
 def gradients(module: torch.nn.Module, graph: Graph, names: Sequence[str]) -> None:

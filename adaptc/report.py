@@ -26,7 +26,8 @@ from rich.table import Table
 
 from adaptc.budget import Budget
 from adaptc.layer_errors import QuantizationErrors
-from adaptc.plan import Plan, Planned
+from adaptc.plan_report import PlanReport
+from adaptc.planned import Planned
 from adaptc.planned_quantization import PlannedQuantization, expected_error
 from adaptc.point_sites import Site
 from adaptc.proof import Proof
@@ -68,12 +69,12 @@ class Report:
         """A line on standard error."""
         self.err.print(text, markup=False)
 
-    def plan(self, plan: Plan) -> None:
+    def plan(self, plan: PlanReport) -> None:
         """The plan: sites, budget, pipeline, notes."""
         for planned in plan.entries:
             self.out.print(_entry(planned))
-        for planned in plan.quantized:
-            self.out.print(_quantized(planned, planned.outputs(plan.adapted)))
+        for quantized, growth in zip(plan.quantized, plan.growth, strict=True):
+            self.out.print(_quantized(quantized, growth))
         cost = plan.budget
         self.out.print(
             f"parameters  {cost.parameters:,} in the base, {cost.trainable:,} trainable ({cost.share:.3%})\n"
@@ -88,11 +89,11 @@ class Report:
             self.out.print(f"note        {note}", markup=False)
 
     @contextmanager
-    def products(self) -> Iterator[Products]:
+    def artifacts(self) -> Iterator[Artifacts]:
         """What is written and proved: a line each, and on a terminal a bar for what takes long."""
         bar = Progress(*COLUMNS, console=self.err, transient=True, disable=not self.err.is_terminal)
         with bar:
-            yield Products(self.err, bar)
+            yield Artifacts(self.err, bar)
 
     def done(self, paths: Sequence[Path]) -> None:
         """What was written."""
@@ -121,8 +122,8 @@ def _share(cost: Budget) -> str:
 
 
 @dataclass
-class Products:
-    """Told of what happens while products are written, it says so on standard error."""
+class Artifacts:
+    """Told of what happens while artifacts are written, it says so on standard error."""
 
     console: Console
     bar: Progress
@@ -130,7 +131,7 @@ class Products:
     said: float = 0.0
 
     def writing(self, what: str) -> None:
-        """A product that is being made."""
+        """An artifact that is being made."""
         self.console.print(f"writing {what}", markup=False)
 
     def wrote(self, done: int, total: int) -> None:
@@ -191,7 +192,7 @@ def _entry(planned: Planned) -> Table:
     return table
 
 
-def _quantized(planned: PlannedQuantization, more: float) -> Table:
+def _quantized(planned: PlannedQuantization, growth: float) -> Table:
     scheme, selection = planned.item.scheme, planned.selection
     who = "base, stored as" if planned.entry is None else f"quantize.{planned.entry}:"
     table = Table(title=escape(f"{who} {scheme.text}"), title_justify="left")
@@ -208,7 +209,7 @@ def _quantized(planned: PlannedQuantization, more: float) -> Table:
     for row, times in groups.items():
         table.add_row(row[0], str(times), *row[1:])
     orders = "; ".join(
-        f"[{order}] {error:.3f} ({more * error:.2f})" for order, error in planned.expected().items()
+        f"[{order}] {error:.3f} ({growth * error:.2f})" for order, error in planned.expected().items()
     )
     words = "relative error to expect of a layer (and at most about so much of the outputs)"
     table.caption = escape(f"{planned.bits:.2f} bits a weight; {words}: {orders}")

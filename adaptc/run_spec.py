@@ -7,10 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from adaptc.artifacts import emit_all
 from adaptc.catalog import load_passes
 from adaptc.compiler import compile as compile_spec
 from adaptc.emit.places import places
-from adaptc.emit.products import emit_all
 from adaptc.errors import AdaptcError, SpecError
 from adaptc.graph import Graph
 from adaptc.report import Report
@@ -25,7 +25,7 @@ def run_spec(
     dump_graphs: Path | None,
     report: Report,
 ) -> dict[str, Any]:
-    """Compile a spec file and write its products; gives the result as plain data.
+    """Compile a spec file and write its artifacts; gives the result as plain data.
 
     Raises:
         AdaptcError: anything that makes the exit code other than 0.
@@ -52,8 +52,9 @@ def run_spec(
     with report.working("tracing and planning"):
         compiled = compile_spec(loaded, after=after)
     report.plan(compiled.plan)
-    with report.products() as observer:
-        paths = emit_all(compiled, loaded.emit, observer, output_dir)
+    with report.artifacts() as observer:
+        artifacts = emit_all(compiled.program, loaded.emit, observer, output_dir)
+    paths = [artifact.path for artifact in artifacts]
     report.done(paths)
     if print_after not in (None, "all", "trace") and print_after not in [r.name for r in compiled.records]:
         report.message(f"{print_after} did not run: nothing that is written needs it")

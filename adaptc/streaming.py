@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import fx
@@ -15,72 +16,92 @@ from adaptc.graph import Graph
 from adaptc.memory import writes
 
 Batch = Mapping[str, torch.Tensor]
+Batches = Mapping[str, Batch]
+"""Batches by what each is called, such as the sizes it has."""
 NARROW = (torch.float16, torch.bfloat16)
 Outcome = list[torch.Tensor] | Exception
 """What a batch gives: the outputs that are tensors, or why the model does not take it."""
 
 
-class Chooser(Protocol):
-    """A side of a proof whose choices another can make too."""
+@dataclass(frozen=True)
+class Run:
+    """What a model gave for some batches, each of which it ran once.
 
-    def chosen(self, batches: Sequence[Batch]) -> Sequence[Sequence[torch.Tensor]]:
-        """What it chose in the run of every batch: where the values stood, operation by operation."""
-        ...
+    Attributes:
+        batches: the batches by name.
+        outcomes: the outcome of every batch by its name.
+        outputs: the names of the outputs that are tensors; empty where nobody named them.
+        coverage: how it ran, in some phrases, where memory did not hold the model as one.
+        choices: of every batch where the values stood that were chosen, operation by operation.
+        flipped: how many choices would have been others without a run to follow.
+    """
+
+    batches: Batches
+    outcomes: Mapping[str, Outcome]
+    outputs: tuple[str, ...] = ()
+    coverage: tuple[str, ...] = ()
+    choices: Mapping[str, Sequence[torch.Tensor]] = field(default_factory=dict)
+    flipped: int = 0
+
+    @property
+    def taken(self) -> Batches:
+        """The batches that ran."""
+        return {n: b for n, b in self.batches.items() if not isinstance(self.outcomes[n], Exception)}
+
+    def only(self, outputs: Sequence[str]) -> Run:
+        """The same run with only these outputs, in this order."""
+        places = [self.outputs.index(name) for name in outputs]
+        outcomes = {
+            name: outcome if isinstance(outcome, Exception) else [outcome[place] for place in places]
+            for name, outcome in self.outcomes.items()
+        }
+        return replace(self, outcomes=outcomes, outputs=tuple(outputs))
 
 
-class Streamed:
+class Interpreter:
     """A graph that runs in evaluation mode on several batches in one sweep.
 
     Node by node: a weight is loaded once a sweep, when its first operation needs it, and dropped after its last;
-    so is what the operations give. Asked again for the same batches, it gives what it found.
+    so is what the operations give.
 
     Args:
         graph: what is run.
         wide: compute in float32 what the graph computes in float16 or bfloat16, from the weights as they are stored:
             in a deep model the rounding of each operation would hide what is looked for.
-        follows: the side this one is held against: its choices between near equals are made here too.
-        near: how near, see `Choices`.
     """
 
-    def __init__(self, graph: Graph, wide: bool = False, follows: Chooser | None = None, near: float = 0.0):
+    def __init__(self, graph: Graph, wide: bool = False):
         self.graph = graph
         self.wide = wide and any(weight.dtype in NARROW for weight in graph.weights.values())
-        self.follows, self.near = follows, near
-        self._known: tuple[Sequence[Batch], list[Outcome], list[Choices]] | None = None
 
-    @property
-    def coverage(self) -> Sequence[str]:
-        """That it ran whole, but never at once, and how it computed."""
-        wide = ["in float32"] if self.wide else []
-        turned = [f"{self.turned} choices between near equals as the reference's"] if self.turned else []
-        return ["whole, one weight at a time", *wide, *turned]
+    def on(self, batches: Batches, follows: Run | None = None, near: float = 0.0) -> Run:
+        """One sweep over these batches; a batch that fails is left out of the rest of it.
 
-    @property
-    def turned(self) -> int:
-        """How many choices of the last sweep would have been others without a side to follow."""
-        return sum(choices.turned for choices in self._known[2]) if self._known else 0
-
-    def __call__(self, batches: Sequence[Batch]) -> list[Outcome]:
-        """The outcome of every batch; a batch that fails is left out of the rest of the sweep."""
-        if self._known is None or not same(self._known[0], batches):
-            others = self.follows.chosen(batches) if self.follows else [()] * len(batches)
-            choices = [Choices(made, self.near) for made in others]
-            self._known = batches, _sweep(self.graph, batches, choices, self.wide), choices
-        return self._known[1]
-
-    def chosen(self, batches: Sequence[Batch]) -> list[list[torch.Tensor]]:
-        """What was chosen in the run of every batch."""
-        known, _, choices = self._known or ((), (), ())
-        ran = list(zip(known, choices, strict=True))
-        return [next((c.made for k, c in ran if same([k], [batch])), []) for batch in batches]
+        Args:
+            batches: by name.
+            follows: another side's run of these batches: its choices between near equals are made here too.
+            near: how near, see `Choices`.
+        """
+        followed = follows.choices if follows is not None else {}
+        choices = [Choices(followed.get(name, ()), near) for name in batches]
+        outcomes = _sweep(self.graph, list(batches.values()), choices, self.wide)
+        flipped = sum(choice.flipped for choice in choices)
+        coverage = ["whole, one weight at a time"]
+        coverage += ["in float32"] if self.wide else []
+        coverage += [f"{flipped} choices between near equals as the reference's"] if flipped else []
+        return Run(
+            batches,
+            dict(zip(batches, outcomes, strict=True)),
+            tuple(self.graph.tensors),
+            tuple(coverage),
+            {name: choice.made for name, choice in zip(batches, choices, strict=True)},
+            flipped,
+        )
 
 
-def same(known: Sequence[Batch], asked: Sequence[Batch]) -> bool:
-    """Whether these are the same batches, value for value."""
-    return len(known) == len(asked) and all(
-        a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-        for a, b in zip(known, asked, strict=True)
-    )
+def numbered(rows: Sequence[Batch]) -> Batches:
+    """Rows of data as batches, by their numbers."""
+    return {f"row {number}": row for number, row in enumerate(rows, 1)}
 
 
 def observed(

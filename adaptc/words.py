@@ -21,10 +21,10 @@ def with_words(spec: Spec, graph: Graph, index: int, item: Insert[Any]) -> Inser
     method = item.method
     if not isinstance(method, InputMethod) or not method.texts:
         return item
-    origin = graph.base.pretrained
+    origin = graph.source.pretrained
     tokenize = _tokenizer(origin) if origin is not None else None
     if origin is None or tokenize is None:
-        words = f"{method.name} starts from words, and {graph.base.describe} has no tokenizer"
+        words = f"{method.name} starts from words, and {graph.source.describe} has no tokenizer"
         raise spec.error(
             ("adapt", index),
             words,

@@ -25,7 +25,7 @@ IMPORTS = (
     "onnx_ir",
     "onnxruntime",
     "onnxscript",
-    "adaptc.emit.products",
+    "adaptc.artifacts",
     "adaptc.tracing.huggingface",
 )
 """What either side imports, before anything is measured."""

@@ -16,8 +16,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 import adaptc
+from adaptc.artifacts import emit_all
 from adaptc.emit.onnx import open_session
-from adaptc.emit.products import emit_all
 from adaptc.report import Report
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -132,8 +132,9 @@ def main() -> None:
     after = accuracy(module.eval(), batches, held_out)
 
     console.print("\nfolding, exporting and proving:")
-    with Report().products() as observer:
-        paths = emit_all(compiled, compiled.spec.emit, observer, BUILD)
+    with Report().artifacts() as observer:
+        artifacts = emit_all(compiled.program, compiled.spec.emit, observer, BUILD)
+    paths = [artifact.path for artifact in artifacts]
     folded, live, base = paths[:3]
     feeds = {k: v.numpy() for k, v in batches(held_out[:8]).items() if k != "labels"}
     seconds = latencies([base, live, folded], feeds)

@@ -20,7 +20,11 @@ from adaptc.compiled import Compiled
 from adaptc.compiler import make_base
 from adaptc.graph import Graph
 from adaptc.method_contract import METHODS
+from adaptc.orders import check_artifacts
 from adaptc.plan import make_plan
+from adaptc.plan_report import plan_report
+from adaptc.program import Program
+from adaptc.rewrite import rewrite
 from adaptc.spec import load
 from adaptc.tracing.export import export
 from adaptc.tracing.graph import trace
@@ -394,7 +398,7 @@ class Zoo:
 
     def export(self, model: nn.Module, inputs: Any, training: bool = False) -> fx.GraphModule:
         """`adaptc.tracing.export.export`, once for each base of the zoo."""
-        own = any(graph.base.model is model for graph in self._graphs.values())
+        own = any(graph.source.model is model for graph in self._graphs.values())
         if not own or not training:
             return export(model, inputs, training)
         if id(model) not in self._trained:
@@ -414,7 +418,9 @@ class Zoo:
         loaded = load({**base, "adapt": list(adapt), **spec})
         graph = self.graph(name, dtype)
         plan = make_plan(loaded, graph)
-        return Compiled(loaded, plan, graph, list(plan.records))
+        rewritten = rewrite(loaded, graph, plan)
+        check_artifacts(loaded, rewritten.adapted, plan.closing)
+        return Compiled(Program(loaded, plan_report(loaded, graph, plan, rewritten), graph, rewritten))
 
     def initial(self, method: str, name: str) -> Compiled:
         """A compiled model with a method as initialised; shared, so not to be changed."""
@@ -427,16 +433,15 @@ class Zoo:
     def adapted(self, method: str, name: str) -> Compiled:
         """The same with perturbed adapters: its own graph, and a module that shares no adapter with `initial`."""
         first = self.initial(method, name)
-        compiled = copy.copy(first)
-        compiled.__dict__.pop("module", None)
-        compiled.graph = first.graph.copy()
+        program = copy.copy(first.program)
+        program.graph = first.graph.copy()
         values = perturbed({n: first.graph.weights[n].load() for n in first.graph.adapter_names})
-        compiled.graph.weights.update({n: Held(value) for n, value in values.items()})
-        compiled.proofs, compiled.records = list(first.proofs), list(first.records)
-        compiled.__dict__["module"] = module = copy.deepcopy(first.module)
+        program.graph.weights.update({n: Held(value) for n, value in values.items()})
+        program.proofs, program.records = copy.copy(first.program.proofs), list(first.records)
+        program.__dict__["module"] = module = copy.deepcopy(first.module)
         with torch.no_grad():
             for key, parameter in module.named_parameters():
                 if key in values:
                     parameter.copy_(values[key])
-                    compiled.graph.weights[key] = Held(parameter)
-        return compiled
+                    program.graph.weights[key] = Held(parameter)
+        return Compiled(program)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import adaptc
-from adaptc.emit.products import emit_all
+from adaptc.artifacts import emit_all
 from adaptc.method_contract import METHODS
 
 ROOT = Path(__file__).parent.parent
@@ -80,9 +80,9 @@ def test_spec_compiles(
     if path.stem == "qalora":
         overrides.append("adapt.0.r=2")  # the small base has no more groups
     compiled = adaptc.compile(path, overrides=overrides)
-    paths = emit_all(compiled, compiled.spec.emit, into=tmp_path)
-    assert paths
-    assert all(written.exists() for written in paths)
+    artifacts = emit_all(compiled.program, compiled.spec.emit, into=tmp_path)
+    assert artifacts
+    assert all(artifact.path.exists() for artifact in artifacts)
     for manifest in tmp_path.rglob("manifest.json"):
         for product in json.loads(manifest.read_text())["products"].values():
             if "proof" in product:

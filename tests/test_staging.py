@@ -18,8 +18,9 @@ import torch
 from torch import nn
 
 import adaptc
-from adaptc.emit import onnx, products, staging
-from adaptc.emit.products import emit_all
+from adaptc import artifacts
+from adaptc.artifacts import emit_all
+from adaptc.emit import onnx, staging
 from adaptc.emit.staging import Staging
 from adaptc.errors import AdaptcError
 from adaptc.spec import load
@@ -48,7 +49,8 @@ def compiled() -> Any:
 
 
 def emit(compiled: Any, *entries: dict[str, Any], into: Path) -> list[Path]:
-    return emit_all(compiled, load({"emit": list(entries)}).emit, into=into)
+    written = emit_all(compiled.program, load({"emit": list(entries)}).emit, into=into)
+    return [artifact.path for artifact in written]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -387,7 +389,7 @@ def fails(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
         (directory / "adapter_model.safetensors").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    return lambda: monkeypatch.setitem(products.WRITERS, "peft", half)
+    return lambda: monkeypatch.setitem(artifacts.WRITERS, "peft", half)
 
 
 def test_the_last_product_fails(compiled: Any, tmp_path: Path, fails: Callable[[], None]) -> None:
@@ -538,7 +540,7 @@ def test_a_program_over_the_spec(tmp_path: Path) -> None:
         path.write_text(text)
         made = adaptc.compile(path)
         with pytest.raises(AdaptcError, match=r"spec\.yaml"):
-            emit_all(made, made.spec.emit)
+            emit_all(made.program, made.spec.emit)
         assert path.read_text() == text
     finally:
         sys.path.remove(str(tmp_path))

@@ -13,16 +13,16 @@ import pytest
 import torch
 
 import adaptc
+from adaptc.artifacts import emit_all
 from adaptc.catalog import load_passes
 from adaptc.emit import onnx as emit_onnx
 from adaptc.emit import pieces
 from adaptc.emit.inference import inference_graph
 from adaptc.emit.onnx import export_onnx, onnx_runner
-from adaptc.emit.products import emit_all
 from adaptc.graph import Graph, bind
 from adaptc.proof import batches, prove, runner, tolerance
 from adaptc.spec import load
-from adaptc.streaming import Streamed
+from adaptc.streaming import Interpreter, Run, numbered
 from adaptc.weights import Held, Weight
 from tests.families import FAMILIES, Zoo, close, entry, perturb
 
@@ -53,10 +53,10 @@ def test_a_sweep_gives_what_the_bound_module_gives(zoo: Zoo, name: str, dtype: s
     compiled = random(zoo, name, dtype)
     fold = load_passes()["fold"]()
     for graph in (compiled.base, compiled.live_graph(), adaptc.run(compiled.graph, [fold])):
-        known = list(batches(graph.inputs).values())
         module = runner(bind(graph))
-        for batch, got in zip(known, Streamed(graph)(known), strict=True):
-            want = module(batch)
+        run = Interpreter(graph).on(batches(graph.inputs))
+        for label, got in run.outcomes.items():
+            want = module(run.batches[label])
             assert isinstance(got, list)
             assert len(got) == len(want) > 0
             assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
@@ -67,9 +67,14 @@ def test_a_wide_sweep_computes_in_float32(zoo: Zoo, name: str) -> None:
     narrow, graph = zoo.graph(name, "bfloat16"), zoo.graph(name).copy()
     stored = {n: w for n, w in narrow.weights.items() if w.dtype == torch.bfloat16}
     graph.weights.update({n: Held(w.load().float()) for n, w in stored.items()})
-    known = list(batches(narrow.inputs).values())
-    same = [{k: v.float() if v.dtype == torch.bfloat16 else v for k, v in batch.items()} for batch in known]
-    for got, want in zip(Streamed(narrow, wide=True)(known), Streamed(graph)(same), strict=True):
+    drawn = batches(narrow.inputs)
+    same = {
+        label: {k: v.float() if v.dtype == torch.bfloat16 else v for k, v in batch.items()}
+        for label, batch in drawn.items()
+    }
+    wide, plain = Interpreter(narrow, wide=True).on(drawn), Interpreter(graph).on(same)
+    for label, want in plain.outcomes.items():
+        got = wide.outcomes[label]
         assert isinstance(got, list)
         assert isinstance(want, list)
         for a, b in zip(got, want, strict=True):
@@ -79,7 +84,9 @@ def test_a_wide_sweep_computes_in_float32(zoo: Zoo, name: str) -> None:
 def test_a_batch_that_fails_does_not_stop_the_others(zoo: Zoo) -> None:
     graph = zoo.graph("mlp")
     good, bad = {"x": torch.randn(2, 16)}, {"x": torch.randn(2, 17)}
-    first, second, third = Streamed(graph)([good, bad, good])
+    run = Interpreter(graph).on(numbered([good, bad, good]))
+    first, second, third = run.outcomes.values()
+    assert list(run.taken) == ["row 1", "row 3"]
     assert isinstance(second, RuntimeError)
     assert isinstance(first, list)
     assert isinstance(third, list)
@@ -100,7 +107,7 @@ class Router(torch.nn.Module):
         return (value * self.scale[which]).sum(-1) + best * self.scale[first]
 
 
-def routed(change: torch.Tensor) -> tuple[Streamed, Graph, dict[str, torch.Tensor]]:
+def routed(change: torch.Tensor) -> tuple[Run, Graph]:
     """A router that has run on a batch where each row's experts tie but for 1e-5, and one whose gate is changed."""
     torch.manual_seed(0)
     model, x = Router(), torch.randn(64, 8)
@@ -108,37 +115,36 @@ def routed(change: torch.Tensor) -> tuple[Streamed, Graph, dict[str, torch.Tenso
         row = torch.randn(8)
         model.gate.weight.copy_(row + 1e-5 * torch.randn(4, 8))
     graph = adaptc.trace(model, (x,), dynamic={"x": {0: "rows"}})
-    first = Streamed(graph)
-    first([{"x": x}])
+    first = Interpreter(graph).on({"rows": {"x": x}})
     other = graph.copy()
     other.weights["gate.weight"] = Held(model.gate.weight.detach() + change)
-    return first, other, {"x": x}
+    return first, other
 
 
 def test_choices_between_near_equals_are_the_others() -> None:
     noise = 1e-5 * torch.randn(4, 8, generator=torch.Generator().manual_seed(3))
-    first, other, batch = routed(noise)
-    (want,), (alone,) = first([batch]), Streamed(other)([batch])
-    follower = Streamed(other, follows=first, near=1e-3)
-    (got,) = follower([batch])
+    first, other = routed(noise)
+    follower = Interpreter(other).on(first.batches, follows=first, near=1e-3)
+    (want,), (got,) = first.outcomes.values(), follower.outcomes.values()
+    (alone,) = Interpreter(other).on(first.batches).outcomes.values()
     assert isinstance(got, list)
     assert isinstance(want, list)
     assert isinstance(alone, list)
-    assert float((alone[0] - want[0]).abs().max()) > 0.1, "nothing was turned"
+    assert float((alone[0] - want[0]).abs().max()) > 0.1, "nothing was flipped"
     assert float((got[0] - want[0]).abs().max()) < 1e-3
-    assert 0 < follower.turned <= 3 * 64
-    assert follower.coverage[-1] == f"{follower.turned} choices between near equals as the reference's"
+    assert 0 < follower.flipped <= 3 * 64
+    assert follower.coverage[-1] == f"{follower.flipped} choices between near equals as the reference's"
 
 
 def test_any_other_choice_is_ones_own() -> None:
-    first, other, batch = routed(torch.tensor([0.0, 0.0, 0.0, 5.0])[:, None].expand(4, 8))
-    follower = Streamed(other, follows=first, near=1e-3)
-    (got,), (alone,) = follower([batch]), Streamed(other)([batch])
+    first, other = routed(torch.tensor([0.0, 0.0, 0.0, 5.0])[:, None].expand(4, 8))
+    follower = Interpreter(other).on(first.batches, follows=first, near=1e-3)
+    (got,), (alone,) = follower.outcomes.values(), Interpreter(other).on(first.batches).outcomes.values()
     assert isinstance(got, list)
     assert isinstance(alone, list)
     assert torch.equal(got[0], alone[0])
-    assert follower.turned == 0
-    assert follower.coverage == ["whole, one weight at a time"]
+    assert follower.flipped == 0
+    assert follower.coverage == ("whole, one weight at a time",)
 
 
 @pytest.mark.slow
@@ -226,7 +232,7 @@ def counted(graph: Graph) -> Count:
 def test_a_sweep_holds_one_layer(deep: Any) -> None:
     graph = deep.base.copy()
     count = counted(graph)
-    Streamed(graph)(list(batches(graph.inputs).values()))
+    Interpreter(graph).on(batches(graph.inputs))
     assert set(count.loads.values()) == {1}, "each weight is loaded once for all batches"
     assert count.most <= 2 * 64 * 65 * 4, "more than a layer was held at once"
     assert count.alive == 0
@@ -261,8 +267,9 @@ def test_an_interrupted_compile_leaves_nothing(
                 raise KeyboardInterrupt
 
     (tmp_path / "mine.txt").write_text("kept")
+    entries = load({"emit": [{"format": "onnx", "path": str(tmp_path / "m.onnx")}]}).emit
     with pytest.raises(KeyboardInterrupt):
-        emit_all(deep, load({"emit": [{"format": "onnx", "path": str(tmp_path / "m.onnx")}]}).emit, Stop())
+        emit_all(deep.program, entries, Stop())
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
@@ -293,12 +300,12 @@ def test_in_pieces_as_whole(zoo: Zoo, name: str, tmp_path: Path, monkeypatch: py
     assert len(parts.pieces) > 2
     assert f"in {len(parts.pieces)} pieces one" in proof.coverage
     assert f"in {len(parts.pieces)} pieces" in str(proof)
-    known = list(batches(compiled.base.inputs).values())
+    run = parts.on(batches(compiled.base.inputs))
     whole = onnx_runner(tmp_path / "m.onnx")
     epsilon = torch.finfo(torch.float32).eps
-    for batch, got in zip(known, parts(known), strict=True):
+    for label, got in run.outcomes.items():
         assert isinstance(got, list)
-        for a, b in zip(got, whole(batch), strict=True):
+        for a, b in zip(got, whole(run.batches[label]), strict=True):
             assert (a - b).abs().max() <= 64 * epsilon * b.abs().max()
 
 
@@ -310,8 +317,10 @@ def test_a_wrong_piece_is_found(deep: Any, tmp_path: Path, monkeypatch: pytest.M
     data[7 * 64 * 64 + 5] += 0.5
     data.flush()
     parts = pieces.Pieces(tmp_path / "m.onnx", tmp_path / "m.onnx")
+    reference = Interpreter(deep.base).on(batches(deep.base.inputs))
+    wrong = parts.on(reference.taken)
     with pytest.raises(adaptc.ProofError, match="largest error"):
-        prove("onnx", deep.base.inputs, Streamed(deep.base), parts, tolerance(deep.base))
+        prove("onnx", reference, wrong, tolerance(deep.base))
 
 
 # bfloat16

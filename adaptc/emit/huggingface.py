@@ -46,10 +46,10 @@ def save_checkpoint(folded: Graph, base: Graph, directory: Path, max_shard_size:
         RefusedError: the folded graph is not a model of the base's class any more.
         ProofError: a tensor is not read back as it was written.
     """
-    pretrained = base.base.pretrained
+    pretrained = base.source.pretrained
     if pretrained is None:
         raise AdaptcError(
-            f"a Hugging Face checkpoint needs a Hugging Face base, and {base.base.describe} is none"
+            f"a Hugging Face checkpoint needs a Hugging Face base, and {base.source.describe} is none"
         )
     if folded.staying:
         reason = f"{folded.staying} cannot be folded into weights, and a Hugging Face checkpoint holds nothing else"

@@ -1,38 +1,18 @@
-"""For inference: the graph as an exporter wants it, and the module with kernels for a device."""
+"""For inference: the graph as an exporter wants it."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 from torch.fx.graph import CodeGen
 
-from adaptc.errors import RefusedError
-from adaptc.graph import Graph, bind, is_tensor
-from adaptc.pipeline import PASSES, run
-from adaptc.proof import Each, runner
+from adaptc.graph import Graph, is_tensor
+from adaptc.pipeline import PASSES
 from adaptc.tracing.export import LABELS
 
-if TYPE_CHECKING:
-    from adaptc.compiled import Compiled
-
 aten = torch.ops.aten
-
-
-def inference_module(compiled: Compiled, tokens: int, device: str) -> fx.GraphModule:
-    """The folded graph with kernels for quantized weights, as a module on a device; proved there."""
-    kernels = PASSES["torch-kernels"](tokens=tokens, device=device)  # type: ignore[call-arg]
-    refusals = kernels.requires(compiled.graph)
-    if refusals:
-        raise RefusedError(refusals)
-    folded = compiled.folded_graph()
-    graph = run(folded, [PASSES["plain-integers"](), kernels])
-    module = bind(graph).eval().to(device)
-    # A GPU's convolutions round float32 to 10 bits unless told otherwise, which no proof allows.
-    with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
-        compiled.prove(f"kernels on {device}", graph, compiled.streamed(folded), Each(runner(module, device)))
-    return module
 
 
 def inference_graph(graph: Graph) -> Graph:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from adaptc.emit.onnx import as_array, open_session
-from adaptc.streaming import Batch, Outcome, same
+from adaptc.streaming import Batch, Batches, Outcome, Run
 
 PIECE = 2**25
 """Bytes of weights a piece has at most, unless one operation has more."""
@@ -38,9 +38,6 @@ class Pieces:
 
     path: Path
     shown: Path
-    _known: tuple[Sequence[Batch], list[dict[str, Any]], dict[int, Exception]] | None = field(
-        default=None, init=False
-    )
 
     @cached_property
     def model(self) -> Any:
@@ -79,11 +76,6 @@ class Pieces:
             needed |= {name for node in run for name in _reads(node)}
         return found[::-1]
 
-    @property
-    def coverage(self) -> Sequence[str]:
-        """That it ran whole, but never at once."""
-        return [f"whole, in {len(self.pieces)} pieces one after the other"]
-
     @cached_property
     def outputs(self) -> list[str]:
         """What the program gives."""
@@ -94,23 +86,16 @@ class Pieces:
         """Where the values that it chooses or sorts stand, operation by operation."""
         return [node.output[1] for node in self.model.graph.node if node.op_type == "TopK"]
 
-    def __call__(self, batches: Sequence[Batch]) -> list[Outcome]:
-        """The outcome of every batch."""
-        values, failed = self._run(batches)
-        return [failed.get(index) or _tensors(known, self.outputs) for index, known in enumerate(values)]
-
-    def chosen(self, batches: Sequence[Batch]) -> list[list[torch.Tensor]]:
-        """What it chose in the run of every batch."""
-        values, failed = self._run(batches)
-        return [
-            [] if index in failed else _tensors(known, self.choices) for index, known in enumerate(values)
-        ]
-
-    def _run(self, batches: Sequence[Batch]) -> tuple[list[dict[str, Any]], dict[int, Exception]]:
-        """The outputs and choices of every batch, and why some have none; known from the last run if it is the same."""
-        if self._known is None or not same(self._known[0], batches):
-            self._known = batches, *self._sweep(batches)
-        return self._known[1:]
+    def on(self, batches: Batches) -> Run:
+        """One run of every batch, piece after piece."""
+        values, failed = self._sweep(list(batches.values()))
+        outcomes: dict[str, Outcome] = {}
+        choices: dict[str, list[torch.Tensor]] = {}
+        for index, name in enumerate(batches):
+            outcomes[name] = failed.get(index) or _tensors(values[index], self.outputs)
+            choices[name] = [] if index in failed else _tensors(values[index], self.choices)
+        coverage = f"whole, in {len(self.pieces)} pieces one after the other"
+        return Run(batches, outcomes, tuple(self.outputs), (coverage,), choices)
 
     def _sweep(self, batches: Sequence[Batch]) -> tuple[list[dict[str, Any]], dict[int, Exception]]:
         values: list[dict[str, Any]] = [{k: as_array(v) for k, v in batch.items()} for batch in batches]

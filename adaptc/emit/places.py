@@ -1,4 +1,4 @@
-"""Where products may go: never over something that adaptc did not write."""
+"""Where artifacts may go: never over something that adaptc did not write."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from adaptc.errors import Problem, SpecError
 from adaptc.spec import Spec, resolve_path
 
 FOLDERS = frozenset({"torch", "peft", "hf"})
-"""The formats whose product is a folder; the others write files."""
+"""The formats whose artifact is a folder; the others write files."""
 
 
 def places(spec: Spec, entries: Sequence[Any], into: Path | None = None) -> list[Path]:
-    """The final path of every product.
+    """The final path of every artifact.
 
     Raises:
-        SpecError: a path is the spec's own folder or above it, lies inside another product or inside the base it
+        SpecError: a path is the spec's own folder or above it, lies inside another artifact or inside the base it
             is a copy of, or would replace something adaptc did not write. All problems at once.
     """
     paths = [(into / entry.path if into else resolve_path(spec, entry.path)).resolve() for entry in entries]
@@ -86,7 +86,7 @@ def _written(folder: Path) -> set[str]:
     """The files that the folder's own manifest names."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        products = manifest["products"] if "adaptc" in manifest["versions"] else {}
-        return {MANIFEST, *(name for product in products.values() for name in product["files"])}
+        artifacts = manifest["products"] if "adaptc" in manifest["versions"] else {}
+        return {MANIFEST, *(name for artifact in artifacts.values() for name in artifact["files"])}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return set()

@@ -1,4 +1,4 @@
-"""What a product must compute: a few of its values, kept in the manifest, so that it can be proved again by itself."""
+"""What an artifact must compute: a few of its values, kept in the manifest, so that it can be proved again."""
 
 from __future__ import annotations
 
@@ -11,45 +11,44 @@ import torch
 from adaptc.errors import ProofError
 from adaptc.inputs import InputSpec
 from adaptc.proof import Runner, batches, scale
+from adaptc.streaming import Run
 
 SAMPLES = 64
 """How many values of each output are kept, evenly spaced."""
 
 
-def recorded(reference: Runner, inputs: Sequence[InputSpec], seed: int, tolerance: float) -> dict[str, Any]:
-    """The values that a graph gives for random inputs of every proof's shape that it takes.
+def recorded(reference: Run, inputs: Sequence[InputSpec], seed: int, tolerance: float) -> dict[str, Any]:
+    """The values that a graph gave for random inputs of every proof's shape that it takes.
 
     Args:
-        reference: the graph as it was proved.
-        inputs: its inputs.
+        reference: the run of the graph that the artifact was proved against, on `batches(inputs, seed)`.
+        inputs: the graph's inputs.
         seed: of the random inputs, which a later check draws again.
         tolerance: the relative error allowed to whoever must give the same.
     """
-    known = batches(inputs, seed)
-    outcomes = reference(list(known.values()))
     return {
         "inputs": [asdict(spec) for spec in inputs],
         "seed": seed,
         "tolerance": tolerance,
         "values": {
             label: [_sample(output) for output in outcome]
-            for label, outcome in zip(known, outcomes, strict=True)
+            for label, outcome in reference.outcomes.items()
             if not isinstance(outcome, Exception)
         },
     }
 
 
 def proved_again(known: Mapping[str, Any], candidate: Runner) -> str:
-    """Hold a product against the values that were kept of its graph; gives what was found, in words.
+    """Hold an artifact against the values that were kept of its graph; gives what was found, in words.
 
     Raises:
         ProofError: it gives something else, or does not run.
     """
     inputs = [InputSpec.from_json(spec) for spec in known["inputs"]]
     drawn = batches(inputs, known["seed"])
-    labels = [label for label in drawn if label in known["values"]]
+    run = candidate.on({label: batch for label, batch in drawn.items() if label in known["values"]})
     worst = 0.0
-    for label, outcome in zip(labels, candidate([drawn[label] for label in labels]), strict=True):
+    for label, outcome in run.outcomes.items():
         if isinstance(outcome, Exception):
             raise ProofError(f"it does not run ({label}): {outcome}") from outcome
         expected = known["values"][label]
@@ -61,9 +60,9 @@ def proved_again(known: Mapping[str, Any], candidate: Runner) -> str:
         raise ProofError(
             f"it no longer computes what its graph did: largest error {worst:.1e} of {known['tolerance']:.1e} allowed"
         )
-    how = f" ({', '.join(candidate.coverage)})" if candidate.coverage else ""
+    how = f" ({', '.join(run.coverage)})" if run.coverage else ""
     held = f"largest error {worst:.1e} of {known['tolerance']:.1e} allowed"
-    return f"computes what its graph did: {held}, on {', '.join(labels)}{how}"
+    return f"computes what its graph did: {held}, on {', '.join(run.batches)}{how}"
 
 
 def _sample(output: torch.Tensor) -> dict[str, Any]:

@@ -32,6 +32,19 @@ class Pretrained:
     trust_remote_code: bool
 
 
+@dataclass(frozen=True)
+class Bound:
+    """The weights of a base as they were found: headers are read and held against the model, tensors are not loaded.
+
+    Attributes:
+        weights: name -> weight, for every persistent parameter and buffer.
+        notes: what was not there and is made instead, for the person.
+    """
+
+    weights: dict[str, Weight]
+    notes: tuple[str, ...] = ()
+
+
 @dataclass
 class Base:
     """What is traced.
@@ -40,20 +53,20 @@ class Base:
         describe: one line for people: where the model comes from.
         model: the module; the parameters of a Hugging Face base are fake. None for a saved program.
         program: the traced program, for a base that has no module.
-        weights: name -> weight, for every persistent parameter and buffer.
         inputs: the model's inputs.
+        find: finds the weights; `bound` asks it once.
         heads: modules that are output heads.
         real: the model holds its weights, so that it can be run.
         files: the base's weight files; empty for a base in memory.
         packed: of the weights those that the base holds in bits.
-        notes: what the loader chose or changed, for the person.
+        notes: what the loader chose or changed before it looked for weights, for the person.
         pretrained: the checkpoint of a Hugging Face base.
     """
 
     describe: str
     model: nn.Module | None
     inputs: tuple[InputSpec, ...]
-    weights: Callable[[], dict[str, Weight]]
+    find: Callable[[], Bound]
     program: fx.GraphModule | None = None
     heads: frozenset[str] = frozenset()
     real: bool = False
@@ -63,6 +76,10 @@ class Base:
     pretrained: Pretrained | None = None
 
     @cached_property
-    def bound(self) -> dict[str, Weight]:
-        """The weights, found once: headers are read and held against the model, tensors are not loaded."""
-        return self.weights()
+    def bound(self) -> Bound:
+        """The weights, found once.
+
+        Raises:
+            WeightError: they are missing, broken, or not this model's.
+        """
+        return self.find()

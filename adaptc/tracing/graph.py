@@ -69,7 +69,7 @@ def trace(base: Base) -> Graph:
         outputs=output_names(traced),
         sites=tuple(find_sites(traced.graph, aliases, set(aliases) - buffers)),
         heads=base.heads,
-        base=base,
+        source=base,
     )
     for node in graph.nodes:  # torch.export has just computed these values
         if "val" in node.meta:
@@ -80,7 +80,7 @@ def trace(base: Base) -> Graph:
 
 def _loader(base: Base, name: str, shape: tuple[int, ...]) -> Callable[[], torch.Tensor]:
     def load() -> torch.Tensor:
-        weight = base.bound[name]
+        weight = base.bound.weights[name]
         if weight.shape != shape:
             raise WeightError(
                 f"{name} has shape {list(weight.shape)}, but the traced model has {list(shape)}"

@@ -18,7 +18,7 @@ from adaptc.base_entry import Base as BaseEntry
 from adaptc.errors import TraceError, WeightError
 from adaptc.inputs import InputSpec
 from adaptc.names import nearest
-from adaptc.tracing.base import Base, Pretrained
+from adaptc.tracing.base import Base, Bound, Pretrained
 from adaptc.tracing.derive import choices, derive_inputs, set_for_tracing
 from adaptc.tracing.module import held_weights
 from adaptc.tracing.packed import initialised, missing, packed_weights
@@ -103,16 +103,16 @@ def load(model: str, entry: BaseEntry, seed: int, inputs: tuple[InputSpec, ...])
             f"quantized by {about.get('quant_method')}, and its files are not here: planned as floats"
         )
 
-    def weights() -> dict[str, Weight]:
+    def find() -> Bound:
         if about:
-            return _quantized_weights(module, directory, packed, seed, notes)
-        found = stored_weights(module, directory, {}) if files else None
-        return found or pretrained_weights(replace(pretrained, config=config), seed, notes)
+            return _quantized_weights(module, directory, packed, seed)
+        stored = stored_weights(module, directory, {}) if files else None
+        return Bound(stored) if stored else pretrained_weights(replace(pretrained, config=config), seed)
 
     return Base(
         describe=f"{model} ({type(module).__name__}, {kind})",
         model=module,
-        weights=weights,
+        find=find,
         heads=_heads(module),
         inputs=inputs or derive_inputs(module, config),
         files=files,
@@ -136,9 +136,7 @@ def _quantization(config: Any) -> dict[str, Any]:
     return dict(about)
 
 
-def _quantized_weights(
-    module: nn.Module, directory: Path, packed: Mapping[str, Weight], seed: int, notes: list[str]
-) -> dict[str, Weight]:
+def _quantized_weights(module: nn.Module, directory: Path, packed: Mapping[str, Weight], seed: int) -> Bound:
     if directory.is_dir() and not any(directory.glob("*.safetensors")):
         raise WeightError(
             f"{directory} holds no weights; expected model.safetensors, or shards and their index"
@@ -149,15 +147,14 @@ def _quantized_weights(
             f"  hf download {directory} --local-dir {directory.name}"
         )
     new = missing(module, directory, packed)
-    if new:
-        notes.append(_initialised(new, seed))
-    found = stored_weights(module, directory, {**packed, **initialised(module, new, seed)})
-    assert found is not None
-    return found
+    weights = stored_weights(module, directory, {**packed, **initialised(module, new, seed)})
+    assert weights is not None
+    return Bound(weights, _initialised(new, seed))
 
 
-def _initialised(names: Sequence[str], seed: int) -> str:
-    return f"not in the checkpoint, initialised from seed {seed}: {', '.join(names)}"
+def _initialised(names: Sequence[str], seed: int) -> tuple[str, ...]:
+    """The note on weights that no checkpoint holds; none where it holds all."""
+    return (f"not in the checkpoint, initialised from seed {seed}: {', '.join(names)}",) if names else ()
 
 
 def fake_parameters(model: nn.Module) -> None:
@@ -187,7 +184,7 @@ def fake_parameters(model: nn.Module) -> None:
             model._init_weights(module)  # type: ignore[operator]
 
 
-def pretrained_weights(pretrained: Pretrained, seed: int, notes: list[str]) -> dict[str, Weight]:
+def pretrained_weights(pretrained: Pretrained, seed: int) -> Bound:
     """The weights as transformers itself loads them: renamed, converted, new heads initialised from the seed.
 
     Raises:
@@ -204,10 +201,7 @@ def pretrained_weights(pretrained: Pretrained, seed: int, notes: list[str]) -> d
         loaded, info = load_pretrained(pretrained)
     finally:
         torch.random.set_rng_state(state)
-    new = sorted(info["missing_keys"])
-    if new:
-        notes.append(_initialised(new, seed))
-    return held_weights(loaded)
+    return Bound(held_weights(loaded), _initialised(sorted(info["missing_keys"]), seed))
 
 
 def load_pretrained(pretrained: Pretrained) -> tuple[nn.Module, dict[str, Any]]:

@@ -15,7 +15,7 @@ from torch import nn
 from adaptc.errors import TraceError
 from adaptc.inputs import InputSpec
 from adaptc.tracing.archive import load_program
-from adaptc.tracing.base import Base
+from adaptc.tracing.base import Base, Bound
 from adaptc.tracing.export import normalise
 from adaptc.tracing.modes import mark_training_arguments
 from adaptc.weights import Held, Weight
@@ -35,7 +35,11 @@ def from_module(model: nn.Module, inputs: Sequence[InputSpec], describe: str = "
     """A module in memory."""
     describe = describe or f"{type(model).__module__}.{type(model).__qualname__}"
     return Base(
-        describe=describe, model=model, inputs=tuple(inputs), weights=lambda: held_weights(model), real=True
+        describe=describe,
+        model=model,
+        inputs=tuple(inputs),
+        find=lambda: Bound(held_weights(model)),
+        real=True,
     )
 
 
@@ -82,7 +86,7 @@ def from_program(path: Path, inputs: Sequence[InputSpec]) -> Base:
         model=None,
         program=graph_module,
         inputs=tuple(found),
-        weights=lambda: held_weights(graph_module),
+        find=lambda: Bound(held_weights(graph_module)),
         files=(path,),
     )
 

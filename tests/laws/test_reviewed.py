@@ -151,7 +151,7 @@ def test_a_scaled_product_is_adapted_as_a_whole() -> None:
     perturb(made.module)
     x = torch.randn(4, 6)
     close(made.fold()(x), made.module.eval()(x))
-    differs(made.module(x), made.base.base.model(x))
+    differs(made.module(x), made.base.source.model(x))
 
 
 def test_dropout_that_has_no_place_is_refused() -> None:

@@ -18,7 +18,7 @@ from adaptc.emit import reference
 from adaptc.emit.onnx import onnx_runner
 from adaptc.errors import TraceError
 from adaptc.inputs import InputSpec
-from adaptc.proof import Each, prove
+from adaptc.proof import Each, batches, prove
 from tests.families import perturb
 
 LORA = {"method": "lora", "r": 2}
@@ -260,7 +260,8 @@ def test_a_query_that_a_float_mask_keeps_from_all_keys_is_zero(tmp_path: Path) -
 
 def against(a: torch.Tensor, b: torch.Tensor) -> Any:
     inputs = [InputSpec("x", "float32", ("batch", 2))]
-    return prove("test", inputs, Each(lambda batch: [a]), Each(lambda batch: [b]), 1e-4)
+    drawn = batches(inputs)
+    return prove("test", Each(lambda batch: [a]).on(drawn), Each(lambda batch: [b]).on(drawn), 1e-4)
 
 
 LOWEST = torch.finfo(torch.float32).min
@@ -299,7 +300,7 @@ def test_a_masked_router_makes_its_own_choices() -> None:
     scores = torch.tensor([[1.0, 5.0, -math.inf, 2.0]])
     other = Choices(others=[torch.tensor([[0]])], near=0.1)
     assert other.make(node, scores, torch.topk(scores, 1))[1].tolist() == [[1]]
-    assert other.turned == 0
+    assert other.flipped == 0
 
 
 def test_recorded_values_tell_nan_from_zero() -> None:

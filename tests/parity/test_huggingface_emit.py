@@ -17,11 +17,11 @@ from safetensors import safe_open
 from torch import fx, nn
 
 import adaptc
+from adaptc.artifacts import emit_all
 from adaptc.compiled import Compiled
-from adaptc.emit import huggingface, products, shards
+from adaptc.emit import huggingface, shards
 from adaptc.emit.huggingface import save_checkpoint
 from adaptc.emit.layout import as_stored
-from adaptc.emit.products import emit_all
 from adaptc.errors import AdaptcError, ProofError, RefusedError
 from adaptc.inspection import inspect, verify
 from adaptc.spec import dump, load
@@ -184,7 +184,7 @@ def test_transformers_loads_it(merged: Callable[[str], Merged], name: str) -> No
     got, want = case.run(model, tensors), case.run(case.model, tensors)
     for key in want:
         close(got[key], want[key])
-    base = getattr(transformers, AUTO[name]).from_pretrained(case.compiled.base.base.pretrained.name)  # type: ignore[union-attr]
+    base = getattr(transformers, AUTO[name]).from_pretrained(case.compiled.base.source.pretrained.name)  # type: ignore[union-attr]
     differs(want["logits"], case.run(base, tensors)["logits"])
 
 
@@ -323,7 +323,7 @@ def test_experts_stand_apart_in_the_checkpoint(mixtral: Compiled, tmp_path: Path
 def test_a_fused_tensor_is_loaded_once(mixtral: Compiled) -> None:
     """And let go when the next one is asked for."""
     loads: list[str] = []
-    base = mixtral.base.base.model
+    base = mixtral.base.source.model
     assert base is not None
     weights = {}
     for name, tensor in base.state_dict().items():
@@ -389,7 +389,7 @@ def test_files_are_carried_over(zoo: Zoo, tmp_path: Path) -> None:
         "emit": [{"format": "hf", "path": str(merged)}],
     }
     compiled = adaptc.compile(spec)
-    emit_all(compiled, compiled.spec.emit)
+    emit_all(compiled.program, compiled.spec.emit)
     written = {str(p.relative_to(merged)) for p in merged.rglob("*") if p.is_file()}
     assert written == {
         *BESIDE, "config.json", "generation_config.json", "model.safetensors", "manifest.json",
@@ -499,7 +499,7 @@ def test_weights_that_are_not_the_folded_ones(
 def test_a_model_larger_than_memory(zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not loaded, which is said in place of a proof."""
     monkeypatch.setattr(huggingface, "LOADED_SHARE", 10**12)
-    monkeypatch.setattr(products, "load_checkpoint", lambda *args: pytest.fail("it was loaded"))
+    monkeypatch.setattr("adaptc.artifacts.load_checkpoint", lambda *args: pytest.fail("it was loaded"))
     zoo.compiled("bert", []).emit("hf", tmp_path / "merged")
     product = product_of(tmp_path / "merged")
     assert "proof" not in product
@@ -542,5 +542,6 @@ def test_an_interrupted_write_leaves_the_old_one(
 @pytest.mark.parametrize("place", ["", "merged"])
 def test_within_the_base(zoo: Zoo, place: str) -> None:
     base = zoo.directory("bert")
+    entries = load({"emit": [{"format": "hf", "path": str(base / place)}]}).emit
     with pytest.raises(adaptc.SpecError, match="within the base's own directory"):
-        emit_all(zoo.compiled("bert", []), load({"emit": [{"format": "hf", "path": str(base / place)}]}).emit)
+        emit_all(zoo.compiled("bert", []).program, entries)

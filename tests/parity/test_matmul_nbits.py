@@ -70,7 +70,7 @@ def test_with_rounded_activations(made: Compiled, shape: tuple[int, int], tmp_pa
     quantized = {q.site.module: q.quantization for q in made.graph.quantized.values()}
     got = onnx_runner(tmp_path / "m.onnx")({"x": x})
     for (name, (bits, block, _)), value in zip(KINDS.items(), got, strict=True):
-        layer = made.base.base.model.get_submodule(f"layers.{name}")  # type: ignore[union-attr]
+        layer = made.base.source.model.get_submodule(f"layers.{name}")  # type: ignore[union-attr]
         seen = x if (bits, block) in EXACT else rounded(x, block)
         with torch.no_grad():
             want = nn.functional.linear(seen, quantized[f"layers.{name}"].dequantized(), layer.bias)

@@ -133,7 +133,7 @@ def test_a_new_head_is_initialised() -> None:
     assert score.shape == (3, 64)
     assert score.std() > 0
     assert torch.equal(score, compiled(DATA / "gptq", base=base).base.weights["score.weight"].load())
-    assert any("score.weight" in note for note in made.base.base.notes)
+    assert any("score.weight" in note for note in made.base.source.bound.notes)
     assert len(made.graph.quantized) == LAYERS
 
 

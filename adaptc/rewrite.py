@@ -1,0 +1,75 @@
+"""The rewrite: the passes of a plan, run on the traced graph. Values are fake, and no weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from adaptc.errors import Refusal, RefusedError
+from adaptc.graph import Graph
+from adaptc.insert import Insert
+from adaptc.orders import folds_into_bits, lowering
+from adaptc.pipeline import PASSES, PassRecord, run
+from adaptc.plan import Plan
+from adaptc.quantize import Quantize
+from adaptc.spec import Spec
+from adaptc.yaml_text import Loc
+
+After = Callable[[str, Graph], Any]
+"""Told of a pass's name and the graph after it."""
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """What a plan's passes make of the traced graph; adapter weights are not loaded.
+
+    Attributes:
+        adapted: after the passes that every artifact starts with.
+        factored: the same as it is trained and run live.
+        folded: what stays when it is folded; None where that is the base, or it cannot be folded.
+        refusals: why it cannot be folded; empty if it can.
+        records: what each pass did.
+    """
+
+    adapted: Graph
+    factored: Graph
+    folded: Graph | None
+    refusals: list[Refusal]
+    records: list[PassRecord]
+
+
+def rewrite(spec: Spec, graph: Graph, plan: Plan, after: After | None = None) -> Rewritten:
+    """Run a plan's passes; the traced graph is left as it is.
+
+    Raises:
+        SpecError: a pass that an entry asks for refuses the graph.
+        RefusedError: another pass of the spec does.
+    """
+    records: list[PassRecord] = []
+    try:
+        adapted = run(graph, plan.opening, records, after)
+        factored = run(adapted, lowering(adapted), records, after)
+        if plan.closing:  # it is run again with the adapters as trained; here it shows that it can be
+            run(adapted, plan.closing, records, after)
+    except RefusedError as error:
+        if not isinstance(error.source, Insert | Quantize):
+            raise
+        raise spec.error(_place_of(error.source), *str(error).splitlines()) from error
+    refusals = _fold_refusals(adapted, plan)
+    fold = PASSES["fold"]()
+    stays = adapted.staying and adapted.stage in fold.takes and not refusals
+    return Rewritten(adapted, factored, run(adapted, [fold]) if stays else None, refusals, records)
+
+
+def _fold_refusals(adapted: Graph, plan: Plan) -> list[Refusal]:
+    fold = PASSES["fold"]()
+    refusals = fold.requires(adapted) if adapted.stage in fold.takes else []
+    into_bits = None if plan.closing else folds_into_bits(adapted)
+    return refusals or ([into_bits] if into_bits else [])
+
+
+def _place_of(item: Insert | Quantize) -> Loc:
+    """Where a spec asks for a pass: an entry; of what quantizes the base's own bits the base."""
+    key = "adapt" if isinstance(item, Insert) else "quantize"
+    return ("base",) if item.entry is None else (key, item.entry)

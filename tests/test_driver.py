@@ -1,0 +1,122 @@
+"""The compile as a straight line: what each step does, what it leaves alone, and what a proof runs."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import adaptc
+from adaptc import compiler, streaming
+from adaptc.graph import Graph
+from adaptc.plan import make_plan
+from adaptc.proof import Each
+from adaptc.rewrite import rewrite
+from adaptc.spec import load
+from tests.families import Zoo, entry, perturb
+from tests.test_architecture import CORE, imported, module_name
+
+LORA = {"method": "lora", "target": "*", "r": 2}
+
+
+def steps(function: Any) -> list[str]:
+    """The calls that stand at the start of a function's statements, in order."""
+    (body,) = ast.parse(inspect.getsource(function)).body
+    assert isinstance(body, ast.FunctionDef)
+    calls = [statement.value for statement in body.body if isinstance(statement, ast.Assign | ast.Expr)]
+    return [ast.unparse(call.func) for call in calls if isinstance(call, ast.Call)]
+
+
+def test_a_plan_is_what_a_compile_starts_with() -> None:
+    data = "_calibrate"  # a plan reads none
+    done = steps(compiler.plan)
+    assert done == [step for step in steps(compiler.compile) if step != data][: len(done)]
+    assert done[-1] == "check_artifacts"
+
+
+def test_only_the_driver_knows_the_public_face() -> None:
+    users = {
+        module_name(path)
+        for path in CORE
+        if "adaptc.compiled" in {name for name, _ in imported(path, everywhere=True)}
+    }
+    assert users == {"adaptc", "adaptc.compiler"}
+
+
+def test_a_plan_rewrites_nothing(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = zoo.graph("bert")
+    spec = load({"base": zoo.base_of("bert"), "adapt": [entry("lora", "bert")]})
+    before = graph.text()
+    with monkeypatch.context() as patch:
+        patch.setattr(Graph, "copy", lambda self: pytest.fail("a graph was copied to be rewritten"))
+        plan = make_plan(spec, graph)
+    adapted = rewrite(spec, graph, plan).adapted
+    assert graph.text() == before != adapted.text()
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How many sweeps over graphs there were, and how many batches modules and programs in memory have run."""
+    count = {"sweeps": 0, "calls": 0}
+    sweep, one = streaming._sweep, Each._one
+
+    def swept(*args: Any) -> Any:
+        count["sweeps"] += 1
+        return sweep(*args)
+
+    def called(self: Each, batch: Any) -> Any:
+        count["calls"] += 1
+        return one(self, batch)
+
+    monkeypatch.setattr(streaming, "_sweep", swept)
+    monkeypatch.setattr(Each, "_one", called)
+    return count
+
+
+def test_what_an_artifact_runs(zoo: Zoo, tmp_path: Path, runs: dict[str, int]) -> None:
+    """The live graph, the merged one and the file once each: the merged run is what the file is held against, and
+    what the manifest keeps. The base runs for the first batch, to see that the adapters show."""
+    compiled = zoo.compiled("mlp", [entry("lora", "mlp")])
+    perturb(compiled.module)
+    runs.update(sweeps=0, calls=0)
+    compiled.emit("onnx", tmp_path / "m.onnx")
+    assert runs == {"sweeps": 3, "calls": len(compiled.program.proofs.batches)}
+
+
+def test_an_untrained_adapter_is_proved_with_random_ones_once(
+    zoo: Zoo, tmp_path: Path, runs: dict[str, int]
+) -> None:
+    """Random adapters: they, and the base once, to see that they show; the live and the merged graph with them."""
+    compiled = zoo.compiled("mlp", [entry("lora", "mlp")])
+    compiled.emit("onnx", tmp_path / "a.onnx")
+    assert runs["sweeps"] == 3 + 4
+    compiled.emit("onnx", tmp_path / "b.onnx")
+    assert runs["sweeps"] == 3 + 4 + 3 - 1, "it was proved with random adapters already"
+
+
+class Labelled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(32, 32), nn.Linear(32, 4)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = self.second(torch.relu(self.first(x)))
+        return F.cross_entropy(scores, labels), scores
+
+
+def test_a_program_that_rounds_is_proved_without_the_labels_it_drops(tmp_path: Path) -> None:
+    spec = {
+        "inputs": {"x": "float32[batch, 32]", "labels": "int64[batch]"},
+        "adapt": [{**LORA, "target": "second"}],
+        "quantize": [{"method": "int4", "target": "first"}],
+    }
+    torch.manual_seed(0)
+    compiled = adaptc.compile(spec, model=Labelled())
+    compiled.emit("onnx", tmp_path / "m.onnx", adapters="live", round_activations=True)
+    assert any("rounds activations" in proof.name for proof in compiled.proofs)
