@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from adaptc.method import Method, Param, WeightMethod
 from adaptc.points import find_points
 from adaptc.recompute import CUT, with_segments
 from adaptc.roles import Roles, find_roles
-from adaptc.sites import Site, Use, module_of
+from adaptc.sites import ADAPTATION, Site, Use, module_of
 from adaptc.tracing.base import Base
 from adaptc.weights import Weight
 
@@ -35,9 +35,12 @@ VERIFIED = "verified"
 STAGES = ("traced", "adapted", "factored", "folded")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Adaptation:
-    """One method on one site, as inserted: `method` has the options of this site, `declared` those of the entry."""
+    """One method on one site, as inserted: `method` has the options of this site, `declared` those of the entry.
+
+    Two adaptations are the same only where they are one object, whatever they hold.
+    """
 
     site: Site
     method: Method
@@ -234,6 +237,14 @@ class Graph:
             quantized=dict(self.quantized),
             origin=self.origin or self,
         )
+
+    def revise(self, change: Callable[[Adaptation], Adaptation]) -> None:
+        """Put another adaptation in the place of each, in the nodes of its expression too."""
+        revised = {adaptation: change(adaptation) for adaptation in self.adaptations}
+        self.adaptations[:] = revised.values()
+        for node in self.nodes:
+            if node.meta.get(ADAPTATION) in revised:
+                node.meta[ADAPTATION] = revised[node.meta[ADAPTATION]]
 
     def clean(self) -> None:
         """Drop dead nodes, check the graph's structure and regenerate its code."""
