@@ -32,7 +32,6 @@ ORIGIN = ("nn_module_stack", "stack_trace")
 """What a node's meta says of where it came from."""
 VERIFIED = "verified"
 """The signature a node had when its value was last computed."""
-STAGES = ("traced", "adapted", "factored", "folded")
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +76,7 @@ class Graph:
         adaptations: what was inserted so far, in order.
         adapted: (weight, first node that uses it) -> the node that holds its adapted value.
         quantized: weight -> what stands for it in few bits.
-        stage: which legality table holds.
+        stage: which legality table holds, see `stages.TABLE`.
         origin: the graph as traced, which a rewritten one came from.
         information: the Fisher information of a weight by its name, where there is data to estimate it from.
         rows: that data, a batch of one each.
@@ -275,7 +274,16 @@ class Graph:
 
     def text(self) -> str:
         """The graph as text, a line a node: result, operation, operands, shape, module."""
-        return "\n".join(line for node in self.nodes if (line := _line(node)))
+        return "\n".join(_line(node) for node in self.nodes)
+
+    def excerpt(self, name: str, lines: int = 5) -> str:
+        """The lines of the text around a node, whose own is marked; "" if there is no such node."""
+        nodes = list(self.nodes)
+        at = next((index for index, node in enumerate(nodes) if node.name == name), None)
+        if at is None:
+            return ""
+        shown = range(max(0, at - lines), min(len(nodes), at + lines + 1))
+        return "\n".join(f"{'>' if index == at else ' '} {_line(nodes[index])}" for index in shown)
 
 
 def copy_nodes(nodes: fx.Graph) -> fx.Graph:

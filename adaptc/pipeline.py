@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -9,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from adaptc.errors import AdaptcError, Refusal, RefusedError, VerifyError
-from adaptc.graph import STAGES, Graph
+from adaptc.graph import Graph
 from adaptc.registered import register
-from adaptc.verify import verify
+from adaptc.stages import REWRITTEN, STAGES
+from adaptc.verify import structure_checked, verify
 
 
 class Pass:
@@ -21,10 +23,12 @@ class Pass:
     """
 
     name: ClassVar[str]
-    takes: ClassVar[frozenset[str]] = frozenset(STAGES)
+    takes: ClassVar[frozenset[str]] = frozenset(REWRITTEN)
     """The stages it can start from."""
     leaves: ClassVar[str | None] = None
     """The stage it leaves; None where it does not change it."""
+    changes_results: ClassVar[bool] = False
+    """Whether the graph it leaves may compute something else, beyond rounding in another order."""
 
     def requires(self, graph: Graph) -> list[Refusal]:
         """Why this graph cannot be rewritten; empty if it can."""
@@ -48,6 +52,13 @@ class PassRecord:
     nodes_before: int
     nodes_after: int
     modified: bool
+    change: str = ""
+    """By how much it changed what the model computes, of a pass that is not adaptc's and says that it does."""
+
+
+Compare = Callable[[Pass, Graph], str]
+"""Given a pass and the graph it is about to rewrite: by how much it changes results, in words; "" where it does not, or
+is adaptc's own."""
 
 
 PASSES: dict[str, type[Pass]] = {}
@@ -90,6 +101,7 @@ def run(
     passes: Iterable[Pass],
     records: list[PassRecord] | None = None,
     after: Callable[[str, Graph], Any] | None = None,
+    compare: Compare | None = None,
 ) -> Graph:
     """Run passes in the order written, on a copy, checking each.
 
@@ -98,10 +110,13 @@ def run(
         passes: the pipeline.
         records: what each pass did is appended here.
         after: called with the pass's name and the graph after each pass.
+        compare: holds what a pass makes of a graph against that graph, see `changes.compare`; without one, passes
+            are trusted with the results.
 
     Raises:
-        RefusedError: a pass refuses the graph.
-        VerifyError: a pass left a graph that is not legal, or not what it ensures.
+        RefusedError: a pass refuses the graph, or changes results and does not say so.
+        VerifyError: a pass left a graph that is not legal, or not what it ensures; names the pass, those before it
+            and the lines of the graph where it is.
     """
     graph = graph.copy()
     done: list[str] = []
@@ -114,29 +129,52 @@ def run(
         refusals = item.requires(graph)
         if refusals:
             raise RefusedError(refusals, item)
+        change = compare(item, graph) if compare is not None else ""
         start, before = time.perf_counter(), len(graph.module.graph.nodes)
-        try:
-            modified = item.call(graph)
-            graph.stage = item.leaves or graph.stage
-            graph.clean()
-            broken = item.ensures(graph)
-            if broken:
-                raise VerifyError(broken)
-            verify(graph)
-        except AdaptcError:
-            raise
-        except Exception as error:
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            words = f"{type(error).__name__}: {error}\n  at {where.filename}:{where.lineno}    {where.line}"
-            raise VerifyError(_said(item.name, done, words)) from error
+        modified = _rewritten(graph, item, done)
         done.append(item.name)
         seconds = time.perf_counter() - start
         if records is not None:
-            records.append(PassRecord(item.name, seconds, before, len(graph.module.graph.nodes), modified))
+            nodes = len(graph.module.graph.nodes)
+            records.append(PassRecord(item.name, seconds, before, nodes, modified, change))
         if after is not None:
             after(item.name, graph)
     return graph
 
 
-def _said(name: str, done: list[str], message: str) -> str:
-    return f"pass {name} failed (after {', '.join(done) or 'no other'}): {message}"
+def _rewritten(graph: Graph, item: Pass, done: Sequence[str]) -> bool:
+    """Let a pass rewrite the graph, and check what it leaves; True if it changed anything."""
+    try:
+        modified = item.call(graph)
+        graph.stage = item.leaves or graph.stage
+        with structure_checked():
+            graph.clean()
+        broken = item.ensures(graph)
+        if broken:
+            raise VerifyError(broken)
+        verify(graph)
+        return modified
+    except VerifyError as error:
+        raise _failure(graph, item, done, str(error), error.node) from error
+    except AdaptcError:
+        raise
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        message = f"{type(error).__name__}: {error}\n  at {where.filename}:{where.lineno}    {where.line}"
+        raise _failure(graph, item, done, message) from error
+
+
+def _failure(
+    graph: Graph, item: Pass, done: Sequence[str], message: str, node: str | None = None
+) -> VerifyError:
+    """What went wrong in which pass, after which others, and the graph around the node: the one that the message names
+    as `%name` if it is not told otherwise.
+    """
+    named = node or next(iter(re.findall(r"%(\w+)", message)), "")
+    lines = graph.excerpt(named).splitlines()
+    shown = (
+        "\n".join(["", f"  the graph around %{named}:", *(f"  {line}" for line in lines)]) if lines else ""
+    )
+    return VerifyError(
+        f"pass {item.name} failed (after {', '.join(done) or 'no other'}): {message}{shown}", named
+    )

@@ -12,11 +12,12 @@ from torch.nn import functional as F
 
 import adaptc
 from adaptc.errors import AdaptcError, RefusedError, SpecError, VerifyError
-from adaptc.graph import STAGES, Graph, bind
+from adaptc.graph import Graph, bind
 from adaptc.insert import Insert
 from adaptc.pipeline import PASSES, Pass, PassRecord, check_order, graph_pass, run
 from adaptc.quantize import Quantize
 from adaptc.registry import load_passes
+from adaptc.stages import STAGES
 from adaptc.weights import Held
 from tests.families import Mlp, Zoo, close, differs, inputs, outputs, perturbed, randomise, small
 
