@@ -266,11 +266,16 @@ class Graph:
         """The inserted methods that a folded graph has too, in words; "" if there are none."""
         return ", ".join(dict.fromkeys(a.method.name for a in self.adaptations if a.stays))
 
+    @property
+    def state(self) -> str:
+        """The stage, and that weights are quantized where they are: `adapted, quantized`."""
+        return f"{self.stage}, quantized" if self.quantized else self.stage
+
     def __repr__(self) -> str:
         counts = (
             f"{len(self.operations)} operations, {len(self.sites)} sites, {len(self.adaptations)} adapted"
         )
-        return f"<Graph of {self.base.describe}, {self.stage}: {counts}; see text() and adaptc.bind(graph)>"
+        return f"<Graph of {self.base.describe}, {self.state}: {counts}; see text() and adaptc.bind(graph)>"
 
     def text(self) -> str:
         """The graph as text, a line a node: result, operation, operands, shape, module."""

@@ -42,6 +42,7 @@ class Insert(Pass):
 
     takes: ClassVar[frozenset[str]] = frozenset({"traced", "adapted"})
     leaves: ClassVar[str | None] = "adapted"
+    changes_results: ClassVar[bool] = True
     method_class: ClassVar[Any]
 
     @property

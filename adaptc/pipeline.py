@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
+
+from pydantic import TypeAdapter
 
 from adaptc.errors import AdaptcError, Refusal, RefusedError, VerifyError
 from adaptc.graph import Graph
@@ -29,6 +32,16 @@ class Pass:
     """The stage it leaves; None where it does not change it."""
     changes_results: ClassVar[bool] = False
     """Whether the graph it leaves may compute something else, beyond rounding in another order."""
+
+    def stated(self) -> dict[str, Any]:
+        """The options that differ from their defaults, as a spec states them."""
+        options: dict[str, Any] = {}
+        for field in dataclasses.fields(self) if dataclasses.is_dataclass(self) else ():
+            made = field.default_factory is not dataclasses.MISSING
+            default = field.default_factory() if made else field.default  # type: ignore[misc]
+            if getattr(self, field.name) != default:
+                options[field.name] = getattr(self, field.name)
+        return TypeAdapter(dict[str, Any]).dump_python(options, mode="json")
 
     def requires(self, graph: Graph) -> list[Refusal]:
         """Why this graph cannot be rewritten; empty if it can."""
@@ -57,8 +70,8 @@ class PassRecord:
 
 
 Compare = Callable[[Pass, Graph], str]
-"""Given a pass and the graph it is about to rewrite: by how much it changes results, in words; "" where it does not, or
-is adaptc's own."""
+"""Given a pass and the graph that it has rewritten, as it was before: by how much it changes results, in words; ""
+where it does not. Raises RefusedError where it does not say so."""
 
 
 PASSES: dict[str, type[Pass]] = {}
@@ -96,6 +109,11 @@ def check_order(passes: Sequence[Pass], stage: str = "traced") -> str | None:
     return None
 
 
+def is_shipped(item: Pass) -> bool:
+    """Whether what a pass does was written for adaptc, as for what inserts a method of a user's own too."""
+    return type(item).call.__module__.startswith("adaptc.")
+
+
 def run(
     graph: Graph,
     passes: Iterable[Pass],
@@ -110,8 +128,8 @@ def run(
         passes: the pipeline.
         records: what each pass did is appended here.
         after: called with the pass's name and the graph after each pass.
-        compare: holds what a pass makes of a graph against that graph, see `changes.compare`; without one, passes
-            are trusted with the results.
+        compare: asked by how much a pass that is not adaptc's own changes results, see `changes.comparison`; where
+            there is none, weights are not there to run the graph with.
 
     Raises:
         RefusedError: a pass refuses the graph, or changes results and does not say so.
@@ -129,11 +147,12 @@ def run(
         refusals = item.requires(graph)
         if refusals:
             raise RefusedError(refusals, item)
-        change = compare(item, graph) if compare is not None else ""
+        given = graph.copy() if compare is not None and not is_shipped(item) else None
         start, before = time.perf_counter(), len(graph.module.graph.nodes)
         modified = _rewritten(graph, item, done)
         done.append(item.name)
         seconds = time.perf_counter() - start
+        change = compare(item, given) if compare is not None and given is not None else ""
         if records is not None:
             nodes = len(graph.module.graph.nodes)
             records.append(PassRecord(item.name, seconds, before, nodes, modified, change))

@@ -12,6 +12,7 @@ from torch import fx
 
 from adaptc.aliases import elsewhere, places
 from adaptc.budget import Budget, budget
+from adaptc.changes import comparison
 from adaptc.errors import Problem, RefusedError, SpecError
 from adaptc.graph import Graph
 from adaptc.insert import Insert
@@ -19,7 +20,7 @@ from adaptc.kinds import TOKENS, PromptMethod
 from adaptc.method import WeightMethod
 from adaptc.names import shared_name
 from adaptc.near_misses import no_match
-from adaptc.orders import check_products, folds_into_bits, lowering, pipeline_of, split
+from adaptc.orders import check_products, folds_into_bits, lowering, pipeline_of, split, stated
 from adaptc.pipeline import Pass, check_order, run
 from adaptc.planned import Planned, entries_of, match_checkpoints
 from adaptc.planned_quantization import (
@@ -80,12 +81,19 @@ class Plan:
         """The passes by name; `factor` follows for the trainable module, `fold` for the folded one."""
         return [item.name for item in self.passes]
 
+    @property
+    def stated(self) -> list[str | dict[str, Any]]:
+        """The passes as the spec's `passes` would state them."""
+        inserts = [planned.insert for planned in self.entries]
+        return stated(self.passes, inserts, [planned.item for planned in self.quantized])
+
     def to_json(self) -> dict[str, Any]:
         """The plan as plain data."""
         return {
             "entries": [_entry_json(planned) for planned in self.entries],
             "quantize": [_quantized_json(planned, self.adapted) for planned in self.quantized],
-            "passes": self.pipeline,
+            "passes": self.stated,
+            "pipeline": self.pipeline,
             "budget": dataclasses.asdict(self.budget) | {"trainable_share": self.budget.share},
             "notes": self.notes,
         }
@@ -131,12 +139,13 @@ def make_plan(spec: Spec, graph: Graph, after: Any = None, weighed: bool = False
         )
         raise spec.error(("passes",), words, "name some rows: `calibration: rows.jsonl`")
     records: list[Any] = []
+    compare = comparison(spec.seed) if weighed else None
     try:
-        adapted = run(graph, opening, records, after)
+        adapted = run(graph, opening, records, after, compare)
         check_products(spec, adapted, closing)
         factored = run(adapted, lowering(adapted), records, after)
         if closing:
-            run(adapted, closing, records, after)
+            run(adapted, closing, records, after, compare)
     except RefusedError as error:
         if not isinstance(error.source, Insert | Quantize):
             raise
@@ -146,6 +155,7 @@ def make_plan(spec: Spec, graph: Graph, after: Any = None, weighed: bool = False
     fold = load_passes()["fold"]()
     notes = [*graph.base.notes, *_notes(entries), *_alias_notes(graph, entries)]
     notes += [*chosen, *quantize_notes(graph, quantized)]
+    notes += [f"{record.name} changes results: {record.change}" for record in records if record.change]
     refusals = fold.requires(adapted) if adapted.stage in fold.takes else []
     refusals = refusals or ([folds_into_bits(adapted)] if not closing and folds_into_bits(adapted) else [])
     notes += [f"cannot be folded: {refusal}" for refusal in refusals]

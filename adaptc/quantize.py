@@ -38,6 +38,7 @@ class Quantize(Pass):
     entry: int | None = 0
 
     takes: ClassVar[frozenset[str]] = frozenset({"traced", "adapted", "folded"})
+    changes_results: ClassVar[bool] = True
     scheme_class: ClassVar[type[Scheme]]
 
     @property

@@ -18,6 +18,7 @@ from adaptc.errors import Refusal, RefusedError
 from adaptc.graph import ORIGIN, Graph
 from adaptc.pipeline import Pass
 from adaptc.sites import module_of, source_of
+from adaptc.stages import OWN
 
 EXPECTED = (
     "expected operations that ONNX has a form for; products in other formats (torch, hf) do not need one"
@@ -83,8 +84,15 @@ class OnnxOperations(Pass):
 
     def _refuse_unknown(self, nodes: Iterable[fx.Node], known: set[Any]) -> None:
         for node in nodes:
-            if isinstance(node.target, torch._ops.OpOverload) and node.target not in known:
-                reason = f"ONNX export failed: there is no ONNX form of {node.target}{where_of(node)}\n  {EXPECTED}"
+            target = node.target
+            if (
+                isinstance(target, torch._ops.OpOverload)
+                and target.namespace not in OWN
+                and target not in known
+            ):
+                reason = (
+                    f"ONNX export failed: there is no ONNX form of {target}{where_of(node)}\n  {EXPECTED}"
+                )
                 raise RefusedError([Refusal(reason)], self)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -330,6 +330,8 @@ def test_a_pass_of_ones_own_works_from_a_spec(zoo: Zoo, monkeypatch: pytest.Monk
     @dataclasses.dataclass(frozen=True)
     class Relu6(Pass):
         """Relu becomes relu6."""
+
+        changes_results: ClassVar[bool] = True
 
         def call(self, graph: Graph) -> bool:
             found = [n for n in graph.nodes if n.target is aten.relu.default]
