@@ -28,7 +28,7 @@ from adaptc.registry import load_passes
 from adaptc.spec import Spec
 from adaptc.streaming import Chooser, Streamed
 from adaptc.tracing.export import export, output_class
-from adaptc.tracing.merge import follow_training
+from adaptc.training_graph import FollowTraining
 from adaptc.variants import bits_graph, float_graph, with_bits
 from adaptc.weights import Computed, Held, Weight, sha256_of_files, sha256_of_tensors
 
@@ -91,10 +91,10 @@ class Compiled:
     @cached_property
     def _both_modes(self) -> Graph:
         """The factored graph that follows `training`: made once, since it needs a second trace of the model."""
-        base = self.base.copy()
-        if base.base.model is not None:
-            follow_training(base.module, export(base.base.model, base.base.inputs, training=True))
-        return _lowered(run(base, self.plan.opening))
+        model, passes = self.base.base.model, list(self.plan.opening)
+        if model is not None:
+            passes.insert(0, FollowTraining(export(model, self.base.base.inputs, training=True)))
+        return _lowered(run(self.base, passes))
 
     def live_graph(self, adapted: Graph | None = None) -> Graph:
         """The factored graph in evaluation mode, with the adapters of `adapted`, or as they stand."""

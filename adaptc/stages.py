@@ -119,10 +119,10 @@ def inserted_are_read(graph: Graph) -> Iterator[Breach]:
 
 def expressions_are_known(graph: Graph) -> Iterator[Breach]:
     """Every node that is marked as part of an adaptation's expression is part of one that the graph has."""
-    known = {None, *graph.adaptations}
+    known = set(graph.adaptations)
     for node in graph.nodes:
         adaptation = node.meta.get(ADAPTATION)
-        if adaptation not in known:
+        if adaptation is not None and adaptation not in known:
             yield Breach(f"%{node.name} is left of {adaptation.method.name} on {adaptation.site}", node)
 
 
