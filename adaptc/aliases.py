@@ -31,7 +31,7 @@ def users(graph: Graph, name: str) -> list[fx.Node]:
             if user in seen:
                 continue
             seen.add(user)
-            if user.meta.get("adaptation") is None:
+            if user.meta.get(ADAPTATION) is None:
                 found[user] = None
             else:
                 queue.append(user)
@@ -111,7 +111,7 @@ def _separated(graph: Graph, name: str, module: str, uses: Sequence[Use], nodes:
         return replace(site, parameter=str(of(site.parameter, site.uses)), bias=bias)
 
     graph.sites = tuple(renamed(site) for site in graph.sites)
-    graph.adaptations[:] = [replace(a, site=renamed(a.site)) for a in graph.adaptations]
+    graph.revise(lambda adaptation: replace(adaptation, site=renamed(adaptation.site)))
     for tensor, use in [key for key in graph.adapted if key[0] in known]:
         graph.adapted[rest[0], use] = graph.adapted.pop((tensor, use))
     return own

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from adaptc.changes import comparison
 from adaptc.emit.torch import load_adapter_into, load_torch, save_adapter_of
 from adaptc.graph import Graph
 from adaptc.pipeline import Pass
@@ -32,8 +33,13 @@ def trace(
 
 
 def run(graph: Graph, passes: Sequence[Pass]) -> Graph:
-    """Run passes in the order written, each checked; the graph given is left as it is."""
-    return run_passes(graph, passes)
+    """Run passes in the order written, each checked; the graph given is left as it is.
+
+    Raises:
+        RefusedError: a pass refuses the graph, or changes what it computes and does not say so.
+        VerifyError: a pass left a graph that is not legal.
+    """
+    return run_passes(graph, passes, compare=comparison())
 
 
 def load(path: str | Path) -> fx.GraphModule:

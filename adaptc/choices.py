@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from adaptc.sites import ADAPTATION
+
 aten = torch.ops.aten
 DIMENSION = {
     aten.topk.default: (2, -1),
@@ -27,7 +29,7 @@ and what it is by default."""
 
 def chooses(node: fx.Node) -> bool:
     """Whether it chooses for the model; what an adapter chooses by itself, both sides of a proof need not have."""
-    return node.target in DIMENSION and node.meta.get("adaptation") is None
+    return node.target in DIMENSION and node.meta.get(ADAPTATION) is None
 
 
 @dataclass

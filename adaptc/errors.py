@@ -62,7 +62,14 @@ class ProofError(AdaptcError):
 
 
 class VerifyError(AdaptcError):
-    """A graph is not legal for the stage it is in: a pass is at fault, not the spec."""
+    """A graph is not legal for the stage it is in: a pass is at fault, not the spec.
+
+    `node` is the name of the node at fault, where it is one.
+    """
+
+    def __init__(self, message: str, node: str | None = None):
+        self.node = node
+        super().__init__(message)
 
 
 class DefinitionError(AdaptcError, ValueError):

@@ -58,7 +58,7 @@ def splice(
         traced: the expression.
         operands: the nodes of its inputs.
         like: the first user of what it changes; new nodes take its origin.
-        mark: what is kept in the meta of each new node: the number of its adaptation, or the weight it stands for.
+        mark: what is kept in the meta of each new node: its adaptation, or the weight it stands for.
         before: where it stands, if not in front of `like`.
     """
     inputs = [n for n in traced.nodes if n.op == "placeholder"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -35,12 +35,14 @@ ORIGIN = ("nn_module_stack", "stack_trace")
 """What a node's meta says of where it came from."""
 VERIFIED = "verified"
 """The signature a node had when its value was last computed."""
-STAGES = ("traced", "adapted", "factored", "folded")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Adaptation:
-    """One method on one site, as inserted: `method` has the options of this site, `declared` those of the entry."""
+    """One method on one site, as inserted: `method` has the options of this site, `declared` those of the entry.
+
+    Two adaptations are the same only where they are one object, whatever they hold.
+    """
 
     site: Site
     method: Method
@@ -78,7 +80,7 @@ class Graph:
         adapted: (weight, first node that uses it) -> the node that holds its adapted value.
         adapted_values: node that a target names -> the node that holds its adapted value.
         quantized: weight -> what stands for it in few bits.
-        stage: which legality table holds.
+        stage: which legality table holds, see `stages.TABLE`.
         origin: the graph as traced, which a rewritten one came from.
         information: the Fisher information of a weight by its name, where there is data to estimate it from.
         rows: that data, a batch of one each.
@@ -241,6 +243,14 @@ class Graph:
             origin=self.origin or self,
         )
 
+    def revise(self, change: Callable[[Adaptation], Adaptation]) -> None:
+        """Put another adaptation in the place of each, in the nodes of its expression too."""
+        revised = {adaptation: change(adaptation) for adaptation in self.adaptations}
+        self.adaptations[:] = revised.values()
+        for node in self.nodes:
+            if node.meta.get(ADAPTATION) in revised:
+                node.meta[ADAPTATION] = revised[node.meta[ADAPTATION]]
+
     def clean(self) -> None:
         """Drop dead nodes, check the graph's structure and regenerate its code."""
         self.module.graph.eliminate_dead_code()
@@ -262,6 +272,11 @@ class Graph:
         """The inserted methods that a folded graph has too, in words; "" if there are none."""
         return ", ".join(dict.fromkeys(a.method.name for a in self.adaptations if a.stays))
 
+    @property
+    def state(self) -> str:
+        """The stage, and that weights are quantized where they are: `adapted, quantized`."""
+        return f"{self.stage}, quantized" if self.quantized else self.stage
+
     def __repr__(self) -> str:
         counts = (
             f"{len(self.operations)} operations, {len(self.sites)} sites, {len(self.adaptations)} adapted"
@@ -270,7 +285,16 @@ class Graph:
 
     def text(self) -> str:
         """The graph as text, a line a node: result, operation, operands, shape, module."""
-        return "\n".join(line for node in self.nodes if (line := _line(node)))
+        return "\n".join(_line(node) for node in self.nodes)
+
+    def excerpt(self, name: str, lines: int = 5) -> str:
+        """The lines of the text around a node, whose own is marked; "" if there is no such node."""
+        nodes = list(self.nodes)
+        at = next((index for index, node in enumerate(nodes) if node.name == name), None)
+        if at is None:
+            return ""
+        shown = range(max(0, at - lines), min(len(nodes), at + lines + 1))
+        return "\n".join(f"{'>' if index == at else ' '} {_line(nodes[index])}" for index in shown)
 
 
 def copy_nodes(nodes: fx.Graph) -> fx.Graph:

@@ -184,13 +184,14 @@ class Insert(Pass, Generic[M]):
                 graph.attach(name, weight, param.trained, param.stored)
         return {argument: graph.parameter_node(name) for argument, (name, _) in named.items()}
 
-    def recorded(self, graph: Graph, site: Site, named: Mapping[str, tuple[str, Param]]) -> dict[str, int]:
+    def recorded(
+        self, graph: Graph, site: Site, named: Mapping[str, tuple[str, Param]]
+    ) -> dict[str, Adaptation]:
         """Note that a site is adapted; gives the mark that the nodes made for it carry."""
         method = self.method.at(site)
-        graph.adaptations.append(
-            Adaptation(site, method, self.method, self.adapter, self.entry, named, self.on_alias)
-        )
-        return {"adaptation": len(graph.adaptations) - 1}
+        adaptation = Adaptation(site, method, self.method, self.adapter, self.entry, named, self.on_alias)
+        graph.adaptations.append(adaptation)
+        return {ADAPTATION: adaptation}
 
     def _initial(
         self, graph: Graph, name: str, param: Param, site: Site, value: fx.Node | None, own: bool

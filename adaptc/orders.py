@@ -48,7 +48,8 @@ def pipeline_of(spec: Spec, inserts: Sequence[Pass], quantizes: Sequence[Quantiz
     for index, item in enumerate(spec.passes):
         name, options = (item, {}) if isinstance(item, str) else next(iter(item.items()))
         if name in ("insert", "quantize"):
-            passes += inserts if name == "insert" else quantizes
+            again = [item for item in quantizes if index or item.entry is not None]
+            passes += inserts if name == "insert" else again
             continue
         if name not in known:
             near = nearest(name, [*known, "insert", "quantize"])

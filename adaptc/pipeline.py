@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -24,10 +26,22 @@ class Pass:
     """
 
     name: ClassVar[str]
-    takes: ClassVar[frozenset[str]] = frozenset(STAGES)
+    takes: ClassVar[frozenset[str]] = frozenset(REWRITTEN)
     """The stages it can start from."""
     leaves: ClassVar[str | None] = None
     """The stage it leaves; None where it does not change it."""
+    changes_results: ClassVar[bool] = False
+    """Whether the graph it leaves may compute something else, beyond rounding in another order."""
+
+    def stated(self) -> dict[str, Any]:
+        """The options that differ from their defaults, as a spec states them."""
+        options: dict[str, Any] = {}
+        for field in dataclasses.fields(self) if dataclasses.is_dataclass(self) else ():
+            made = field.default_factory is not dataclasses.MISSING
+            default = field.default_factory() if made else field.default  # type: ignore[misc]
+            if getattr(self, field.name) != default:
+                options[field.name] = getattr(self, field.name)
+        return TypeAdapter(dict[str, Any]).dump_python(options, mode="json")
 
     def requires(self, graph: Graph) -> list[Refusal]:
         """Why this graph cannot be rewritten; empty if it can."""
@@ -51,6 +65,13 @@ class PassRecord:
     nodes_before: int
     nodes_after: int
     modified: bool
+    change: str = ""
+    """By how much it changed what the model computes, of a pass that is not adaptc's and says that it does."""
+
+
+Compare = Callable[[Pass, Graph], str]
+"""Given a pass and the graph that it has rewritten, as it was before: by how much it changes results, in words; ""
+where it does not. Raises RefusedError where it does not say so."""
 
 
 WORDS = ("insert", "quantize", "all", "trace")
@@ -106,11 +127,17 @@ def check_order(passes: Sequence[Pass], stage: str = "traced") -> str | None:
     return None
 
 
+def is_shipped(item: Pass) -> bool:
+    """Whether what a pass does was written for adaptc, as for what inserts a method of a user's own too."""
+    return type(item).call.__module__.startswith("adaptc.")
+
+
 def run(
     graph: Graph,
     passes: Iterable[Pass],
     records: list[PassRecord] | None = None,
     after: Callable[[str, Graph], Any] | None = None,
+    compare: Compare | None = None,
 ) -> Graph:
     """Run passes in the order written, on a copy, checking each.
 
@@ -119,10 +146,13 @@ def run(
         passes: the pipeline.
         records: what each pass did is appended here.
         after: called with the pass's name and the graph after each pass.
+        compare: asked by how much a pass that is not adaptc's own changes results, see `changes.comparison`; where
+            there is none, weights are not there to run the graph with.
 
     Raises:
-        RefusedError: a pass refuses the graph.
-        VerifyError: a pass left a graph that is not legal, or not what it ensures.
+        RefusedError: a pass refuses the graph, or changes results and does not say so.
+        VerifyError: a pass left a graph that is not legal, or not what it ensures; names the pass, those before it
+            and the lines of the graph where it is.
     """
     graph = graph.copy()
     done: list[str] = []
@@ -135,29 +165,53 @@ def run(
         refusals = item.requires(graph)
         if refusals:
             raise RefusedError(refusals, item)
+        given = graph.copy() if compare is not None and not is_shipped(item) else None
         start, before = time.perf_counter(), len(graph.module.graph.nodes)
-        try:
-            modified = item.call(graph)
-            graph.stage = item.leaves or graph.stage
-            graph.clean()
-            broken = item.ensures(graph)
-            if broken:
-                raise VerifyError(broken)
-            verify(graph)
-        except AdaptcError:
-            raise
-        except Exception as error:
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            words = f"{type(error).__name__}: {error}\n  at {where.filename}:{where.lineno}    {where.line}"
-            raise VerifyError(_said(item.name, done, words)) from error
+        modified = _rewritten(graph, item, done)
         done.append(item.name)
         seconds = time.perf_counter() - start
+        change = compare(item, given) if compare is not None and given is not None else ""
         if records is not None:
-            records.append(PassRecord(item.name, seconds, before, len(graph.module.graph.nodes), modified))
+            nodes = len(graph.module.graph.nodes)
+            records.append(PassRecord(item.name, seconds, before, nodes, modified, change))
         if after is not None:
             after(item.name, graph)
     return graph
 
 
-def _said(name: str, done: list[str], message: str) -> str:
-    return f"pass {name} failed (after {', '.join(done) or 'no other'}): {message}"
+def _rewritten(graph: Graph, item: Pass, done: Sequence[str]) -> bool:
+    """Let a pass rewrite the graph, and check what it leaves; True if it changed anything."""
+    try:
+        modified = item.call(graph)
+        graph.stage = item.leaves or graph.stage
+        with structure_checked():
+            graph.clean()
+        broken = item.ensures(graph)
+        if broken:
+            raise VerifyError(broken)
+        verify(graph)
+        return modified
+    except VerifyError as error:
+        raise _failure(graph, item, done, str(error), error.node) from error
+    except AdaptcError:
+        raise
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        message = f"{type(error).__name__}: {error}\n  at {where.filename}:{where.lineno}    {where.line}"
+        raise _failure(graph, item, done, message) from error
+
+
+def _failure(
+    graph: Graph, item: Pass, done: Sequence[str], message: str, node: str | None = None
+) -> VerifyError:
+    """What went wrong in which pass, after which others, and the graph around the node: the one that the message names
+    as `%name` if it is not told otherwise.
+    """
+    named = node or next(iter(re.findall(r"%(\w+)", message)), "")
+    lines = graph.excerpt(named).splitlines()
+    shown = (
+        "\n".join(["", f"  the graph around %{named}:", *(f"  {line}" for line in lines)]) if lines else ""
+    )
+    return VerifyError(
+        f"pass {item.name} failed (after {', '.join(done) or 'no other'}): {message}{shown}", named
+    )

@@ -83,8 +83,9 @@ class Report:
             f"operations  {cost.base_flops:,} for {cost.example} (products, convolutions, attention); "
             f"live adapters add {cost.added_flops:,} "
             f"({cost.added_flops / max(1, cost.base_flops):.2%}), folded ones {_share(cost)}\n"
-            f"passes      {' > '.join(plan.pipeline) or 'none'}, then factor (trainable, live) or fold (folded)"
+            f"pipeline    {' > '.join(plan.pipeline) or 'none'}, then factor (trainable, live) or fold (folded)"
         )
+        self.out.print(f"passes:     {flow(plan.stated)}", markup=False)
         for note in plan.notes:
             self.out.print(f"note        {note}", markup=False)
 

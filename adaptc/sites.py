@@ -19,6 +19,8 @@ BIASES: Mapping[str, int] = {
     **{f"conv_transpose{n}d": 2 for n in (1, 2, 3)},
 }
 """Operation -> the operand that is its bias."""
+ADAPTATION = "adaptation"
+"""The key in a node's meta of the adaptation that its expression belongs to; nodes of the base have none."""
 
 
 def module_of(node: fx.Node) -> tuple[str, str]:

@@ -1,9 +1,10 @@
-"""What is legal at each stage: checked after every pass, always."""
+"""Whether a graph is legal: checked after every pass, always."""
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,105 +15,81 @@ from adaptc.errors import VerifyError
 from adaptc.graph import VERIFIED, Graph, signature
 from adaptc.shapes import evaluated
 from adaptc.sites import module_of, source_of
-
-PYTHON_FUNCTIONS: frozenset[Callable[..., Any]] = frozenset(
-    {
-        getattr,
-        operator.getitem,
-        operator.add,
-        operator.sub,
-        operator.mul,
-        operator.floordiv,
-        operator.truediv,
-        operator.mod,
-        operator.neg,
-        operator.eq,
-        operator.ne,
-        operator.lt,
-        operator.le,
-        operator.gt,
-        operator.ge,
-        operator.pow,
-        torch.sym_max,
-        torch.sym_min,
-        torch.sym_float,
-        torch.sym_int,
-        torch.sym_not,
-        torch.sym_sum,
-        torch.sym_ite,
-    }
-)
-"""Functions on sizes, flags and devices that may stand beside operations on tensors."""
+from adaptc.stages import stages_of
 
 
 def verify(graph: Graph) -> None:
-    """Check a graph against its stage's table.
+    """Check a graph against the tables of its stage.
 
-    All stages: the structure holds, every operation is a registered one, every name is a weight of the right
-    shape, and shapes and dtypes propagate to the recorded outputs. `adapted`, `factored`: every inserted
-    parameter is read. `folded`: none is, and no operation on weights alone is left of them.
+    At every stage: the structure holds, every name is a weight of the right shape, and shapes and dtypes propagate
+    to what is recorded. Besides, operations and laws are those that `stages.TABLE` declares for it.
 
     Raises:
         VerifyError: one of these does not hold; quotes the node and its source line.
     """
-    graph.module.graph.lint()
+    with structure_checked():
+        graph.module.graph.lint()
+    stages = stages_of(graph)
     for node in graph.nodes:
-        _check_node(graph, node)
-    inserted = set(graph.inserted)
-    read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
-    left = {
-        name
-        for a in graph.adaptations
-        if a.on_alias != "live" and not a.stays
-        for name, _ in a.params.values()
-    }
-    if graph.stage == "folded" and left:
-        raise VerifyError(f"the folded graph still holds the adapters {', '.join(sorted(left))}")
-    if graph.stage in ("adapted", "factored") and not inserted <= read:
-        raise VerifyError(f"inserted, but not read by any operation: {', '.join(sorted(inserted - read))}")
+        if node.op == "get_attr":
+            _check_weight(graph, node)
+        elif node.op not in ("placeholder", "output", "call_function"):
+            raise _error(f"{node.op} is not allowed in a graph: {node.format_node()}", node)
+        elif node.op == "call_function" and not any(stage.allows(node.target) for stage in stages.values()):
+            raise _error(f"{_unregistered(node, stages)}: {node.format_node()}", node)
+    for stage in stages.values():
+        for breach in (breach for law in stage.laws for breach in law(graph)):
+            raise _error(breach.message, breach.node)
     _propagate(graph)
 
 
-def _check_node(graph: Graph, node: fx.Node) -> None:
-    if node.op in ("placeholder", "output"):
+@contextmanager
+def structure_checked() -> Iterator[None]:
+    """Let what torch says of a broken graph, such as of an operand behind its user, be an error that names the node.
+
+    Raises:
+        VerifyError: torch said so.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # torch's words end with the text of all of the graph
+        message = str(error).splitlines()[0]
+        found = re.search(r"of Node '(\w+)'", message)
+        raise VerifyError(message, found[1] if found else None) from error
+
+
+def _check_weight(graph: Graph, node: fx.Node) -> None:
+    if node.target == "training":
         return
-    if node.op == "get_attr":
-        if node.target == "training":
-            return
-        weight = graph.weights.get(str(node.target))
-        if weight is None:
-            raise VerifyError(f"{node.target} is read, but there is no weight of that name")
-        if tuple(node.meta["val"].shape) != weight.shape or node.meta["val"].dtype != weight.dtype:
-            raise VerifyError(
-                f"{node.target} is {list(weight.shape)}, but the graph takes it as {node.meta['val']}"
-            )
-    elif node.op != "call_function":
-        raise VerifyError(f"{node.op} is not allowed in a graph: {node.format_node()}")
-    elif not isinstance(node.target, torch._ops.OpOverload) and node.target not in PYTHON_FUNCTIONS:
-        raise VerifyError(f"not a registered operation: {node.format_node()}{_where(node)}")
+    weight, value = graph.weights.get(str(node.target)), node.meta["val"]
+    if weight is None:
+        raise VerifyError(f"{node.target} is read, but there is no weight of that name", node.name)
+    if tuple(value.shape) != weight.shape or value.dtype != weight.dtype:
+        raise VerifyError(
+            f"{node.target} is {list(weight.shape)}, but the graph takes it as {value}", node.name
+        )
+
+
+def _unregistered(node: fx.Node, stages: dict[str, Any]) -> str:
+    if isinstance(node.target, torch._ops.OpOverload):
+        return f"not legal in a graph that is {' and '.join(stages)}"
+    return "not a registered operation"
 
 
 def _propagate(graph: Graph) -> None:
     """Run every operation that is new, or has new operands, on fake tensors and compare with what is recorded."""
-    with (
-        graph.fake_mode,
-        enable_python_dispatcher(),
-        torch.no_grad(),
-    ):  # some operations need it for symbolic sizes
+    # Some operations need the dispatcher for symbolic sizes.
+    with graph.fake_mode, enable_python_dispatcher(), torch.no_grad():
         for node in graph.nodes:
             if node.op != "call_function" or node.meta.get(VERIFIED) == signature(node):
                 continue
             try:
                 value = evaluated(node)
             except Exception as error:
-                raise VerifyError(
-                    f"{node.format_node()} does not fit its operands: {error}{_where(node)}"
-                ) from error
+                raise _error(f"{node.format_node()} does not fit its operands: {error}", node) from error
             recorded = node.meta.setdefault("val", value)
             if isinstance(recorded, torch.Tensor) and _differ(value, recorded):
-                raise VerifyError(
-                    f"{node.format_node()} gives {value}, but the graph records {recorded}{_where(node)}"
-                )
+                raise _error(f"{node.format_node()} gives {value}, but the graph records {recorded}", node)
             node.meta[VERIFIED] = signature(node)
 
 
@@ -123,6 +100,10 @@ def _differ(value: Any, recorded: torch.Tensor) -> bool:
     return any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in pairs)
 
 
-def _where(node: fx.Node) -> str:
+def _error(message: str, node: fx.Node | None) -> VerifyError:
+    """The message, and where in the model the node comes from."""
+    if node is None:
+        return VerifyError(message)
     module, source = module_of(node)[0], source_of(node)
-    return (f"\n  in {module}" if module else "") + (f", from {source}" if source else "")
+    where = (f"\n  in {module}" if module else "") + (f", from {source}" if source else "")
+    return VerifyError(message + where, node.name)

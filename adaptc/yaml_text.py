@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -22,7 +24,19 @@ MAX_VALUES = 10_000
 
 _TAG = "tag:yaml.org,2002:"
 _SCALARS = frozenset(_TAG + name for name in ("null", "bool", "int", "float"))
+_RESERVED = frozenset({"null", "true", "false", "yes", "no", "on", "off", "y", "n"})
+"""Words that some readers of YAML take for something else than text."""
 _WORDS = frozenset(_TAG + name for name in ("str", "timestamp", "value"))
+
+
+def flow(value: Any) -> str:
+    """Plain data as YAML on one line: `[insert, {factor: {tokens: 64}}]`."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{flow(key)}: {flow(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(flow, value)) + "]"
+    plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z][\w.-]*", value) is not None
+    return value if plain and value.lower() not in _RESERVED else json.dumps(value)
 
 
 class YamlText:

@@ -415,7 +415,8 @@ def test_json_of_a_plan(cli: Callable[..., Ran], spec: Path) -> None:
     assert first["sites"][0]["source"] == "cli_models.py:12"
     assert first["unused_patterns"] == ["*.qurey"]
     assert "query" in first["near_misses"]
-    assert plan["passes"] == ["insert-lora", "insert-ia3"]
+    assert plan["passes"] == ["insert"]
+    assert plan["pipeline"] == ["insert-lora", "insert-ia3"]
     budget = plan["budget"]
     assert budget["parameters"] == 12 * 16 + 12 + 16 * 12 + 16
     assert budget["trainable"] == 4 * (16 + 12) * 2 + 12
@@ -427,7 +428,15 @@ def test_json_of_a_plan(cli: Callable[..., Ran], spec: Path) -> None:
 def test_words_of_a_plan(cli: Callable[..., Ran], spec: Path) -> None:
     ran = cli("plan", spec)
     assert ran.code == 0
-    for words in ("query", "value", "trainable", "insert-lora > insert-ia3", "*.qurey", "cli_models.py:12"):
+    for words in (
+        "query",
+        "value",
+        "trainable",
+        "insert-lora > insert-ia3",
+        "passes:     [insert]",
+        "*.qurey",
+        "cli_models.py:12",
+    ):
         assert words in ran.out, words
 
 

@@ -55,6 +55,18 @@ def adapter(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+def overrides_of(path: Path, bert: Path, adapter: Path) -> list[str]:
+    """The settings that put small files in place of those that a spec names."""
+    overrides = []
+    if "all-MiniLM" in path.read_text():
+        overrides.append(f"base.model={bert}")
+    if "my-peft-adapter" in path.read_text():
+        overrides.append(f"adapt.0.adapter={adapter}")
+    if path.stem == "qalora":
+        overrides.append("adapt.0.r=2")  # the small base has no more groups
+    return overrides
+
+
 QUICK = (
     "own-model",
     "peft-to-huggingface",
@@ -87,6 +99,35 @@ def test_spec_compiles(
         for product in json.loads(manifest.read_text())["products"].values():
             if "proof" in product:
                 assert 0 <= product["proof"]["relative"] <= product["proof"]["tolerance"]
+
+
+@pytest.fixture(scope="module")
+def traced() -> dict[str, Graph]:
+    """The graphs of the bases that specs name, each traced once."""
+    return {}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] * (p.stem not in (*QUICK, "int8"))) for p in SPECS],
+)
+def test_the_pipeline_that_plan_prints_can_be_pasted(
+    path: Path, bert: Path, adapter: Path, traced: dict[str, Graph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    overrides = overrides_of(path, bert, adapter)
+    spec = load(path, overrides)
+    key = repr((spec.base, spec.inputs))
+    if key not in traced:
+        traced[key] = trace(make_base(spec))
+    plan = make_plan(spec, traced[key])
+    printed = flow(plan.to_json()["passes"])
+    again = make_plan(load(path, [*overrides, f"passes={printed}"]), traced[key])
+    assert [(item.name, item.stated()) for item in again.passes] == [
+        (item.name, item.stated()) for item in plan.passes
+    ]
+    assert len(again.closing) == len(plan.closing)
+    assert flow(again.stated) == printed
 
 
 def test_every_method_has_a_spec() -> None:

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.graph import CodeGen
 
 from adaptc.graph import Graph, is_tensor
 from adaptc.pipeline import PASSES

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from adaptc.emit.quantized_onnx import integer_tensor, integer_type, ir_version_needed, opset_needed
-from adaptc.emit.quantized_products import Integers, lower_quantized
+from adaptc.emit.quantized_products import Integers, OnnxProducts
 from adaptc.emit.translate import translate
 from adaptc.emit.widen import widen
 from adaptc.errors import AdaptcError
 from adaptc.graph import Graph
+from adaptc.pipeline import run
 from adaptc.weights import Raw, Weight
 
 OPSET = 20
@@ -54,12 +55,12 @@ def export_onnx(
     Inputs, outputs and weights keep the model's names; named dimensions keep the spec's. What a bfloat16 model
     computes is computed in float32, from weights stored in bfloat16. Past `INLINE_LIMIT` the
     weights stand in `<name>.data` beside the file. Quantized products are written for a `runtime`; `exact` ones
-    do not round activations, see `lower_quantized`.
+    do not round activations, see `OnnxProducts`. The graph is left as it is.
 
     Raises:
         AdaptcError: an operation has no ONNX form; names it.
     """
-    lower_quantized(graph, runtime, exact)
+    graph = run(graph, [OnnxProducts(runtime, exact)])
     packed = [weight.bits for weight in graph.weights.values() if isinstance(weight, Integers)]
     model = translate(graph, opset or max([OPSET, *map(opset_needed, packed)]))
     _attach(model, graph)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -14,6 +14,7 @@ from adaptc.emit import quantized_symbols
 from adaptc.expression import splice, trace_expression
 from adaptc.graph import Graph
 from adaptc.integer_blocks import IntegerBlocks, pack, unpack
+from adaptc.pipeline import Pass
 from adaptc.quantized_operations import DEQUANTIZE, EMBEDDING, LINEAR, named
 from adaptc.scheme_contract import Scheme, scheme_of
 from adaptc.table_blocks import TableBlocks
@@ -43,24 +44,41 @@ class Integers(Weight):
         return self.make()
 
 
-def lower_quantized(graph: Graph, runtime: str, exact: bool = False) -> None:
-    """Write every quantized product and lookup in operations that ONNX has, in place.
+@dataclass(frozen=True)
+class OnnxProducts(Pass):
+    """Write every quantized product and lookup in operations that ONNX has. Integers must be plain.
 
-    Args:
-        graph: one that only evaluates, whose integers are plain.
+    Attributes:
         runtime: `onnxruntime` for its own operations, `standard` for those of ONNX.
         exact: activations are never rounded: what proves that nothing else is.
     """
-    for node in list(graph.nodes):
-        if node.target not in (LINEAR, EMBEDDING, DEQUANTIZE):
-            continue
-        with graph.module.graph.inserting_before(node):
-            made = _Lowering(graph, node, runtime, exact)
-            kinds: dict[Any, Callable[[], fx.Node]] = {LINEAR: made.product, EMBEDDING: made.lookup}
-            result = kinds.get(node.target, made.matrix)()
-        node.replace_all_uses_with(result)
-        graph.module.graph.erase_node(node)
-    graph.module.graph.eliminate_dead_code()
+
+    runtime: str = "onnxruntime"
+    exact: bool = False
+
+    name: ClassVar[str] = "onnx-products"
+    takes: ClassVar[frozenset[str]] = frozenset({"evaluated"})
+    changes_results: ClassVar[bool] = True
+
+    def call(self, graph: Graph) -> bool:
+        """Rewrite each by itself."""
+        quantized = [node for node in graph.nodes if node.target in (LINEAR, EMBEDDING, DEQUANTIZE)]
+        for node in quantized:
+            with graph.module.graph.inserting_before(node):
+                lowering = _Lowering(graph, node, self.runtime, self.exact)
+                kinds: dict[Any, Callable[[], fx.Node]] = {
+                    LINEAR: lowering.product,
+                    EMBEDDING: lowering.lookup,
+                }
+                result = kinds.get(node.target, lowering.matrix)()
+            node.replace_all_uses_with(result)
+            graph.module.graph.erase_node(node)
+        return bool(quantized)
+
+    def ensures(self, graph: Graph) -> str | None:
+        """No operation is left that only torch has."""
+        left = [f"%{n.name}" for n in graph.nodes if n.target in (LINEAR, EMBEDDING, DEQUANTIZE)]
+        return f"not written as ONNX has it: {', '.join(left)}" if left else None
 
 
 @dataclass

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 
@@ -10,6 +11,7 @@ from adaptc.emit.quantized_products import runtime_block
 from adaptc.expression import splice, trace_expression
 from adaptc.graph import Graph
 from adaptc.integer_blocks import IntegerBlocks
+from adaptc.pipeline import Pass, run
 from adaptc.quantized_operations import LINEAR
 from adaptc.scheme_contract import scheme_of
 
@@ -22,20 +24,28 @@ def rounds(graph: Graph) -> bool:
     return any(_rounding(node) is not None for node in graph.nodes)
 
 
+@dataclass(frozen=True)
+class RoundActivations(Pass):
+    """quantized_linear(x, q) = quantized_linear(round(x), q): in 8 bits, by blocks of a row or all of a product's."""
+
+    name: ClassVar[str] = "round-activations"
+    takes: ClassVar[frozenset[str]] = frozenset({"evaluated"})
+    changes_results: ClassVar[bool] = True
+
+    def call(self, graph: Graph) -> bool:
+        """Round in front of every product whose activations ONNX Runtime rounds."""
+        products = [(node, block) for node in graph.nodes if (block := _rounding(node)) is not None]
+        for node, block in products:
+            x: Any = node.args[0]
+            with graph.fake_mode:
+                traced = trace_expression(lambda x, block=block: rounded(x, block), [x.meta["val"]], {})
+            node.update_arg(0, splice(graph, traced, [x], node, {}))
+        return bool(products)
+
+
 def with_rounding(graph: Graph) -> Graph:
-    """A copy that rounds activations as ONNX Runtime does: to 8 bits, in blocks of a row or all of a product's."""
-    graph = graph.copy()
-    for node in list(graph.nodes):
-        block = _rounding(node)
-        if block is None:
-            continue
-        x: Any = node.args[0]
-        with graph.fake_mode:
-            traced = trace_expression(lambda x, block=block: rounded(x, block), [x.meta["val"]], {})
-        made = splice(graph, traced, [x], node, {})
-        node.args = (made, *node.args[1:])
-    graph.clean()
-    return graph
+    """A copy that rounds activations as ONNX Runtime does."""
+    return run(graph, [RoundActivations()])
 
 
 def rounded(x: torch.Tensor, block: int) -> torch.Tensor:

@@ -13,6 +13,7 @@ from adaptc.graph import Graph
 from adaptc.method_contract import WeightMethod
 from adaptc.multiplications import VIEWS, Linear, Product, operands
 from adaptc.pipeline import Pass, graph_pass
+from adaptc.sites import ADAPTATION
 from adaptc.tracing.modes import training_node
 
 aten = torch.ops.aten
@@ -40,7 +41,7 @@ class Factor(Pass):
 
     def call(self, graph: Graph) -> bool:
         """Rewrite every product with an adapted weight."""
-        placed: set[int] = set()
+        placed: set[Adaptation] = set()
         found = [node for node in graph.nodes if _is_adapted(node)]
         for node in found:
             rewrite = _Rewrite(graph, node, self.tokens)
@@ -52,7 +53,7 @@ class Factor(Pass):
 
 def _is_adapted(node: fx.Node) -> bool:
     """Whether this is a product of the base, or of an earlier rewrite, whose weight is an expression."""
-    if node.op != "call_function" or node.meta.get("adaptation") is not None:
+    if node.op != "call_function" or node.meta.get(ADAPTATION) is not None:
         return False
     read = operands(node)
     return read is not None and _is_expression(read.weight)
@@ -60,9 +61,9 @@ def _is_adapted(node: fx.Node) -> bool:
 
 def _is_expression(E: fx.Node) -> bool:
     """Whether a weight is one that a method wrote, or the model's own transpose of it."""
-    while E.meta.get("adaptation") is None and _transposes(E):
+    while E.meta.get(ADAPTATION) is None and _transposes(E):
         E = E.args[0]  # type: ignore[assignment]
-    return E.meta.get("adaptation") is not None
+    return E.meta.get(ADAPTATION) is not None
 
 
 @dataclass
@@ -72,8 +73,8 @@ class _Rewrite:
     graph: Graph
     node: fx.Node
     tokens: int
-    dropped: dict[tuple[int, fx.Node], fx.Node] = field(default_factory=dict)
-    placed: set[int] = field(default_factory=set)
+    dropped: dict[tuple[Adaptation, fx.Node], fx.Node] = field(default_factory=dict)
+    placed: set[Adaptation] = field(default_factory=set)
 
     def run(self) -> None:
         """Emit the factored form in front of the node, and let its users read that."""
@@ -97,7 +98,7 @@ class _Rewrite:
             # There and back, between two methods.
             return self.apply(product, x, args[0].args[0], flipped, bias)
         if E.target is aten.add.Tensor and not E.kwargs and all(_same_shape(a, E) for a in args):
-            terms = sorted(args, key=lambda a: self.trains(a, E.meta["adaptation"]))
+            terms = sorted(args, key=lambda a: self.trains(a, E.meta[ADAPTATION]))
             if not self.gains(product, E, terms[1]):
                 return self.multiply(product, x, E, flipped, bias)
             first = self.apply(product, x, terms[0], flipped, bias)
@@ -168,21 +169,21 @@ class _Rewrite:
 
     def drop(self, product: Product, x: fx.Node, E: fx.Node, term: fx.Node) -> fx.Node:
         """x behind the dropout of the method that wrote this sum, for a term without the base weight."""
-        tag = E.meta["adaptation"]
-        p = self.graph.adaptations[tag].method.dropout
-        known = {(t, node) for (t, _), node in self.dropped.items()}
-        if not p or not product.drops or not self.trains(term, tag) or (tag, x) in known:
+        adaptation: Adaptation = E.meta[ADAPTATION]
+        p = _dropout(adaptation)
+        known = {(of, node) for (of, _), node in self.dropped.items()}
+        if not p or not product.drops or not self.trains(term, adaptation) or (adaptation, x) in known:
             return x
-        self.placed.add(tag)
-        if (tag, x) not in self.dropped:
+        self.placed.add(adaptation)
+        if (adaptation, x) not in self.dropped:
             flag = training_node(self.graph.module.graph)
-            self.dropped[tag, x] = self.emit(aten.dropout.default, x, p, flag)
-        return self.dropped[tag, x]
+            self.dropped[adaptation, x] = self.emit(aten.dropout.default, x, p, flag)
+        return self.dropped[adaptation, x]
 
     def gains(self, product: Product, E: fx.Node, term: fx.Node) -> bool:
         """Whether a term of the sum E is better kept apart: it has dropout of its own, or is thin."""
-        tag = E.meta["adaptation"]
-        if self.graph.adaptations[tag].method.dropout and product.drops and self.trains(term, tag):
+        adaptation: Adaptation = E.meta[ADAPTATION]
+        if _dropout(adaptation) and product.drops and self.trains(term, adaptation):
             return True
         while (term.target in SCALES and not isinstance(term.args[1], fx.Node)) or _transposes(term):
             term = term.args[0]  # type: ignore[assignment]
@@ -191,7 +192,7 @@ class _Rewrite:
     def splits(self, product: Product, E: fx.Node, flipped: bool) -> bool:
         """Whether E is made of rows of several matrices, one of which is better kept apart."""
         pieces, axis = E.args[0], E.args[1] if len(E.args) > 1 else 0
-        sums = [p for p in pieces if p.target is aten.add.Tensor and p.meta.get("adaptation") is not None]  # type: ignore[union-attr]
+        sums = [p for p in pieces if p.target is aten.add.Tensor and p.meta.get(ADAPTATION) is not None]  # type: ignore[union-attr]
         return axis == int(flipped) and any(self.gains(product, p, t) for p in sums for t in p.args)  # type: ignore[misc]
 
     def worth(self, product: Product, E: fx.Node) -> bool:
@@ -202,9 +203,9 @@ class _Rewrite:
         thin = 6 * self.tokens * inner * (rows + columns)
         return thin <= 2 * self.tokens * rows * columns + 6 * inner * rows * columns
 
-    def trains(self, E: fx.Node, tag: int) -> bool:
+    def trains(self, E: fx.Node, adaptation: Adaptation) -> bool:
         """Whether what the method trains is inside this term: the branch, beside the term of the base."""
-        own = {name for name, param in self.graph.adaptations[tag].params.values() if param.trained}
+        own = {name for name, param in adaptation.params.values() if param.trained}
         queue = [E]
         while queue:
             node = queue.pop()
@@ -262,10 +263,15 @@ def _same_shape(value: Any, E: fx.Node) -> bool:
     return isinstance(value, fx.Node) and tuple(value.meta["val"].shape) == tuple(E.meta["val"].shape)
 
 
-def _refuse_lost_dropout(graph: Graph, placed: set[int], source: Pass) -> None:
-    for tag, adaptation in enumerate(graph.adaptations):
+def _dropout(adaptation: Adaptation) -> float:
+    """The share of a branch's inputs that the method drops in training."""
+    return adaptation.method.dropout if isinstance(adaptation.method, WeightMethod) else 0.0
+
+
+def _refuse_lost_dropout(graph: Graph, placed: set[Adaptation], source: Pass) -> None:
+    for adaptation in graph.adaptations:
         method = adaptation.method
-        if isinstance(method, WeightMethod) and method.dropout and tag not in placed:
+        if _dropout(adaptation) and adaptation not in placed:
             words = (
                 f"{method.name} on {adaptation.site.module} has dropout, but its weight is no sum with a "
                 "term of its own that dropout could go in front of"

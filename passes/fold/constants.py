@@ -83,9 +83,10 @@ class Fold(Pass):
         return bool(folded) or any(settled)
 
     def ensures(self, graph: Graph) -> str | None:
-        """Nothing of any expression is left, but of those that stay live."""
-        left = [node.name for node in graph.nodes if node.meta.get("adaptation") is not None]
-        return f"not folded: {', '.join(left)}" if left and not graph.adaptations else None
+        """No expression is left, but of adaptations that stay live."""
+        live = {None, *graph.adaptations}
+        left = [node.name for node in graph.nodes if node.meta.get(ADAPTATION) not in live]
+        return f"not folded: {', '.join(f'%{name}' for name in left)}" if left else None
 
 
 def _forget_unread(graph: Graph) -> None:
@@ -94,9 +95,7 @@ def _forget_unread(graph: Graph) -> None:
     gone = [name for a in graph.adaptations if a.stays for name, _ in a.params.values() if name not in read]
     for name in dict.fromkeys(gone):
         graph.detach(name)
-    graph.adaptations[:] = [
-        replace(a, params={k: v for k, v in a.params.items() if v[0] not in gone}) for a in graph.adaptations
-    ]
+    graph.revise(lambda a: replace(a, params={k: v for k, v in a.params.items() if v[0] not in gone}))
 
 
 def _stored(graph: Graph, adaptation: Adaptation, name: str) -> tuple[tuple[int, ...], torch.dtype]:
@@ -107,11 +106,7 @@ def _stored(graph: Graph, adaptation: Adaptation, name: str) -> tuple[tuple[int,
 
 
 def _forget(graph: Graph, live: list[Adaptation]) -> None:
-    """Drop all adaptations but these, whose nodes are numbered anew."""
-    numbers = {index: live.index(a) for index, a in enumerate(graph.adaptations) if a in live}
-    for node in graph.nodes:
-        if node.meta.get("adaptation") is not None:
-            node.meta["adaptation"] = numbers.get(node.meta["adaptation"], -1)
+    """Drop all adaptations but these, and their tensors."""
     kept = {name for adaptation in live for name, _ in adaptation.params.values()}
     for name in graph.inserted:
         if name not in kept:

@@ -16,6 +16,7 @@ from adaptc.graph import Graph
 from adaptc.memory import base_of, writes
 from adaptc.pipeline import Pass, graph_pass
 from adaptc.recompute import CUT
+from adaptc.sites import ADAPTATION
 
 Segments = Annotated[
     int | None, Field(gt=1, description="how many; those that need the least memory if left out")
@@ -90,7 +91,7 @@ def _written(graph: Graph, order: Mapping[fx.Node, int]) -> list[tuple[int, int]
 
 def _is_weight(node: fx.Node) -> bool:
     """Whether this is an expression of weights, or what bits stand for: no activation."""
-    return node.meta.get("adaptation") is not None or "quantized" in node.meta
+    return node.meta.get(ADAPTATION) is not None or "quantized" in node.meta
 
 
 def _sizes(graph: Graph) -> dict[fx.Node, int]:

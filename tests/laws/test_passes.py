@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import re
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -301,9 +302,64 @@ class Ensures(Bad):
 def test_a_bad_pass_is_caught(zoo: Zoo, item: type[Pass], words: str) -> None:
     graph = zoo.graph("mlp")
     before = snapshot(graph)
-    with pytest.raises(VerifyError, match=words):
+    with pytest.raises(VerifyError, match=words) as caught:
         run(graph, [item()])
+    assert str(caught.value).startswith("pass bad failed (after no other): ")
     assert snapshot(graph) == before
+
+
+def test_a_failure_names_the_passes_and_shows_the_graph_around_the_node(zoo: Zoo) -> None:
+    passes = [default("insert-lora", target="mid", r=2), default("gradient-checkpointing"), WrongShape()]
+    with pytest.raises(VerifyError) as caught:
+        run(zoo.graph("mlp"), passes)
+    first, *rest = str(caught.value).splitlines()
+    assert first.startswith("pass bad failed (after insert-lora, gradient-checkpointing): %linear : ")
+    assert "does not fit its operands: a and b must have same reduction dim" in first
+    assert rest[0] == "  in up, from families.py:63"
+    assert rest[1] == "  the graph around %linear:"
+    shown = rest[2:]
+    marked = [line for line in shown if line.startswith("  > ")]
+    assert len(marked) == 1
+    assert "%linear = aten.linear.default(%x, %mid_weight)" in marked[0]
+    assert shown.index(marked[0]) == 5
+    assert len(shown) == 11
+    assert all(line.startswith("    %") for line in shown if line not in marked)
+
+
+def test_a_failure_without_a_node_shows_no_graph(zoo: Zoo) -> None:
+    with pytest.raises(VerifyError) as caught:
+        run(zoo.graph("mlp"), [Ensures()])
+    assert str(caught.value) == "pass bad failed (after no other): what I promised does not hold"
+    with pytest.raises(VerifyError) as caught:
+        run(zoo.graph("mlp"), [Raises()])
+    message = str(caught.value).splitlines()
+    assert message[0] == "pass bad failed (after no other): KeyError: 'mine'"
+    assert re.fullmatch(r'  at .*test_passes\.py:\d+    raise KeyError\("mine"\)', message[1])
+    assert len(message) == 2
+
+
+def test_a_node_that_a_pass_names_is_shown(zoo: Zoo) -> None:
+    class Promises(Bad):
+        def call(self, graph: Graph) -> bool:
+            return False
+
+        def ensures(self, graph: Graph) -> str | None:
+            return "%relu is left"
+
+    with pytest.raises(
+        VerifyError, match=r"%relu is left\n  the graph around %relu:(\n.*)*\n  > %relu = aten.relu"
+    ):
+        run(zoo.graph("mlp"), [Promises()])
+
+
+def test_an_error_for_the_person_is_as_the_pass_words_it(zoo: Zoo) -> None:
+    class Told(Bad):
+        def call(self, graph: Graph) -> bool:
+            raise WeightError("it is not there")
+
+    with pytest.raises(WeightError) as caught:
+        run(zoo.graph("mlp"), [Told()])
+    assert str(caught.value) == "it is not there"
 
 
 def test_an_adapter_that_a_pass_forgot_is_caught(zoo: Zoo) -> None:
@@ -324,24 +380,142 @@ def test_a_wrong_fold_is_stopped_by_the_proof(zoo: Zoo, monkeypatch: pytest.Monk
 
 def test_a_pass_of_ones_own_works_from_a_spec(zoo: Zoo) -> None:
     @dataclasses.dataclass(frozen=True)
-    class Relu6(Pass):
-        """Relu becomes relu6."""
+    class ReluToSilu(Pass):
+        """Relu becomes silu."""
+
+        changes_results: ClassVar[bool] = True
 
         def call(self, graph: Graph) -> bool:
             found = [n for n in graph.nodes if n.target is aten.relu.default]
             for node in found:
-                node.target = aten.relu6.default
+                node.target = aten.silu.default
             return bool(found)
 
-    graph_pass("relu-six")(Relu6)
+    graph_pass("relu-to-silu")(ReluToSilu)
     try:
         compiled = zoo.compiled(
             "mlp", [{"method": "lora", "target": "up", "r": 2}], passes=["relu-six", "insert"]
         )
+        planned = zoo.compiled("mlp", spec["adapt"], passes=spec["passes"]).plan
     finally:
         PASSES.forget("relu-six")
     assert "aten.relu6.default" in compiled.graph.operations
     assert "aten.relu.default" not in compiled.graph.operations
+
+
+# -- a user's pass that changes what the model computes ------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaled2(Bad):
+    """The first layer gives something else, by a factor."""
+
+    by: float = 2.0
+
+    def call(self, graph: Graph) -> bool:
+        node = next(n for n in graph.nodes if n.target is aten.linear.default)
+        with graph.module.graph.inserting_after(node):
+            other = graph.module.graph.call_function(aten.mul.Tensor, (node, self.by))
+        node.replace_all_uses_with(other, delete_user_cb=lambda user: user is not other)
+        return True
+
+
+class Meant(Scaled2):
+    changes_results = True
+
+
+class Flattens(Bad):
+    """Gives back other shapes."""
+
+    def call(self, graph: Graph) -> bool:
+        output = next(n for n in graph.nodes if n.op == "output")
+        (node,) = output.all_input_nodes
+        with graph.module.graph.inserting_before(output):
+            output.replace_input_with(node, graph.call(aten.flatten.using_ints, node, like=node))
+        return True
+
+
+def test_a_pass_that_changes_results_is_refused_by_how_much(zoo: Zoo) -> None:
+    with pytest.raises(RefusedError) as caught:
+        adaptc.run(zoo.graph("mlp"), [Scaled2()])
+    assert re.fullmatch(
+        r"bad changes what the model computes: outputs differ by up to \d\.\de[+-]0\d of the largest, and rounding "
+        r"explains 6\.1e-05\n  write `changes_results: ClassVar\[bool\] = True` in Scaled2 if it is meant to; "
+        r"see the graph before and after it with `--dump-graphs DIR`",
+        str(caught.value),
+    )
+    adaptc.run(zoo.graph("mlp"), [Scaled2(by=1.0)])
+    with pytest.raises(
+        RefusedError, match=r"changes what the model computes: output 0 is \[\d+\], expected \[\d, 6\]"
+    ):
+        adaptc.run(zoo.graph("mlp"), [Flattens()])
+
+
+def test_a_pass_that_loses_an_adapter_at_its_start_is_refused(zoo: Zoo) -> None:
+    """B is zero: only random adapters show it."""
+
+    class Loses(Bad):
+        def call(self, graph: Graph) -> bool:
+            node = next(n for n in graph.nodes if n.target is aten.mm.default)
+            with graph.module.graph.inserting_after(node):
+                other = graph.module.graph.call_function(aten.mul.Tensor, (node, 0.5))
+            other.meta["val"] = node.meta["val"]
+            node.replace_all_uses_with(other, delete_user_cb=lambda user: user is not other)
+            return True
+
+    with pytest.raises(RefusedError, match="bad changes what the model computes: outputs differ"):
+        adaptc.run(zoo.graph("mlp"), [default("insert-lora", target="mid", r=2), Loses()])
+
+
+def test_a_change_that_is_meant_is_recorded(zoo: Zoo) -> None:
+    records = list[PassRecord]()
+    run(zoo.graph("mlp"), [Meant(), Scaled2(by=1.0)], records, compare=comparison())
+    assert [bool(record.change) for record in records] == [True, False]
+    assert records[0].change.startswith("outputs differ by up to ")
+
+
+def keeping(zoo: Zoo) -> dict[str, tuple[Graph, Any]]:
+    """A graph on which each shipped pass that keeps results has something to do."""
+    nf4 = run(zoo.graph("mlp"), [default("quantize-nf4", target="*")])
+    chosen = dataclasses.replace(zoo.graph("mlp"), rows=[inputs("mlp", 9)])
+    gptq = [default("quantize-gptq", target="re:up|down"), default("quantized-products")]
+    int8 = [default("quantize-int8", target="*"), default("quantized-products")]
+    adapted = at_stage(zoo, "adapted")
+    return {
+        "factor": (adapted, default("factor", tokens=64)),
+        "fold": (adapted, default("fold")),
+        "gradient-checkpointing": (adapted, default("gradient-checkpointing")),
+        "dequantize": (nf4, default("dequantize")),
+        "quantized-products": (nf4, default("quantized-products")),
+        "plain-integers": (run(chosen, gptq), default("plain-integers")),
+        "torch-kernels": (run(zoo.graph("mlp", "bfloat16"), int8), default("torch-kernels")),
+        "evaluate": (run(adapted, [default("factor")]), Evaluate()),
+        "functional": (run(zoo.graph("mlp"), [InPlace(), Evaluate()]), Functional()),
+        "onnx-operations": (run(zoo.graph("mlp"), [Evaluate()]), OnnxOperations()),
+        "onnx-casts": (run(zoo.graph("mlp"), [Evaluate(), OnnxOperations()]), Casts()),
+    }
+
+
+class InPlace(Bad):
+    """Relu writes to its operand."""
+
+    def call(self, graph: Graph) -> bool:
+        for node in [n for n in graph.nodes if n.target is aten.relu.default]:
+            node.target = aten.relu_.default
+        return True
+
+
+def test_shipped_passes_keep_results_unless_they_say_otherwise(zoo: Zoo) -> None:
+    cases = keeping(zoo)
+    quiet = {name for name, cls in load_passes().items() if not cls.changes_results}
+    assert quiet <= set(cases), "a pass keeps results, it says: give it a graph to do so on"
+    for name, (graph, item) in cases.items():
+        assert item.name == name
+        assert not item.changes_results
+        before = randomised(graph)
+        prove(name, graph.inputs, Streamed(before), Streamed(run(before, [item])), tolerance(graph))
+    assert {load_passes()[name].changes_results for name in INSERTS} == {True}
+    assert RoundActivations.changes_results
 
 
 # -- dead paths, aliases, layers that run twice ---------------------------------------------------------------

@@ -284,7 +284,7 @@ def test_the_pass_from_the_command_line(python: Run, spec: Path, tmp_path: Path)
     ran = python("-m", "adaptc.cli", "compile", spec, "--json", "--print-after", "swap-activation")
     assert ran.returncode == 0, ran.stderr
     document = json.loads(ran.stdout)
-    assert document["plan"]["passes"] == ["swap-activation", "insert-diag-shift"]
+    assert document["plan"]["passes"] == [{"swap-activation": {"to": "silu"}}, "insert"]
     import onnx
 
     operations = [node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node]

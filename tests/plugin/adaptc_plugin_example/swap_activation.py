@@ -21,6 +21,7 @@ class SwapActivation(Pass):
     to: str = "gelu"
 
     takes: ClassVar[frozenset[str]] = frozenset({"traced", "adapted"})
+    changes_results: ClassVar[bool] = True
 
     def requires(self, graph: Graph) -> list[Refusal]:
         """There is a relu to replace."""

@@ -1,0 +1,56 @@
+"""What a pass of a user's own changes: measured beside the graph before it, and refused unless the pass says so."""
+
+from __future__ import annotations
+
+from math import inf, isinf
+
+from adaptc.errors import ProofError, Refusal, RefusedError
+from adaptc.graph import Graph
+from adaptc.pipeline import Compare, Pass, run
+from adaptc.proof import prove, randomised, tolerance
+from adaptc.streaming import Streamed
+
+
+def comparison(seed: int = 0) -> Compare:
+    """What holds a pass against the graph before it, on a proof's random inputs; adapters are random too.
+
+    Args:
+        seed: of the inputs and adapters.
+    """
+
+    def compare(item: Pass, before: Graph) -> str:
+        """By how much the pass changes results, in words; "" where that is rounding.
+
+        Raises:
+            RefusedError: it changes them, and does not say that it does.
+        """
+        change = _change(item, randomised(before, seed), seed)
+        if change and not item.changes_results:
+            raise RefusedError(
+                [
+                    Refusal(
+                        f"{item.name} changes what the model computes: {change}\n"
+                        f"  write `changes_results: ClassVar[bool] = True` in {type(item).__name__} if it is meant to; "
+                        f"see the graph before and after it with `--dump-graphs DIR`"
+                    )
+                ],
+                item,
+            )
+        return change
+
+    return compare
+
+
+def _change(item: Pass, before: Graph, seed: int) -> str:
+    allowed = tolerance(before)
+    reference = Streamed(before, wide=True)
+    candidate = Streamed(run(before, [item]), wide=True, follows=reference, near=allowed)
+    try:
+        found = prove(item.name, before.inputs, reference, candidate, inf, seed)
+    except ProofError as error:
+        return str(error).removeprefix(f"{item.name}: ")
+    if found.relative <= allowed:
+        return ""
+    if isinf(found.relative):
+        return "outputs are not finite where they were, or of another dtype"
+    return f"outputs differ by up to {found.relative:.1e} of the largest, and rounding explains {allowed:.1e}"

@@ -1,0 +1,75 @@
+"""A pipeline as `adaptc plan` prints it is a spec's `passes`: pasted, it gives the same pipeline."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from adaptc.pipeline import Pass
+from adaptc.plan import Plan, make_plan
+from adaptc.report import Report
+from adaptc.spec import load
+from adaptc.yaml_text import YamlText
+from tests.families import Zoo
+
+LORA = {"method": "lora", "target": "up", "r": 2}
+IA3 = {"method": "ia3", "target": "down"}
+INT4 = {"method": "int4", "target": "mid"}
+
+
+def printed(plan: Plan, capsys: pytest.CaptureFixture[str]) -> str:
+    """What stands behind `passes:` where a plan is shown."""
+    report = Report()
+    report.out = Console(highlight=False, soft_wrap=True)
+    report.plan(plan)
+    (line,) = re.findall(r"^passes: +(.*)$", capsys.readouterr().out, re.MULTILINE)
+    return line
+
+
+def described(passes: Sequence[Pass]) -> list[tuple[str, dict[str, Any]]]:
+    return [(item.name, item.stated()) for item in passes]
+
+
+@pytest.mark.parametrize(
+    ("spec", "text"),
+    [
+        ({"adapt": [LORA, IA3]}, "[insert]"),
+        ({"adapt": [LORA], "quantize": [INT4]}, "[quantize, insert]"),
+        ({"quantize": [INT4, {**INT4, "target": "up"}]}, "[quantize]"),
+        ({"adapt": []}, "[]"),
+        (
+            {"adapt": [LORA, IA3], "passes": ["insert", {"factor": {"tokens": 64}}]},
+            "[insert, {factor: {tokens: 64}}]",
+        ),
+        ({"adapt": [LORA], "passes": ["insert", {"factor": {"tokens": 1024}}]}, "[insert, factor]"),
+        (
+            {"adapt": [LORA], "quantize": [INT4], "passes": ["quantize", "insert", "fold", "quantize"]},
+            "[quantize, insert, fold, quantize]",
+        ),
+        (
+            {
+                "adapt": [LORA],
+                "passes": ["insert", {"gradient-checkpointing": {"segments": 2}}, {"torch-kernels": {}}],
+            },
+            "[insert, {gradient-checkpointing: {segments: 2}}, torch-kernels]",
+        ),
+        (
+            {"passes": [{"insert-lora": {"target": ["re:up|down"], "r": 4, "dropout": 1e-5}}, "fold"]},
+            '[{insert-lora: {target: ["re:up|down"], r: 4, dropout: 1e-05}}, fold]',
+        ),
+    ],
+)
+def test_what_is_printed(
+    zoo: Zoo, capsys: pytest.CaptureFixture[str], spec: dict[str, Any], text: str
+) -> None:
+    plan = make_plan(load(spec), zoo.graph("mlp"))
+    line = printed(plan, capsys)
+    assert line == text
+    assert plan.to_json()["passes"] == YamlText("", line).read()
+    again = make_plan(load(spec, [f"passes={line}"]), zoo.graph("mlp"))
+    assert described(again.passes) == described(plan.passes)
+    assert again.adapted.text() == plan.adapted.text()
