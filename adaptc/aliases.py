@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from torch import fx
 
 from adaptc.site import Use, WeightSite
-from adaptc.sites import module_of
+from adaptc.sites import ADAPTATION, module_of
 
 if TYPE_CHECKING:
     from adaptc.graph import Graph

@@ -7,8 +7,8 @@ from math import inf, isinf
 from adaptc.errors import ProofError, Refusal, RefusedError
 from adaptc.graph import Graph
 from adaptc.pipeline import Compare, Pass, run
-from adaptc.proof import prove, randomised, tolerance
-from adaptc.streaming import Streamed
+from adaptc.proof import batches, prove, randomised, tolerance
+from adaptc.streaming import Interpreter
 
 
 def comparison(seed: int = 0) -> Compare:
@@ -43,10 +43,11 @@ def comparison(seed: int = 0) -> Compare:
 
 def _change(item: Pass, before: Graph, seed: int) -> str:
     allowed = tolerance(before)
-    reference = Streamed(before, wide=True)
-    candidate = Streamed(run(before, [item]), wide=True, follows=reference, near=allowed)
+    reference = Interpreter(before, wide=True).on(batches(before.inputs, seed))
+    rewritten = Interpreter(run(before, [item]), wide=True)
+    candidate = rewritten.on(reference.taken, follows=reference, near=allowed)
     try:
-        found = prove(item.name, before.inputs, reference, candidate, inf, seed)
+        found = prove(item.name, reference, candidate, inf)
     except ProofError as error:
         return str(error).removeprefix(f"{item.name}: ")
     if found.relative <= allowed:

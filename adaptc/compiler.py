@@ -13,6 +13,7 @@ from torch import nn
 
 from adaptc.adapt_entries import MethodEntry
 from adaptc.calibration import Information, checked_rows, read_rows
+from adaptc.changes import comparison
 from adaptc.compiled import Compiled
 from adaptc.errors import InputError, TraceError, WeightError
 from adaptc.graph import Graph
@@ -59,7 +60,7 @@ def compile(
     graph = _trace(spec, base, after)
     _calibrate(spec, graph, calibration)
     plan = make_plan(spec, graph, weighed=True)
-    rewritten = rewrite(spec, graph, plan, after)
+    rewritten = rewrite(spec, graph, plan, after, comparison(spec.seed))
     check_artifacts(spec, rewritten.adapted, plan.closing)
     report = plan_report(spec, graph, plan, rewritten, base.bound.notes)
     program = Program(spec, report, graph, rewritten, after)

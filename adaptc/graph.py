@@ -23,7 +23,7 @@ from adaptc.points import find_points
 from adaptc.recompute import CUT, with_segments
 from adaptc.roles import Roles, find_roles
 from adaptc.site import Use, WeightSite
-from adaptc.sites import module_of
+from adaptc.sites import ADAPTATION, module_of
 from adaptc.tracing.base import Base
 from adaptc.weights import Weight
 
@@ -281,7 +281,7 @@ class Graph:
         counts = (
             f"{len(self.operations)} operations, {len(self.sites)} sites, {len(self.adaptations)} adapted"
         )
-        return f"<Graph of {self.source.describe}, {self.stage}: {counts}; see text() and adaptc.bind(graph)>"
+        return f"<Graph of {self.source.describe}, {self.state}: {counts}; see text() and adaptc.bind(graph)>"
 
     def text(self) -> str:
         """The graph as text, a line a node: result, operation, operands, shape, module."""

@@ -20,10 +20,11 @@ from adaptc.method_contract import METHODS, Method
 from adaptc.names import shared_name
 from adaptc.param import Param
 from adaptc.peft_keys import as_stored
-from adaptc.pipeline import Pass
+from adaptc.pipeline import Pass, changed_options
 from adaptc.point_sites import InputSite, Site
 from adaptc.select import Selection, Target, select
 from adaptc.site import WeightSite
+from adaptc.sites import ADAPTATION
 from adaptc.trial import try_pending
 from adaptc.weights import Computed, Weight, initial, seeded
 
@@ -66,6 +67,7 @@ class Insert(Pass, Generic[M]):
 
     takes: ClassVar[frozenset[str]] = frozenset({"traced", "adapted"})
     leaves: ClassVar[str | None] = "adapted"
+    changes_results: ClassVar[bool] = True
 
     def __init_subclass__(cls, inserts: type[Method[Any]]) -> None:
         """A class for a kind of method."""
@@ -91,6 +93,11 @@ class Insert(Pass, Generic[M]):
     def name(self) -> str:  # type: ignore[override]
         """What a spec calls the pass, such as `insert-` and the method's name."""
         return f"insert-{self.method.name}"
+
+    def stated(self) -> dict[str, Any]:
+        """The options of the pass and of the method that differ from their defaults, as a spec states them."""
+        options = {name: value for name, value in changed_options(self).items() if name != "method"}
+        return options | changed_options(self.method)
 
     def selection(self, graph: Graph) -> Selection[Any]:
         """What the target matches in this graph."""

@@ -75,6 +75,36 @@ def pipeline_of(spec: Spec, inserts: Sequence[Pass], quantizes: Sequence[Quantiz
     return passes
 
 
+def stated(
+    passes: Sequence[Pass], inserts: Sequence[Pass], quantizes: Sequence[Quantize]
+) -> list[str | dict[str, Any]]:
+    """The pipeline as `passes` of a spec: what `pipeline_of` makes of these very passes again.
+
+    What `adapt` and `quantize` ask for goes by the words `insert` and `quantize`; the rest by its name, with the
+    options that differ from their defaults.
+    """
+    of_base = [item for item in quantizes if item.entry is None]
+    of_spec = [item for item in quantizes if item.entry is not None]
+    rest = list(passes[len(of_base) :])
+    entries: list[str | dict[str, Any]] = []
+    while rest:
+        groups = {"insert": inserts, "quantize": quantizes if entries else of_spec}
+        word = next((word for word, items in groups.items() if items and _starts(rest, items)), None)
+        if word is not None:
+            entries.append(word)
+            del rest[: len(groups[word])]
+            continue
+        item = rest.pop(0)
+        options = item.stated()
+        entries.append({item.name: options} if options else item.name)
+    return entries
+
+
+def _starts(passes: Sequence[Pass], items: Sequence[Pass]) -> bool:
+    """Whether a pipeline starts with these very passes."""
+    return len(passes) >= len(items) and all(a is b for a, b in zip(passes, items, strict=False))
+
+
 def _made(spec: Spec, index: int, cls: AnyPass, name: str, options: Mapping[str, Any]) -> Pass:
     fields = list(inspect.signature(cls).parameters)
     unknown = next((option for option in options if option not in fields), None)

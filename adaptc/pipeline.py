@@ -10,13 +10,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
+from pydantic import TypeAdapter
+
 from adaptc.author import Author
 from adaptc.definitions import check_call, check_class, check_defined, check_names, check_options
 from adaptc.errors import AdaptcError, Refusal, RefusedError, VerifyError
-from adaptc.graph import STAGES, Graph
+from adaptc.graph import Graph
 from adaptc.names import nearest
 from adaptc.registry import Registry
-from adaptc.verify import verify
+from adaptc.stages import REWRITTEN, STAGES
+from adaptc.verify import structure_checked, verify
 
 
 class Pass:
@@ -35,13 +38,7 @@ class Pass:
 
     def stated(self) -> dict[str, Any]:
         """The options that differ from their defaults, as a spec states them."""
-        options: dict[str, Any] = {}
-        for field in dataclasses.fields(self) if dataclasses.is_dataclass(self) else ():
-            made = field.default_factory is not dataclasses.MISSING
-            default = field.default_factory() if made else field.default  # type: ignore[misc]
-            if getattr(self, field.name) != default:
-                options[field.name] = getattr(self, field.name)
-        return TypeAdapter(dict[str, Any]).dump_python(options, mode="json")
+        return changed_options(self)
 
     def requires(self, graph: Graph) -> list[Refusal]:
         """Why this graph cannot be rewritten; empty if it can."""
@@ -54,6 +51,17 @@ class Pass:
     def ensures(self, graph: Graph) -> str | None:
         """What does not hold afterwards though it must, or None."""
         return None
+
+
+def changed_options(instance: Any) -> dict[str, Any]:
+    """The fields of a dataclass that differ from their defaults, as plain data."""
+    options: dict[str, Any] = {}
+    for field in dataclasses.fields(instance) if dataclasses.is_dataclass(instance) else ():
+        has_factory = field.default_factory is not dataclasses.MISSING
+        default = field.default_factory() if has_factory else field.default  # type: ignore[misc]
+        if getattr(instance, field.name) != default:
+            options[field.name] = getattr(instance, field.name)
+    return TypeAdapter(dict[str, Any]).dump_python(options, mode="json")
 
 
 @dataclass(frozen=True)

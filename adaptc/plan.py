@@ -14,7 +14,7 @@ from adaptc.graph import Graph
 from adaptc.kinds import TOKENS, PromptMethod
 from adaptc.names import shared_name
 from adaptc.near_misses import no_match
-from adaptc.orders import closing_of, pipeline_of
+from adaptc.orders import closing_of, pipeline_of, stated
 from adaptc.pipeline import Pass
 from adaptc.planned import Planned, entries_of, match_checkpoints
 from adaptc.planned_quantization import (
@@ -60,6 +60,12 @@ class Plan:
     def pipeline(self) -> list[str]:
         """The passes by name; `factor` follows for the trainable module, `fold` for the folded one."""
         return [item.name for item in self.passes]
+
+    @property
+    def stated(self) -> list[str | dict[str, Any]]:
+        """The pipeline as `passes` of a spec would state it."""
+        inserts = [planned.insert for planned in self.entries]
+        return stated(self.passes, inserts, [planned.item for planned in self.quantized])
 
 
 def make_plan(spec: Spec, graph: Graph, weighed: bool = False) -> Plan:

@@ -40,13 +40,14 @@ class PlanReport(Plan):
         """The plan as plain data.
 
         Returns:
-            `entries`, `quantize`, `passes` by name, `budget` and `notes`.
+            `entries`, `quantize`, `passes` as a spec states them, `pipeline` by name, `budget` and `notes`.
         """
         quantized = zip(self.quantized, self.growth, strict=True)
         return {
             "entries": [_entry_json(planned) for planned in self.entries],
             "quantize": [_quantized_json(planned, growth) for planned, growth in quantized],
-            "passes": self.pipeline,
+            "passes": self.stated,
+            "pipeline": self.pipeline,
             "budget": dataclasses.asdict(self.budget) | {"trainable_share": self.budget.share},
             "notes": self.notes,
         }
@@ -66,7 +67,11 @@ def plan_report(
     """
     notes = [*graph.source.notes, *_entry_notes(plan.entries), *_alias_notes(graph, plan.entries)]
     notes += [plan.choice] if plan.choice else []
-    notes += [*quantize_notes(graph, plan.quantized), *_fold_notes(spec, plan, rewritten), *bound]
+    notes += quantize_notes(graph, plan.quantized)
+    notes += [
+        f"{record.name} changes results: {record.change}" for record in rewritten.records if record.change
+    ]
+    notes += [*_fold_notes(spec, plan, rewritten), *bound]
     return PlanReport(
         **vars(plan),
         budget=budget(graph, rewritten.adapted, rewritten.factored, rewritten.folded),

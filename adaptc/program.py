@@ -28,7 +28,7 @@ from adaptc.rewrite import After, Rewritten
 from adaptc.spec import Spec
 from adaptc.streaming import Interpreter, Run
 from adaptc.tracing.export import export, output_class
-from adaptc.tracing.merge import follow_training
+from adaptc.training_graph import FollowTraining
 from adaptc.weights import Computed, Held, sha256_of_files, sha256_of_tensors
 
 RANDOM = "fold, random adapters"
@@ -124,10 +124,10 @@ class Program:
     @cached_property
     def _both_modes(self) -> Graph:
         """The factored graph that follows `training`: made once, since it needs a second trace of the model."""
-        base, model = self.base.copy(), self.base.source.model
-        if model is not None:
-            follow_training(base.module, export(model, base.source.inputs, training=True))
-        return _lowered(run(base, self.plan.opening))
+        source, passes = self.base.source, list(self.plan.opening)
+        if source.model is not None:
+            passes.insert(0, FollowTraining(export(source.model, source.inputs, training=True)))
+        return _lowered(run(self.base, passes))
 
     def live_graph(self, adapted: Graph | None = None) -> Graph:
         """The factored graph in evaluation mode, with the adapters of `adapted`, or as they stand."""

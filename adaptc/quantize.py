@@ -14,7 +14,7 @@ from adaptc.errors import Fault, Refusal
 from adaptc.expression import splice, trace_expression
 from adaptc.graph import Graph
 from adaptc.layer_inputs import LayerInputs
-from adaptc.pipeline import Pass
+from adaptc.pipeline import Pass, changed_options
 from adaptc.quantized import Quantization, Quantized, part, size_of, stored_so, weight_of
 from adaptc.quantized_operations import DEQUANTIZE
 from adaptc.scheme_contract import Scheme
@@ -40,11 +40,17 @@ class Quantize(Pass):
     entry: int | None = 0
 
     takes: ClassVar[frozenset[str]] = frozenset({"traced", "adapted", "folded"})
+    changes_results: ClassVar[bool] = True
 
     @property
     def name(self) -> str:  # type: ignore[override]
         """What a spec calls the pass, such as `quantize-` and the scheme's name."""
         return f"quantize-{self.scheme.name}"
+
+    def stated(self) -> dict[str, Any]:
+        """The options of the pass and of the scheme that differ from their defaults, as a spec states them."""
+        options = {name: value for name, value in changed_options(self).items() if name != "scheme"}
+        return options | changed_options(self.scheme)
 
     def selection(self, graph: Graph) -> Selection[WeightSite]:
         """What the target matches, each tensor once: as a whole, or all slices of it that are named."""

@@ -33,6 +33,7 @@ from adaptc.point_sites import Site
 from adaptc.proof import Proof
 from adaptc.quantized import bytes_of, size_of
 from adaptc.site import POINTS, WeightSite
+from adaptc.yaml_text import flow
 
 COLUMNS = (
     TextColumn("{task.description}"),

@@ -10,7 +10,7 @@ from adaptc.errors import Refusal, RefusedError
 from adaptc.graph import Graph
 from adaptc.insert import Insert
 from adaptc.orders import folds_into_bits, lowering
-from adaptc.pipeline import PASSES, PassRecord, run
+from adaptc.pipeline import PASSES, Compare, PassRecord, run
 from adaptc.plan import Plan
 from adaptc.quantize import Quantize
 from adaptc.spec import Spec
@@ -39,8 +39,17 @@ class Rewritten:
     records: list[PassRecord]
 
 
-def rewrite(spec: Spec, graph: Graph, plan: Plan, after: After | None = None) -> Rewritten:
+def rewrite(
+    spec: Spec, graph: Graph, plan: Plan, after: After | None = None, compare: Compare | None = None
+) -> Rewritten:
     """Run a plan's passes; the traced graph is left as it is.
+
+    Args:
+        spec: the spec.
+        graph: the traced graph.
+        plan: what goes where.
+        after: told of each pass.
+        compare: measures what a pass of a user's own changes; None where weights are not to be read.
 
     Raises:
         SpecError: a pass that an entry asks for refuses the graph.
@@ -48,10 +57,10 @@ def rewrite(spec: Spec, graph: Graph, plan: Plan, after: After | None = None) ->
     """
     records: list[PassRecord] = []
     try:
-        adapted = run(graph, plan.opening, records, after)
+        adapted = run(graph, plan.opening, records, after, compare)
         factored = run(adapted, lowering(adapted), records, after)
         if plan.closing:  # it is run again with the adapters as trained; here it shows that it can be
-            run(adapted, plan.closing, records, after)
+            run(adapted, plan.closing, records, after, compare)
     except RefusedError as error:
         if not isinstance(error.source, Insert | Quantize):
             raise

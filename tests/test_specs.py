@@ -10,7 +10,13 @@ import torch
 
 import adaptc
 from adaptc.artifacts import emit_all
+from adaptc.compiler import make_base
+from adaptc.graph import Graph
 from adaptc.method_contract import METHODS
+from adaptc.plan import make_plan
+from adaptc.spec import load
+from adaptc.tracing.graph import trace
+from adaptc.yaml_text import flow
 
 ROOT = Path(__file__).parent.parent
 SPECS = sorted(ROOT.glob("specs/*.yaml"))
@@ -84,14 +90,7 @@ def test_spec_compiles(
     path: Path, bert: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    overrides = []
-    if "all-MiniLM" in path.read_text():
-        overrides.append(f"base.model={bert}")
-    if "my-peft-adapter" in path.read_text():
-        overrides.append(f"adapt.0.adapter={adapter}")
-    if path.stem == "qalora":
-        overrides.append("adapt.0.r=2")  # the small base has no more groups
-    compiled = adaptc.compile(path, overrides=overrides)
+    compiled = adaptc.compile(path, overrides=overrides_of(path, bert, adapter))
     artifacts = emit_all(compiled.program, compiled.spec.emit, into=tmp_path)
     assert artifacts
     assert all(artifact.path.exists() for artifact in artifacts)
@@ -121,7 +120,7 @@ def test_the_pipeline_that_plan_prints_can_be_pasted(
     if key not in traced:
         traced[key] = trace(make_base(spec))
     plan = make_plan(spec, traced[key])
-    printed = flow(plan.to_json()["passes"])
+    printed = flow(plan.stated)
     again = make_plan(load(path, [*overrides, f"passes={printed}"]), traced[key])
     assert [(item.name, item.stated()) for item in again.passes] == [
         (item.name, item.stated()) for item in plan.passes

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from adaptc.errors import Refusal, RefusedError
-from adaptc.graph import Graph
+from adaptc.graph import Adaptation, Graph
 from adaptc.method_contract import WeightMethod
 from adaptc.multiplications import VIEWS, Linear, Product, operands
 from adaptc.pipeline import Pass, graph_pass

@@ -17,6 +17,7 @@ from adaptc.method_contract import WeightMethod
 from adaptc.pipeline import Pass, graph_pass
 from adaptc.quantize import forget_bits
 from adaptc.site import Use
+from adaptc.sites import ADAPTATION
 from adaptc.weights import Weight
 
 

@@ -13,10 +13,19 @@ from torch.nn import functional as F
 
 import adaptc
 from adaptc.catalog import load_passes
-from adaptc.errors import AdaptcError, RefusedError, SpecError, VerifyError
-from adaptc.graph import STAGES, Graph, bind
+from adaptc.changes import comparison
+from adaptc.emit.casts import Casts
+from adaptc.emit.decompose import OnnxOperations
+from adaptc.emit.evaluate import Evaluate
+from adaptc.emit.functional import Functional
+from adaptc.emit.rounding import RoundActivations
+from adaptc.errors import AdaptcError, RefusedError, SpecError, VerifyError, WeightError
+from adaptc.graph import Graph, bind
 from adaptc.insert import Insert
 from adaptc.pipeline import PASSES, Pass, PassRecord, check_order, graph_pass, run
+from adaptc.proof import batches, prove, randomised, tolerance
+from adaptc.stages import STAGES
+from adaptc.streaming import Interpreter
 from adaptc.weights import Held
 from tests.families import Mlp, Zoo, close, differs, inputs, outputs, perturbed, randomise, small
 
@@ -393,13 +402,21 @@ def test_a_pass_of_ones_own_works_from_a_spec(zoo: Zoo) -> None:
 
     graph_pass("relu-to-silu")(ReluToSilu)
     try:
-        compiled = zoo.compiled(
-            "mlp", [{"method": "lora", "target": "up", "r": 2}], passes=["relu-six", "insert"]
+        spec: dict[str, Any] = {
+            "adapt": [{"method": "lora", "target": "up", "r": 2}],
+            "passes": ["relu-to-silu", "insert"],
+        }
+        compiled = adaptc.compile(
+            spec, model=randomise(Mlp()), example_inputs=(torch.randn(3, 16),), dynamic={"x": {0: "batch"}}
         )
-        planned = zoo.compiled("mlp", spec["adapt"], passes=spec["passes"]).plan
+        planned = zoo.compiled("mlp", spec["adapt"], passes=spec["passes"])
     finally:
-        PASSES.forget("relu-six")
-    assert "aten.relu6.default" in compiled.graph.operations
+        PASSES.forget("relu-to-silu")
+    assert "aten.silu.default" in compiled.graph.operations
+    assert [bool(record.change) for record in compiled.records if record.name == "relu-to-silu"] == [True]
+    assert not any(record.change for record in planned.records), "a plan reads no weight"
+    (note,) = [note for note in compiled.plan.notes if note.startswith("relu-to-silu")]
+    assert re.fullmatch(r"relu-to-silu changes results: outputs differ by up to \S+ of the largest, .*", note)
     assert "aten.relu.default" not in compiled.graph.operations
 
 
@@ -513,7 +530,8 @@ def test_shipped_passes_keep_results_unless_they_say_otherwise(zoo: Zoo) -> None
         assert item.name == name
         assert not item.changes_results
         before = randomised(graph)
-        prove(name, graph.inputs, Streamed(before), Streamed(run(before, [item])), tolerance(graph))
+        reference = Interpreter(before).on(batches(graph.inputs))
+        prove(name, reference, Interpreter(run(before, [item])).on(reference.taken), tolerance(graph))
     assert {load_passes()[name].changes_results for name in INSERTS} == {True}
     assert RoundActivations.changes_results
 
