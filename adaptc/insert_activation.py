@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import fx
@@ -30,6 +31,7 @@ class _Matrices(Method[WeightSite]):
     kinds = MATRIX_KINDS
 
 
+@dataclass(frozen=True)
 class InsertActivation(Insert[ActivationMethod], inserts=ActivationMethod):
     """`x + h` becomes `x + (h + f(z))` at every sub-layer the target names, h its output."""
 

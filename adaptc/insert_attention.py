@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from adaptc.shapes import evaluated, refresh
 aten = torch.ops.aten
 
 
+@dataclass(frozen=True)
 class InsertAttention(Insert[AttentionMethod], inserts=AttentionMethod):
     """`softmax(q K^T) V` becomes `softmax(q [P_k; K]^T) [P_v; V]` at every attention the target names."""
 

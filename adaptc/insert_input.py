@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import fx
@@ -26,6 +27,7 @@ IGNORED = -100
 """The label that cross entropy leaves out."""
 
 
+@dataclass(frozen=True)
 class InsertInput(Insert[InputMethod], inserts=InputMethod):
     """`E(ids)` becomes `[P; E(ids)]`; masks, types and labels are as long; outputs are those of the real tokens.
 

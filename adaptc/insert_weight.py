@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from adaptc.select import Selection
 from adaptc.site import WeightSite
 
 
+@dataclass(frozen=True)
 class InsertWeight(Insert[WeightMethod], inserts=WeightMethod):
     """`linear(x, W, b)` becomes `linear(x, E(W, θ), E(b, θ))` at every site the target names."""
 

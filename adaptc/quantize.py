@@ -18,6 +18,7 @@ from adaptc.pipeline import Pass, changed_options
 from adaptc.quantized import Quantization, Quantized, part, size_of, stored_so, weight_of
 from adaptc.quantized_operations import DEQUANTIZE
 from adaptc.scheme_contract import Scheme
+from adaptc.scheme_trial import try_pending
 from adaptc.select import Selection, Target, select
 from adaptc.site import WeightSite
 from adaptc.weights import Computed, Held
@@ -41,6 +42,9 @@ class Quantize(Pass):
 
     takes: ClassVar[frozenset[str]] = frozenset({"traced", "adapted", "folded"})
     changes_results: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        try_pending(type(self.scheme))
 
     @property
     def name(self) -> str:  # type: ignore[override]

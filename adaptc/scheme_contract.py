@@ -17,6 +17,7 @@ from adaptc.author import Author
 from adaptc.definitions import check_call, check_class, check_defined, check_names, check_options
 from adaptc.errors import Fault
 from adaptc.registry import Registry
+from adaptc.scheme_trial import try_out
 from adaptc.site import MATRIX_KINDS
 
 if TYPE_CHECKING:
@@ -113,6 +114,7 @@ def _check(name: str, cls: Any, author: Author) -> None:
     check_call(definition, "dequantize", ("rows", "columns", "tensors"))
     check_call(definition, "unpack", ("rows", "columns", "tensors", "dtype"))
     check_call(definition, "lookup", ("rows", "columns", "tensors", "ids"))
+    try_out(definition)
 
 
 SCHEMES: Registry[type[Scheme]] = Registry("scheme", "adaptc.passes.quantize", check=_check)

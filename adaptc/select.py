@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic, overload
+from typing import Any, Generic
 
 from adaptc.graph import Graph
 from adaptc.method_contract import Method, S
@@ -40,10 +40,6 @@ class Selection(Generic[S]):
     lacking: tuple[str, ...] = ()
 
 
-@overload
-def select(graph: Graph, target: Target, exclude: Sequence[str], method: Scheme) -> Selection[WeightSite]: ...
-@overload
-def select(graph: Graph, target: Target, exclude: Sequence[str], method: Method[S]) -> Selection[S]: ...
 def select(
     graph: Graph, target: Target, exclude: Sequence[str], method: Method[Any] | Scheme
 ) -> Selection[Any]:

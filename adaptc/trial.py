@@ -46,13 +46,13 @@ def try_pending(cls: type[Any]) -> None:
     if definition is None:
         return
     for site in _sites(definition.cls.kinds):
-        method = _instance(definition)
+        method = instance_of(definition)
         if method is not None:
             _Trial(definition, method, site).run()
     _untried.pop(cls, None)
 
 
-def _instance(definition: Definition) -> Any:
+def instance_of(definition: Definition) -> Any:
     """The method with its default options; None where one has no default."""
     given = dict(definition.cls.small)
     needed = [
@@ -185,7 +185,7 @@ class _Trial:
         from adaptc.weights import initial, seeded
 
         theta = {}
-        weight = self._operands("weight")[0] if isinstance(self.site, WeightSite) else _numbers(IN, IN)
+        weight = self._operands("weight")[0] if isinstance(self.site, WeightSite) else numbers(IN, IN)
         for argument, param in params.items():
             generator = seeded(0, argument)
             if isinstance(param.init, str):
@@ -209,10 +209,10 @@ class _Trial:
     def _operands(self, hook: str) -> tuple[Tensor, ...]:
         if hook == "weight":
             assert isinstance(self.site, WeightSite)
-            return (self.site.matrix(_numbers(*self.site.shape)),)
+            return (self.site.matrix(numbers(*self.site.shape)),)
         if hook == "bias":
-            return (_numbers(OUT),)
-        return (_numbers(BATCH, TOKENS, IN),) if hook == "branch" else ()
+            return (numbers(OUT),)
+        return (numbers(BATCH, TOKENS, IN),) if hook == "branch" else ()
 
     def _ran(self, hook: str, theta: Mapping[str, Tensor]) -> Tensor | None:
         """The result of an expression, in float32; None where it does not run on so small a site.
@@ -314,7 +314,7 @@ class _Trial:
         import torch
 
         moving = {
-            k: _numbers(*t.shape).requires_grad_() if params[k].trained and t.is_floating_point() else t
+            k: numbers(*t.shape).requires_grad_() if params[k].trained and t.is_floating_point() else t
             for k, t in theta.items()
         }
         trained = {k: t for k, t in moving.items() if t.requires_grad}
@@ -351,7 +351,7 @@ class _Trial:
         )
 
 
-def _numbers(*shape: int) -> Tensor:
+def numbers(*shape: int) -> Tensor:
     """Random numbers that are the same each time."""
     import torch
 

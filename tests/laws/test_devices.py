@@ -91,7 +91,7 @@ def quantized(options: dict[str, Any]) -> tuple[Compiled, torch.Tensor]:
     return compiled(model, x, options), x
 
 
-SCHEMES = [
+KERNELS = [
     pytest.param({"method": "int4", "block_size": 16}, "none", id="no kernel takes blocks of 16"),
     pytest.param({"method": "int4", "block_size": 32}, "_weight_int4pack_mm", id="int4"),
     pytest.param(
@@ -162,7 +162,7 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Any:
     library._destroy()
 
 
-@pytest.mark.parametrize(("options", "kernel"), SCHEMES)
+@pytest.mark.parametrize(("options", "kernel"), KERNELS)
 def test_the_graph_for_a_gpu(played: Any, options: dict[str, Any], kernel: str) -> None:
     if kernel == "gemm_4bit":
         pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
@@ -186,7 +186,7 @@ def test_rows_that_do_not_lie_side_by_side(
 
 
 @GPU
-@pytest.mark.parametrize(("options", "kernel"), SCHEMES)
+@pytest.mark.parametrize(("options", "kernel"), KERNELS)
 def test_on_a_gpu(options: dict[str, Any], kernel: str) -> None:
     if kernel == "gemm_4bit":
         pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")

@@ -39,7 +39,6 @@ from tests.families import (
     perturbed,
 )
 
-METHODS = tuple(METHODS)
 FIRST = ("lora",)
 """Methods that are tested on several bases in the quick laws; the others are on one."""
 

@@ -39,7 +39,6 @@ from tests.families import (
     small,
 )
 
-SCHEMES = tuple(sorted(SCHEMES))
 PLAIN = tuple(name for name in SCHEMES if not SCHEMES[name].calibrated)
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "symmetric": [{}, {"symmetric": True}, {"symmetric": False}],

@@ -22,7 +22,6 @@ from adaptc.weights import Held
 from tests.families import close, differs, perturb, perturbed
 from tests.site_kinds import KINDS, SHAPES, Kind, Matrix, Museums, entry, inputs
 
-METHODS = tuple(METHODS)
 SPELLED = (
     *("conv1d", "conv2d", "conv3d", "conv-same", "conv-grouped", "conv-transposed", "embedding", "linear"),
     *("conv1d-gpt2", "fused-rows", "einsum-heads", "experts-out-in", "attention"),

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 import adaptc
+from adaptc import scheme_trial
 from adaptc.adapt_entries import AdapterEntry, MethodEntry
 from adaptc.definitions import RESERVED, check_class, check_options
 from adaptc.errors import DefinitionError
@@ -25,7 +26,7 @@ from adaptc.method_contract import METHODS
 from adaptc.pipeline import PASSES
 from adaptc.quantize import Quantize
 from adaptc.quantize_entries import QuantizeEntry
-from adaptc.scheme_contract import SCHEMES
+from adaptc.scheme_contract import SCHEMES, scheme_of
 from adaptc.trial import try_out
 
 HEAD = """\
@@ -46,6 +47,21 @@ class Probe(WeightMethod):
         return {"s": Param((site.out_features, 1), "zeros", "s")}
     def weight(self, W, *, s):
         return W + self.gain * s
+"""
+SCHEME = """\
+from adaptc.scheme_contract import Kept, Scheme
+@scheme("probe-scheme")
+@dataclass(frozen=True)
+class Probe(Scheme):
+    '''W = s round(W / s)'''
+    steps: int = 127
+    def stored(self, rows, columns):
+        return {"codes": Kept((rows, columns), "int8"), "scale": Kept((rows, 1), "float32")}
+    def quantize(self, W, inputs=None):
+        scale = W.abs().amax(1, keepdim=True) / self.steps
+        return {"codes": (W / scale).round().to(torch.int8), "scale": scale}
+    def dequantize(self, rows, columns, tensors):
+        return tensors["codes"].float() * tensors["scale"]
 """
 PASS = """\
 @graph_pass("probe-pass")
@@ -197,6 +213,68 @@ def test_a_mistake_in_a_pass(tmp_path: Path, right: str, wrong: str, words: str,
     assert line in named
 
 
+SCHEMES_WRONG = [
+    ("steps: int", "scheme: int", "the option 'scheme' has a name that adaptc uses itself", "scheme: int"),
+    ("def stored", "def kept", "it defines no stored, which every scheme has", "class Probe"),
+    (
+        "stored(self, rows, columns)",
+        "stored(self, shape)",
+        "cannot be called as stored(rows, columns)",
+        "def stored",
+    ),
+    (
+        '"int8"), "scale"',
+        '"int8"), "scales"',
+        "quantize gives codes, scale, stored says codes, scales",
+        "def quantize",
+    ),
+    (
+        'columns), "int8"',
+        'columns), "uint8"',
+        "quantize gives codes as torch.int8 [8, 64], stored",
+        "def quantize",
+    ),
+    (
+        "W.abs().amax",
+        "W.abs_().amax",
+        "quantize changes its arguments in place: abs_ writes into W",
+        "scale = W.abs_",
+    ),
+    (
+        '["codes"].float()',
+        '["codes"].double()',
+        "dequantize gives torch.float32 [8, 64], got",
+        "def dequantize",
+    ),
+    (
+        'tensors["codes"].float()',
+        'tensors["code"].float()',
+        "dequantize fails: KeyError: 'code'",
+        "return tensors",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "words", "line"), SCHEMES_WRONG, ids=[m[1] for m in SCHEMES_WRONG]
+)
+def test_a_mistake_in_a_scheme(tmp_path: Path, right: str, wrong: str, words: str, line: str) -> None:
+    message, named = told(tmp_path, SCHEME.replace(right, wrong, 1))
+    assert words in message
+    assert line in named
+    assert "probe-scheme" not in SCHEMES
+
+
+def test_a_scheme_of_ones_own_replaces_its_earlier_self(tmp_path: Path) -> None:
+    path = tmp_path / "cell.py"
+    for steps in (127, 7):
+        path.write_text(HEAD + SCHEME.replace("127", str(steps)))
+        run(path, "__main__")
+        assert scheme_of("probe-scheme").steps == steps  # type: ignore[attr-defined]
+        made = compiled(quantize=[{"method": "probe-scheme", "target": "0"}])
+        assert "probe-scheme" in made.graph.quantized["0.weight"].scheme.text
+
+
 def test_two_authors_of_one_name_are_both_named(tmp_path: Path) -> None:
     _, first = define(tmp_path, METHOD)
     message, line = told(tmp_path, METHOD.replace("Probe", "Other"))
@@ -268,7 +346,10 @@ def test_what_is_checked_of_authors_holds_for_what_is_shipped(name: str) -> None
 def test_options_of_shipped_schemes_and_passes(registry: Any) -> None:
     for name, cls in registry.items():
         author = dataclasses.replace(registry.author(name), module="authors")
-        check_options(check_class(registry.kind, name, cls, cls.__mro__[-2], "", author))
+        definition = check_class(registry.kind, name, cls, cls.__mro__[-2], "", author)
+        check_options(definition)
+        if registry is SCHEMES:
+            scheme_trial.try_out(definition)
 
 
 def test_every_name_that_entries_and_passes_use_is_reserved() -> None:
