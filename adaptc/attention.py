@@ -11,7 +11,8 @@ import torch
 from torch import fx
 
 from adaptc.dataflow import activations_multiplied, ahead, behind
-from adaptc.layout import operation
+from adaptc.matrix_products import MATRIX_PRODUCTS
+from adaptc.nodes import operation
 
 FUSED = "scaled_dot_product_attention"
 SAME = frozenset({"contiguous", "clone", "to", "alias", "slice"})
@@ -141,7 +142,7 @@ def _multiplied(node: fx.Node, turned: bool) -> Tokens | None:
     name = operation(node)
     if name == "einsum":
         return _einsum(node, turned)
-    argument = 2 if name == "baddbmm" else 1
+    argument = MATRIX_PRODUCTS[name].operands[1]
     rank = operand(node, argument).meta["val"].dim()
     sequence, features = (rank - 1, rank - 2) if turned else (rank - 2, rank - 1)
     return (

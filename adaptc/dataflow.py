@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -9,25 +10,9 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from adaptc.layout import operation
+from adaptc.matrix_products import MATRIX_PRODUCTS, feature_axes, operands_of
+from adaptc.nodes import operation
 
-PRODUCTS = frozenset(
-    {
-        *(
-            "linear",
-            "addmm",
-            "mm",
-            "matmul",
-            "bmm",
-            "baddbmm",
-            "einsum",
-            "_grouped_mm",
-            "grouped_mm_fallback",
-        ),
-        *("conv1d", "conv2d", "conv3d", "embedding", "scaled_dot_product_attention"),
-    }
-)
-"""Operations that mix features: what lies behind one of them belongs to another layer."""
 VIEWS = frozenset(
     {
         *(
@@ -59,7 +44,7 @@ def behind(starts: Iterable[fx.Node], residual: bool = True) -> dict[fx.Node, No
         node = queue.pop(0)
         if node not in found:
             found[node] = None
-            stops = operation(node) in PRODUCTS or (not residual and is_residual(node))
+            stops = operation(node) in MATRIX_PRODUCTS or (not residual and is_residual(node))
             queue += [] if stops else node.all_input_nodes
     return found
 
@@ -85,7 +70,7 @@ def ahead(node: fx.Node, residual: bool = True) -> dict[fx.Node, None]:
         if user in found or (not residual and is_residual(user)):
             continue
         found[user] = None
-        queue += [] if operation(user) in PRODUCTS else list(user.users)
+        queue += [] if operation(user) in MATRIX_PRODUCTS else list(user.users)
     return found
 
 
@@ -109,25 +94,30 @@ def unviewed(node: fx.Node, passed: Collection[str] = VIEWS) -> fx.Node:
 
 def activations_multiplied(node: fx.Node) -> tuple[fx.Node, ...]:
     """The two activations that a node multiplies as matrices; empty if it does not."""
-    name, args = operation(node), node.args
-    if name not in ("matmul", "bmm", "baddbmm", "einsum"):
+    if operation(node) not in ("matmul", "bmm", "baddbmm", "einsum"):
         return ()
-    pair: Any = args[1] if name == "einsum" else args[1:3] if name == "baddbmm" else args[:2]
-    return tuple(pair) if len(pair) == 2 and not any(is_weight(n) for n in pair) else ()
+    pair = operands_of(node)
+    return pair if len(pair) == 2 and not any(is_weight(n) for n in pair) else ()
 
 
 def features_reaching(product: fx.Node, region: Mapping[fx.Node, None]) -> tuple[tuple[int, int], ...]:
     """The ranges of a product's output features that enter a region: labels follow them through the views.
 
     Args:
-        product: a product with a weight; its features are its last axis, or a convolution's second.
+        product: a product with a weight.
         region: nodes that some operand is made from, that operand among them.
     """
     shape = [_number(size) for size in product.meta["val"].shape]
-    turned = operation(product) in ("bmm", "matmul", "mm") and is_weight(product.args[0])  # type: ignore[arg-type]
-    axis = 1 if operation(product).startswith("conv") else len(shape) - (2 if turned else 1)
-    places = torch.arange(shape[axis]).view([-1 if i == axis else 1 for i in range(len(shape))])
-    labels: dict[fx.Node, Any] = {product: places.expand(shape)}
+    operands = operands_of(product)
+    weight = next((operand for operand in reversed(operands) if is_weight(operand)), operands[-1])
+    axes = feature_axes(product, weight, len(shape))
+    rows = torch.arange(math.prod(shape[axis] for axis in axes)).view([shape[axis] for axis in axes])
+    rows = rows.permute(
+        sorted(range(len(axes)), key=axes.__getitem__)
+    )  # in the order that the result has them
+    labels: dict[fx.Node, Any] = {
+        product: rows.reshape([size if i in axes else 1 for i, size in enumerate(shape)]).expand(shape)
+    }
     reached: set[int] = set()
     queue = [product]
     while queue:

@@ -10,7 +10,7 @@ from torch import fx
 
 from adaptc.dataflow import is_weight
 from adaptc.graph import ORIGIN, Graph
-from adaptc.layout import operation
+from adaptc.nodes import operation
 from adaptc.shapes import evaluated
 
 aten = torch.ops.aten

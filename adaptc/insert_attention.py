@@ -14,8 +14,8 @@ from adaptc.dataflow import VIEWS
 from adaptc.expression import splice, trace_expression
 from adaptc.graph import Graph
 from adaptc.insert import Insert
-from adaptc.layout import operation
 from adaptc.masks import Masks
+from adaptc.nodes import operation
 from adaptc.positions import move_positions
 from adaptc.shapes import evaluated, refresh
 from adaptc.sites import Site

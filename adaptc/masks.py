@@ -13,7 +13,7 @@ from adaptc.dataflow import made_from
 from adaptc.distances import Distances, numbers_behind, table_behind
 from adaptc.errors import Refusal, RefusedError
 from adaptc.graph import Graph
-from adaptc.layout import operation
+from adaptc.nodes import operation
 from adaptc.pipeline import Pass
 from adaptc.sites import module_of, source_of
 

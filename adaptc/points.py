@@ -11,8 +11,8 @@ from torch import fx
 
 from adaptc.attention import Attention, find_attentions, keys_of, values_of
 from adaptc.dataflow import VIEWS, behind, is_residual, made_from, unviewed
-from adaptc.layout import operation
 from adaptc.names import ROLES
+from adaptc.nodes import operation
 from adaptc.roles import weighted_products
 from adaptc.sites import Site, Use, module_of, source_of
 

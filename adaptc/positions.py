@@ -11,7 +11,7 @@ from torch import fx
 from adaptc.attention import Attention, find_attentions, operand, replace_operand
 from adaptc.dataflow import behind, is_weight, unviewed
 from adaptc.graph import Graph
-from adaptc.layout import operation
+from adaptc.nodes import operation
 
 aten = torch.ops.aten
 Place = tuple[fx.Node, int | tuple[int, int]]

@@ -10,9 +10,9 @@ from torch import fx
 
 from adaptc.attention import find_attentions
 from adaptc.dataflow import ahead, behind, features_reaching
-from adaptc.layout import operation
 from adaptc.method import MATRIX_KINDS
 from adaptc.names import ROLES, SLICE_NAMES
+from adaptc.nodes import operation
 from adaptc.sites import Site, Use
 
 QUERY, KEY, VALUE, OUTPUT, IN, GATE, OUT, EMBEDDING, HEAD = ROLES

@@ -12,19 +12,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from adaptc.layout import Layout, consumers, operation
+from adaptc.layout import Layout, consumers
+from adaptc.matrix_products import MATRIX_PRODUCTS, bias_of
 from adaptc.method import MATRIX_KINDS
 from adaptc.names import PACKED
+from adaptc.nodes import operation
 
 KINDS = ("linear", "conv", "embedding", "experts", "parameter", "sub-layer", "attention", "input")
 """The kinds of site, as messages list them."""
-BIASES: Mapping[str, int] = {
-    "linear": 2,
-    "addmm": 0,
-    **{f"conv{n}d": 2 for n in (1, 2, 3)},
-    **{f"conv_transpose{n}d": 2 for n in (1, 2, 3)},
-}
-"""Operation -> the operand that is its bias."""
 
 
 @dataclass(frozen=True)
@@ -305,11 +300,13 @@ def _site(module: str, own: str, type_name: str, node: fx.Node, uses: list[tuple
         layout=layout,
         uses=tuple(Use(user.name, index) for user, index in uses),
         bias=bias,
-        bias_uses=tuple(Use(user.name, BIASES[operation(user)]) for user, _ in read) if bias else (),
+        bias_uses=tuple(_bias_use(user) for user, _ in read) if bias else (),
         source=source_of(uses[0][0]),
         groups=_groups(read[0][0]) if read else 1,
         foreign=tuple(Use(user.name, index) for user, index in foreign),
-        computed_bias=layout is not None and bias is None and any(_has_bias(user) for user, _ in read),
+        computed_bias=layout is not None
+        and bias is None
+        and any(bias_of(user) is not None for user, _ in read),
     )
 
 
@@ -343,13 +340,15 @@ def _kind(layout: Layout | None, op: str) -> str:
 
 def _bias_of(user: fx.Node) -> str | None:
     """The name of the bias beside the weight in this operation, if it is a parameter."""
-    at = user.args[BIASES[operation(user)]] if _has_bias(user) else None
-    return str(at.target) if isinstance(at, fx.Node) and at.op == "get_attr" else None
+    bias = bias_of(user)
+    return str(bias.target) if isinstance(bias, fx.Node) and bias.op == "get_attr" else None
 
 
-def _has_bias(user: fx.Node) -> bool:
-    place = BIASES.get(operation(user))
-    return place is not None and len(user.args) > place and user.args[place] is not None
+def _bias_use(user: fx.Node) -> Use:
+    """Where a bias enters the product that has one."""
+    place = MATRIX_PRODUCTS[operation(user)].bias
+    assert place is not None
+    return Use(user.name, place)
 
 
 def _told_apart(sites: list[Site]) -> list[Site]:
