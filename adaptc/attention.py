@@ -10,7 +10,7 @@ import sympy
 import torch
 from torch import fx
 
-from adaptc.dataflow import activations_multiplied, ahead, behind
+from adaptc.dataflow import activations_multiplied, downstream, upstream
 from adaptc.matrix_products import MATRIX_PRODUCTS
 from adaptc.nodes import operation
 
@@ -111,8 +111,8 @@ def find_attentions(nodes: Iterable[fx.Node]) -> Iterator[Attention]:
             query, key, value = node.args[:3]
             yield Attention(query, key, value, node, node, node)  # type: ignore[arg-type]
         elif operation(node) in ("softmax", "_softmax"):
-            scores = next((n for n in behind([node]) if activations_multiplied(n)), None)
-            mixed = next((n for n in ahead(node) if activations_multiplied(n)), None)
+            scores = next((n for n in upstream([node]) if activations_multiplied(n)), None)
+            mixed = next((n for n in downstream(node) if activations_multiplied(n)), None)
             if scores is not None and mixed is not None:
                 query, key = activations_multiplied(scores)
                 yield Attention(query, key, activations_multiplied(mixed)[1], scores, node, mixed)

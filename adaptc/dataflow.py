@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -36,42 +37,63 @@ VIEWS = frozenset(
 """Operations that move features without changing them."""
 
 
-def behind(starts: Iterable[fx.Node], residual: bool = True) -> dict[fx.Node, None]:
-    """These nodes and all they are made from, up to the next products; with `residual` beyond sums of others too."""
-    found: dict[fx.Node, None] = {}
-    queue = list(starts)
+def walk(
+    starts: Iterable[fx.Node],
+    step: Callable[[fx.Node], Iterable[fx.Node]],
+    stop: Callable[[fx.Node], bool] = lambda node: False,
+) -> Iterator[fx.Node]:
+    """Every node that steps from the starts lead to, each once and the nearest first.
+
+    Args:
+        starts: where to begin; these are among the nodes.
+        step: gives the next nodes after one.
+        stop: whether to go no further from a node.
+    """
+    reached = dict.fromkeys(starts)
+    queue = deque(reached)
     while queue:
-        node = queue.pop(0)
-        if node not in found:
-            found[node] = None
-            stops = operation(node) in MATRIX_PRODUCTS or (not residual and is_residual(node))
-            queue += [] if stops else node.all_input_nodes
-    return found
+        node = queue.popleft()
+        yield node
+        following = [] if stop(node) else [n for n in step(node) if n not in reached]
+        reached.update(dict.fromkeys(following))
+        queue.extend(dict.fromkeys(following))
 
 
-def made_from(node: fx.Node, within: Collection[fx.Node] | None = None) -> set[fx.Node]:
-    """A node and all that it is made from, beyond products too; of some nodes only, where they are given."""
-    found: set[fx.Node] = set()
-    queue = [node]
-    while queue:
-        node = queue.pop()
-        if node not in found and (within is None or node in within):
-            found.add(node)
-            queue += node.all_input_nodes
-    return found
+def upstream(starts: Iterable[fx.Node], residual: bool = True) -> dict[fx.Node, None]:
+    """These nodes and all they are made from, up to the next matrix products.
+
+    Args:
+        starts: where to begin.
+        residual: go on beyond sums of two activations.
+    """
+
+    def stop(node: fx.Node) -> bool:
+        return operation(node) in MATRIX_PRODUCTS or (not residual and is_residual(node))
+
+    return dict.fromkeys(walk(starts, lambda node: node.all_input_nodes, stop))
 
 
-def ahead(node: fx.Node, residual: bool = True) -> dict[fx.Node, None]:
-    """What is made from a node, up to and including the next products; with `residual` beyond sums with others too."""
-    found: dict[fx.Node, None] = {}
-    queue = list(node.users)
-    while queue:
-        user = queue.pop(0)
-        if user in found or (not residual and is_residual(user)):
-            continue
-        found[user] = None
-        queue += [] if operation(user) in MATRIX_PRODUCTS else list(user.users)
-    return found
+def downstream(node: fx.Node, residual: bool = True) -> dict[fx.Node, None]:
+    """What is made from a node, up to and including the next matrix products.
+
+    Args:
+        node: where to begin; it is not among the results.
+        residual: enter sums with another activation.
+    """
+
+    def users(node: fx.Node) -> list[fx.Node]:
+        return [user for user in node.users if residual or not is_residual(user)]
+
+    return dict.fromkeys(walk(users(node), users, lambda user: operation(user) in MATRIX_PRODUCTS))
+
+
+def ancestors(node: fx.Node, within: Collection[fx.Node] | None = None) -> set[fx.Node]:
+    """A node and all that it is made from, beyond matrix products too; of some nodes only, where they are given."""
+
+    def inside(nodes: Iterable[fx.Node]) -> list[fx.Node]:
+        return [n for n in nodes if within is None or n in within]
+
+    return set(walk(inside([node]), lambda n: inside(n.all_input_nodes)))
 
 
 def is_residual(node: fx.Node) -> bool:
@@ -119,16 +141,17 @@ def features_reaching(product: fx.Node, region: Mapping[fx.Node, None]) -> tuple
         product: rows.reshape([size if i in axes else 1 for i, size in enumerate(shape)]).expand(shape)
     }
     reached: set[int] = set()
-    queue = [product]
-    while queue:
-        node = queue.pop(0)
-        moved = [u for u in node.users if operation(u) in VIEWS and u.args[0] is node and u in region]
+
+    def views(node: fx.Node) -> list[fx.Node]:
+        return [u for u in node.users if operation(u) in VIEWS and u.args[0] is node and u in region]
+
+    for node in walk([product], views):
+        if node is not product:
+            labels[node] = _moved(node, labels)
+        moved = views(node)
         others = [u for u in node.users if u in region and u not in moved]
         if isinstance(labels[node], torch.Tensor) and node in region and (others or not moved):
             reached |= set(labels[node].unique().tolist())
-        for user in moved:
-            labels[user] = _moved(user, labels)
-        queue += moved
     return _ranges(sorted(reached))
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import fx
 
-from adaptc.dataflow import is_weight
+from adaptc.dataflow import is_weight, walk
 from adaptc.graph import ORIGIN, Graph
 from adaptc.nodes import operation
 from adaptc.shapes import evaluated
@@ -110,12 +110,9 @@ def table_behind(node: fx.Node) -> fx.Node | None:
 
 def numbers_behind(node: fx.Node) -> list[fx.Node]:
     """What a value is made from as numbers: behind a comparison they only say what is seen."""
-    found: dict[fx.Node, None] = {}
-    queue = [node]
-    while queue:
-        current = queue.pop()
-        value = current.meta.get("val")
-        if current not in found and isinstance(value, torch.Tensor) and value.dtype != torch.bool:
-            found[current] = None
-            queue += current.all_input_nodes
-    return list(found)
+
+    def numbers(nodes: Iterable[fx.Node]) -> list[fx.Node]:
+        values = [(n, n.meta.get("val")) for n in nodes]
+        return [n for n, value in values if isinstance(value, torch.Tensor) and value.dtype != torch.bool]
+
+    return list(walk(numbers([node]), lambda n: numbers(n.all_input_nodes)))

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from adaptc.aliases import elsewhere, untie, widened
-from adaptc.dataflow import made_from
+from adaptc.dataflow import ancestors
 from adaptc.errors import Refusal, RefusedError
 from adaptc.expression import splice, trace_expression
 from adaptc.graph import Graph
@@ -115,7 +115,7 @@ class InsertWeight(Insert):
             got, want = result.meta["val"], before.meta["val"]
             if got.shape != want.shape or got.dtype != want.dtype:
                 raise ValueError(f"{method.name}.{function.__name__} makes {got} of {want} on {site}")
-            if (parameter, uses[0].node) in graph.adapted and before not in made_from(result):
+            if (parameter, uses[0].node) in graph.adapted and before not in ancestors(result):
                 words = f"{method.name} replaces what an earlier entry does to {site.module}; write it first"
                 raise RefusedError([Refusal(words, (uses[0].node,))], self)
             if got.stride() == want.stride():  # then what reads it needs no other check than before

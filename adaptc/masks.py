@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from adaptc.attention import Attention
-from adaptc.dataflow import made_from
+from adaptc.dataflow import ancestors, walk
 from adaptc.distances import Distances, numbers_behind, table_behind
 from adaptc.errors import Refusal, RefusedError
 from adaptc.graph import Graph
@@ -62,12 +62,8 @@ class Masks:
 
     def _written_out(self, attention: Attention) -> None:
         """From the product of query and key to that with the values: all that meets the scores on the way."""
-        path, queue = {attention.scores}, [attention.scores]
-        while queue:
-            new = [u for u in queue.pop().users if u not in path and u is not attention.mixed]
-            path.update(new)
-            queue += new
-        scores, before = attention.scores, made_from(attention.mixed)
+        path = set(walk([attention.scores], lambda n: [u for u in n.users if u is not attention.mixed]))
+        scores, before = attention.scores, ancestors(attention.mixed)
         if operation(scores) == "baddbmm" and _is_wide(scores.args[0]):  # type: ignore[arg-type]
             scores.update_arg(0, self._wider(scores.args[0], 0.0, scores))  # type: ignore[arg-type]
         length = scores.meta["val"].shape[-1]
