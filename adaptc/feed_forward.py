@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from adaptc.errors import did_you_mean
 from adaptc.kinds import ActivationMethod
 from adaptc.method import Dropout, Param
-from adaptc.names import nearest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,8 +54,7 @@ class SmallFeedForward(ActivationMethod):
         from torch.nn import functional
 
         function = getattr(functional, self.activation, None)
-        near = nearest(self.activation, ACTIVATIONS, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ":"
+        hint = did_you_mean(self.activation, ACTIVATIONS) or ":"
         words = f"torch.nn.functional has no activation {self.activation!r}{hint} such are {', '.join(ACTIVATIONS)}"
         try:
             usable = function is not None and function(ones(2, 2)).shape == (2, 2)

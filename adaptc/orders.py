@@ -8,9 +8,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from adaptc.errors import Refusal
+from adaptc.errors import Refusal, unknown
 from adaptc.graph import Graph
-from adaptc.names import nearest
 from adaptc.pipeline import Pass
 from adaptc.quantize import Quantize
 from adaptc.registry import load_passes
@@ -51,13 +50,7 @@ def pipeline_of(spec: Spec, inserts: Sequence[Pass], quantizes: Sequence[Quantiz
             passes += inserts if name == "insert" else quantizes
             continue
         if name not in known:
-            near = nearest(name, [*known, "insert", "quantize"])
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise spec.error(
-                ("passes", index),
-                f"unknown pass {name!r}{hint}",
-                f"known: insert, quantize, {', '.join(known)}",
-            )
+            raise spec.error(("passes", index), unknown("pass", name, ["insert", "quantize", *known]))
         passes.append(_made(spec, index, known[name], name, options))
     if "quantize" in spec.passes and not quantizes:
         at = spec.passes.index("quantize")
@@ -76,14 +69,10 @@ def pipeline_of(spec: Spec, inserts: Sequence[Pass], quantizes: Sequence[Quantiz
 
 def _made(spec: Spec, index: int, cls: Any, name: str, options: Mapping[str, Any]) -> Pass:
     fields = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    unknown = next((option for option in options if option not in fields), None)
-    if unknown is not None:
-        near = nearest(str(unknown), fields)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        shown = ", ".join(fields) or "none"
-        raise spec.error(
-            ("passes", index), f"{name}: unknown option {unknown!r}{hint}", f"its options: {shown}"
-        )
+    other = next((option for option in options if option not in fields), None)
+    if other is not None:
+        message = f"{name}: {unknown('option', other, fields, listed=())}"
+        raise spec.error(("passes", index), message, f"its options: {', '.join(fields) or 'none'}")
     try:
         return TypeAdapter(cls).validate_python(options)
     except ValidationError as error:

@@ -6,9 +6,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from adaptc.errors import nearest
 from adaptc.graph import Graph
 from adaptc.method import MATRIX_KINDS, Method
-from adaptc.names import SLICE_NAMES, layer_of, matches, matches_any, nearest, parse_layers, sliced
+from adaptc.names import SLICE_NAMES, layer_of, matches, matches_any, parse_layers, sliced
 from adaptc.points import POINTS, SUBLAYER, named_point
 from adaptc.roles import PIECES, SLICES
 from adaptc.scheme import Scheme

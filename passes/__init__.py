@@ -4,6 +4,7 @@ from typing import Any
 
 
 def __getattr__(name: str) -> Any:
+    from adaptc.errors import unknown
     from adaptc.registry import load_passes
 
     if name.startswith("_"):
@@ -11,4 +12,4 @@ def __getattr__(name: str) -> Any:
     passes = {cls.__name__: cls for cls in load_passes().values()}
     if name in passes:
         return passes[name]
-    raise AttributeError(f"no pass is called {name!r}; known: {', '.join(sorted(passes))}")
+    raise AttributeError(unknown("pass", name, sorted(passes)))
