@@ -12,7 +12,7 @@ from torch import fx
 
 from adaptc.dataflow import activations_multiplied, downstream, upstream
 from adaptc.matrix_products import MATRIX_PRODUCTS
-from adaptc.nodes import operation
+from adaptc.nodes import keeps_shape, operation
 
 FUSED = "scaled_dot_product_attention"
 SAME = frozenset({"contiguous", "clone", "to", "alias", "slice"})
@@ -175,7 +175,7 @@ def _before(tokens: Tokens) -> Tokens | None:
     """The same one view earlier; None where there is none that can be seen through."""
     node, args = tokens.node, tokens.node.args
     name = operation(node)
-    if name in SAME and _whole(node):
+    if name in SAME and keeps_shape(node):
         return replace(tokens, user=node, argument=0)
     if name in ("transpose", "mT") and tokens.heads is not None:
         rank = node.meta["val"].dim()
@@ -192,12 +192,6 @@ def _before(tokens: Tokens) -> Tokens | None:
     return None
 
 
-def _whole(node: fx.Node) -> bool:
-    """Whether a node's value has its operand's shape."""
-    before = node.args[0]
-    return isinstance(before, fx.Node) and before.meta["val"].shape == node.meta["val"].shape
-
-
 def _before_repeating(tokens: Tokens, node: fx.Node) -> Tokens | None:
     """`(batch, heads, times, tokens, features)` expanded and joined: the keys before each was repeated."""
     expanded: Any = node.args[0]
@@ -206,7 +200,7 @@ def _before_repeating(tokens: Tokens, node: fx.Node) -> Tokens | None:
     if operation(expanded) != "expand" or expanded.meta["val"].dim() != node.meta["val"].dim() + 1:
         return None
     added: Any = expanded.args[0]
-    while operation(added) in SAME and _whole(added):
+    while operation(added) in SAME and keeps_shape(added):
         added = added.args[0]
     if operation(added) != "unsqueeze" or added.args[1] != 2 or added.args[0].meta["val"].dim() != 4:
         return None

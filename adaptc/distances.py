@@ -10,7 +10,7 @@ from torch import fx
 
 from adaptc.dataflow import is_weight, walk
 from adaptc.graph import ORIGIN, Graph
-from adaptc.nodes import operation
+from adaptc.nodes import keeps_shape, operation
 from adaptc.shapes import evaluated
 
 aten = torch.ops.aten
@@ -78,7 +78,7 @@ class Distances:
             inner -= int(args[1] % rank < axis)  # type: ignore[operator]
         elif name == "permute":
             inner = args[1][axis]  # type: ignore[index]
-        elif name not in PASSED and not (name == "slice" and _takes_all(node)):
+        elif name not in PASSED and not (name == "slice" and keeps_shape(node)):
             raise ValueError(f"its bias comes through {name}, which is not followed")
         return [self.longer(args[0], inner), *args[1:]]  # type: ignore[arg-type]
 
@@ -93,11 +93,6 @@ class Distances:
         if counted or inner != argument.meta["val"].dim() - 1:
             return self.longer(argument, inner)
         return self.pad(argument, float(operation(node) == "where" and index == 0))
-
-
-def _takes_all(node: fx.Node) -> bool:
-    before = node.args[0].meta["val"]  # type: ignore[union-attr]
-    return str(before.shape) == str(node.meta["val"].shape)
 
 
 def table_behind(node: fx.Node) -> fx.Node | None:

@@ -1,4 +1,4 @@
-"""Adapters that are a small feed-forward: their options and tensors. The maths stays in each method."""
+"""Adapters that are a small feed-forward: their options, their tensors, and the maths of the plain one."""
 
 from __future__ import annotations
 
@@ -85,3 +85,10 @@ class SmallFeedForward(ActivationMethod):
 
         function: Any = getattr(functional, self.activation)
         return function(x)
+
+    def branch(self, z: Tensor, **theta: Tensor) -> Tensor:
+        """`s (W_up σ(W_down z + b_down) + b_up)`."""
+        from torch.nn.functional import linear
+
+        narrow = self.activated(linear(z, theta["down"], theta["down_bias"]))
+        return self.scale * linear(narrow, theta["up"], theta["up_bias"])

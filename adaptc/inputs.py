@@ -11,6 +11,8 @@ from adaptc.errors import unknown
 
 DTYPES = ("int64", "int32", "bool", "float32", "float16", "bfloat16", "float64")
 """The dtypes an input can have, by torch's names."""
+IGNORED = -100
+"""The label that torch's losses leave out."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import fx
 from adaptc.errors import Refusal, RefusedError
 from adaptc.expression import splice, trace_expression
 from adaptc.graph import Graph
+from adaptc.inputs import IGNORED
 from adaptc.insert import Insert
 from adaptc.kinds import InputMethod
 from adaptc.select import Selection
@@ -21,8 +22,6 @@ from adaptc.virtual_tokens import Places
 from adaptc.weights import Held
 
 aten = torch.ops.aten
-IGNORED = -100
-"""The label that cross entropy leaves out."""
 
 
 class InsertInput(Insert):

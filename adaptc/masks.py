@@ -15,7 +15,7 @@ from adaptc.errors import Refusal, RefusedError
 from adaptc.graph import Graph
 from adaptc.nodes import operation
 from adaptc.pipeline import Pass
-from adaptc.sites import module_of, source_of
+from adaptc.sites import place_of
 
 aten = torch.ops.aten
 NEUTRAL: Mapping[str, float] = {
@@ -120,11 +120,9 @@ class Masks:
         return self.graph.call(target, *args, like=like)
 
     def _not_understood(self, node: fx.Node, why: str) -> RefusedError:
-        where = f"in {module_of(node)[0] or 'the model'}, from {source_of(node)}"
-        words = (
-            f"the attention at {node.name} is not understood: {why}\n  {where}\n  leave it out with `exclude`"
-        )
-        return RefusedError([Refusal(words, (node.name,))], self.source)
+        message = f"the attention at {node.name} is not understood: {why}{place_of(node)}"
+        refusal = Refusal(f"{message}\n  leave it out with `exclude`", (node.name,))
+        return RefusedError([refusal], self.source)
 
 
 def _is_wide(node: fx.Node) -> bool:

@@ -11,3 +11,9 @@ def operation(node: fx.Node) -> str:
     if isinstance(node.target, torch._ops.OpOverload):
         return str(node.target).split(".")[1]
     return getattr(node.target, "__name__", str(node.target))
+
+
+def keeps_shape(node: fx.Node) -> bool:
+    """Whether a node's value has the shape of its first operand, symbols included: a slice that takes all."""
+    before = node.args[0]
+    return isinstance(before, fx.Node) and str(before.meta["val"].shape) == str(node.meta["val"].shape)

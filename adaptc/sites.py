@@ -237,6 +237,13 @@ def source_of(node: fx.Node) -> str:
     return f"{outside[-1][0].rsplit('/', 1)[-1]}:{outside[-1][1]}" if outside else ""
 
 
+def place_of(node: fx.Node) -> str:
+    """A line for the end of a message: `in layers.0.attention, from modeling_llama.py:214`; "" if neither is known."""
+    module, source = module_of(node)[0], source_of(node)
+    parts = [f"in {module}"] * bool(module) + [f"from {source}"] * bool(source)
+    return "\n  " + ", ".join(parts) if parts else ""
+
+
 def parameter_uses(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node, int]]:
     """Every (get_attr node, user, argument index) of a graph; -1 for an argument inside a list or by keyword."""
     for node in graph.nodes:

@@ -13,7 +13,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from adaptc.errors import VerifyError
 from adaptc.graph import VERIFIED, Graph, signature
 from adaptc.shapes import evaluated
-from adaptc.sites import module_of, source_of
+from adaptc.sites import place_of
 
 PYTHON_FUNCTIONS: frozenset[Callable[..., Any]] = frozenset(
     {
@@ -89,7 +89,7 @@ def _check_node(graph: Graph, node: fx.Node) -> None:
     elif node.op != "call_function":
         raise VerifyError(f"{node.op} is not allowed in a graph: {node.format_node()}")
     elif not isinstance(node.target, torch._ops.OpOverload) and node.target not in PYTHON_FUNCTIONS:
-        raise VerifyError(f"not a registered operation: {node.format_node()}{_where(node)}")
+        raise VerifyError(f"not a registered operation: {node.format_node()}{place_of(node)}")
 
 
 def _propagate(graph: Graph) -> None:
@@ -106,12 +106,12 @@ def _propagate(graph: Graph) -> None:
                 value = evaluated(node)
             except Exception as error:
                 raise VerifyError(
-                    f"{node.format_node()} does not fit its operands: {error}{_where(node)}"
+                    f"{node.format_node()} does not fit its operands: {error}{place_of(node)}"
                 ) from error
             recorded = node.meta.setdefault("val", value)
             if isinstance(recorded, torch.Tensor) and _differ(value, recorded):
                 raise VerifyError(
-                    f"{node.format_node()} gives {value}, but the graph records {recorded}{_where(node)}"
+                    f"{node.format_node()} gives {value}, but the graph records {recorded}{place_of(node)}"
                 )
             node.meta[VERIFIED] = signature(node)
 
@@ -121,8 +121,3 @@ def _differ(value: Any, recorded: torch.Tensor) -> bool:
         return True
     pairs = zip(value.shape, recorded.shape, strict=True)
     return any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in pairs)
-
-
-def _where(node: fx.Node) -> str:
-    module, source = module_of(node)[0], source_of(node)
-    return (f"\n  in {module}" if module else "") + (f", from {source}" if source else "")

@@ -29,7 +29,7 @@ from adaptc.emit.onnx_operations import COMPLEX, translations
 from adaptc.errors import AdaptcError
 from adaptc.graph import ORIGIN, Graph, attribute
 from adaptc.memory import writes
-from adaptc.sites import module_of, source_of
+from adaptc.sites import place_of
 from adaptc.tracing.export import dynamic_shapes, example_sizes, example_tensors, normalise
 from adaptc.tracing.quiet import quietly
 
@@ -106,16 +106,11 @@ def translate(graph: Graph, opset: int) -> Any:
             (line for line in lines if "No ONNX function" in line or "aten." in line),
             lines[0] if lines else "",
         )
-        where = next((_where(node) for node in graph.nodes if f"%{node.name} " in str(error)), "")
+        where = next((place_of(node) for node in graph.nodes if f"%{node.name} " in str(error)), "")
         raise AdaptcError(
             f"ONNX export failed: {type(error).__name__}: {words}{where}\n"
             "  expected operations that ONNX has a form for; products in other formats (torch, hf) do not need one"
         ) from error
-
-
-def _where(node: fx.Node) -> str:
-    module, source = module_of(node)[0], source_of(node)
-    return (f"\n  in {module}" if module else "") + (f"\n  at {source}" if source else "")
 
 
 def functional(graph: Graph) -> Graph:
