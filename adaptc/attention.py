@@ -10,8 +10,9 @@ import sympy
 import torch
 from torch import fx
 
-from adaptc.dataflow import activations_multiplied, ahead, behind
-from adaptc.layout import operation
+from adaptc.dataflow import activations_multiplied, downstream, upstream
+from adaptc.matrix_products import MATRIX_PRODUCTS
+from adaptc.nodes import keeps_shape, operation
 
 FUSED = "scaled_dot_product_attention"
 SAME = frozenset({"contiguous", "clone", "to", "alias", "slice"})
@@ -110,8 +111,8 @@ def find_attentions(nodes: Iterable[fx.Node]) -> Iterator[Attention]:
             query, key, value = node.args[:3]
             yield Attention(query, key, value, node, node, node)  # type: ignore[arg-type]
         elif operation(node) in ("softmax", "_softmax"):
-            scores = next((n for n in behind([node]) if activations_multiplied(n)), None)
-            mixed = next((n for n in ahead(node) if activations_multiplied(n)), None)
+            scores = next((n for n in upstream([node]) if activations_multiplied(n)), None)
+            mixed = next((n for n in downstream(node) if activations_multiplied(n)), None)
             if scores is not None and mixed is not None:
                 query, key = activations_multiplied(scores)
                 yield Attention(query, key, activations_multiplied(mixed)[1], scores, node, mixed)
@@ -141,7 +142,7 @@ def _multiplied(node: fx.Node, turned: bool) -> Tokens | None:
     name = operation(node)
     if name == "einsum":
         return _einsum(node, turned)
-    argument = 2 if name == "baddbmm" else 1
+    argument = MATRIX_PRODUCTS[name].operands[1]
     rank = operand(node, argument).meta["val"].dim()
     sequence, features = (rank - 1, rank - 2) if turned else (rank - 2, rank - 1)
     return (
@@ -174,7 +175,7 @@ def _before(tokens: Tokens) -> Tokens | None:
     """The same one view earlier; None where there is none that can be seen through."""
     node, args = tokens.node, tokens.node.args
     name = operation(node)
-    if name in SAME and _whole(node):
+    if name in SAME and keeps_shape(node):
         return replace(tokens, user=node, argument=0)
     if name in ("transpose", "mT") and tokens.heads is not None:
         rank = node.meta["val"].dim()
@@ -191,12 +192,6 @@ def _before(tokens: Tokens) -> Tokens | None:
     return None
 
 
-def _whole(node: fx.Node) -> bool:
-    """Whether a node's value has its operand's shape."""
-    before = node.args[0]
-    return isinstance(before, fx.Node) and before.meta["val"].shape == node.meta["val"].shape
-
-
 def _before_repeating(tokens: Tokens, node: fx.Node) -> Tokens | None:
     """`(batch, heads, times, tokens, features)` expanded and joined: the keys before each was repeated."""
     expanded: Any = node.args[0]
@@ -205,7 +200,7 @@ def _before_repeating(tokens: Tokens, node: fx.Node) -> Tokens | None:
     if operation(expanded) != "expand" or expanded.meta["val"].dim() != node.meta["val"].dim() + 1:
         return None
     added: Any = expanded.args[0]
-    while operation(added) in SAME and _whole(added):
+    while operation(added) in SAME and keeps_shape(added):
         added = added.args[0]
     if operation(added) != "unsqueeze" or added.args[1] != 2 or added.args[0].meta["val"].dim() != 4:
         return None

@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainSerializer, PlainValidator, StringConstraints, model_validator
 
+from adaptc.errors import got
 from adaptc.inputs import DTYPES, InputSpec
-from adaptc.spec_errors import fault, got, invalid
+from adaptc.spec_errors import fault, invalid
 from adaptc.spec_part import Part, PathText
 
 DEFAULT_TASK = "feature-extraction"

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
 
 from adaptc.graph import Graph
-from adaptc.quantized_operations import LINEAR
+from adaptc.matrix_products import flops_of
 
-aten = torch.ops.aten
 BATCH, LENGTH = 1, 128
 """The example that operations are counted for: one row, 128 of everything else that is dynamic."""
 EXAMPLE = f"batch {BATCH}, length {LENGTH}"
-PRODUCTS: dict[Any, int] = {
-    aten.linear.default: 0,
-    LINEAR: 0,
-    aten.addmm.default: 1,
-    aten.mm.default: 0,
-    aten.matmul.default: 0,
-    aten.bmm.default: 0,
-}
-"""Matrix products -> the operand whose last side is summed over."""
 
 
 @dataclass(frozen=True)
@@ -85,26 +73,7 @@ def budget(base: Graph, adapted: Graph, factored: Graph, folded: Graph | None) -
 def flops(graph: Graph) -> int:
     """Operations of every matrix product and attention of a graph, for the example."""
     sizes = example_sizes(graph)
-    total = 0
-    for node in graph.nodes:
-        if node.op != "call_function":
-            continue
-        if node.target in PRODUCTS:
-            summed = _operand(node, PRODUCTS[node.target], sizes)[-1]
-            total += 2 * math.prod(example_shape(node.meta["val"], sizes)) * summed
-        elif node.target is aten.scaled_dot_product_attention.default:
-            query, key = _operand(node, 0, sizes), _operand(node, 1, sizes)
-            total += 4 * math.prod(query) * key[-2]
-        elif str(node.target).startswith("aten.conv") and "val" in node.meta:
-            weight = _operand(node, 1, sizes)
-            total += 2 * math.prod(example_shape(node.meta["val"], sizes)) * math.prod(weight[1:])
-    return total
-
-
-def _operand(node: fx.Node, index: int, sizes: Mapping[Any, int]) -> list[int]:
-    operand = node.args[index]
-    assert isinstance(operand, fx.Node)
-    return example_shape(operand.meta["val"], sizes)
+    return sum(flops_of(node, lambda n: example_shape(n.meta["val"], sizes)) for node in graph.nodes)
 
 
 def example_sizes(graph: Graph) -> dict[Any, int]:

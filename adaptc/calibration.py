@@ -11,15 +11,13 @@ import torch
 from torch.utils import _pytree as pytree
 
 from adaptc.errors import InputError
-from adaptc.inputs import InputSpec
+from adaptc.inputs import IGNORED, InputSpec
 from adaptc.weights import read_safetensors
 
 if TYPE_CHECKING:
     from adaptc.graph import Graph
 
 Batch = Mapping[str, torch.Tensor]
-IGNORED = -100
-"""A label that torch's losses leave out."""
 
 
 class Information:

@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+import math
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from adaptc.layout import operation
+from adaptc.matrix_products import MATRIX_PRODUCTS, feature_axes, operands_of
+from adaptc.nodes import operation
 
-PRODUCTS = frozenset(
-    {
-        *(
-            "linear",
-            "addmm",
-            "mm",
-            "matmul",
-            "bmm",
-            "baddbmm",
-            "einsum",
-            "_grouped_mm",
-            "grouped_mm_fallback",
-        ),
-        *("conv1d", "conv2d", "conv3d", "embedding", "scaled_dot_product_attention"),
-    }
-)
-"""Operations that mix features: what lies behind one of them belongs to another layer."""
 VIEWS = frozenset(
     {
         *(
@@ -51,42 +37,63 @@ VIEWS = frozenset(
 """Operations that move features without changing them."""
 
 
-def behind(starts: Iterable[fx.Node], residual: bool = True) -> dict[fx.Node, None]:
-    """These nodes and all they are made from, up to the next products; with `residual` beyond sums of others too."""
-    found: dict[fx.Node, None] = {}
-    queue = list(starts)
+def walk(
+    starts: Iterable[fx.Node],
+    step: Callable[[fx.Node], Iterable[fx.Node]],
+    stop: Callable[[fx.Node], bool] = lambda node: False,
+) -> Iterator[fx.Node]:
+    """Every node that steps from the starts lead to, each once and the nearest first.
+
+    Args:
+        starts: where to begin; these are among the nodes.
+        step: gives the next nodes after one.
+        stop: whether to go no further from a node.
+    """
+    reached = dict.fromkeys(starts)
+    queue = deque(reached)
     while queue:
-        node = queue.pop(0)
-        if node not in found:
-            found[node] = None
-            stops = operation(node) in PRODUCTS or (not residual and is_residual(node))
-            queue += [] if stops else node.all_input_nodes
-    return found
+        node = queue.popleft()
+        yield node
+        following = [] if stop(node) else [n for n in step(node) if n not in reached]
+        reached.update(dict.fromkeys(following))
+        queue.extend(dict.fromkeys(following))
 
 
-def made_from(node: fx.Node, within: Collection[fx.Node] | None = None) -> set[fx.Node]:
-    """A node and all that it is made from, beyond products too; of some nodes only, where they are given."""
-    found: set[fx.Node] = set()
-    queue = [node]
-    while queue:
-        node = queue.pop()
-        if node not in found and (within is None or node in within):
-            found.add(node)
-            queue += node.all_input_nodes
-    return found
+def upstream(starts: Iterable[fx.Node], residual: bool = True) -> dict[fx.Node, None]:
+    """These nodes and all they are made from, up to the next matrix products.
+
+    Args:
+        starts: where to begin.
+        residual: go on beyond sums of two activations.
+    """
+
+    def stop(node: fx.Node) -> bool:
+        return operation(node) in MATRIX_PRODUCTS or (not residual and is_residual(node))
+
+    return dict.fromkeys(walk(starts, lambda node: node.all_input_nodes, stop))
 
 
-def ahead(node: fx.Node, residual: bool = True) -> dict[fx.Node, None]:
-    """What is made from a node, up to and including the next products; with `residual` beyond sums with others too."""
-    found: dict[fx.Node, None] = {}
-    queue = list(node.users)
-    while queue:
-        user = queue.pop(0)
-        if user in found or (not residual and is_residual(user)):
-            continue
-        found[user] = None
-        queue += [] if operation(user) in PRODUCTS else list(user.users)
-    return found
+def downstream(node: fx.Node, residual: bool = True) -> dict[fx.Node, None]:
+    """What is made from a node, up to and including the next matrix products.
+
+    Args:
+        node: where to begin; it is not among the results.
+        residual: enter sums with another activation.
+    """
+
+    def users(node: fx.Node) -> list[fx.Node]:
+        return [user for user in node.users if residual or not is_residual(user)]
+
+    return dict.fromkeys(walk(users(node), users, lambda user: operation(user) in MATRIX_PRODUCTS))
+
+
+def ancestors(node: fx.Node, within: Collection[fx.Node] | None = None) -> set[fx.Node]:
+    """A node and all that it is made from, beyond matrix products too; of some nodes only, where they are given."""
+
+    def inside(nodes: Iterable[fx.Node]) -> list[fx.Node]:
+        return [n for n in nodes if within is None or n in within]
+
+    return set(walk(inside([node]), lambda n: inside(n.all_input_nodes)))
 
 
 def is_residual(node: fx.Node) -> bool:
@@ -109,36 +116,42 @@ def unviewed(node: fx.Node, passed: Collection[str] = VIEWS) -> fx.Node:
 
 def activations_multiplied(node: fx.Node) -> tuple[fx.Node, ...]:
     """The two activations that a node multiplies as matrices; empty if it does not."""
-    name, args = operation(node), node.args
-    if name not in ("matmul", "bmm", "baddbmm", "einsum"):
+    if operation(node) not in ("matmul", "bmm", "baddbmm", "einsum"):
         return ()
-    pair: Any = args[1] if name == "einsum" else args[1:3] if name == "baddbmm" else args[:2]
-    return tuple(pair) if len(pair) == 2 and not any(is_weight(n) for n in pair) else ()
+    pair = operands_of(node)
+    return pair if len(pair) == 2 and not any(is_weight(n) for n in pair) else ()
 
 
 def features_reaching(product: fx.Node, region: Mapping[fx.Node, None]) -> tuple[tuple[int, int], ...]:
     """The ranges of a product's output features that enter a region: labels follow them through the views.
 
     Args:
-        product: a product with a weight; its features are its last axis, or a convolution's second.
+        product: a product with a weight.
         region: nodes that some operand is made from, that operand among them.
     """
     shape = [_number(size) for size in product.meta["val"].shape]
-    turned = operation(product) in ("bmm", "matmul", "mm") and is_weight(product.args[0])  # type: ignore[arg-type]
-    axis = 1 if operation(product).startswith("conv") else len(shape) - (2 if turned else 1)
-    places = torch.arange(shape[axis]).view([-1 if i == axis else 1 for i in range(len(shape))])
-    labels: dict[fx.Node, Any] = {product: places.expand(shape)}
+    operands = operands_of(product)
+    weight = next((operand for operand in reversed(operands) if is_weight(operand)), operands[-1])
+    axes = feature_axes(product, weight, len(shape))
+    rows = torch.arange(math.prod(shape[axis] for axis in axes)).view([shape[axis] for axis in axes])
+    rows = rows.permute(
+        sorted(range(len(axes)), key=axes.__getitem__)
+    )  # in the order that the result has them
+    labels: dict[fx.Node, Any] = {
+        product: rows.reshape([size if i in axes else 1 for i, size in enumerate(shape)]).expand(shape)
+    }
     reached: set[int] = set()
-    queue = [product]
-    while queue:
-        node = queue.pop(0)
-        moved = [u for u in node.users if operation(u) in VIEWS and u.args[0] is node and u in region]
+
+    def views(node: fx.Node) -> list[fx.Node]:
+        return [u for u in node.users if operation(u) in VIEWS and u.args[0] is node and u in region]
+
+    for node in walk([product], views):
+        if node is not product:
+            labels[node] = _moved(node, labels)
+        moved = views(node)
         others = [u for u in node.users if u in region and u not in moved]
         if isinstance(labels[node], torch.Tensor) and node in region and (others or not moved):
             reached |= set(labels[node].unique().tolist())
-        for user in moved:
-            labels[user] = _moved(user, labels)
-        queue += moved
     return _ranges(sorted(reached))
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import fx
 
-from adaptc.dataflow import is_weight
+from adaptc.dataflow import is_weight, walk
 from adaptc.graph import ORIGIN, Graph
-from adaptc.layout import operation
+from adaptc.nodes import keeps_shape, operation
 from adaptc.shapes import evaluated
 
 aten = torch.ops.aten
@@ -78,7 +78,7 @@ class Distances:
             inner -= int(args[1] % rank < axis)  # type: ignore[operator]
         elif name == "permute":
             inner = args[1][axis]  # type: ignore[index]
-        elif name not in PASSED and not (name == "slice" and _takes_all(node)):
+        elif name not in PASSED and not (name == "slice" and keeps_shape(node)):
             raise ValueError(f"its bias comes through {name}, which is not followed")
         return [self.longer(args[0], inner), *args[1:]]  # type: ignore[arg-type]
 
@@ -95,11 +95,6 @@ class Distances:
         return self.pad(argument, float(operation(node) == "where" and index == 0))
 
 
-def _takes_all(node: fx.Node) -> bool:
-    before = node.args[0].meta["val"]  # type: ignore[union-attr]
-    return str(before.shape) == str(node.meta["val"].shape)
-
-
 def table_behind(node: fx.Node) -> fx.Node | None:
     """The table that a bias is looked up in, if it is."""
     for found in numbers_behind(node):
@@ -110,12 +105,9 @@ def table_behind(node: fx.Node) -> fx.Node | None:
 
 def numbers_behind(node: fx.Node) -> list[fx.Node]:
     """What a value is made from as numbers: behind a comparison they only say what is seen."""
-    found: dict[fx.Node, None] = {}
-    queue = [node]
-    while queue:
-        current = queue.pop()
-        value = current.meta.get("val")
-        if current not in found and isinstance(value, torch.Tensor) and value.dtype != torch.bool:
-            found[current] = None
-            queue += current.all_input_nodes
-    return list(found)
+
+    def numbers(nodes: Iterable[fx.Node]) -> list[fx.Node]:
+        values = [(n, n.meta.get("val")) for n in nodes]
+        return [n for n, value in values if isinstance(value, torch.Tensor) and value.dtype != torch.bool]
+
+    return list(walk(numbers([node]), lambda n: numbers(n.all_input_nodes)))

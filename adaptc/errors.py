@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import difflib
+import reprlib
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 
@@ -117,3 +119,57 @@ class RefusedError(AdaptcError):
         self.refusals = tuple(refusals)
         self.source = source
         super().__init__("\n".join(str(refusal) for refusal in self.refusals))
+
+
+def nearest(word: str, known: Iterable[str], count: int = 3, cutoff: float = 0.55) -> list[str]:
+    """Known spellings close to a word that was not found, best first."""
+    return difflib.get_close_matches(word, list(known), n=count, cutoff=cutoff)
+
+
+def did_you_mean(word: str, known: Collection[str], close: Sequence[str] = ()) -> str:
+    """`; did you mean 'lora'?` for a word that is none of those known, but close to some; "" if it is close to none.
+
+    Args:
+        word: what was given.
+        known: the names there are.
+        close: what to suggest, if not the nearest spelling.
+    """
+    close = close or nearest(word, known, count=1, cutoff=0.5)
+    return f"; did you mean {' or '.join(repr(name) for name in close)}?" if close else ""
+
+
+def unknown(
+    kind: str,
+    word: object,
+    known: Collection[str],
+    listed: Iterable[str] | None = None,
+    close: Sequence[str] = (),
+) -> str:
+    """`unknown method 'lorra'; did you mean 'lora'? known: dora, full, ia3, lora`
+
+    Args:
+        kind: what the word should be the name of.
+        word: what was given, of any type.
+        known: the names there are.
+        listed: of these the ones that the message lists, if not all; an empty list leaves the listing out.
+        close: what to suggest, if not the nearest spelling.
+    """
+    listed = list(known if listed is None else listed)
+    hint = did_you_mean(str(word), known, close)
+    listing = f"{'' if hint else ';'} known: {', '.join(listed)}" if listed else ""
+    return f"unknown {kind} {got(word)}{hint}{listing}"
+
+
+def got(value: object) -> str:
+    """A value as the words after 'got'."""
+    match value:
+        case None:
+            return "nothing"
+        case bool():
+            return str(value).lower()
+        case Mapping():
+            return "a mapping"
+        case list() | tuple():
+            return "a list"
+        case _:
+            return reprlib.repr(value)

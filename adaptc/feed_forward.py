@@ -1,4 +1,4 @@
-"""Adapters that are a small feed-forward: their options and tensors. The maths stays in each method."""
+"""Adapters that are a small feed-forward: their options, their tensors, and the maths of the plain one."""
 
 from __future__ import annotations
 
@@ -56,8 +56,7 @@ class SmallFeedForward(ActivationMethod):
         from torch.nn import functional
 
         function = getattr(functional, self.activation, None)
-        near = nearest(self.activation, ACTIVATIONS, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ":"
+        hint = did_you_mean(self.activation, ACTIVATIONS) or ":"
         words = f"torch.nn.functional has no activation {self.activation!r}{hint} such are {', '.join(ACTIVATIONS)}"
         try:
             usable = function is not None and function(ones(2, 2)).shape == (2, 2)
@@ -88,3 +87,10 @@ class SmallFeedForward(ActivationMethod):
 
         function: Any = getattr(functional, self.activation)
         return function(x)
+
+    def branch(self, z: Tensor, **theta: Tensor) -> Tensor:
+        """`s (W_up σ(W_down z + b_down) + b_up)`."""
+        from torch.nn.functional import linear
+
+        narrow = self.activated(linear(z, theta["down"], theta["down_bias"]))
+        return self.scale * linear(narrow, theta["up"], theta["up_bias"])

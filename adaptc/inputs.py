@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from adaptc.names import nearest
+from adaptc.errors import unknown
 
 DTYPES = ("int64", "int32", "bool", "float32", "float16", "bfloat16", "float64")
 """The dtypes an input can have, by torch's names."""
+IGNORED = -100
+"""The label that torch's losses leave out."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,7 @@ class InputSpec:
             raise ValueError(f"expected a dtype and dimensions such as 'int64[batch, seq]', got {text!r}")
         dtype, dims = found[1], found[2].strip()
         if dtype not in DTYPES:
-            hint = "".join(f" did you mean {close!r}?" for close in nearest(dtype, DTYPES, count=1))
-            raise ValueError(f"unknown dtype {dtype!r};{hint} known: {', '.join(DTYPES)}")
+            raise ValueError(unknown("dtype", dtype, DTYPES))
         return cls(name, dtype, tuple(_dim(part.strip(), text) for part in dims.split(",")) if dims else ())
 
 

@@ -12,6 +12,7 @@ from torch import fx
 from adaptc.errors import Refusal, RefusedError
 from adaptc.expression import splice
 from adaptc.graph import Graph
+from adaptc.inputs import IGNORED
 from adaptc.insert import Insert
 from adaptc.kinds import InputMethod
 from adaptc.point_sites import InputSite
@@ -23,8 +24,6 @@ from adaptc.virtual_tokens import Places
 from adaptc.weights import Held
 
 aten = torch.ops.aten
-IGNORED = -100
-"""The label that cross entropy leaves out."""
 
 
 @dataclass(frozen=True)

@@ -149,11 +149,12 @@ def consumers(weight: fx.Node, users: Sequence[fx.Node]) -> list[tuple[fx.Node, 
 
 
 def _layout_at(user: fx.Node, value: fx.Node, axes: Axes, rank: int) -> Layout | None:
-    name = operation(user)
-    places = [i for i, argument in enumerate(user.args) if argument is value]
-    read = PRODUCTS.get((name, places[0])) if len(places) == 1 else None
-    layout = _einsum(axes, user, value) if name == "einsum" else read(axes) if read else None
-    if layout is None or len({*layout.out, *layout.inner}) < len(layout.out) + len(layout.inner):
+    read = matrix_axes(user, value, len(axes))
+    if read is None:
         return None
-    rest = tuple(axis for axis in range(rank) if axis not in (*layout.out, *layout.inner))
-    return replace(layout, batch=rest)
+    out, inner = ([axes[i] for i in positions] for positions in read)
+    sides = [axis for axis in (*out, *inner) if axis is not None]
+    if len(set(sides)) < len(out) + len(inner):  # a view added one of them, or repeats it
+        return None
+    rest = tuple(axis for axis in range(rank) if axis not in sides)
+    return Layout(tuple(sides[: len(out)]), tuple(sides[len(out) :]), rest)

@@ -9,13 +9,13 @@ import torch
 from torch import fx
 
 from adaptc.attention import Attention
-from adaptc.dataflow import made_from
+from adaptc.dataflow import ancestors, walk
 from adaptc.distances import Distances, numbers_behind, table_behind
 from adaptc.errors import Refusal, RefusedError
 from adaptc.graph import Graph
-from adaptc.layout import operation
+from adaptc.nodes import operation
 from adaptc.pipeline import Pass
-from adaptc.sites import module_of, source_of
+from adaptc.sites import place_of
 
 aten = torch.ops.aten
 NEUTRAL: Mapping[str, float] = {
@@ -62,12 +62,8 @@ class Masks:
 
     def _written_out(self, attention: Attention) -> None:
         """From the product of query and key to that with the values: all that meets the scores on the way."""
-        path, queue = {attention.scores}, [attention.scores]
-        while queue:
-            new = [u for u in queue.pop().users if u not in path and u is not attention.mixed]
-            path.update(new)
-            queue += new
-        scores, before = attention.scores, made_from(attention.mixed)
+        path = set(walk([attention.scores], lambda n: [u for u in n.users if u is not attention.mixed]))
+        scores, before = attention.scores, ancestors(attention.mixed)
         if operation(scores) == "baddbmm" and _is_wide(scores.args[0]):  # type: ignore[arg-type]
             scores.update_arg(0, self._wider(scores.args[0], 0.0, scores))  # type: ignore[arg-type]
         length = scores.meta["val"].shape[-1]
@@ -124,11 +120,9 @@ class Masks:
         return self.graph.call(target, *args, like=like)
 
     def _not_understood(self, node: fx.Node, why: str) -> RefusedError:
-        where = f"in {module_of(node)[0] or 'the model'}, from {source_of(node)}"
-        words = (
-            f"the attention at {node.name} is not understood: {why}\n  {where}\n  leave it out with `exclude`"
-        )
-        return RefusedError([Refusal(words, (node.name,))], self.source)
+        message = f"the attention at {node.name} is not understood: {why}{place_of(node)}"
+        refusal = Refusal(f"{message}\n  leave it out with `exclude`", (node.name,))
+        return RefusedError([refusal], self.source)
 
 
 def _is_wide(node: fx.Node) -> bool:

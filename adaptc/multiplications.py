@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import fx
 
-from adaptc.layout import operation
+from adaptc.matrix_products import MATRIX_PRODUCTS, bias_of, operands_of
+from adaptc.nodes import operation
 
 aten = torch.ops.aten
 Emit = Callable[..., fx.Node]
@@ -170,23 +171,22 @@ class Operands:
 
 def operands(node: fx.Node) -> Operands | None:
     """Read a node as a product; None if it is of no kind that is taken apart."""
-    args: list[Any] = list(node.args)
-    name = operation(node)
-    if node.kwargs:
+    if node.kwargs or operation(node) not in MATRIX_PRODUCTS or len(operands_of(node)) != 2:
         return None
-    if name == "linear":
-        return Operands(Linear(), args[0], args[1], args[2] if len(args) > 2 else None, flipped=False)
-    if name == "addmm":
-        return Operands(Linear(), args[1], args[2], args[0], flipped=True)
-    if name in ("mm", "matmul") and isinstance(args[1], fx.Node) and args[1].meta["val"].dim() == 2:
-        return Operands(Linear(), args[0], args[1], None, flipped=True)
-    if name == "embedding":
-        return Operands(Embedding(tuple(args[2:])), args[1], args[0], None, flipped=True)
-    if name in ("conv1d", "conv2d", "conv3d"):
-        groups = args[6] if len(args) > 6 else 1
-        kernel = tuple(args[1].meta["val"].shape[1:])
-        bias = args[2] if len(args) > 2 else None
-        return Operands(
-            Convolution(node.target, kernel, tuple(args[3:]), groups), args[0], args[1], bias, False
-        )
+    (x, weight), bias, options = operands_of(node), bias_of(node), node.args
+    match operation(node):
+        case "linear":
+            return Operands(Linear(), x, weight, bias, flipped=False)
+        case "addmm":
+            return Operands(Linear(), x, weight, bias, flipped=True)
+        case "mm" | "matmul" if isinstance(weight, fx.Node) and weight.meta["val"].dim() == 2:
+            return Operands(Linear(), x, weight, None, flipped=True)
+        case "embedding":
+            return Operands(Embedding(tuple(options[2:])), x, weight, None, flipped=True)
+        case "conv1d" | "conv2d" | "conv3d":
+            kernel = tuple(weight.meta["val"].shape[1:])
+            groups: Any = options[6] if len(options) > 6 else 1
+            return Operands(
+                Convolution(node.target, kernel, tuple(options[3:]), groups), x, weight, bias, flipped=False
+            )
     return None

@@ -1,11 +1,10 @@
-"""How patterns meet module names: globs, `re:`, layer ranges, and the nearest right spelling."""
+"""How patterns meet module names: globs, `re:`, layer ranges."""
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -68,11 +67,6 @@ def parse_layers(text: str) -> frozenset[int]:
             raise ValueError(f"the range {part!r} runs backwards")
         layers.update(range(first, last + 1))
     return frozenset(layers)
-
-
-def nearest(word: str, known: Iterable[str], count: int = 3, cutoff: float = 0.55) -> list[str]:
-    """Known spellings close to a word that was not found, best first."""
-    return difflib.get_close_matches(word, list(known), n=count, cutoff=cutoff)
 
 
 def shared_name(adapter: str, key: str) -> str:

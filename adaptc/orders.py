@@ -52,13 +52,7 @@ def pipeline_of(spec: Spec, inserts: Sequence[Pass], quantizes: Sequence[Quantiz
             passes += inserts if name == "insert" else again
             continue
         if name not in known:
-            near = nearest(name, [*known, "insert", "quantize"])
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise spec.error(
-                ("passes", index),
-                f"unknown pass {name!r}{hint}",
-                f"known: insert, quantize, {', '.join(known)}",
-            )
+            raise spec.error(("passes", index), unknown("pass", name, ["insert", "quantize", *known]))
         passes.append(_made(spec, index, known[name], name, options))
     if "quantize" in spec.passes and not quantizes:
         at = spec.passes.index("quantize")

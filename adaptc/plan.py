@@ -132,21 +132,16 @@ def reaches_output(graph: Graph, site: Site) -> bool:
     """Whether a change of this site's weight can reach the output, and a gradient come back."""
     detach = torch.ops.aten.detach.default
     nodes = graph.by_name()
-    queue = [nodes[use.node] for use in site.uses]
-    seen: set[fx.Node] = set(queue)
-    while queue:
-        node = queue.pop()
-        if node.op == "output":
-            return True
+
+    def without_gradient(node: fx.Node) -> bool:
         value = node.meta.get("val")
-        if node.target is detach or (
-            isinstance(value, torch.Tensor) and not (value.dtype.is_floating_point or value.is_complex())
-        ):
-            continue
-        new = [user for user in node.users if user not in seen]
-        seen.update(new)
-        queue += new
-    return False
+        discrete = isinstance(value, torch.Tensor) and not (
+            value.dtype.is_floating_point or value.is_complex()
+        )
+        return node.target is detach or discrete
+
+    reached = walk([nodes[use.node] for use in site.uses], lambda node: node.users, without_gradient)
+    return any(node.op == "output" for node in reached)
 
 
 def _name_clashes(spec: Spec, entries: Sequence[Planned]) -> list[Problem]:

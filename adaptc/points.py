@@ -9,8 +9,7 @@ import torch
 from torch import fx
 
 from adaptc.attention import Attention, find_attentions, keys_of, values_of
-from adaptc.dataflow import VIEWS, behind, is_residual, made_from, unviewed
-from adaptc.layout import operation
+from adaptc.dataflow import VIEWS, ancestors, is_residual, unviewed, upstream, walk
 from adaptc.names import ROLES
 from adaptc.point_sites import AnyPoint, AttentionSite, Heads, InputSite, SubLayer
 from adaptc.roles import weighted_products
@@ -79,15 +78,10 @@ def _sublayers(nodes: Sequence[fx.Node], weighted: Mapping[fx.Node, WeightSite])
 
 def _cone(branch: Any, stream: fx.Node, order: Mapping[fx.Node, int]) -> set[fx.Node] | None:
     """What a branch is made from behind the stream; None if it is not made from that."""
-    found: set[fx.Node] = set()
-    queue, reached = [branch], False
-    while queue:
-        node = queue.pop()
-        reached = reached or node is stream
-        if node not in found and order[node] > order[stream]:
-            found.add(node)
-            queue += node.all_input_nodes
-    return found if reached and branch is not stream else None
+    made_from = set(walk([branch], lambda n: n.all_input_nodes, lambda n: order[n] <= order[stream]))
+    if branch is stream or stream not in made_from:
+        return None
+    return {node for node in made_from if order[node] > order[stream]}
 
 
 def _outputs(
@@ -100,11 +94,11 @@ def _outputs(
 ) -> Iterator[SubLayer]:
     """The sub-layer at one operand of a sum; of parallel ones that were summed before, each."""
     branch: Any = node.args[use.argument]
-    last = [n for n in behind([branch]) if n in weighted and n in cone]
+    last = [n for n in upstream([branch]) if n in weighted and n in cone]
     if not last or branch.meta["val"].dim() < 2:
         return
     if is_residual(branch):
-        parts = [(Use(branch.name, i), made_from(a, cone)) for i, a in enumerate(branch.args[:2])]
+        parts = [(Use(branch.name, i), ancestors(a, cone)) for i, a in enumerate(branch.args[:2])]
         if len({bool(part & mixed) for _, part in parts}) == 2:
             for each, part in parts:
                 yield from _outputs(each, branch, part, weighted, mixed, order)

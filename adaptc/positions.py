@@ -9,9 +9,9 @@ import torch
 from torch import fx
 
 from adaptc.attention import Attention, find_attentions, operand, replace_operand
-from adaptc.dataflow import behind, is_weight, unviewed
+from adaptc.dataflow import is_weight, unviewed, upstream, walk
 from adaptc.graph import Graph
-from adaptc.layout import operation
+from adaptc.nodes import operation
 
 aten = torch.ops.aten
 Place = tuple[fx.Node, int | tuple[int, int]]
@@ -38,7 +38,7 @@ def move_positions(graph: Graph, attentions: Sequence[Attention], count: int) ->
 def _rotary(attentions: Iterable[Attention]) -> Iterator[Place]:
     """Where frequencies are multiplied with positions, or a table of angles is read, on the way to these attentions."""
     for attention in attentions:
-        for node in behind([attention.query, attention.key]):
+        for node in upstream([attention.query, attention.key]):
             if operation(node) in ("cos", "sin"):
                 yield from _angles(node)
             elif operation(node) in LOOKUPS and is_weight(node.args[0]):  # type: ignore[arg-type]
@@ -46,16 +46,15 @@ def _rotary(attentions: Iterable[Attention]) -> Iterator[Place]:
 
 
 def _angles(node: fx.Node) -> Iterator[Place]:
-    queue, seen = [node], {node}
-    while queue:
-        current = queue.pop()
-        active = [n for n in current.all_input_nodes if unviewed(n).op != "get_attr"]
-        if operation(current) in ("mul", "matmul", "bmm", "einsum", "outer") and len(active) == 1:
-            places = [0, 1, (1, 0), (1, 1)]
-            yield current, next(p for p in places if _at(current, p) is active[0])
-        else:
-            queue += [n for n in active if n not in seen]
-            seen.update(active)
+    def active(node: fx.Node) -> list[fx.Node]:
+        return [n for n in node.all_input_nodes if unviewed(n).op != "get_attr"]
+
+    def multiplies(node: fx.Node) -> bool:
+        return operation(node) in ("mul", "matmul", "bmm", "einsum", "outer") and len(active(node)) == 1
+
+    for current in filter(multiplies, walk([node], active, multiplies)):
+        places = [0, 1, (1, 0), (1, 1)]
+        yield current, next(p for p in places if _at(current, p) is active(current)[0])
 
 
 def _at(node: fx.Node, place: Any) -> Any:
@@ -68,7 +67,7 @@ def _looked_up(
 ) -> Iterator[Place]:
     """Where the rows of a table of positions are read, for tokens that one of these attentions sees first."""
     every = list(find_attentions(nodes))
-    masks = {node for attention in every for node in behind(attention.biases)}
+    masks = {node for attention in every for node in upstream(attention.biases)}
     order = {node: index for index, node in enumerate(nodes)}
     wanted = {attention.mixed for attention in attentions}
     for node in nodes:
@@ -89,12 +88,12 @@ def _indices(node: fx.Node) -> int | tuple[int, int]:
 
 def _counts(graph: Graph, positions: fx.Node) -> bool:
     """Whether a value counts tokens: 0, 1, 2, … by their place, or by a mask summed up; or an input of that name."""
-    queue, seen = [positions], set[fx.Node]()
-    while queue:
-        node = queue.pop()
-        if node in seen:
-            continue
-        seen.add(node)
+
+    def counted_from(node: fx.Node) -> list[fx.Node]:
+        inner = [node.args[0]] if operation(node) in ("gather", *LOOKUPS) else node.all_input_nodes
+        return [n for n in inner if isinstance(n, fx.Node) and isinstance(n.meta.get("val"), torch.Tensor)]
+
+    for node in walk([positions], counted_from):
         name = operation(node)
         if name in ("arange", "cumsum") or (node.op == "placeholder" and "position" in str(node.target)):
             return True
@@ -102,8 +101,6 @@ def _counts(graph: Graph, positions: fx.Node) -> bool:
             stored = graph.weights[str(node.target)].load().flatten()
             if len(stored) > 1 and bool((stored.diff() == 1).all()):
                 return True
-        inner = [node.args[0]] if name in ("gather", *LOOKUPS) else node.all_input_nodes
-        queue += [n for n in inner if isinstance(n, fx.Node) and isinstance(n.meta.get("val"), torch.Tensor)]
     return False
 
 
@@ -114,12 +111,4 @@ def _has_room(node: fx.Node, positions: fx.Node, count: int) -> bool:
 
 
 def _reaches(start: fx.Node, end: fx.Node, order: dict[fx.Node, int]) -> bool:
-    queue, seen = [start], {start}
-    while queue:
-        node = queue.pop()
-        if node is end:
-            return True
-        new = [user for user in node.users if user not in seen and order[user] <= order[end]]
-        seen.update(new)
-        queue += new
-    return False
+    return end in walk([start], lambda node: [user for user in node.users if order[user] <= order[end]])

@@ -70,12 +70,12 @@ def find_roles(nodes: Iterable[fx.Node], sites: Iterable[WeightSite]) -> Roles:
     for node, site in weighted.items():
         if site.kind == "embedding":
             roles.of[site.uses[0]].add(EMBEDDING)
-        elif any(user.op == "output" for user in ahead(node, residual=False)):
+        elif any(user.op == "output" for user in downstream(node, residual=False)):
             roles.of[site.uses[0]].add(HEAD)
     for attention in find_attentions(ordered):
         for role in (QUERY, KEY, VALUE):
             _give(roles, role, getattr(attention, role.rpartition(".")[2]), weighted)
-        for node in ahead(attention.mixed, residual=False):
+        for node in downstream(attention.mixed, residual=False):
             if node in weighted and not roles.of[weighted[node].uses[0]]:
                 roles.of[weighted[node].uses[0]].add(OUTPUT)
     for node, site in weighted.items():
@@ -103,16 +103,18 @@ def _feed_forward(
     out: fx.Node, site: WeightSite, roles: Roles, weighted: Mapping[fx.Node, WeightSite]
 ) -> None:
     """Give the roles around a product whose input comes from an activation."""
-    branch = behind(out.all_input_nodes, residual=False)  # an activation in the residual stream is another's
+    branch = upstream(
+        out.all_input_nodes, residual=False
+    )  # an activation in the residual stream is another's
     active = [node for node in branch if operation(node) in ACTIVATIONS]
-    fed = {node for node in behind(active) if node in weighted}
+    fed = {node for node in upstream(active) if node in weighted}
     if not fed:
         return
     roles.of[site.uses[0]].add(OUT)
     gates = [node for node in branch if operation(node) in ("mul", "mul_") and len(node.all_input_nodes) == 2]
     others = []
     for first, second in ((a, b) for node in gates for a, b in itertools.permutations(node.all_input_nodes)):
-        made_from = {node for node in behind([first]) if node in weighted}
+        made_from = {node for node in upstream([first]) if node in weighted}
         if made_from and first not in active and (second in active or not made_from & fed):
             others.append(first)
     for node in active:
@@ -129,7 +131,7 @@ def _feed_forward(
 
 def _give(roles: Roles, role: str, operand: fx.Node, weighted: Mapping[fx.Node, WeightSite]) -> None:
     """Give a role to the products that an operand is made from, and note which of their rows it takes."""
-    region = behind([operand])
+    region = upstream([operand])
     for node in region:
         site = weighted.get(node)
         if site is None or site.kind == "embedding":

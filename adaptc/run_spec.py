@@ -36,9 +36,9 @@ def run_spec(
             ("emit",), "nothing to write", "such as emit: [{format: onnx, path: build/model.onnx}]"
         )
     places(loaded, loaded.emit, output_dir)
-    known = {"all", "trace", *load_passes()}
+    known = sorted({"all", "trace", *load_passes()})
     if print_after is not None and print_after not in known:
-        raise SpecError([_unknown_pass(print_after, known)])
+        raise SpecError([Problem(unknown("pass", print_after, known), file="--print-after")])
     steps = 0
 
     def after(name: str, graph: Graph) -> None:
@@ -64,12 +64,6 @@ def run_spec(
         "passes": [asdict(record) for record in compiled.records],
         "proofs": [asdict(proof) for proof in compiled.proofs],
     }
-
-
-def _unknown_pass(name: str, known: set[str]) -> Any:
-    from adaptc.errors import Problem
-
-    return Problem(f"unknown pass {name!r}; known: {', '.join(sorted(known))}", file="--print-after")
 
 
 def _dump(path: Path, text: str) -> None:

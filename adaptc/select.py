@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic
 
+from adaptc.errors import nearest
 from adaptc.graph import Graph
 from adaptc.method_contract import Method, S
 from adaptc.names import SLICE_NAMES, layer_of, matches, matches_any, nearest, parse_layers, sliced

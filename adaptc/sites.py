@@ -40,6 +40,13 @@ def source_of(node: fx.Node) -> str:
     return f"{outside[-1][0].rsplit('/', 1)[-1]}:{outside[-1][1]}" if outside else ""
 
 
+def place_of(node: fx.Node) -> str:
+    """A line for the end of a message: `in layers.0.attention, from modeling_llama.py:214`; "" if neither is known."""
+    module, source = module_of(node)[0], source_of(node)
+    parts = [f"in {module}"] * bool(module) + [f"from {source}"] * bool(source)
+    return "\n  " + ", ".join(parts) if parts else ""
+
+
 def parameter_uses(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node, int]]:
     """Every (get_attr node, user, argument index) of a graph; -1 for an argument inside a list or by keyword."""
     for node in graph.nodes:
@@ -105,11 +112,13 @@ def _site(
         layout=layout,
         uses=tuple(Use(user.name, index) for user, index in uses),
         bias=bias,
-        bias_uses=tuple(Use(user.name, BIASES[operation(user)]) for user, _ in read) if bias else (),
+        bias_uses=tuple(_bias_use(user) for user, _ in read) if bias else (),
         source=source_of(uses[0][0]),
         groups=_groups(read[0][0]) if read else 1,
         foreign=tuple(Use(user.name, index) for user, index in foreign),
-        computed_bias=layout is not None and bias is None and any(_has_bias(user) for user, _ in read),
+        computed_bias=layout is not None
+        and bias is None
+        and any(bias_of(user) is not None for user, _ in read),
     )
 
 
@@ -143,13 +152,15 @@ def _kind(layout: Layout | None, op: str) -> str:
 
 def _bias_of(user: fx.Node) -> str | None:
     """The name of the bias beside the weight in this operation, if it is a parameter."""
-    at = user.args[BIASES[operation(user)]] if _has_bias(user) else None
-    return str(at.target) if isinstance(at, fx.Node) and at.op == "get_attr" else None
+    bias = bias_of(user)
+    return str(bias.target) if isinstance(bias, fx.Node) and bias.op == "get_attr" else None
 
 
-def _has_bias(user: fx.Node) -> bool:
-    place = BIASES.get(operation(user))
-    return place is not None and len(user.args) > place and user.args[place] is not None
+def _bias_use(user: fx.Node) -> Use:
+    """Where a bias enters the product that has one."""
+    place = MATRIX_PRODUCTS[operation(user)].bias
+    assert place is not None
+    return Use(user.name, place)
 
 
 def _told_apart(sites: list[WeightSite]) -> list[WeightSite]:

@@ -20,11 +20,11 @@ from pydantic import (
 from adaptc.adapt_entries import AdaptEntry
 from adaptc.base_entry import Base, Inputs
 from adaptc.emit_entries import EmitEntries
-from adaptc.errors import Problem, SpecError, WeightError
+from adaptc.errors import Problem, SpecError, WeightError, got
 from adaptc.inputs import InputSpec
 from adaptc.quantize_entries import QuantizeEntries
 from adaptc.source import Source
-from adaptc.spec_errors import fault, got, invalid, problems
+from adaptc.spec_errors import fault, invalid, problems
 from adaptc.spec_part import Many, Part, PathText
 from adaptc.yaml_text import Loc
 

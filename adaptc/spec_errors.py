@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-import reprlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
-from adaptc.errors import Problem
-from adaptc.names import nearest
+from adaptc.errors import Problem, did_you_mean, got, unknown
 from adaptc.source import Source
 from adaptc.yaml_text import Loc
 
@@ -68,29 +66,6 @@ def problems(error: ValidationError, source: Source) -> list[Problem]:
     return sorted(found, key=lambda problem: (problem.line or 0, problem.column or 0))
 
 
-def unknown(what: str, word: object, known: Collection[str], listed: Iterable[str] = ()) -> str:
-    """`unknown method 'lorra'; did you mean 'lora'? known: dora, full, ia3, lora`"""
-    text = str(word)
-    close = nearest(text, known, cutoff=0.75) or nearest(text, known, cutoff=0.4)
-    hint = f" did you mean {' or '.join(repr(name) for name in close)}?" if close else ""
-    return f"unknown {what} {got(word)};{hint} known: {', '.join(listed or known)}"
-
-
-def got(value: object) -> str:
-    """A value as the words after 'got'."""
-    match value:
-        case None:
-            return "nothing"
-        case bool():
-            return str(value).lower()
-        case Mapping():
-            return "a mapping"
-        case list() | tuple():
-            return "a list"
-        case _:
-            return reprlib.repr(value)
-
-
 def _explained(details: ErrorDetails, spellings: Mapping[str, str]) -> InitErrorDetails:
     kind, loc, value, context = details["type"], details["loc"], details["input"], details.get("ctx", {})
     if kind == _OURS:
@@ -125,10 +100,8 @@ def _words(kind: str, value: object, context: Mapping[str, Any], message: str) -
     if kind in _BOUNDS:
         return f"must be {_BOUNDS[kind]} {next(iter(context.values())):g}, got {got(value)}"
     if kind == "literal_error":
-        close = (
-            nearest(value, re.findall(r"'([^']*)'", context["expected"]), 1) if isinstance(value, str) else []
-        )
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        choices = re.findall(r"'([^']*)'", context["expected"])
+        hint = did_you_mean(value, choices) if isinstance(value, str) else ""
         return f"expected {context['expected']}, got {got(value)}{hint}"
     noun = _NOUNS.get(kind.split("_")[0])
     if noun is not None:

@@ -23,7 +23,8 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
-from adaptc.spec_errors import explained, fault, got, invalid, unknown
+from adaptc.errors import got, unknown
+from adaptc.spec_errors import explained, fault, invalid
 
 T = TypeVar("T")
 

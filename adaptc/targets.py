@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, model_validator
 
+from adaptc.errors import got, unknown
 from adaptc.names import ROLES, matches, parse_layers
-from adaptc.spec_errors import fault, got, invalid
+from adaptc.spec_errors import fault, invalid
 from adaptc.spec_part import Many, Part
 
 
@@ -28,7 +29,7 @@ def _layers(text: str) -> str:
 
 def _role(text: str) -> str:
     if not any(matches(text, role) for role in ROLES):
-        raise ValueError(f"unknown role {text!r}; known: {', '.join(ROLES)}")
+        raise ValueError(unknown("role", text, ROLES))
     return text
 
 

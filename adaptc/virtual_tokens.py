@@ -8,7 +8,7 @@ import sympy
 import torch
 from torch import fx
 
-from adaptc.dataflow import made_from
+from adaptc.dataflow import ancestors
 from adaptc.graph import Graph
 
 aten = torch.ops.aten
@@ -42,7 +42,7 @@ class Places:
     def lengthen(self, node: fx.Node, axis: int, filler: int | str | None, first: fx.Node) -> None:
         """Let all that reads an input read a longer one."""
         users = [user for user in node.users if user.op != "output"]
-        mine = set() if self.order is None else {n for n in self.graph.nodes if n in made_from(self.order)}
+        mine = set() if self.order is None else {n for n in self.graph.nodes if n in ancestors(self.order)}
         with self.graph.module.graph.inserting_before(first):
             real = node
             if filler == "position":

@@ -15,4 +15,4 @@ def __getattr__(name: str) -> Any:
     passes = {item.__name__: item for item in (*load_passes().values(), Insert, Quantize)}
     if name in passes:
         return passes[name]
-    raise AttributeError(f"no pass is called {name!r}; known: {', '.join(sorted(passes))}")
+    raise AttributeError(unknown("pass", name, sorted(passes)))

@@ -249,6 +249,7 @@ def test_parameters_without_a_layer() -> None:
     assert roles_of(graph) == {
         "m.p": {Q}, "m.q": {K}, "m.r": {V}, "m.s": {O}, "m.t": {GATE, IN}, "m.u": {OUT},
     }  # fmt: skip
+    assert rows_of(graph, "m.p") == {}
     assert rows_of(graph, "m.t") == {GATE: ((0, 24),), IN: ((24, 48),)}
 
 
@@ -275,6 +276,12 @@ def test_attention_of_convolutions() -> None:
     found = roles_of(graph)
     assert found["b"] >= {Q, K, V}
     assert rows_of(graph, "b") == {Q: ((0, 16),), K: ((16, 32),), V: ((32, 48),)}
+
+
+def test_a_transposed_convolution_is_a_layer() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.ReLU(), nn.ConvTranspose2d(6, 2, 2, stride=2), nn.Tanh())
+    graph = adaptc.trace(randomise(model).eval(), (torch.randn(2, 4, 5, 5),), {"input": {0: "batch"}})
+    assert roles_of(graph) == {"0": set(), "2": {"head"}}
 
 
 @pytest.mark.parametrize("batch_first", [True, False])

@@ -13,9 +13,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from adaptc.errors import InputError
+from adaptc.errors import InputError, did_you_mean, nearest
 from adaptc.inputs import InputSpec
-from adaptc.names import nearest
 
 LIBRARIES = (
     str(Path(torch.__file__).parent),
@@ -124,7 +123,7 @@ def check_signature(model: nn.Module, inputs: Sequence[InputSpec]) -> None:
     misspelt = next((s.name for s in inputs if s.name not in taken and nearest(s.name, taken, 1, 0.75)), None)
     if misspelt is not None:
         raise InputError(
-            f"{type(model).__name__}.forward takes no {misspelt!r}; did you mean {nearest(misspelt, taken, 1)[0]!r}?"
+            f"{type(model).__name__}.forward takes no {misspelt!r}{did_you_mean(misspelt, taken)}"
         )
     try:
         signature.bind(**{spec.name: None for spec in inputs})

@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from adaptc.dataflow import walk
 from adaptc.errors import InputError, TraceError, WeightError
 from adaptc.graph import VERIFIED, Graph, attribute, put, signature
 from adaptc.inputs import InputSpec
@@ -19,6 +20,7 @@ from adaptc.tracing.stored import first_names
 from adaptc.weights import Computed, Held, Weight
 
 aten = torch.ops.aten
+INTEGERS = (torch.int64, torch.int32)
 
 
 def trace(base: Base) -> Graph:
@@ -113,20 +115,19 @@ def _bounded(spec: InputSpec, node: fx.Node) -> InputSpec:
 
 def _high(node: fx.Node) -> int | None:
     """The smallest table that values of an integer input are looked up in."""
-    bounds: list[int] = []
-    seen: set[fx.Node] = set()
-    queue = [node]
-    while queue:
-        current = queue.pop()
-        for user in current.users:
-            if user in seen or user.op != "call_function":
-                continue
-            seen.add(user)
-            value = user.meta.get("val")
-            if user.target is aten.embedding.default and user.args[1] is current:
-                bounds.append(user.args[0].meta["val"].shape[0])  # type: ignore[union-attr]
-            elif user.target is aten.cross_entropy_loss.default and user.args[1] is current:
-                bounds.append(int(user.args[0].meta["val"].shape[1]))  # type: ignore[union-attr]
-            elif isinstance(value, torch.Tensor) and value.dtype in (torch.int64, torch.int32):
-                queue.append(user)
-    return min(bounds) if bounds else None
+
+    def integers(node: fx.Node) -> list[fx.Node]:
+        users = [user for user in node.users if user.op == "call_function" and _bound(user, node) is None]
+        values = [(user, user.meta.get("val")) for user in users]
+        return [user for user, value in values if isinstance(value, torch.Tensor) and value.dtype in INTEGERS]
+
+    bounds = [_bound(user, value) for value in walk([node], integers) for user in value.users]
+    return min((bound for bound in bounds if bound is not None), default=None)
+
+
+def _bound(user: fx.Node, value: fx.Node) -> int | None:
+    """How many rows or classes an operation chooses among by a value; None where it does not."""
+    axis = {aten.embedding.default: 0, aten.cross_entropy_loss.default: 1}.get(user.target)  # type: ignore[arg-type]
+    if axis is None or user.args[1] is not value:
+        return None
+    return int(user.args[0].meta["val"].shape[axis])  # type: ignore[union-attr]

@@ -15,7 +15,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from adaptc.base_entry import Base as BaseEntry
-from adaptc.errors import TraceError, WeightError
+from adaptc.errors import TraceError, WeightError, unknown
 from adaptc.inputs import InputSpec
 from adaptc.names import nearest
 from adaptc.tracing.base import Base, Bound, Pretrained
@@ -45,9 +45,7 @@ def unknown_task(task: str) -> str | None:
     """The words for a task nobody has an Auto class for, or None."""
     if task in tasks():
         return None
-    near = _of_hub(task) or nearest(task, tasks())
-    hint = f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
-    return f"unknown task {task!r}{hint} known: {', '.join(tasks())}"
+    return unknown("task", task, tasks(), close=_of_hub(task))
 
 
 def _of_hub(task: str) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from adaptc.dataflow import walk
 from adaptc.errors import Refusal, RefusedError
 from adaptc.graph import Adaptation, Graph
 from adaptc.method_contract import WeightMethod

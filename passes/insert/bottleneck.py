@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from adaptc.feed_forward import SmallFeedForward
 from adaptc.method_contract import method
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @method("bottleneck")
@@ -22,10 +18,3 @@ class Sequential(SmallFeedForward):
     `target: {role: feed_forward.out}`; AdapterDrop (Rücklé et al. 2021) leaves the lowest layers out,
     `target: {layers: 5-11}`.
     """
-
-    def branch(self, z: Tensor, **theta: Tensor) -> Tensor:
-        """`s (W_up σ(W_down z + b_down) + b_up)`."""
-        from torch.nn.functional import linear
-
-        narrow = self.activated(linear(z, theta["down"], theta["down_bias"]))
-        return self.scale * linear(narrow, theta["up"], theta["up_bias"])

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from adaptc.feed_forward import SmallFeedForward
 from adaptc.method_contract import method
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @method("parallel")
@@ -22,10 +19,3 @@ class Parallel(SmallFeedForward):
     """
 
     reads: ClassVar[str] = "input"
-
-    def branch(self, z: Tensor, **theta: Tensor) -> Tensor:
-        """`s (W_up σ(W_down z + b_down) + b_up)`."""
-        from torch.nn.functional import linear
-
-        narrow = self.activated(linear(z, theta["down"], theta["down_bias"]))
-        return self.scale * linear(narrow, theta["up"], theta["up_bias"])

@@ -108,7 +108,7 @@ ONE_PROBLEM = {
     ),
     "unknown role": (
         HEAD + "adapt: [{method: lora, target: {role: attention.values}}]", 3, 39, "adapt.0.target.role",
-        "unknown role 'attention.values'; known: attention.query, attention.key, attention.value, attention.output",
+        "unknown role 'attention.values'; did you mean 'attention.value'? known: attention.query, attention.key",
     ),
     "unknown key of a target": (
         HEAD + "adapt: [{method: lora, target: {rol: attention.value}}]", 3, 33, "adapt.0.target.rol",
