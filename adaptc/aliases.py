@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import fx
 
+from adaptc.dataflow import walk
 from adaptc.site import Use, WeightSite
 from adaptc.sites import ADAPTATION, module_of
 
@@ -23,19 +24,13 @@ def users(graph: Graph, name: str) -> list[fx.Node]:
     """Who uses a tensor, under any of its names, outside the inserted expressions; after them, who uses those."""
     same = set(names(graph, name))
     leaves = {graph.quantized[n].value for n in same & graph.quantized.keys()}
-    queue = [n for n in graph.nodes if (n.op == "get_attr" and n.target in same) or n.name in leaves]
-    found: dict[fx.Node, None] = {}
-    seen: set[fx.Node] = set()
-    while queue:
-        for user in queue.pop().users:
-            if user in seen:
-                continue
-            seen.add(user)
-            if user.meta.get(ADAPTATION) is None:
-                found[user] = None
-            else:
-                queue.append(user)
-    return list(found)
+    tensors = [n for n in graph.nodes if (n.op == "get_attr" and n.target in same) or n.name in leaves]
+    reached = walk(
+        [user for node in tensors for user in node.users],
+        lambda node: node.users,
+        lambda node: node.meta.get(ADAPTATION) is None,
+    )
+    return [node for node in reached if node.meta.get(ADAPTATION) is None]
 
 
 def names(graph: Graph, name: str) -> list[str]:

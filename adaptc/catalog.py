@@ -9,13 +9,13 @@ from typing import Any, TypeAlias, get_type_hints
 
 from pydantic import TypeAdapter, create_model
 
+from adaptc.errors import nearest
 from adaptc.insert import Insert
 from adaptc.insert_activation import InsertActivation as InsertActivation
 from adaptc.insert_attention import InsertAttention as InsertAttention
 from adaptc.insert_input import InsertInput as InsertInput
 from adaptc.insert_weight import InsertWeight as InsertWeight
 from adaptc.method_contract import METHODS, Method
-from adaptc.names import nearest
 from adaptc.pipeline import PASSES, Pass
 from adaptc.quantize import Quantize
 from adaptc.scheme_contract import SCHEMES, Scheme

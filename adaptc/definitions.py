@@ -11,8 +11,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
 from adaptc.author import Author, place_of_function
-from adaptc.errors import DefinitionError
-from adaptc.names import nearest
+from adaptc.errors import DefinitionError, nearest
 
 RESERVED = frozenset(
     {

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from adaptc.errors import Fault
+from adaptc.errors import Fault, did_you_mean
 from adaptc.kinds import ActivationMethod
 from adaptc.method_contract import Dropout
-from adaptc.names import nearest
 from adaptc.param import Param
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from adaptc.expression import splice
 from adaptc.graph import Graph
 from adaptc.insert import Insert
 from adaptc.kinds import AttentionMethod
-from adaptc.layout import operation
 from adaptc.masks import Masks
+from adaptc.nodes import operation
 from adaptc.point_sites import AttentionSite
 from adaptc.positions import move_positions
 from adaptc.shapes import evaluated, refresh

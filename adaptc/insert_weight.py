@@ -11,7 +11,7 @@ from torch import fx
 
 from adaptc.aliases import elsewhere, untie, widened
 from adaptc.author import place_of_function
-from adaptc.dataflow import made_from
+from adaptc.dataflow import ancestors
 from adaptc.errors import DefinitionError, Fault, Refusal, RefusedError
 from adaptc.expression import splice
 from adaptc.graph import Graph
@@ -125,7 +125,7 @@ class InsertWeight(Insert[WeightMethod], inserts=WeightMethod):
                     f"on {site}",
                     place_of_function(getattr(method, function.__name__)),
                 )
-            if (parameter, uses[0].node) in graph.adapted and before not in made_from(result):
+            if (parameter, uses[0].node) in graph.adapted and before not in ancestors(result):
                 words = f"{method.name} replaces what an earlier entry does to {site.module}; write it first"
                 raise RefusedError([Refusal(words, (uses[0].node,))], self)
             if got.stride() == want.stride():  # then what reads it needs no other check than before

@@ -9,9 +9,8 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from adaptc.catalog import AnyPass, PassFactory, load_passes
-from adaptc.errors import Refusal
+from adaptc.errors import Refusal, unknown
 from adaptc.graph import Graph
-from adaptc.names import nearest
 from adaptc.pipeline import PASSES, Pass, check_order
 from adaptc.quantize import Quantize
 from adaptc.spec import Spec
@@ -101,14 +100,10 @@ def _starts(passes: Sequence[Pass], items: Sequence[Pass]) -> bool:
 
 def _made(spec: Spec, index: int, cls: AnyPass, name: str, options: Mapping[str, Any]) -> Pass:
     fields = list(inspect.signature(cls).parameters)
-    unknown = next((option for option in options if option not in fields), None)
-    if unknown is not None:
-        near = nearest(str(unknown), fields)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        shown = ", ".join(fields) or "none"
-        raise spec.error(
-            ("passes", index), f"{name}: unknown option {unknown!r}{hint}", f"its options: {shown}"
-        )
+    other = next((option for option in options if option not in fields), None)
+    if other is not None:
+        message = f"{name}: {unknown('option', other, fields, listed=())}"
+        raise spec.error(("passes", index), message, f"its options: {', '.join(fields) or 'none'}")
     try:
         return (
             cls.validated(options)

@@ -7,8 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from adaptc.errors import DefinitionError
-from adaptc.names import nearest
+from adaptc.errors import DefinitionError, nearest
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor

@@ -14,9 +14,8 @@ from pydantic import TypeAdapter
 
 from adaptc.author import Author
 from adaptc.definitions import check_call, check_class, check_defined, check_names, check_options
-from adaptc.errors import AdaptcError, Refusal, RefusedError, VerifyError
+from adaptc.errors import AdaptcError, Refusal, RefusedError, VerifyError, nearest
 from adaptc.graph import Graph
-from adaptc.names import nearest
 from adaptc.registry import Registry
 from adaptc.stages import REWRITTEN, STAGES
 from adaptc.verify import structure_checked, verify

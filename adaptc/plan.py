@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from adaptc.dataflow import walk
 from adaptc.errors import Problem, SpecError
 from adaptc.graph import Graph
 from adaptc.kinds import TOKENS, PromptMethod

@@ -11,6 +11,7 @@ from torch import fx
 from adaptc.attention import Attention, find_attentions, keys_of, values_of
 from adaptc.dataflow import VIEWS, ancestors, is_residual, unviewed, upstream, walk
 from adaptc.names import ROLES
+from adaptc.nodes import operation
 from adaptc.point_sites import AnyPoint, AttentionSite, Heads, InputSite, SubLayer
 from adaptc.roles import weighted_products
 from adaptc.site import ATTENTION_POINT, INPUT, SUBLAYER, Use, WeightSite

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from adaptc.attention import find_attentions
-from adaptc.dataflow import ahead, behind, features_reaching
-from adaptc.layout import operation
+from adaptc.dataflow import downstream, features_reaching, upstream
 from adaptc.names import ROLES, SLICE_NAMES
+from adaptc.nodes import operation
 from adaptc.site import MATRIX_KINDS, Use, WeightSite
 
 QUERY, KEY, VALUE, OUTPUT, IN, GATE, OUT, EMBEDDING, HEAD = ROLES

@@ -11,7 +11,7 @@ from adaptc.artifacts import emit_all
 from adaptc.catalog import load_passes
 from adaptc.compiler import compile as compile_spec
 from adaptc.emit.places import places
-from adaptc.errors import AdaptcError, SpecError
+from adaptc.errors import AdaptcError, Problem, SpecError, unknown
 from adaptc.graph import Graph
 from adaptc.report import Report
 from adaptc.spec import load

@@ -9,7 +9,7 @@ from typing import Any, Generic
 from adaptc.errors import nearest
 from adaptc.graph import Graph
 from adaptc.method_contract import Method, S
-from adaptc.names import SLICE_NAMES, layer_of, matches, matches_any, nearest, parse_layers, sliced
+from adaptc.names import SLICE_NAMES, layer_of, matches, matches_any, parse_layers, sliced
 from adaptc.point_sites import AttentionSite, Point, Site, SubLayer
 from adaptc.points import named_point
 from adaptc.roles import PIECES, SLICES

@@ -9,16 +9,11 @@ from dataclasses import replace
 
 from torch import fx
 
-from adaptc.layout import consumers, operation
+from adaptc.layout import consumers
+from adaptc.matrix_products import MATRIX_PRODUCTS, bias_of
+from adaptc.nodes import operation
 from adaptc.site import MATRIX_KINDS, Layout, Use, WeightSite
 
-BIASES: Mapping[str, int] = {
-    "linear": 2,
-    "addmm": 0,
-    **{f"conv{n}d": 2 for n in (1, 2, 3)},
-    **{f"conv_transpose{n}d": 2 for n in (1, 2, 3)},
-}
-"""Operation -> the operand that is its bias."""
 ADAPTATION = "adaptation"
 """The key in a node's meta of the adaptation that its expression belongs to; nodes of the base have none."""
 

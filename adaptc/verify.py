@@ -14,7 +14,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from adaptc.errors import VerifyError
 from adaptc.graph import VERIFIED, Graph, signature
 from adaptc.shapes import evaluated
-from adaptc.sites import module_of, source_of
+from adaptc.sites import place_of
 from adaptc.stages import stages_of
 
 
@@ -104,6 +104,4 @@ def _error(message: str, node: fx.Node | None) -> VerifyError:
     """The message, and where in the model the node comes from."""
     if node is None:
         return VerifyError(message)
-    module, source = module_of(node)[0], source_of(node)
-    where = (f"\n  in {module}" if module else "") + (f", from {source}" if source else "")
-    return VerifyError(message + where, node.name)
+    return VerifyError(message + place_of(node), node.name)

@@ -9,6 +9,7 @@ from typing import Any
 
 def __getattr__(name: str) -> Any:
     from adaptc.catalog import Insert, Quantize, load_passes
+    from adaptc.errors import unknown
 
     if name.startswith("_"):
         raise AttributeError(name)

@@ -17,7 +17,7 @@ from adaptc.emit.onnx_operations import translations
 from adaptc.errors import Refusal, RefusedError
 from adaptc.graph import ORIGIN, Graph
 from adaptc.pipeline import Pass
-from adaptc.sites import module_of, source_of
+from adaptc.sites import place_of
 from adaptc.stages import OWN
 
 EXPECTED = (
@@ -91,15 +91,9 @@ class OnnxOperations(Pass):
                 and target not in known
             ):
                 reason = (
-                    f"ONNX export failed: there is no ONNX form of {target}{where_of(node)}\n  {EXPECTED}"
+                    f"ONNX export failed: there is no ONNX form of {target}{place_of(node)}\n  {EXPECTED}"
                 )
                 raise RefusedError([Refusal(reason)], self)
-
-
-def where_of(node: fx.Node) -> str:
-    """Where in the model a node comes from, as lines of a message."""
-    module, source = module_of(node)[0], source_of(node)
-    return (f"\n  in {module}" if module else "") + (f"\n  at {source}" if source else "")
 
 
 def _put_on_cpu(nodes: fx.Graph, device: fx.Node) -> None:

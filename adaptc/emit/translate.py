@@ -19,12 +19,13 @@ from torch.export.graph_signature import (
 from torch.utils import _pytree as pytree
 
 from adaptc.emit.casts import Casts
-from adaptc.emit.decompose import EXPECTED, OnnxOperations, vocabulary, where_of
+from adaptc.emit.decompose import EXPECTED, OnnxOperations, vocabulary
 from adaptc.emit.functional import Functional
 from adaptc.emit.onnx_operations import COMPLEX, translations
 from adaptc.errors import AdaptcError, RefusedError, VerifyError
 from adaptc.graph import Graph, attribute
 from adaptc.pipeline import run
+from adaptc.sites import place_of
 from adaptc.tracing.quiet import quietly
 
 
@@ -78,7 +79,7 @@ def translate(graph: Graph, opset: int) -> Any:
             (line for line in lines if "No ONNX function" in line or "aten." in line),
             lines[0] if lines else "",
         )
-        where = next((where_of(node) for node in graph.nodes if f"%{node.name} " in str(error)), "")
+        where = next((place_of(node) for node in graph.nodes if f"%{node.name} " in str(error)), "")
         raise AdaptcError(
             f"ONNX export failed: {type(error).__name__}: {words}{where}\n  {EXPECTED}"
         ) from error

@@ -17,7 +17,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from adaptc.base_entry import Base as BaseEntry
 from adaptc.errors import TraceError, WeightError, unknown
 from adaptc.inputs import InputSpec
-from adaptc.names import nearest
 from adaptc.tracing.base import Base, Bound, Pretrained
 from adaptc.tracing.derive import choices, derive_inputs, set_for_tracing
 from adaptc.tracing.module import held_weights

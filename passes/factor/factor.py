@@ -207,13 +207,8 @@ class _Rewrite:
     def trains(self, E: fx.Node, adaptation: Adaptation) -> bool:
         """Whether what the method trains is inside this term: the branch, beside the term of the base."""
         own = {name for name, param in adaptation.params.values() if param.trained}
-        queue = [E]
-        while queue:
-            node = queue.pop()
-            if node.op == "get_attr" and node.target in own:
-                return True
-            queue.extend(node.all_input_nodes)
-        return False
+        made_from = walk([E], lambda node: node.all_input_nodes)
+        return any(node.op == "get_attr" and node.target in own for node in made_from)
 
     def emit(self, target: Any, *args: Any) -> fx.Node:
         """One operation, recorded as coming from the base's node."""

@@ -19,6 +19,7 @@ from adaptc.errors import SpecError
 from adaptc.graph import Graph, bind
 from adaptc.insert import Insert
 from adaptc.kinds import ActivationMethod, PromptMethod
+from adaptc.matrix_products import MATRIX_PRODUCTS
 from adaptc.method_contract import METHODS, WeightMethod
 from adaptc.pipeline import run
 from adaptc.weights import Held
