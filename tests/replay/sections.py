@@ -1,0 +1,89 @@
+"""Records on disk: named texts, each whole or as what differs from an earlier one.
+
+A file starts a text with `=== NAME`, or with `=== NAME, against OTHER` where a unified diff follows. OTHER is an
+earlier text of the file, or `FILE: NAME` of another file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+HEAD = re.compile(r"=== (?P<name>[^,\n]+)(?:, against (?P<other>.+))?")
+HUNK = re.compile(r"@@ -(\d+)(?:,(\d+))? \+\d+(?:,\d+)? @@")
+
+Sections = dict[str, str]
+"""The name of a text -> the text."""
+
+
+def write(path: Path, sections: Mapping[str, str], base: Path | None = None) -> None:
+    """Write texts; each as a diff against the one before it, or of `base`, that it differs least from."""
+    known = {f"{base.stem}: {name}": text for name, text in read(base).items()} if base else {}
+    lines: list[str] = []
+    for name, text in sections.items():
+        body, head = text.splitlines(), f"=== {name}"
+        for other, earlier in known.items():
+            changes = _changes(earlier, text)
+            if sum(map(len, changes)) < sum(map(len, body)):
+                body, head = changes, f"=== {name}, against {other}"
+        lines += [head, *body, ""]
+        known[name] = text
+    path.write_text("\n".join(lines))
+
+
+def read(path: Path) -> Sections:
+    """Every text of a file, whole."""
+    known: Sections = {}
+    sections: Sections = {}
+    for block in re.split(r"^(?==== )", path.read_text(), flags=re.MULTILINE)[1:]:
+        first, _, body = block.partition("\n")
+        head = HEAD.fullmatch(first)
+        assert head is not None, f"{path.name}: {first!r} starts no text"
+        text = body.removesuffix("\n").removesuffix("\n")
+        if other := head["other"]:
+            file, _, name = other.rpartition(": ")
+            earlier = read(path.with_name(f"{file}.txt"))[name] if file else known[other]
+            text = _changed(earlier, text)
+        known[head["name"]] = sections[head["name"]] = text
+    return sections
+
+
+def difference(recorded: Mapping[str, str], current: Mapping[str, str]) -> str:
+    """What differs between two sets of texts, as unified diffs; "" if nothing does."""
+    lines: list[str] = []
+    for name in dict.fromkeys([*recorded, *current]):
+        before, after = recorded.get(name, ""), current.get(name, "")
+        if name not in recorded or name not in current or before != after:
+            where = (f"{name}, recorded", f"{name}, now")
+            lines += difflib.unified_diff(before.splitlines(), after.splitlines(), *where, n=2, lineterm="")
+            lines += [f"{name} is not in the record"] * (name not in recorded)
+            lines += [f"{name} is only in the record"] * (name not in current)
+    return "\n".join(lines)
+
+
+def _changes(before: str, after: str) -> list[str]:
+    return list(difflib.unified_diff(before.splitlines(), after.splitlines(), n=1, lineterm=""))[2:]
+
+
+def _changed(before: str, changes: str) -> str:
+    """Apply a unified diff.
+
+    Raises:
+        ValueError: it was made against another text.
+    """
+    old, new, place = before.splitlines(), [], 0
+    for line in changes.splitlines():
+        if hunk := HUNK.fullmatch(line):
+            start = int(hunk[1]) - (hunk[2] != "0")
+            new += old[place:start]
+            place = start
+        elif line[0] == "+":
+            new.append(line[1:])
+        else:
+            if old[place : place + 1] != [line[1:]]:
+                raise ValueError(f"the diff expects {line[1:]!r}, but the text has {old[place : place + 1]}")
+            new += old[place : place + 1] * (line[0] == " ")
+            place += 1
+    return "\n".join(new + old[place:])
