@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 HEAD = re.compile(r"=== (?P<name>[^,\n]+)(?:, against (?P<other>.+))?")
@@ -50,16 +50,15 @@ def read(path: Path) -> Sections:
     return sections
 
 
-def difference(recorded: Mapping[str, str], current: Mapping[str, str]) -> str:
-    """What differs between two sets of texts, as unified diffs; "" if nothing does."""
+def difference(recorded: Mapping[str, str], current: Mapping[str, str], names: Sequence[str]) -> str:
+    """How the texts of these names differ, as unified diffs; "" if they do not."""
     lines: list[str] = []
-    for name in dict.fromkeys([*recorded, *current]):
+    for name in names:
+        if name not in recorded or name not in current:
+            lines.append(f"{name} is {'only' if name in recorded else 'not'} in the record")
+        where = (f"{name}, recorded", f"{name}, now")
         before, after = recorded.get(name, ""), current.get(name, "")
-        if name not in recorded or name not in current or before != after:
-            where = (f"{name}, recorded", f"{name}, now")
-            lines += difflib.unified_diff(before.splitlines(), after.splitlines(), *where, n=2, lineterm="")
-            lines += [f"{name} is not in the record"] * (name not in recorded)
-            lines += [f"{name} is only in the record"] * (name not in current)
+        lines += difflib.unified_diff(before.splitlines(), after.splitlines(), *where, n=2, lineterm="")
     return "\n".join(lines)
 
 
