@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import hashlib
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -11,14 +13,15 @@ from torch import fx, nn
 
 
 def graph_text(text: str) -> str:
-    """The text of a graph without the modules that its nodes come from."""
-    return re.sub(r"  # ([\w.]+)$", "", text, flags=re.MULTILINE)
+    """The text of a graph without the modules that its nodes come from; names that follow from others are left out."""
+    text = re.sub(r"  # ([\w.]+)$", "", text, flags=re.MULTILINE)
+    return re.sub(r"^%(\w+) = weight (\S+)", _weight, text, flags=re.MULTILINE)
 
 
 def module_text(module: fx.GraphModule) -> str:
     """A module's graph as the text of a graph is: a line a node."""
     names = {node: node.name for node in module.graph.nodes}
-    return "\n".join(_node(node, names) for node in module.graph.nodes)
+    return graph_text("\n".join(_node(node, names) for node in module.graph.nodes))
 
 
 def renamed_text(module: fx.GraphModule) -> str:
@@ -31,10 +34,31 @@ def renamed_text(module: fx.GraphModule) -> str:
     )
 
 
+def program_text(loaded: fx.GraphModule, module: fx.GraphModule) -> str:
+    """How a loaded program differs from the module it was made of: its operations, and a hash of all it says."""
+    text = renamed_text(loaded)
+    if text == renamed_text(module):
+        return "the program of the module"
+    before, after = (re.sub(r"%\d+\b", "%", renamed_text(m)).splitlines() for m in (module, loaded))
+    changes = list(difflib.unified_diff(before, after, "the module", "its program", n=0, lineterm=""))
+    return "\n".join([f"sha256 {hashlib.sha256(_sized(text).encode()).hexdigest()}", *changes])
+
+
 def module_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     """Every parameter and buffer by each of its names."""
     tensors = dict(module.named_parameters(remove_duplicate=False))
     return {**tensors, **dict(module.named_buffers(remove_duplicate=False))}
+
+
+def _sized(text: str) -> str:
+    """Without torch's own names of dimensions."""
+    return re.sub(r"\bs\d+\b", "size", text)
+
+
+def _weight(match: re.Match[str]) -> str:
+    name, target = match.groups()
+    letters = target.replace(".", "").replace("_", "").lower()
+    return f"weight {target}" if name.replace("_", "") == letters else match[0]
 
 
 def _node(node: fx.Node, names: Mapping[fx.Node, str]) -> str:

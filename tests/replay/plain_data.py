@@ -25,7 +25,7 @@ def plain_text(value: Any, path: str = "") -> Iterator[str]:
         for key, item in items:
             yield from plain_text(item, f"{path}.{key}" if path else str(key))
     else:
-        yield f"{path} = {json.dumps(_rounded(value), ensure_ascii=False)}"
+        yield f"{path} = {_shown(value)}"
 
 
 def manifest_text(manifest: dict[str, Any]) -> str:
@@ -46,9 +46,17 @@ def _is_row(value: Any) -> bool:
     return isinstance(value, dict) and not any("{" in json.dumps(item) for item in value.values())
 
 
+def _shown(value: Any) -> str:
+    """A value as JSON; of a mapping each key and value that is not empty."""
+    if not isinstance(value, dict):
+        return json.dumps(_rounded(value), ensure_ascii=False)
+    items = {key: item for key, item in value.items() if item not in ("", [])}
+    return ", ".join(
+        f"{key} {item if isinstance(item, str) else _shown(item)}" for key, item in items.items()
+    )
+
+
 def _rounded(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.6g}")
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
     return [_rounded(item) for item in value] if isinstance(value, list) else value

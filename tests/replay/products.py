@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import fx
 
 import adaptc
-from tests.replay.modules import module_tensors, renamed_text
+from tests.replay.modules import module_tensors, program_text
 from tests.replay.onnx_programs import onnx_tensors, onnx_text
 from tests.replay.plain_data import manifest_text
 
@@ -25,7 +25,7 @@ def product_texts(
     Args:
         name: what the product is called in the record.
         path: the file or folder that was written.
-        module: the trainable module; a torch program that is the same but for the names of nodes is not written out.
+        module: the trainable module; a torch program is told against it.
     """
     folder = path if path.is_dir() else path.parent
     files = sorted(p for p in folder.rglob("*") if p.is_file())
@@ -34,8 +34,7 @@ def product_texts(
         label = f"{name} {file.relative_to(folder)}"
         if file.suffix == ".pt2":
             loaded = adaptc.load(folder)
-            text = renamed_text(loaded)
-            yield label, "the program of the module" if text == renamed_text(module) else text
+            yield label, program_text(loaded, module)
             yield f"{label} tensors", module_tensors(loaded)
         elif file.suffix == ".onnx":
             model = onnx_ir.load(file)

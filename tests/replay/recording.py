@@ -36,6 +36,7 @@ class Recording:
         for path, word in self._paths.items():
             text = text.replace(str(path), word)
         text = re.sub(r"[^\s\"]*/site-packages/", "", text)
+        text = re.sub(r"\bencoder([._])layer[._](?=\d)", "L", text)  # to be short
         symbols = {
             symbol: f"size_{i}" for i, symbol in enumerate(dict.fromkeys(re.findall(r"\bs\d+\b", text)))
         }

@@ -1,7 +1,7 @@
 """Records on disk: named texts, each whole or as what differs from an earlier one.
 
-A file starts a text with `=== NAME`, or with `=== NAME, against OTHER` where a unified diff follows. OTHER is an
-earlier text of the file, or `FILE: NAME` of another file.
+A file starts a text with `=== NAME`, or with `=== NAME, against OTHER` where a diff follows. OTHER is an earlier text
+of the file, or `FILE: NAME` of another file.
 """
 
 from __future__ import annotations
@@ -63,11 +63,13 @@ def difference(recorded: Mapping[str, str], current: Mapping[str, str], names: S
 
 
 def _changes(before: str, after: str) -> list[str]:
-    return list(difflib.unified_diff(before.splitlines(), after.splitlines(), n=1, lineterm=""))[2:]
+    """A unified diff without context, in which a line that is gone is told by its first word only."""
+    lines = list(difflib.unified_diff(before.splitlines(), after.splitlines(), n=0, lineterm=""))[2:]
+    return [re.sub(r"^-((?:weight )?\S*).*", r"-\1", line) for line in lines]
 
 
 def _changed(before: str, changes: str) -> str:
-    """Apply a unified diff.
+    """Apply such a diff.
 
     Raises:
         ValueError: it was made against another text.
@@ -81,8 +83,8 @@ def _changed(before: str, changes: str) -> str:
         elif line[0] == "+":
             new.append(line[1:])
         else:
-            if old[place : place + 1] != [line[1:]]:
-                raise ValueError(f"the diff expects {line[1:]!r}, but the text has {old[place : place + 1]}")
-            new += old[place : place + 1] * (line[0] == " ")
+            found = old[place] if place < len(old) else "nothing more"
+            if not found.startswith(line[1:]):
+                raise ValueError(f"the diff expects {line[1:]!r} where the text has {found!r}")
             place += 1
     return "\n".join(new + old[place:])

@@ -10,7 +10,7 @@ import torch
 from tests.replay import sections
 from tests.replay.tensors import tensors_differ, tensors_text
 
-LINES = [f"line {index}" for index in range(40)]
+LINES = [f"row{index} = {index}" for index in range(40)]
 CHANGED = ["new", *LINES[:10], "other", *LINES[12:30], *LINES[31:], "", "last"]
 
 
@@ -34,7 +34,7 @@ def test_a_diff_fits_no_other_text(tmp_path: Path) -> None:
     sections.write(tmp_path / "base.txt", {"first": "\n".join(LINES)})
     sections.write(tmp_path / "texts.txt", {"changed": "\n".join(CHANGED)}, tmp_path / "base.txt")
     sections.write(tmp_path / "base.txt", {"first": "\n".join(LINES[3:])})
-    with pytest.raises(ValueError, match="the diff expects 'line 0', but the text has"):
+    with pytest.raises(ValueError, match="the diff expects 'row10' where the text has 'row13 = 13'"):
         sections.read(tmp_path / "texts.txt")
 
 
