@@ -15,7 +15,7 @@ ELSEWHERE = frozenset({"spec", "sites", "versions"})
 
 
 def plain_text(value: Any, path: str = "") -> Iterator[str]:
-    """Plain data, a line each value, list or mapping of plain values; numbers to six digits."""
+    """Plain data, a line each value, list or mapping of plain values; numbers to four digits, which no machine changes."""
     items = list(
         value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     )
@@ -58,5 +58,5 @@ def _shown(value: Any) -> str:
 
 def _rounded(value: Any) -> Any:
     if isinstance(value, float):
-        return float(f"{value:.6g}")
+        return float(f"{value:.4g}")
     return [_rounded(item) for item in value] if isinstance(value, list) else value
