@@ -15,7 +15,7 @@ ELSEWHERE = frozenset({"spec", "sites", "versions"})
 
 
 def plain_text(value: Any, path: str = "") -> Iterator[str]:
-    """Plain data, a line each value, list or mapping of plain values; numbers to four digits, which no machine changes."""
+    """Plain data, a line each value, list or mapping of plain values; numbers to four digits."""
     items = list(
         value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     )
