@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from torch import fx
 
 from adaptc.dataflow import walk
+from adaptc.point_sites import InputSite, Site
 from adaptc.site import Use, WeightSite
 from adaptc.sites import ADAPTATION, module_of
 
@@ -105,8 +106,15 @@ def _separated(graph: Graph, name: str, module: str, uses: Sequence[Use], nodes:
         bias = of(site.bias, site.bias_uses) if site.bias else None
         return replace(site, parameter=str(of(site.parameter, site.uses)), bias=bias)
 
+    def renamed_place(site: Site) -> Site:
+        if isinstance(site, WeightSite):
+            return renamed(site)
+        if isinstance(site, InputSite):
+            return replace(site, table=str(of(site.table, site.uses)))
+        return site
+
     graph.sites = tuple(renamed(site) for site in graph.sites)
-    graph.revise(lambda adaptation: replace(adaptation, site=renamed(adaptation.site)))
+    graph.revise(lambda adaptation: replace(adaptation, site=renamed_place(adaptation.site)))
     for tensor, use in [key for key in graph.adapted if key[0] in known]:
         graph.adapted[rest[0], use] = graph.adapted.pop((tensor, use))
     return own

@@ -36,7 +36,7 @@ class PassFactory:
         leaves: the stage it leaves; None where it does not change it.
     """
 
-    def __init__(self, pass_class: type[Insert[Any]] | type[Quantize], body: type[Body], name: str):
+    def __init__(self, pass_class: Any, body: type[Body], name: str):
         self.pass_class, self.body, self.name = pass_class, body, name
         self.takes, self.leaves = pass_class.takes, pass_class.leaves
         self.__name__ = "".join(part.capitalize() for part in name.split("-"))

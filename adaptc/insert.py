@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import torch
 from torch import fx
@@ -74,11 +74,11 @@ class Insert(Pass, Generic[M]):
         super().__init_subclass__()
         _engines[inserts] = cls
 
-    def __new__(cls, method: M | None = None, *_: Any, **__: Any) -> Insert[M]:
+    def __new__(cls, method: M | None = None, *_: Any, **__: Any) -> Self:
         """The pass of the class for the method's kind."""
         if cls is not Insert:
             return super().__new__(cls)
-        engine = next((engine for kind, engine in _engines.items() if isinstance(method, kind)), None)
+        engine: Any = next((engine for kind, engine in _engines.items() if isinstance(method, kind)), None)
         if engine is None:
             raise TypeError(f"expected a method such as {next(iter(METHODS)).title()}(), got {method!r}")
         return super().__new__(engine)
@@ -107,7 +107,7 @@ class Insert(Pass, Generic[M]):
         sites = (as_stored(s, graph) if isinstance(s, WeightSite) else s for s in found.sites)
         return dataclasses.replace(found, sites=tuple(sites))
 
-    def refused(self, site: Site) -> Fault | None:
+    def refused(self, site: Any) -> Fault | None:
         """The option at fault and why this cannot be inserted at a site; None if it can."""
         fault = self._called("refuses", site)
         return fault or (None if self.trained else self._called("refuses_to_train", site))
@@ -216,7 +216,9 @@ class Insert(Pass, Generic[M]):
 
         def make() -> torch.Tensor:
             generator = seeded(seed, name)
-            W = site.matrix(so_far()) if so_far is not None else None
+            W = so_far() if so_far is not None else None
+            if W is not None and isinstance(site, WeightSite):
+                W = site.matrix(W)
             if each == param.shape:
                 made = one(W, generator)
             else:
