@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import fx, nn
@@ -28,13 +28,24 @@ from adaptc.tracing.base import Base
 from adaptc.weights import Weight
 
 if TYPE_CHECKING:
-    from adaptc.calibration import Information
     from adaptc.quantized import Quantized
 
 ORIGIN = ("nn_module_stack", "stack_trace")
 """What a node's meta says of where it came from."""
 VERIFIED = "verified"
 """The signature a node had when its value was last computed."""
+
+
+class Importance(Protocol):
+    """How much each entry of a weight matters for the loss, estimated from data; see `calibration.Information`."""
+
+    def __call__(self, name: str) -> torch.Tensor:
+        """Of one weight, in its shape."""
+        ...
+
+    def of(self, names: Iterable[str]) -> Mapping[str, torch.Tensor]:
+        """Of several weights by name, each in its shape."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +113,7 @@ class Graph:
     quantized: dict[str, Quantized] = field(default_factory=dict)
     stage: str = "traced"
     origin: Graph | None = None
-    information: Information | None = None
+    information: Importance | None = None
     rows: Sequence[Mapping[str, torch.Tensor]] = ()
 
     @property
