@@ -11,31 +11,31 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from adaptc import passes as passes
-    from adaptc.api import load as load
-    from adaptc.api import load_adapter as load_adapter
-    from adaptc.api import run as run
-    from adaptc.api import save_adapter as save_adapter
-    from adaptc.api import trace as trace
-    from adaptc.compiled import Compiled as Compiled
-    from adaptc.compiler import compile as compile
+    from adaptc.compiler.api import load as load
+    from adaptc.compiler.api import load_adapter as load_adapter
+    from adaptc.compiler.api import run as run
+    from adaptc.compiler.api import save_adapter as save_adapter
+    from adaptc.compiler.api import trace as trace
+    from adaptc.compiler.compiled import Compiled as Compiled
+    from adaptc.compiler.driver import compile as compile
     from adaptc.errors import AdaptcError as AdaptcError
     from adaptc.errors import DefinitionError as DefinitionError
     from adaptc.errors import Fault as Fault
     from adaptc.errors import ProofError as ProofError
     from adaptc.errors import RefusedError as RefusedError
     from adaptc.errors import SpecError as SpecError
-    from adaptc.graph import Graph as Graph
-    from adaptc.graph import bind as bind
-    from adaptc.kinds import ActivationMethod as ActivationMethod
-    from adaptc.kinds import AttentionMethod as AttentionMethod
-    from adaptc.kinds import InputMethod as InputMethod
-    from adaptc.method_contract import WeightMethod as WeightMethod
-    from adaptc.method_contract import method as method
-    from adaptc.param import Param as Param
-    from adaptc.pipeline import Pass as Pass
-    from adaptc.pipeline import graph_pass as graph_pass
-    from adaptc.scheme_contract import scheme as scheme
-    from adaptc.spec import Spec as Spec
+    from adaptc.ir.graph import Graph as Graph
+    from adaptc.ir.module import bind as bind
+    from adaptc.methods.activation import ActivationMethod as ActivationMethod
+    from adaptc.methods.method import WeightMethod as WeightMethod
+    from adaptc.methods.method import method as method
+    from adaptc.methods.param import Param as Param
+    from adaptc.methods.virtual_tokens import AttentionMethod as AttentionMethod
+    from adaptc.methods.virtual_tokens import InputMethod as InputMethod
+    from adaptc.quantization.scheme import scheme as scheme
+    from adaptc.rewriter.pipeline import Pass as Pass
+    from adaptc.rewriter.pipeline import graph_pass as graph_pass
+    from adaptc.spec.spec import Spec as Spec
     from adaptc.training import TrainingStep as TrainingStep
     from adaptc.training import parameter_groups as parameter_groups
 
@@ -71,27 +71,27 @@ __all__ = [
     "trace",
 ]
 _HOMES = {
-    "compile": "adaptc.compiler",
-    "Compiled": "adaptc.compiled",
-    "Spec": "adaptc.spec",
-    "Graph": "adaptc.graph",
-    "bind": "adaptc.graph",
-    "trace": "adaptc.api",
-    "run": "adaptc.api",
-    "load": "adaptc.api",
-    "save_adapter": "adaptc.api",
+    "compile": "adaptc.compiler.driver",
+    "Compiled": "adaptc.compiler.compiled",
+    "Spec": "adaptc.spec.spec",
+    "Graph": "adaptc.ir.graph",
+    "bind": "adaptc.ir.graph",
+    "trace": "adaptc.compiler.api",
+    "run": "adaptc.compiler.api",
+    "load": "adaptc.compiler.api",
+    "save_adapter": "adaptc.compiler.api",
     "TrainingStep": "adaptc.training",
     "parameter_groups": "adaptc.training",
-    "load_adapter": "adaptc.api",
-    "Pass": "adaptc.pipeline",
-    "graph_pass": "adaptc.pipeline",
-    "Param": "adaptc.param",
-    "method": "adaptc.method_contract",
-    "scheme": "adaptc.scheme_contract",
-    "WeightMethod": "adaptc.method_contract",
-    "ActivationMethod": "adaptc.kinds",
-    "AttentionMethod": "adaptc.kinds",
-    "InputMethod": "adaptc.kinds",
+    "load_adapter": "adaptc.compiler.api",
+    "Pass": "adaptc.rewriter.pipeline",
+    "graph_pass": "adaptc.rewriter.pipeline",
+    "Param": "adaptc.methods.param",
+    "method": "adaptc.methods.method",
+    "scheme": "adaptc.quantization.scheme",
+    "WeightMethod": "adaptc.methods.method",
+    "ActivationMethod": "adaptc.methods.virtual_tokens",
+    "AttentionMethod": "adaptc.methods.virtual_tokens",
+    "InputMethod": "adaptc.methods.virtual_tokens",
     "AdaptcError": "adaptc.errors",
     "DefinitionError": "adaptc.errors",
     "Fault": "adaptc.errors",

@@ -63,3 +63,7 @@ def _dim(part: str, text: str) -> str | int:
     if part.isdecimal() and int(part) > 0:
         return int(part)
     raise ValueError(f"a dimension is a word (dynamic) or a number above 0 (fixed), got {part!r} in {text!r}")
+
+
+LABELS = "labels"
+"""The input that only a loss needs; programs for inference leave it out."""

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from adaptc.adapters import AdapterRecord
-from adaptc.emit.torch import records, tensors_of
+from adaptc.checkpoints.module import records, tensors_of
+from adaptc.checkpoints.records import AdapterRecord
 from adaptc.errors import AdaptcError
-from adaptc.method_contract import METHODS
-from adaptc.rule import TrainingRule
+from adaptc.methods.method import METHODS
+from adaptc.methods.training_rule import TrainingRule
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 import adaptc
-from adaptc.method_contract import METHODS
-from adaptc.spec import load
+from adaptc.methods.method import METHODS
+from adaptc.spec.spec import load
 
 ROOT = Path(__file__).resolve().parents[1]
 SST2 = ROOT.parent / "shared" / "data" / "sst2"

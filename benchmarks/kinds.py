@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import adaptc
-from adaptc.emit.onnx import onnx_runner
+from adaptc.emit.onnx.runtime import onnx_runner
 
 METHODS = ("lora", "dora", "ia3")
 

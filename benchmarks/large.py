@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import adaptc
-from adaptc.emit.onnx import open_session
+from adaptc.emit.onnx.runtime import open_session
 from benchmarks.llama import HALF_BILLION, SEVEN_BILLION, Shape, write_adapter, write_checkpoint
 from benchmarks.minilm import line, side_by_side
 from benchmarks.process import Taken, batch, measure

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 import adaptc
-from adaptc.budget import flops
-from adaptc.emit.onnx import onnx_runner
-from adaptc.method_contract import METHODS, WeightMethod, summary
+from adaptc.emit.onnx.runtime import onnx_runner
+from adaptc.ir.cost import flops
+from adaptc.methods.method import METHODS, WeightMethod, summary
 from benchmarks.field import HEAD, ROOT, batches, compiled, from_entries, known, peft_model, trained
 from benchmarks.process import quiet
 from benchmarks.table import BOUND, error

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import adaptc
-from adaptc.emit.onnx import open_session
+from adaptc.emit.onnx.runtime import open_session
 from benchmarks.process import batch, measure, quiet, train_step
 
 TARGETS = ["query", "key", "value", "dense"]

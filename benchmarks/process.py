@@ -25,7 +25,7 @@ IMPORTS = (
     "onnx_ir",
     "onnxruntime",
     "onnxscript",
-    "adaptc.artifacts",
+    "adaptc.compiler.artifacts",
     "adaptc.tracing.huggingface",
 )
 """What either side imports, before anything is measured."""

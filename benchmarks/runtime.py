@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 import adaptc
-from adaptc.emit.onnx import open_session
+from adaptc.emit.onnx.runtime import open_session
 from benchmarks.field import SST2, minilm
 from benchmarks.process import quiet
 

@@ -16,7 +16,7 @@ def start() -> None:
     for what, arguments in (
         ("an empty interpreter", ["-c", "pass"]),
         ("import adaptc", ["-c", "import adaptc"]),
-        ("adaptc --help", ["-m", "adaptc.cli", "--help"]),
+        ("adaptc --help", ["-m", "adaptc.cli.app", "--help"]),
     ):
         taken = []
         for _ in range(ROUNDS):

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 import adaptc
-from adaptc.emit.onnx import onnx_runner
-from adaptc.tracing.export import example_sizes, example_tensors
+from adaptc.emit.onnx.runtime import onnx_runner
+from adaptc.ir.example_inputs import example_sizes, example_tensors
 from benchmarks import kinds
 from benchmarks.bases import Family, families, make, peft_model
 

@@ -16,9 +16,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 import adaptc
-from adaptc.artifacts import emit_all
-from adaptc.emit.onnx import open_session
-from adaptc.report import Report
+from adaptc.cli.console import Report
+from adaptc.compiler.artifacts import emit_all
+from adaptc.emit.onnx.runtime import open_session
 
 ROOT = Path(__file__).resolve().parent.parent
 SPEC = ROOT / "specs" / "sentiment.yaml"

@@ -8,8 +8,10 @@ from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    from adaptc.catalog import Insert, Quantize, load_passes
     from adaptc.errors import unknown
+    from adaptc.rewriter.catalog import load_passes
+    from adaptc.rewriter.insert.base import Insert
+    from adaptc.rewriter.quantize import Quantize
 
     if name.startswith("_"):
         raise AttributeError(name)

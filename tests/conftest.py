@@ -23,7 +23,9 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zoo]:
     root: Path = tmp_path_factory.mktemp("zoo")
     made = Zoo(root)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("adaptc.program.export", made.export)  # each base is traced in training mode once
+        patch.setattr(
+            "adaptc.compiler.program.export", made.export
+        )  # each base is traced in training mode once
         yield made
 
 

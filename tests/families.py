@@ -16,19 +16,19 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from adaptc.compiled import Compiled
-from adaptc.compiler import make_base
-from adaptc.graph import Graph
-from adaptc.method_contract import METHODS
-from adaptc.orders import check_artifacts
-from adaptc.plan import make_plan
-from adaptc.plan_report import plan_report
-from adaptc.program import Program
-from adaptc.rewrite import rewrite
-from adaptc.spec import load
+from adaptc.compiler.compiled import Compiled
+from adaptc.compiler.driver import make_base
+from adaptc.compiler.plan import make_plan
+from adaptc.compiler.plan_report import plan_report
+from adaptc.compiler.program import Program
+from adaptc.compiler.rewrite import rewrite
+from adaptc.compiler.schedule import check_artifacts
+from adaptc.ir.graph import Graph
+from adaptc.methods.method import METHODS
+from adaptc.spec.spec import load
 from adaptc.tracing.export import export
-from adaptc.tracing.graph import trace
 from adaptc.tracing.module import from_module, inputs_from_examples
+from adaptc.tracing.trace import trace_base as trace
 from adaptc.weights import Held, seeded
 from tests import hugging_face
 

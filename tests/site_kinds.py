@@ -12,13 +12,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from adaptc.compiled import Compiled
-from adaptc.graph import Graph
-from adaptc.method_contract import METHODS
-from adaptc.plan import make_plan
-from adaptc.spec import load
-from adaptc.tracing.graph import trace
+from adaptc.compiler.compiled import Compiled
+from adaptc.compiler.plan import make_plan
+from adaptc.ir.graph import Graph
+from adaptc.methods.method import METHODS
+from adaptc.spec.spec import load
 from adaptc.tracing.module import from_module, inputs_from_examples
+from adaptc.tracing.trace import trace_base as trace
 from tests.families import Drawn, randomise
 
 WIDTH, WORDS, PADDING = 16, 24, 3

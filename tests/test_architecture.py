@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import ast
+import fnmatch
 import os
 import re
 import statistics
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-from adaptc.method_contract import METHODS
-from adaptc.scheme_contract import SCHEMES
+from adaptc.methods.method import METHODS
+from adaptc.quantization.scheme import SCHEMES
 
 ROOT = Path(__file__).parents[1]
 CORE = sorted(p for p in (ROOT / "adaptc").rglob("*.py") if "passes" not in p.relative_to(ROOT).parts)
@@ -23,40 +25,6 @@ ALL = [*CORE, *PASSES]
 MAY_NAME_METHODS = {"starter.py": "it writes an example spec, which needs a method"}
 ENGLISH = {"full", "reward", "probe", "parallel", "prefix", "prompt", "bottleneck"}
 """Methods whose names are words: only a literal that is nothing but the name counts, and no variable."""
-WITHOUT_TORCH = [
-    "__init__",
-    "adapt_entries",
-    "author",
-    "base_entry",
-    "cli",
-    "definitions",
-    "emit_entries",
-    "errors",
-    "feed_forward",
-    "inputs",
-    "kinds",
-    "low_rank",
-    "method_contract",
-    "names",
-    "param",
-    "peft_format",
-    "point_sites",
-    "ranked",
-    "registry",
-    "rule",
-    "schema",
-    "scheme_contract",
-    "site",
-    "source",
-    "sparse",
-    "spec",
-    "spec_errors",
-    "spec_part",
-    "starter",
-    "targets",
-    "trial",
-    "yaml_text",
-]
 
 
 def shown(path: Path) -> str:
@@ -108,6 +76,132 @@ def test_there_is_something_to_read() -> None:
 
 # imports
 
+LAYERS = (
+    ("errors",),
+    ("patterns", "registry", "inputs", "weights"),
+    ("methods",),
+    ("quantization",),
+    ("spec",),
+    ("ir",),
+    ("checkpoints",),
+    ("tracing",),
+    ("rewriter",),
+    ("emit",),
+    ("compiler",),
+    ("training",),
+    ("cli",),
+    ("__init__",),
+)
+"""The rooms of `adaptc/`, lowest first. Each imports from lower rows, or from itself: at import time, under
+TYPE_CHECKING and inside functions alike."""
+NEVER = (
+    ("ir", "spec"),
+    ("rewriter", "tracing"),
+    ("rewriter", "spec"),
+    ("rewriter", "checkpoints"),
+    ("emit", "spec"),
+)
+"""Rooms that have nothing to say to one another, although the order would allow it."""
+WITHIN = {"ir": ("nodes", "analysis")}
+"""The first parts of a room know only those before them: `ir.analysis` reads nodes, never a graph."""
+LOW = frozenset({"rewriter", "ir", "methods", "quantization", "weights", "errors", "patterns"})
+PASSES_MAY_IMPORT = {
+    "insert": frozenset({"methods", "patterns", "errors"}),
+    "quantize": frozenset({"quantization", "errors"}),
+    "stored": frozenset({"quantization", "weights", "errors"}),
+    "factor": LOW,
+    "fold": LOW,
+    "lower": LOW,
+}
+"""What a file of each folder of `passes/` may import of `adaptc/`; never another pass."""
+
+
+@cache
+def modules() -> dict[str, Path]:
+    return {module_name(path): path for path in ALL}
+
+
+@cache
+def needs() -> dict[str, dict[str, int]]:
+    """Module -> the modules of ours it imports anywhere in its file, and the line."""
+    found: dict[str, dict[str, int]] = {}
+    for name, path in modules().items():
+        found[name] = {}
+        for other, line in imported(path):
+            if other in modules() and other != name:
+                found[name].setdefault(other, line)
+    return found
+
+
+def room(module: str) -> str:
+    """`adaptc.spec.source` is in `spec`, `adaptc` itself is `__init__`."""
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+def breaches(needs: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """Imports that point upwards, or between rooms that should not meet."""
+    row = {name: number for number, names in enumerate(LAYERS) for name in names}
+    found = []
+    for module, others in needs.items():
+        here = room(module)
+        if here == "passes":
+            continue
+        for other, line in others.items():
+            there = room(other)
+            if there in ("__init__", here) or (here, there) == ("__init__", "passes"):
+                continue
+            if there not in row or here not in row:
+                found.append(f"{module}:{line} imports {other}: {here} or {there} has no row in LAYERS")
+            elif row[there] >= row[here] or (here, there) in NEVER:
+                found.append(f"{module}:{line} imports {other}")
+    return found
+
+
+def circles(needs: Mapping[str, Iterable[str]]) -> list[str]:
+    """Modules that import one another, in a circle; empty where there is none."""
+    try:
+        TopologicalSorter({name: set(others) for name, others in needs.items()}).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_layers() -> None:
+    assert not breaches(needs())
+
+
+def test_no_circles() -> None:
+    assert not circles(needs())
+
+
+def test_the_law_of_layers_has_teeth() -> None:
+    """An arrow upwards, between rooms that never meet, from a room without a row, and a circle are all found."""
+    assert breaches({"adaptc.errors": {"adaptc.spec.source": 1}})
+    assert breaches({"adaptc.rewriter.pipeline": {"adaptc.spec.spec": 1}})
+    assert breaches({"adaptc.attic.box": {"adaptc.errors": 1}})
+    assert not breaches({"adaptc.spec.source": {"adaptc.errors": 1}})
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}})
+    assert not circles({"a": {"b"}, "b": {"c"}, "c": set[str]()})
+
+
+def test_analysis_reads_nodes_and_no_graph() -> None:
+    for module, others in needs().items():
+        if not module.startswith("adaptc.ir."):
+            continue
+        parts = [[*m.split("."), "__init__"][2] for m in (module, *(o for o in others if room(o) == "ir"))]
+        if parts[0] in WITHIN["ir"]:
+            allowed = WITHIN["ir"][: WITHIN["ir"].index(parts[0]) + 1]
+            assert set(parts[1:]) <= {*allowed, "__init__"}, f"{module} imports {parts[1:]}"
+
+
+@pytest.mark.parametrize("folder", PASSES_MAY_IMPORT)
+def test_passes_by_folder(folder: str) -> None:
+    for module, others in needs().items():
+        if not module.startswith(f"adaptc.passes.{folder}."):
+            continue
+        rooms = {room(other) for other in others} - {"__init__"}
+        assert rooms <= PASSES_MAY_IMPORT[folder], f"{module} imports {rooms - PASSES_MAY_IMPORT[folder]}"
+
 
 @pytest.mark.parametrize("path", CORE, ids=shown)
 def test_the_compiler_imports_no_pass(path: Path) -> None:
@@ -127,53 +221,31 @@ def test_passes_import_the_compiler_only(path: Path) -> None:
         assert not found, f"a pass imports another: {found}; what they share belongs to adaptc"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "passes/insert").glob("*.py")), ids=shown)
-def test_methods_hold_maths_only(path: Path) -> None:
-    allowed = {
-        f"adaptc.{n}"
-        for n in (
-            *(
-                "method_contract",
-                "kinds",
-                "param",
-                "site",
-                "point_sites",
-                "errors",
-                "peft_format",
-                "rule",
-                "names",
-            ),
-            *("low_rank", "ranked", "sparse", "feed_forward"),
-        )
-    }
-    ours = {name for name, _ in imported(path) if name.startswith("adaptc")}
-    known = {name for name in ours if any(name == a or name.startswith(a + ".") for a in allowed)}
-    assert ours <= known, f"{shown(path)} imports {ours - known}"
-    assert not [n for n, _ in imported(path, everywhere=False) if n.split(".")[0] == "torch"]
+HEAVY = {"torch", "transformers", "onnx", "onnxscript", "onnxruntime", "onnx_ir", "safetensors", "peft"}
+LIGHT = (
+    *("adaptc", "adaptc.cli.app", "adaptc.errors", "adaptc.patterns", "adaptc.inputs", "adaptc.spec.*"),
+    *("adaptc.methods.*", "adaptc.registry.registry", "adaptc.quantization.scheme"),
+    *("adaptc.passes.insert.*", "adaptc.passes.quantize.*"),
+)
+"""What `adaptc --help`, `methods` and `schema` need: importing it imports no torch, and nothing as heavy."""
 
 
-def test_no_circular_imports() -> None:
-    """At import time modules form layers; what is imported inside a function may point upwards."""
-    modules = {module_name(path): path for path in CORE}
-    needs = {
-        name: {other for other, _ in imported(path, everywhere=False) if other in modules and other != name}
-        for name, path in modules.items()
-    }
-    done: set[str] = set()
-    while len(done) < len(needs):
-        ready = {name for name, others in needs.items() if name not in done and others <= done}
-        assert ready, f"import one another: {sorted(set(needs) - done)}"
-        done |= ready
+def heavy_imports(module: str, seen: set[str]) -> Iterator[str]:
+    """The heavy packages that importing a module imports, through modules of ours too, as chains of imports."""
+    seen.add(module)
+    for name, line in imported(modules()[module], everywhere=False):
+        if name.split(".")[0] in HEAVY:
+            yield f"{module}:{line} imports {name}"
+        if name in modules() and name not in seen:
+            yield from (f"{module}:{line}, {chain}" for chain in heavy_imports(name, seen))
 
 
-@pytest.mark.parametrize("name", WITHOUT_TORCH)
-def test_no_torch_before_it_is_needed(name: str) -> None:
-    path = ROOT / "adaptc" / f"{name}.py"
-    if not path.exists():
-        pytest.fail(f"{shown(path)} is gone: take it off the list")
-    heavy = {"torch", "transformers", "onnx", "onnxscript", "onnxruntime", "onnx_ir", "safetensors", "peft"}
-    found = [n for n, _ in imported(path, everywhere=False) if n.split(".")[0] in heavy]
-    assert not found, f"{shown(path)} imports {found} at module level"
+@pytest.mark.parametrize("pattern", LIGHT)
+def test_no_torch_before_it_is_needed(pattern: str) -> None:
+    matched = [name for name in modules() if fnmatch.fnmatchcase(name, pattern)]
+    assert matched, f"{pattern} matches nothing: take it off the list"
+    for module in matched:
+        assert not list(heavy_imports(module, set()))
 
 
 def test_adaptc_passes_is_a_link() -> None:

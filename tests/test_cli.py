@@ -69,7 +69,7 @@ class Ran:
 @pytest.fixture(scope="module")
 def cli(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Ran]]:
     """Run `adaptc` in this process."""
-    from adaptc import cli as command_line
+    from adaptc.cli import app as command_line
 
     folder = tmp_path_factory.mktemp("cli_models")
     (folder / "cli_models.py").write_text(MODEL)
@@ -178,7 +178,9 @@ except SystemExit:
 
 
 @pytest.mark.parametrize(
-    "code", ["import adaptc", "import adaptc.cli", HELP], ids=["adaptc", "adaptc.cli", "--help"]
+    "code",
+    ["import adaptc", "import adaptc.cli.app.app", HELP],
+    ids=["adaptc", "adaptc.cli.app.app", "--help"],
 )
 def test_what_starting_imports(code: str) -> None:
     ran = python(f"{code}\nimport sys\nprint('HEAVY', [m for m in '{HEAVY}'.split() if m in sys.modules])")
@@ -189,10 +191,10 @@ def test_what_starting_imports(code: str) -> None:
 @pytest.mark.parametrize(
     "code",
     [
-        "from adaptc.spec import load; load({'adapt': [{'method': 'lora', 'target': '*', 'r': 4}]})",
-        "from adaptc.schema import schema_text; schema_text()",
-        "from adaptc.method_contract import METHODS; list(METHODS)",
-        "from adaptc.starter import starter_spec",
+        "from adaptc.spec.spec import load; load({'adapt': [{'method': 'lora', 'target': '*', 'r': 4}]})",
+        "from adaptc.spec.spec import schema_text; schema_text()",
+        "from adaptc.methods.method import METHODS; list(METHODS)",
+        "from adaptc.cli.starter import starter_spec",
     ],
     ids=["a spec", "the schema", "the methods", "a first spec"],
 )
@@ -463,7 +465,7 @@ def test_a_process_prints_json_and_nothing_else(small: Path, tmp_path: Path) -> 
 
 
 def test_schemes(cli: Callable[..., Ran]) -> None:
-    from adaptc.scheme_contract import SCHEMES
+    from adaptc.quantization.scheme import SCHEMES
 
     rows = cli("schemes", "--json").json
     assert {row["scheme"] for row in rows} == set(SCHEMES)
@@ -472,7 +474,7 @@ def test_schemes(cli: Callable[..., Ran]) -> None:
 
 
 def test_methods(cli: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
-    from adaptc.method_contract import METHODS
+    from adaptc.methods.method import METHODS
 
     rows = cli("methods", "--json").json
     assert {row["method"] for row in rows} == set(METHODS)
@@ -486,7 +488,7 @@ def test_methods(cli: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_passes(cli: Callable[..., Ran]) -> None:
-    from adaptc.catalog import load_passes
+    from adaptc.rewriter.catalog import load_passes
 
     rows = cli("passes", "--json").json
     assert {row["pass"] for row in rows} == set(load_passes())

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import adaptc
-from adaptc.compiler import make_base
+from adaptc.compiler.driver import make_base
 from adaptc.errors import SpecError
-from adaptc.graph import bind
-from adaptc.spec import load
-from adaptc.tracing.base import Base
-from adaptc.tracing.graph import trace
+from adaptc.ir.base import Base
+from adaptc.ir.module import bind
+from adaptc.spec.spec import load
+from adaptc.tracing.trace import trace_base as trace
 from tests.families import close, outputs, randomise
 from tests.hugging_face import DECODER, ENCODER_DECODER, MODELS, TEXT, Model
 

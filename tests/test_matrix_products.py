@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import adaptc
-from adaptc.budget import BATCH, LENGTH, flops
-from adaptc.graph import Graph
-from adaptc.plan import make_plan
-from adaptc.spec import load
+from adaptc.compiler.plan import make_plan
+from adaptc.ir.cost import BATCH, LENGTH, flops
+from adaptc.ir.graph import Graph
+from adaptc.spec.spec import load
 from tests.families import Zoo
 
 

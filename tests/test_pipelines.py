@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from adaptc.pipeline import Pass
-from adaptc.plan import Plan, make_plan
-from adaptc.report import Report
-from adaptc.spec import load
-from adaptc.yaml_text import YamlText
+from adaptc.cli.console import Report
+from adaptc.compiler.plan import Plan, make_plan
+from adaptc.rewriter.pipeline import Pass
+from adaptc.spec.spec import load
+from adaptc.spec.yaml_text import YamlText
 from tests.families import Zoo
 
 LORA = {"method": "lora", "target": "up", "r": 2}

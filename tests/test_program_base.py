@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import adaptc
-from adaptc.emit import onnx as emit_onnx
+from adaptc.emit.onnx import export as emit_onnx
 
 
 class Net(nn.Module):

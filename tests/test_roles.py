@@ -12,11 +12,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import adaptc
+from adaptc.compiler.plan import Plan, make_plan
 from adaptc.errors import SpecError
-from adaptc.graph import Graph
-from adaptc.plan import Plan, make_plan
-from adaptc.site import MATRIX_KINDS
-from adaptc.spec import load
+from adaptc.ir.graph import Graph
+from adaptc.methods.site import MATRIX_KINDS
+from adaptc.spec.spec import load
 from tests.families import Zoo, randomise
 
 WIDTH, HEADS, WORDS = 16, 4, 24

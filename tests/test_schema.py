@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from adaptc.method_contract import METHODS
-from adaptc.schema import schema
-from adaptc.source import Source
+from adaptc.methods.method import METHODS
+from adaptc.spec.source import Source
+from adaptc.spec.spec import schema
 
 SPECS = Path(__file__).parent.parent / "specs"
 GOOD = {
@@ -33,7 +33,7 @@ def definition(name: str) -> dict[str, Any]:
 
 
 def test_the_kept_schema_is_up_to_date() -> None:
-    code = "from adaptc.schema import schema_text; print(schema_text(), end='')"
+    code = "from adaptc.spec.spec import schema_text; print(schema_text(), end='')"
     # A fresh process: other tests register methods of their own in this one.
     fresh = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert (SPECS / "schema.json").read_text() == fresh, "run: adaptc schema > specs/schema.json"

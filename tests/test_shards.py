@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from adaptc.emit.shards import INDEX, check_safetensors, write_safetensors, write_shards
+from adaptc.checkpoints.shards import INDEX, check_safetensors, write_safetensors, write_shards
 from adaptc.errors import ProofError, WeightError
 from adaptc.weights import DTYPES, Computed, Held, Weight
 

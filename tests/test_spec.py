@@ -13,14 +13,14 @@ import pytest
 import torch
 from pydantic import Field
 
-from adaptc.adapt_entries import AdapterEntry, MethodEntry
-from adaptc.emit_entries import HfEmit, OnnxEmit, PeftEmit, TorchEmit
 from adaptc.errors import SpecError
 from adaptc.inputs import InputSpec
-from adaptc.method_contract import METHODS, WeightMethod, method
-from adaptc.param import Param
-from adaptc.site import WeightSite
-from adaptc.spec import Spec, dump, load, require_base, resolve_path
+from adaptc.methods.method import METHODS, WeightMethod, method
+from adaptc.methods.param import Param
+from adaptc.methods.site import WeightSite
+from adaptc.spec.emit import HfEmit, OnnxEmit, PeftEmit, TorchEmit
+from adaptc.spec.entries import AdapterEntry, MethodEntry
+from adaptc.spec.spec import Spec, dump, load, require_base, resolve_path
 
 WHOLE = """\
 # every section

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 import adaptc
-from adaptc.compiler import make_base
-from adaptc.graph import Graph
-from adaptc.method_contract import METHODS
-from adaptc.plan import make_plan
-from adaptc.spec import load
-from adaptc.tracing.graph import trace
-from adaptc.yaml_text import flow
+from adaptc.compiler.driver import make_base
+from adaptc.compiler.plan import make_plan
+from adaptc.ir.graph import Graph
+from adaptc.methods.method import METHODS
+from adaptc.spec.spec import load
+from adaptc.spec.yaml_text import flow
+from adaptc.tracing.trace import trace_base as trace
 from tests.spec_bases import ROOT, SPECS, overrides_for, save_bert, save_peft_adapter
 
 QUICK = ("own-model", "peft-to-huggingface", "peft-to-onnx", "sentiment", "int8")

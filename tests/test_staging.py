@@ -18,12 +18,13 @@ import torch
 from torch import nn
 
 import adaptc
-from adaptc import artifacts
-from adaptc.artifacts import emit_all
-from adaptc.emit import onnx, staging
+from adaptc.compiler import artifacts
+from adaptc.compiler.artifacts import emit_all
+from adaptc.emit import staging
+from adaptc.emit.onnx import export as onnx
 from adaptc.emit.staging import Staging
 from adaptc.errors import AdaptcError
-from adaptc.spec import load
+from adaptc.spec.spec import load
 from tests.families import Zoo, entry, perturb
 
 INPUTS = {"x": "float32[batch, 16]"}
@@ -298,7 +299,7 @@ def test_a_compile_that_is_killed(tmp_path: Path) -> None:
     def run(*words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True)
 
-    first = run("-m", "adaptc.cli", "compile", str(spec))
+    first = run("-m", "adaptc.cli.app", "compile", str(spec))
     assert first.returncode == 0, first.stderr
     before = contents(tmp_path / "out")
     assert set(before) == {
@@ -310,7 +311,7 @@ def test_a_compile_that_is_killed(tmp_path: Path) -> None:
     left = contents(tmp_path / "out")
     assert {k: v for k, v in left.items() if not k.startswith(".")} == before
     assert len(left) > len(before), "nothing was staged: the kill came too early"
-    again = run("-m", "adaptc.cli", "compile", str(spec))
+    again = run("-m", "adaptc.cli.app", "compile", str(spec))
     assert again.returncode == 0, again.stderr
     assert set(contents(tmp_path / "out")) == set(before), "litter is left"
 

@@ -13,16 +13,18 @@ import pytest
 import torch
 
 import adaptc
-from adaptc.artifacts import emit_all
-from adaptc.catalog import load_passes
-from adaptc.emit import onnx as emit_onnx
-from adaptc.emit import pieces
-from adaptc.emit.inference import inference_graph
-from adaptc.emit.onnx import export_onnx, onnx_runner
-from adaptc.graph import Graph, bind
-from adaptc.proof import batches, prove, runner, tolerance
-from adaptc.spec import load
-from adaptc.streaming import Interpreter, Run, numbered
+from adaptc.compiler.artifacts import emit_all
+from adaptc.compiler.proof import batches, prove, runner, tolerance
+from adaptc.emit.onnx import export as emit_onnx
+from adaptc.emit.onnx import partitioned as pieces
+from adaptc.emit.onnx.evaluate import inference_graph
+from adaptc.emit.onnx.export import export_onnx
+from adaptc.emit.onnx.runtime import onnx_runner
+from adaptc.ir.graph import Graph
+from adaptc.ir.interpreter import Interpreter, Run, numbered
+from adaptc.ir.module import bind
+from adaptc.rewriter.catalog import load_passes
+from adaptc.spec.spec import load
 from adaptc.weights import Held, Weight
 from tests.families import FAMILIES, Zoo, close, entry, perturb
 

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import adaptc
-from adaptc.compiled import Compiled
+from adaptc.compiler.compiled import Compiled
 from tests.families import FAMILIES, Zoo, close, entry, inputs, outputs, perturb
 
 NAMES = [n if n == "mlp" else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import adaptc
-from adaptc.inspection import inspect, verify
+from adaptc.cli.inspection import inspect, verify
 from tests.families import Zoo, entry, perturb
 
 KINDS = ("onnx", "external", "torch", "peft", "hf")
@@ -24,7 +24,7 @@ def artifacts(zoo: Zoo, tmp_path_factory: pytest.TempPathFactory) -> Path:
     perturb(compiled.module)
     compiled.emit("onnx", root / "onnx" / "model.onnx")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("adaptc.emit.onnx.INLINE_LIMIT", 1000)
+        patch.setattr("adaptc.emit.onnx.export.INLINE_LIMIT", 1000)
         compiled.emit("onnx", root / "external" / "model.onnx", adapters="live")
     for kind in ("torch", "peft", "hf"):
         compiled.emit(kind, root / kind)
@@ -64,7 +64,7 @@ def test_an_artifact_that_computes_something_else_is_found(
     artifacts: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Even where every hash is right: as if another program stood there since it was compiled."""
-    from adaptc.emit import reference
+    from adaptc.compiler import reference
 
     drawn = reference.batches
 

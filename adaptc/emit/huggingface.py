@@ -13,15 +13,15 @@ import torch
 from torch import nn
 from torch.fx.node import map_arg
 
-from adaptc.emit.layout import as_stored, stored_names
+from adaptc.checkpoints.huggingface import CONFIG, first_names
+from adaptc.checkpoints.huggingface_layout import as_stored, stored_names
+from adaptc.checkpoints.shards import write_shards
 from adaptc.emit.manifest import MANIFEST
-from adaptc.emit.shards import write_shards
 from adaptc.errors import AdaptcError, ProofError, Refusal, RefusedError, WeightError
-from adaptc.graph import Graph
-from adaptc.tracing.base import Pretrained
+from adaptc.ir.base import Pretrained
+from adaptc.ir.graph import Graph
 from adaptc.tracing.derive import parts_of, set_for_tracing
 from adaptc.tracing.huggingface import load_pretrained
-from adaptc.tracing.stored import CONFIG, first_names
 
 GENERATION = "generation_config.json"
 WEIGHTS = (

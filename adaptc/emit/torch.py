@@ -13,22 +13,18 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from adaptc.adapters import AdapterRecord, assign, compacted, group
-from adaptc.checkpoint import check_base, directories, read
+from adaptc.checkpoints.module import META
 from adaptc.emit.manifest import MANIFEST
-from adaptc.emit.peft import save
 from adaptc.errors import WeightError
-from adaptc.graph import put
 from adaptc.inputs import InputSpec
-from adaptc.peft_config import check_options
-from adaptc.recompute import kept_activations
+from adaptc.ir.example_inputs import example_sizes, example_tensors
+from adaptc.ir.module import kept_activations
+from adaptc.ir.nodes import put
+from adaptc.ir.training_mode import mark_training_arguments
 from adaptc.tracing.archive import load_program
-from adaptc.tracing.export import dynamic_shapes, example_sizes, example_tensors, normalise
-from adaptc.tracing.modes import mark_training_arguments
+from adaptc.tracing.export import dynamic_shapes, normalise
 
 PROGRAM = "program.pt2"
-META = "adaptc"
-"""The key of a module's `meta` under which adaptc keeps what it knows of it."""
 
 
 def save_torch(module: fx.GraphModule, directory: Path) -> None:
@@ -134,51 +130,3 @@ def _restore(module: fx.GraphModule, about: Mapping[str, Any]) -> fx.GraphModule
 
 def _others(names: Mapping[str, str], first: str) -> list[str]:
     return [name for name, same in names.items() if same == first]
-
-
-def records(module: fx.GraphModule) -> list[AdapterRecord]:
-    """The adapters of a module that adaptc made.
-
-    Raises:
-        WeightError: adaptc did not make it.
-    """
-    about = getattr(module, "meta", {}).get(META)
-    if about is None:
-        raise WeightError(
-            f"{type(module).__name__} was not made by adaptc: it holds no record of its adapters"
-        )
-    return [AdapterRecord.from_json(record) for record in about["adapters"]]
-
-
-def load_adapter_into(module: fx.GraphModule, directory: Path) -> None:
-    """Copy a checkpoint's tensors into a module's adapters; nothing is changed if they do not fit.
-
-    Raises:
-        WeightError: the checkpoint does not fit the module's adapters.
-    """
-    base = module.meta[META]["base"]["sha256"]
-    found = [read(path) for path in directories(directory)]
-    groups = group(records(module))
-    if len(found) != len(groups):
-        raise WeightError(
-            f"{directory}: {len(found)} checkpoints there, but the module holds {len(groups)} adapters"
-        )
-    values: dict[str, torch.Tensor] = {}
-    for checkpoint, members in zip(found, groups, strict=True):
-        check_base(checkpoint, base)
-        check_options(checkpoint, members[0])
-        values |= assign(checkpoint, members)
-    tensors = tensors_of(module)
-    with torch.no_grad():
-        for name, value in values.items():
-            tensors[name].copy_(value)
-
-
-def save_adapter_of(module: fx.GraphModule, directory: Path) -> None:
-    """Write a module's adapters as PEFT checkpoints."""
-    save(*compacted(records(module), tensors_of(module)), directory, module.meta[META]["base"])
-
-
-def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and buffers of a module by their names."""
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}

@@ -21,7 +21,7 @@ KNOWN = re.compile(
     r"|data/(weights|constants)/[\w.]+|data/sample_inputs/\w+\.pt)"
 )
 """What a program holds: its graph, raw tensors, and one file of example tensors."""
-OPERATORS = {"transformers": "transformers.integrations.moe", "adaptc": "adaptc.quantized_operations"}
+OPERATORS = {"transformers": "transformers.integrations.moe", "adaptc": "adaptc.quantization.operators"}
 """A namespace of operators outside of torch -> the module that registers them."""
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
@@ -11,54 +15,14 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from adaptc.errors import InputError, TraceError
-from adaptc.inputs import InputSpec
+from adaptc.inputs import LABELS, InputSpec
+from adaptc.ir.example_inputs import example_sizes, example_tensors
+from adaptc.ir.nodes import follow_device
 from adaptc.tracing.explain import check_signature, explain, fixed_dimension
 from adaptc.tracing.guards import check_sizes
-from adaptc.tracing.quiet import quietly
 
 aten = torch.ops.aten
 REGIONS = (torch.ops.higher_order.wrap_with_set_grad_enabled, torch.ops.higher_order.wrap_with_autocast)
-LABELS = "labels"
-"""The input that only a loss needs; programs for inference leave it out."""
-EXAMPLE_SIZES = (3, 17, 11, 19, 23, 29, 31)
-"""Sizes given to named dimensions while tracing: different from one another, and from 1."""
-
-
-def example_sizes(inputs: Sequence[InputSpec], among: Sequence[int] = EXAMPLE_SIZES) -> dict[str, int]:
-    """A size for every named dimension, in the order of appearance."""
-    names = dict.fromkeys(dim for spec in inputs for dim in spec.dims if isinstance(dim, str))
-    if len(names) > len(among):
-        raise TraceError(f"at most {len(among)} named dimensions are supported, got {', '.join(names)}")
-    return dict(zip(names, among, strict=False))
-
-
-def example_tensors(
-    inputs: Sequence[InputSpec], sizes: Mapping[str, int], seed: int = 0, pad: bool = False
-) -> dict[str, torch.Tensor]:
-    """Random inputs, one distinct tensor each.
-
-    Integers lie below the input's `high`; masks are ones, with `pad` zeros at the end of some rows. Other booleans
-    are both: the first two of each row differ, so that a mask of either sense leaves something.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for spec in inputs:
-        shape = [sizes[dim] if isinstance(dim, str) else dim for dim in spec.dims]
-        dtype = getattr(torch, spec.dtype)
-        if dtype.is_floating_point:
-            tensor = torch.randn(shape, generator=generator).to(dtype)
-        elif dtype == torch.bool and "mask" not in spec.name:
-            tensor = torch.rand(shape, generator=generator) < 0.5
-            if shape:
-                tensor[..., 0], tensor[..., 1:2] = True, False
-        elif "mask" in spec.name:
-            tensor = torch.ones(shape, dtype=dtype)
-            if pad and tensor.dim() == 2 and tensor.shape[1] > 1:
-                tensor[-1, -(tensor.shape[1] // 2) :] = 0
-        else:
-            tensor = torch.randint(0, spec.high or 2, shape, generator=generator).to(dtype)
-        tensors[spec.name] = tensor
-    return tensors
 
 
 def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False) -> fx.GraphModule:
@@ -127,22 +91,6 @@ def normalise(module: fx.GraphModule) -> fx.GraphModule:
     return module
 
 
-def follow_device(graph: fx.Graph, followed: fx.Node, after: fx.Node) -> None:
-    """Let what is made on a constant device be made where a tensor is."""
-    device: fx.Node | None = None
-    for node in list(graph.nodes):
-        constants = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, torch.device)]
-        if node.op != "call_function" or not constants:
-            continue
-        if device is None:
-            with graph.inserting_after(after):
-                device = graph.call_function(getattr, (followed, "device"))
-            device.meta["val"] = followed.meta["val"].device
-        found = device
-        node.args = tuple(found if isinstance(a, torch.device) else a for a in node.args)
-        node.kwargs = {k: found if isinstance(v, torch.device) else v for k, v in node.kwargs.items()}
-
-
 def _inline_regions(module: fx.GraphModule) -> None:
     """Put the body of `torch.no_grad` and autocast regions into the graph itself.
 
@@ -209,3 +157,40 @@ def output_class(module: fx.GraphModule) -> str:
     """The full name of the class that holds the outputs, such as a model output of transformers."""
     spec = module.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
     return "" if spec.is_leaf() else f"{spec.type.__module__}.{spec.type.__qualname__}"
+
+
+LOGGERS = (
+    "torch.fx.experimental.symbolic_shapes",  # these two tell, on the way to an error, what its text says too
+    "torch._subclasses.fake_tensor",
+    "torch.onnx._internal.exporter._registration",  # of every operation of packages that are not installed
+    "onnx_ir._convenience",  # of an empty list of indices, which is meant
+)
+
+
+class _WithoutGraphs:
+    """A stream that leaves out the graphs that torch.export prints."""
+
+    def __init__(self, stream: Any):
+        self._stream, self._skips = stream, False
+
+    def write(self, text: str) -> int:
+        ends, self._skips = self._skips and text == "\n", "def forward(self" in text
+        return len(text) if ends or self._skips else self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Leave out torch's warnings, and the graph of a model that it refuses."""
+    loggers = {logger: logger.level for logger in map(logging.getLogger, LOGGERS)}
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(_WithoutGraphs(sys.stderr)):  # type: ignore[type-var]
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in loggers.items():
+            logger.setLevel(level)

@@ -14,14 +14,14 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from adaptc.base_entry import Base as BaseEntry
+from adaptc.checkpoints.huggingface import stored_weights, untie_as_stored
 from adaptc.errors import TraceError, WeightError, unknown
 from adaptc.inputs import InputSpec
-from adaptc.tracing.base import Base, Bound, Pretrained
+from adaptc.ir.base import Base, Bound, Pretrained
+from adaptc.spec.base import Base as BaseEntry
 from adaptc.tracing.derive import choices, derive_inputs, set_for_tracing
 from adaptc.tracing.module import held_weights
-from adaptc.tracing.packed import initialised, missing, packed_weights
-from adaptc.tracing.stored import stored_weights, untie_as_stored
+from adaptc.tracing.quantized import initialised, missing, packed_weights
 from adaptc.weights import Weight
 
 

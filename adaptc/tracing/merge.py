@@ -9,10 +9,8 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from adaptc.errors import TraceError
-from adaptc.graph import attribute
-from adaptc.memory import writes
-from adaptc.sites import source_of
-from adaptc.tracing.modes import scaled_by_training, training_node
+from adaptc.ir.nodes import attribute, source_of, writes
+from adaptc.ir.training_mode import scaled_by_training, training_node
 from adaptc.tracing.noise import IDENTITIES, Noise, bare, is_size
 
 aten = torch.ops.aten

@@ -14,10 +14,10 @@ from torch import nn
 
 from adaptc.errors import TraceError
 from adaptc.inputs import InputSpec
+from adaptc.ir.base import Base, Bound
+from adaptc.ir.training_mode import mark_training_arguments
 from adaptc.tracing.archive import load_program
-from adaptc.tracing.base import Base, Bound
 from adaptc.tracing.export import normalise
-from adaptc.tracing.modes import mark_training_arguments
 from adaptc.weights import Held, Weight
 
 

@@ -10,9 +10,8 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from adaptc.graph import ORIGIN
-from adaptc.memory import writes
-from adaptc.tracing.modes import training_node
+from adaptc.ir.nodes import ORIGIN, writes
+from adaptc.ir.training_mode import training_node
 
 aten = torch.ops.aten
 IDENTITIES = {aten.contiguous.default, aten.clone.default, aten.alias.default}

@@ -8,14 +8,14 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from adaptc.dataflow import walk
 from adaptc.errors import Refusal, RefusedError
-from adaptc.graph import Adaptation, Graph
-from adaptc.method_contract import WeightMethod
-from adaptc.multiplications import VIEWS, Linear, Product, operands
-from adaptc.pipeline import Pass, graph_pass
-from adaptc.sites import ADAPTATION
-from adaptc.tracing.modes import training_node
+from adaptc.ir.analysis.dataflow import walk
+from adaptc.ir.analysis.linear_forms import VIEWS, Linear, Product, operands
+from adaptc.ir.analysis.sites import ADAPTATION
+from adaptc.ir.graph import Adaptation, Graph
+from adaptc.ir.training_mode import training_node
+from adaptc.methods.method import WeightMethod
+from adaptc.rewriter.pipeline import Pass, graph_pass
 
 aten = torch.ops.aten
 SCALES = {aten.mul.Tensor, aten.div.Tensor}

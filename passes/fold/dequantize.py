@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from adaptc.errors import Refusal
-from adaptc.expression import Folded, cut
-from adaptc.graph import Graph
-from adaptc.pipeline import Pass, graph_pass
-from adaptc.quantize import forget_bits
+from adaptc.ir.graph import Graph
+from adaptc.rewriter.expression import Folded, cut
+from adaptc.rewriter.pipeline import Pass, graph_pass
+from adaptc.rewriter.quantize import forget_bits
 
 
 @graph_pass("dequantize")

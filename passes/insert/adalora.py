@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 from pydantic import Field
 
 from adaptc.errors import Fault
-from adaptc.method_contract import Alpha, Dropout, Rank, WeightMethod, method
-from adaptc.param import Param
-from adaptc.peft_format import PeftFormat
-from adaptc.rule import TrainingRule
-from adaptc.site import MATRIX_KINDS
+from adaptc.methods.method import Alpha, Dropout, Rank, WeightMethod, method
+from adaptc.methods.param import Param
+from adaptc.methods.peft_format import PeftFormat
+from adaptc.methods.site import MATRIX_KINDS
+from adaptc.methods.training_rule import TrainingRule
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adaptc.site import WeightSite
+    from adaptc.methods.site import WeightSite
 
 Steps = Annotated[int, Field(ge=0)]
 Decay = Annotated[float, Field(gt=0, lt=1)]

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from adaptc.method_contract import WeightMethod, method
-from adaptc.param import Param
+from adaptc.methods.method import WeightMethod, method
+from adaptc.methods.param import Param
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adaptc.site import WeightSite
+    from adaptc.methods.site import WeightSite
 
 
 @method("bitfit")

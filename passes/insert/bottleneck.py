@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from adaptc.feed_forward import SmallFeedForward
-from adaptc.method_contract import method
+from adaptc.methods.activation import SmallFeedForward
+from adaptc.methods.method import method
 
 
 @method("bottleneck")

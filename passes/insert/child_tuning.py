@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from adaptc.method_contract import method
-from adaptc.param import Param
-from adaptc.rule import TrainingRule
-from adaptc.sparse import Chosen
+from adaptc.methods.method import method
+from adaptc.methods.param import Param
+from adaptc.methods.sparse import Chosen
+from adaptc.methods.training_rule import TrainingRule
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adaptc.site import WeightSite
+    from adaptc.methods.site import WeightSite
 
 Variant = Annotated[
     Literal["F", "D"],

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import Field
 
 from adaptc.errors import Fault
-from adaptc.feed_forward import SmallFeedForward
-from adaptc.method_contract import method
-from adaptc.param import Param
+from adaptc.methods.activation import SmallFeedForward
+from adaptc.methods.method import method
+from adaptc.methods.param import Param
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adaptc.point_sites import SubLayer
+    from adaptc.methods.point_sites import SubLayer
 
 
 @method("compacter")

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from pydantic import Field
 
-from adaptc.method_contract import Dropout, method
-from adaptc.param import Param
-from adaptc.peft_format import PeftFormat
-from adaptc.ranked import Ranked, of_pattern
+from adaptc.methods.method import Dropout, method
+from adaptc.methods.param import Param
+from adaptc.methods.peft_format import PeftFormat, of_pattern
+from adaptc.methods.rank import Ranked
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adaptc.site import WeightSite
+    from adaptc.methods.site import WeightSite
 
 Boundary = Annotated[float, Field(description="how far the change may go: λ at the start")]
 

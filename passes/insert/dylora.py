@@ -6,16 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from adaptc.low_rank import LowRank, LowRankFormat
-from adaptc.method_contract import method
-from adaptc.param import Param
-from adaptc.peft_format import PeftFormat
-from adaptc.rule import TrainingRule
+from adaptc.methods.low_rank import LowRank, LowRankFormat
+from adaptc.methods.method import method
+from adaptc.methods.param import Param
+from adaptc.methods.peft_format import PeftFormat
+from adaptc.methods.training_rule import TrainingRule
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adaptc.site import WeightSite
+    from adaptc.methods.site import WeightSite
 
 
 @method("dylora")

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
-from adaptc.method_contract import method
-from adaptc.sparse import Chosen
+from adaptc.methods.method import method
+from adaptc.methods.sparse import Chosen
 
 if TYPE_CHECKING:
     from torch import Tensor

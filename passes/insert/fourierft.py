@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 from pydantic import Field
 
 from adaptc.errors import Fault
-from adaptc.method_contract import WeightMethod, method
-from adaptc.param import Param
-from adaptc.peft_format import PeftFormat
-from adaptc.ranked import of_pattern
-from adaptc.site import MATRIX_KINDS
+from adaptc.methods.method import WeightMethod, method
+from adaptc.methods.param import Param
+from adaptc.methods.peft_format import PeftFormat, of_pattern
+from adaptc.methods.site import MATRIX_KINDS
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from adaptc.site import WeightSite
+    from adaptc.methods.site import WeightSite
 
 Count = Annotated[int, Field(gt=0, description="how many frequencies are trained")]
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from adaptc.method_contract import Patterns, WeightMethod, method
-from adaptc.names import matches_any
-from adaptc.param import Param
-from adaptc.peft_format import PeftFormat
+from adaptc.methods.method import Patterns, WeightMethod, method
+from adaptc.methods.param import Param
+from adaptc.methods.peft_format import PeftFormat
+from adaptc.patterns import matches_any
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adaptc.site import WeightSite
+    from adaptc.methods.site import WeightSite
 
 
 @method("full")

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field
 
 from adaptc.errors import Fault
-from adaptc.method_contract import Rank, WeightMethod, method
-from adaptc.param import Param
-from adaptc.peft_format import PeftFormat
-from adaptc.site import MATRIX_KINDS
+from adaptc.methods.method import Rank, WeightMethod, method
+from adaptc.methods.param import Param
+from adaptc.methods.peft_format import PeftFormat
+from adaptc.methods.site import MATRIX_KINDS
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from adaptc.site import WeightSite
+    from adaptc.methods.site import WeightSite
 
 GramSchmidt = Annotated[bool, Field(description="make the reflections orthogonal to one another")]
 

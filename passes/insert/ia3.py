@@ -7,16 +7,16 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from adaptc.errors import Fault
-from adaptc.method_contract import Patterns, WeightMethod, method
-from adaptc.names import ATTENTION, matches_any
-from adaptc.param import Param
-from adaptc.peft_format import PeftFormat
-from adaptc.site import MATRIX_KINDS, WeightSite
+from adaptc.methods.method import Patterns, WeightMethod, method
+from adaptc.methods.param import Param
+from adaptc.methods.peft_format import PeftFormat
+from adaptc.methods.site import ATTENTION, MATRIX_KINDS, WeightSite
+from adaptc.patterns import matches_any
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adaptc.site import Place
+    from adaptc.methods.site import Place
 
 
 class Ia3Format(PeftFormat["Ia3"]):

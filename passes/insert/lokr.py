@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from adaptc.method_contract import method
-from adaptc.param import Param
-from adaptc.peft_format import PeftFormat
-from adaptc.ranked import Scaled
+from adaptc.methods.method import method
+from adaptc.methods.param import Param
+from adaptc.methods.peft_format import PeftFormat
+from adaptc.methods.rank import Scaled
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adaptc.site import WeightSite
+    from adaptc.methods.site import WeightSite
 
 
 @method("lokr")

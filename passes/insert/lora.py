@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from adaptc.errors import Fault
-from adaptc.low_rank import NOT_AGAIN, LowRank, LowRankFormat, MakesUp, Rounds, Split, singular
-from adaptc.method_contract import method
-from adaptc.param import Param
-from adaptc.peft_format import PeftFormat
+from adaptc.methods.low_rank import NOT_AGAIN, LowRank, LowRankFormat, MakesUp, Rounds, Split, singular
+from adaptc.methods.method import method
+from adaptc.methods.param import Param
+from adaptc.methods.peft_format import PeftFormat
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from adaptc.site import Place, WeightSite
+    from adaptc.methods.site import Place, WeightSite
 
 SPLITS = ("pissa", "olora")
 """Initialisations that take A and B out of W."""

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from adaptc.errors import Fault
-from adaptc.method_contract import Dropout, Rank, WeightMethod, method
-from adaptc.param import Param
-from adaptc.peft_format import PeftFormat
-from adaptc.site import MATRIX_KINDS
+from adaptc.methods.method import Dropout, Rank, WeightMethod, method
+from adaptc.methods.param import Param
+from adaptc.methods.peft_format import PeftFormat
+from adaptc.methods.site import MATRIX_KINDS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adaptc.site import WeightSite
+    from adaptc.methods.site import WeightSite
 
 Form = Annotated[
     Literal[True, "bat", "mini"],

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from adaptc.feed_forward import SmallFeedForward
-from adaptc.method_contract import method
+from adaptc.methods.activation import SmallFeedForward
+from adaptc.methods.method import method
 
 
 @method("parallel")

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
-from adaptc.kinds import TOKENS, AttentionFormat, AttentionMethod
-from adaptc.method_contract import method
-from adaptc.param import Param
-from adaptc.peft_format import PeftFormat
+from adaptc.methods.method import method
+from adaptc.methods.param import Param
+from adaptc.methods.peft_format import PeftFormat
+from adaptc.methods.virtual_tokens import TOKENS, AttentionFormat, AttentionMethod
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adaptc.point_sites import AttentionSite
+    from adaptc.methods.point_sites import AttentionSite
 
 
 class PrefixFormat(AttentionFormat):

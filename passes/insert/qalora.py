@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from adaptc.errors import Fault
-from adaptc.low_rank import NOT_AGAIN, MakesUp, Rounds, Split, singular
-from adaptc.method_contract import Dropout, method
-from adaptc.param import Param
-from adaptc.ranked import Scaled
+from adaptc.methods.low_rank import NOT_AGAIN, MakesUp, Rounds, Split, singular
+from adaptc.methods.method import Dropout, method
+from adaptc.methods.param import Param
+from adaptc.methods.rank import Scaled
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adaptc.site import WeightSite
+    from adaptc.methods.site import WeightSite
 
 GroupSize = Annotated[
     int, Field(ge=2, description="inputs that share a column of A, such as the block of a quantized weight")

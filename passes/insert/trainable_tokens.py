@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field
 
 from adaptc.errors import Fault
-from adaptc.method_contract import WeightMethod, method
-from adaptc.param import Param
-from adaptc.peft_format import PeftFormat
+from adaptc.methods.method import WeightMethod, method
+from adaptc.methods.param import Param
+from adaptc.methods.peft_format import PeftFormat
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from adaptc.site import WeightSite
+    from adaptc.methods.site import WeightSite
 
 Tokens = Annotated[tuple[int, ...], Field(description="the words whose rows are trained")]
 

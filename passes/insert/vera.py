@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from adaptc.method_contract import Dropout, Rank, WeightMethod, method
-from adaptc.param import Param
-from adaptc.peft_format import PeftFormat
-from adaptc.site import MATRIX_KINDS
+from adaptc.methods.method import Dropout, Rank, WeightMethod, method
+from adaptc.methods.param import Param
+from adaptc.methods.peft_format import PeftFormat
+from adaptc.methods.site import MATRIX_KINDS
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from adaptc.site import WeightSite
+    from adaptc.methods.site import WeightSite
 
 
 @method("vera")

@@ -11,12 +11,11 @@ import torch
 from pydantic import Field
 from torch import fx
 
-from adaptc.budget import example_shape, example_sizes
-from adaptc.graph import Graph
-from adaptc.memory import base_of, writes
-from adaptc.pipeline import Pass, graph_pass
-from adaptc.recompute import CUT
-from adaptc.sites import ADAPTATION
+from adaptc.ir.analysis.sites import ADAPTATION
+from adaptc.ir.cost import example_shape, example_sizes
+from adaptc.ir.graph import Graph
+from adaptc.ir.nodes import CUT, base_of, writes
+from adaptc.rewriter.pipeline import Pass, graph_pass
 
 Segments = Annotated[
     int | None, Field(gt=1, description="how many; those that need the least memory if left out")

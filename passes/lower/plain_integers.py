@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import fx
 
-from adaptc.expression import splice, trace_expression
-from adaptc.graph import Graph
-from adaptc.integer_blocks import CalibratedBlocks
-from adaptc.pipeline import Pass, graph_pass
-from adaptc.quantized_operations import LINEAR, named
-from adaptc.scheme_contract import scheme_of
+from adaptc.ir.graph import Graph
+from adaptc.quantization.integer import CalibratedBlocks
+from adaptc.quantization.operators import LINEAR, named
+from adaptc.quantization.scheme import scheme_of
+from adaptc.rewriter.expression import splice, trace_expression
+from adaptc.rewriter.pipeline import Pass, graph_pass
 
 
 @graph_pass("plain-integers")

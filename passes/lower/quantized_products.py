@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from adaptc.graph import Graph
-from adaptc.multiplications import Embedding, Linear, operands
-from adaptc.pipeline import Pass, graph_pass
-from adaptc.quantized_operations import DEQUANTIZE, EMBEDDING, LINEAR
+from adaptc.ir.analysis.linear_forms import Embedding, Linear, operands
+from adaptc.ir.graph import Graph
+from adaptc.quantization.operators import DEQUANTIZE, EMBEDDING, LINEAR
+from adaptc.rewriter.pipeline import Pass, graph_pass
 
 aten = torch.ops.aten
 

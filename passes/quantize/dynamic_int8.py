@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from adaptc.errors import Fault
-from adaptc.integer_blocks import IntegerBlocks
-from adaptc.scheme_contract import scheme
+from adaptc.quantization.integer import IntegerBlocks
+from adaptc.quantization.scheme import scheme
 
 
 @scheme("dynamic-int8")

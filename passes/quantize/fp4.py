@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from adaptc.scheme_contract import scheme
-from adaptc.table_blocks import TableBlocks
+from adaptc.quantization.codebook import TableBlocks
+from adaptc.quantization.scheme import scheme
 
 MAGNITUDES = (0.0, 0.0052083333, 0.66666667, 1.0, 0.33333333, 0.5, 0.16666667, 0.25)
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
-from adaptc.integer_blocks import BlockSize, CalibratedBlocks, Symmetric
-from adaptc.scheme_contract import Kept, Tensors, scheme
+from adaptc.quantization.integer import BlockSize, CalibratedBlocks, Symmetric
+from adaptc.quantization.scheme import Kept, Tensors, scheme
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from adaptc.integer_blocks import BlockSize, IntegerBlocks, Symmetric
-from adaptc.scheme_contract import scheme
+from adaptc.quantization.integer import BlockSize, IntegerBlocks, Symmetric
+from adaptc.quantization.scheme import scheme
 
 
 @scheme("int2")

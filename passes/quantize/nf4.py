@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from adaptc.scheme_contract import scheme
-from adaptc.table_blocks import TableBlocks
+from adaptc.quantization.codebook import TableBlocks
+from adaptc.quantization.scheme import scheme
 
 
 @scheme("nf4")

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from adaptc.errors import WeightError
-from adaptc.packed import Bits, needed, stored_by
-from adaptc.scheme_contract import SCHEMES
-from adaptc.table_blocks import NESTED
+from adaptc.quantization.codebook import NESTED
+from adaptc.quantization.packed import Bits
+from adaptc.quantization.readers import needed, stored_by
+from adaptc.quantization.scheme import SCHEMES
 from adaptc.weights import Weight
 
 if TYPE_CHECKING:

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from adaptc.errors import WeightError
-from adaptc.integer_blocks import unpack
-from adaptc.packed import Bits, needed, number, stored_by
-from adaptc.packed_integers import group_of, integer_bits, words_of
-from adaptc.scheme_contract import SCHEMES
+from adaptc.quantization.integer import unpack
+from adaptc.quantization.packed import Bits
+from adaptc.quantization.readers import group_of, integer_bits, needed, number, stored_by, words_of
+from adaptc.quantization.scheme import SCHEMES
 from adaptc.weights import Weight
 
 if TYPE_CHECKING:

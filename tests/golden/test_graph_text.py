@@ -16,7 +16,7 @@ from torch import nn
 
 import adaptc
 from adaptc import passes
-from adaptc.graph import Graph
+from adaptc.ir.graph import Graph
 
 HERE = Path(__file__).parent
 

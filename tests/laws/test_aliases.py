@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import adaptc
-from adaptc.compiled import Compiled
-from adaptc.emit.onnx import onnx_runner
+from adaptc.compiler.compiled import Compiled
+from adaptc.emit.onnx.runtime import onnx_runner
 from adaptc.errors import RefusedError
 from tests.families import close, differs, perturb, randomise
 

@@ -12,11 +12,11 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import adaptc
-from adaptc import kernels
-from adaptc.compiled import Compiled
-from adaptc.graph import bind
-from adaptc.method_contract import METHODS
-from adaptc.scheme_contract import SCHEMES
+from adaptc.compiler.compiled import Compiled
+from adaptc.ir.module import bind
+from adaptc.methods.method import METHODS
+from adaptc.passes.lower import torch_kernels as kernels
+from adaptc.quantization.scheme import SCHEMES
 from tests.families import FAMILIES, Zoo, close, entry, inputs, marked, randomise
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")

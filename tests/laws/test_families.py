@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 import adaptc
-from adaptc.catalog import load_passes
-from adaptc.emit.onnx import onnx_runner
+from adaptc.emit.onnx.runtime import onnx_runner
 from adaptc.errors import ProofError
-from adaptc.graph import bind
-from adaptc.pipeline import run
+from adaptc.ir.module import bind
+from adaptc.rewriter.catalog import load_passes
+from adaptc.rewriter.pipeline import run
 from tests.families import (
     FAMILIES,
     HUGGING_FACE,

@@ -13,15 +13,17 @@ import torch
 from torch.nn import functional as F
 
 import adaptc
-from adaptc.catalog import load_passes
-from adaptc.compiled import Compiled
+from adaptc.compiler.compiled import Compiled
 from adaptc.errors import SpecError
-from adaptc.graph import Graph, bind
-from adaptc.insert import Insert
-from adaptc.kinds import ActivationMethod, PromptMethod
-from adaptc.matrix_products import MATRIX_PRODUCTS
-from adaptc.method_contract import METHODS, WeightMethod
-from adaptc.pipeline import run
+from adaptc.ir.analysis.matmul import MATRIX_PRODUCTS
+from adaptc.ir.graph import Graph
+from adaptc.ir.module import bind
+from adaptc.methods.activation import ActivationMethod
+from adaptc.methods.method import METHODS, WeightMethod
+from adaptc.methods.virtual_tokens import PromptMethod
+from adaptc.rewriter.catalog import load_passes
+from adaptc.rewriter.insert.base import Insert
+from adaptc.rewriter.pipeline import run
 from adaptc.weights import Held
 from tests.families import (
     FAMILIES,

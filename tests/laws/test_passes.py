@@ -12,20 +12,21 @@ from torch import nn
 from torch.nn import functional as F
 
 import adaptc
-from adaptc.catalog import load_passes
-from adaptc.changes import comparison
-from adaptc.emit.casts import Casts
-from adaptc.emit.decompose import OnnxOperations
-from adaptc.emit.evaluate import Evaluate
-from adaptc.emit.functional import Functional
-from adaptc.emit.rounding import RoundActivations
+from adaptc.compiler.changes import comparison
+from adaptc.compiler.proof import batches, prove, randomised, tolerance
+from adaptc.emit.onnx.casts import Casts
+from adaptc.emit.onnx.decompose import OnnxOperations
+from adaptc.emit.onnx.evaluate import Evaluate
+from adaptc.emit.onnx.functional import Functional
+from adaptc.emit.onnx.rounding import RoundActivations
 from adaptc.errors import AdaptcError, RefusedError, SpecError, VerifyError, WeightError
-from adaptc.graph import Graph, bind
-from adaptc.insert import Insert
-from adaptc.pipeline import PASSES, Pass, PassRecord, check_order, graph_pass, run
-from adaptc.proof import batches, prove, randomised, tolerance
-from adaptc.stages import STAGES
-from adaptc.streaming import Interpreter
+from adaptc.ir.graph import Graph
+from adaptc.ir.interpreter import Interpreter
+from adaptc.ir.module import bind
+from adaptc.ir.stages import STAGES
+from adaptc.rewriter.catalog import load_passes
+from adaptc.rewriter.insert.base import Insert
+from adaptc.rewriter.pipeline import PASSES, Pass, PassRecord, check_order, graph_pass, run
 from adaptc.weights import Held
 from tests.families import Mlp, Zoo, close, differs, inputs, outputs, perturbed, randomise, small
 
@@ -378,7 +379,7 @@ def test_an_adapter_that_a_pass_forgot_is_caught(zoo: Zoo) -> None:
 
 
 def test_a_wrong_fold_is_stopped_by_the_proof(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
-    from adaptc.expression import Expression
+    from adaptc.rewriter.expression import Expression
 
     compiled = zoo.adapted("lora", "mlp")
     right = Expression.evaluate

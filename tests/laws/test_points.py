@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import adaptc
-from adaptc.compiled import Compiled
+from adaptc.compiler.compiled import Compiled
 from tests.families import Zoo, close, differs, inputs, marked, outputs, perturb, randomise
 
 BEHIND = {

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import adaptc
-from adaptc.compiled import Compiled
-from adaptc.recompute import CUT, Segment
+from adaptc.compiler.compiled import Compiled
+from adaptc.ir.module import Segment
+from adaptc.ir.nodes import CUT
 from tests.families import FAMILIES, Zoo, inputs, marked, outputs, perturb
 
 PASSES = ["insert", "gradient-checkpointing"]

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import adaptc
-from adaptc.emit.onnx import onnx_runner
+from adaptc.emit.onnx.runtime import onnx_runner
 from adaptc.errors import ProofError, TraceError
 from tests.families import close, differs, perturb
 
@@ -178,7 +178,7 @@ def test_outputs_that_are_one_tensor_keep_their_names(tmp_path: Path) -> None:
     first, second, third = session({"x": x})
     assert torch.equal(first, second)
     assert torch.equal(third, x)
-    from adaptc.emit.onnx import open_session
+    from adaptc.emit.onnx.runtime import open_session
 
     names = [value.name for value in open_session(tmp_path / "m.onnx").get_outputs()]
     assert names == ["linear", "again", "x_output"]

@@ -13,12 +13,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import adaptc
-from adaptc.choices import Choices
-from adaptc.emit import reference
-from adaptc.emit.onnx import onnx_runner
+from adaptc.compiler import reference
+from adaptc.compiler.proof import Each, batches, prove
+from adaptc.emit.onnx.runtime import onnx_runner
 from adaptc.errors import TraceError
 from adaptc.inputs import InputSpec
-from adaptc.proof import Each, batches, prove
+from adaptc.ir.tie_breaks import Choices
 from tests.families import perturb
 
 LORA = {"method": "lora", "r": 2}

@@ -16,14 +16,14 @@ from torch import nn
 from torch.nn import functional as F
 
 import adaptc
-from adaptc.catalog import load_passes
-from adaptc.compiled import Compiled
-from adaptc.graph import bind
-from adaptc.method_contract import METHODS
-from adaptc.pipeline import run
-from adaptc.quantized import bytes_of, matrix_of, weight_of
-from adaptc.quantized_operations import quantized_embedding, quantized_linear, quantized_product
-from adaptc.scheme_contract import SCHEMES, Scheme, scheme_of
+from adaptc.compiler.compiled import Compiled
+from adaptc.ir.module import bind
+from adaptc.methods.method import METHODS
+from adaptc.quantization.operators import quantized_embedding, quantized_linear, quantized_product
+from adaptc.quantization.quantized_weight import bytes_of, matrix_of, weight_of
+from adaptc.quantization.scheme import SCHEMES, Scheme, scheme_of
+from adaptc.rewriter.catalog import load_passes
+from adaptc.rewriter.pipeline import run
 from tests.families import (
     FAMILIES,
     SHAPES,

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import adaptc
-from adaptc.compiled import Compiled
+from adaptc.compiler.compiled import Compiled
 from adaptc.errors import AdaptcError, RefusedError
 from tests.families import close, differs, perturb, randomise
 

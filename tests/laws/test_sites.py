@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import nn
 
-from adaptc.catalog import load_passes
-from adaptc.emit.onnx import onnx_runner
-from adaptc.graph import Graph, bind
-from adaptc.method_contract import METHODS, WeightMethod
+from adaptc.emit.onnx.runtime import onnx_runner
+from adaptc.ir.graph import Graph
+from adaptc.ir.module import bind
+from adaptc.methods.method import METHODS, WeightMethod
 from adaptc.passes import Factor, Fold
-from adaptc.pipeline import run
+from adaptc.rewriter.catalog import load_passes
+from adaptc.rewriter.pipeline import run
 from adaptc.weights import Held
 from tests.families import close, differs, perturb, perturbed
 from tests.site_kinds import KINDS, SHAPES, Kind, Matrix, Museums, entry, inputs

@@ -11,21 +11,21 @@ import pytest
 import torch
 
 from adaptc import passes
-from adaptc.emit.casts import Casts
-from adaptc.emit.decompose import OnnxOperations
-from adaptc.emit.evaluate import Evaluate
-from adaptc.emit.functional import Functional
-from adaptc.emit.quantized_products import OnnxProducts
-from adaptc.emit.quantized_symbols import onnx
-from adaptc.emit.rounding import RoundActivations
+from adaptc.emit.onnx.casts import Casts
+from adaptc.emit.onnx.decompose import OnnxOperations
+from adaptc.emit.onnx.evaluate import Evaluate
+from adaptc.emit.onnx.functional import Functional
+from adaptc.emit.onnx.lower_quantized import OnnxProducts
+from adaptc.emit.onnx.quantized_operations import onnx
+from adaptc.emit.onnx.rounding import RoundActivations
 from adaptc.errors import RefusedError, VerifyError
-from adaptc.graph import Graph
-from adaptc.pipeline import Pass, run
-from adaptc.quantized_operations import DEQUANTIZE, LINEAR
-from adaptc.sites import ADAPTATION
-from adaptc.stages import REWRITTEN, STAGES, TABLE
-from adaptc.tracing.modes import training_node
-from adaptc.verify import verify
+from adaptc.ir.analysis.sites import ADAPTATION
+from adaptc.ir.graph import Graph
+from adaptc.ir.stages import REWRITTEN, STAGES, TABLE
+from adaptc.ir.training_mode import training_node
+from adaptc.ir.verify import verify
+from adaptc.quantization.operators import DEQUANTIZE, LINEAR
+from adaptc.rewriter.pipeline import Pass, run
 from tests.families import Zoo
 
 aten = torch.ops.aten

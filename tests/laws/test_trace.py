@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import adaptc
-from adaptc.compiler import plan
-from adaptc.graph import bind
+from adaptc.compiler.driver import plan
+from adaptc.ir.module import bind
 from adaptc.weights import Stored
 from tests.families import (
     FAMILIES,

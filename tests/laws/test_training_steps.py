@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import adaptc
-from adaptc.compiled import Compiled
-from adaptc.emit.onnx import onnx_runner
+from adaptc.compiler.compiled import Compiled
+from adaptc.emit.onnx.runtime import onnx_runner
 from tests.families import Zoo, close, entry, inputs, outputs, perturb, without_cache
 from tests.parity.test_peft import tensors_in
 

@@ -219,7 +219,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def cli(models: Path) -> Callable[..., Ran]:
     """Run `adaptc` in this process; an exception that escapes is a traceback on standard error, as in a shell."""
-    from adaptc import cli as command_line
+    from adaptc.cli import app as command_line
 
     def run(*words: object) -> Ran:
         out, err = io.StringIO(), io.StringIO()

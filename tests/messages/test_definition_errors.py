@@ -17,17 +17,16 @@ import torch
 from torch import nn
 
 import adaptc
-from adaptc import scheme_trial
-from adaptc.adapt_entries import AdapterEntry, MethodEntry
-from adaptc.definitions import RESERVED, check_class, check_options
 from adaptc.errors import DefinitionError
-from adaptc.insert import Insert
-from adaptc.method_contract import METHODS
-from adaptc.pipeline import PASSES
-from adaptc.quantize import Quantize
-from adaptc.quantize_entries import QuantizeEntry
-from adaptc.scheme_contract import SCHEMES, scheme_of
-from adaptc.trial import try_out
+from adaptc.methods.method import METHODS
+from adaptc.methods.trial import try_out
+from adaptc.quantization import trial as scheme_trial
+from adaptc.quantization.scheme import SCHEMES, scheme_of
+from adaptc.registry.definitions import RESERVED, check_class, check_options
+from adaptc.rewriter.insert.base import Insert
+from adaptc.rewriter.pipeline import PASSES
+from adaptc.rewriter.quantize import Quantize
+from adaptc.spec.entries import AdapterEntry, MethodEntry, QuantizeEntry
 
 HEAD = """\
 from dataclasses import dataclass, field

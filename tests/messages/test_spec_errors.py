@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from adaptc.errors import Problem, SpecError
-from adaptc.spec import load, require_base
+from adaptc.spec.spec import load, require_base
 
 HEAD = "version: 1\nbase: {model: ./m}\n"
 PYTHON = 'version: 1\nbase: {python: "m:build"}\ninputs: {x: "float32[batch]"}\n'

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from adaptc.scheme_contract import SCHEMES
-from adaptc.table_blocks import TableBlocks, dynamic_table
+from adaptc.quantization.codebook import TableBlocks, dynamic_table
+from adaptc.quantization.scheme import SCHEMES
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 import bitsandbytes.functional as bnb

@@ -17,14 +17,15 @@ from safetensors import safe_open
 from torch import fx, nn
 
 import adaptc
-from adaptc.artifacts import emit_all
-from adaptc.compiled import Compiled
-from adaptc.emit import huggingface, shards
+from adaptc.checkpoints import shards
+from adaptc.checkpoints.huggingface_layout import as_stored
+from adaptc.cli.inspection import inspect, verify
+from adaptc.compiler.artifacts import emit_all
+from adaptc.compiler.compiled import Compiled
+from adaptc.emit import huggingface
 from adaptc.emit.huggingface import save_checkpoint
-from adaptc.emit.layout import as_stored
 from adaptc.errors import AdaptcError, ProofError, RefusedError
-from adaptc.inspection import inspect, verify
-from adaptc.spec import dump, load
+from adaptc.spec.spec import dump, load
 from adaptc.weights import Computed, Held
 from tests.families import (
     FAMILIES,
@@ -499,7 +500,9 @@ def test_weights_that_are_not_the_folded_ones(
 def test_a_model_larger_than_memory(zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not loaded, which is said in place of a proof."""
     monkeypatch.setattr(huggingface, "LOADED_SHARE", 10**12)
-    monkeypatch.setattr("adaptc.artifacts.load_checkpoint", lambda *args: pytest.fail("it was loaded"))
+    monkeypatch.setattr(
+        "adaptc.compiler.artifacts.load_checkpoint", lambda *args: pytest.fail("it was loaded")
+    )
     zoo.compiled("bert", []).emit("hf", tmp_path / "merged")
     product = product_of(tmp_path / "merged")
     assert "proof" not in product

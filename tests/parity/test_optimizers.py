@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 import adaptc
-from adaptc.compiled import Compiled
+from adaptc.compiler.compiled import Compiled
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 SIZES = {"hidden_size": 128, "intermediate_size": 160, "num_hidden_layers": 1, "num_attention_heads": 4}

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import nn
 
 import adaptc
-from adaptc.compiled import Compiled
+from adaptc.compiler.compiled import Compiled
 from tests.families import (
     FAMILIES,
     HUGGING_FACE,

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import adaptc
-from adaptc.compiled import Compiled
-from adaptc.emit.onnx import onnx_runner
+from adaptc.compiler.compiled import Compiled
+from adaptc.emit.onnx.runtime import onnx_runner
 from tests.families import Zoo, close, differs, inputs, perturb, randomise
 
 peft = pytest.importorskip("peft")

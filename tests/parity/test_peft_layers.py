@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from adaptc.checkpoint import Checkpoint
-from adaptc.names import matches_any
-from adaptc.peft_config import declared
+from adaptc.checkpoints.adapter import Checkpoint
+from adaptc.checkpoints.peft_config import declared
+from adaptc.patterns import matches_any
 
 MODULES = (
     "q_proj", "layers.1", "a.b.layers.1", "h.0.attn.q_proj", "model.layers.0.self_attn.q_proj",

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from adaptc.compiled import Compiled
-from adaptc.method_contract import METHODS
+from adaptc.compiler.compiled import Compiled
+from adaptc.methods.method import METHODS
 from tests.families import SHAPES, Zoo, close, differs, inputs, outputs, perturb, without_cache
 from tests.parity.test_peft import tensors_in
 

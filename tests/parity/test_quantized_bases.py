@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import adaptc
-from adaptc.compiled import Compiled
+from adaptc.compiler.compiled import Compiled
 from adaptc.errors import AdaptcError
 from tests.families import close, marked
 

@@ -78,25 +78,25 @@ def spec(tmp_path: Path) -> Path:
 
 
 def test_the_registries_know_it(python: Run) -> None:
-    methods = python("-m", "adaptc.cli", "methods", "--json")
+    methods = python("-m", "adaptc.cli.app", "methods", "--json")
     assert methods.returncode == 0, methods.stderr
     row = next(row for row in json.loads(methods.stdout) if row["method"] == "diag-shift")
     assert row["equation"].startswith("W' = W + gain r c")
     assert row["options"] == "gain"
     assert row["sits on"] == "linear"
-    passes = json.loads(python("-m", "adaptc.cli", "passes", "--json").stdout)
+    passes = json.loads(python("-m", "adaptc.cli.app", "passes", "--json").stdout)
     assert {"swap-activation", "insert-diag-shift"} <= {row["pass"] for row in passes}
 
 
 def test_the_schema_knows_it(python: Run) -> None:
-    text = python("-m", "adaptc.cli", "schema").stdout
+    text = python("-m", "adaptc.cli.app", "schema").stdout
     assert "diag-shift" in text
     assert "a factor on what is added" in text
 
 
 @pytest.mark.slow
 def test_without_the_package(python: Run, spec: Path) -> None:
-    ran = python("-m", "adaptc.cli", "plan", spec, plugin=False)
+    ran = python("-m", "adaptc.cli.app", "plan", spec, plugin=False)
     assert ran.returncode == 2
     assert f"{spec}:5:14: adapt.0.method: unknown method 'diag-shift'" in ran.stderr
 
@@ -111,7 +111,7 @@ def test_without_the_package(python: Run, spec: Path) -> None:
 )
 def test_its_options_are_checked(python: Run, spec: Path, old: str, new: str, said: str) -> None:
     spec.write_text(SPEC.replace(old, new))
-    ran = python("-c", f"from adaptc.spec import load; load({str(spec)!r})")
+    ran = python("-c", f"from adaptc.spec.spec import load; load({str(spec)!r})")
     assert ran.returncode == 1
     assert said in ran.stderr
 
@@ -120,7 +120,7 @@ def test_its_options_are_checked(python: Run, spec: Path, old: str, new: str, sa
     ("code", "said"),
     [
         ("import no_such_module_at_all", "no_such_module_at_all"),
-        ("from adaptc.method_contract import method\n@method('Bad Name')\nclass Bad: ...", "Bad Name"),
+        ("from adaptc.methods.method import method\n@method('Bad Name')\nclass Bad: ...", "Bad Name"),
     ],
     ids=["does not import", "a name that is none"],
 )
@@ -132,7 +132,7 @@ def test_a_package_that_is_broken(tmp_path: Path, code: str, said: str) -> None:
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: broken-plugin\nVersion: 0.1\n")
     (folder / "entry_points.txt").write_text("[adaptc.passes]\nbroken = broken_plugin\n")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    words = [sys.executable, "-m", "adaptc.cli", "schema"]
+    words = [sys.executable, "-m", "adaptc.cli.app", "schema"]
     ran = subprocess.run(words, capture_output=True, text=True, env=environment)
     assert "Traceback" not in ran.stderr, ran.stderr[-600:]
     assert "broken-plugin" in ran.stderr or "broken_plugin" in ran.stderr
@@ -281,7 +281,7 @@ def test_the_pass_by_name_with_options(python: Run, spec: Path, tmp_path: Path) 
 def test_the_pass_from_the_command_line(python: Run, spec: Path, tmp_path: Path) -> None:
     text = "passes:\n  - swap-activation: {to: silu}\n  - insert\nemit: [{format: onnx, path: m.onnx}]\n"
     spec.write_text(SPEC + text)
-    ran = python("-m", "adaptc.cli", "compile", spec, "--json", "--print-after", "swap-activation")
+    ran = python("-m", "adaptc.cli.app", "compile", spec, "--json", "--print-after", "swap-activation")
     assert ran.returncode == 0, ran.stderr
     document = json.loads(ran.stdout)
     assert document["plan"]["passes"] == [{"swap-activation": {"to": "silu"}}, "insert"]

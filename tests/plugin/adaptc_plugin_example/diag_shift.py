@@ -12,7 +12,7 @@ from adaptc import Param, WeightMethod, method
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adaptc.site import WeightSite
+    from adaptc.methods.site import WeightSite
 
 
 @method("diag-shift")

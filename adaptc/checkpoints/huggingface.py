@@ -1,0 +1,151 @@
+"""The tensors of a Hugging Face directory under a model's own names, none of them read."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from adaptc.errors import WeightError
+from adaptc.ir.nodes import put
+from adaptc.weights import Held, Stored, Weight, read_safetensors
+
+CONFIG = "config.json"
+PACKED = (".qweight", ".SCB", ".absmax")
+"""How keys end that only quantized checkpoints have."""
+
+
+def first_names(model: nn.Module) -> dict[str, str]:
+    """Every name of a parameter or buffer -> the first name of the same tensor."""
+    seen: dict[int, str] = {}
+    both = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name: seen.setdefault(id(tensor), name) for name, tensor in both}
+
+
+def stored_weights(
+    model: nn.Module, directory: Path, known: Mapping[str, Weight]
+) -> dict[str, Weight] | None:
+    """The checkpoint's tensors under the model's names, or None where transformers must convert or initialise.
+
+    Args:
+        model: whose parameters are fake.
+        directory: the checkpoint.
+        known: weights that are not looked for there.
+
+    Raises:
+        WeightError: a file is broken, missing, or a tensor has another shape than the configuration says.
+    """
+    stored = tensors_of(directory)
+    if converted(model, stored):
+        _check_no_bits(stored, directory)
+        return None
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    found: dict[str, Weight] = {}
+    for name, keys in spellings(model).items():
+        tensor = model.get_parameter(name) if name not in buffers else buffers[name]
+        if name in buffers and not isinstance(tensor, FakeTensor):
+            found[name] = Held(tensor)
+            continue
+        if name in known:
+            found[name] = known[name]
+            continue
+        source = next((stored[key] for key in keys if key in stored), None)
+        if source is None:
+            _check_no_bits(stored, directory)
+            return None
+        if source.shape != tuple(tensor.shape):
+            raise WeightError(
+                f"{source.file}: tensor {source.key!r} has shape {list(source.shape)}, but {CONFIG} describes "
+                f"{list(tensor.shape)} for {name}; the file and the configuration belong to different models"
+            )
+        if tensor.dtype.is_floating_point and not source.dtype.is_floating_point:
+            raise WeightError(
+                f"{source.file}: tensor {source.key!r} holds {source.dtype}, not the floats of {name}: the checkpoint "
+                f"is quantized, and {CONFIG} has no quantization_config that says how"
+            )
+        target = tensor.dtype if tensor.dtype.is_floating_point else source.dtype
+        found[name] = Stored(source.file, source.key, source.shape, target)
+    return found
+
+
+def spellings(model: nn.Module) -> dict[str, list[str]]:
+    """Every name of a parameter or buffer -> its keys in a checkpoint: any alias, with the base's prefix or without."""
+    prefix = getattr(model, "base_model_prefix", "") + "."
+    firsts = first_names(model)
+    of: dict[str, list[str]] = {}
+    for name, first in firsts.items():
+        of.setdefault(first, []).extend((name, name.removeprefix(prefix), prefix + name))
+    return {name: list(dict.fromkeys([name, *of[first]])) for name, first in firsts.items()}
+
+
+def _check_no_bits(stored: Iterable[str], directory: Path) -> None:
+    """What transformers is left to load holds floats: it would make up what is stored in bits."""
+    packed = next((key for key in stored if key.endswith(PACKED)), None)
+    if packed is not None:
+        raise WeightError(
+            f"{directory} holds {packed}, bits of a quantized weight, and {CONFIG} has no quantization_config"
+        )
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        names = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightError(f"{index}: broken, expected a JSON object with a weight_map ({error!r})") from None
+    return sorted(names)
+
+
+def untie_as_stored(model: nn.Module, directory: Path) -> list[str]:
+    """Give tied parameters tensors of their own where the checkpoint holds different values for them.
+
+    transformers' `from_pretrained` does the same: there the configuration is wrong, not the checkpoint. Gives a note
+    for each.
+    """
+    notes: list[str] = []
+    try:
+        stored = tensors_of(directory)
+    except WeightError:
+        return notes  # a plan needs no weights; whoever reads them is told
+    for name, first in first_names(model).items():
+        if name == first or name not in stored or first not in stored:
+            continue
+        ours, theirs = stored[first], stored[name]
+        if ours.shape != theirs.shape or not torch.equal(ours.load(), theirs.load()):
+            put(model, name, nn.Parameter(torch.empty_like(model.get_parameter(first))))
+            notes.append(
+                f"{name} is not tied to {first}, as the configuration says: the checkpoint holds both"
+            )
+    return notes
+
+
+def tensors_of(directory: Path) -> dict[str, Stored]:
+    """Every tensor of a checkpoint by its key, in one file or several."""
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        names = _shards(index)
+    else:
+        names = ["model.safetensors"] if (directory / "model.safetensors").is_file() else []
+    stored: dict[str, Stored] = {}
+    for name in names:
+        stored |= read_safetensors(directory / name)
+    return stored
+
+
+def converted(model: Any, stored: Iterable[str]) -> bool:
+    """Whether transformers computes some of a model's tensors from the checkpoint's, beyond giving them other names."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    patterns = [
+        pattern
+        for conversion in get_model_conversion_mapping(model, add_legacy=False)
+        if isinstance(conversion, WeightConverter)
+        for pattern in conversion.source_patterns
+    ]
+    return any(re.search(pattern, key) for pattern in patterns for key in stored)

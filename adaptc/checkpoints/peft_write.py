@@ -1,0 +1,142 @@
+"""PEFT checkpoints: an adapter's tensors and configuration, as PEFT itself writes them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from adaptc.checkpoints.adapter import BASE_HASH, BESIDE, CONFIG, ORDER, ROOT, TENSORS
+from adaptc.checkpoints.adapter_checks import spelled
+from adaptc.checkpoints.records import AdapterRecord, AdapterTensor, group
+from adaptc.errors import WeightError
+from adaptc.methods.method import options_of
+from adaptc.patterns import matches_any
+
+TASKS: Mapping[str, str] = {
+    "causal-lm": "CAUSAL_LM",
+    "seq2seq-lm": "SEQ_2_SEQ_LM",
+    "sequence-classification": "SEQ_CLS",
+    "token-classification": "TOKEN_CLS",
+    "question-answering": "QUESTION_ANS",
+    "feature-extraction": "FEATURE_EXTRACTION",
+}
+"""A base's task -> PEFT's `task_type`, without which it does not use virtual tokens."""
+CLASSIFYING = frozenset({"SEQ_CLS", "TOKEN_CLS"})
+"""The tasks whose head PEFT looks for beside virtual tokens."""
+
+
+def save(
+    records: Sequence[AdapterRecord],
+    values: Mapping[str, torch.Tensor],
+    directory: Path,
+    base: Mapping[str, str],
+) -> None:
+    """Write adapters as PEFT checkpoints: one in `directory`, or several below it with their order.
+
+    Args:
+        records: what was inserted.
+        values: the tensors by their names in the graph.
+        directory: made if missing.
+        base: `name`, `sha256` and `task` of the base, kept in the checkpoint.
+    """
+    groups = group(records)
+    if not groups:
+        raise WeightError("there is no adapter to save: nothing was inserted")
+    names = [""] if len(groups) == 1 else _directories(groups)
+    for name, members in zip(names, groups, strict=True):
+        target = directory / name
+        target.mkdir(parents=True, exist_ok=True)
+        format = members[0].format
+        bare = format is not None and format.bare
+        tensors = {spelled(t.key, bare): _kept(values[t.name], t) for r in members for t in r.stored}
+        metadata = {"format": "pt", **({BASE_HASH: base["sha256"]} if base.get("sha256") else {})}
+        if TASKS.get(base.get("task", "")) in CLASSIFYING and members[0].heads:
+            heads = [name for name in members[0].heads if ROOT + name not in tensors]
+            tensors |= {ROOT + name: values[name].detach().contiguous().clone() for name in heads}
+            metadata[BESIDE] = " ".join(heads)
+        try:
+            save_file(tensors, target / TENSORS, metadata=metadata)
+        except SafetensorError as error:  # nothing but the disk can go wrong here
+            raise OSError(str(error)) from error
+        (target / CONFIG).write_text(json.dumps(_config(members, base), indent=2, sort_keys=True) + "\n")
+    if len(groups) > 1:
+        (directory / ORDER).write_text(json.dumps({"order": names}, indent=2) + "\n")
+
+
+def _kept(value: torch.Tensor, tensor: AdapterTensor) -> torch.Tensor:
+    """A tensor as it is written; indices as narrow as PEFT has them."""
+    narrow = tensor.below is not None and tensor.below <= 2**31
+    return value.detach().to("cpu", torch.int32 if narrow else value.dtype).contiguous().clone()
+
+
+def _directories(groups: Sequence[Sequence[AdapterRecord]]) -> list[str]:
+    names = [group[0].adapter for group in groups]
+    if max(Counter(names).values()) > 1:
+        names = [f"{group[0].adapter}-{group[0].method}" for group in groups]
+    return [name if names.count(name) == 1 else f"{name}-{index}" for index, name in enumerate(names)]
+
+
+def _config(group: Sequence[AdapterRecord], base: Mapping[str, str]) -> dict[str, Any]:
+    host, joined = group[0], group[1:]
+    config: dict[str, Any] = {
+        "base_model_name_or_path": base.get("name"),
+        "inference_mode": True,
+        "task_type": None,
+    }
+    if host.format is None or host.format.type is None:
+        return config | {
+            "peft_type": None,
+            "adaptc_method": host.method,
+            "adaptc_options": dict(host.options),
+            "target_modules": list(host.patterns),
+        }
+    config |= {"peft_type": host.format.type, **_written(host.format.fixed), **host.sizes}
+    if host.format.bare:
+        config["task_type"] = TASKS.get(base.get("task", ""))
+    else:
+        config["target_modules"] = _targets(host)
+    if host.parameters:
+        config["target_parameters"] = list(host.parameters)
+    if host.transposed:
+        config["fan_in_fan_out"] = True
+    options = host.format.write(options_of(host.instance))
+    for ours, theirs in host.format.options.items():
+        value = options[ours]
+        config[theirs] = (
+            [m for m in host.modules if matches_any(value, m)] if ours in host.format.modules else value
+        )
+    for record in [] if host.format.bare else joined:
+        assert record.format is not None
+        assert record.format.joins is not None
+        whole = (
+            [m for m in record.modules if not _only_bias(record, m)] if config.get("bias") else record.modules
+        )
+        if whole:
+            config.setdefault(record.format.joins, []).extend(whole)
+    return config
+
+
+def _written(fixed: Mapping[str, object]) -> dict[str, object]:
+    """What is fixed, but for what PEFT does not know and is false anyway."""
+    return {key: value for key, value in fixed.items() if value or not key.startswith("adaptc_")}
+
+
+def _only_bias(record: AdapterRecord, module: str) -> bool:
+    """Whether the biases alone are trained of a module, which PEFT's option `bias` says."""
+    leaves = {t.key.rpartition(".")[2] for t in record.stored if t.name.startswith(f"{module}.")}
+    return leaves == {"bias"}
+
+
+def _targets(record: AdapterRecord) -> list[str] | str:
+    """The modules as PEFT reads them: a list of names, or a regex where a list would name others too."""
+    if not record.ambiguous:
+        return list(record.modules)
+    return "(" + "|".join(re.escape(module) for module in record.modules) + ")"

@@ -1,0 +1,159 @@
+"""The command line. Torch is imported only by the commands that need it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from adaptc.errors import AdaptcError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="A declarative graph-compiler for adapted models: one spec in, proved products out.",
+)
+SpecPath = Annotated[Path, typer.Argument(help="the spec, a YAML file", show_default=False)]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", help="override a value: base.dtype=float16", show_default=False)
+]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON document on standard output")]
+
+
+@app.command()
+def compile(
+    spec: SpecPath,
+    output_dir: Annotated[Path | None, typer.Option(help="write here instead of beside the spec")] = None,
+    set_: Sets = None,
+    print_after: Annotated[
+        str | None, typer.Option(help="print the graph after this pass, or after 'all'")
+    ] = None,
+    dump_graphs: Annotated[
+        Path | None, typer.Option(help="write the graph after every pass into this folder")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Compile a spec: trace, insert, prove, and write what `emit` asks for."""
+    from adaptc.cli.console import Report
+    from adaptc.cli.run import run_spec
+
+    report = Report(quiet=as_json)
+    result = run_spec(spec, set_ or [], output_dir, print_after, dump_graphs, report)
+    if as_json:
+        _print_json(result)
+
+
+@app.command()
+def plan(spec: SpecPath, set_: Sets = None, as_json: Json = False) -> None:
+    """Show matched sites, near misses, the budget and the pipeline. Reads no weights."""
+    from adaptc.cli.console import Report
+    from adaptc.compiler.driver import plan as make
+
+    report = Report(quiet=as_json)
+    with report.working("tracing"):
+        _, made = make(spec, set_ or [])
+    if as_json:
+        _print_json(made.to_json())
+    else:
+        report.plan(made)
+
+
+@app.command()
+def init(
+    model: Annotated[Path, typer.Argument(help="a Hugging Face model directory", show_default=False)],
+    adapter: Annotated[Path | None, typer.Option(help="a trained PEFT adapter")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="the file to write; standard output if left out")
+    ] = None,
+) -> None:
+    """Write a commented spec for a model, and a trained adapter if one is given."""
+    from adaptc.cli.starter import starter_spec
+
+    text = starter_spec(model, adapter, output.parent if output else Path.cwd())
+    if output is None:
+        sys.stdout.write(text)
+    elif output.exists():
+        raise AdaptcError(f"{output} exists already; remove it or choose another name")
+    else:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text)
+        sys.stderr.write(f"wrote {output}; next: adaptc plan {output}\n")
+
+
+@app.command()
+def inspect(path: Annotated[Path, typer.Argument(show_default=False)], as_json: Json = False) -> None:
+    """Say what an artifact, an adapter's checkpoint or a model directory holds."""
+    from adaptc.cli.console import Report
+    from adaptc.cli.inspection import inspect as look
+
+    rows = look(path)
+    _print_json({row["what"]: row["value"] for row in rows}) if as_json else Report().table(str(path), rows)
+
+
+@app.command()
+def verify(path: Annotated[Path, typer.Argument(show_default=False)], as_json: Json = False) -> None:
+    """Check an artifact: its files' hashes, and that it runs on fresh inputs with finite results."""
+    from adaptc.cli.console import Report
+    from adaptc.cli.inspection import verify as prove
+
+    rows = prove(path)
+    _print_json(rows) if as_json else Report().table(str(path), rows)
+
+
+@app.command()
+def methods(as_json: Json = False) -> None:
+    """List what `adapt` can hold, with each method's equation and options."""
+    from adaptc.cli.catalogue import method_rows
+    from adaptc.cli.console import Report
+
+    rows = method_rows()
+    _print_json(rows) if as_json else Report().table("methods", rows)
+
+
+@app.command()
+def schemes(as_json: Json = False) -> None:
+    """List what `quantize` can hold, with each scheme's equation and options."""
+    from adaptc.cli.catalogue import scheme_rows
+    from adaptc.cli.console import Report
+
+    rows = scheme_rows()
+    _print_json(rows) if as_json else Report().table("schemes", rows)
+
+
+@app.command()
+def passes(as_json: Json = False) -> None:
+    """List what `passes` can hold, with the stages each takes and leaves."""
+    from adaptc.cli.catalogue import pass_rows
+    from adaptc.cli.console import Report
+
+    rows = pass_rows()
+    _print_json(rows) if as_json else Report().table("passes", rows)
+
+
+@app.command()
+def schema() -> None:
+    """Print the spec's JSON Schema, for editors."""
+    from adaptc.spec.spec import schema_text
+
+    sys.stdout.write(schema_text())
+
+
+def _print_json(document: Any) -> None:
+    sys.stdout.write(json.dumps(document, indent=2, default=str) + "\n")
+
+
+def main() -> None:
+    """Run the command line; adaptc's own errors are printed without a traceback."""
+    try:
+        app()
+    except AdaptcError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

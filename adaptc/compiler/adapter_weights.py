@@ -1,0 +1,77 @@
+"""The weights of trained adapters: read from their checkpoints into the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from adaptc.checkpoints.adapter_checks import check_base, check_carried
+from adaptc.checkpoints.records import AdapterRecord, assign, records_of
+from adaptc.compiler.plan_adapters import Planned
+from adaptc.errors import WeightError
+from adaptc.ir.graph import Graph
+from adaptc.spec.spec import Spec
+from adaptc.weights import Computed, Weight
+
+
+def load_checkpoints(
+    spec: Spec, entries: Sequence[Planned], base: Graph, adapted: Graph, base_sha256: Callable[[], str]
+) -> None:
+    """Let the adapters of a graph be what the checkpoints of the spec hold.
+
+    Args:
+        spec: says where, in errors.
+        entries: what was inserted, and from which checkpoint.
+        base: the traced graph.
+        adapted: the adapted graph, whose weights are set.
+        base_sha256: gives the base's SHA-256; asked only where a checkpoint names the base it was trained on.
+
+    Raises:
+        WeightError: they do not fit the model or its base.
+    """
+    inserted = records_of(adapted)
+    by_path: dict[Path, list[Planned]] = {}
+    for planned in entries:
+        if planned.checkpoint is not None:
+            by_path.setdefault(planned.checkpoint.path, []).append(planned)
+    for members in by_path.values():
+        checkpoint = members[0].checkpoint
+        assert checkpoint is not None
+        wanted = {(p.entry, p.insert.method.name, p.insert.adapter): p for p in members}
+        records = [(r, p) for r in inserted if (p := wanted.get((r.entry, r.method, r.adapter))) is not None]
+        try:
+            if checkpoint.base_sha256:
+                check_base(checkpoint, base_sha256())
+            check_carried(checkpoint, base.weights)
+            values = assign(checkpoint, [_as_stored(adapted, r, p) for r, p in records])
+        except WeightError as error:
+            raise spec.weight_error(("adapt", members[0].entry, "adapter"), error) from None
+        for record, planned in records:
+            if planned.whole is not None:
+                at = planned.insert.method
+                cut = {site: at.cut_tensors(theta) for site, theta in record.sites(values).items()}
+                values |= record.renamed(cut)
+        for name, value in values.items():
+            put_weight(adapted.weights[name], value.detach)
+
+
+def _as_stored(adapted: Graph, record: AdapterRecord, planned: Planned) -> AdapterRecord:
+    """A record with the shapes that its checkpoint has, where it is inserted at a smaller rank."""
+    whole = planned.whole
+    if whole is None:
+        return record
+    own = [a for a in adapted.adaptations if (a.entry, a.method.name) == (record.entry, record.method)]
+    shapes = {
+        name: whole.at(a.site).stored(a.site)[argument].shape
+        for a in own
+        for argument, (name, _) in a.params.items()
+    }
+    return record.shaped(shapes)
+
+
+def put_weight(weight: Weight, value: Callable[[], torch.Tensor]) -> None:
+    """Let an adapter's weight be what this gives."""
+    assert isinstance(weight, Computed)
+    weight.put(value)

@@ -1,0 +1,58 @@
+"""The functions of the Python API that are not a method of something else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import fx, nn
+
+from adaptc.checkpoints.module import load_adapter_into, save_adapter_of
+from adaptc.compiler.changes import comparison
+from adaptc.emit.torch import load_torch
+from adaptc.ir.graph import Graph
+from adaptc.rewriter.pipeline import Pass
+from adaptc.rewriter.pipeline import run as run_passes
+from adaptc.tracing.module import from_module, inputs_from_examples
+from adaptc.tracing.trace import trace_base as trace_base
+
+
+def trace(
+    model: nn.Module,
+    example_inputs: Sequence[Any] | Mapping[str, Any],
+    dynamic: Mapping[str, Any] | None = None,
+) -> Graph:
+    """Trace a module into a graph: ATen operations on weights that are bound later.
+
+    Args:
+        model: the module.
+        example_inputs: tensors, by position or by name.
+        dynamic: `{"x": {0: "batch"}}`, the dimensions that vary.
+    """
+    return trace_base(from_module(model, inputs_from_examples(model, example_inputs, dynamic)))
+
+
+def run(graph: Graph, passes: Sequence[Pass]) -> Graph:
+    """Run passes in the order written, each checked; the graph given is left as it is.
+
+    Raises:
+        RefusedError: a pass refuses the graph, or changes what it computes and does not say so.
+        VerifyError: a pass left a graph that is not legal.
+    """
+    return run_passes(graph, passes, compare=comparison())
+
+
+def load(path: str | Path) -> fx.GraphModule:
+    """Bring a torch artifact back as a trainable module."""
+    return load_torch(Path(path))
+
+
+def save_adapter(module: fx.GraphModule, directory: str | Path) -> None:
+    """Write the adapters of a module that adaptc made, as PEFT checkpoints."""
+    save_adapter_of(module, Path(directory))
+
+
+def load_adapter(module: fx.GraphModule, directory: str | Path) -> None:
+    """Replace the adapters' weights of a module by those of a checkpoint; all or nothing."""
+    load_adapter_into(module, Path(directory))

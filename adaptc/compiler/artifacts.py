@@ -1,0 +1,245 @@
+"""The artifacts of a compile: written in a staging folder, proved from their files, and put in place together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from adaptc.checkpoints.adapter import directories, read
+from adaptc.checkpoints.module import META
+from adaptc.checkpoints.peft_write import save
+from adaptc.checkpoints.records import assign, compacted, group, records_of
+from adaptc.compiler.onnx_artifact import prove_onnx, write_onnx
+from adaptc.compiler.output_paths import places
+from adaptc.compiler.plan_report import site_json
+from adaptc.compiler.program import Program
+from adaptc.compiler.proof import Each, Proof, runner
+from adaptc.compiler.proofs import check_finite, check_gradients
+from adaptc.compiler.quantization_error import QuantizationErrors
+from adaptc.compiler.reference import recorded
+from adaptc.compiler.schedule import bits_in_checkpoint
+from adaptc.emit.huggingface import LOADED_SHARE, fits, load_checkpoint, save_checkpoint
+from adaptc.emit.manifest import MANIFEST, versions, write_manifest
+from adaptc.emit.staging import Staging
+from adaptc.emit.torch import PROGRAM, load_torch, save_torch
+from adaptc.errors import ProofError, RefusedError
+from adaptc.ir.graph import Graph
+from adaptc.ir.interpreter import Run
+from adaptc.rewriter.expression import Folded as FoldedWeight
+from adaptc.spec.emit import EmitEntry, HfEmit, OnnxEmit, PeftEmit, TorchEmit
+from adaptc.spec.spec import dump
+from adaptc.weights import Weight
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What was written for one `emit` entry.
+
+    Attributes:
+        path: where it stands.
+        errors: what quantization costs it; None where nothing is quantized.
+    """
+
+    path: Path
+    errors: QuantizationErrors | None = None
+
+
+class Observer(Protocol):
+    """Told of what happens while artifacts are written."""
+
+    def writing(self, what: str) -> None:
+        """An artifact is being made."""
+
+    def wrote(self, done: int, total: int) -> None:
+        """So many bytes of an artifact are written, of so many."""
+
+    def measured(self, errors: QuantizationErrors) -> None:
+        """What quantization costs an artifact."""
+
+    def proved(self, proof: Proof) -> None:
+        """A proof held."""
+
+
+def emit_all(
+    program: Program, entries: Sequence[EmitEntry], observe: Observer | None = None, into: Path | None = None
+) -> list[Artifact]:
+    """Write the artifacts of a spec's `emit` entries; all are in place afterwards, or none.
+
+    Args:
+        program: the compiled program.
+        entries: validated entries.
+        observe: told of each artifact, its bytes and proofs.
+        into: a directory that replaces the spec's own folder.
+    """
+    paths = places(program.spec, entries, into)
+    artifacts = []
+    with Staging(observe.wrote if observe else None) as staging:
+        for entry, final in zip(entries, paths, strict=True):
+            if observe:
+                observe.writing(f"{entry.format} {final}")
+            before = list(program.proofs.held)
+            errors = WRITERS[entry.format](program, entry, staging, final)
+            artifacts.append(Artifact(final, errors))
+            if observe and errors is not None:
+                observe.measured(errors)
+            for proof in program.proofs.held:
+                if observe and not any(proof is other for other in before):
+                    observe.proved(proof)
+    return artifacts
+
+
+def _torch(program: Program, entry: TorchEmit, staging: Staging, final: Path) -> QuantizationErrors | None:
+    if program.graph.adapter_names:
+        check_gradients(program.trainable_graph())
+    directory = staging.path(final)
+    module = program.module
+    program.reset()
+    save_torch(module, directory)
+    files, manifest, common = [directory / PROGRAM], directory / MANIFEST, _common(program)
+    artifact: dict[str, Any] = {"name": PROGRAM, "format": "torch", "module": module.meta[META]}
+    write_manifest(manifest, common, artifact, files)  # what is loaded below needs one
+
+    reference = Each(runner(module)).on(program.proofs.batches)
+    candidate = Each(runner(load_torch(directory))).on(reference.taken)
+    proof = program.proofs.prove("torch artifact", program.graph, reference, candidate)
+
+    errors = program.quantization_errors()
+    write_manifest(manifest, common, artifact | _proved(program, proof, reference) | _errors(errors), files)
+    return errors
+
+
+def _onnx(program: Program, entry: OnnxEmit, staging: Staging, final: Path) -> QuantizationErrors | None:
+    folded = program.folded() if entry.adapters == "folded" else None
+    graph = folded.graph if folded is not None else _unfolded(program, entry.adapters)
+
+    file = write_onnx(program, graph, entry, staging, final)
+    losses = _losses(graph.weights)
+    graph.weights.update({n: w for n, w in file.weights.items() if n in graph.weights})
+
+    merged = program.prove_fold(folded) if folded is not None else None  # of the weights that were written
+    proof, reference, rounded = prove_onnx(program, graph, merged, file)
+
+    errors = program.quantization_errors(folded, rounded) if entry.adapters != "none" else None
+    artifact = {"name": final.name, "format": "onnx", "adapters": entry.adapters, **file.about}
+    if folded is not None:
+        operations = {"base": len(program.base.operations), "folded": len(graph.operations)}
+        artifact |= {"rounding": losses, "operations": operations}
+    artifact |= _proved(program, proof, reference) | _errors(errors)
+    _manifest_beside(program, staging, final, artifact, file.staged(staging))
+    return errors
+
+
+def _unfolded(program: Program, adapters: str) -> Graph:
+    """The graph of an ONNX file with live adapters, or with none."""
+    check_finite(program.graph)
+    return program.compact_graph() if adapters == "live" else program.bare_graph()
+
+
+def _peft(program: Program, entry: PeftEmit, staging: Staging, final: Path) -> None:
+    directory = staging.path(final)
+    records, values = compacted(records_of(program.graph), program.tensors())
+    heads = {name: program.base.weights[name].load() for record in records for name in record.heads}
+    save(records, heads | values, directory, program.base_record)
+    for path, members in zip(directories(directory), group(records), strict=True):
+        for name, value in assign(read(path), members).items():
+            if not torch.equal(value, values[name].to("cpu", value.dtype)):
+                raise ProofError(f"{name} was not read back as it was written")
+    artifact = {"name": "adapter", "format": "peft"}
+    write_manifest(directory / MANIFEST, _common(program), artifact, _files_in(directory))
+
+
+def _huggingface(program: Program, entry: HfEmit, staging: Staging, final: Path) -> QuantizationErrors | None:
+    refusal = bits_in_checkpoint(program.graph, program.plan.closing)
+    if refusal:
+        raise RefusedError([refusal])
+    directory = staging.path(final)
+    folded = program.folded(floats=True)
+    graph, weights = folded.graph, dict(folded.graph.weights)
+
+    about = save_checkpoint(graph, program.base, directory, entry.max_shard_size)
+    artifact = {"name": "checkpoint", "format": "hf", **about, "rounding": _losses(weights)}
+
+    merged = program.prove_fold(folded)  # from the weights that were written
+    errors = program.quantization_errors(folded)
+    artifact |= _errors(errors)
+    if fits(graph):
+        origin = program.base.source.pretrained
+        assert origin is not None
+        loaded = load_checkpoint(origin.auto, origin.trust_remote_code, directory)
+        reference = program.reference(graph, merged)
+        candidate = Each(runner(loaded)).on(reference.taken)
+        proof = program.proofs.prove("hf", graph, reference, candidate)
+        artifact |= _proved(program, proof, reference)
+    else:
+        artifact["checked"] = (
+            f"read back tensor by tensor; not loaded, since it is over 1/{LOADED_SHARE} of memory"
+        )
+    write_manifest(directory / MANIFEST, _common(program), artifact, _files_in(directory))
+    return errors
+
+
+WRITERS: dict[str, Callable[[Program, Any, Staging, Path], QuantizationErrors | None]] = {
+    "torch": _torch,
+    "onnx": _onnx,
+    "peft": _peft,
+    "hf": _huggingface,
+}
+"""What writes an entry of a format and proves it; gives what quantization costs it."""
+
+
+def _files_in(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.rglob("*") if path.is_file())
+
+
+def _proved(program: Program, proof: Proof, reference: Run) -> dict[str, Any]:
+    """An artifact's `proof`, and the `reference` that it takes to prove it again."""
+    values = recorded(reference, program.base.inputs, program.spec.seed, proof.tolerance)
+    return {"proof": asdict(proof), "reference": values}
+
+
+def _errors(errors: QuantizationErrors | None) -> dict[str, Any]:
+    """What quantization costs an artifact, under `quantization`, where anything is quantized."""
+    return {"quantization": errors.to_json()} if errors else {}
+
+
+def _losses(weights: Mapping[str, Weight]) -> dict[str, float]:
+    """What rounding to the storage dtype cost each folded weight, relative to its largest value."""
+    folded = {name: weight for name, weight in weights.items() if isinstance(weight, FoldedWeight)}
+    return {name: weight.rounding for name, weight in folded.items() if weight.rounding is not None}
+
+
+def _manifest_beside(
+    program: Program, staging: Staging, final: Path, artifact: dict[str, Any], files: list[Path]
+) -> None:
+    """Add an artifact that is no folder to the manifest of its folder."""
+    manifest = final.parent / MANIFEST
+    earlier = staging.staged(manifest)
+    write_manifest(staging.path(manifest), _common(program), artifact, files, old=earlier or manifest)
+
+
+def _common(program: Program) -> dict[str, Any]:
+    """What the manifest of every artifact says of its compile."""
+    source = program.base.source
+    sites: dict[str, dict[str, Any]] = {}
+    for planned in program.plan.entries:
+        for site in planned.selection.sites:
+            described = sites.setdefault(site.parameter or str(site), site_json(site) | {"methods": []})
+            described["methods"].append(planned.insert.method.name)
+    checkpoints = {p.checkpoint.path: p.checkpoint for p in program.plan.entries if p.checkpoint}
+    return {
+        "versions": versions(),
+        "spec": dump(program.spec),
+        "base": {
+            "model": source.describe,
+            "sha256": program.base_sha256,
+            "notes": [*source.notes, *source.bound.notes],
+        },
+        "adapters": [{"path": str(path), "sha256": found.sha256} for path, found in checkpoints.items()],
+        "sites": list(sites.values()),
+        "passes": [asdict(record) for record in program.records],
+        "proofs": [asdict(proof) for proof in program.proofs.held],
+    }

@@ -1,0 +1,57 @@
+"""What a pass of a user's own changes: measured beside the graph before it, and refused unless the pass says so."""
+
+from __future__ import annotations
+
+from math import inf, isinf
+
+from adaptc.compiler.proof import batches, prove, randomised, tolerance
+from adaptc.errors import ProofError, Refusal, RefusedError
+from adaptc.ir.graph import Graph
+from adaptc.ir.interpreter import Interpreter
+from adaptc.rewriter.pipeline import Compare, Pass, run
+
+
+def comparison(seed: int = 0) -> Compare:
+    """What holds a pass against the graph before it, on a proof's random inputs; adapters are random too.
+
+    Args:
+        seed: of the inputs and adapters.
+    """
+
+    def compare(item: Pass, before: Graph) -> str:
+        """By how much the pass changes results, in words; "" where that is rounding.
+
+        Raises:
+            RefusedError: it changes them, and does not say that it does.
+        """
+        change = _change(item, randomised(before, seed), seed)
+        if change and not item.changes_results:
+            raise RefusedError(
+                [
+                    Refusal(
+                        f"{item.name} changes what the model computes: {change}\n"
+                        f"  write `changes_results: ClassVar[bool] = True` in {type(item).__name__} if it is meant to; "
+                        f"see the graph before and after it with `--dump-graphs DIR`"
+                    )
+                ],
+                item,
+            )
+        return change
+
+    return compare
+
+
+def _change(item: Pass, before: Graph, seed: int) -> str:
+    allowed = tolerance(before)
+    reference = Interpreter(before, wide=True).on(batches(before.inputs, seed))
+    rewritten = Interpreter(run(before, [item]), wide=True)
+    candidate = rewritten.on(reference.taken, follows=reference, near=allowed)
+    try:
+        found = prove(item.name, reference, candidate, inf)
+    except ProofError as error:
+        return str(error).removeprefix(f"{item.name}: ")
+    if found.relative <= allowed:
+        return ""
+    if isinf(found.relative):
+        return "outputs are not finite where they were, or of another dtype"
+    return f"outputs differ by up to {found.relative:.1e} of the largest, and rounding explains {allowed:.1e}"

@@ -1,0 +1,171 @@
+"""What `adaptc.compile` gives back: the trainable module, the plan, and the artifacts that can be written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from adaptc.checkpoints.module import META, load_adapter_into
+from adaptc.compiler.artifacts import emit_all
+from adaptc.compiler.output_paths import places
+from adaptc.compiler.plan_report import PlanReport
+from adaptc.compiler.program import Program
+from adaptc.compiler.proof import Each, Proof, runner
+from adaptc.compiler.proofs import check_gradients
+from adaptc.compiler.quantization_error import QuantizationErrors
+from adaptc.errors import RefusedError
+from adaptc.ir.graph import Graph
+from adaptc.ir.module import bind
+from adaptc.rewriter.catalog import load_passes
+from adaptc.rewriter.pipeline import PassRecord, run
+from adaptc.spec.spec import Spec, load
+
+
+class Compiled:
+    """A compiled model.
+
+    Attributes:
+        program: the graphs behind it.
+        errors: what quantization costs the artifact that `emit` wrote last; None where nothing is quantized.
+    """
+
+    def __init__(self, program: Program):
+        self.program = program
+        self.errors: QuantizationErrors | None = None
+
+    @property
+    def spec(self) -> Spec:
+        """The spec as resolved."""
+        return self.program.spec
+
+    @property
+    def plan(self) -> PlanReport:
+        """Sites, budget and pipeline."""
+        return self.program.plan
+
+    @property
+    def base(self) -> Graph:
+        """The traced graph."""
+        return self.program.base
+
+    @property
+    def graph(self) -> Graph:
+        """The adapted graph; its adapter weights follow `module` once that is made."""
+        return self.program.graph
+
+    @property
+    def proofs(self) -> list[Proof]:
+        """What was proved so far."""
+        return self.program.proofs.held
+
+    @property
+    def records(self) -> list[PassRecord]:
+        """What each pass did."""
+        return self.program.records
+
+    @property
+    def base_sha256(self) -> str:
+        """SHA-256 of the base: of its weight files, or of its tensors where there are none."""
+        return self.program.base_sha256
+
+    @property
+    def module(self) -> fx.GraphModule:
+        """The trainable module: only the adaptation requires grad, and train()/eval() are followed."""
+        return self.program.module
+
+    def live_graph(self) -> Graph:
+        """The factored graph in evaluation mode, with the adapters as they stand."""
+        return self.program.live_graph()
+
+    def folded_graph(self) -> Graph:
+        """The folded graph with the adapters as they stand, proved against the live one.
+
+        Raises:
+            RefusedError: a weight cannot be folded into, or the spec's own passes leave nothing to fold.
+            ProofError: the folded graph has other operations than the base, or computes something else.
+        """
+        folded = self.program.folded()
+        self.program.prove_fold(folded)
+        return folded.graph
+
+    def fold(self) -> fx.GraphModule:
+        """A module with the base's operations and names, and no adaptation left.
+
+        Raises:
+            RefusedError: a tensor that would be folded into is used elsewhere too.
+            ProofError: the folded module computes something else.
+        """
+        module = bind(self.folded_graph())
+        module.meta[META] = self.program.about(self.base)
+        return module.eval()
+
+    def inference(self, tokens: int = 1, device: str = "cpu") -> fx.GraphModule:
+        """The folded module with kernels that read quantized weights as they are stored, where faster ones exist.
+
+        Args:
+            tokens: rows of a product at a time: one where a model generates for one reader.
+            device: where it will run, such as "cuda"; it is proved there.
+
+        Raises:
+            RefusedError: it cannot be folded as the spec stands, or torch does not reach the device.
+            ProofError: the kernels compute something else.
+        """
+        passes = load_passes()
+        kernels = passes["torch-kernels"](tokens=tokens, device=device)  # type: ignore[call-arg]
+        refusals = kernels.requires(self.graph)
+        if refusals:
+            raise RefusedError(refusals)
+        folded = self.program.folded()
+        merged = self.program.prove_fold(folded)
+        graph = run(folded.graph, [passes["plain-integers"](), kernels])
+        module = bind(graph).eval().to(device)
+        reference = self.program.reference(folded.graph, merged)
+        # A GPU's convolutions round float32 to 10 bits unless told otherwise, which no proof allows.
+        with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
+            candidate = Each(runner(module, device)).on(reference.taken)
+        self.program.proofs.prove(f"kernels on {device}", graph, reference, candidate)
+        return module
+
+    def check_gradients(self) -> None:
+        """Every trained parameter gets a gradient, and nothing else does.
+
+        Raises:
+            ProofError: names what does not.
+        """
+        check_gradients(self.program.trainable_graph())
+
+    def quantization_errors(self, adapters: str = "live") -> QuantizationErrors | None:
+        """What quantization costs, against the float model with the same adapters; None where nothing is quantized.
+
+        Args:
+            adapters: of the model as it is `live`, or `folded` by the spec's own passes.
+        """
+        quantized_after = adapters == "folded" and bool(self.plan.closing[1:])
+        return self.program.quantization_errors(self.program.folded() if quantized_after else None)
+
+    def emit(self, format: str, path: str | Path, **options: Any) -> None:
+        """Write one artifact, as an `emit` entry of a spec would: `emit("onnx", path, adapters="folded")`.
+
+        Raises:
+            SpecError: the format or an option is unknown.
+            AdaptcError: it cannot be made, or its proof failed; nothing is left at `path`.
+        """
+        checked = load({"emit": [{"format": format, **options, "path": str(Path(path).absolute())}]})
+        places(checked, checked.emit)
+        (artifact,) = emit_all(self.program, checked.emit)
+        self.errors = artifact.errors
+
+    def save_adapter(self, directory: str | Path) -> None:
+        """Write the adapters as PEFT checkpoints."""
+        self.emit("peft", directory)
+
+    def load_adapter(self, directory: str | Path) -> None:
+        """Replace the adapters' weights by those of a checkpoint.
+
+        Raises:
+            WeightError: it does not fit what was inserted.
+        """
+        load_adapter_into(self.module, Path(directory))

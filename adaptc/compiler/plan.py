@@ -1,0 +1,169 @@
+"""The plan: which site gets what, and by which passes. No weight is read, and nothing rewritten."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from adaptc.compiler.plan_adapters import Planned, entries_of, match_checkpoints
+from adaptc.compiler.plan_quantization import (
+    PlannedQuantization,
+    named_twice,
+    quantizations_of,
+    quantize_problems,
+    within_budget,
+)
+from adaptc.compiler.schedule import closing_of, pipeline_of, stated
+from adaptc.errors import Problem, SpecError
+from adaptc.ir.analysis.dataflow import walk
+from adaptc.ir.graph import Graph
+from adaptc.ir.selection import no_match
+from adaptc.methods.method import shared_name
+from adaptc.methods.point_sites import Site
+from adaptc.methods.virtual_tokens import TOKENS, PromptMethod
+from adaptc.rewriter.pipeline import Pass
+from adaptc.spec.spec import Spec
+
+
+@dataclass
+class Plan:
+    """What goes where, and by which passes. Nothing is rewritten yet.
+
+    Attributes:
+        entries: what is inserted, in order.
+        quantized: what is stored in few bits, in order.
+        passes: the pipeline as the spec states it.
+        closing: of it what folded artifacts have besides: from the pass on that folds.
+        choice: which bits a budget chose, in words; "" where there is no budget.
+    """
+
+    entries: list[Planned]
+    quantized: list[PlannedQuantization]
+    passes: list[Pass]
+    closing: list[Pass]
+    choice: str = ""
+
+    @property
+    def opening(self) -> list[Pass]:
+        """The passes that every artifact starts with."""
+        return self.passes[: len(self.passes) - len(self.closing)]
+
+    @property
+    def sites(self) -> list[Site]:
+        """Every matched site, entry by entry."""
+        return [site for planned in self.entries for site in planned.selection.sites]
+
+    @property
+    def pipeline(self) -> list[str]:
+        """The passes by name; `factor` follows for the trainable module, `fold` for the folded one."""
+        return [item.name for item in self.passes]
+
+    @property
+    def stated(self) -> list[str | dict[str, Any]]:
+        """The pipeline as `passes` of a spec would state it."""
+        inserts = [planned.insert for planned in self.entries]
+        return stated(self.passes, inserts, [planned.item for planned in self.quantized])
+
+
+def make_plan(spec: Spec, graph: Graph, weighed: bool = False) -> Plan:
+    """Match every entry with the graph, check that each can be done, and put the passes in order.
+
+    With `weighed` weights are read where the spec has a budget, and bits chosen within it.
+
+    Raises:
+        SpecError: a target matches nothing, a method cannot sit on a layer, a name is taken, a layer has no
+            path to the output, or the passes stand in an impossible order. All problems at once.
+        WeightError: an adapter's checkpoint cannot be read.
+    """
+    entries = [planned for index in range(len(spec.adapt)) for planned in entries_of(spec, graph, index)]
+    quantized = quantizations_of(spec, graph)
+    problems = [problem for planned in entries for problem in _problems(spec, graph, planned)]
+    problems += _name_clashes(spec, entries)
+    problems += [problem for planned in quantized for problem in quantize_problems(spec, graph, planned)]
+    problems += named_twice(spec, quantized)
+    if problems:
+        raise SpecError(problems)
+    match_checkpoints(spec, graph, entries)
+    quantized, choice = within_budget(spec, graph, quantized, weighed)
+    passes = pipeline_of(
+        spec, [planned.insert for planned in entries], [planned.item for planned in quantized]
+    )
+    return Plan(entries, quantized, passes, closing_of(spec, graph, passes), choice)
+
+
+def _problems(spec: Spec, graph: Graph, planned: Planned) -> list[Problem]:
+    method, selection = planned.insert.method, planned.selection
+    key = "adapter" if planned.checkpoint is not None else "target"
+    if not selection.sites:
+        words = no_match(graph, method, selection, planned.checkpoint is not None)
+        return [spec.source.problem(("adapt", planned.entry, key), *words)]
+    if selection.lacking:
+        words = (f"{method.name}: {selection.lacking[0]}", *selection.lacking[1:])
+        return [spec.source.problem(("adapt", planned.entry, key), *words)]
+    found: dict[Any, Problem] = {}
+    for site in selection.sites:
+        refused = planned.insert.refused(site)
+        if refused:
+            found.setdefault(
+                refused.option,
+                spec.source.problem(
+                    ("adapt", planned.entry, *refused.option),
+                    f"{method.name}: {refused.reason}",
+                    f"site {site}",
+                ),
+            )
+        elif not reaches_output(graph, site):
+            found.setdefault(
+                site.module,
+                spec.source.problem(
+                    ("adapt", planned.entry, key),
+                    f"{site.module} is on no path to the output that carries a gradient, so it cannot be trained",
+                    f"site {site}",
+                    "leave it out with `exclude`",
+                ),
+            )
+    return list(found.values())
+
+
+def reaches_output(graph: Graph, site: Site) -> bool:
+    """Whether a change of this site's weight can reach the output, and a gradient come back."""
+    detach = torch.ops.aten.detach.default
+    nodes = graph.by_name()
+
+    def without_gradient(node: fx.Node) -> bool:
+        value = node.meta.get("val")
+        discrete = isinstance(value, torch.Tensor) and not (
+            value.dtype.is_floating_point or value.is_complex()
+        )
+        return node.target is detach or discrete
+
+    reached = walk([nodes[use.node] for use in site.uses], lambda node: node.users, without_gradient)
+    return any(node.op == "output" for node in reached)
+
+
+def _name_clashes(spec: Spec, entries: Sequence[Planned]) -> list[Problem]:
+    taken: dict[str, Planned] = {}
+    problems = []
+    for planned in entries:
+        for site in planned.selection.sites:
+            method = planned.insert.method
+            names = [name for name, _ in planned.insert.tensors(site, planned.selection.sites).values()]
+            if isinstance(method, PromptMethod):  # what makes them is dropped when they are saved
+                names.append(shared_name(planned.insert.adapter, TOKENS))
+            clash = next((n for n in names if taken.get(n, planned) is not planned), None)
+            if clash:
+                problems.append(
+                    spec.source.problem(
+                        ("adapt", planned.entry),
+                        f"{method.name}: entry {taken[clash].entry} puts an adapter named "
+                        f"{planned.insert.adapter!r} on {site.module} already",
+                        "give one of them another `name`",
+                    )
+                )
+                break
+            taken |= dict.fromkeys(names, planned)
+    return problems

@@ -1,0 +1,188 @@
+"""A plan as a person sees it: what it costs, what there is to know, and all of it as plain data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from adaptc.compiler.plan import Plan
+from adaptc.compiler.plan_adapters import Planned
+from adaptc.compiler.plan_quantization import PlannedQuantization, expected_error, quantize_notes
+from adaptc.compiler.rewrite import Rewritten
+from adaptc.ir.aliases import elsewhere, places
+from adaptc.ir.cost import Budget, budget
+from adaptc.ir.graph import Graph
+from adaptc.methods.method import WeightMethod
+from adaptc.methods.point_sites import Site
+from adaptc.methods.virtual_tokens import PromptMethod
+from adaptc.quantization.quantized_weight import size_of
+from adaptc.rewriter.quantize import Quantize
+from adaptc.spec.spec import Spec
+
+
+@dataclass
+class PlanReport(Plan):
+    """A plan with what it costs and what the person should know.
+
+    Attributes:
+        budget: parameters, memory and operations.
+        notes: patterns without a match, excluded heads, what cannot fold.
+        growth: of each of `quantized` how many layers' errors add up in the model's outputs.
+    """
+
+    budget: Budget = field(kw_only=True)
+    notes: list[str] = field(kw_only=True)
+    growth: list[float] = field(kw_only=True)
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain data.
+
+        Returns:
+            `entries`, `quantize`, `passes` as a spec states them, `pipeline` by name, `budget` and `notes`.
+        """
+        quantized = zip(self.quantized, self.growth, strict=True)
+        return {
+            "entries": [_entry_json(planned) for planned in self.entries],
+            "quantize": [_quantized_json(planned, growth) for planned, growth in quantized],
+            "passes": self.stated,
+            "pipeline": self.pipeline,
+            "budget": dataclasses.asdict(self.budget) | {"trainable_share": self.budget.share},
+            "notes": self.notes,
+        }
+
+
+def plan_report(
+    spec: Spec, graph: Graph, plan: Plan, rewritten: Rewritten, bound: Sequence[str] = ()
+) -> PlanReport:
+    """A plan with its cost and notes.
+
+    Args:
+        spec: the spec.
+        graph: the traced graph.
+        plan: what goes where.
+        rewritten: what its passes made of the graph.
+        bound: notes on the weights of the base, where these have been found.
+    """
+    notes = [*graph.source.notes, *_entry_notes(plan.entries), *_alias_notes(graph, plan.entries)]
+    notes += [plan.choice] if plan.choice else []
+    notes += quantize_notes(graph, plan.quantized)
+    notes += [
+        f"{record.name} changes results: {record.change}" for record in rewritten.records if record.change
+    ]
+    notes += [*_fold_notes(spec, plan, rewritten), *bound]
+    return PlanReport(
+        **vars(plan),
+        budget=budget(graph, rewritten.adapted, rewritten.factored, rewritten.folded),
+        notes=notes,
+        growth=[planned.outputs(rewritten.adapted) for planned in plan.quantized],
+    )
+
+
+def _fold_notes(spec: Spec, plan: Plan, rewritten: Rewritten) -> list[str]:
+    """What cannot be folded, what stays when the rest is, and what is quantized only after it."""
+    notes = [f"cannot be folded: {refusal}" for refusal in rewritten.refusals]
+    if any(isinstance(item, Quantize) for item in plan.closing):
+        notes += [
+            f"emit.{index}: what is trained keeps its weights as they are: `quantize` stands behind `fold`"
+            for index, entry in enumerate(spec.emit)
+            if entry.format == "torch"
+        ]
+    stays = rewritten.adapted.staying
+    return notes + (
+        [f"{stays} stays when the rest is folded, and is paid for in every product"] if stays else []
+    )
+
+
+def _entry_notes(entries: Sequence[Planned]) -> list[str]:
+    """Patterns without a match, heads left out, and methods that change the model before any training."""
+    notes = []
+    for planned in entries:
+        where, selection = f"adapt.{planned.entry}", planned.selection
+        if planned.checkpoint is None:
+            notes += [f"{where}: pattern {pattern!r} matches nothing" for pattern in selection.unused]
+        method = planned.insert.method
+        if isinstance(method, PromptMethod):
+            count = method.num_virtual_tokens
+            notes.append(
+                f"{where}: tokens count on behind {count} virtual ones: the longest sequence is shorter by these"
+            )
+        if planned.checkpoint is None and not planned.insert.method.identity_at_init:
+            notes.append(
+                f"{where}: {planned.insert.method.name} starts elsewhere than the base, before any training"
+            )
+        if selection.heads:
+            notes.append(f"{where}: all-linear leaves out the output head {', '.join(selection.heads)}")
+    return notes
+
+
+def _alias_notes(graph: Graph, entries: Sequence[Planned]) -> list[str]:
+    """What becomes of adapted tensors that are used elsewhere too; those that refuse say so when folded."""
+    notes = []
+    outcomes = {
+        "untie": "untied: both are written, each with its own values",
+        "share": "shared: the others change with it",
+        "live": "kept live: its adapter stays in what is folded, computed when the program is loaded",
+    }
+    for planned in entries:
+        for site in planned.selection.sites:
+            method = planned.insert.method
+            if planned.insert.on_alias not in outcomes or not isinstance(method, WeightMethod):
+                continue
+            beside = method.adapts_bias() and site.bias
+            for name, bias in ((site.name, False), *([(str(site.bias), True)] if beside else [])):
+                others = elsewhere(graph, site, bias)
+                if others:
+                    what = f"adapt.{planned.entry}: {name} is also used by {places(others)}"
+                    notes.append(f"{what}; it is {outcomes[planned.insert.on_alias]}")
+    return notes
+
+
+def _entry_json(planned: Planned) -> dict[str, Any]:
+    selection = planned.selection
+    return {
+        "entry": planned.entry,
+        "method": planned.insert.method.name,
+        "adapter": planned.insert.adapter,
+        "checkpoint": str(planned.checkpoint.path) if planned.checkpoint else None,
+        "sites": [site_json(site) for site in selection.sites],
+        "excluded": list(selection.excluded),
+        "unused_patterns": list(selection.unused) if planned.checkpoint is None else [],
+        "near_misses": list(selection.near),
+    }
+
+
+def _quantized_json(planned: PlannedQuantization, growth: float) -> dict[str, Any]:
+    expected = planned.expected()
+    scheme = planned.item.scheme
+    return {
+        "entry": planned.entry,
+        "method": scheme.name,
+        "scheme": scheme.text,
+        "sites": [
+            site_json(site) | {"expected_error": expected_error(scheme, size_of(site)[1])}
+            for site in planned.selection.sites
+        ],
+        "bytes": planned.stored,
+        "bits": planned.bits,
+        "expected_errors": expected,
+        "expected_output_errors": {order: growth * error for order, error in expected.items()},
+        "excluded": list(planned.selection.excluded),
+    }
+
+
+def site_json(site: Site) -> dict[str, Any]:
+    """A site as plain data."""
+    return {
+        "module": site.module,
+        "type": site.type,
+        "kind": site.kind,
+        "parameter": site.parameter,
+        "shape": list(site.shape),
+        "dtype": str(site.dtype).removeprefix("torch."),
+        "source": site.source,
+        "op": site.op,
+        "slice": site.piece,
+        "rows": [list(rows) for rows in site.rows],
+    }

@@ -1,0 +1,111 @@
+"""Evaluate: what only training or a loss needs is taken out of a graph that is about to be written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+from torch.fx.graph import CodeGen
+
+from adaptc.errors import Refusal
+from adaptc.inputs import LABELS
+from adaptc.ir.graph import Graph
+from adaptc.ir.nodes import is_tensor
+from adaptc.ir.stages import no_weight_is_written
+from adaptc.rewriter.pipeline import PASSES, Pass, run
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Evaluate(Pass):
+    """dropout(x, p, training) = x; every other reading of `training` is False; a tied weight is read under one name.
+
+    A loss and its labels are left out where other outputs remain and need no labels, and operations are those that
+    the exporter writes as they are meant: `reshape` for `view`, `convolution` for `conv3d`.
+    """
+
+    name: ClassVar[str] = "evaluate"
+    leaves: ClassVar[str | None] = "evaluated"
+
+    def requires(self, graph: Graph) -> list[Refusal]:
+        """No operation writes to a weight: a program's weights stay as they are."""
+        return [
+            Refusal(
+                f"{breach.message} when the model evaluates, and the weights of a program stay as they are\n"
+                "  expected fixed weights; products in other formats (torch, hf) may change them"
+            )
+            for breach in no_weight_is_written(graph)
+        ]
+
+    def call(self, graph: Graph) -> bool:
+        """Rewrite outputs, operations, names and inputs."""
+        nodes, before = graph.module.graph, graph.text()
+        _leave_training(nodes)
+        _keep_outputs(graph, _kept_outputs(graph))
+        for node in list(nodes.nodes):
+            if node.op == "get_attr":
+                node.target = graph.aliases.get(str(node.target), node.target)
+            elif node.target is aten.view.default:
+                node.target = aten.reshape.default  # the decompositions may lay a tensor out in another order
+            elif node.target is aten.conv3d.default:
+                _spell_out(node)
+        nodes.eliminate_dead_code()
+        for node in [n for n in nodes.nodes if n.op == "placeholder" and not n.users]:
+            nodes.erase_node(node)
+        names = {n.target for n in nodes.nodes if n.op == "placeholder"}
+        graph.inputs = tuple(spec for spec in graph.inputs if spec.name in names)
+        return graph.text() != before
+
+
+def _spell_out(node: fx.Node) -> None:
+    """A convolution with all its options: of `conv3d` without a bias onnxscript (0.7) makes one of a wrong shape."""
+    defaults: tuple[Any, ...] = (None, [1] * 3, [0] * 3, [1] * 3, 1)
+    bias, stride, padding, dilation, groups = (*node.args[2:], *defaults[len(node.args) - 2 :])
+    node.target = aten.convolution.default
+    node.args = (*node.args[:2], bias, stride, padding, dilation, False, [0] * 3, groups)
+
+
+def _leave_training(nodes: fx.Graph) -> None:
+    for flag in [n for n in nodes.nodes if n.op == "get_attr" and n.target == "training"]:
+        for user in list(flag.users):
+            if user.target is aten.dropout.default:
+                user.replace_all_uses_with(user.args[0])  # type: ignore[arg-type]
+                nodes.erase_node(user)
+            else:
+                user.args = tuple(False if a is flag else a for a in user.args)
+        nodes.erase_node(flag)
+
+
+def _keep_outputs(graph: Graph, kept: Sequence[int]) -> None:
+    """Give these of the outputs, as a plain tuple."""
+    output = next(n for n in graph.nodes if n.op == "output")
+    results = _results(output)
+    output.args = (tuple(results[i] for i in kept),)
+    graph.outputs = tuple(graph.outputs[i] for i in kept)
+    graph.module.graph.set_codegen(CodeGen())
+
+
+def _kept_outputs(graph: Graph) -> list[int]:
+    """The outputs but for losses, which are scalars that need labels; all of them where there is nothing else."""
+    tainted: set[fx.Node] = {n for n in graph.placeholders if n.target == LABELS}
+    for node in graph.nodes:
+        if any(operand in tainted for operand in node.all_input_nodes) and node.op != "output":
+            tainted.add(node)
+    results = _results(next(n for n in graph.nodes if n.op == "output"))
+    tensors = [i for i, value in enumerate(results) if is_tensor(value)]
+    losses = [i for i in tensors if results[i] in tainted and results[i].meta["val"].dim() == 0]
+    return [i for i in tensors if i not in losses] or tensors
+
+
+def _results(output: fx.Node) -> list[Any]:
+    results = output.args[0]
+    return list(results) if isinstance(results, (list, tuple)) else [results]
+
+
+def inference_graph(graph: Graph) -> Graph:
+    """A copy that only evaluates, as an exporter wants it: integers are plain, and see `Evaluate`."""
+    return run(graph, [PASSES["plain-integers"](), Evaluate()])

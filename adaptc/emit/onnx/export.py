@@ -1,0 +1,244 @@
+"""ONNX: exported without weights, weights attached by name, tidied without reading one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adaptc.emit.onnx.lower_quantized import Integers, OnnxProducts
+from adaptc.emit.onnx.quantized_operations import (
+    integer_tensor,
+    integer_type,
+    ir_version_needed,
+    opset_needed,
+)
+from adaptc.emit.onnx.translate import translate
+from adaptc.emit.onnx.widen import widen
+from adaptc.errors import AdaptcError
+from adaptc.ir.graph import Graph
+from adaptc.rewriter.pipeline import run
+from adaptc.weights import Raw, Weight
+
+OPSET = 20
+"""The default opset: every ONNX Runtime since 1.17 runs it."""
+INLINE_LIMIT = 2**28
+"""Weights beyond this many bytes go to a file beside the model, which is written one tensor at a time: a protobuf
+is made in memory as a whole."""
+ALIGNMENT, ALIGNED = 2**16, 2**20
+"""Where a weight of more than `ALIGNED` bytes starts in that file: at a multiple that every system can map."""
+SMALL = 2**10
+"""Weights of no more bytes stay in the model: shapes and axes must."""
+Wrote = Callable[[int, int], None]
+"""Told of the bytes written, of how many."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written: how many operations, the opset, and the weights beside the program, to be read back."""
+
+    nodes: int
+    opset: int
+    weights: Mapping[str, Raw]
+
+
+def export_onnx(
+    graph: Graph,
+    path: Path,
+    opset: int | None = None,
+    metadata: Mapping[str, str] | None = None,
+    wrote: Wrote | None = None,
+    runtime: str = "onnxruntime",
+    exact: bool = False,
+) -> Written:
+    """Write a graph that only evaluates (`inference_graph`) as an ONNX program.
+
+    Inputs, outputs and weights keep the model's names; named dimensions keep the spec's. What a bfloat16 model
+    computes is computed in float32, from weights stored in bfloat16. Past `INLINE_LIMIT` the
+    weights stand in `<name>.data` beside the file. Quantized products are written for a `runtime`; `exact` ones
+    do not round activations, see `OnnxProducts`. The graph is left as it is.
+
+    Raises:
+        AdaptcError: an operation has no ONNX form; names it.
+    """
+    graph = run(graph, [OnnxProducts(runtime, exact)])
+    packed = [weight.bits for weight in graph.weights.values() if isinstance(weight, Integers)]
+    model = translate(graph, opset or max([OPSET, *map(opset_needed, packed)]))
+    _attach(model, graph)
+    _tidy(model, set(graph.weights))
+    _name(model, graph)
+    widen(model)
+    model.producer_name = "adaptc"
+    model.ir_version = max([model.ir_version, *map(ir_version_needed, packed)])
+    model.metadata_props.update(metadata or {})
+    starts: dict[str, int] = {}
+    if sum(value.const_value.nbytes for value in model.graph.initializers.values()) > INLINE_LIMIT:
+        large = [v for v in model.graph.initializers.values() if v.const_value.nbytes > SMALL]
+        starts = _write_beside(large, path.with_name(f"{path.name}.data"), wrote)
+    path.write_bytes(_bytes(model))
+    places = {
+        name: Raw(
+            path.with_name(f"{path.name}.data"), start, graph.weights[name].shape, graph.weights[name].dtype
+        )
+        for name, start in starts.items()
+        if name in graph.weights
+    }
+    return Written(sum(1 for _ in model.graph), model.opset_imports[""], places)
+
+
+def _bytes(model: Any) -> bytes:
+    """The program as a file holds it.
+
+    Raises:
+        AdaptcError: a weight cannot be read, or made.
+    """
+    import onnx_ir as ir
+
+    try:
+        return ir.to_proto(model).SerializeToString()
+    except ir.serde.SerdeError as error:  # it hides why a weight could not be loaded
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, AdaptcError):
+            cause = cause.__cause__
+        raise (cause or error) from error
+
+
+def _write_beside(weights: Sequence[Any], path: Path, wrote: Wrote | None) -> dict[str, int]:
+    """Write the data of every weight into one file, a tensor at a time, and let the weight refer to it.
+
+    Gives the byte each starts at.
+    """
+    import onnx_ir as ir
+
+    total = sum(value.const_value.nbytes for value in weights)
+    starts = {}
+    with open(path, "wb") as file:
+        for value in weights:
+            tensor = value.const_value
+            if tensor.nbytes > ALIGNED:
+                file.seek(-file.tell() % ALIGNMENT, os.SEEK_CUR)
+            offset = file.tell()
+            tensor.tofile(file)
+            value.const_value = ir.ExternalTensor(
+                path.name,
+                offset,
+                tensor.nbytes,
+                tensor.dtype,
+                shape=tensor.shape,
+                name=value.name,
+                base_dir=path.parent,
+            )
+            starts[value.name] = offset
+            if wrote:
+                wrote(file.tell(), total)
+    return starts
+
+
+def _attach(model: Any, graph: Graph) -> None:
+    """Give every initializer its weight, loaded when the file is written."""
+    import onnx_ir as ir
+
+    for name, value in model.graph.initializers.items():
+        weight = graph.weights.get(name)
+        if weight is not None:
+            kind = value.const_value.dtype
+            if isinstance(weight, Integers):
+                kind = integer_type(weight.bits)
+                value.type = ir.TensorType(kind)
+            value.const_value = ir.LazyTensor(
+                _loader(weight, name), dtype=kind, shape=ir.Shape(weight.shape), name=name, cache=False
+            )
+
+
+def _loader(weight: Weight, name: str) -> Callable[[], Any]:
+    def load() -> Any:
+        from torch.onnx._internal.exporter._core import TorchTensor
+
+        if isinstance(weight, Integers):
+            return integer_tensor(weight.load(), weight.bits, name)
+        return TorchTensor(weight.load().detach().contiguous(), name=name)
+
+    return load
+
+
+def _tidy(model: Any, weights: set[str]) -> None:
+    """Inline functions, fold what holds no weight, and drop what is dead. No weight is read or renamed."""
+    import onnxscript.optimizer as optimizer
+    from onnx_ir.passes import common
+
+    optimizer.inline(model)
+    optimizer.fold_constants_ir(
+        model,
+        input_size_limit=4096,
+        output_size_limit=2**20,
+        onnx_shape_inference=False,
+        should_fold=lambda node: (
+            False if any(i is not None and i.name in weights for i in node.inputs) else None
+        ),
+    )
+    for tidy in (
+        common.CommonSubexpressionEliminationPass(),
+        common.IdentityEliminationPass(),
+        common.LiftConstantsToInitializersPass(),
+        common.RemoveUnusedNodesPass(),
+        common.ClearMetadataAndDocStringPass(),
+    ):
+        tidy(model)
+
+
+def _name(model: Any, graph: Graph) -> None:
+    """Name outputs as the model does, and dimensions as the spec does; forget intermediate shapes."""
+    import onnx_ir as ir
+
+    known: dict[str, str] = {}
+    for spec, value in zip(graph.inputs, model.graph.inputs, strict=True):
+        value.name = spec.name
+        for index, dim in enumerate(spec.dims):
+            if isinstance(dim, str):
+                known.setdefault(str(_text(value.shape[index])), dim)
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        value.shape = ir.Shape(
+            [known.get(_text(d), _text(d)) if isinstance(d, ir.SymbolicDim) else d for d in value.shape]
+        )
+    for node in model.graph:
+        for value in node.outputs:
+            if not value.is_graph_output():
+                value.shape = None
+    _name_outputs(model, graph.outputs)
+
+
+def _name_outputs(model: Any, names: Sequence[str]) -> None:
+    """Give the outputs their names; an intermediate that has one gives way, an input keeps its own."""
+    _separate_outputs(model)
+    outputs = set(model.graph.outputs)
+    inner = [value for node in model.graph for value in node.outputs if value not in outputs]
+    for number, value in enumerate(inner):
+        if value.name in names:
+            value.name = f"{value.name}.inner.{number}"
+    taken = {value.name for value in (*model.graph.inputs, *model.graph.initializers.values())}
+    for value, name in zip(model.graph.outputs, names, strict=True):
+        free = name
+        while free in taken:
+            free += "_output"
+        taken.add(free)
+        value.name = free
+
+
+def _separate_outputs(model: Any) -> None:
+    """A value that is an output twice, or an input too, gets a node of its own for each name."""
+    import onnx_ir as ir
+
+    seen = set(model.graph.inputs) | set(model.graph.initializers.values())
+    for index, value in enumerate(model.graph.outputs):
+        if value in seen:
+            node = ir.node("Identity", [value])
+            node.outputs[0].type, node.outputs[0].shape = value.type, value.shape
+            model.graph.append(node)
+            model.graph.outputs[index] = node.outputs[0]
+        seen.add(value)
+
+
+def _text(dim: Any) -> str:
+    return str(getattr(dim, "value", dim))

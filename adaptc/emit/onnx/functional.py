@@ -1,0 +1,38 @@
+"""Functional: no operation changes its operands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from adaptc.ir.example_inputs import example_sizes, example_tensors
+from adaptc.ir.graph import Graph
+from adaptc.ir.nodes import writes
+from adaptc.ir.stages import nothing_is_written
+from adaptc.rewriter.pipeline import Pass
+from adaptc.tracing.export import dynamic_shapes, normalise
+
+
+@dataclass(frozen=True)
+class Functional(Pass):
+    """x.mul_(y); f(x) becomes f(x * y): an ONNX value is written once. Torch traces the graph again for that."""
+
+    name: ClassVar[str] = "functional"
+    takes: ClassVar[frozenset[str]] = frozenset({"evaluated"})
+
+    def call(self, graph: Graph) -> bool:
+        """Trace the graph again where an operation writes to its operand."""
+        if not any(writes(node.target) for node in graph.nodes):
+            return False
+        examples = example_tensors(graph.inputs, example_sizes(graph.inputs))
+        shapes = dynamic_shapes(graph.inputs)
+        program = torch.export.export(graph.module.eval(), (), examples, dynamic_shapes=shapes, strict=False)
+        traced = normalise(program.run_decompositions({}).module(check_guards=False))
+        graph.module.graph = traced.graph
+        return True
+
+    def ensures(self, graph: Graph) -> str | None:
+        """Nothing is written."""
+        return next((breach.message for breach in nothing_is_written(graph)), None)

@@ -1,0 +1,76 @@
+"""What ONNX Runtime's products of integers do to activations, done in torch: what such a program is held against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from adaptc.emit.onnx.lower_quantized import runtime_block
+from adaptc.ir.graph import Graph
+from adaptc.quantization.integer import IntegerBlocks
+from adaptc.quantization.operators import LINEAR
+from adaptc.quantization.scheme import scheme_of
+from adaptc.rewriter.expression import splice, trace_expression
+from adaptc.rewriter.pipeline import Pass, run
+
+EXACT = {(2, 16), (2, 256)}
+"""Bits and blocks that MatMulNBits has no product of integers for."""
+
+
+def rounds(graph: Graph) -> bool:
+    """Whether ONNX Runtime rounds the activations of a product of this graph."""
+    return any(_rounding(node) is not None for node in graph.nodes)
+
+
+@dataclass(frozen=True)
+class RoundActivations(Pass):
+    """quantized_linear(x, q) = quantized_linear(round(x), q): in 8 bits, by blocks of a row or all of a product's."""
+
+    name: ClassVar[str] = "round-activations"
+    takes: ClassVar[frozenset[str]] = frozenset({"evaluated"})
+    changes_results: ClassVar[bool] = True
+
+    def call(self, graph: Graph) -> bool:
+        """Round in front of every product whose activations ONNX Runtime rounds."""
+        products = [(node, block) for node in graph.nodes if (block := _rounding(node)) is not None]
+        for node, block in products:
+            x: Any = node.args[0]
+            with graph.fake_mode:
+                traced = trace_expression(lambda x, block=block: rounded(x, block), [x.meta["val"]], {})
+            node.update_arg(0, splice(graph, traced, [x], node, {}))
+        return bool(products)
+
+
+def with_rounding(graph: Graph) -> Graph:
+    """A copy that rounds activations as ONNX Runtime does."""
+    return run(graph, [RoundActivations()])
+
+
+def rounded(x: torch.Tensor, block: int) -> torch.Tensor:
+    """x in 8 bits: symmetric in blocks along its last axis, or for a block of 0 in one range for all of it."""
+    if not block:
+        low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
+        step = ((high - low) / 255).clamp(min=1e-30)
+        zero = (-low / step).round()
+        return (((x / step).round() + zero).clamp(0, 255) - zero) * step
+    columns = x.shape[-1]
+    if columns % block:  # `pad` would fix the sizes of the other axes
+        x = torch.cat([x, torch.zeros_like(x[..., : -columns % block])], -1)
+    blocks = x.reshape(*x.shape[:-1], -(-columns // block), block)
+    step = (blocks.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-30)
+    return ((blocks / step).round() * step).reshape(*x.shape[:-1], -1)[..., :columns]
+
+
+def _rounding(node: Any) -> int | None:
+    """The block that a product rounds its activations in; None where it does not."""
+    if node.target is not LINEAR:
+        return None
+    scheme, columns = scheme_of(node.args[3]), node.args[5]
+    if not isinstance(scheme, IntegerBlocks):
+        return None
+    if scheme.integer_products:
+        return 0
+    block = runtime_block(scheme, columns)
+    return None if (scheme.bits, block) in EXACT else block

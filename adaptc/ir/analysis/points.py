@@ -1,0 +1,210 @@
+"""Points: the places of a graph that are no weight, where activations, attentions and inputs are adapted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from adaptc.ir.analysis.attention import Attention, find_attentions, keys_of, values_of
+from adaptc.ir.analysis.dataflow import VIEWS, ancestors, is_residual, unviewed, upstream, walk
+from adaptc.ir.analysis.roles import weighted_products
+from adaptc.ir.nodes import module_of, operation, source_of
+from adaptc.methods.point_sites import AnyPoint, AttentionSite, Heads, InputSite, SubLayer
+from adaptc.methods.site import ATTENTION_POINT, INPUT, SUBLAYER, Use, WeightSite
+from adaptc.patterns import ROLES
+
+OUTPUT, OUT = ROLES[3], ROLES[6]
+PASSED = VIEWS | {"dropout", "alias", "detach"}
+"""What a residual stream may pass on its way to a sum."""
+
+
+def find_points(nodes: Iterable[fx.Node], sites: Sequence[WeightSite]) -> tuple[AnyPoint, ...]:
+    """Every point of a traced graph, in the order of execution."""
+    ordered = list(nodes)
+    weighted = weighted_products(ordered, sites)
+    found = [*_sublayers(ordered, weighted), *_attentions(ordered), *_inputs(weighted)]
+    order = {node.name: index for index, node in enumerate(ordered)}
+    return tuple(sorted(found, key=lambda site: order[site.node]))
+
+
+def named_point(nodes: Iterable[fx.Node], name: str, reads: str) -> list[SubLayer]:
+    """The value of a node as a place to adapt, wherever it is read; none where it is no activation."""
+    by_name = {node.name: node for node in nodes}
+    node = by_name.get(name)
+    value = node.meta.get("val") if node is not None else None
+    if (
+        node is None
+        or not isinstance(value, torch.Tensor)
+        or node.op != "call_function"
+        or reads not in ("", *by_name)
+    ):
+        return []
+    module, type_name = module_of(node)
+    width = value.shape[-1] if value.dim() else None
+    return [
+        SubLayer(
+            module=module,
+            type=type_name,
+            kind=SUBLAYER,
+            op=operation(node),
+            dtype=value.dtype,
+            uses=tuple(
+                Use(user.name, next((i for i, a in enumerate(user.args) if a is node), -1))
+                for user in node.users
+            ),
+            source=source_of(node),
+            width=width if isinstance(width, int) else None,
+            reads=reads,
+            value=name,
+        )
+    ]
+
+
+def _sublayers(nodes: Sequence[fx.Node], weighted: Mapping[fx.Node, WeightSite]) -> Iterator[SubLayer]:
+    """A sub-layer's output, where it enters the sum with the residual stream that it was computed from."""
+    order = {node: index for index, node in enumerate(nodes)}
+    mixed = {attention.mixed for attention in find_attentions(nodes)}
+    for node in nodes:
+        if not is_residual(node) or len(node.all_input_nodes) != 2:
+            continue
+        for index, stream in ((0, node.args[1]), (1, node.args[0])):
+            cone = _cone(node.args[index], unviewed(stream, PASSED), order)  # type: ignore[arg-type]
+            if cone is not None:
+                yield from _outputs(Use(node.name, index), node, cone, weighted, mixed, order)
+
+
+def _cone(branch: Any, stream: fx.Node, order: Mapping[fx.Node, int]) -> set[fx.Node] | None:
+    """What a branch is made from behind the stream; None if it is not made from that."""
+    made_from = set(walk([branch], lambda n: n.all_input_nodes, lambda n: order[n] <= order[stream]))
+    if branch is stream or stream not in made_from:
+        return None
+    return {node for node in made_from if order[node] > order[stream]}
+
+
+def _outputs(
+    use: Use,
+    node: fx.Node,
+    cone: set[fx.Node],
+    weighted: Mapping[fx.Node, WeightSite],
+    mixed: set[fx.Node],
+    order: Mapping[fx.Node, int],
+) -> Iterator[SubLayer]:
+    """The sub-layer at one operand of a sum; of parallel ones that were summed before, each."""
+    branch: Any = node.args[use.argument]
+    last = [n for n in upstream([branch]) if n in weighted and n in cone]
+    if not last or branch.meta["val"].dim() < 2:
+        return
+    if is_residual(branch):
+        parts = [(Use(branch.name, i), ancestors(a, cone)) for i, a in enumerate(branch.args[:2])]
+        if len({bool(part & mixed) for _, part in parts}) == 2:
+            for each, part in parts:
+                yield from _outputs(each, branch, part, weighted, mixed, order)
+            return
+    product = max(last, key=order.__getitem__)
+    first = min((n for n in cone if n in weighted), key=order.__getitem__)
+    value = branch.meta["val"]
+    last_layer = weighted[product]
+    yield SubLayer(
+        module=last_layer.module,
+        type=last_layer.type,
+        kind=SUBLAYER,
+        op=last_layer.op,
+        dtype=value.dtype,
+        uses=(use,),
+        source=source_of(node),
+        width=_width(value, last_layer),
+        reads=_unflattened(_operand(first, weighted[first]), value.dim()).name,
+        role=OUTPUT if cone & mixed else OUT,
+    )
+
+
+def _width(value: torch.Tensor, site: WeightSite) -> int | None:
+    """The number of features, if they are on the last axis; None if not."""
+    width = value.shape[-1]
+    return width if isinstance(width, int) and site.kind != "conv" else None
+
+
+def _unflattened(node: fx.Node, rank: int) -> fx.Node:
+    """A product's input before its rows were put in one axis."""
+    while operation(node) in ("view", "reshape") and node.meta["val"].dim() < rank:
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def _operand(product: fx.Node, site: WeightSite) -> fx.Node:
+    """What a product multiplies its weight with."""
+    weights = {use.node for use in site.uses}
+    held = [n for n in product.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+    return next(n for n in held if n.name not in weights and unviewed(n).op != "get_attr")
+
+
+def _attentions(nodes: Sequence[fx.Node]) -> Iterator[AttentionSite]:
+    """Where the keys and the values enter an attention."""
+    found = list(find_attentions(nodes))
+    batches = [n.meta["val"].shape[0] for n in nodes if n.op == "placeholder" and n.meta["val"].dim()]
+    crossing = {_length(a.query) for a in found if _crosses(a)}
+    for attention in found:
+        keys, values = keys_of(attention), values_of(attention)
+        module, type_name = module_of(attention.mixed)
+        heads: Heads | None = None
+        if keys is not None and values is not None:
+            count = keys.count(batches)
+            if count is not None and count == values.count(batches):
+                heads = Heads(count, keys.size, values.size)
+        yield AttentionSite(
+            module=module,
+            type=type_name,
+            kind=ATTENTION_POINT,
+            op=operation(attention.softmax),
+            dtype=attention.mixed.meta["val"].dtype,
+            uses=(Use(attention.scores.name, 1), Use(attention.mixed.name, 1)),
+            source=source_of(attention.mixed),
+            heads=heads,
+            half=_half(attention, crossing),
+        )
+
+
+def _half(attention: Attention, crossing: set[str]) -> str:
+    """Which part of a model of two an attention is in; "" where there is one."""
+    if not crossing:
+        return ""
+    if _crosses(attention):
+        return "cross"
+    return "decoder" if _length(attention.query) in crossing else "encoder"
+
+
+def _length(query: fx.Node) -> str:
+    """How many tokens a query has, in words."""
+    return str(query.meta["val"].shape[-2])
+
+
+def _crosses(attention: Attention) -> bool:
+    """Whether the keys are another sequence's: of another length."""
+    keys = keys_of(attention)
+    return keys is not None and str(keys.node.meta["val"].shape[keys.sequence]) != _length(attention.query)
+
+
+def _inputs(weighted: Mapping[fx.Node, WeightSite]) -> Iterator[InputSite]:
+    """Where tokens that are given as numbers become vectors."""
+    for node, site in weighted.items():
+        if site.kind != "embedding":
+            continue
+        indices = unviewed(node.args[1])  # type: ignore[arg-type]
+        if indices.op == "placeholder" and indices.meta["val"].dim() == 2:
+            value = node.meta["val"]
+            yield InputSite(
+                module=site.module,
+                type=site.type,
+                kind=INPUT,
+                op=site.op,
+                dtype=value.dtype,
+                uses=(Use(node.name, 1),),
+                source=site.source,
+                table=site.parameter,
+                leaf=site.leaf,
+                width=value.shape[-1],
+                ids=indices.name,
+            )

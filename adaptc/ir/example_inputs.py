@@ -1,0 +1,50 @@
+"""Random inputs of a model: what it is traced with, and what proofs run on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from adaptc.errors import TraceError
+from adaptc.inputs import InputSpec
+
+EXAMPLE_SIZES = (3, 17, 11, 19, 23, 29, 31)
+"""Sizes given to named dimensions while tracing: different from one another, and from 1."""
+
+
+def example_sizes(inputs: Sequence[InputSpec], among: Sequence[int] = EXAMPLE_SIZES) -> dict[str, int]:
+    """A size for every named dimension, in the order of appearance."""
+    names = dict.fromkeys(dim for spec in inputs for dim in spec.dims if isinstance(dim, str))
+    if len(names) > len(among):
+        raise TraceError(f"at most {len(among)} named dimensions are supported, got {', '.join(names)}")
+    return dict(zip(names, among, strict=False))
+
+
+def example_tensors(
+    inputs: Sequence[InputSpec], sizes: Mapping[str, int], seed: int = 0, pad: bool = False
+) -> dict[str, torch.Tensor]:
+    """Random inputs, one distinct tensor each.
+
+    Integers lie below the input's `high`; masks are ones, with `pad` zeros at the end of some rows. Other booleans
+    are both: the first two of each row differ, so that a mask of either sense leaves something.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for spec in inputs:
+        shape = [sizes[dim] if isinstance(dim, str) else dim for dim in spec.dims]
+        dtype = getattr(torch, spec.dtype)
+        if dtype.is_floating_point:
+            tensor = torch.randn(shape, generator=generator).to(dtype)
+        elif dtype == torch.bool and "mask" not in spec.name:
+            tensor = torch.rand(shape, generator=generator) < 0.5
+            if shape:
+                tensor[..., 0], tensor[..., 1:2] = True, False
+        elif "mask" in spec.name:
+            tensor = torch.ones(shape, dtype=dtype)
+            if pad and tensor.dim() == 2 and tensor.shape[1] > 1:
+                tensor[-1, -(tensor.shape[1] // 2) :] = 0
+        else:
+            tensor = torch.randint(0, spec.high or 2, shape, generator=generator).to(dtype)
+        tensors[spec.name] = tensor
+    return tensors

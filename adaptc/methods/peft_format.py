@@ -1,0 +1,110 @@
+"""How PEFT's configuration spells a method, and where PEFT has it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from adaptc.methods.site import ATTENTION, PACKED, Place, WeightSite
+
+M = TypeVar("M")
+"""The method."""
+LINEAR = frozenset({"Linear", "Conv1D"})
+"""Layers that multiply by a matrix, as PEFT knows them; `Conv1D` is GPT-2's, stored (in, out)."""
+
+
+@dataclass(frozen=True)
+class PeftFormat(Generic[M]):
+    """How PEFT's `adapter_config.json` spells a method, and where PEFT has it.
+
+    A method whose values or layers differ otherwise in PEFT has a subclass of this one beside it.
+
+    Attributes:
+        type: PEFT's `peft_type`.
+        options: our option's name -> PEFT's key.
+        fixed: keys that must have, and are written with, this value (`use_dora: true`).
+        ignored: keys that do not change what the adapted model computes.
+        changes_base: beginnings of initialisations that change the base's weights too, which no checkpoint holds.
+        modules: options that are patterns here and lists of module names there.
+        joins: the list in another method's configuration that holds this method's modules, for a method that
+            has no checkpoint of its own (`modules_to_save`).
+        by_parameter: it can sit on a parameter that is no module's `weight` (`target_parameters`).
+        layers: the classes of layers that PEFT has the method for.
+        square: of convolutions it has those with square kernels only.
+        grouped: it has grouped convolutions too.
+        tied: PEFT changes a tied output head with its embedding.
+        hosts: another method's modules can join this configuration.
+        heads: where `hosts` is False, modules that PEFT joins of its own accord.
+        bare: keys have no `model.` in front, and what belongs to no module has nothing in front.
+    """
+
+    type: str | None
+    options: Mapping[str, str] = field(default_factory=dict)
+    fixed: Mapping[str, object] = field(default_factory=dict)
+    ignored: frozenset[str] = frozenset()
+    changes_base: tuple[str, ...] = ()
+    modules: frozenset[str] = frozenset()
+    joins: str | None = None
+    by_parameter: bool = False
+    layers: frozenset[str] = LINEAR
+    square: bool = False
+    grouped: bool = False
+    tied: bool = False
+    hosts: bool = True
+    heads: frozenset[str] = frozenset()
+    bare: bool = False
+
+    def read(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Options as PEFT's configuration has them, in the values that the method takes."""
+        return options
+
+    def write(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Options of the method, in the values that PEFT's configuration has: the inverse of `read`."""
+        return options
+
+    def computed(self, options: dict[str, Any], targets: Sequence[str]) -> dict[str, Any]:
+        """The options that give what PEFT computes where it adapts an attention module whole.
+
+        Args:
+            options: what `read` gives.
+            targets: regexes of the modules that the configuration names.
+        """
+        return options
+
+    def sizes(self, method: M, sites: Sequence[Any], every: int) -> dict[str, int] | None:
+        """Keys of PEFT's configuration that follow from the sites; None if PEFT cannot have these.
+
+        Args:
+            method: the method with the options of its entry.
+            sites: where it sits.
+            every: how many sites of their kind the model has.
+        """
+        return {}
+
+    def covers(self, method: M, site: Place) -> bool:
+        """Whether PEFT has this method on such a layer, and reads what is stored for it. It knows no slices."""
+        if not isinstance(site, WeightSite) or site.kind == "parameter":
+            return True
+        if site.kind == "conv":
+            sides = len({*site.inner_shape[1:]})
+            if (self.square and sides > 1) or (site.groups > 1 and not self.grouped):
+                return False
+        return site.leaf == "weight" and site.type != ATTENTION and site.layer in self.layers
+
+
+def matches_peft_key(key: str, name: str) -> bool:
+    r"""Whether a key of PEFT's `rank_pattern` or `alpha_pattern` covers this module: `(.*\.)?(key)$`."""
+    return re.match(rf"(.*\.)?({key})$", name) is not None
+
+
+def of_pattern(patterns: Mapping[str, Any], site: WeightSite, otherwise: Any) -> Any:
+    """What the first of PEFT's patterns that names a site says."""
+    name = peft_name(site)
+    return next((value for key, value in patterns.items() if matches_peft_key(key, name)), otherwise)
+
+
+def peft_name(site: WeightSite) -> str:
+    """What PEFT holds its patterns against: the module, or a parameter that is targeted by its own name."""
+    return site.module if site.leaf in ("weight", PACKED) else f"{site.module}.{site.leaf}"

@@ -1,0 +1,126 @@
+"""Points: the sites that are no weight, where activations, attentions and inputs are adapted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from adaptc.methods.site import Place, WeightSite
+
+
+class Point(Place):
+    """A site that is no weight: a value that the model computes."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The sizes of what is adapted; empty where they are not known."""
+        raise NotImplementedError
+
+    @property
+    def parameter(self) -> str:
+        """The name of the weight that it is named after, in the graph; "" where there is none."""
+        return ""
+
+    @property
+    def piece(self) -> str:
+        """The name of a slice: there is none."""
+        return ""
+
+    @property
+    def rows(self) -> tuple[tuple[int, int], ...]:
+        """The rows of a slice: there are none."""
+        return ()
+
+    def _sides(self) -> str:
+        return str(list(self.shape))
+
+
+@dataclass(frozen=True)
+class SubLayer(Point):
+    """The output h of a sub-layer, where it enters the sum with the residual stream, or a value named by its node.
+
+    Attributes:
+        width: the number of features, on the last axis of h; None where they are not there, or vary.
+        reads: the node of the sub-layer's input; "" where it is not known.
+        role: what it is the output of: `attention.output` or `feed_forward.out`; "" for a value named by its node.
+        value: the node whose value is adapted wherever it is read; "" where h is adapted at `uses` only.
+    """
+
+    width: int | None
+    reads: str
+    role: str = ""
+    value: str = ""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The number of features, if it is known."""
+        return () if self.width is None else (self.width,)
+
+    @property
+    def node(self) -> str:
+        """The sum that h enters, or the node whose value is adapted."""
+        return self.value or super().node
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The heads of an attention: how many, the size of a key, and the size of a value."""
+
+    count: int
+    key: int
+    value: int
+
+
+@dataclass(frozen=True)
+class AttentionSite(Point):
+    """Where keys and values enter an attention: `uses` are the products with the keys, and with the values.
+
+    Attributes:
+        heads: its heads; None where its axes cannot be told apart.
+        half: of a model of two halves `encoder`, `decoder`, or `cross` where one attends to the other; else "".
+    """
+
+    heads: Heads | None
+    half: str = ""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(heads, size of a key, size of a value), if they are known."""
+        return () if self.heads is None else (self.heads.count, self.heads.key, self.heads.value)
+
+
+@dataclass(frozen=True)
+class InputSite(Point):
+    """Where tokens that are given as numbers become vectors: `uses` is what the embedding gives.
+
+    Attributes:
+        table: the name of the embedding's table in the graph.
+        leaf: its name inside the module.
+        width: the number of features of an embedded token.
+        ids: the placeholder of the tokens.
+    """
+
+    table: str
+    leaf: str
+    width: int
+    ids: str
+
+    @property
+    def parameter(self) -> str:
+        """The name of the embedding's table in the graph."""
+        return self.table
+
+    @property
+    def name(self) -> str:
+        """The full name of the table in its own module."""
+        return ".".join(part for part in (self.module, self.leaf) if part)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The number of features of an embedded token."""
+        return (self.width,)
+
+
+AnyPoint = SubLayer | AttentionSite | InputSite
+"""Any site that is no weight."""
+Site = WeightSite | AnyPoint
+"""Any place that can be adapted."""

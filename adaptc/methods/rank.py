@@ -1,0 +1,87 @@
+"""The policy that methods with a rank share: its limit, the rank and alpha of each layer, how A and B are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar, Self
+
+from adaptc.errors import Fault
+from adaptc.methods.method import Alpha, Rank, WeightMethod
+from adaptc.methods.param import Param
+from adaptc.methods.peft_format import matches_peft_key, of_pattern, peft_name
+from adaptc.methods.site import MATRIX_KINDS
+
+if TYPE_CHECKING:
+    from adaptc.methods.site import WeightSite
+
+
+@dataclass(frozen=True)
+class Ranked(WeightMethod):
+    """A method with a rank, which PEFT's patterns may set for some layers apart."""
+
+    r: Rank = 8
+    rank_pattern: Mapping[str, Rank] = field(default_factory=dict)
+
+    kinds: ClassVar[frozenset[str]] = MATRIX_KINDS
+
+    def at(self, site: WeightSite) -> Self:
+        """The rank in force at this site: patterns first, then the entry's own."""
+        return replace(super().at(site), r=of_pattern(self.rank_pattern, site, self.r), rank_pattern={})
+
+    def refuses_to_train(self, site: WeightSite) -> Fault | None:
+        """A rank above the smaller side of the weight adds parameters and no freedom."""
+        limit, rank = min(site.in_features, site.out_features), self.at(site).r
+        if rank <= limit:
+            return super().refuses_to_train(site)
+        key = next((key for key in self.rank_pattern if matches_peft_key(key, peft_name(site))), None)
+        place = ("r",) if key is None else ("rank_pattern", key)
+        return Fault(place, f"rank r must be at most {limit} here, got {rank}")
+
+
+@dataclass(frozen=True)
+class Scaled(Ranked):
+    """A method whose product is scaled by alpha / r."""
+
+    alpha: Alpha = 8.0
+    alpha_pattern: Mapping[str, Alpha] = field(default_factory=dict)
+
+    def at(self, site: WeightSite) -> Self:
+        """The rank and alpha in force at this site."""
+        return replace(super().at(site), alpha=self.alpha_at(peft_name(site)), alpha_pattern={})
+
+    def alpha_at(self, name: str) -> float:
+        """The alpha of a layer by its name."""
+        return next((v for k, v in self.alpha_pattern.items() if matches_peft_key(k, name)), self.alpha)
+
+    @property
+    def scale(self) -> float:
+        """alpha / r."""
+        return self.alpha / self.r
+
+
+def factors(site: WeightSite, r: int, as_kernels: bool, key: str, embedding: str) -> dict[str, Param]:
+    """A (r, in) and B (out, r), named, shaped and initialised as PEFT does on each kind of site; B A is zero.
+
+    A convolution's are kernels where PEFT has them so, fused experts' stand beside one another: A (experts r, in),
+    B (out, r experts). In `key`, and `embedding` for such layers, {} is the letter.
+    """
+    out, inner, keys = site.out_features, site.in_features, (key.format("A"), key.format("B"))
+    if site.kind == "embedding":
+        return {
+            "A": Param((r, inner), "zeros", embedding.format("A")),
+            "B": Param((out, r), "standard-normal", embedding.format("B")),
+        }
+    if site.kind == "conv" and as_kernels:
+        ones = (1,) * (len(site.shape) - 2)
+        return {
+            "A": Param((r, *site.inner_shape), "kaiming-uniform", keys[0], lambda A: A.flatten(1)),
+            "B": Param((out, r, *ones), "zeros", keys[1], lambda B: B.flatten(1)),
+        }
+    if site.batch is not None:
+        n = site.batch
+        return {
+            "A": Param((n * r, inner), "kaiming-uniform", keys[0], lambda A: A.unflatten(0, (n, r))),
+            "B": Param((out, r * n), "zeros", keys[1], lambda B: B.unflatten(1, (r, n)).permute(2, 0, 1)),
+        }
+    return {"A": Param((r, inner), "kaiming-uniform", keys[0]), "B": Param((out, r), "zeros", keys[1])}

@@ -1,0 +1,111 @@
+"""Operations on quantized weights: one that gives the weight, and one that multiplies by it without keeping it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from adaptc.quantization.scheme import scheme_of
+
+
+@torch.library.custom_op("adaptc::dequantize", mutates_args=())
+def dequantize(tensors: Sequence[Tensor], scheme: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """What stored bits stand for: a matrix `(rows, columns)`.
+
+    Args:
+        tensors: what the scheme stores, then its constants, in the scheme's own order.
+        scheme: its text.
+        rows: of the matrix.
+        columns: of the matrix.
+        dtype: of the result.
+    """
+    # A custom operation may not give back what it was given, nor a view of it.
+    return _dequantized(tensors, scheme, rows, columns, dtype).contiguous()
+
+
+@dequantize.register_fake
+def _(tensors: Sequence[Tensor], scheme: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    return tensors[0].new_empty((rows, columns), dtype=dtype)
+
+
+@torch.library.custom_op("adaptc::quantized_linear", mutates_args=())
+def quantized_linear(
+    x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, scheme: str, rows: int, columns: int
+) -> Tensor:
+    """`linear(x, W, bias)` for a W that bits stand for. Its gradient for x makes W again, which is not kept."""
+    W = _dequantized(tensors, scheme, rows, columns, x.dtype)
+    return F.linear(x, W, bias)
+
+
+@quantized_linear.register_fake
+def _(
+    x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, scheme: str, rows: int, columns: int
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], rows))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, tensors, bias, *ctx.how = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.biased = bias is not None
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    tensors = list(ctx.saved_tensors)
+    found_x = found_bias = None
+    if ctx.needs_input_grad[0]:
+        found_x = quantized_product(grad, tensors, *ctx.how)
+    if ctx.biased and ctx.needs_input_grad[2]:
+        found_bias = grad.flatten(0, -2).sum(0)
+    return found_x, [None] * len(tensors), found_bias, None, None, None
+
+
+quantized_linear.register_autograd(_backward, setup_context=_keep)
+
+
+@torch.library.custom_op("adaptc::quantized_product", mutates_args=())
+def quantized_product(
+    grad: Tensor, tensors: Sequence[Tensor], scheme: str, rows: int, columns: int
+) -> Tensor:
+    """`grad @ W`: what `quantized_linear` needs of W on the way back."""
+    return grad @ _dequantized(tensors, scheme, rows, columns, grad.dtype)
+
+
+@quantized_product.register_fake
+def _(grad: Tensor, tensors: Sequence[Tensor], scheme: str, rows: int, columns: int) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], columns))
+
+
+def _dequantized(tensors: Sequence[Tensor], text: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    return scheme_of(text).unpack(rows, columns, named(tensors, text, rows, columns), dtype)
+
+
+def named(tensors: Sequence[Any], text: str, rows: int, columns: int) -> dict[str, Any]:
+    """The tensors by the names that the scheme knows them by."""
+    scheme = scheme_of(text)
+    return dict(zip((*scheme.stored(rows, columns), *scheme.constants()), tensors, strict=True))
+
+
+@torch.library.custom_op("adaptc::quantized_embedding", mutates_args=())
+def quantized_embedding(
+    ids: Tensor, tensors: Sequence[Tensor], scheme: str, rows: int, columns: int, dtype: torch.dtype
+) -> Tensor:
+    """`embedding(W, ids)` for a W that bits stand for, of which only the rows asked for are made."""
+    found = scheme_of(scheme).lookup(rows, columns, named(tensors, scheme, rows, columns), ids)
+    return found.to(dtype).contiguous()
+
+
+@quantized_embedding.register_fake
+def _(
+    ids: Tensor, tensors: Sequence[Tensor], scheme: str, rows: int, columns: int, dtype: torch.dtype
+) -> Tensor:
+    return tensors[0].new_empty((*ids.shape, columns), dtype=dtype)
+
+
+DEQUANTIZE = torch.ops.adaptc.dequantize.default
+LINEAR = torch.ops.adaptc.quantized_linear.default
+EMBEDDING = torch.ops.adaptc.quantized_embedding.default

@@ -1,0 +1,108 @@
+"""A scheme tried on a small matrix when it is registered, so that its author is told of mistakes at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from adaptc.errors import DefinitionError, Fault
+from adaptc.methods.trial import instance_of, numbers
+from adaptc.registry.definitions import Definition
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ROWS, COLUMNS, TOKENS = 8, 64, 32
+"""Sizes of the matrix that a scheme is tried on, and rows of its inputs."""
+_untried: dict[type[Any], Definition] = {}
+
+
+def try_out(definition: Definition) -> None:
+    """Try a scheme on a small matrix; where torch is not imported yet, when it first quantizes.
+
+    Raises:
+        DefinitionError: something is wrong; names the author's line.
+    """
+    if definition.shipped:
+        return
+    _untried[definition.cls] = definition
+    if "torch" in sys.modules:
+        try_pending(definition.cls)
+
+
+def try_pending(cls: type[Any]) -> None:
+    """Try a scheme that was registered before torch was imported, if it was.
+
+    Raises:
+        DefinitionError: something is wrong; names the author's line.
+    """
+    definition = _untried.get(cls)
+    if definition is None:
+        return
+    scheme = instance_of(definition)
+    if scheme is not None:
+        _try(definition, scheme)
+    _untried.pop(cls, None)
+
+
+def _try(definition: Definition, scheme: Any) -> None:
+    try:
+        json.dumps({name: getattr(scheme, name) for name in vars(scheme)})
+    except TypeError as error:
+        raise definition.mistake(f"its options are kept as JSON: {error}") from error
+    fault = _called(definition, scheme, "refuses", ROWS, COLUMNS)
+    if fault is not None:
+        if not isinstance(fault, Fault):
+            raise definition.mistake(f"refuses gives a Fault or None, got {fault!r}", "refuses")
+        return
+    stored = _called(definition, scheme, "stored", ROWS, COLUMNS)
+    inputs = numbers(TOKENS, COLUMNS) if scheme.calibrated else None
+    tensors = _called(definition, scheme, "quantize", numbers(ROWS, COLUMNS), inputs)
+    if stored is None or tensors is None:
+        return
+    _check_tensors(definition, stored, tensors)
+    constants: Mapping[str, Tensor] = scheme.constants()
+    held = {**constants, **tensors}
+    result = _called(definition, scheme, "dequantize", ROWS, COLUMNS, held)
+    if result is None:
+        return
+    shape, dtype = getattr(result, "shape", None), str(getattr(result, "dtype", type(result).__name__))
+    if shape != (ROWS, COLUMNS) or dtype != "torch.float32":
+        got = f"{dtype} {list(shape or ())}"
+        raise definition.mistake(
+            f"dequantize gives torch.float32 [{ROWS}, {COLUMNS}], got {got}", "dequantize"
+        )
+
+
+def _check_tensors(definition: Definition, stored: Mapping[str, Any], tensors: Any) -> None:
+    """What `quantize` gives is what `stored` says."""
+    if not isinstance(tensors, Mapping) or set(tensors) != set(stored):
+        got = ", ".join(tensors) if isinstance(tensors, Mapping) else type(tensors).__name__
+        raise definition.mistake(f"quantize gives {got}, stored says {', '.join(stored)}", "quantize")
+    for key, kept in stored.items():
+        wanted = f"torch.{kept.dtype} {list(kept.shape)}"
+        got = f"{tensors[key].dtype} {list(tensors[key].shape)}"
+        if got != wanted:
+            raise definition.mistake(f"quantize gives {key} as {got}, stored says {wanted}", "quantize")
+
+
+def _called(definition: Definition, scheme: Any, hook: str, *arguments: Any) -> Any:
+    """What a hook gives, which must not write to its arguments; None where it does not run on so small a matrix."""
+    import torch
+
+    from adaptc.registry.calls import blamed, read_only
+
+    tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
+    mappings = [a for a in arguments if isinstance(a, Mapping)]
+    watched = {**dict(zip(("W", "inputs"), tensors, strict=False)), **(mappings[0] if mappings else {})}
+    function = getattr(scheme, hook)
+    try:
+        with torch.no_grad(), blamed("scheme", definition.name, function, hook):
+            return read_only(lambda **_: function(*arguments), (), (), watched)
+    except DefinitionError as error:
+        cause = error.__cause__
+        if cause is None or isinstance(cause, TypeError | AttributeError | NameError | KeyError):
+            raise
+        return None

@@ -1,0 +1,73 @@
+"""The `base` of a spec, and the `inputs` it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PlainSerializer, PlainValidator, StringConstraints, model_validator
+
+from adaptc.errors import got
+from adaptc.inputs import DTYPES, InputSpec
+from adaptc.spec.diagnostics import fault, invalid
+from adaptc.spec.part import Part, PathText
+
+DEFAULT_TASK = "feature-extraction"
+
+
+class Base(Part):
+    """The model to adapt: exactly one of `model`, `python` and `program`."""
+
+    model: PathText | None = Field(None, description="a Hugging Face directory, or a hub id")
+    task: str = Field(DEFAULT_TASK, description="the transformers Auto class of `model`, by its task name")
+    python: Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")] | None = Field(
+        None, description="a factory of one's own: pkg.module:function"
+    )
+    args: dict[str, Any] = Field({}, description="the arguments of the `python` factory")
+    program: PathText | None = Field(None, description="a saved torch.export program")
+    dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = Field(
+        None, description="dtype of the weights; the base's own if left out"
+    )
+    config: dict[str, Any] = Field(
+        {}, description="overrides of a `model`'s config.json, such as num_labels: 3"
+    )
+    trust_remote_code: bool = Field(False, description="run code that comes with a Hugging Face model")
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Base:
+        given = [key for key in ("model", "python", "program") if getattr(self, key) is not None]
+        if not given:
+            raise invalid(fault("a base needs one of 'model', 'python' or 'program'", at_key=True))
+        if len(given) > 1:
+            words = f"a base has one of 'model', 'python' or 'program', and {given[0]!r} is given"
+            raise invalid(*(fault(words, loc=(key,), at_key=True) for key in given[1:]))
+        if self.args and self.python is None:
+            raise invalid(fault("only a 'python' base takes arguments", loc=("args",), at_key=True))
+        if self.config and self.model is None:
+            raise invalid(fault("only a 'model' base has a config", loc=("config",), at_key=True))
+        if self.task != DEFAULT_TASK and self.model is None:
+            raise invalid(fault("only a 'model' base has a task", loc=("task",), at_key=True))
+        return self
+
+
+def _inputs(texts: Any) -> dict[str, InputSpec]:
+    if not isinstance(texts, Mapping):
+        raise invalid(fault(f"expected a mapping, got {got(texts)}"))
+    read, faults = {}, []
+    for name, text in texts.items():
+        try:
+            read[name] = text if isinstance(text, InputSpec) else InputSpec.parse(str(name), str(text))
+        except ValueError as error:
+            faults.append(fault(str(error), loc=(name,)))
+    if faults:
+        raise invalid(*faults)
+    return read
+
+
+InputText = Annotated[str, StringConstraints(pattern=r"^\s*(" + "|".join(DTYPES) + r")\s*\[.*\]\s*$")]
+Inputs = Annotated[
+    dict[str, InputSpec],
+    PlainValidator(_inputs, json_schema_input_type=dict[str, InputText]),
+    PlainSerializer(lambda inputs: {name: str(read) for name, read in inputs.items()}),
+]
+"""Every input of the base, by name."""

@@ -1,0 +1,86 @@
+"""The entries of `emit`: what to write, and where."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import AfterValidator, Field
+
+from adaptc.spec.diagnostics import fault, invalid
+from adaptc.spec.part import Many, OneOf, Part, PathText
+
+OutputPath = Annotated[PathText, Field(description="where it goes, relative to the spec file")]
+
+
+class TorchEmit(Part):
+    """The trainable module."""
+
+    format: Literal["torch"]
+    path: OutputPath
+
+
+class OnnxEmit(Part):
+    """An ONNX program."""
+
+    format: Literal["onnx"]
+    path: OutputPath
+    adapters: Literal["folded", "live", "none"] = Field(
+        "folded", description="folded away, kept as operations of their own, or left out"
+    )
+    opset: Annotated[int, Field(ge=18, le=25)] | None = Field(
+        None, description="ONNX opset; 20 if left out, or what the weights' bits need"
+    )
+    target_runtime: Literal["onnxruntime", "standard"] = Field(
+        "onnxruntime", description="what quantized weights are multiplied by: its own operations, or ONNX's"
+    )
+    round_activations: bool = Field(
+        True,
+        description="let ONNX Runtime multiply integers by activations in 8 bits; false is slower for few tokens, and "
+        "for 2 and 8 bits always",
+    )
+
+
+class PeftEmit(Part):
+    """A PEFT checkpoint of the adapter."""
+
+    format: Literal["peft"]
+    path: OutputPath
+
+
+SIZE = r"^[1-9][0-9]*(\.[0-9]+)?(KB|MB|GB|TB)$"
+
+
+def _size(text: str) -> str:
+    if re.fullmatch(SIZE, text) is None:
+        raise ValueError(f"expected a size such as '5GB' or '500MB', got {text!r}")
+    return text
+
+
+class HfEmit(Part):
+    """A folded Hugging Face checkpoint."""
+
+    format: Literal["hf"]
+    path: OutputPath
+    max_shard_size: Annotated[str, AfterValidator(_size)] = Field(
+        "50GB", description="of one file of weights, such as 5GB", json_schema_extra={"pattern": SIZE}
+    )
+
+
+FORMATS: dict[str, type[Part]] = {"torch": TorchEmit, "onnx": OnnxEmit, "peft": PeftEmit, "hf": HfEmit}
+EmitEntry: TypeAlias = Annotated[TorchEmit | OnnxEmit | PeftEmit | HfEmit, OneOf("format", lambda: FORMATS)]
+
+
+def _separate(entries: tuple[EmitEntry, ...]) -> tuple[EmitEntry, ...]:
+    first: dict[str, int] = {}
+    faults = []
+    for index, path in enumerate(os.path.normpath(entry.path) for entry in entries):
+        if first.setdefault(path, index) != index:
+            faults.append(fault(f"emit.{first[path]} writes to {path!r} too", loc=(index, "path")))
+    if faults:
+        raise invalid(*faults)
+    return entries
+
+
+EmitEntries = Annotated[Many[EmitEntry], AfterValidator(_separate)]

@@ -1,0 +1,99 @@
+"""Where a spec's data came from: its file, the place of each key and value, and what `--set` changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from adaptc.errors import Problem, SpecError
+from adaptc.spec.yaml_text import Loc, YamlText
+
+
+@dataclass(frozen=True)
+class Source:
+    """A spec's plain data, and enough about its origin to say where an error is.
+
+    Attributes:
+        path: the file, or None for a spec given as a Python mapping (which has no lines).
+        data: the data, overrides applied.
+        text: the YAML with the positions in it, if there is a file.
+        overrides: the place that each `--set` changed, and its text, in the order applied.
+    """
+
+    path: Path | None
+    data: dict[str, Any]
+    text: YamlText | None = None
+    overrides: tuple[tuple[Loc, str], ...] = ()
+
+    @classmethod
+    def read(cls, path: Path) -> Source:
+        """Read a spec file.
+
+        Raises:
+            SpecError: the file is missing or unreadable, is not one safe YAML document, or holds no mapping.
+        """
+        text = YamlText.decode(str(path), _bytes_of(path))
+        data = text.read()
+        if not isinstance(data, dict):
+            raise SpecError([text.problem((1, 1), "a spec is a mapping that starts with 'version: 1'")])
+        return cls(path, data, text)
+
+    def override(self, setting: str) -> Source:
+        """Apply one `--set`: `base.dtype=float16`, `adapt.0.r=16`; the value is YAML.
+
+        Raises:
+            SpecError: the setting is malformed, or its path leads into something that has no keys.
+        """
+        origin = f"--set {setting}"
+        dotted, equals, value = setting.partition("=")
+        parts = dotted.split(".")
+        if not equals or not all(parts):
+            message = "expected a key path, '=' and a value, such as base.dtype=float16"
+            raise SpecError([Problem(message, file=origin)])
+        try:
+            data, loc = _with(self.data, parts, YamlText(origin, value).read())
+        except SpecError as error:
+            raise SpecError(replace(problem, line=None, key=dotted) for problem in error.problems) from None
+        except LookupError as error:
+            raise SpecError([Problem(str(error.args[0]), file=origin, key=dotted)]) from None
+        return replace(self, data=data, overrides=(*self.overrides, (loc, origin)))
+
+    def problem(self, loc: Loc, message: str, *notes: str, at_key: bool = False) -> Problem:
+        """A problem with the value at `loc` (or its key); placed at the nearest parent if not written."""
+        key = ".".join(str(part) for part in loc)
+        set_here = [text for place, text in self.overrides if loc[: len(place)] == place]
+        if set_here or self.text is None:
+            return Problem(message, file=set_here[-1] if set_here else "<dict>", key=key, notes=notes)
+        return self.text.problem(self.text.position(loc, at_key), message, *notes, key=key)
+
+
+def _bytes_of(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        message = f"cannot be read: {(error.strerror or str(error)).lower()}"
+        raise SpecError([Problem(message, file=str(path))]) from None
+
+
+def _with(data: Any, parts: Sequence[str], value: Any) -> tuple[Any, Loc]:
+    """A copy of `data` with `value` at the path, and the topmost place that is new."""
+    if not parts:
+        return value, ()
+    head, *rest = parts
+    if isinstance(data, list | tuple):
+        index = int(head) if head.isdecimal() else len(data)
+        if index >= len(data):
+            raise LookupError(f"no entry {head!r} in a list of {len(data)} (they count from 0)")
+        new, below = _with(data[index], rest, value)
+        return [*data[:index], new, *data[index + 1 :]], (index, *below)
+    if data is not None and not isinstance(data, Mapping):
+        raise LookupError(f"cannot set {head!r} inside of {data!r}, which is not a mapping")
+    known = data or {}
+    if head in known:
+        new, below = _with(known[head], rest, value)
+        return {**known, head: new}, (head, *below)
+    for part in reversed(rest):
+        value = {part: value}
+    return {**known, head: value}, (head,)

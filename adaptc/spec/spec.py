@@ -1,0 +1,207 @@
+"""The JSON Schema of a spec, for editors: `specs/schema.json`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from adaptc.errors import Problem, SpecError, WeightError, got
+from adaptc.inputs import InputSpec
+from adaptc.spec.base import Base, Inputs
+from adaptc.spec.diagnostics import fault, invalid, problems
+from adaptc.spec.emit import EmitEntries
+from adaptc.spec.entries import AdaptEntry, QuantizeEntries
+from adaptc.spec.part import Many, Part, PathText
+from adaptc.spec.source import Source
+from adaptc.spec.yaml_text import Loc
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) of a spec, with the options of every registered method."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": f"urn:adaptc:spec:{VERSION}",
+        **Spec.model_json_schema(),
+        "title": f"adaptc spec, version {VERSION}",
+    }
+
+
+def schema_text() -> str:
+    """The schema as it is kept in `specs/schema.json`."""
+    return json.dumps(schema(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+VERSION = 1
+"""The version of the spec that this adaptc reads."""
+
+
+def _pass(entry: Any) -> str | dict[str, dict[str, Any]]:
+    if isinstance(entry, str) and entry:
+        return entry
+    if isinstance(entry, Mapping) and len(entry) == 1:
+        name, options = next(iter(entry.items()))
+        if isinstance(name, str) and isinstance(options, Mapping | None):
+            return {name: dict(options or {})}
+    raise invalid(fault(f"expected a pass's name, or one name with its options, got {got(entry)}"))
+
+
+PassEntry = Annotated[
+    str | dict[str, dict[str, Any]],
+    BeforeValidator(_pass, json_schema_input_type=str | dict[str, dict[str, Any] | None]),
+]
+
+
+class QuantizeBudget(Part):
+    """What quantization may cost: bits are then chosen for each layer."""
+
+    size: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="of the quantized weights' bytes in float32"
+    )
+    error: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="of the outputs: relative, on the calibration rows or else on random inputs"
+    )
+
+    @model_validator(mode="after")
+    def _one(self) -> QuantizeBudget:
+        if (self.size is None) == (self.error is None):
+            raise invalid(fault("expected size or error, such as budget: {error: 0.02}", at_key=True))
+        return self
+
+
+class Spec(Part):
+    """What adaptc compiles."""
+
+    version: Literal[1]
+    base: Base | None = None
+    inputs: Inputs = Field(
+        {}, validate_default=True, description="name -> dtype[dims]; derived for `base.model`"
+    )
+    adapt: Many[AdaptEntry] = ()
+    quantize: Many[QuantizeEntries] = ()
+    budget: QuantizeBudget | None = Field(
+        None, description="bits are chosen for each layer that `quantize` names, within this"
+    )
+    calibration: PathText | None = Field(
+        None,
+        description="rows that some methods choose by: a .jsonl or .safetensors file of inputs, with labels where "
+        "a method needs them",
+    )
+    emit: EmitEntries = ()
+    passes: Many[PassEntry] | None = Field(
+        None, description="the pipeline; `adaptc plan` prints the one in force"
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of new parameters and example inputs")
+
+    _source: Source | None = PrivateAttr(default=None)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _readable(cls, data: Any) -> Any:
+        version = data.get("version") if isinstance(data, Mapping) else None
+        if isinstance(version, int) and version > VERSION:
+            words = f"this adaptc reads version {VERSION}, got {version}: upgrade adaptc"
+            raise invalid(fault(words, loc=("version",)))
+        return data
+
+    @field_validator("inputs", mode="after")
+    @classmethod
+    def _described(cls, inputs: dict[str, InputSpec], info: ValidationInfo) -> dict[str, InputSpec]:
+        base = info.data.get("base")
+        if base is not None and base.python is not None and not inputs:
+            raise invalid(fault("a 'python' base needs its inputs, such as x: float32[batch, 16]"))
+        return inputs
+
+    @field_validator("emit", mode="after")
+    @classmethod
+    def _possible(cls, emit: EmitEntries, info: ValidationInfo) -> EmitEntries:
+        base = info.data.get("base")
+        if base is not None and base.model is None:
+            kind = "python" if base.python is not None else "program"
+            words = f"a Hugging Face checkpoint needs a 'model' base, and this one is a {kind!r}"
+            faults = [fault(words, loc=(i, "format")) for i, entry in enumerate(emit) if entry.format == "hf"]
+            if faults:
+                raise invalid(*faults)
+        return emit
+
+    @property
+    def source(self) -> Source:
+        """The data as written, and where."""
+        return self._source or Source(None, dump(self))
+
+    @property
+    def directory(self) -> Path:
+        """What paths in the spec are relative to: its file's folder, or the working directory."""
+        path = self.source.path
+        return Path.cwd() if path is None else path.absolute().parent
+
+    def error(self, loc: Loc, message: str, *notes: str) -> SpecError:
+        """An error at a place of this spec, for whoever finds something wrong later on."""
+        return SpecError([self.source.problem(loc, message, *notes)])
+
+    def weight_error(self, loc: Loc, error: WeightError) -> WeightError:
+        """The same error, with the place of this spec that led to it."""
+        return WeightError(str(self.source.problem(loc, str(error))))
+
+
+def load(spec: str | os.PathLike[str] | Mapping[str, Any] | Spec, overrides: Sequence[str] = ()) -> Spec:
+    """Read and validate a spec.
+
+    Args:
+        spec: a file, a mapping with the same keys (its version may be left out), or a spec.
+        overrides: `--set` settings such as `adapt.0.r=16`, applied in order.
+
+    Raises:
+        SpecError: holds everything found wrong, in the order of the file.
+    """
+    if isinstance(spec, Spec) and not overrides:
+        return spec
+    if isinstance(spec, Spec):
+        source = spec.source
+    elif isinstance(spec, Mapping):
+        source = Source(None, {"version": VERSION, **spec})
+    elif isinstance(spec, str | os.PathLike):
+        source = Source.read(Path(spec))
+    else:
+        raise SpecError([Problem(f"expected a file, a mapping or a Spec, got {got(spec)}")])
+    for setting in overrides:
+        source = source.override(setting)
+    try:
+        loaded = Spec.model_validate(source.data)
+    except ValidationError as error:
+        raise SpecError(problems(error, source)) from None
+    loaded._source = source
+    return loaded
+
+
+def dump(spec: Spec) -> dict[str, Any]:
+    """The spec as plain data, defaults filled in; `load` reads it back."""
+    return spec.model_dump(mode="json", exclude_none=True, fallback=repr)
+
+
+def require_base(spec: Spec) -> Base:
+    """The base, which a spec compiled from the command line must name.
+
+    Raises:
+        SpecError: there is none.
+    """
+    if spec.base is None:
+        raise spec.error(("base",), "required, but missing", "such as base: {model: ./all-MiniLM-L6-v2}")
+    return spec.base
+
+
+def resolve_path(spec: Spec, text: str) -> Path:
+    """A path written in the spec, which counts from the spec's own folder."""
+    return spec.directory / Path(text).expanduser()

@@ -1,0 +1,98 @@
+"""How a spec says which modules: globs, `re:` regexes, or a mapping of what a layer is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, model_validator
+
+from adaptc.errors import got, unknown
+from adaptc.patterns import ROLES, matches, parse_layers
+from adaptc.spec.diagnostics import fault, invalid
+from adaptc.spec.part import Many, Part
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text[3:] if text.startswith("re:") else "")
+    except re.error as error:
+        raise ValueError(f"{text!r} is not a regular expression: {error}") from None
+    return text
+
+
+def _layers(text: str) -> str:
+    parse_layers(text)
+    return text
+
+
+def _role(text: str) -> str:
+    if not any(matches(text, role) for role in ROLES):
+        raise ValueError(unknown("role", text, ROLES))
+    return text
+
+
+Pattern = Annotated[str, Field(min_length=1), AfterValidator(_pattern)]
+Patterns = Annotated[
+    Many[Pattern],
+    BeforeValidator(lambda value: (value,) if isinstance(value, str) else value, str | list[str]),
+]
+Layers = Annotated[
+    str,
+    AfterValidator(_layers),
+    BeforeValidator(lambda value: str(value) if type(value) is int else value, int | str),
+]
+
+
+class LayerTarget(Part):
+    """Layers chosen by what they are; all that is given must hold."""
+
+    name: Pattern | None = Field(None, description="a glob, or a re: regex, on the module's full name")
+    type: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="the module's class, such as Linear"
+    )
+    layers: Layers | None = Field(None, description="first numbered segment of the name, such as 0-5,11")
+
+    op: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="the operation that reads the weight, such as conv2d"
+    )
+    role: Annotated[str, AfterValidator(_role)] | None = Field(
+        None, description="what the layer does, read from the dataflow, such as attention.value"
+    )
+    node: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="a node of the graph by its name, as `--print-after` shows it"
+    )
+    input: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="with node: the node of the sub-layer's input, for a method that reads it"
+    )
+
+    @model_validator(mode="after")
+    def _chooses(self) -> LayerTarget:
+        if not self.model_fields_set:
+            raise invalid(
+                fault(
+                    "an empty mapping chooses nothing: give name, type, layers, op, role or node", at_key=True
+                )
+            )
+        return self
+
+
+_PATTERNS = TypeAdapter[tuple[str, ...]](
+    Annotated[Patterns, Field(min_length=1)], config=ConfigDict(strict=True)
+)
+
+
+def _target(value: Any) -> tuple[str, ...] | dict[str, Any]:
+    if isinstance(value, Mapping):
+        return LayerTarget.model_validate(value).model_dump(exclude_none=True)
+    if not isinstance(value, str | list | tuple):
+        raise invalid(fault(f"expected a pattern, a list of patterns or a mapping, got {got(value)}"))
+    return _PATTERNS.validate_python(value)
+
+
+Target = Annotated[
+    tuple[str, ...] | dict[str, Any],
+    BeforeValidator(_target, json_schema_input_type=str | list[str] | LayerTarget),
+]
+"""Patterns, or the keys of a `LayerTarget` as plain data: what `select` takes."""

@@ -1,0 +1,134 @@
+"""From a base to a graph: one trace, fake weights, sites found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from adaptc.checkpoints.huggingface import first_names
+from adaptc.errors import InputError, TraceError, WeightError
+from adaptc.inputs import InputSpec
+from adaptc.ir.analysis.dataflow import walk
+from adaptc.ir.analysis.sites import find_sites
+from adaptc.ir.base import Base
+from adaptc.ir.graph import Graph
+from adaptc.ir.nodes import VERIFIED, attribute, put, signature
+from adaptc.tracing.export import export, output_names
+from adaptc.weights import Computed, Held, Weight
+
+aten = torch.ops.aten
+INTEGERS = (torch.int64, torch.int32)
+
+
+def trace_base(base: Base) -> Graph:
+    """Trace a base in evaluation mode. No weight is read.
+
+    Raises:
+        TraceError: torch.export refused the model, or an input of the spec is not used by it.
+    """
+    traced = base.program if base.model is None else export(base.model, base.inputs)
+    assert traced is not None
+    owner: nn.Module = traced if base.model is None else base.model
+    aliases = first_names(owner)
+    buffers = {name for name, _ in owner.named_buffers(remove_duplicate=False)}
+    persistent = set(owner.state_dict(keep_vars=True))
+    mode = next(n.meta["val"].fake_mode for n in traced.graph.nodes if n.op == "placeholder")
+
+    weights: dict[str, Weight] = {}
+    for name in aliases:
+        tensor = attribute(owner, name)
+        weights[name] = base.packed.get(name) or Computed(
+            tuple(tensor.shape), tensor.dtype, _loader(base, name, tuple(tensor.shape))
+        )
+    for node in traced.graph.nodes:
+        if node.op == "get_attr" and node.target not in weights and node.target != "training":
+            tensor = attribute(traced, str(node.target))
+            if isinstance(tensor, FakeTensor):
+                raise TraceError(f"the trace_base holds a constant without a value: {node.target}")
+            weights[str(node.target)] = Held(tensor)
+            node.meta["constant"] = tensor
+            aliases[str(node.target)] = str(node.target)
+            buffers.add(str(node.target))
+
+    module = fx.GraphModule(nn.Module(), fx.Graph())
+    with mode:
+        for name, weight in weights.items():
+            fake = torch.empty(weight.shape, dtype=weight.dtype)
+            put(module, name, fake if name in buffers else nn.Parameter(fake, requires_grad=False))
+            for node in traced.graph.find_nodes(op="get_attr", target=name):
+                node.meta["val"] = fake
+    module.graph = traced.graph
+    graph = Graph(
+        module=module,
+        weights=weights,
+        aliases=aliases,
+        buffers=frozenset(buffers),
+        transient=frozenset(buffers - persistent),
+        inputs=_inputs(base, traced),
+        outputs=output_names(traced),
+        sites=tuple(find_sites(traced.graph, aliases, set(aliases) - buffers)),
+        heads=base.heads,
+        source=base,
+    )
+    for node in graph.nodes:  # torch.export has just computed these values
+        if "val" in node.meta:
+            node.meta[VERIFIED] = signature(node)
+    graph.clean()
+    return graph
+
+
+def _loader(base: Base, name: str, shape: tuple[int, ...]) -> Callable[[], torch.Tensor]:
+    def load() -> torch.Tensor:
+        weight = base.bound.weights[name]
+        if weight.shape != shape:
+            raise WeightError(
+                f"{name} has shape {list(weight.shape)}, but the traced model has {list(shape)}"
+            )
+        return weight.load()
+
+    return load
+
+
+def _inputs(base: Base, traced: fx.GraphModule) -> tuple[InputSpec, ...]:
+    """The inputs in the order of the model's own signature, with the bounds of integers."""
+    specs = {spec.name: spec for spec in base.inputs}
+    nodes = {str(n.target): n for n in traced.graph.nodes if n.op == "placeholder"}
+    if set(specs) != set(nodes):
+        raise InputError(f"the model takes {', '.join(nodes)}, but the inputs are {', '.join(specs)}")
+    unused = [name for name, node in nodes.items() if not node.users]
+    if unused:
+        raise InputError(
+            f"the model does not use {', '.join(unused)}: take the input out, or check that the names fit forward"
+        )
+    return tuple(_bounded(specs[name], node) for name, node in nodes.items())
+
+
+def _bounded(spec: InputSpec, node: fx.Node) -> InputSpec:
+    if spec.dtype not in ("int64", "int32"):
+        return spec
+    bounds = [bound for bound in (_high(node), spec.high) if bound]
+    return replace(spec, high=min(bounds, default=None))
+
+
+def _high(node: fx.Node) -> int | None:
+    """The smallest table that values of an integer input are looked up in."""
+
+    def integers(node: fx.Node) -> list[fx.Node]:
+        users = [user for user in node.users if user.op == "call_function" and _bound(user, node) is None]
+        values = [(user, user.meta.get("val")) for user in users]
+        return [user for user, value in values if isinstance(value, torch.Tensor) and value.dtype in INTEGERS]
+
+    bounds = [_bound(user, value) for value in walk([node], integers) for user in value.users]
+    return min((bound for bound in bounds if bound is not None), default=None)
+
+
+def _bound(user: fx.Node, value: fx.Node) -> int | None:
+    """How many rows or classes an operation chooses among by a value; None where it does not."""
+    axis = {aten.embedding.default: 0, aten.cross_entropy_loss.default: 1}.get(user.target)  # type: ignore[arg-type]
+    if axis is None or user.args[1] is not value:
+        return None
+    return int(user.args[0].meta["val"].shape[axis])  # type: ignore[union-attr]
