@@ -72,11 +72,11 @@ class Stored(Weight):
         # Not by safetensors' own handle: it maps the file, and mapped pages stay in resident memory.
         open_safetensors(self.file)
         stored, start = _places(str(self.file), self.file.stat().st_mtime_ns)[self.key]
-        return Raw(self.file, start, self.shape, stored).load().to(self.dtype)
+        return FileSlice(self.file, start, self.shape, stored).load().to(self.dtype)
 
 
 @dataclass(frozen=True, eq=False)
-class Raw(Weight):
+class FileSlice(Weight):
     """A tensor whose bytes stand in a file from `start` on."""
 
     file: Path
@@ -102,7 +102,7 @@ class Raw(Weight):
 
 
 @dataclass(eq=False)
-class Computed(Weight):
+class Deferred(Weight):
     """A tensor made on request, such as an initial value, until another one is put in its place.
 
     Everyone who holds it sees the new value, in `shape` and `dtype`, or by `exact` as wide as it was given.

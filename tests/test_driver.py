@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import adaptc
 from adaptc.compiler import driver as compiler
 from adaptc.compiler.plan import make_plan
-from adaptc.compiler.proof import Each
+from adaptc.compiler.proof import BatchRunner
 from adaptc.compiler.rewrite import rewrite
 from adaptc.ir import interpreter as streaming
 from adaptc.ir.graph import Graph
@@ -65,18 +65,18 @@ def test_a_plan_rewrites_nothing(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> N
 def runs(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How many sweeps over graphs there were, and how many batches modules and programs in memory have run."""
     count = {"sweeps": 0, "calls": 0}
-    sweep, one = streaming._sweep, Each._one
+    sweep, one = streaming._sweep, BatchRunner._one
 
     def swept(*args: Any) -> Any:
         count["sweeps"] += 1
         return sweep(*args)
 
-    def called(self: Each, batch: Any) -> Any:
+    def called(self: BatchRunner, batch: Any) -> Any:
         count["calls"] += 1
         return one(self, batch)
 
     monkeypatch.setattr(streaming, "_sweep", swept)
-    monkeypatch.setattr(Each, "_one", called)
+    monkeypatch.setattr(BatchRunner, "_one", called)
     return count
 
 

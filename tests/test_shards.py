@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from adaptc.checkpoints.shards import INDEX, check_safetensors, write_safetensors, write_shards
 from adaptc.errors import ProofError, WeightError
-from adaptc.weights import DTYPES, Computed, Held, Weight
+from adaptc.weights import DTYPES, Deferred, Held, Weight
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -54,7 +54,7 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path) -> None:
         alive.append(weakref.ref(value))
         return value
 
-    weights: dict[str, Weight] = {f"w{i}": Computed((64, 16), torch.float32, make) for i in range(6)}
+    weights: dict[str, Weight] = {f"w{i}": Deferred((64, 16), torch.float32, make) for i in range(6)}
     write_shards(tmp_path, weights, "9KB", 0)
     assert len(alive) == 6
     assert len(list(tmp_path.glob("*.safetensors"))) == 3
@@ -98,7 +98,7 @@ def test_a_truncated_file_is_found(tmp_path: Path) -> None:
 
 
 def test_a_weight_that_is_not_what_it_says(tmp_path: Path) -> None:
-    wrong = Computed((4, 4), torch.float32, lambda: torch.randn(4, 5))
+    wrong = Deferred((4, 4), torch.float32, lambda: torch.randn(4, 5))
     with pytest.raises(
         WeightError, match=r"w is torch\.float32 \[4, 4\], but was loaded as torch.float32 \[4, 5\]"
     ):

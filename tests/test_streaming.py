@@ -14,7 +14,7 @@ import torch
 
 import adaptc
 from adaptc.compiler.artifacts import emit_all
-from adaptc.compiler.proof import batches, prove, runner, tolerance
+from adaptc.compiler.proof import batches, module_call, prove, tolerance
 from adaptc.emit.onnx import export as emit_onnx
 from adaptc.emit.onnx import partitioned as pieces
 from adaptc.emit.onnx.evaluate import inference_graph
@@ -55,7 +55,7 @@ def test_a_sweep_gives_what_the_bound_module_gives(zoo: Zoo, name: str, dtype: s
     compiled = random(zoo, name, dtype)
     fold = load_passes()["fold"]()
     for graph in (compiled.base, compiled.live_graph(), adaptc.run(compiled.graph, [fold])):
-        module = runner(bind(graph))
+        module = module_call(bind(graph))
         run = Interpreter(graph).on(batches(graph.inputs))
         for label, got in run.outcomes.items():
             want = module(run.batches[label])
@@ -298,7 +298,7 @@ def test_in_pieces_as_whole(zoo: Zoo, name: str, tmp_path: Path, monkeypatch: py
     compiled.emit("onnx", tmp_path / "m.onnx")
     assert (tmp_path / "m.onnx.data").is_file()
     (proof,) = [proof for proof in compiled.proofs if proof.name == "onnx, folded"]
-    parts = pieces.Pieces(tmp_path / "m.onnx", tmp_path / "m.onnx")
+    parts = pieces.PartitionedProgram(tmp_path / "m.onnx", tmp_path / "m.onnx")
     assert len(parts.pieces) > 2
     assert f"in {len(parts.pieces)} pieces one" in proof.coverage
     assert f"in {len(parts.pieces)} pieces" in str(proof)
@@ -318,7 +318,7 @@ def test_a_wrong_piece_is_found(deep: Any, tmp_path: Path, monkeypatch: pytest.M
     data = np.memmap(tmp_path / "m.onnx.data", np.float32, "r+")
     data[7 * 64 * 64 + 5] += 0.5
     data.flush()
-    parts = pieces.Pieces(tmp_path / "m.onnx", tmp_path / "m.onnx")
+    parts = pieces.PartitionedProgram(tmp_path / "m.onnx", tmp_path / "m.onnx")
     reference = Interpreter(deep.base).on(batches(deep.base.inputs))
     wrong = parts.on(reference.taken)
     with pytest.raises(adaptc.ProofError, match="largest error"):
@@ -350,7 +350,7 @@ def test_bfloat16_is_stored_and_float32_computed(zoo: Zoo, name: str, tmp_path: 
             between = nodes[place : nodes.index(until)]
             assert {n.op_type for n in between} == {"Cast"}, f"{node.name} is held long before {until.name}"
     known = list(batches(compiled.base.inputs).values())
-    module, program = runner(bind(compiled.folded_graph())), onnx_runner(path)
+    module, program = module_call(bind(compiled.folded_graph())), onnx_runner(path)
     for batch in known:
         for got, want in zip(program(batch), module(batch), strict=True):
             assert got.dtype == torch.float32

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from adaptc.errors import WeightError
-from adaptc.methods.virtual_tokens import HEADS, TOKENS
+from adaptc.methods.virtual_tokens import CLASSIFIER_HEADS, PROMPT_KEY
 from adaptc.weights import Held, Weight, open_safetensors, read_safetensors, sha256_of_tensors
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -82,7 +82,7 @@ def directories(path: Path) -> list[Path]:
     return [path / name for name in names]
 
 
-def missing(path: Path) -> str | None:
+def why_missing(path: Path) -> str | None:
     """Why there is no checkpoint at a path, or None if there is one."""
     if not path.is_dir():
         return f"{path}: no such directory; expected an adapter's checkpoint with {CONFIG} and {TENSORS}"
@@ -97,7 +97,7 @@ def read(path: Path, allow_pickle: bool = False) -> Checkpoint:
     Raises:
         WeightError: it is missing, truncated, pickled, or not an adapter of a known format.
     """
-    absent = missing(path)
+    absent = why_missing(path)
     if absent or not (path / CONFIG).is_file():
         raise WeightError(absent or f"{path}: no {CONFIG} there")
     config = _json(path / CONFIG)
@@ -109,7 +109,7 @@ def read(path: Path, allow_pickle: bool = False) -> Checkpoint:
         tensors = _unpickled(path / PICKLE, allow_pickle)
     else:
         raise WeightError(f"{path}: no {TENSORS} there")
-    if TOKENS in tensors:
+    if PROMPT_KEY in tensors:
         tensors = {_with_prefix(key): weight for key, weight in tensors.items()}
     for key, weight in tensors.items():
         if not key.startswith(ROOT):
@@ -120,13 +120,13 @@ def read(path: Path, allow_pickle: bool = False) -> Checkpoint:
             raise WeightError(f"{path}: tensor {key!r} is {_kind(weight)}, which no adapter has")
     named = {key.removeprefix(PREFIX): weight for key, weight in tensors.items()}
     beside = {key: named.pop(key) for key in about.get(BESIDE, "").split() if key in named}
-    listed = config.get("modules_to_save") or (sorted(HEADS) if ROOT + TOKENS in named else [])
+    listed = config.get("modules_to_save") or (sorted(CLASSIFIER_HEADS) if ROOT + PROMPT_KEY in named else [])
     return Checkpoint(path, config, named, about.get(BASE_HASH), _saved(listed, named), beside)
 
 
 def _with_prefix(key: str) -> str:
     """A key of a checkpoint with virtual tokens as others have it."""
-    return ROOT + key if key == TOKENS else PREFIX + key.removeprefix(PREFIX).removeprefix(ROOT)
+    return ROOT + key if key == PROMPT_KEY else PREFIX + key.removeprefix(PREFIX).removeprefix(ROOT)
 
 
 def _saved(listed: Sequence[str], keys: Iterable[str]) -> tuple[str, ...]:

@@ -13,11 +13,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from adaptc.errors import WeightError
-from adaptc.ir.nodes import put
+from adaptc.ir.nodes import set_tensor
 from adaptc.weights import Held, Stored, Weight, read_safetensors
 
 CONFIG = "config.json"
-PACKED = (".qweight", ".SCB", ".absmax")
+QUANTIZED_KEYS = (".qweight", ".SCB", ".absmax")
 """How keys end that only quantized checkpoints have."""
 
 
@@ -86,7 +86,7 @@ def spellings(model: nn.Module) -> dict[str, list[str]]:
 
 def _check_no_bits(stored: Iterable[str], directory: Path) -> None:
     """What transformers is left to load holds floats: it would make up what is stored in bits."""
-    packed = next((key for key in stored if key.endswith(PACKED)), None)
+    packed = next((key for key in stored if key.endswith(QUANTIZED_KEYS)), None)
     if packed is not None:
         raise WeightError(
             f"{directory} holds {packed}, bits of a quantized weight, and {CONFIG} has no quantization_config"
@@ -117,7 +117,7 @@ def untie_as_stored(model: nn.Module, directory: Path) -> list[str]:
             continue
         ours, theirs = stored[first], stored[name]
         if ours.shape != theirs.shape or not torch.equal(ours.load(), theirs.load()):
-            put(model, name, nn.Parameter(torch.empty_like(model.get_parameter(first))))
+            set_tensor(model, name, nn.Parameter(torch.empty_like(model.get_parameter(first))))
             notes.append(
                 f"{name} is not tied to {first}, as the configuration says: the checkpoint holds both"
             )

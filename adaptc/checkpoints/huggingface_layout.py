@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
 from adaptc.checkpoints.huggingface import first_names
-from adaptc.weights import Computed, Weight
+from adaptc.weights import Deferred, Weight
 
 
 def stored_names(model: nn.Module, aliases: Mapping[str, str]) -> list[str]:
@@ -78,7 +78,7 @@ class _Conversion:
         if node in self.sources:
             return self.sources[node]
         value = node.meta["val"]
-        return Computed(tuple(value.shape), value.dtype, lambda: self._result(node))
+        return Deferred(tuple(value.shape), value.dtype, lambda: self._result(node))
 
     def _result(self, node: fx.Node) -> torch.Tensor:
         needed = self._needed(node)

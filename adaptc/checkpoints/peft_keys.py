@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from adaptc.methods.param import Param
 from adaptc.methods.point_sites import Site
-from adaptc.methods.site import ATTENTION, MATRIX_KINDS, OUT_PROJECTION, PACKED, WeightSite
+from adaptc.methods.site import ATTENTION, IN_PROJECTION, MATRIX_KINDS, OUT_PROJECTION, WeightSite
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class PeftLayout:
     @property
     def known(self) -> bool:
         """Whether PEFT can adapt exactly these sites: of an attention module both weights, or none."""
-        packed = {site.module for site in self._matrices() if site.leaf == PACKED}
+        packed = {site.module for site in self._matrices() if site.leaf == IN_PROJECTION}
         inner = {
             site.module.removesuffix(OUT_PROJECTION) for site in self._matrices() if self._is_inner(site)
         }
@@ -68,7 +68,7 @@ class PeftLayout:
         """The attention module that this output projection is adapted with; "" if it is none."""
         module = site.module.removesuffix(OUT_PROJECTION)
         packed = any(
-            isinstance(s, WeightSite) and s.module == module and s.leaf == PACKED for s in self.sites
+            isinstance(s, WeightSite) and s.module == module and s.leaf == IN_PROJECTION for s in self.sites
         )
         return module if packed and self._is_inner(site) else ""
 

@@ -20,7 +20,7 @@ from adaptc.methods.param import Param
 from adaptc.methods.peft_format import PeftFormat
 from adaptc.methods.point_sites import Site
 from adaptc.methods.site import MATRIX_KINDS, WeightSite
-from adaptc.methods.virtual_tokens import TOKENS, PromptMethod
+from adaptc.methods.virtual_tokens import PROMPT_KEY, PromptMethod
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def records_of(graph: Graph) -> list[AdapterRecord]:
         beside.setdefault((a.entry, a.adapter), []).append(a.site)
     found = []
     for (entry, method, adapter), group in groups.items():
-        layout = PeftLayout(beside[entry, adapter], places_of(graph))
+        layout = PeftLayout(beside[entry, adapter], weight_order(graph))
         own = PeftLayout([a.site for a in group], layout.order)
         every = sum(point.kind == group[0].site.kind for point in graph.points) if group[0].stays else 0
         declared, format = group[0].declared, group[0].declared.peft
@@ -205,8 +205,8 @@ def _plain_tokens(
         return record, {}
     with torch.no_grad():
         made = method.tokens(**{t.argument: values[t.name] for t in record.tensors})
-    name = shared_name(record.adapter, TOKENS)
-    tokens = AdapterTensor(name, ROOT + TOKENS, tuple(made.shape), "tokens", "", True, True, None)
+    name = shared_name(record.adapter, PROMPT_KEY)
+    tokens = AdapterTensor(name, ROOT + PROMPT_KEY, tuple(made.shape), "tokens", "", True, True, None)
     return replace(record, options=_plain(method.plain), tensors=(tokens,)), {name: made}
 
 
@@ -228,7 +228,7 @@ def _in_peft(a: Adaptation, graph: Graph) -> bool:
     )
 
 
-def places_of(graph: Graph) -> dict[str, int]:
+def weight_order(graph: Graph) -> dict[str, int]:
     """Every weight's place in the model."""
     return {name: index for index, name in enumerate(graph.weights)}
 

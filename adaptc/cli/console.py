@@ -24,15 +24,15 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from adaptc.compiler.plan_adapters import Planned
+from adaptc.compiler.plan_adapters import PlannedInsertion
 from adaptc.compiler.plan_quantization import PlannedQuantization, expected_error
 from adaptc.compiler.plan_report import PlanReport
 from adaptc.compiler.proof import Proof
 from adaptc.compiler.quantization_error import QuantizationErrors
-from adaptc.ir.cost import Budget
+from adaptc.ir.cost import Cost
 from adaptc.methods.point_sites import Site
 from adaptc.methods.site import POINTS, WeightSite
-from adaptc.quantization.quantized_weight import bytes_of, size_of
+from adaptc.quantization.quantized_weight import bytes_of, matrix_size
 from adaptc.spec.yaml_text import flow
 
 COLUMNS = (
@@ -116,7 +116,7 @@ def _shown(errors: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {error:.3g}" for name, error in errors.items())
 
 
-def _share(cost: Budget) -> str:
+def _share(cost: Cost) -> str:
     """What is left of the adapters' operations when they are folded."""
     if not cost.folded_flops:
         return "none"
@@ -166,7 +166,7 @@ class Artifacts:
         self.console.print(f"proved  {proof}", markup=False)
 
 
-def _entry(planned: Planned) -> Table:
+def _entry(planned: PlannedInsertion) -> Table:
     method, selection = planned.insert.method, planned.selection
     source = f", from {planned.checkpoint.path}" if planned.checkpoint else ""
     table = Table(
@@ -202,7 +202,7 @@ def _quantized(planned: PlannedQuantization, growth: float) -> Table:
         table.add_column(column, overflow="fold")
     groups: dict[tuple[str, ...], int] = {}
     for site in selection.sites:
-        size = size_of(site)
+        size = matrix_size(site)
         shape = " x ".join(map(str, size))
         error = "0" if planned.entry is None else f"{expected_error(scheme, size[1]):.3f}"
         kind, each = site.type or site.kind, _bytes(bytes_of(scheme, *size))

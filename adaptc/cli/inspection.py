@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaptc.checkpoints import adapter as checkpoint
-from adaptc.emit.manifest import MANIFEST, is_whole
+from adaptc.emit.manifest import MANIFEST, is_unmodified
 from adaptc.errors import AdaptcError, Problem, ProofError, SpecError
 from adaptc.weights import read_safetensors, sha256_of_files
 
@@ -26,7 +26,7 @@ def inspect(path: Path) -> list[dict[str, Any]]:
     manifest = _manifest(path)
     if manifest is not None:
         return _rows(_product(manifest, path))
-    if path.is_dir() and checkpoint.missing(path) is None:
+    if path.is_dir() and checkpoint.why_missing(path) is None:
         rows = []
         for folder in checkpoint.directories(path):
             found = checkpoint.read(folder)
@@ -59,7 +59,7 @@ def verify(path: Path) -> list[dict[str, Any]]:
         raise SpecError(
             [Problem(f"no {MANIFEST} there, so there is nothing to check against", file=str(path))]
         )
-    if not is_whole(folder / MANIFEST):
+    if not is_unmodified(folder / MANIFEST):
         raise ProofError(f"{folder / MANIFEST}: changed since it was written (its own SHA-256 differs)")
     rows = []
     for name, product in _products(manifest, path).items():
@@ -86,18 +86,18 @@ def _proved(folder: Path, name: str, product: Mapping[str, Any], manifest: Mappi
 
 
 def _runner(folder: Path, name: str, product: Mapping[str, Any], manifest: Mapping[str, Any]) -> Runner:
-    from adaptc.compiler.proof import Each, runner
-    from adaptc.emit.onnx.partitioned import Pieces
+    from adaptc.compiler.proof import BatchRunner, module_call
+    from adaptc.emit.onnx.partitioned import PartitionedProgram
     from adaptc.emit.onnx.runtime import onnx_runner
     from adaptc.emit.torch import load_torch
 
     match product["format"]:
         case "torch":
-            return Each(runner(load_torch(folder)))
+            return BatchRunner(module_call(load_torch(folder)))
         case "onnx" if (folder / f"{name}.data").exists():
-            return Pieces(folder / name, folder / name)
+            return PartitionedProgram(folder / name, folder / name)
         case "onnx":
-            return Each(onnx_runner(folder / name))
+            return BatchRunner(onnx_runner(folder / name))
         case _:
             import transformers
 
@@ -106,7 +106,7 @@ def _runner(folder: Path, name: str, product: Mapping[str, Any], manifest: Mappi
 
             base = manifest["spec"]["base"]
             auto = getattr(transformers, tasks()[base["task"]])
-            return Each(runner(load_checkpoint(auto, base["trust_remote_code"], folder)))
+            return BatchRunner(module_call(load_checkpoint(auto, base["trust_remote_code"], folder)))
 
 
 def _finite(folder: Path, product: Mapping[str, Any]) -> str:

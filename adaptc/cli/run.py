@@ -10,7 +10,7 @@ from typing import Any
 from adaptc.cli.console import Report
 from adaptc.compiler.artifacts import emit_all
 from adaptc.compiler.driver import compile as compile_spec
-from adaptc.compiler.output_paths import places
+from adaptc.compiler.output_paths import output_paths
 from adaptc.errors import AdaptcError, Problem, SpecError, unknown
 from adaptc.ir.graph import Graph
 from adaptc.rewriter.catalog import load_passes
@@ -35,7 +35,7 @@ def run_spec(
         raise loaded.error(
             ("emit",), "nothing to write", "such as emit: [{format: onnx, path: build/model.onnx}]"
         )
-    places(loaded, loaded.emit, output_dir)
+    output_paths(loaded, loaded.emit, output_dir)
     known = sorted({"all", "trace", *load_passes()})
     if print_after is not None and print_after not in known:
         raise SpecError([Problem(unknown("pass", print_after, known), file="--print-after")])

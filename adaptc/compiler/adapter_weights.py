@@ -9,15 +9,19 @@ import torch
 
 from adaptc.checkpoints.adapter_checks import check_base, check_carried
 from adaptc.checkpoints.records import AdapterRecord, assign, records_of
-from adaptc.compiler.plan_adapters import Planned
+from adaptc.compiler.plan_adapters import PlannedInsertion
 from adaptc.errors import WeightError
 from adaptc.ir.graph import Graph
 from adaptc.spec.spec import Spec
-from adaptc.weights import Computed, Weight
+from adaptc.weights import Deferred, Weight
 
 
 def load_checkpoints(
-    spec: Spec, entries: Sequence[Planned], base: Graph, adapted: Graph, base_sha256: Callable[[], str]
+    spec: Spec,
+    entries: Sequence[PlannedInsertion],
+    base: Graph,
+    adapted: Graph,
+    base_sha256: Callable[[], str],
 ) -> None:
     """Let the adapters of a graph be what the checkpoints of the spec hold.
 
@@ -32,7 +36,7 @@ def load_checkpoints(
         WeightError: they do not fit the model or its base.
     """
     inserted = records_of(adapted)
-    by_path: dict[Path, list[Planned]] = {}
+    by_path: dict[Path, list[PlannedInsertion]] = {}
     for planned in entries:
         if planned.checkpoint is not None:
             by_path.setdefault(planned.checkpoint.path, []).append(planned)
@@ -57,7 +61,7 @@ def load_checkpoints(
             put_weight(adapted.weights[name], value.detach)
 
 
-def _as_stored(adapted: Graph, record: AdapterRecord, planned: Planned) -> AdapterRecord:
+def _as_stored(adapted: Graph, record: AdapterRecord, planned: PlannedInsertion) -> AdapterRecord:
     """A record with the shapes that its checkpoint has, where it is inserted at a smaller rank."""
     whole = planned.whole
     if whole is None:
@@ -73,5 +77,5 @@ def _as_stored(adapted: Graph, record: AdapterRecord, planned: Planned) -> Adapt
 
 def put_weight(weight: Weight, value: Callable[[], torch.Tensor]) -> None:
     """Let an adapter's weight be what this gives."""
-    assert isinstance(weight, Computed)
+    assert isinstance(weight, Deferred)
     weight.put(value)

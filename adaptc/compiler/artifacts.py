@@ -14,22 +14,22 @@ from adaptc.checkpoints.module import META
 from adaptc.checkpoints.peft_write import save
 from adaptc.checkpoints.records import assign, compacted, group, records_of
 from adaptc.compiler.onnx_artifact import prove_onnx, write_onnx
-from adaptc.compiler.output_paths import places
+from adaptc.compiler.output_paths import output_paths
 from adaptc.compiler.plan_report import site_json
 from adaptc.compiler.program import Program
-from adaptc.compiler.proof import Each, Proof, runner
+from adaptc.compiler.proof import BatchRunner, Proof, module_call
 from adaptc.compiler.proofs import check_finite, check_gradients
 from adaptc.compiler.quantization_error import QuantizationErrors
 from adaptc.compiler.reference import recorded
 from adaptc.compiler.schedule import bits_in_checkpoint
-from adaptc.emit.huggingface import LOADED_SHARE, fits, load_checkpoint, save_checkpoint
+from adaptc.emit.huggingface import LOADED_SHARE, fits_in_memory, load_checkpoint, save_checkpoint
 from adaptc.emit.manifest import MANIFEST, versions, write_manifest
 from adaptc.emit.staging import Staging
 from adaptc.emit.torch import PROGRAM, load_torch, save_torch
 from adaptc.errors import ProofError, RefusedError
 from adaptc.ir.graph import Graph
 from adaptc.ir.interpreter import Run
-from adaptc.rewriter.expression import Folded as FoldedWeight
+from adaptc.rewriter.expression import FoldedWeight as FoldedWeight
 from adaptc.spec.emit import EmitEntry, HfEmit, OnnxEmit, PeftEmit, TorchEmit
 from adaptc.spec.spec import dump
 from adaptc.weights import Weight
@@ -75,7 +75,7 @@ def emit_all(
         observe: told of each artifact, its bytes and proofs.
         into: a directory that replaces the spec's own folder.
     """
-    paths = places(program.spec, entries, into)
+    paths = output_paths(program.spec, entries, into)
     artifacts = []
     with Staging(observe.wrote if observe else None) as staging:
         for entry, final in zip(entries, paths, strict=True):
@@ -103,8 +103,8 @@ def _torch(program: Program, entry: TorchEmit, staging: Staging, final: Path) ->
     artifact: dict[str, Any] = {"name": PROGRAM, "format": "torch", "module": module.meta[META]}
     write_manifest(manifest, common, artifact, files)  # what is loaded below needs one
 
-    reference = Each(runner(module)).on(program.proofs.batches)
-    candidate = Each(runner(load_torch(directory))).on(reference.taken)
+    reference = BatchRunner(module_call(module)).on(program.proofs.batches)
+    candidate = BatchRunner(module_call(load_torch(directory))).on(reference.taken)
     proof = program.proofs.prove("torch artifact", program.graph, reference, candidate)
 
     errors = program.quantization_errors()
@@ -166,12 +166,12 @@ def _huggingface(program: Program, entry: HfEmit, staging: Staging, final: Path)
     merged = program.prove_fold(folded)  # from the weights that were written
     errors = program.quantization_errors(folded)
     artifact |= _errors(errors)
-    if fits(graph):
+    if fits_in_memory(graph):
         origin = program.base.source.pretrained
         assert origin is not None
         loaded = load_checkpoint(origin.auto, origin.trust_remote_code, directory)
         reference = program.reference(graph, merged)
-        candidate = Each(runner(loaded)).on(reference.taken)
+        candidate = BatchRunner(module_call(loaded)).on(reference.taken)
         proof = program.proofs.prove("hf", graph, reference, candidate)
         artifact |= _proved(program, proof, reference)
     else:

@@ -10,10 +10,10 @@ from torch import fx
 
 from adaptc.checkpoints.module import META, load_adapter_into
 from adaptc.compiler.artifacts import emit_all
-from adaptc.compiler.output_paths import places
+from adaptc.compiler.output_paths import output_paths
 from adaptc.compiler.plan_report import PlanReport
 from adaptc.compiler.program import Program
-from adaptc.compiler.proof import Each, Proof, runner
+from adaptc.compiler.proof import BatchRunner, Proof, module_call
 from adaptc.compiler.proofs import check_gradients
 from adaptc.compiler.quantization_error import QuantizationErrors
 from adaptc.errors import RefusedError
@@ -125,7 +125,7 @@ class Compiled:
         reference = self.program.reference(folded.graph, merged)
         # A GPU's convolutions round float32 to 10 bits unless told otherwise, which no proof allows.
         with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
-            candidate = Each(runner(module, device)).on(reference.taken)
+            candidate = BatchRunner(module_call(module, device)).on(reference.taken)
         self.program.proofs.prove(f"kernels on {device}", graph, reference, candidate)
         return module
 
@@ -154,7 +154,7 @@ class Compiled:
             AdaptcError: it cannot be made, or its proof failed; nothing is left at `path`.
         """
         checked = load({"emit": [{"format": format, **options, "path": str(Path(path).absolute())}]})
-        places(checked, checked.emit)
+        output_paths(checked, checked.emit)
         (artifact,) = emit_all(self.program, checked.emit)
         self.errors = artifact.errors
 

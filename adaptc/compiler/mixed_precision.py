@@ -15,7 +15,7 @@ from adaptc.ir.interpreter import Batch, Interpreter, Run, numbered
 from adaptc.ir.observer import LayerInputs
 from adaptc.methods.site import WeightSite
 from adaptc.quantization.integer import CalibratedBlocks, IntegerBlocks, plain_integers
-from adaptc.quantization.quantized_weight import Quantization, bytes_of, size_of
+from adaptc.quantization.quantized_weight import Quantization, bytes_of, matrix_size
 from adaptc.quantization.scheme import Scheme
 from adaptc.rewriter.pipeline import run
 from adaptc.rewriter.quantize import Quantize
@@ -61,7 +61,7 @@ def choose(graph: Graph, items: Sequence[Quantize], budget: QuantizeBudget) -> l
     rows = rows_of(graph)
     reference = Interpreter(graph).on(numbered(rows))
     layers = [layer for item in items for layer in _layers(graph, reference, item, rows)]
-    floats = sum(4 * size_of(layer.site)[0] * size_of(layer.site)[1] for layer in layers)
+    floats = sum(4 * matrix_size(layer.site)[0] * matrix_size(layer.site)[1] for layer in layers)
     steps = _steps(layers)
     if budget.size is not None:
         spent, allowed = sum(layer.ways[0].bytes for layer in layers), budget.size * floats
@@ -93,7 +93,7 @@ def _layers(graph: Graph, reference: Run, item: Quantize, rows: Rows) -> list[La
     inputs = LayerInputs(graph, sites, rows, TOKENS)
     found = []
     for site in sites:
-        x, size = inputs.of(site)(), size_of(site)
+        x, size = inputs.of(site)(), matrix_size(site)
         ways = []
         for scheme in alternatives(item.scheme):
             given = (lambda x=x: x) if scheme.calibrated else None

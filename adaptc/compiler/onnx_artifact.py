@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from adaptc.compiler.program import Program
-from adaptc.compiler.proof import Each, Proof, prove, tolerance
+from adaptc.compiler.proof import BatchRunner, Proof, prove, tolerance
 from adaptc.emit.manifest import versions
 from adaptc.emit.onnx.evaluate import inference_graph
 from adaptc.emit.onnx.export import export_onnx
-from adaptc.emit.onnx.partitioned import Pieces
-from adaptc.emit.onnx.rounding import rounds, with_rounding
+from adaptc.emit.onnx.partitioned import PartitionedProgram
+from adaptc.emit.onnx.rounding import rounds_activations, with_rounding
 from adaptc.emit.onnx.runtime import onnx_runner
 from adaptc.emit.staging import Staging
 from adaptc.ir.graph import Graph
 from adaptc.ir.interpreter import Batches, Interpreter, Run
-from adaptc.ir.tie_breaks import chooses
+from adaptc.ir.tie_breaks import makes_choice
 from adaptc.spec.emit import OnnxEmit
 from adaptc.weights import Weight
 
@@ -52,16 +52,16 @@ class OnnxFile:
         return _beside(self.path).exists()
 
     @property
-    def pieces(self) -> Pieces:
+    def pieces(self) -> PartitionedProgram:
         """The file as a runner that holds the weights of a few operations at a time."""
-        return Pieces(self.path, self.final)
+        return PartitionedProgram(self.path, self.final)
 
     def on(self, batches: Batches) -> Run:
         """One run of every batch: in pieces, where the weights stand beside it."""
         if self.is_in_two:
             return self.pieces.on(batches)
         exact = not self.entry.round_activations
-        return Each(onnx_runner(self.path, self.final, exact)).on(batches)
+        return BatchRunner(onnx_runner(self.path, self.final, exact)).on(batches)
 
     def unrounded_on(self, batches: Batches) -> Run:
         """What a file of the same graph gives that rounds no activations."""
@@ -70,7 +70,7 @@ class OnnxFile:
             exact = Path(folder) / self.path.name
             runtime = self.entry.target_runtime
             export_onnx(self.unrounded.copy(), exact, self.entry.opset, runtime=runtime, exact=True)
-            return Each(onnx_runner(exact, self.path, exact=True)).on(batches)
+            return BatchRunner(onnx_runner(exact, self.path, exact=True)).on(batches)
 
     def staged(self, staging: Staging) -> list[Path]:
         """All its files, each where it is put in its place from."""
@@ -83,7 +83,7 @@ def write_onnx(program: Program, graph: Graph, entry: OnnxEmit, staging: Staging
     """Write a graph of a program as an ONNX file that says what it was made of."""
     path = staging.path(final)
     evaluated = inference_graph(graph)
-    unrounded = evaluated.copy() if entry.round_activations and rounds(evaluated) else None
+    unrounded = evaluated.copy() if entry.round_activations and rounds_activations(evaluated) else None
     metadata = {
         "adaptc.version": versions().get("adaptc", ""),
         "adaptc.base": program.base.source.describe,
@@ -142,7 +142,7 @@ def _side_by_side(program: Program, graph: Graph, merged: Run | None, file: Onnx
     Where a graph of float16 or bfloat16 chooses, as a router among experts, it makes the choices of the file, which
     computes in float32.
     """
-    choices = sum(chooses(node) for node in graph.nodes)
+    choices = sum(makes_choice(node) for node in graph.nodes)
     if choices and Interpreter(graph, wide=True).wide and len(file.pieces.choices) == choices:
         candidate = file.pieces.on(program.proofs.batches)
         return program.proofs.run_like(candidate, graph).only(file.outputs), candidate

@@ -15,7 +15,7 @@ FOLDERS = frozenset({"torch", "peft", "hf"})
 """The formats whose artifact is a folder; the others write files."""
 
 
-def places(spec: Spec, entries: Sequence[Any], into: Path | None = None) -> list[Path]:
+def output_paths(spec: Spec, entries: Sequence[Any], into: Path | None = None) -> list[Path]:
     """The final path of every artifact.
 
     Raises:

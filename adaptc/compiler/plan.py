@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from adaptc.compiler.plan_adapters import Planned, entries_of, match_checkpoints
+from adaptc.compiler.plan_adapters import PlannedInsertion, entries_of, match_checkpoints
 from adaptc.compiler.plan_quantization import (
     PlannedQuantization,
     named_twice,
@@ -17,14 +17,14 @@ from adaptc.compiler.plan_quantization import (
     quantize_problems,
     within_budget,
 )
-from adaptc.compiler.schedule import closing_of, pipeline_of, stated
+from adaptc.compiler.schedule import as_written, closing_of, pipeline_of
 from adaptc.errors import Problem, SpecError
 from adaptc.ir.analysis.dataflow import walk
 from adaptc.ir.graph import Graph
 from adaptc.ir.selection import no_match
 from adaptc.methods.method import shared_name
 from adaptc.methods.point_sites import Site
-from adaptc.methods.virtual_tokens import TOKENS, PromptMethod
+from adaptc.methods.virtual_tokens import PROMPT_KEY, PromptMethod
 from adaptc.rewriter.pipeline import Pass
 from adaptc.spec.spec import Spec
 
@@ -41,7 +41,7 @@ class Plan:
         choice: which bits a budget chose, in words; "" where there is no budget.
     """
 
-    entries: list[Planned]
+    entries: list[PlannedInsertion]
     quantized: list[PlannedQuantization]
     passes: list[Pass]
     closing: list[Pass]
@@ -66,7 +66,7 @@ class Plan:
     def stated(self) -> list[str | dict[str, Any]]:
         """The pipeline as `passes` of a spec would state it."""
         inserts = [planned.insert for planned in self.entries]
-        return stated(self.passes, inserts, [planned.item for planned in self.quantized])
+        return as_written(self.passes, inserts, [planned.item for planned in self.quantized])
 
 
 def make_plan(spec: Spec, graph: Graph, weighed: bool = False) -> Plan:
@@ -95,7 +95,7 @@ def make_plan(spec: Spec, graph: Graph, weighed: bool = False) -> Plan:
     return Plan(entries, quantized, passes, closing_of(spec, graph, passes), choice)
 
 
-def _problems(spec: Spec, graph: Graph, planned: Planned) -> list[Problem]:
+def _problems(spec: Spec, graph: Graph, planned: PlannedInsertion) -> list[Problem]:
     method, selection = planned.insert.method, planned.selection
     key = "adapter" if planned.checkpoint is not None else "target"
     if not selection.sites:
@@ -145,15 +145,15 @@ def reaches_output(graph: Graph, site: Site) -> bool:
     return any(node.op == "output" for node in reached)
 
 
-def _name_clashes(spec: Spec, entries: Sequence[Planned]) -> list[Problem]:
-    taken: dict[str, Planned] = {}
+def _name_clashes(spec: Spec, entries: Sequence[PlannedInsertion]) -> list[Problem]:
+    taken: dict[str, PlannedInsertion] = {}
     problems = []
     for planned in entries:
         for site in planned.selection.sites:
             method = planned.insert.method
             names = [name for name, _ in planned.insert.tensors(site, planned.selection.sites).values()]
             if isinstance(method, PromptMethod):  # what makes them is dropped when they are saved
-                names.append(shared_name(planned.insert.adapter, TOKENS))
+                names.append(shared_name(planned.insert.adapter, PROMPT_KEY))
             clash = next((n for n in names if taken.get(n, planned) is not planned), None)
             if clash:
                 problems.append(

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from adaptc.checkpoints.adapter import ROOT, Checkpoint, directories, missing, read
+from adaptc.checkpoints.adapter import ROOT, Checkpoint, directories, read, why_missing
 from adaptc.checkpoints.adapter_checks import match
 from adaptc.checkpoints.peft_config import declared, named_modules
 from adaptc.checkpoints.peft_keys import PeftLayout
-from adaptc.checkpoints.records import places_of
+from adaptc.checkpoints.records import weight_order
 from adaptc.errors import InputError, WeightError
 from adaptc.ir.graph import Graph
 from adaptc.ir.selection import Selection
@@ -24,7 +24,7 @@ from adaptc.spec.spec import Spec, resolve_path
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedInsertion:
     """One thing to insert: from an entry of the spec, or from a checkpoint that an entry names."""
 
     entry: int
@@ -40,7 +40,7 @@ class Planned:
         return self.whole or self.insert.method
 
 
-def entries_of(spec: Spec, graph: Graph, index: int) -> list[Planned]:
+def entries_of(spec: Spec, graph: Graph, index: int) -> list[PlannedInsertion]:
     """What one entry of `adapt` inserts.
 
     Raises:
@@ -55,7 +55,7 @@ def entries_of(spec: Spec, graph: Graph, index: int) -> list[Planned]:
     if item.method.calibrated:
         item = _calibrated(spec, graph, index, item)
     item = with_words(spec, graph, index, item)
-    first = Planned(index, item, item.selection(graph))
+    first = PlannedInsertion(index, item, item.selection(graph))
     return [first, *_biases(graph, first, common)]
 
 
@@ -73,12 +73,12 @@ def _calibrated(spec: Spec, graph: Graph, index: int, item: Insert) -> Insert:
     return replace(item, method=item.method.calibrate(by_site))
 
 
-def _trained(spec: Spec, graph: Graph, index: int, entry: AdapterEntry) -> list[Planned]:
+def _trained(spec: Spec, graph: Graph, index: int, entry: AdapterEntry) -> list[PlannedInsertion]:
     place, path = ("adapt", index, "adapter"), resolve_path(spec, entry.adapter)
-    absent = missing(path)
+    absent = why_missing(path)
     if absent:
         raise spec.error(place, absent)
-    found: list[Planned] = []
+    found: list[PlannedInsertion] = []
     try:
         for directory in directories(path):
             checkpoint = read(directory, entry.allow_pickle)
@@ -94,7 +94,7 @@ def _trained(spec: Spec, graph: Graph, index: int, entry: AdapterEntry) -> list[
 
 def _from_checkpoint(
     graph: Graph, checkpoint: Checkpoint, common: dict[str, Any], rank: int | None
-) -> list[Planned]:
+) -> list[PlannedInsertion]:
     what = declared(checkpoint)
     if what.method.peft is not None and what.method.peft.tied and common["on_alias"] == "refuse":
         common = common | {"on_alias": "share"}
@@ -108,7 +108,7 @@ def _from_checkpoint(
     if rank is not None:
         whole = item.method
         item = replace(item, method=_cut(whole, rank))
-    first = Planned(common["entry"], item, item.selection(graph), checkpoint, whole)
+    first = PlannedInsertion(common["entry"], item, item.selection(graph), checkpoint, whole)
     grouped = [
         s
         for s in first.selection.sites
@@ -144,14 +144,16 @@ def _cut(method: Method, rank: int) -> Method:
     return cut
 
 
-def _whole(graph: Graph, host: Planned, target: Any, common: dict[str, Any], **options: Any) -> Planned:
+def _whole(
+    graph: Graph, host: PlannedInsertion, target: Any, common: dict[str, Any], **options: Any
+) -> PlannedInsertion:
     """Parameters trained whole beside a method: PEFT's `modules_to_save`, and the biases of `bias`."""
     cls = next(c for c in METHODS.values() if c.peft is not None and c.peft.joins == "modules_to_save")
     item = Insert(cls(**options), target=target, **common)
-    return Planned(host.entry, item, item.selection(graph), host.checkpoint)
+    return PlannedInsertion(host.entry, item, item.selection(graph), host.checkpoint)
 
 
-def _biases(graph: Graph, host: Planned, common: dict[str, Any]) -> list[Planned]:
+def _biases(graph: Graph, host: PlannedInsertion, common: dict[str, Any]) -> list[PlannedInsertion]:
     """The biases that a low-rank method's option `bias` trains: of the layers it adapts, or all."""
     which = getattr(host.insert.method, "biases", "none")
     if which == "none":
@@ -161,13 +163,13 @@ def _biases(graph: Graph, host: Planned, common: dict[str, Any]) -> list[Planned
     return [found] if found.selection.sites else []
 
 
-def match_checkpoints(spec: Spec, graph: Graph, entries: Sequence[Planned]) -> None:
+def match_checkpoints(spec: Spec, graph: Graph, entries: Sequence[PlannedInsertion]) -> None:
     """Hold the keys and shapes of every checkpoint against what will be inserted for it."""
     for path in dict.fromkeys(p.checkpoint.path for p in entries if p.checkpoint is not None):
         members = [p for p in entries if p.checkpoint is not None and p.checkpoint.path == path]
         checkpoint = members[0].checkpoint
         assert checkpoint is not None
-        layout = PeftLayout([site for p in members for site in p.selection.sites], places_of(graph))
+        layout = PeftLayout([site for p in members for site in p.selection.sites], weight_order(graph))
         expected: dict[str, Param] = {}
         for planned in members:
             method, sites = planned.stored_as, planned.selection.sites

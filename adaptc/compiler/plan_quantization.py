@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from adaptc.errors import InputError, Problem
-from adaptc.ir.aliases import elsewhere, places
+from adaptc.ir.aliases import module_names, used_elsewhere
 from adaptc.ir.graph import Graph
 from adaptc.ir.selection import Selection, no_match
 from adaptc.methods.site import WeightSite
-from adaptc.quantization.quantized_weight import bytes_of, size_of
+from adaptc.quantization.quantized_weight import bytes_of, matrix_size
 from adaptc.quantization.scheme import Scheme
 from adaptc.rewriter.quantize import Quantize
 from adaptc.spec.spec import QuantizeBudget, Spec
@@ -35,7 +35,7 @@ class PlannedQuantization:
     @property
     def stored(self) -> int:
         """Bytes of all its matrices."""
-        return sum(bytes_of(self.item.scheme, *size_of(site)) for site in self.selection.sites)
+        return sum(bytes_of(self.item.scheme, *matrix_size(site)) for site in self.selection.sites)
 
     @property
     def bits(self) -> float:
@@ -45,14 +45,14 @@ class PlannedQuantization:
     @property
     def numbers(self) -> int:
         """How many weights."""
-        return sum(math.prod(size_of(site)) for site in self.selection.sites)
+        return sum(math.prod(matrix_size(site)) for site in self.selection.sites)
 
     def expected(self) -> dict[str, float]:
         """Relative error of each order of fold and quantize: of the weights, were they normally distributed.
 
         A layer's output is off by about as much. The model's outputs are by at most about `outputs` times as much.
         """
-        sizes = [size_of(site) for site in self.selection.sites]
+        sizes = [matrix_size(site) for site in self.selection.sites]
         errors = [expected_error(self.item.scheme, columns) for _, columns in sizes]
         squares = sum(error**2 * rows * columns for error, (rows, columns) in zip(errors, sizes, strict=True))
         once = (squares / max(1, self.numbers)) ** 0.5
@@ -167,10 +167,10 @@ def quantize_notes(graph: Graph, planned: Sequence[PlannedQuantization]) -> list
         if found.selection.heads:
             notes.append(f"{where}: all-linear leaves out the output head {', '.join(found.selection.heads)}")
         for site in found.selection.sites:
-            others = elsewhere(graph, site)
+            others = used_elsewhere(graph, site)
             if others:
                 notes.append(
-                    f"{where}: {site.name} is also used by {places(others)}, which read the same bits"
+                    f"{where}: {site.name} is also used by {module_names(others)}, which read the same bits"
                 )
     return notes
 

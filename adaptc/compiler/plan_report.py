@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from adaptc.compiler.plan import Plan
-from adaptc.compiler.plan_adapters import Planned
+from adaptc.compiler.plan_adapters import PlannedInsertion
 from adaptc.compiler.plan_quantization import PlannedQuantization, expected_error, quantize_notes
 from adaptc.compiler.rewrite import Rewritten
-from adaptc.ir.aliases import elsewhere, places
-from adaptc.ir.cost import Budget, budget
+from adaptc.ir.aliases import module_names, used_elsewhere
+from adaptc.ir.cost import Cost, cost_of
 from adaptc.ir.graph import Graph
 from adaptc.methods.method import WeightMethod
 from adaptc.methods.point_sites import Site
 from adaptc.methods.virtual_tokens import PromptMethod
-from adaptc.quantization.quantized_weight import size_of
+from adaptc.quantization.quantized_weight import matrix_size
 from adaptc.rewriter.quantize import Quantize
 from adaptc.spec.spec import Spec
 
@@ -32,7 +32,7 @@ class PlanReport(Plan):
         growth: of each of `quantized` how many layers' errors add up in the model's outputs.
     """
 
-    budget: Budget = field(kw_only=True)
+    budget: Cost = field(kw_only=True)
     notes: list[str] = field(kw_only=True)
     growth: list[float] = field(kw_only=True)
 
@@ -74,7 +74,7 @@ def plan_report(
     notes += [*_fold_notes(spec, plan, rewritten), *bound]
     return PlanReport(
         **vars(plan),
-        budget=budget(graph, rewritten.adapted, rewritten.factored, rewritten.folded),
+        budget=cost_of(graph, rewritten.adapted, rewritten.factored, rewritten.folded),
         notes=notes,
         growth=[planned.outputs(rewritten.adapted) for planned in plan.quantized],
     )
@@ -95,7 +95,7 @@ def _fold_notes(spec: Spec, plan: Plan, rewritten: Rewritten) -> list[str]:
     )
 
 
-def _entry_notes(entries: Sequence[Planned]) -> list[str]:
+def _entry_notes(entries: Sequence[PlannedInsertion]) -> list[str]:
     """Patterns without a match, heads left out, and methods that change the model before any training."""
     notes = []
     for planned in entries:
@@ -117,7 +117,7 @@ def _entry_notes(entries: Sequence[Planned]) -> list[str]:
     return notes
 
 
-def _alias_notes(graph: Graph, entries: Sequence[Planned]) -> list[str]:
+def _alias_notes(graph: Graph, entries: Sequence[PlannedInsertion]) -> list[str]:
     """What becomes of adapted tensors that are used elsewhere too; those that refuse say so when folded."""
     notes = []
     outcomes = {
@@ -132,14 +132,14 @@ def _alias_notes(graph: Graph, entries: Sequence[Planned]) -> list[str]:
                 continue
             beside = method.adapts_bias() and site.bias
             for name, bias in ((site.name, False), *([(str(site.bias), True)] if beside else [])):
-                others = elsewhere(graph, site, bias)
+                others = used_elsewhere(graph, site, bias)
                 if others:
-                    what = f"adapt.{planned.entry}: {name} is also used by {places(others)}"
+                    what = f"adapt.{planned.entry}: {name} is also used by {module_names(others)}"
                     notes.append(f"{what}; it is {outcomes[planned.insert.on_alias]}")
     return notes
 
 
-def _entry_json(planned: Planned) -> dict[str, Any]:
+def _entry_json(planned: PlannedInsertion) -> dict[str, Any]:
     selection = planned.selection
     return {
         "entry": planned.entry,
@@ -161,7 +161,7 @@ def _quantized_json(planned: PlannedQuantization, growth: float) -> dict[str, An
         "method": scheme.name,
         "scheme": scheme.text,
         "sites": [
-            site_json(site) | {"expected_error": expected_error(scheme, size_of(site)[1])}
+            site_json(site) | {"expected_error": expected_error(scheme, matrix_size(site)[1])}
             for site in planned.selection.sites
         ],
         "bytes": planned.stored,

@@ -23,15 +23,15 @@ from adaptc.errors import ProofError, Refusal, RefusedError
 from adaptc.ir.graph import Graph
 from adaptc.ir.interpreter import Interpreter, Run
 from adaptc.ir.module import bind
-from adaptc.ir.nodes import attribute
+from adaptc.ir.nodes import get_tensor
 from adaptc.methods.method import options_of
-from adaptc.quantization.quantized_weight import Part
+from adaptc.quantization.quantized_weight import QuantizedPart
 from adaptc.rewriter.insert.base import Insert
 from adaptc.rewriter.pipeline import PASSES, Pass, run
 from adaptc.rewriter.quantize import Quantize
 from adaptc.spec.spec import Spec
 from adaptc.tracing.export import export, output_class
-from adaptc.weights import Computed, Held, sha256_of_files, sha256_of_tensors
+from adaptc.weights import Deferred, Held, sha256_of_files, sha256_of_tensors
 
 RANDOM = "fold, random adapters"
 """The proof that no zero in an untrained adapter hides a mistake."""
@@ -93,7 +93,7 @@ class Program:
                 put_weight(self.graph.weights[name], _follows(module, name))
         for name, buffer in module.named_buffers():  # what batch norm learns belongs to every artifact too
             if name not in inserted:
-                self.graph.weights[name] = Computed(tuple(buffer.shape), buffer.dtype, _follows(module, name))
+                self.graph.weights[name] = Deferred(tuple(buffer.shape), buffer.dtype, _follows(module, name))
         return module
 
     def reset(self) -> None:
@@ -101,7 +101,7 @@ class Program:
         with torch.no_grad():
             for name, param in self.graph.inserted.items():
                 if not param.stored:
-                    attribute(self.module, name).copy_(self.graph.weights[name].load())
+                    get_tensor(self.module, name).copy_(self.graph.weights[name].load())
 
     def about(self, graph: Graph) -> dict[str, Any]:
         """What a module made of a graph must know by itself: to save and load its adapters, and to be saved."""
@@ -164,7 +164,7 @@ class Program:
     def float_graph(self) -> Graph:
         """The model with its adapters, but for those that make up for quantization, and floats only."""
         floats = [item for item in self.plan.opening if not isinstance(item, Quantize)]
-        return self._adapted_by([i for i in floats if not (isinstance(i, Insert) and i.method.makes_up)])
+        return self._adapted_by([i for i in floats if not (isinstance(i, Insert) and i.method.compensates)])
 
     def bits_graph(self) -> Graph:
         """The adapted graph with the bits that it had before any pass made floats of them."""
@@ -181,7 +181,7 @@ class Program:
 
     def _with_bits(self, graph: Graph) -> Graph:
         """The same graph with the bits that were found already, which passes that run again would find anew."""
-        bits = {name: w for name, w in self.graph.weights.items() if isinstance(w, Part)}
+        bits = {name: w for name, w in self.graph.weights.items() if isinstance(w, QuantizedPart)}
         graph.weights.update({name: bits[name] for name in bits.keys() & graph.weights.keys()})
         return graph
 
@@ -326,4 +326,4 @@ def _lowered(graph: Graph) -> Graph:
 
 def _follows(module: fx.GraphModule, name: str) -> Callable[[], torch.Tensor]:
     """What a module holds under a name whenever it is asked: `to` and `load_state_dict` may replace the tensor."""
-    return lambda: attribute(module, name).detach()
+    return lambda: get_tensor(module, name).detach()

@@ -41,7 +41,7 @@ class Runner(Protocol):
 
 
 @dataclass(frozen=True)
-class Each:
+class BatchRunner:
     """A runner of something in memory, which takes one batch after the other."""
 
     call: Call
@@ -193,7 +193,7 @@ def _masked(values: torch.Tensor) -> torch.Tensor:
     return found if far else torch.zeros_like(found)
 
 
-def runner(module: torch.nn.Module, device: str = "cpu") -> Call:
+def module_call(module: torch.nn.Module, device: str = "cpu") -> Call:
     """Run a module on the device that it is on, in evaluation mode, and flatten its outputs."""
 
     def call(tensors: Batch) -> list[torch.Tensor]:

@@ -9,22 +9,22 @@ import torch
 from torch import nn
 
 from adaptc.compiler.proof import (
-    Each,
+    BatchRunner,
     Proof,
     batches,
     check_weights,
     effect,
     gradients,
+    module_call,
     prove,
     randomised,
-    runner,
     tolerance,
 )
 from adaptc.errors import ProofError, TraceError
 from adaptc.ir.graph import Graph
 from adaptc.ir.interpreter import Batches, Interpreter, Run
 from adaptc.ir.module import bind
-from adaptc.ir.nodes import writes
+from adaptc.ir.nodes import writes_in_place
 
 STRENGTHS = (1.0, 8.0, 64.0)
 """How strong random adapters are made, one after the other, until their effect shows."""
@@ -93,8 +93,10 @@ class Proofs:
             TraceError: no two runs of the model itself agree.
             ProofError: they differ.
         """
-        changes = any(writes(node.target) for node in self.base.nodes)  # such as an embedding with `max_norm`
-        eager = Each(runner(copy.deepcopy(model) if changes else model))
+        changes = any(
+            writes_in_place(node.target) for node in self.base.nodes
+        )  # such as an embedding with `max_norm`
+        eager = BatchRunner(module_call(copy.deepcopy(model) if changes else model))
         first = eager.on(self.batches)
         try:
             return self.prove("trace", self.base, first, Interpreter(self.base).on(first.taken))

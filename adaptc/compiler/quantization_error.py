@@ -14,8 +14,8 @@ from adaptc.ir.graph import Graph
 from adaptc.ir.interpreter import Interpreter, Run, numbered
 from adaptc.ir.observer import LayerInputs
 from adaptc.methods.site import WeightSite
-from adaptc.quantization.quantized_weight import Quantized, matrix_of, stored_bytes
-from adaptc.rewriter.expression import cut
+from adaptc.quantization.quantized_weight import QuantizedLeaf, matrix_of, stored_bytes
+from adaptc.rewriter.expression import extract_expression
 
 TOKENS = 256
 """Rows of a layer's inputs that its output error is measured on."""
@@ -99,7 +99,7 @@ def measure(
     return QuantizationErrors(tuple(worst), outputs, what, share, rounded)
 
 
-def _layer(reference: Graph, candidate: Graph, q: Quantized, inputs: LayerInputs) -> LayerError:
+def _layer(reference: Graph, candidate: Graph, q: QuantizedLeaf, inputs: LayerInputs) -> LayerError:
     W, computed = (_matrix(graph, q.site) for graph in (reference, candidate))
     x = inputs.of(q.site)()
     output = None if x is None else relative(F.linear(x, computed), F.linear(x, W))
@@ -111,7 +111,7 @@ def _layer(reference: Graph, candidate: Graph, q: Quantized, inputs: LayerInputs
 
 def _matrix(graph: Graph, site: WeightSite) -> torch.Tensor:
     value = graph.value_of(site.parameter, site.uses, graph.by_name())
-    return matrix_of(site, cut(graph, value).evaluate()).float()
+    return matrix_of(site, extract_expression(graph, value).evaluate()).float()
 
 
 def rows_of(graph: Graph, seed: int = 0) -> list[Any]:

@@ -68,7 +68,7 @@ def pipeline_of(spec: Spec, inserts: Sequence[Pass], quantizes: Sequence[Quantiz
     return passes
 
 
-def stated(
+def as_written(
     passes: Sequence[Pass], inserts: Sequence[Pass], quantizes: Sequence[Quantize]
 ) -> list[str | dict[str, Any]]:
     """The pipeline as `passes` of a spec: what `pipeline_of` makes of these very passes again.

@@ -101,7 +101,7 @@ def load_checkpoint(auto: Any, trust: bool, directory: Path) -> nn.Module:
     return model
 
 
-def fits(graph: Graph) -> bool:
+def fits_in_memory(graph: Graph) -> bool:
     """Whether there is memory to load the checkpoint beside the graph that it is held against."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     own = sum(weight.nbytes for name, weight in graph.weights.items() if graph.aliases[name] == name)

@@ -47,7 +47,7 @@ def write_manifest(
     path.write_text(_text(manifest), encoding="utf-8")
 
 
-def is_whole(path: Path) -> bool:
+def is_unmodified(path: Path) -> bool:
     """Whether a manifest is, byte for byte, what was written."""
     text = path.read_text(encoding="utf-8")
     return text == _text(json.loads(text))

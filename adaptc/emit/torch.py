@@ -19,7 +19,7 @@ from adaptc.errors import WeightError
 from adaptc.inputs import InputSpec
 from adaptc.ir.example_inputs import example_sizes, example_tensors
 from adaptc.ir.module import kept_activations
-from adaptc.ir.nodes import put
+from adaptc.ir.nodes import set_tensor
 from adaptc.ir.training_mode import mark_training_arguments
 from adaptc.tracing.archive import load_program
 from adaptc.tracing.export import dynamic_shapes, normalise
@@ -119,10 +119,10 @@ def _restore(module: fx.GraphModule, about: Mapping[str, Any]) -> fx.GraphModule
                 if first in about["buffers"]
                 else nn.Parameter(tensor.detach(), first in trainable)
             )
-        put(made, name, found[first], persistent=name not in about["transient"])
+        set_tensor(made, name, found[first], persistent=name not in about["transient"])
     for name, tensor in tensors.items():  # constants of the graph itself
         if name not in about["names"]:
-            put(made, name, tensor.detach(), persistent=False)
+            set_tensor(made, name, tensor.detach(), persistent=False)
     made.graph = module.graph
     made.meta[META] = dict(about)
     return made.train()

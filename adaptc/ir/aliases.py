@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def users(graph: Graph, name: str) -> list[fx.Node]:
     """Who uses a tensor, under any of its names, outside the inserted expressions; after them, who uses those."""
-    same = set(names(graph, name))
+    same = set(alias_names(graph, name))
     leaves = {graph.quantized[n].value for n in same & graph.quantized.keys()}
     tensors = [n for n in graph.nodes if (n.op == "get_attr" and n.target in same) or n.name in leaves]
     reached = walk(
@@ -31,31 +31,34 @@ def users(graph: Graph, name: str) -> list[fx.Node]:
     return [node for node in reached if node.meta.get(ADAPTATION) is None]
 
 
-def names(graph: Graph, name: str) -> list[str]:
+def alias_names(graph: Graph, name: str) -> list[str]:
     """Every name of the tensor that has this one, in the model's order."""
     return [other for other, first in graph.aliases.items() if first == graph.aliases[name]]
 
 
-def elsewhere(graph: Graph, site: WeightSite, bias: bool = False) -> list[fx.Node]:
+def used_elsewhere(graph: Graph, site: WeightSite, bias: bool = False) -> list[fx.Node]:
     """Who else uses a site's tensor, or its bias."""
     name, uses = (site.bias, site.bias_uses) if bias else (site.parameter, site.uses)
-    return others(graph, name, uses) if name else []
+    return other_users(graph, name, uses) if name else []
 
 
-def others(graph: Graph, name: str, uses: Sequence[Use]) -> list[fx.Node]:
+def other_users(graph: Graph, name: str, uses: Sequence[Use]) -> list[fx.Node]:
     """Who uses a tensor besides these."""
     own = {use.node for use in uses}
     return [user for user in users(graph, name) if user.name not in own]
 
 
-def places(found: Iterable[fx.Node]) -> str:
+def module_names(found: Iterable[fx.Node]) -> str:
     """The modules that nodes came from, in words."""
     return ", ".join(sorted({module_of(user)[0] or str(user.target) for user in found}))
 
 
-def widened(graph: Graph, site: WeightSite) -> WeightSite:
+def with_all_uses(graph: Graph, site: WeightSite) -> WeightSite:
     """The site with everyone else who uses its tensor among its uses, in the order of execution."""
-    same, order = set(names(graph, site.parameter)), {node.name: i for i, node in enumerate(graph.nodes)}
+    same, order = (
+        set(alias_names(graph, site.parameter)),
+        {node.name: i for i, node in enumerate(graph.nodes)},
+    )
     every = [other for other in graph.sites if other.parameter in same]
     uses = {*site.uses, *(use for other in every for use in (*other.uses, *other.foreign))}
     return replace(site, uses=tuple(sorted(uses, key=lambda use: order[use.node])))
@@ -81,7 +84,7 @@ def _separated(graph: Graph, name: str, module: str, uses: Sequence[Use], nodes:
     moved = {use.node for use in uses}
     if all(user.name in moved for user in users(graph, name)) or (name, uses[0].node) in graph.adapted:
         return name
-    known = names(graph, name)
+    known = alias_names(graph, name)
     own = next((n for n in known if n.rpartition(".")[0] == module), name)
     rest = [n for n in known if n != own]
     if not rest:

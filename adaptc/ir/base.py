@@ -11,7 +11,7 @@ from typing import Any
 from torch import fx, nn
 
 from adaptc.inputs import InputSpec
-from adaptc.quantization.packed import Packed
+from adaptc.quantization.packed import PackedWeight
 from adaptc.weights import Weight
 
 
@@ -71,7 +71,7 @@ class Base:
     heads: frozenset[str] = frozenset()
     real: bool = False
     files: tuple[Path, ...] = ()
-    packed: Mapping[str, Packed] = field(default_factory=dict)
+    packed: Mapping[str, PackedWeight] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     pretrained: Pretrained | None = None
 

@@ -17,7 +17,7 @@ EXAMPLE = f"batch {BATCH}, length {LENGTH}"
 
 
 @dataclass(frozen=True)
-class Budget:
+class Cost:
     """Sizes in parameters, bytes and floating-point operations (a multiply and an add are two)."""
 
     parameters: int
@@ -35,7 +35,7 @@ class Budget:
         return self.trainable / max(1, self.parameters)
 
 
-def budget(base: Graph, adapted: Graph, factored: Graph, folded: Graph | None) -> Budget:
+def cost_of(base: Graph, adapted: Graph, factored: Graph, folded: Graph | None) -> Cost:
     """The cost of training and running an adapted model. Activations are not counted.
 
     Args:
@@ -55,7 +55,7 @@ def budget(base: Graph, adapted: Graph, factored: Graph, folded: Graph | None) -
     held += sum(adapted.weights[name].nbytes for name in bits)
     added = sum(w.nbytes for w in adapters.values())
     before = flops(base)
-    return Budget(
+    return Cost(
         parameters=total,
         trainable=trainable,
         train_bytes=held

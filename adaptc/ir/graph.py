@@ -17,7 +17,7 @@ from adaptc.ir.analysis.points import find_points
 from adaptc.ir.analysis.roles import Roles, find_roles
 from adaptc.ir.analysis.sites import ADAPTATION
 from adaptc.ir.base import Base
-from adaptc.ir.nodes import ORIGIN, VERIFIED, _line, copy_nodes, is_tensor, put, signature
+from adaptc.ir.nodes import PROVENANCE, VERIFIED, _line, copy_nodes, is_tensor, set_tensor, signature
 from adaptc.methods.method import Method, WeightMethod
 from adaptc.methods.param import Param
 from adaptc.methods.point_sites import AnyPoint, Site
@@ -25,7 +25,7 @@ from adaptc.methods.site import Use, WeightSite
 from adaptc.weights import Weight
 
 if TYPE_CHECKING:
-    from adaptc.quantization.quantized_weight import Quantized
+    from adaptc.quantization.quantized_weight import QuantizedLeaf
 
 
 class Importance(Protocol):
@@ -118,9 +118,9 @@ class Graph:
     adaptations: list[Adaptation] = field(default_factory=list)
     adapted: dict[tuple[str, str], str] = field(default_factory=dict)
     adapted_values: dict[str, str] = field(default_factory=dict)
-    quantized: dict[str, Quantized] = field(default_factory=dict)
+    quantized: dict[str, QuantizedLeaf] = field(default_factory=dict)
     stage: str = "traced"
-    origin: Graph | None = None
+    as_traced: Graph | None = None
     information: Importance | None = None
     rows: Sequence[Mapping[str, torch.Tensor]] = ()
 
@@ -154,7 +154,7 @@ class Graph:
     @property
     def roles(self) -> Roles:
         """What each site does, read from the dataflow of the graph as traced."""
-        return (self.origin or self)._roles
+        return (self.as_traced or self)._roles
 
     @cached_property
     def _roles(self) -> Roles:
@@ -163,7 +163,7 @@ class Graph:
     @property
     def points(self) -> tuple[AnyPoint, ...]:
         """The places that are no weight: sub-layers, attentions and inputs of the graph as traced."""
-        return (self.origin or self)._points
+        return (self.as_traced or self)._points
 
     @cached_property
     def _points(self) -> tuple[AnyPoint, ...]:
@@ -185,7 +185,7 @@ class Graph:
         with self.fake_mode, enable_python_dispatcher(), torch.no_grad():
             product = _product(target, values)
             node.meta["val"] = target(*values) if product is None else product
-        node.meta |= {k: v for k, v in like.meta.items() if k in ORIGIN}
+        node.meta |= {k: v for k, v in like.meta.items() if k in PROVENANCE}
         node.meta[VERIFIED] = signature(node)
         return node
 
@@ -196,9 +196,9 @@ class Graph:
         with self.fake_mode:
             value = torch.empty(weight.shape, dtype=weight.dtype)
         if trained:
-            put(self.module, name, nn.Parameter(value, requires_grad=False))
+            set_tensor(self.module, name, nn.Parameter(value, requires_grad=False))
             return
-        put(self.module, name, value, persistent=stored)
+        set_tensor(self.module, name, value, persistent=stored)
         self.buffers |= {name}
         if not stored:
             self.transient |= {name}
@@ -210,7 +210,7 @@ class Graph:
         first = self.aliases.get(name, name)
         for alias in [alias for alias, of in self.aliases.items() if of == first]:
             self.weights[alias] = weight
-            put(self.module, alias, value)
+            set_tensor(self.module, alias, value)
 
     def detach(self, name: str) -> None:
         """Forget a tensor that was attached."""
@@ -247,9 +247,9 @@ class Graph:
         """A graph that can be rewritten without touching this one; weights are shared."""
         module = fx.GraphModule(self.module, copy_nodes(self.module.graph))
         for name, value in list(self.module.named_parameters(remove_duplicate=False)):
-            put(module, name, value)
+            set_tensor(module, name, value)
         for name, value in list(self.module.named_buffers(remove_duplicate=False)):
-            put(module, name, value)
+            set_tensor(module, name, value)
         return replace(
             self,
             module=module,
@@ -259,7 +259,7 @@ class Graph:
             adapted=dict(self.adapted),
             adapted_values=dict(self.adapted_values),
             quantized=dict(self.quantized),
-            origin=self.origin or self,
+            as_traced=self.as_traced or self,
         )
 
     def revise(self, change: Callable[[Adaptation], Adaptation]) -> None:

@@ -12,8 +12,8 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from adaptc.ir.graph import Graph
-from adaptc.ir.nodes import writes
-from adaptc.ir.tie_breaks import Choices, chooses
+from adaptc.ir.nodes import writes_in_place
+from adaptc.ir.tie_breaks import TieBreaks, makes_choice
 
 Batch = Mapping[str, torch.Tensor]
 Batches = Mapping[str, Batch]
@@ -83,7 +83,7 @@ class Interpreter:
             near: how near, see `Choices`.
         """
         followed = follows.choices if follows is not None else {}
-        choices = [Choices(followed.get(name, ()), near) for name in batches]
+        choices = [TieBreaks(followed.get(name, ()), near) for name in batches]
         outcomes = _sweep(self.graph, list(batches.values()), choices, self.wide)
         flipped = sum(choice.flipped for choice in choices)
         coverage = ["whole, one weight at a time"]
@@ -108,13 +108,13 @@ def observed(
     graph: Graph, batches: Sequence[Batch], observe: Callable[[fx.Node, Any], None]
 ) -> list[Outcome]:
     """One sweep over these batches; told of every value as it is computed."""
-    return _sweep(graph, batches, [Choices((), 0.0) for _ in batches], False, observe)
+    return _sweep(graph, batches, [TieBreaks((), 0.0) for _ in batches], False, observe)
 
 
 def _sweep(
     graph: Graph,
     batches: Sequence[Batch],
-    choices: Sequence[Choices],
+    choices: Sequence[TieBreaks],
     wide: bool,
     observe: Callable[[fx.Node, Any], None] | None = None,
 ) -> list[Outcome]:
@@ -122,7 +122,9 @@ def _sweep(
     outcomes: list[Any] = [None] * len(batches)
     loaded: dict[str, torch.Tensor] = {}
     last = _last_users(graph)
-    copied = any(writes(node.target) for node in graph.nodes)  # it may write to weights, such as `max_norm`
+    copied = any(
+        writes_in_place(node.target) for node in graph.nodes
+    )  # it may write to weights, such as `max_norm`
     with torch.no_grad():
         for node in graph.nodes:
             if node.op == "get_attr":
@@ -134,7 +136,7 @@ def _sweep(
                     try:
                         operands = values[number] | weights
                         result = _step(node, batch, operands, wide)
-                        if chooses(node):
+                        if makes_choice(node):
                             result = choices[number].make(node, operands[node.all_input_nodes[0]], result)
                     except Exception as error:
                         outcomes[number] = error

@@ -12,7 +12,7 @@ from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from adaptc.ir.graph import Graph
-from adaptc.ir.nodes import CUT, copy_nodes, put, writes
+from adaptc.ir.nodes import CUT, copy_nodes, set_tensor, writes_in_place
 
 LEARNING = frozenset({torch.ops.aten.batch_norm.default, torch.ops.aten.instance_norm.default})
 """Operations whose fourth and fifth operand are running statistics."""
@@ -98,7 +98,11 @@ def _extract(module: fx.GraphModule, nodes: Sequence[fx.Node], name: str) -> Non
 
 def _counts(node: fx.Node) -> bool:
     """Whether it changes a buffer by itself, such as the number of batches seen: nothing to compute again."""
-    return writes(node.target) and not node.users and all(n.op == "get_attr" for n in node.all_input_nodes)
+    return (
+        writes_in_place(node.target)
+        and not node.users
+        and all(n.op == "get_attr" for n in node.all_input_nodes)
+    )
 
 
 def _learns(user: fx.Node, read: fx.Node) -> bool:
@@ -106,7 +110,7 @@ def _learns(user: fx.Node, read: fx.Node) -> bool:
     if read.op != "get_attr" or read not in user.all_input_nodes:
         return False
     return (user.target in LEARNING and read in user.args[3:5]) or (
-        writes(user.target) and user.args[0] is read
+        writes_in_place(user.target) and user.args[0] is read
     )
 
 
@@ -139,7 +143,7 @@ def bind(graph: Graph, trainable: Iterable[str] = ()) -> fx.GraphModule:
             owned = first in graph.buffers
             tensor = tensor.clone() if owned else nn.Parameter(tensor, requires_grad=first in wanted)
             made[first] = tensor
-        put(module, name, made[first], persistent=name not in graph.transient)
+        set_tensor(module, name, made[first], persistent=name not in graph.transient)
     module.graph = copy_nodes(graph.module.graph)
     with_segments(module)
     return module

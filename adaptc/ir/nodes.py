@@ -13,13 +13,13 @@ from torch import fx, nn
 from torch.fx.node import map_arg
 
 
-def writes(target: Any) -> bool:
+def writes_in_place(target: Any) -> bool:
     """Whether an operation, such as `mul_`, writes to its first operand."""
     schema = getattr(target, "_schema", None)
     return schema is not None and schema.is_mutable
 
 
-def base_of(node: fx.Node) -> fx.Node:
+def memory_owner(node: fx.Node) -> fx.Node:
     """The node that made the memory of a value: behind views, and operations that gave back what they wrote to."""
     while node.op == "call_function" and _gives_operand(node.target):
         node = node.args[0]  # type: ignore[assignment]
@@ -44,7 +44,7 @@ def keeps_shape(node: fx.Node) -> bool:
     return isinstance(before, fx.Node) and str(before.meta["val"].shape) == str(node.meta["val"].shape)
 
 
-ORIGIN = ("nn_module_stack", "stack_trace")
+PROVENANCE = ("nn_module_stack", "stack_trace")
 """What a node's meta says of where it came from."""
 VERIFIED = "verified"
 """The signature a node had when its value was last computed."""
@@ -63,7 +63,7 @@ def signature(node: fx.Node) -> Any:
     return (node.target, repr(operands))
 
 
-def put(module: nn.Module, name: str, value: torch.Tensor, persistent: bool = True) -> None:
+def set_tensor(module: nn.Module, name: str, value: torch.Tensor, persistent: bool = True) -> None:
     """Set a parameter or buffer under a dotted name, making plain containers on the way."""
     *path, leaf = name.split(".")
     for part in path:
@@ -83,7 +83,7 @@ def is_tensor(value: Any) -> bool:
     return isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor)
 
 
-def attribute(module: nn.Module, name: str) -> torch.Tensor:
+def get_tensor(module: nn.Module, name: str) -> torch.Tensor:
     """The parameter, buffer or constant under a dotted name."""
     path, _, leaf = name.rpartition(".")
     return getattr(module.get_submodule(path), leaf)

@@ -139,7 +139,7 @@ def _places(graph: Graph, method: Method[Any] | Scheme, target: Target) -> list[
         return [site for site in graph.sites if site.kind in method.kinds]
     node = target.get("node") if isinstance(target, Mapping) else None
     if node is not None and method.kinds == {SUBLAYER}:
-        return named_point((graph.origin or graph).nodes, node, target.get("input") or "")  # type: ignore[union-attr]
+        return named_point((graph.as_traced or graph).nodes, node, target.get("input") or "")  # type: ignore[union-attr]
     return [site for site in graph.points if site.kind in method.kinds]
 
 

@@ -20,7 +20,7 @@ from torch import fx
 
 from adaptc.ir.analysis.sites import ADAPTATION
 from adaptc.ir.graph import Graph
-from adaptc.ir.nodes import base_of, writes
+from adaptc.ir.nodes import memory_owner, writes_in_place
 from adaptc.quantization.operators import DEQUANTIZE, EMBEDDING, LINEAR
 
 aten = torch.ops.aten
@@ -175,8 +175,8 @@ def tied_weights_have_one_name(graph: Graph) -> Iterator[Breach]:
 def no_weight_is_written(graph: Graph) -> Iterator[Breach]:
     """No operation changes a weight or buffer in place."""
     for node in graph.nodes:
-        if writes(node.target):
-            written = base_of(node.args[0]) if isinstance(node.args[0], fx.Node) else node
+        if writes_in_place(node.target):
+            written = memory_owner(node.args[0]) if isinstance(node.args[0], fx.Node) else node
             if written.op == "get_attr":
                 yield Breach(f"%{node.name} changes {written.target} in place", node)
 
@@ -184,7 +184,7 @@ def no_weight_is_written(graph: Graph) -> Iterator[Breach]:
 def nothing_is_written(graph: Graph) -> Iterator[Breach]:
     """No operation changes its operands: a value is written once."""
     for node in graph.nodes:
-        if writes(node.target):
+        if writes_in_place(node.target):
             yield Breach(f"%{node.name} changes its operand in place", node)
 
 
@@ -237,4 +237,4 @@ def stages_of(graph: Graph) -> dict[str, Stage]:
 
 
 def _traced_quantized(graph: Graph) -> bool:
-    return any(node.target in QUANTIZED.own for node in (graph.origin or graph).nodes)
+    return any(node.target in QUANTIZED.own for node in (graph.as_traced or graph).nodes)

@@ -27,13 +27,13 @@ DIMENSION = {
 and what it is by default."""
 
 
-def chooses(node: fx.Node) -> bool:
+def makes_choice(node: fx.Node) -> bool:
     """Whether it chooses for the model; what an adapter chooses by itself, both sides of a proof need not have."""
     return node.target in DIMENSION and node.meta.get(ADAPTATION) is None
 
 
 @dataclass
-class Choices:
+class TieBreaks:
     """The choices of one run, in order.
 
     Attributes:

@@ -145,7 +145,7 @@ def singular(W: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
     return root.unsqueeze(1) * Vh[:r], U[:, :r] * root
 
 
-class MakesUp:
+class CompensatesQuantization:
     """A method that may start by making up for quantization: its `init_weights` "loftq", and `loftq_iter`."""
 
     init_weights: Any
@@ -158,11 +158,11 @@ class MakesUp:
         return options if again else options | {"init_weights": True}
 
     @property
-    def makes_up(self) -> bool:
+    def compensates(self) -> bool:
         """With "loftq"."""
         return self.init_weights == "loftq"
 
     @property
-    def rounds(self) -> int:
+    def compensation_rounds(self) -> int:
         """`loftq_iter`, where it makes up for anything."""
-        return self.loftq_iter if self.makes_up else 1
+        return self.loftq_iter if self.compensates else 1

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from adaptc.methods.site import ATTENTION, PACKED, Place, WeightSite
+from adaptc.methods.site import ATTENTION, IN_PROJECTION, Place, WeightSite
 
 M = TypeVar("M")
 """The method."""
@@ -107,4 +107,4 @@ def of_pattern(patterns: Mapping[str, Any], site: WeightSite, otherwise: Any) ->
 
 def peft_name(site: WeightSite) -> str:
     """What PEFT holds its patterns against: the module, or a parameter that is targeted by its own name."""
-    return site.module if site.leaf in ("weight", PACKED) else f"{site.module}.{site.leaf}"
+    return site.module if site.leaf in ("weight", IN_PROJECTION) else f"{site.module}.{site.leaf}"

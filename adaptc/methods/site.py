@@ -219,7 +219,7 @@ class WeightSite(Place):
     @property
     def by_parameter(self) -> bool:
         """Whether the weight is targeted by its own name: PEFT's `target_parameters`."""
-        return self.kind in MATRIX_KINDS and self.leaf not in ("weight", PACKED)
+        return self.kind in MATRIX_KINDS and self.leaf not in ("weight", IN_PROJECTION)
 
     @property
     def rows_repeat(self) -> bool:
@@ -298,5 +298,5 @@ def _joined(pieces: Sequence[Tensor], axis: int) -> Tensor:
 
 ATTENTION, OUT_PROJECTION = "MultiheadAttention", ".out_proj"
 """torch's attention module, whose output projection is no layer of its own: both are adapted together by PEFT."""
-PACKED = "in_proj_weight"
+IN_PROJECTION = "in_proj_weight"
 """The weight of query, key and value in that module: PEFT means it by the module's name."""

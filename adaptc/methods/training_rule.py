@@ -55,17 +55,17 @@ class TrainingHooks:
         return self
 
     @property
-    def makes_up(self) -> bool:
+    def compensates(self) -> bool:
         """Whether functions that initialise get what quantization lost of the weight in its place."""
         return False
 
     @property
-    def rounds(self) -> int:
+    def compensation_rounds(self) -> int:
         """How often a weight is quantized, each time without what is made up for so far."""
         return 1
 
-    def made_up(self, lost: Tensor) -> Tensor:
-        """The matrix that a method which `makes_up` starts by adding, given what a matrix has lost."""
+    def compensation(self, lost: Tensor) -> Tensor:
+        """The matrix that a method which `compensates` starts by adding, given what a matrix has lost."""
         raise NotImplementedError
 
     @classmethod

@@ -124,7 +124,7 @@ class _Trial:
         ran = [hook for hook in expressions if self._runs(hook)]
         for hook in ran:
             check_call(self.definition, hook, expressions[hook], params)
-        if method.calibrated or method.makes_up:
+        if method.calibrated or method.compensates:
             return
         theta = self._started(params)
         if theta is None:

@@ -33,9 +33,9 @@ Places = Annotated[
         description="their places in the longer sequence, at its end where it is shorter; in front if left out"
     ),
 ]
-TOKENS = "prompt_embeddings"
+PROMPT_KEY = "prompt_embeddings"
 """The key of virtual tokens in a checkpoint; methods call them `tokens`."""
-MAKING = frozenset(
+ENCODER_OPTIONS = frozenset(
     {
         *("prefix_projection", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout"),
         *("encoder_reparameterization_type", "tokenizer_name_or_path", "tokenizer_kwargs"),
@@ -43,7 +43,7 @@ MAKING = frozenset(
     }
 )
 """PEFT's options of what makes the tokens, which it does not store."""
-HEADS = frozenset({"classifier", "score"})
+CLASSIFIER_HEADS = frozenset({"classifier", "score"})
 """Modules that PEFT trains along with virtual tokens where the task is to classify."""
 P = TypeVar("P", bound=Point)
 M = TypeVar("M")
@@ -142,7 +142,9 @@ class TokensFormat(PeftFormat[M]):
     def of(cls, type: str, **options: str) -> Self:
         """The format of a `peft_type`; `options` are ours that PEFT has besides -> its keys."""
         counts = {name: name for name in ("num_virtual_tokens", "num_transformer_submodules")}
-        return cls(type, counts | options, ignored=MAKING, hosts=False, heads=HEADS, bare=True)
+        return cls(
+            type, counts | options, ignored=ENCODER_OPTIONS, hosts=False, heads=CLASSIFIER_HEADS, bare=True
+        )
 
     def read(self, options: dict[str, Any]) -> dict[str, Any]:
         """Options that are null are left out."""

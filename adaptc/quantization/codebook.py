@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field
 
 from adaptc.errors import Fault
-from adaptc.quantization.scheme import Kept, Scheme, Tensors
+from adaptc.quantization.scheme import Scheme, StoredTensor, Tensors
 
 if TYPE_CHECKING:
     import torch
@@ -58,16 +58,16 @@ class TableBlocks(Scheme):
         """Blocks of the flattened matrix, of which the last may be ragged."""
         return -(-rows * columns // self.block_size)
 
-    def stored(self, rows: int, columns: int) -> dict[str, Kept]:
+    def stored(self, rows: int, columns: int) -> dict[str, StoredTensor]:
         """Codes, and the scales or what makes them."""
         n = self.blocks(rows, columns)
-        kept = {"codes": Kept((-(-rows * columns // 2),), "uint8")}
+        kept = {"codes": StoredTensor((-(-rows * columns // 2),), "uint8")}
         if not self.double:
-            return kept | {"absmax": Kept((n,), "float32")}
+            return kept | {"absmax": StoredTensor((n,), "float32")}
         return kept | {
-            "absmax_codes": Kept((n,), "uint8"),
-            "absmax_scales": Kept((-(-n // NESTED),), "float32"),
-            "absmax_offset": Kept((), "float32"),
+            "absmax_codes": StoredTensor((n,), "uint8"),
+            "absmax_scales": StoredTensor((-(-n // NESTED),), "float32"),
+            "absmax_offset": StoredTensor((), "float32"),
         }
 
     def constants(self) -> dict[str, Tensor]:

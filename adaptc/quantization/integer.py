@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from adaptc.errors import Fault
-from adaptc.quantization.scheme import SCHEMES, Kept, Scheme, Tensors
+from adaptc.quantization.scheme import SCHEMES, Scheme, StoredTensor, Tensors
 
 if TYPE_CHECKING:
     import torch
@@ -72,14 +72,18 @@ class IntegerBlocks(Scheme):
         """Blocks of a row."""
         return -(-columns // self.block(columns))
 
-    def stored(self, rows: int, columns: int) -> dict[str, Kept]:
+    def stored(self, rows: int, columns: int) -> dict[str, StoredTensor]:
         """Codes, scales, and zeros where blocks have their own."""
         n = self.blocks(columns)
         kept = {
-            "codes": Kept((rows, n, self.block(columns) * self.bits // 8), "uint8"),
-            "scales": Kept((rows, n), "float32"),
+            "codes": StoredTensor((rows, n, self.block(columns) * self.bits // 8), "uint8"),
+            "scales": StoredTensor((rows, n), "float32"),
         }
-        return kept if self.symmetric else kept | {"zeros": Kept((rows, -(-n * self.bits // 8)), "uint8")}
+        return (
+            kept
+            if self.symmetric
+            else kept | {"zeros": StoredTensor((rows, -(-n * self.bits // 8)), "uint8")}
+        )
 
     def quantize(self, W: Tensor, inputs: Tensor | None = None) -> dict[str, Tensor]:
         """Round to the nearest code."""

@@ -81,10 +81,10 @@ def _(grad: Tensor, tensors: Sequence[Tensor], scheme: str, rows: int, columns: 
 
 
 def _dequantized(tensors: Sequence[Tensor], text: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    return scheme_of(text).unpack(rows, columns, named(tensors, text, rows, columns), dtype)
+    return scheme_of(text).unpack(rows, columns, tensors_by_name(tensors, text, rows, columns), dtype)
 
 
-def named(tensors: Sequence[Any], text: str, rows: int, columns: int) -> dict[str, Any]:
+def tensors_by_name(tensors: Sequence[Any], text: str, rows: int, columns: int) -> dict[str, Any]:
     """The tensors by the names that the scheme knows them by."""
     scheme = scheme_of(text)
     return dict(zip((*scheme.stored(rows, columns), *scheme.constants()), tensors, strict=True))
@@ -95,7 +95,7 @@ def quantized_embedding(
     ids: Tensor, tensors: Sequence[Tensor], scheme: str, rows: int, columns: int, dtype: torch.dtype
 ) -> Tensor:
     """`embedding(W, ids)` for a W that bits stand for, of which only the rows asked for are made."""
-    found = scheme_of(scheme).lookup(rows, columns, named(tensors, scheme, rows, columns), ids)
+    found = scheme_of(scheme).lookup(rows, columns, tensors_by_name(tensors, scheme, rows, columns), ids)
     return found.to(dtype).contiguous()
 
 

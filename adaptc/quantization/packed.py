@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Bits:
+class PackedMatrix:
     """A matrix `(rows, columns)` as a checkpoint stores it, laid out as one of our schemes has it.
 
     Attributes:
@@ -48,7 +48,7 @@ class Bits:
             )
         return found
 
-    def beside(self, key: str, read: Callable[[], Tensor]) -> Bits:
+    def beside(self, key: str, read: Callable[[], Tensor]) -> PackedMatrix:
         """The same with one more tensor."""
         return replace(self, parts={**self.parts, key: read})
 
@@ -64,7 +64,7 @@ def _check(name: str, reader: Any, author: Author) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class Packed(Weight):
+class PackedWeight(Weight):
     """A weight that a checkpoint holds in bits. Loaded it is floats; as a leaf it stays as it is.
 
     Attributes:
@@ -74,7 +74,7 @@ class Packed(Weight):
         flipped: the model stores the transpose, `(in, out)`.
     """
 
-    bits: Bits
+    bits: PackedMatrix
     shape: tuple[int, ...]
     dtype: Any
     flipped: bool

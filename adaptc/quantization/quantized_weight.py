@@ -10,8 +10,8 @@ import torch
 
 from adaptc.errors import WeightError
 from adaptc.methods.site import WeightSite
-from adaptc.quantization.packed import Bits, Packed
-from adaptc.quantization.scheme import Kept, Scheme
+from adaptc.quantization.packed import PackedMatrix, PackedWeight
+from adaptc.quantization.scheme import Scheme, StoredTensor
 from adaptc.weights import Weight
 
 
@@ -24,26 +24,26 @@ class Quantization:
         site: whose weight it is; of a slice its rows only.
         source: the weight it stands for.
         inputs: gives the layer's inputs `(tokens, columns)`, where the scheme chooses by them.
-        rounds: how often it is quantized, each time without what an adapter makes up for by then.
-        made_up: what that is, of a matrix that has lost so much.
+        compensation_rounds: how often it is quantized, each time without what an adapter makes up for by then.
+        compensation: what that is, of a matrix that has lost so much.
     """
 
     scheme: Scheme
     site: WeightSite
     source: Weight
     inputs: Callable[[], torch.Tensor | None] | None = None
-    rounds: int = 1
-    made_up: Callable[[torch.Tensor], torch.Tensor] | None = None
+    compensation_rounds: int = 1
+    compensation: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     @property
     def size(self) -> tuple[int, int]:
         """Rows and columns of the matrix."""
-        return size_of(self.site)
+        return matrix_size(self.site)
 
     @property
-    def kept(self) -> Bits | None:
+    def kept(self) -> PackedMatrix | None:
         """The base's own bits, where it is stored so already and nothing was folded into it."""
-        known = self.source.bits if isinstance(self.source, Packed) else None
+        known = self.source.bits if isinstance(self.source, PackedWeight) else None
         return known if known is not None and known.scheme == self.scheme and not self.site.rows else None
 
     @cached_property
@@ -69,10 +69,10 @@ class Quantization:
                 "  a weight before it is broken: mend the checkpoint, or leave the layer out with `exclude`"
             )
         found = self.scheme.quantize(W, given)
-        for _ in range(self.rounds - 1):
-            assert self.made_up is not None
-            made_up = self.made_up(W - self._unpacked(found))
-            found = self.scheme.quantize(W - made_up, given)
+        for _ in range(self.compensation_rounds - 1):
+            assert self.compensation is not None
+            compensation = self.compensation(W - self._unpacked(found))
+            found = self.scheme.quantize(W - compensation, given)
         for name, kept in self.scheme.stored(rows, columns).items():
             got = found[name]
             if tuple(got.shape) != kept.shape or got.dtype != dtype_of(kept):
@@ -109,7 +109,7 @@ class Quantization:
 
 
 @dataclass(eq=False)
-class Part(Weight):
+class QuantizedPart(Weight):
     """One of the tensors that stand for a weight."""
 
     shape: tuple[int, ...]
@@ -122,7 +122,7 @@ class Part(Weight):
 
 
 @dataclass(frozen=True)
-class Quantized:
+class QuantizedLeaf:
     """A quantized weight in a graph.
 
     Attributes:
@@ -152,7 +152,7 @@ class Quantized:
         return self.quantization.site
 
 
-def size_of(site: WeightSite) -> tuple[int, int]:
+def matrix_size(site: WeightSite) -> tuple[int, int]:
     """Rows and columns of a site's matrix as schemes see it: an embedding's rows are its entries."""
     if site.kind == "embedding":
         return site.in_features, site.out_features
@@ -183,22 +183,24 @@ def weight_of(site: WeightSite, M: torch.Tensor, rest: torch.Tensor | None = Non
     return site.layout.tensor(torch.cat([piece for piece in pieces if len(piece)]), site.shape)
 
 
-def stored_so(site: WeightSite) -> bool:
+def stored_as_matrix(site: WeightSite) -> bool:
     """Whether the matrix is the weight itself, not a transpose or another shape of it."""
     W = torch.empty(site.shape, device="meta")
     M = matrix_of(site, W)
     return not site.rows and M.shape == W.shape and M.stride() == W.stride()
 
 
-def dtype_of(kept: Kept) -> torch.dtype:
+def dtype_of(kept: StoredTensor) -> torch.dtype:
     """torch's own."""
     return getattr(torch, kept.dtype)
 
 
-def part(quantization: Quantization, name: str, kept: Kept) -> Part:
+def part(quantization: Quantization, name: str, kept: StoredTensor) -> QuantizedPart:
     """One of a matrix's tensors as a weight; those of the base are read from its files whenever they are asked for."""
     bits = quantization.kept
-    return Part(kept.shape, dtype_of(kept), lambda: bits.read(name) if bits else quantization.tensors[name])
+    return QuantizedPart(
+        kept.shape, dtype_of(kept), lambda: bits.read(name) if bits else quantization.tensors[name]
+    )
 
 
 def bytes_of(scheme: Scheme, rows: int, columns: int) -> int:
@@ -207,6 +209,6 @@ def bytes_of(scheme: Scheme, rows: int, columns: int) -> int:
     return sum(torch.Size(k.shape).numel() * dtype_of(k).itemsize for k in kept)
 
 
-def stored_bytes(known: Sequence[Quantized]) -> int:
+def stored_bytes(known: Sequence[QuantizedLeaf]) -> int:
     """Bytes that all of these take."""
     return sum(bytes_of(q.scheme, *q.quantization.size) for q in known)

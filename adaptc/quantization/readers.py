@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adaptc.errors import WeightError
 from adaptc.quantization.integer import IntegerBlocks, pack
-from adaptc.quantization.packed import Bits, _check
+from adaptc.quantization.packed import PackedMatrix, _check
 from adaptc.registry.registry import Registry
 from adaptc.weights import Weight
 
@@ -56,7 +56,7 @@ def integer_bits(
     zeros: Callable[[], Tensor],
     scales: Weight,
     module: str,
-) -> Bits:
+) -> PackedMatrix:
     """Bits of integers in blocks, packed as `scheme` has them when they are asked for.
 
     Args:
@@ -96,7 +96,7 @@ def integer_bits(
     parts = {"codes": blocks, "scales": ranges}
     if not scheme.symmetric:
         parts["zeros"] = lambda: pack(zeros(), scheme.bits)
-    return Bits(scheme, rows, columns, parts, module)
+    return PackedMatrix(scheme, rows, columns, parts, module)
 
 
 def needed(tensors: Mapping[str, Weight], key: str, shape: tuple[int, ...] | None = None) -> Weight:
@@ -131,7 +131,7 @@ def number(about: Mapping[str, Any], key: str, otherwise: int | None = None) -> 
         ) from None
 
 
-Reader = Callable[[Mapping[str, Any], str, Mapping[str, Weight]], "Bits | None"]
+Reader = Callable[[Mapping[str, Any], str, Mapping[str, Weight]], "PackedMatrix | None"]
 """Given a checkpoint's `quantization_config`, a module's name and the tensors by their keys, the module's weight in
 bits, or None where it is stored in floats. Headers are read, and of tensors only what tells the format."""
 READERS: Registry[Reader] = Registry("reader", "adaptc.passes.stored", check=_check)

@@ -30,7 +30,7 @@ Tensors = Mapping[str, "Tensor"]
 
 
 @dataclass(frozen=True)
-class Kept:
+class StoredTensor:
     """One stored tensor of a matrix: its shape, and its dtype by torch's name."""
 
     shape: tuple[int, ...]
@@ -62,7 +62,7 @@ class Scheme:
         """The option at fault and why a matrix of this size cannot be stored so; None if it can."""
         return None
 
-    def stored(self, rows: int, columns: int) -> dict[str, Kept]:
+    def stored(self, rows: int, columns: int) -> dict[str, StoredTensor]:
         """What is kept of a matrix: argument of `dequantize` -> tensor."""
         raise NotImplementedError
 

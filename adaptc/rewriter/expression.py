@@ -13,7 +13,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from adaptc.ir.graph import Graph
-from adaptc.ir.nodes import ORIGIN, follow_device
+from adaptc.ir.nodes import PROVENANCE, follow_device
 from adaptc.quantization.operators import DEQUANTIZE
 from adaptc.weights import Weight
 
@@ -69,7 +69,7 @@ def splice(
     for node in graph.module.graph.nodes:
         if node not in known:
             node.meta = {"val": node.meta.get("val"), **mark}
-            node.meta |= {k: v for k, v in like.meta.items() if k in ORIGIN}
+            node.meta |= {k: v for k, v in like.meta.items() if k in PROVENANCE}
     assert isinstance(result, fx.Node)
     return result
 
@@ -122,7 +122,7 @@ class Expression:
 
 
 @dataclass(eq=False)
-class Folded(Weight):
+class FoldedWeight(Weight):
     """A folded weight: its expression, evaluated wide and rounded once to the storage dtype.
 
     `rounding` is what rounding cost when it was last loaded: the largest change over the largest value.
@@ -155,7 +155,7 @@ def _largest(tensor: torch.Tensor) -> float:
     return max(-float(low), float(high))
 
 
-def cut(graph: Graph, result: fx.Node) -> Expression:
+def extract_expression(graph: Graph, result: fx.Node) -> Expression:
     """Cut the expression of a node out of the graph.
 
     Raises:

@@ -10,18 +10,25 @@ from typing import Any, ClassVar
 from torch import fx
 
 from adaptc.errors import Fault, Refusal
-from adaptc.ir.aliases import names
+from adaptc.ir.aliases import alias_names
 from adaptc.ir.graph import Graph
 from adaptc.ir.observer import LayerInputs
 from adaptc.ir.selection import Selection, Target, select
 from adaptc.methods.site import WeightSite
 from adaptc.quantization.operators import DEQUANTIZE
-from adaptc.quantization.quantized_weight import Quantization, Quantized, part, size_of, stored_so, weight_of
+from adaptc.quantization.quantized_weight import (
+    Quantization,
+    QuantizedLeaf,
+    matrix_size,
+    part,
+    stored_as_matrix,
+    weight_of,
+)
 from adaptc.quantization.scheme import Scheme
 from adaptc.quantization.trial import try_pending
 from adaptc.rewriter.expression import splice, trace_expression
 from adaptc.rewriter.pipeline import Pass, changed_options
-from adaptc.weights import Computed, Held
+from adaptc.weights import Deferred, Held
 
 TOKENS = 4096
 """Rows of a layer's inputs that schemes choose by."""
@@ -78,7 +85,7 @@ class Quantize(Pass):
             return Fault(("target",), f"{words}; leave it out of one of them with `exclude`")
         if not site.dtype.is_floating_point:
             return Fault(("target",), f"its weight is {site.dtype}, not a number to be rounded")
-        return self.scheme.refuses(*size_of(site))
+        return self.scheme.refuses(*matrix_size(site))
 
     def requires(self, graph: Graph) -> list[Refusal]:
         """The target matches, and the scheme can store every matrix."""
@@ -128,7 +135,7 @@ class Quantize(Pass):
             held[key] = f"{scheme.name.replace('-', '_')}_{key}"
             if held[key] not in graph.weights:
                 graph.attach(held[key], Held(value), trained=False)
-        same = names(graph, parameter)
+        same = alias_names(graph, parameter)
         reads = [n for n in graph.nodes if n.op == "get_attr" and n.target in same]
         first = next(node for node in graph.nodes if any(read in node.all_input_nodes for read in reads))
         with graph.module.graph.inserting_before(first):
@@ -139,10 +146,10 @@ class Quantize(Pass):
         if site.rows:
             rest = f"{prefix}_rest"
             shape = (reads[0].meta["val"].numel() // columns - rows, columns)
-            graph.attach(rest, Computed(shape, site.dtype, quantization.rest), trained=False)
+            graph.attach(rest, Deferred(shape, site.dtype, quantization.rest), trained=False)
             operands.append(graph.parameter_node(rest))
         value = found
-        if site.rows or not stored_so(site):
+        if site.rows or not stored_as_matrix(site):
             key = (site.kind, site.layout, site.shape, site.rows, site.dtype)
             if key not in traced:
                 with graph.fake_mode:
@@ -157,7 +164,9 @@ class Quantize(Pass):
             graph.module.graph.erase_node(read)
         for name in same:
             del graph.weights[name]
-        graph.quantized[parameter] = Quantized(quantization, self.entry, held, found.name, value.name, rest)
+        graph.quantized[parameter] = QuantizedLeaf(
+            quantization, self.entry, held, found.name, value.name, rest
+        )
 
 
 def _joined(sites: Sequence[WeightSite]) -> WeightSite:
@@ -174,7 +183,7 @@ def _joined(sites: Sequence[WeightSite]) -> WeightSite:
     return dataclasses.replace(sites[0], rows=tuple(rows), piece=",".join(site.piece for site in sites))
 
 
-def forget_bits(graph: Graph, parameters: Iterable[str]) -> None:
+def drop_unread_quantized(graph: Graph, parameters: Iterable[str]) -> None:
     """Drop the bits that stood for these parameters, which are read as floats now; what else reads them keeps them."""
     read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     for name in [name for name in parameters if name in graph.quantized]:

@@ -15,7 +15,7 @@ from adaptc.spec.part import Part, PathText
 DEFAULT_TASK = "feature-extraction"
 
 
-class Base(Part):
+class BaseEntry(Part):
     """The model to adapt: exactly one of `model`, `python` and `program`."""
 
     model: PathText | None = Field(None, description="a Hugging Face directory, or a hub id")
@@ -34,7 +34,7 @@ class Base(Part):
     trust_remote_code: bool = Field(False, description="run code that comes with a Hugging Face model")
 
     @model_validator(mode="after")
-    def _one_kind(self) -> Base:
+    def _one_kind(self) -> BaseEntry:
         given = [key for key in ("model", "python", "program") if getattr(self, key) is not None]
         if not given:
             raise invalid(fault("a base needs one of 'model', 'python' or 'program'", at_key=True))

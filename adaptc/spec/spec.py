@@ -20,7 +20,7 @@ from pydantic import (
 
 from adaptc.errors import Problem, SpecError, WeightError, got
 from adaptc.inputs import InputSpec
-from adaptc.spec.base import Base, Inputs
+from adaptc.spec.base import BaseEntry, Inputs
 from adaptc.spec.diagnostics import fault, invalid, problems
 from adaptc.spec.emit import EmitEntries
 from adaptc.spec.entries import AdaptEntry, QuantizeEntries
@@ -85,7 +85,7 @@ class Spec(Part):
     """What adaptc compiles."""
 
     version: Literal[1]
-    base: Base | None = None
+    base: BaseEntry | None = None
     inputs: Inputs = Field(
         {}, validate_default=True, description="name -> dtype[dims]; derived for `base.model`"
     )
@@ -191,7 +191,7 @@ def dump(spec: Spec) -> dict[str, Any]:
     return spec.model_dump(mode="json", exclude_none=True, fallback=repr)
 
 
-def require_base(spec: Spec) -> Base:
+def require_base(spec: Spec) -> BaseEntry:
     """The base, which a spec compiled from the command line must name.
 
     Raises:

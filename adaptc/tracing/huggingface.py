@@ -18,7 +18,7 @@ from adaptc.checkpoints.huggingface import stored_weights, untie_as_stored
 from adaptc.errors import TraceError, WeightError, unknown
 from adaptc.inputs import InputSpec
 from adaptc.ir.base import Base, Bound, Pretrained
-from adaptc.spec.base import Base as BaseEntry
+from adaptc.spec.base import BaseEntry as BaseEntry
 from adaptc.tracing.derive import choices, derive_inputs, set_for_tracing
 from adaptc.tracing.module import held_weights
 from adaptc.tracing.quantized import initialised, missing, packed_weights

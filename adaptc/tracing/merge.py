@@ -9,7 +9,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from adaptc.errors import TraceError
-from adaptc.ir.nodes import attribute, source_of, writes
+from adaptc.ir.nodes import get_tensor, source_of, writes_in_place
 from adaptc.ir.training_mode import scaled_by_training, training_node
 from adaptc.tracing.noise import IDENTITIES, Noise, bare, is_size
 
@@ -68,7 +68,7 @@ class _Merge:
         """The node here that reads the same weight, or constant of the same value; None if nothing does."""
         for node in self.graph.find_nodes(op="get_attr", target=theirs.target):
             constant = node.meta.get("constant")  # of the graph itself, which carries its value
-            if constant is None or torch.equal(constant, attribute(self.other, str(theirs.target))):
+            if constant is None or torch.equal(constant, get_tensor(self.other, str(theirs.target))):
                 return node
         return None
 
@@ -131,7 +131,7 @@ class _Merge:
             self._differs(theirs)
         node = self.noise.insert(theirs, operand, before)
         self.pairs[theirs] = node
-        if writes(theirs.target):
+        if writes_in_place(theirs.target):
             self.pairs[theirs.args[0]] = node
         if not is_size(node):
             self.unexplained.append(theirs)
@@ -169,7 +169,7 @@ def _argument(node: fx.Node, index: int) -> Any:
 
 def _writes_to_a_view(node: fx.Node) -> bool:
     """Whether an operation such as `mul_` changes more values than its operand."""
-    if not writes(node.target):
+    if not writes_in_place(node.target):
         return False
     written = node.args[0]
     assert isinstance(written, fx.Node)

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from adaptc.ir.nodes import ORIGIN, writes
+from adaptc.ir.nodes import PROVENANCE, writes_in_place
 from adaptc.ir.training_mode import training_node
 
 aten = torch.ops.aten
@@ -61,11 +61,11 @@ class Noise:
         target: Any = theirs.target
         if target is aten.dropout.default:
             args = (*args[:2], training_node(self.graph))
-        elif writes(target) and args[0] not in self:  # type: ignore[operator]
+        elif writes_in_place(target) and args[0] not in self:  # type: ignore[operator]
             target = _without_writing(target)
         with self.graph.inserting_before(before):
             node = self.graph.call_function(target, tuple(args), kwargs)
-        node.meta = {key: value for key, value in theirs.meta.items() if key in ORIGIN}
+        node.meta = {key: value for key, value in theirs.meta.items() if key in PROVENANCE}
         self._record(node)
         if not is_size(node):
             self._origins[node] = self._origin(node)

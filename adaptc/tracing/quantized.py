@@ -11,14 +11,14 @@ from torch import nn
 
 from adaptc.checkpoints.huggingface import CONFIG, converted, spellings, tensors_of
 from adaptc.errors import WeightError
-from adaptc.quantization.packed import Bits, Packed
+from adaptc.quantization.packed import PackedMatrix, PackedWeight
 from adaptc.quantization.readers import READERS
 from adaptc.weights import Held, Weight, seeded
 
 WEIGHT = ".weight"
 
 
-def packed_weights(model: nn.Module, directory: Path, about: Mapping[str, Any]) -> dict[str, Packed]:
+def packed_weights(model: nn.Module, directory: Path, about: Mapping[str, Any]) -> dict[str, PackedWeight]:
     """The weights that a checkpoint holds in another library's bits, under the model's names.
 
     Args:
@@ -42,7 +42,7 @@ def packed_weights(model: nn.Module, directory: Path, about: Mapping[str, Any]) 
             "which adaptc cannot follow in bits\n"
             "  start from the float checkpoint, and let `quantize` store it in few bits"
         )
-    found: dict[str, Packed] = {}
+    found: dict[str, PackedWeight] = {}
     for name, keys in spellings(model).items():
         for key in keys:
             bits = readers[method](about, key.removesuffix(WEIGHT), stored) if name.endswith(WEIGHT) else None
@@ -52,7 +52,7 @@ def packed_weights(model: nn.Module, directory: Path, about: Mapping[str, Any]) 
     return found
 
 
-def _packed(model: nn.Module, name: str, bits: Bits) -> Packed:
+def _packed(model: nn.Module, name: str, bits: PackedMatrix) -> PackedWeight:
     parameter = model.get_parameter(name)
     shape = tuple(parameter.shape)
     owner = model.get_submodule(name.removesuffix(WEIGHT))
@@ -68,7 +68,7 @@ def _packed(model: nn.Module, name: str, bits: Bits) -> Packed:
         raise WeightError(
             f"{name} is stored as {bits.scheme.text}: {'.'.join(refused.option)}: {refused.reason}"
         )
-    return Packed(bits, shape, parameter.dtype, flipped)
+    return PackedWeight(bits, shape, parameter.dtype, flipped)
 
 
 def missing(model: nn.Module, directory: Path, packed: Mapping[str, Weight]) -> list[str]:

@@ -16,9 +16,9 @@ from adaptc.ir.analysis.dataflow import walk
 from adaptc.ir.analysis.sites import find_sites
 from adaptc.ir.base import Base
 from adaptc.ir.graph import Graph
-from adaptc.ir.nodes import VERIFIED, attribute, put, signature
+from adaptc.ir.nodes import VERIFIED, get_tensor, set_tensor, signature
 from adaptc.tracing.export import export, output_names
-from adaptc.weights import Computed, Held, Weight
+from adaptc.weights import Deferred, Held, Weight
 
 aten = torch.ops.aten
 INTEGERS = (torch.int64, torch.int32)
@@ -40,13 +40,13 @@ def trace_base(base: Base) -> Graph:
 
     weights: dict[str, Weight] = {}
     for name in aliases:
-        tensor = attribute(owner, name)
-        weights[name] = base.packed.get(name) or Computed(
+        tensor = get_tensor(owner, name)
+        weights[name] = base.packed.get(name) or Deferred(
             tuple(tensor.shape), tensor.dtype, _loader(base, name, tuple(tensor.shape))
         )
     for node in traced.graph.nodes:
         if node.op == "get_attr" and node.target not in weights and node.target != "training":
-            tensor = attribute(traced, str(node.target))
+            tensor = get_tensor(traced, str(node.target))
             if isinstance(tensor, FakeTensor):
                 raise TraceError(f"the trace_base holds a constant without a value: {node.target}")
             weights[str(node.target)] = Held(tensor)
@@ -58,7 +58,7 @@ def trace_base(base: Base) -> Graph:
     with mode:
         for name, weight in weights.items():
             fake = torch.empty(weight.shape, dtype=weight.dtype)
-            put(module, name, fake if name in buffers else nn.Parameter(fake, requires_grad=False))
+            set_tensor(module, name, fake if name in buffers else nn.Parameter(fake, requires_grad=False))
             for node in traced.graph.find_nodes(op="get_attr", target=name):
                 node.meta["val"] = fake
     module.graph = traced.graph

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from adaptc.errors import Refusal
 from adaptc.ir.graph import Graph
-from adaptc.rewriter.expression import Folded, cut
+from adaptc.rewriter.expression import FoldedWeight, extract_expression
 from adaptc.rewriter.pipeline import Pass, graph_pass
-from adaptc.rewriter.quantize import forget_bits
+from adaptc.rewriter.quantize import drop_unread_quantized
 
 
 @graph_pass("dequantize")
@@ -31,11 +31,11 @@ class Dequantize(Pass):
         quantized = dict(graph.quantized)
         for name, found in quantized.items():
             value = graph.by_name()[found.value]
-            weight = Folded(found.site.shape, found.site.dtype, cut(graph, value))
+            weight = FoldedWeight(found.site.shape, found.site.dtype, extract_expression(graph, value))
             graph.restore(name, weight)
             value.replace_all_uses_with(graph.parameter_node(name))
         graph.module.graph.eliminate_dead_code()
-        forget_bits(graph, quantized)
+        drop_unread_quantized(graph, quantized)
         return bool(quantized)
 
     def ensures(self, graph: Graph) -> str | None:

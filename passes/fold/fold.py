@@ -10,14 +10,14 @@ import torch
 from torch import fx
 
 from adaptc.errors import Refusal
-from adaptc.ir.aliases import names, others, places
+from adaptc.ir.aliases import alias_names, module_names, other_users
 from adaptc.ir.analysis.sites import ADAPTATION
 from adaptc.ir.graph import Adaptation, Graph
 from adaptc.methods.method import WeightMethod
 from adaptc.methods.site import Use
-from adaptc.rewriter.expression import Folded, cut
+from adaptc.rewriter.expression import FoldedWeight, extract_expression
 from adaptc.rewriter.pipeline import Pass, graph_pass
-from adaptc.rewriter.quantize import forget_bits
+from adaptc.rewriter.quantize import drop_unread_quantized
 from adaptc.weights import Weight
 
 
@@ -43,7 +43,7 @@ class Fold(Pass):
                     continue
                 leaf = site.leaf if name == site.parameter else name.rpartition(".")[2]
                 words = (
-                    f"{site.module}.{leaf} cannot be folded into: the same tensor is also used by {places(beside)}, "
+                    f"{site.module}.{leaf} cannot be folded into: the same tensor is also used by {module_names(beside)}, "
                     "which would change too\n"
                     "  write `on_alias: untie` in its entry to give this layer a tensor of its own, "
                     "`on_alias: live` to keep its adapter live (`adapters: live`: all), or leave it out"
@@ -66,7 +66,9 @@ class Fold(Pass):
                     live.append(adaptation)
                     break
                 value = graph.value_of(name, uses, nodes)
-                folded[name] = Folded(*_stored(graph, adaptation, name), cut(graph, value))
+                folded[name] = FoldedWeight(
+                    *_stored(graph, adaptation, name), extract_expression(graph, value)
+                )
                 if name in graph.quantized:
                     graph.restore(name, folded[name])
                 stored = graph.parameter_node(name)
@@ -76,11 +78,11 @@ class Fold(Pass):
         _forget(graph, live)
         for name, weight in folded.items():
             graph.adapted = {key: value for key, value in graph.adapted.items() if key[0] != name}
-            for alias in names(graph, name):
+            for alias in alias_names(graph, name):
                 graph.weights[alias] = weight
         graph.module.graph.eliminate_dead_code()
         _forget_unread(graph)
-        forget_bits(graph, folded)
+        drop_unread_quantized(graph, folded)
         return bool(folded) or any(settled)
 
     def ensures(self, graph: Graph) -> str | None:
@@ -120,7 +122,7 @@ def _beside(graph: Graph, name: str, uses: tuple[Use, ...], nodes: Mapping[str, 
 
     A later method may have adapted the tensor for some of its uses only.
     """
-    found = others(graph, name, uses)
+    found = other_users(graph, name, uses)
     value = graph.adapted.get((name, uses[0].node))
     if found or value is None:
         return found
@@ -152,7 +154,7 @@ def constants(graph: Graph, adaptation: Adaptation) -> bool:
     for number, node in enumerate(sorted(last, key=order.__getitem__)):
         value, word = node.meta["val"], adaptation.method.name.replace("-", "_")
         name = ".".join(p for p in (adaptation.site.module, f"{word}_{number}", adaptation.adapter) if p)
-        graph.attach(name, Folded(tuple(value.shape), value.dtype, cut(graph, node)))
+        graph.attach(name, FoldedWeight(tuple(value.shape), value.dtype, extract_expression(graph, node)))
         node.replace_all_uses_with(graph.parameter_node(name))
     for node in sorted(own, key=order.__getitem__, reverse=True):  # what writes in place is not dead to torch
         if node.op != "get_attr" and not node.users:

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from adaptc.errors import Fault
-from adaptc.methods.low_rank import NOT_AGAIN, LowRank, LowRankFormat, MakesUp, Rounds, Split, singular
+from adaptc.methods.low_rank import (
+    NOT_AGAIN,
+    CompensatesQuantization,
+    LowRank,
+    LowRankFormat,
+    Rounds,
+    Split,
+    singular,
+)
 from adaptc.methods.method import method
 from adaptc.methods.param import Param
 from adaptc.methods.peft_format import PeftFormat
@@ -41,12 +49,12 @@ class LoraFormat(LowRankFormat):
         """PEFT takes A and B out of linear layers' weights only, and knows no bits that an adapter has changed."""
         assert isinstance(method, Lora)
         split = method.init_weights not in SPLITS or site.kind == "linear"
-        return super().covers(method, site) and split and method.rounds == 1
+        return super().covers(method, site) and split and method.compensation_rounds == 1
 
 
 @method("lora")
 @dataclass(frozen=True)
-class Lora(MakesUp, LowRank):
+class Lora(CompensatesQuantization, LowRank):
     """W' = W + (alpha / r) B A,  b' = b + (alpha / r) c  with `lora_bias`     A (r, in)   B (out, r)   c (out,)
 
     Hu et al. 2021, section 4.1. A starts Kaiming-uniform, B and c at zero, as in PEFT. With `init_weights` "pissa"
@@ -76,7 +84,7 @@ class Lora(MakesUp, LowRank):
         """Initialisations that leave no trace in a trained adapter are as good as the first."""
         return options if options.get("init_weights") in SPLITS else super().trained_options(options)
 
-    def made_up(self, lost: Tensor) -> Tensor:
+    def compensation(self, lost: Tensor) -> Tensor:
         """Its best approximation of rank r, as A and B start."""
         A, B = singular(lost, self.r, self.scale)
         return self.scale * (B @ A)
@@ -118,7 +126,7 @@ class Lora(MakesUp, LowRank):
             return Fault(
                 ("init_weights",), "several matrices in one weight start as true says: leave init_weights out"
             )
-        if self.loftq_iter > 1 and not self.makes_up:
+        if self.loftq_iter > 1 and not self.compensates:
             return NOT_AGAIN
         if self.init_weights == "orthogonal" and self.at(site).r % 2:
             return Fault(("init_weights",), f"orthogonal needs an even rank, got {self.at(site).r}")

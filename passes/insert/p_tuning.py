@@ -12,7 +12,7 @@ from pydantic import Field
 from adaptc.methods.method import method
 from adaptc.methods.param import Param
 from adaptc.methods.peft_format import PeftFormat
-from adaptc.methods.virtual_tokens import TOKENS, InputFormat, InputMethod
+from adaptc.methods.virtual_tokens import PROMPT_KEY, InputFormat, InputMethod
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,7 +72,7 @@ class PTuning(InputMethod):
         """E and the network, or P."""
         n, d = self.num_virtual_tokens * self.num_transformer_submodules, sites[0].width
         h, encoder = self.encoder_hidden_size or d, self.encoder_reparameterization_type
-        found = {"tokens": Param((n, d), "standard-normal", TOKENS)}
+        found = {"tokens": Param((n, d), "standard-normal", PROMPT_KEY)}
         if encoder == "none":
             return found
         found = {"tokens": replace(found["tokens"], key="prompt_inputs")}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from adaptc.methods.method import method
 from adaptc.methods.param import Param
 from adaptc.methods.peft_format import PeftFormat
-from adaptc.methods.virtual_tokens import TOKENS, AttentionFormat, AttentionMethod
+from adaptc.methods.virtual_tokens import PROMPT_KEY, AttentionFormat, AttentionMethod
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +32,7 @@ class PTuningV2(AttentionMethod):
     def shared(self, sites: Sequence[AttentionSite]) -> dict[str, Param]:
         """P."""
         size = (self.num_virtual_tokens, self.columns(sites)[-1])
-        return {"tokens": Param(size, "normal", TOKENS)}
+        return {"tokens": Param(size, "normal", PROMPT_KEY)}
 
     def tokens(self, **theta: Tensor) -> Tensor:
         """P `(n, total)`."""

@@ -11,7 +11,7 @@ from pydantic import Field
 from adaptc.methods.method import method
 from adaptc.methods.param import Param
 from adaptc.methods.peft_format import PeftFormat
-from adaptc.methods.virtual_tokens import TOKENS, AttentionFormat, AttentionMethod
+from adaptc.methods.virtual_tokens import PROMPT_KEY, AttentionFormat, AttentionMethod
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,7 +60,7 @@ class Prefix(AttentionMethod):
         n, total = self.num_virtual_tokens, self.columns(sites)[-1]
         last = "zeros" if self.init_weights == "zero" else "standard-normal"
         if not self.projection:
-            return {"tokens": Param((n, total), last, TOKENS)}
+            return {"tokens": Param((n, total), last, PROMPT_KEY)}
         width = self.columns(sites)[1] // 2
         hidden = self.encoder_hidden_size or width
         start = "zeros" if self.init_weights == "zero" else "kaiming-uniform"

@@ -12,7 +12,7 @@ from adaptc.errors import Fault
 from adaptc.methods.method import method
 from adaptc.methods.param import Param
 from adaptc.methods.peft_format import PeftFormat
-from adaptc.methods.virtual_tokens import TOKENS, InputFormat, InputMethod
+from adaptc.methods.virtual_tokens import PROMPT_KEY, InputFormat, InputMethod
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -77,7 +77,7 @@ class Prompt(InputMethod):
         """P."""
         n = self.num_virtual_tokens * self.num_transformer_submodules
         start = "standard-normal" if self.init == "RANDOM" else self._embedded
-        return {"tokens": Param((n, sites[0].width), start, TOKENS)}
+        return {"tokens": Param((n, sites[0].width), start, PROMPT_KEY)}
 
     def _embedded(self, table: Tensor, generator: Generator) -> Tensor:
         """Rows of the table `(words, d)`: the mean of those given for each token, then drawn ones."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from adaptc.errors import Fault
-from adaptc.methods.low_rank import NOT_AGAIN, MakesUp, Rounds, Split, singular
+from adaptc.methods.low_rank import NOT_AGAIN, CompensatesQuantization, Rounds, Split, singular
 from adaptc.methods.method import Dropout, method
 from adaptc.methods.param import Param
 from adaptc.methods.rank import Scaled
@@ -30,7 +30,7 @@ Initial = Annotated[
 
 @method("qalora")
 @dataclass(frozen=True)
-class Qalora(MakesUp, Scaled):
+class Qalora(CompensatesQuantization, Scaled):
     """W' = W + (alpha / r) B (A ⊗ 1)        A (r, in / g)   B (out, r)   1 (1, g)
 
     Xu et al. 2024, section 3.3 and algorithm 1: inputs are summed over groups of g, so that what is added shifts every
@@ -58,16 +58,16 @@ class Qalora(MakesUp, Scaled):
                 ("r",),
                 f"rank r must be at most {inner // g} here, the number of groups, got {self.at(site).r}",
             )
-        if self.loftq_iter > 1 and not self.makes_up:
+        if self.loftq_iter > 1 and not self.compensates:
             return NOT_AGAIN
-        if self.makes_up and site.batch is not None:
+        if self.compensates and site.batch is not None:
             return Fault(("init_weights",), "several matrices in one weight start as true says: leave it out")
         return None
 
     def params(self, site: WeightSite) -> dict[str, Param]:
         """A (r, in / g) Kaiming-uniform, B (out, r) zero; or what makes up for quantization."""
         shapes = (self.r, site.in_features // self.group_size), (site.out_features, self.r)
-        if not self.makes_up:
+        if not self.compensates:
             return {
                 "A": Param(shapes[0], "kaiming-uniform", "qalora_A"),
                 "B": Param(shapes[1], "zeros", "qalora_B"),
@@ -75,7 +75,7 @@ class Qalora(MakesUp, Scaled):
         split = Split(lambda lost, r, scale: singular(self._means(lost), r, scale), self.r, self.scale)
         return {"A": Param(shapes[0], split.A, "qalora_A"), "B": Param(shapes[1], split.B, "qalora_B")}
 
-    def made_up(self, lost: Tensor) -> Tensor:
+    def compensation(self, lost: Tensor) -> Tensor:
         """The best approximation of rank r of its groups' means."""
         A, B = singular(self._means(lost), self.r, self.scale)
         return self.scale * (B @ self._spread(A))

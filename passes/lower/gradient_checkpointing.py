@@ -14,7 +14,7 @@ from torch import fx
 from adaptc.ir.analysis.sites import ADAPTATION
 from adaptc.ir.cost import example_shape, example_sizes
 from adaptc.ir.graph import Graph
-from adaptc.ir.nodes import CUT, base_of, writes
+from adaptc.ir.nodes import CUT, memory_owner, writes_in_place
 from adaptc.rewriter.pipeline import Pass, graph_pass
 
 Segments = Annotated[
@@ -81,8 +81,8 @@ def _written(graph: Graph, order: Mapping[fx.Node, int]) -> list[tuple[int, int]
     """
     found = []
     for node in graph.nodes:
-        if node.op == "call_function" and writes(node.target):
-            value = base_of(node)
+        if node.op == "call_function" and writes_in_place(node.target):
+            value = memory_owner(node)
             if value.op == "call_function":
                 found.append((order[value], order[node]))
     return found

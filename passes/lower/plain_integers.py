@@ -9,7 +9,7 @@ from torch import fx
 
 from adaptc.ir.graph import Graph
 from adaptc.quantization.integer import CalibratedBlocks
-from adaptc.quantization.operators import LINEAR, named
+from adaptc.quantization.operators import LINEAR, tensors_by_name
 from adaptc.quantization.scheme import scheme_of
 from adaptc.rewriter.expression import splice, trace_expression
 from adaptc.rewriter.pipeline import Pass, graph_pass
@@ -37,7 +37,7 @@ def _plain(graph: Graph, node: fx.Node) -> fx.Node:
     args: Any = node.args
     x, tensors, bias, text, rows, columns = args
     scheme: Any = scheme_of(text)
-    held, plain = named(tensors, text, rows, columns), scheme.without_inputs()
+    held, plain = tensors_by_name(tensors, text, rows, columns), scheme.without_inputs()
     kept = plain.stored(rows, columns)
     besides = {key: tensor for key, tensor in held.items() if key not in kept}
     if besides:

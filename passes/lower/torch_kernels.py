@@ -14,11 +14,11 @@ from adaptc.errors import Refusal
 from adaptc.ir.graph import Graph
 from adaptc.quantization.codebook import SMALLEST_KERNEL, TableBlocks, product_kernel
 from adaptc.quantization.integer import IntegerBlocks, unpack
-from adaptc.quantization.operators import LINEAR, named
+from adaptc.quantization.operators import LINEAR, tensors_by_name
 from adaptc.quantization.scheme import Scheme, scheme_of
 from adaptc.rewriter.pipeline import Pass, graph_pass
-from adaptc.rewriter.quantize import forget_bits
-from adaptc.weights import Computed, Weight
+from adaptc.rewriter.quantize import drop_unread_quantized
+from adaptc.weights import Deferred, Weight
 
 aten = torch.ops.aten
 BLOCKS = (32, 64, 128, 256)
@@ -37,7 +37,7 @@ class Product:
         self.graph, self.node, self.device = graph, node, device
         self.x, tensors, self.bias, text, self.rows, self.columns = args
         self.scheme: Scheme = scheme_of(text)
-        self.held: dict[str, fx.Node] = named(tensors, text, self.rows, self.columns)
+        self.held: dict[str, fx.Node] = tensors_by_name(tensors, text, self.rows, self.columns)
         self.weights: dict[str, Weight] = {n: graph.weights[str(t.target)] for n, t in self.held.items()}
         self.prefix = str(tensors[0].target).removesuffix("codes")
 
@@ -57,7 +57,7 @@ class Product:
     def attached(self, name: str, like: Tensor, make: Callable[[], Tensor]) -> fx.Node:
         """A tensor beside those of the weight, of the shape and dtype of `like`; made when it is loaded."""
         if self.prefix + name not in self.graph.weights:
-            weight = Computed(tuple(like.shape), like.dtype, make)
+            weight = Deferred(tuple(like.shape), like.dtype, make)
             self.graph.attach(self.prefix + name, weight, trained=False)
         return self.graph.parameter_node(self.prefix + name)
 
@@ -240,5 +240,7 @@ class TorchKernels(Pass):
             changed = True
         graph.module.graph.eliminate_dead_code()
         read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
-        forget_bits(graph, [name for name, q in graph.quantized.items() if q.tensors["codes"] not in read])
+        drop_unread_quantized(
+            graph, [name for name, q in graph.quantized.items() if q.tensors["codes"] not in read]
+        )
         return changed

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from adaptc.quantization.integer import BlockSize, CalibratedBlocks, Symmetric
-from adaptc.quantization.scheme import Kept, Tensors, scheme
+from adaptc.quantization.scheme import StoredTensor, Tensors, scheme
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,9 +30,9 @@ class Awq(CalibratedBlocks):
     symmetric: Symmetric = False
     steps: Steps = 20
 
-    def stored(self, rows: int, columns: int) -> dict[str, Kept]:
+    def stored(self, rows: int, columns: int) -> dict[str, StoredTensor]:
         """What integers are, and what inputs are multiplied by."""
-        return super().stored(rows, columns) | {"channels": Kept((columns,), "float32")}
+        return super().stored(rows, columns) | {"channels": StoredTensor((columns,), "float32")}
 
     def quantize(self, W: Tensor, inputs: Tensor | None = None) -> dict[str, Tensor]:
         """Try the exponents."""

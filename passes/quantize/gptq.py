@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import Field
 
 from adaptc.quantization.integer import BlockSize, CalibratedBlocks, Symmetric
-from adaptc.quantization.scheme import Kept, Tensors, scheme
+from adaptc.quantization.scheme import StoredTensor, Tensors, scheme
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,9 +40,9 @@ class Gptq(CalibratedBlocks):
 
     aliases: ClassVar[Mapping[str, str]] = {"desc_act": "act_order"}
 
-    def stored(self, rows: int, columns: int) -> dict[str, Kept]:
+    def stored(self, rows: int, columns: int) -> dict[str, StoredTensor]:
         """What integers are, and which column of W each stored one is."""
-        order = {"order": Kept((columns,), "int32")} if self.act_order else {}
+        order = {"order": StoredTensor((columns,), "int32")} if self.act_order else {}
         return super().stored(rows, columns) | order
 
     def quantize(self, W: Tensor, inputs: Tensor | None = None) -> dict[str, Tensor]:

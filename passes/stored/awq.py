@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from adaptc.errors import WeightError
 from adaptc.quantization.integer import unpack
-from adaptc.quantization.packed import Bits
+from adaptc.quantization.packed import PackedMatrix
 from adaptc.quantization.readers import group_of, integer_bits, number, stored_by, words_of
 from adaptc.quantization.scheme import SCHEMES
 from adaptc.weights import Weight
@@ -21,7 +21,7 @@ PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
 @stored_by("awq")
-def awq(about: Mapping[str, Any], module: str, tensors: Mapping[str, Weight]) -> Bits | None:
+def awq(about: Mapping[str, Any], module: str, tensors: Mapping[str, Weight]) -> PackedMatrix | None:
     """`qweight (in, out / 8)`, `qzeros (groups, out / 8)`, `scales (groups, out)`; inputs are scaled before."""
     found = words_of(tensors, module)
     if found is None:

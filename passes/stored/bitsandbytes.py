@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from adaptc.errors import WeightError
 from adaptc.quantization.codebook import NESTED
-from adaptc.quantization.packed import Bits
+from adaptc.quantization.packed import PackedMatrix
 from adaptc.quantization.readers import needed, stored_by
 from adaptc.quantization.scheme import SCHEMES
 from adaptc.weights import Weight
@@ -24,7 +24,7 @@ LARGEST = 127
 
 
 @stored_by("bitsandbytes")
-def bitsandbytes(about: Mapping[str, Any], module: str, tensors: Mapping[str, Weight]) -> Bits | None:
+def bitsandbytes(about: Mapping[str, Any], module: str, tensors: Mapping[str, Weight]) -> PackedMatrix | None:
     """`weight`, `weight.absmax` and a `weight.quant_state` in JSON; or int8 `weight` and `SCB`, its rows' largest."""
     import torch
 
@@ -54,7 +54,7 @@ def _state(key: str, tensors: Mapping[str, Weight]) -> dict[str, Any]:
     return known | {"rows": rows, "columns": columns, "double": bool(nested), "offset": offset}
 
 
-def _four(weight: str, state: Mapping[str, Any], tensors: Mapping[str, Weight]) -> Bits:
+def _four(weight: str, state: Mapping[str, Any], tensors: Mapping[str, Weight]) -> PackedMatrix:
     import torch
 
     rows, columns, double = state["rows"], state["columns"], state["double"]
@@ -79,17 +79,17 @@ def _four(weight: str, state: Mapping[str, Any], tensors: Mapping[str, Weight]) 
         )
     }
     if not double:
-        return Bits(scheme, rows, columns, {**parts, "absmax": absmax.load}, module)
+        return PackedMatrix(scheme, rows, columns, {**parts, "absmax": absmax.load}, module)
     scales = needed(tensors, f"{weight}.nested_absmax", stored["absmax_scales"].shape)
     parts |= {
         "absmax_codes": lambda: checked(".nested_quant_map", constants["nested_table"], absmax),
         "absmax_scales": scales.load,
         "absmax_offset": lambda: torch.tensor(state["offset"], dtype=torch.float32),
     }
-    return Bits(scheme, rows, columns, parts, module)
+    return PackedMatrix(scheme, rows, columns, parts, module)
 
 
-def _eight(module: str, tensors: Mapping[str, Weight]) -> Bits:
+def _eight(module: str, tensors: Mapping[str, Weight]) -> PackedMatrix:
     weight = tensors[f"{module}.weight"]
     rows, columns = weight.shape
     largest = needed(tensors, f"{module}.SCB", (rows,))
@@ -100,4 +100,4 @@ def _eight(module: str, tensors: Mapping[str, Weight]) -> Bits:
     def scales() -> Tensor:
         return (largest.load().float() / LARGEST).reshape(rows, 1)
 
-    return Bits(SCHEMES["int8"](), rows, columns, {"codes": codes, "scales": scales}, module)
+    return PackedMatrix(SCHEMES["int8"](), rows, columns, {"codes": codes, "scales": scales}, module)

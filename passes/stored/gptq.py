@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from adaptc.errors import WeightError
 from adaptc.quantization.integer import unpack
-from adaptc.quantization.packed import Bits
+from adaptc.quantization.packed import PackedMatrix
 from adaptc.quantization.readers import group_of, integer_bits, needed, number, stored_by, words_of
 from adaptc.quantization.scheme import SCHEMES
 from adaptc.weights import Weight
@@ -20,7 +20,7 @@ FORMATS = {"gptq": 1, "gptq_v2": 0}
 
 
 @stored_by("gptq")
-def gptq(about: Mapping[str, Any], module: str, tensors: Mapping[str, Weight]) -> Bits | None:
+def gptq(about: Mapping[str, Any], module: str, tensors: Mapping[str, Weight]) -> PackedMatrix | None:
     """`qweight (in bits / 32, out)`, `qzeros (groups, out bits / 32)`, `scales (groups, out)`, `g_idx (in)`.
 
     `g_idx` is the group of every input, where these were rounded in the order of what they matter (`desc_act`).

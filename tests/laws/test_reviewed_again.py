@@ -14,11 +14,11 @@ from torch.nn import functional as F
 
 import adaptc
 from adaptc.compiler import reference
-from adaptc.compiler.proof import Each, batches, prove
+from adaptc.compiler.proof import BatchRunner, batches, prove
 from adaptc.emit.onnx.runtime import onnx_runner
 from adaptc.errors import TraceError
 from adaptc.inputs import InputSpec
-from adaptc.ir.tie_breaks import Choices
+from adaptc.ir.tie_breaks import TieBreaks
 from tests.families import perturb
 
 LORA = {"method": "lora", "r": 2}
@@ -261,7 +261,9 @@ def test_a_query_that_a_float_mask_keeps_from_all_keys_is_zero(tmp_path: Path) -
 def against(a: torch.Tensor, b: torch.Tensor) -> Any:
     inputs = [InputSpec("x", "float32", ("batch", 2))]
     drawn = batches(inputs)
-    return prove("test", Each(lambda batch: [a]).on(drawn), Each(lambda batch: [b]).on(drawn), 1e-4)
+    return prove(
+        "test", BatchRunner(lambda batch: [a]).on(drawn), BatchRunner(lambda batch: [b]).on(drawn), 1e-4
+    )
 
 
 LOWEST = torch.finfo(torch.float32).min
@@ -298,7 +300,7 @@ def test_a_masked_router_makes_its_own_choices() -> None:
     )
     node = next(n for n in graph.nodes if "topk" in str(n.target))
     scores = torch.tensor([[1.0, 5.0, -math.inf, 2.0]])
-    other = Choices(others=[torch.tensor([[0]])], near=0.1)
+    other = TieBreaks(others=[torch.tensor([[0]])], near=0.1)
     assert other.make(node, scores, torch.topk(scores, 1))[1].tolist() == [[1]]
     assert other.flipped == 0
 

@@ -294,7 +294,7 @@ def test_plain_integers(zoo: Zoo) -> None:
 MAKES_UP = {"lora": {"r": 4, "alpha": 4}, "qalora": {"r": 4, "alpha": 4, "group_size": 4}}
 
 
-def made_up(zoo: Zoo, method: str, scheme: str = "int4", **more: Any) -> Compiled:
+def compensation(zoo: Zoo, method: str, scheme: str = "int4", **more: Any) -> Compiled:
     entry = {"method": method, "target": ["up", "down"], **MAKES_UP[method], **more}
     quantize = {**options(scheme), "target": ["up", "down"]}
     return zoo.compiled("mlp", [entry], quantize=[quantize])
@@ -310,9 +310,9 @@ def left(made: Compiled) -> float:
 @pytest.mark.parametrize("scheme", ["int4", "nf4", "int2"])
 @pytest.mark.parametrize("method", MAKES_UP)
 def test_adapters_that_make_up_for_what_is_lost(zoo: Zoo, method: str, scheme: str) -> None:
-    nothing = left(made_up(zoo, method, scheme))
-    once = left(made_up(zoo, method, scheme, init_weights="loftq"))
-    again = left(made_up(zoo, method, scheme, init_weights="loftq", loftq_iter=5))
+    nothing = left(compensation(zoo, method, scheme))
+    once = left(compensation(zoo, method, scheme, init_weights="loftq"))
+    again = left(compensation(zoo, method, scheme, init_weights="loftq", loftq_iter=5))
     assert once < 0.95 * nothing
     assert again < once
 
@@ -321,7 +321,7 @@ def test_adapters_that_make_up_for_what_is_lost(zoo: Zoo, method: str, scheme: s
 @pytest.mark.parametrize("method", MAKES_UP)
 def test_what_makes_up_is_saved_and_loaded(zoo: Zoo, method: str, rounds: int, tmp_path: Path) -> None:
     """Where the bits are others than the weights' own, the checkpoint says how they were found."""
-    made = made_up(zoo, method, init_weights="loftq", loftq_iter=rounds)
+    made = compensation(zoo, method, init_weights="loftq", loftq_iter=rounds)
     perturb(made.module)
     made.save_adapter(tmp_path / "adapter")
     quantize = [{**options("int4"), "target": ["up", "down"]}]
@@ -331,7 +331,7 @@ def test_what_makes_up_is_saved_and_loaded(zoo: Zoo, method: str, rounds: int, t
     close(got, want)
     for name, weight in made.graph.weights.items():
         assert torch.equal(weight.load(), again.graph.weights[name].load()), name
-    fresh = made_up(zoo, method, init_weights="loftq", loftq_iter=rounds)
+    fresh = compensation(zoo, method, init_weights="loftq", loftq_iter=rounds)
     fresh.load_adapter(tmp_path / "adapter")
     close(outputs(fresh.module.eval(), tensors, made.base.outputs)["output"], want)
     if rounds > 1:

@@ -26,7 +26,7 @@ from adaptc.emit import huggingface
 from adaptc.emit.huggingface import save_checkpoint
 from adaptc.errors import AdaptcError, ProofError, RefusedError
 from adaptc.spec.spec import dump, load
-from adaptc.weights import Computed, Held
+from adaptc.weights import Deferred, Held
 from tests.families import (
     FAMILIES,
     VOCABULARY,
@@ -333,7 +333,7 @@ def test_a_fused_tensor_is_loaded_once(mixtral: Compiled) -> None:
             loads.append(name)
             return torch.zeros(shape)
 
-        weights[name] = Computed(tuple(tensor.shape), torch.float32, make)
+        weights[name] = Deferred(tuple(tensor.shape), torch.float32, make)
     stored = as_stored(base, weights)
     assert loads == []
     assert len(stored) > len(weights)

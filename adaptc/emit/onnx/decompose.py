@@ -17,7 +17,7 @@ from adaptc.emit.onnx.operations import translations
 from adaptc.errors import Refusal, RefusedError
 from adaptc.ir.analysis.sites import place_of
 from adaptc.ir.graph import Graph
-from adaptc.ir.nodes import ORIGIN
+from adaptc.ir.nodes import PROVENANCE
 from adaptc.ir.stages import OWN
 from adaptc.rewriter.pipeline import Pass
 
@@ -123,7 +123,7 @@ def _decompose(nodes: fx.Graph, node: fx.Node, table: Mapping[Any, Callable[...,
     traced = make_fx(call, dict(table))(*(operand.meta["val"] for operand in operands)).graph
     inputs = [n for n in traced.nodes if n.op == "placeholder"]
     for made in traced.nodes:
-        made.meta = {"val": made.meta.get("val"), **{k: v for k, v in node.meta.items() if k in ORIGIN}}
+        made.meta = {"val": made.meta.get("val"), **{k: v for k, v in node.meta.items() if k in PROVENANCE}}
     with nodes.inserting_before(node):
         result = nodes.graph_copy(traced, dict(zip(inputs, operands, strict=True)))
     node.replace_all_uses_with(result)  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ from adaptc.emit.onnx.widen import widen
 from adaptc.errors import AdaptcError
 from adaptc.ir.graph import Graph
 from adaptc.rewriter.pipeline import run
-from adaptc.weights import Raw, Weight
+from adaptc.weights import FileSlice, Weight
 
 OPSET = 20
 """The default opset: every ONNX Runtime since 1.17 runs it."""
@@ -41,7 +41,7 @@ class Written:
 
     nodes: int
     opset: int
-    weights: Mapping[str, Raw]
+    weights: Mapping[str, FileSlice]
 
 
 def export_onnx(
@@ -79,7 +79,7 @@ def export_onnx(
         starts = _write_beside(large, path.with_name(f"{path.name}.data"), wrote)
     path.write_bytes(_bytes(model))
     places = {
-        name: Raw(
+        name: FileSlice(
             path.with_name(f"{path.name}.data"), start, graph.weights[name].shape, graph.weights[name].dtype
         )
         for name, start in starts.items()

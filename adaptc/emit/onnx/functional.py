@@ -9,7 +9,7 @@ import torch
 
 from adaptc.ir.example_inputs import example_sizes, example_tensors
 from adaptc.ir.graph import Graph
-from adaptc.ir.nodes import writes
+from adaptc.ir.nodes import writes_in_place
 from adaptc.ir.stages import nothing_is_written
 from adaptc.rewriter.pipeline import Pass
 from adaptc.tracing.export import dynamic_shapes, normalise
@@ -24,7 +24,7 @@ class Functional(Pass):
 
     def call(self, graph: Graph) -> bool:
         """Trace the graph again where an operation writes to its operand."""
-        if not any(writes(node.target) for node in graph.nodes):
+        if not any(writes_in_place(node.target) for node in graph.nodes):
             return False
         examples = example_tensors(graph.inputs, example_sizes(graph.inputs))
         shapes = dynamic_shapes(graph.inputs)

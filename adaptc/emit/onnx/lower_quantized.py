@@ -14,11 +14,11 @@ from adaptc.emit.onnx import quantized_operations as quantized_symbols
 from adaptc.ir.graph import Graph
 from adaptc.quantization.codebook import TableBlocks
 from adaptc.quantization.integer import IntegerBlocks, pack, unpack
-from adaptc.quantization.operators import DEQUANTIZE, EMBEDDING, LINEAR, named
+from adaptc.quantization.operators import DEQUANTIZE, EMBEDDING, LINEAR, tensors_by_name
 from adaptc.quantization.scheme import Scheme, scheme_of
 from adaptc.rewriter.expression import splice, trace_expression
 from adaptc.rewriter.pipeline import Pass
-from adaptc.weights import Computed, Weight
+from adaptc.weights import Deferred, Weight
 
 onnx = quantized_symbols.onnx
 aten = torch.ops.aten
@@ -94,7 +94,7 @@ class _Lowering:
         """`linear(x, W, bias)`."""
         args: Any = self.node.args
         x, tensors, bias, text, rows, columns = args
-        scheme, held = scheme_of(text), named(tensors, text, rows, columns)
+        scheme, held = scheme_of(text), tensors_by_name(tensors, text, rows, columns)
         if isinstance(scheme, TableBlocks):
             y = self._table(x, held, scheme, rows, columns)
         elif isinstance(scheme, IntegerBlocks) and scheme.integer_products and not self.exact:
@@ -112,7 +112,7 @@ class _Lowering:
         """`embedding(W, ids)`: of what is stored, only the rows that are asked for are read."""
         args: Any = self.node.args
         ids, tensors, text, rows, columns, dtype = args
-        scheme, held = scheme_of(text), named(tensors, text, rows, columns)
+        scheme, held = scheme_of(text), tensors_by_name(tensors, text, rows, columns)
         if isinstance(scheme, IntegerBlocks) and self._gathered(scheme, columns):
             block = scheme.block(columns)
             flat = self.call(aten.reshape.default, held["codes"], [rows, -1])
@@ -135,7 +135,9 @@ class _Lowering:
         """The whole matrix: what a convolution or a batch of experts is computed with."""
         args: Any = self.node.args
         tensors, text, rows, columns, dtype = args
-        return self._whole(named(tensors, text, rows, columns), scheme_of(text), rows, columns, dtype)
+        return self._whole(
+            tensors_by_name(tensors, text, rows, columns), scheme_of(text), rows, columns, dtype
+        )
 
     def _whole(
         self, held: dict[str, Any], scheme: Scheme, rows: int, columns: int, dtype: torch.dtype
@@ -239,7 +241,7 @@ class _Lowering:
         self, like: fx.Node, shape: tuple[int, ...], dtype: torch.dtype, make: Callable[[], torch.Tensor]
     ) -> fx.Node:
         """A stored tensor laid out in another way, under a name of its own."""
-        return self._attached(f"{like.target}_laid_out", Computed(shape, dtype, lambda: make().contiguous()))
+        return self._attached(f"{like.target}_laid_out", Deferred(shape, dtype, lambda: make().contiguous()))
 
     def integers(
         self, name: str, shape: tuple[int, ...], bits: int, make: Callable[[], torch.Tensor]

@@ -19,7 +19,7 @@ PIECE = 2**25
 
 
 @dataclass(frozen=True)
-class Piece:
+class Partition:
     """A run of operations, with the values it takes from earlier ones and those that later ones need of it."""
 
     nodes: Sequence[Any]
@@ -28,7 +28,7 @@ class Piece:
 
 
 @dataclass
-class Pieces:
+class PartitionedProgram:
     """An ONNX file, its weights beside it, as the side of a proof.
 
     Attributes:
@@ -58,7 +58,7 @@ class Pieces:
         }
 
     @cached_property
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[Partition]:
         """The program's operations, in order, cut where the weights of a piece would be too many."""
         runs: list[list[Any]] = [[]]
         held: set[str] = set()
@@ -123,7 +123,7 @@ class Pieces:
             del session
         return values, failed
 
-    def _session(self, piece: Piece, known: Mapping[str, Any]) -> Any:
+    def _session(self, piece: Partition, known: Mapping[str, Any]) -> Any:
         import onnx
 
         made = onnx.ModelProto()
@@ -154,11 +154,11 @@ def _tensors(known: Mapping[str, Any], names: Sequence[str]) -> list[torch.Tenso
     return [torch.from_numpy(np.asarray(known[name])) for name in names]
 
 
-def _piece(nodes: Sequence[Any], needed: set[str], weights: Mapping[str, int]) -> Piece:
+def _piece(nodes: Sequence[Any], needed: set[str], weights: Mapping[str, int]) -> Partition:
     given = [name for node in nodes for name in node.output if name]
     own = {*given, *weights}
     taken = dict.fromkeys(name for node in nodes for name in _reads(node) if name not in own)
-    return Piece(nodes, tuple(taken), tuple(name for name in given if name in needed))
+    return Partition(nodes, tuple(taken), tuple(name for name in given if name in needed))
 
 
 def _reads(node: Any) -> Iterator[str]:

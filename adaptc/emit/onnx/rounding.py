@@ -19,7 +19,7 @@ EXACT = {(2, 16), (2, 256)}
 """Bits and blocks that MatMulNBits has no product of integers for."""
 
 
-def rounds(graph: Graph) -> bool:
+def rounds_activations(graph: Graph) -> bool:
     """Whether ONNX Runtime rounds the activations of a product of this graph."""
     return any(_rounding(node) is not None for node in graph.nodes)
 

@@ -25,7 +25,7 @@ from adaptc.emit.onnx.operations import COMPLEX, translations
 from adaptc.errors import AdaptcError, RefusedError, VerifyError
 from adaptc.ir.analysis.sites import place_of
 from adaptc.ir.graph import Graph
-from adaptc.ir.nodes import attribute
+from adaptc.ir.nodes import get_tensor
 from adaptc.rewriter.pipeline import run
 from adaptc.tracing.export import quietly
 
@@ -96,7 +96,7 @@ def _program(graph: Graph) -> ExportedProgram:
         if node.op == "get_attr" and name not in read:
             read[name] = made = nodes.placeholder(f"weight_{len(read)}")
             made.meta = {"val": node.meta["val"]}
-            parameter = isinstance(attribute(graph.module, name), torch.nn.Parameter)
+            parameter = isinstance(get_tensor(graph.module, name), torch.nn.Parameter)
             kind = InputKind.PARAMETER if parameter else InputKind.BUFFER
             specs.append(InputSpec(kind, TensorArgument(made.name), name, None if parameter else True))
     for node in graph.nodes:
@@ -114,7 +114,7 @@ def _program(graph: Graph) -> ExportedProgram:
         root=torch.nn.Module(),
         graph=nodes,
         graph_signature=ExportGraphSignature(specs, outputs),
-        state_dict={name: attribute(graph.module, name) for name in read},
+        state_dict={name: get_tensor(graph.module, name) for name in read},
         range_constraints={},
         module_call_graph=[call],
     )

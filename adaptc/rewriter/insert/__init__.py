@@ -1,1 +1,1 @@
-"""Inserting a method: one engine for each kind of method, and what the engines share (masks, positions, virtual tokens)."""
+"""Inserting a method: one engine for each kind of method, and what they share (masks, positions, virtual tokens)."""

@@ -21,9 +21,9 @@ from adaptc.methods.site import WeightSite
 from adaptc.methods.trial import try_pending
 from adaptc.registry.author import place_of_function
 from adaptc.registry.calls import blamed, read_only
-from adaptc.rewriter.expression import cut, trace_expression
+from adaptc.rewriter.expression import extract_expression, trace_expression
 from adaptc.rewriter.pipeline import Pass, changed_options
-from adaptc.weights import Computed, Weight, initial, seeded
+from adaptc.weights import Deferred, Weight, initial, seeded
 
 M = TypeVar("M", bound=Method[Any])
 
@@ -221,14 +221,14 @@ class Insert(Pass, Generic[M]):
                 made = torch.stack([one(None if W is None else W[i], generator) for i in range(batch or 0)])
             return made.to(dtype).clone()
 
-        return Computed(param.shape, dtype, make)
+        return Deferred(param.shape, dtype, make)
 
     def _starting_point(self, graph: Graph, site: Site, value: fx.Node) -> Callable[[], torch.Tensor]:
         """What functions that initialise get: the weight so far, its Fisher information, or what it has lost."""
-        if self.method.makes_up:
+        if self.method.compensates:
             return graph.quantized[site.parameter].quantization.lost
         if not self.method.calibrated:
-            return cut(graph, value).evaluate
+            return extract_expression(graph, value).evaluate
 
         def estimated() -> torch.Tensor:
             if graph.information is None:

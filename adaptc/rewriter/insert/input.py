@@ -19,7 +19,7 @@ from adaptc.methods.point_sites import InputSite
 from adaptc.methods.virtual_tokens import InputMethod
 from adaptc.rewriter.expression import splice
 from adaptc.rewriter.insert.base import Insert
-from adaptc.rewriter.insert.virtual_tokens import Places
+from adaptc.rewriter.insert.virtual_tokens import TokenPlacement
 from adaptc.weights import Held
 
 aten = torch.ops.aten
@@ -81,7 +81,9 @@ class InsertInput(Insert[InputMethod], inserts=InputMethod):
         embedding, ids = nodes[site.node], nodes[site.ids]
         first = next(node for node in graph.nodes if node.op == "call_function")
         tokens = splice(graph, traced, list(theta.values()), embedding, mark, before=first)
-        places = Places(graph, method.num_virtual_tokens, ids, embedding, self._positions(graph, method))
+        places = TokenPlacement(
+            graph, method.num_virtual_tokens, ids, embedding, self._positions(graph, method)
+        )
         for node, axis in _beside(graph, ids):
             places.lengthen(node, axis, _filler(graph, node, ids), first)
         refresh(graph)

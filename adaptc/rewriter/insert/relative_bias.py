@@ -10,7 +10,7 @@ from torch import fx
 
 from adaptc.ir.analysis.dataflow import is_weight, walk
 from adaptc.ir.graph import Graph
-from adaptc.ir.nodes import ORIGIN, evaluated, keeps_shape, operation
+from adaptc.ir.nodes import PROVENANCE, evaluated, keeps_shape, operation
 
 aten = torch.ops.aten
 PASSED = frozenset(
@@ -54,7 +54,7 @@ class Distances:
         last = [n for n in self.graph.nodes if n in after][-1]
         with self.graph.module.graph.inserting_after(last):
             made = self.graph.module.graph.call_function(target, tuple(args), dict(node.kwargs))
-        made.meta = {k: v for k, v in node.meta.items() if k in ORIGIN}
+        made.meta = {k: v for k, v in node.meta.items() if k in PROVENANCE}
         with self.graph.fake_mode, torch.no_grad():
             made.meta["val"] = evaluated(made)
         self._longer[key] = made

@@ -14,7 +14,7 @@ from adaptc.ir.graph import Graph
 aten = torch.ops.aten
 
 
-class Places:
+class TokenPlacement:
     """Where virtual and real tokens stand in the longer sequence: in front, or at given positions."""
 
     def __init__(self, graph: Graph, count: int, ids: fx.Node, like: fx.Node, positions: fx.Node | None):

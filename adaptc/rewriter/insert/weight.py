@@ -10,14 +10,14 @@ import torch
 from torch import fx
 
 from adaptc.errors import DefinitionError, Fault, Refusal, RefusedError
-from adaptc.ir.aliases import elsewhere, untie, widened
+from adaptc.ir.aliases import untie, used_elsewhere, with_all_uses
 from adaptc.ir.analysis.dataflow import ancestors
 from adaptc.ir.graph import Graph
 from adaptc.ir.selection import Selection
 from adaptc.methods.method import WeightMethod
 from adaptc.methods.param import Param
 from adaptc.methods.site import WeightSite
-from adaptc.quantization.quantized_weight import Quantization, Quantized
+from adaptc.quantization.quantized_weight import Quantization, QuantizedLeaf
 from adaptc.registry.author import place_of_function
 from adaptc.rewriter.expression import splice
 from adaptc.rewriter.insert.base import Insert
@@ -48,16 +48,16 @@ class InsertWeight(Insert[WeightMethod], inserts=WeightMethod):
         refusals = super().requires(graph)
         for site in self.selection(graph).sites:
             quantized = graph.quantized.get(site.parameter)
-            reason = self._not_made_up(graph, site, quantized) if self.method.makes_up else None
-            if self.on_alias == "untie" and quantized is not None and elsewhere(graph, site):
+            reason = self._not_compensated(graph, site, quantized) if self.method.compensates else None
+            if self.on_alias == "untie" and quantized is not None and used_elsewhere(graph, site):
                 words = f"the bits of {site.name} are read elsewhere too, and cannot be untied"
                 reason = (words, "untie it before it is quantized: `passes: [insert, quantize]`")
             if reason is not None:
                 refusals.append(Refusal("\n  ".join(reason), (site.node,)))
         return refusals
 
-    def _not_made_up(
-        self, graph: Graph, site: WeightSite, quantized: Quantized | None
+    def _not_compensated(
+        self, graph: Graph, site: WeightSite, quantized: QuantizedLeaf | None
     ) -> tuple[str, str] | None:
         """Why the method cannot make up for what quantization loses, and what to do; None if it can."""
         what, otherwise = f"{self.method.name} makes up for quantization", "or start the adapter otherwise"
@@ -67,9 +67,9 @@ class InsertWeight(Insert[WeightMethod], inserts=WeightMethod):
         if quantized.quantization.kept is not None:
             way = f"start from the float checkpoint and `quantize` it, {otherwise}"
             return f"{what}, and the base holds {site.name} in bits only", way
-        if any(a.method.makes_up and a.site.parameter == site.parameter for a in graph.adaptations):
+        if any(a.method.compensates and a.site.parameter == site.parameter for a in graph.adaptations):
             return f"{what} of {site.name}, which an earlier entry does already", f"take one, {otherwise}"
-        if self.method.rounds > 1 and (site.rows or quantized.site.rows):
+        if self.method.compensation_rounds > 1 and (site.rows or quantized.site.rows):
             return f"{what} of slices of {site.name} once only", "leave `loftq_iter` out"
         return None
 
@@ -94,7 +94,7 @@ class InsertWeight(Insert[WeightMethod], inserts=WeightMethod):
         if self.on_alias == "untie":
             site = untie(graph, site, nodes, bias=method.adapts_bias())
         if self.on_alias == "share":
-            site = widened(graph, site)
+            site = with_all_uses(graph, site)
         own = method.stored(site)
         derived = any(not param.stored for _, param in named.values())
         # What is computed again on loading starts from the base, whatever earlier entries will have learned.
@@ -102,7 +102,7 @@ class InsertWeight(Insert[WeightMethod], inserts=WeightMethod):
         theta = self.attached(graph, site, named, value)
         params = {argument: param for argument, (_, param) in named.items()}
         mark = self.recorded(graph, site, named)
-        if method.makes_up:
+        if method.compensates:
             _quantize_without(graph.quantized[site.parameter].quantization, method)
         targets = [(site.uses, _weight_of(method, site, params, own), site.parameter)]
         if site.bias is not None and method.adapts_bias():
@@ -175,7 +175,7 @@ def _quantize_without(quantization: Quantization, method: WeightMethod) -> None:
     """Let a weight be quantized without what an adapter on all of it makes up for."""
     flipped = quantization.site.kind == "embedding"
 
-    def made_up(lost: torch.Tensor) -> torch.Tensor:
-        return method.made_up(lost.t()).t() if flipped else method.made_up(lost)
+    def compensation(lost: torch.Tensor) -> torch.Tensor:
+        return method.compensation(lost.t()).t() if flipped else method.compensation(lost)
 
-    quantization.rounds, quantization.made_up = method.rounds, made_up
+    quantization.compensation_rounds, quantization.compensation = method.compensation_rounds, compensation
