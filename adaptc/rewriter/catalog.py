@@ -12,11 +12,17 @@ from pydantic import TypeAdapter, create_model
 from adaptc.errors import nearest
 from adaptc.methods.method import METHODS, Method
 from adaptc.quantization.scheme import SCHEMES, Scheme
+from adaptc.rewriter.insert.activation import InsertActivation
+from adaptc.rewriter.insert.attention import InsertAttention
 from adaptc.rewriter.insert.base import Insert
+from adaptc.rewriter.insert.input import InsertInput
+from adaptc.rewriter.insert.weight import InsertWeight
 from adaptc.rewriter.pipeline import PASSES, Pass
 from adaptc.rewriter.quantize import Quantize
 
 Body: TypeAlias = Method[Any] | Scheme
+ENGINES: tuple[type[Insert[Any]], ...] = (InsertWeight, InsertActivation, InsertAttention, InsertInput)
+"""How each kind of method is inserted; `Insert(method, ...)` makes the one for the method's kind."""
 
 
 class PassFactory:
