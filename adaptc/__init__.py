@@ -10,6 +10,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
     from adaptc import passes as passes
     from adaptc.compiler.api import load as load
     from adaptc.compiler.api import load_adapter as load_adapter
@@ -75,7 +76,7 @@ _HOMES = {
     "Compiled": "adaptc.compiler.compiled",
     "Spec": "adaptc.spec.spec",
     "Graph": "adaptc.ir.graph",
-    "bind": "adaptc.ir.graph",
+    "bind": "adaptc.ir.module",
     "trace": "adaptc.compiler.api",
     "run": "adaptc.compiler.api",
     "load": "adaptc.compiler.api",
@@ -89,7 +90,7 @@ _HOMES = {
     "method": "adaptc.methods.method",
     "scheme": "adaptc.quantization.scheme",
     "WeightMethod": "adaptc.methods.method",
-    "ActivationMethod": "adaptc.methods.virtual_tokens",
+    "ActivationMethod": "adaptc.methods.activation",
     "AttentionMethod": "adaptc.methods.virtual_tokens",
     "InputMethod": "adaptc.methods.virtual_tokens",
     "AdaptcError": "adaptc.errors",

@@ -5,13 +5,30 @@ from __future__ import annotations
 import difflib
 import reprlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 
 class AdaptcError(Exception):
-    """Something adaptc refuses or could not do; its text is meant for the person who wrote the spec."""
+    """Something adaptc refuses or could not do; its text is meant for the person who wrote the spec.
+
+    Args:
+        message: what is wrong, in one line.
+        notes: where it is, what was expected, what to do: a line each.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str, *notes: str):
+        self.message, self.notes = message, notes
+        super().__init__(message, *notes)
+
+    def __str__(self) -> str:
+        return with_notes(self.message, self.notes)
+
+
+def with_notes(message: str, notes: Iterable[str]) -> str:
+    """A message as it is printed: its notes below it, indented."""
+    return "\n".join([message, *(f"  {note}" for note in notes)])
 
 
 @dataclass(frozen=True)
@@ -33,8 +50,7 @@ class Problem:
             number = str(self.line).rjust(4)
             caret = " " * ((self.column or 1) - 1) + "^"
             lines += [f"{number} | {self.text}", f"{' ' * len(number)} | {caret}"]
-        lines += [f"  {note}" for note in self.notes]
-        return "\n".join(lines)
+        return with_notes("\n".join(lines), self.notes)
 
 
 class SpecError(AdaptcError):
@@ -45,6 +61,9 @@ class SpecError(AdaptcError):
     def __init__(self, problems: Iterable[Problem]):
         self.problems: Sequence[Problem] = tuple(problems)
         super().__init__("\n".join(str(problem) for problem in self.problems))
+
+    def __reduce__(self) -> tuple[type[SpecError], tuple[Sequence[Problem]]]:
+        return type(self), (self.problems,)
 
 
 class TraceError(AdaptcError):
@@ -66,12 +85,15 @@ class ProofError(AdaptcError):
 class VerifyError(AdaptcError):
     """A graph is not legal for the stage it is in: a pass is at fault, not the spec.
 
-    `node` is the name of the node at fault, where it is one.
+    Args:
+        message: what is wrong.
+        notes: where it is.
+        node: the name of the node at fault, where it is one.
     """
 
-    def __init__(self, message: str, node: str | None = None):
+    def __init__(self, message: str, *notes: str, node: str | None = None):
         self.node = node
-        super().__init__(message)
+        super().__init__(message, *notes)
 
 
 class DefinitionError(AdaptcError, ValueError):
@@ -85,7 +107,7 @@ class DefinitionError(AdaptcError, ValueError):
 
     def __init__(self, message: str, place: str, *advice: str):
         self.place = place
-        super().__init__("\n  ".join((message, f"at {place}", *advice)))
+        super().__init__(message, f"at {place}", *advice)
 
 
 @dataclass(frozen=True)
@@ -103,13 +125,21 @@ class Fault:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a pass will not rewrite something: a value, not an exception, until somebody asked for that rewrite."""
+    """Why a pass will not rewrite something: a value, not an exception, until somebody asked for that rewrite.
+
+    Attributes:
+        reason: why, in one line.
+        nodes: the names of the nodes that are in the way.
+        notes: where it is, what to do: a line each.
+    """
 
     reason: str
-    nodes: tuple[str, ...] = field(default=())
+    nodes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return self.reason + (f" (nodes: {', '.join(self.nodes)})" if self.nodes else "")
+        nodes = f" (nodes: {', '.join(self.nodes)})" if self.nodes else ""
+        return with_notes(self.reason + nodes, self.notes)
 
 
 class RefusedError(AdaptcError):
@@ -118,7 +148,12 @@ class RefusedError(AdaptcError):
     def __init__(self, refusals: Iterable[Refusal], source: object = None):
         self.refusals = tuple(refusals)
         self.source = source
-        super().__init__("\n".join(str(refusal) for refusal in self.refusals))
+        first, *others = self.refusals
+        nodes = f" (nodes: {', '.join(first.nodes)})" if first.nodes else ""
+        super().__init__(first.reason + nodes, *first.notes, *(str(refusal) for refusal in others))
+
+    def __str__(self) -> str:
+        return "\n".join(str(refusal) for refusal in self.refusals)
 
 
 def nearest(word: str, known: Iterable[str], count: int = 3, cutoff: float = 0.55) -> list[str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+import adaptc
 from adaptc.methods.method import METHODS
 from adaptc.quantization.scheme import SCHEMES
 
@@ -252,6 +253,11 @@ def test_adaptc_passes_is_a_link() -> None:
     link = ROOT / "adaptc" / "passes"
     assert link.is_symlink()
     assert os.readlink(link) == "../passes"
+
+
+def test_every_public_name_is_there() -> None:
+    assert all(getattr(adaptc, name) is not None for name in adaptc.__all__)
+    assert adaptc.__version__ == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 
 
 def test_every_folder_is_packaged() -> None:

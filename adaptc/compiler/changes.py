@@ -26,16 +26,12 @@ def comparison(seed: int = 0) -> Compare:
         """
         change = _change(item, randomised(before, seed), seed)
         if change and not item.changes_results:
-            raise RefusedError(
-                [
-                    Refusal(
-                        f"{item.name} changes what the model computes: {change}\n"
-                        f"  write `changes_results: ClassVar[bool] = True` in {type(item).__name__} if it is meant to; "
-                        f"see the graph before and after it with `--dump-graphs DIR`"
-                    )
-                ],
-                item,
+            advice = (
+                f"write `changes_results: ClassVar[bool] = True` in {type(item).__name__} if it is meant to; "
+                "see the graph before and after it with `--dump-graphs DIR`"
             )
+            refusal = Refusal(f"{item.name} changes what the model computes: {change}", notes=(advice,))
+            raise RefusedError([refusal], item)
         return change
 
     return compare

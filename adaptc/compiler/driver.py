@@ -86,7 +86,7 @@ def _trace(spec: Spec, base: Base, after: After | None = None) -> Graph:
     try:
         graph = trace(base)
     except InputError as error:
-        raise spec.error(("inputs",), *str(error).splitlines()) from error
+        raise spec.error(("inputs",), error.message, *error.notes) from error
     if after is not None:
         after("trace", graph)
     return graph
@@ -103,7 +103,7 @@ def _calibrate(spec: Spec, graph: Graph, batches: Iterable[Mapping[str, torch.Te
         if any(isinstance(entry, MethodEntry) and entry.build().calibrated for entry in spec.adapt):
             graph.information = Information(graph)
     except InputError as error:
-        raise spec.error(("calibration",), *str(error).splitlines()) from error
+        raise spec.error(("calibration",), error.message, *error.notes) from error
 
 
 def make_base(
@@ -137,7 +137,7 @@ def make_base(
         return _huggingface(spec, entry, inputs)
     except (TraceError, WeightError) as error:
         key = next(k for k in ("python", "program", "model") if getattr(entry, k) is not None)
-        raise spec.error(("base", key), *str(error).splitlines()) from error
+        raise spec.error(("base", key), error.message, *error.notes) from error
 
 
 def _importable(spec: Spec) -> None:

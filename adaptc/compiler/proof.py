@@ -66,7 +66,7 @@ def check_weights(graph: Graph) -> None:
     for name in [name for name in graph.weights if name not in graph.buffers]:
         if not torch.isfinite(graph.weights[name].load()).all():
             raise WeightError(
-                f"{name} holds NaN or infinity, so that the model computes nothing\n  mend the checkpoint"
+                f"{name} holds NaN or infinity, so that the model computes nothing", "mend the checkpoint"
             )
 
 

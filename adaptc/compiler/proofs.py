@@ -103,9 +103,9 @@ class Proofs:
         except ProofError:
             if not _equal(first, eager.on(self.batches)):
                 raise TraceError(
-                    f"{type(model).__name__} draws random numbers in evaluation mode too, so that no two runs agree\n"
-                    "  expected a model that is random in training only\n"
-                    "  let it depend on self.training, as nn.Dropout and F.dropout(x, p, self.training) do"
+                    f"{type(model).__name__} draws random numbers in evaluation mode too, so that no two runs agree",
+                    "expected a model that is random in training only",
+                    "let it depend on self.training, as nn.Dropout and F.dropout(x, p, self.training) do",
                 ) from None
             raise
 

@@ -64,7 +64,7 @@ def rewrite(
     except RefusedError as error:
         if not isinstance(error.source, Insert | Quantize):
             raise
-        raise spec.error(_place_of(error.source), *str(error).splitlines()) from error
+        raise spec.error(_place_of(error.source), error.message, *error.notes) from error
     refusals = _fold_refusals(adapted, plan)
     fold = PASSES["fold"]()
     stays = adapted.staying and adapted.stage in fold.takes and not refusals

@@ -133,7 +133,7 @@ def check_artifacts(spec: Spec, adapted: Graph, closing: Sequence[Pass]) -> None
             )
         held = bits_in_checkpoint(adapted, closing) if entry.format == "hf" else None
         if held:
-            raise spec.error(("emit", index, "format"), *str(held.reason).split("\n  "))
+            raise spec.error(("emit", index, "format"), held.reason, *held.notes)
         folded = entry.format == "hf" or (entry.format == "onnx" and entry.adapters == "folded")
         if folded and adapted.adaptations and not closing and adapted.stage not in PASSES["fold"].takes:
             raise spec.error(
@@ -143,7 +143,7 @@ def check_artifacts(spec: Spec, adapted: Graph, closing: Sequence[Pass]) -> None
             )
         refusal = folds_into_bits(adapted) if folded and not closing else None
         if refusal:
-            raise spec.error(("emit", index, "format"), *str(refusal.reason).splitlines())
+            raise spec.error(("emit", index, "format"), refusal.reason, *refusal.notes)
         if entry.format == "onnx" and entry.adapters == "live" and bits and not adapted.quantized:
             raise spec.error(
                 ("emit", index, "adapters"),
@@ -162,8 +162,8 @@ def bits_in_checkpoint(adapted: Graph, closing: Sequence[Pass]) -> Refusal | Non
         last = ["insert", "fold"] if adapted.adaptations else ["dequantize"]
         order = ", ".join([*(["quantize"] if named else []), *last])
         return Refusal(
-            f"a Hugging Face checkpoint holds floats, and {who} bits\n"
-            f"  write `passes: [{order}]` for floats of what the bits stand for; or emit onnx or torch"
+            f"a Hugging Face checkpoint holds floats, and {who} bits",
+            notes=(f"write `passes: [{order}]` for the dequantized floats; or emit onnx or torch",),
         )
     return None
 
@@ -184,7 +184,7 @@ def folds_into_bits(adapted: Graph) -> Refusal | None:
             if known.scheme.calibrated:
                 words += ", and name rows to quantize by: `calibration: rows.jsonl`"
             orders = OF_BASE if known.entry is None else ORDERS
-            return Refusal("\n".join([words, *(f"  {order:42}  {what}" for order, what in orders.items())]))
+            return Refusal(words, notes=tuple(f"{order:42}  {what}" for order, what in orders.items()))
     return None
 
 

@@ -53,16 +53,17 @@ def save_checkpoint(folded: Graph, base: Graph, directory: Path, max_shard_size:
         )
     if folded.staying:
         reason = f"{folded.staying} cannot be folded into weights, and a Hugging Face checkpoint holds nothing else"
-        raise RefusedError([Refusal(f"{reason}\n  emit it as onnx or torch; the adapter by itself as peft")])
+        raise RefusedError(
+            [Refusal(reason, notes=("emit it as onnx or torch; the adapter by itself as peft",))]
+        )
     config = copy.deepcopy(pretrained.config)
     model = _model_of(pretrained, config, folded)
     own = {name for name in folded.weights if name not in folded.transient}
     if own != set(model.state_dict()) or _program(folded, base) != _program(base, base):
         reason = (
-            f"`passes` make another program of the model, which no checkpoint of {type(model).__name__} holds\n"
-            "  emit it as onnx, or leave the pass out"
+            f"`passes` make another program of the model, which no checkpoint of {type(model).__name__} holds"
         )
-        raise RefusedError([Refusal(reason)])
+        raise RefusedError([Refusal(reason, notes=("emit it as onnx, or leave the pass out",))])
     directory.mkdir(parents=True, exist_ok=True)
     source = _files_of(pretrained)
     left_out = carry_over(source, directory)

@@ -75,7 +75,7 @@ def structure_checked() -> Iterator[None]:
     except RuntimeError as error:  # torch's words end with the text of all of the graph
         message = str(error).splitlines()[0]
         found = re.search(r"of Node '(\w+)'", message)
-        raise VerifyError(message, found[1] if found else None) from error
+        raise VerifyError(message, node=found[1] if found else None) from error
 
 
 def _check_weight(graph: Graph, node: fx.Node) -> None:
@@ -83,10 +83,10 @@ def _check_weight(graph: Graph, node: fx.Node) -> None:
         return
     weight, value = graph.weights.get(str(node.target)), node.meta["val"]
     if weight is None:
-        raise VerifyError(f"{node.target} is read, but there is no weight of that name", node.name)
+        raise VerifyError(f"{node.target} is read, but there is no weight of that name", node=node.name)
     if tuple(value.shape) != weight.shape or value.dtype != weight.dtype:
         raise VerifyError(
-            f"{node.target} is {list(weight.shape)}, but the graph takes it as {value}", node.name
+            f"{node.target} is {list(weight.shape)}, but the graph takes it as {value}", node=node.name
         )
 
 
@@ -124,4 +124,4 @@ def _error(message: str, node: fx.Node | None) -> VerifyError:
     """The message, and where in the model the node comes from."""
     if node is None:
         return VerifyError(message)
-    return VerifyError(message + place_of(node), node.name)
+    return VerifyError(message, *place_of(node), node=node.name)

@@ -43,8 +43,8 @@ class PackedMatrix:
         found = self.parts[key]()
         if found.is_floating_point() and not found.isfinite().all():
             raise WeightError(
-                f"{self.name}: its {key} hold NaN or infinity, so that the layer computes nothing\n"
-                "  mend the checkpoint"
+                f"{self.name}: its {key} hold NaN or infinity, so that the layer computes nothing",
+                "mend the checkpoint",
             )
         return found
 

@@ -58,15 +58,15 @@ class Quantization:
         W = self.matrix()
         if not torch.isfinite(W).all():
             raise WeightError(
-                f"{self.site.name} holds NaN or infinity, which no {self.scheme.name} code stands for\n"
-                "  mend the checkpoint, or leave the layer out with `exclude`"
+                f"{self.site.name} holds NaN or infinity, which no {self.scheme.name} code stands for",
+                "mend the checkpoint, or leave the layer out with `exclude`",
             )
         rows, columns = W.shape
         given = self.inputs() if self.inputs else None
         if given is not None and not torch.isfinite(given).all():
             raise WeightError(
-                f"{self.site.name} is given NaN or infinity on the calibration rows\n"
-                "  a weight before it is broken: mend the checkpoint, or leave the layer out with `exclude`"
+                f"{self.site.name} is given NaN or infinity on the calibration rows",
+                "a weight before it is broken: mend the checkpoint, or leave the layer out with `exclude`",
             )
         found = self.scheme.quantize(W, given)
         for _ in range(self.compensation_rounds - 1):

@@ -88,8 +88,8 @@ def integer_bits(
         middle = 2 ** (scheme.bits - 1)
         if scheme.symmetric and not (zeros() == middle).all():
             raise WeightError(
-                f"{module}.qzeros: the checkpoint calls its codes symmetric, but its zeros are not all {middle}\n"
-                "  set quantization_config in config.json right: its `sym` or `zero_point`, or its `checkpoint_format`"
+                f"{module}.qzeros: the checkpoint calls its codes symmetric, but its zeros are not all {middle}",
+                "set quantization_config in config.json right: its `sym` or `zero_point`, or its `checkpoint_format`",
             )
         return scales.load().t().float().contiguous()
 

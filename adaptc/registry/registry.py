@@ -141,7 +141,8 @@ class _Installed:
                     package = entry_point.dist.name if entry_point.dist else "an installed package"
                     raise AdaptcError(
                         f"{package} (entry point {entry_point.name} = {entry_point.value}) cannot be loaded: "
-                        f"{type(error).__name__}: {error}\n  mend that package, or uninstall it"
+                        f"{type(error).__name__}: {error}",
+                        "mend that package, or uninstall it",
                     ) from error
 
 

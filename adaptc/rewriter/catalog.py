@@ -36,11 +36,13 @@ class PassFactory:
         body: the method or the scheme.
         takes: the stages it can start from.
         leaves: the stage it leaves; None where it does not change it.
+        changes_results: whether the graph it leaves may compute something else.
     """
 
     def __init__(self, pass_class: Any, body: type[Body], name: str):
         self.pass_class, self.body, self.name = pass_class, body, name
         self.takes, self.leaves = pass_class.takes, pass_class.leaves
+        self.changes_results: bool = pass_class.changes_results
         self.__name__ = "".join(part.capitalize() for part in name.split("-"))
         self.__qualname__, self.__module__, self.__doc__ = self.__name__, body.__module__, body.__doc__
 

@@ -196,26 +196,24 @@ def _rewritten(graph: Graph, item: Pass, done: Sequence[str]) -> bool:
         verify(graph)
         return modified
     except VerifyError as error:
-        raise _failure(graph, item, done, str(error), error.node) from error
+        raise _failure(graph, item, done, error) from error
     except AdaptcError:
         raise
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
-        message = f"{type(error).__name__}: {error}\n  at {where.filename}:{where.lineno}    {where.line}"
-        raise _failure(graph, item, done, message) from error
+        cause = VerifyError(
+            f"{type(error).__name__}: {error}", f"at {where.filename}:{where.lineno}    {where.line}"
+        )
+        raise _failure(graph, item, done, cause) from error
 
 
-def _failure(
-    graph: Graph, item: Pass, done: Sequence[str], message: str, node: str | None = None
-) -> VerifyError:
+def _failure(graph: Graph, item: Pass, done: Sequence[str], cause: VerifyError) -> VerifyError:
     """What went wrong in which pass, after which others, and the graph around the node: the one that the message names
-    as `%name` if it is not told otherwise.
+    as `%name` if the cause names none.
     """
-    named = node or next(iter(re.findall(r"%(\w+)", message)), "")
-    lines = graph.excerpt(named).splitlines()
-    shown = (
-        "\n".join(["", f"  the graph around %{named}:", *(f"  {line}" for line in lines)]) if lines else ""
-    )
-    return VerifyError(
-        f"pass {item.name} failed (after {', '.join(done) or 'no other'}): {message}{shown}", named
-    )
+    node = cause.node or next(iter(re.findall(r"%(\w+)", cause.message)), "")
+    excerpt = graph.excerpt(node).splitlines()
+    shown = [f"the graph around %{node}:", *excerpt] if excerpt else []
+    before = ", ".join(done) or "no other"
+    message = f"pass {item.name} failed (after {before}): {cause.message}"
+    return VerifyError(message, *cause.notes, *shown, node=node)

@@ -97,8 +97,8 @@ class Quantize(Pass):
         for site in self.left(graph):
             reason = self.refused(graph, site)
             if reason:
-                words = f"{self.scheme.name}: {reason.reason}\n  site {site}"
-                refusals.append(Refusal(words, (site.node,)))
+                message = f"{self.scheme.name}: {reason.reason}"
+                refusals.append(Refusal(message, (site.node,), (f"site {site}",)))
         return refusals
 
     def call(self, graph: Graph) -> bool:

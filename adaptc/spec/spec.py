@@ -153,7 +153,7 @@ class Spec(Part):
 
     def weight_error(self, loc: Loc, error: WeightError) -> WeightError:
         """The same error, with the place of this spec that led to it."""
-        return WeightError(str(self.source.problem(loc, str(error))))
+        return WeightError(str(self.source.problem(loc, error.message, *error.notes)))
 
 
 def load(spec: str | os.PathLike[str] | Mapping[str, Any] | Spec, overrides: Sequence[str] = ()) -> Spec:

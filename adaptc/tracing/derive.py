@@ -89,8 +89,9 @@ def derive_inputs(model: nn.Module, config: Any) -> tuple[InputSpec, ...]:
     row = next(rows, None)
     if row is None:
         raise TraceError(
-            f"the inputs of {type(model).__name__} cannot be derived; write them in the spec, such as\n"
-            f"  inputs:\n    {main}: float32[batch, 80, 3000]"
+            f"the inputs of {type(model).__name__} cannot be derived; write them in the spec, such as",
+            "inputs:",
+            f"  {main}: float32[batch, 80, 3000]",
         )
     taken = inspect.signature(model.forward).parameters
     texts = {**row.inputs, **(DECODER if getattr(config, "is_encoder_decoder", False) else {})}

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from adaptc.errors import InputError, did_you_mean, nearest
+from adaptc.errors import InputError, TraceError, did_you_mean, nearest
 from adaptc.inputs import InputSpec
 
 LIBRARIES = (
@@ -150,24 +150,22 @@ def fixed_dimension(inputs: Sequence[InputSpec], sizes: Mapping[str, int], text:
     )
 
 
-def explain(model: nn.Module, error: Exception, examples: Mapping[str, torch.Tensor]) -> str:
-    """What cannot be traced, at the author's own line; what was expected there, and what to do."""
+def explain(model: nn.Module, error: Exception, examples: Mapping[str, torch.Tensor]) -> TraceError:
+    """The error that says what cannot be traced, at the author's own line; what was expected there, and what to do."""
     words = str(error).strip()
     first = next((line.strip() for line in words.splitlines() if line.strip()), type(error).__name__)
     places = _places(error, words)
     source = linecache.getline(*places[-1]).strip() if places else ""
     reason = next((reason for reason in REASONS if reason.fits(words, source)), None)
-    lines = [f"{type(model).__name__} could not be traced: {reason.what if reason else first}"]
-    lines += [f"  at {place(path, line)}" for path, line in _innermost(places)]
+    message = f"{type(model).__name__} could not be traced: {reason.what if reason else first}"
+    notes = [f"at {place(path, line)}" for path, line in _innermost(places)]
     if reason is None:
         shapes = ", ".join(f"{name} of shape {list(value.shape)}" for name, value in examples.items())
-        return "\n".join([*lines, f"  {type(error).__name__}, with {shapes}"])
-    lines += [f"  expected {reason.expected}", f"  {reason.advice}"]
+        return TraceError(message, *notes, f"{type(error).__name__}, with {shapes}")
+    notes += [f"expected {reason.expected}", reason.advice]
     if places and INSTALLED in places[-1][0]:
-        lines.append(
-            "  that line is a library's: a setting in base.config or another base.dtype may avoid it"
-        )
-    return "\n".join([*lines, f"  torch.export says: {first}"])
+        notes.append("that line is a library's: a setting in base.config or another base.dtype may avoid it")
+    return TraceError(message, *notes, f"torch.export says: {first}")
 
 
 def place(path: str, line: int) -> str:

@@ -54,7 +54,7 @@ def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False
         fixed = fixed_dimension(inputs, sizes, str(error))
         if fixed:
             raise InputError(fixed) from error
-        raise TraceError(explain(model, error, examples)) from error
+        raise explain(model, error, examples) from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for module, mode in modes.items():
@@ -107,8 +107,8 @@ def _inline_regions(module: fx.GraphModule) -> None:
         assert body is not None
         if node.target is torch.ops.higher_order.wrap_with_autocast and node.args[2] is True:
             raise TraceError(
-                "the model turns autocast on in its forward, which a graph cannot keep\n"
-                "  take torch.autocast out of forward; give the base's dtype in the spec instead"
+                "the model turns autocast on in its forward, which a graph cannot keep",
+                "take torch.autocast out of forward; give the base's dtype in the spec instead",
             )
         inputs = [n for n in body.graph.nodes if n.op == "placeholder"]
         with graph.inserting_before(node):

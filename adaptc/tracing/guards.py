@@ -44,10 +44,11 @@ def check_sizes(
         fixed = ", ".join(str(sizes[name] if dim == name else dim) for dim in spec.dims)
         raise TraceError(
             f"{type(model).__name__} could not be traced: it takes another way at {name}={larger[name]} than at "
-            f"{name}={sizes[name]}, where `{failed.expr.subs(symbols)}`{_where(failed.sloc)}\n"
-            "  expected the same operations for every size of a named dimension\n"
-            f"  fix that dimension by a number, such as {spec.name}: {spec.dtype}[{fixed}], or move the choice out of "
-            "forward"
+            f"{name}={sizes[name]}, where `{failed.expr.subs(symbols)}`",
+            *_where(failed.sloc),
+            "expected the same operations for every size of a named dimension",
+            f"fix that dimension by a number, such as {spec.name}: {spec.dtype}[{fixed}], or move the choice out of "
+            "forward",
         )
 
 
@@ -97,7 +98,7 @@ def _runs(model: nn.Module, inputs: Sequence[InputSpec], sizes: Mapping[str, int
     return True
 
 
-def _where(source: Any) -> str:
+def _where(source: Any) -> list[str]:
     frame = source.framework_loc
     own = isinstance(frame, FrameSummary) and is_authors(frame.filename)
-    return f"\n  at {place(frame.filename, frame.lineno or 0)}" if own else ""
+    return [f"at {place(frame.filename, frame.lineno or 0)}"] if own else []

@@ -140,8 +140,8 @@ def _quantized_weights(module: nn.Module, directory: Path, packed: Mapping[str, 
         )
     if not directory.is_dir():
         raise WeightError(
-            f"{directory} is quantized, and only read from files here: download it, and name its directory\n"
-            f"  hf download {directory} --local-dir {directory.name}"
+            f"{directory} is quantized, and only read from files here: download it, and name its directory",
+            f"hf download {directory} --local-dir {directory.name}",
         )
     new = missing(module, directory, packed)
     weights = stored_weights(module, directory, {**packed, **initialised(module, new, seed)})

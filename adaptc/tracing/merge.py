@@ -149,8 +149,9 @@ class _Merge:
         first = next(iter(self.unexplained), node)
         raise TraceError(
             "the model computes differently in training, beyond dropout, other noise and batch norm: "
-            f"{first.format_node()}\n  at {source_of(first) or 'an unknown source line'}\n"
-            "  adaptc makes one graph for both modes; move that difference out of forward, or fix it by an argument"
+            f"{first.format_node()}",
+            f"at {source_of(first) or 'an unknown source line'}",
+            "adaptc makes one graph for both modes; move that difference out of forward, or fix it by an argument",
         )
 
 

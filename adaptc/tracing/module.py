@@ -57,8 +57,8 @@ def from_factory(name: str, args: Mapping[str, Any], inputs: Sequence[InputSpec]
         model = factory(**args)
     except Exception as error:
         raise TraceError(
-            f"{name} failed: {type(error).__name__}: {error}\n"
-            "  expected an importable 'package.module:factory' that takes base.args and returns a torch.nn.Module"
+            f"{name} failed: {type(error).__name__}: {error}",
+            "expected an importable 'package.module:factory' that takes base.args and returns a torch.nn.Module",
         ) from error
     if not isinstance(model, nn.Module):
         raise TraceError(f"{name} returned {type(model).__name__}, expected a torch.nn.Module")

@@ -39,8 +39,8 @@ def packed_weights(model: nn.Module, directory: Path, about: Mapping[str, Any]) 
     if converted(model, stored):
         raise WeightError(
             f"{directory} is quantized by {method}, and transformers converts its tensors as it loads them, "
-            "which adaptc cannot follow in bits\n"
-            "  start from the float checkpoint, and let `quantize` store it in few bits"
+            "which adaptc cannot follow in bits",
+            "start from the float checkpoint, and let `quantize` store it in few bits",
         )
     found: dict[str, PackedWeight] = {}
     for name, keys in spellings(model).items():

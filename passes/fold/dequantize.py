@@ -23,8 +23,8 @@ class Dequantize(Pass):
         """What bits stand for is a value of the graph."""
         nodes = graph.by_name()
         taken = [name for name, found in graph.quantized.items() if found.value not in nodes]
-        words = f"{', '.join(taken[:3])}: products read the bits already\n  let `dequantize` stand in front"
-        return [Refusal(words)] if taken else []
+        words = f"{', '.join(taken[:3])}: products read the bits already"
+        return [Refusal(words, notes=("let `dequantize` stand in front",))] if taken else []
 
     def call(self, graph: Graph) -> bool:
         """Read the stored weights instead."""

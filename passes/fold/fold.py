@@ -42,13 +42,15 @@ class Fold(Pass):
                 if not beside or adaptation.on_alias == "live":
                     continue
                 leaf = site.leaf if name == site.parameter else name.rpartition(".")[2]
-                words = (
-                    f"{site.module}.{leaf} cannot be folded into: the same tensor is also used by {module_names(beside)}, "
-                    "which would change too\n"
-                    "  write `on_alias: untie` in its entry to give this layer a tensor of its own, "
+                reason = (
+                    f"{site.module}.{leaf} cannot be folded into: the same tensor is also used by "
+                    f"{module_names(beside)}, which would change too"
+                )
+                advice = (
+                    "write `on_alias: untie` in its entry to give this layer a tensor of its own, "
                     "`on_alias: live` to keep its adapter live (`adapters: live`: all), or leave it out"
                 )
-                refusals.append(Refusal(words, tuple(user.name for user in beside)))
+                refusals.append(Refusal(reason, tuple(user.name for user in beside), (advice,)))
         return refusals
 
     def call(self, graph: Graph) -> bool:

@@ -220,8 +220,8 @@ class TorchKernels(Pass):
             torch.empty(0, device=torch.device(self.device))
         except (RuntimeError, AssertionError, TypeError, ImportError) as error:
             why = str(error).splitlines()[0][:100]
-            reason = f"device: torch does not reach {self.device!r} here: {why}\n  expected one such as 'cpu' or 'cuda'"
-            return [Refusal(reason)]
+            reason = f"device: torch does not reach {self.device!r} here: {why}"
+            return [Refusal(reason, notes=("expected one such as 'cpu' or 'cuda'",))]
         return []
 
     def call(self, graph: Graph) -> bool:

@@ -325,7 +325,7 @@ def test_a_failure_names_the_passes_and_shows_the_graph_around_the_node(zoo: Zoo
     first, *rest = str(caught.value).splitlines()
     assert first.startswith("pass bad failed (after insert-lora, gradient-checkpointing): %linear : ")
     assert "does not fit its operands: a and b must have same reduction dim" in first
-    assert rest[0] == "  in up, from families.py:63"
+    assert re.fullmatch(r"  in up, from families\.py:\d+", rest[0])
     assert rest[1] == "  the graph around %linear:"
     shown = rest[2:]
     marked = [line for line in shown if line.startswith("  > ")]

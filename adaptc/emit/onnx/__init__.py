@@ -1,1 +1,1 @@
-"""The ONNX writer: a graph that only evaluates, lowered to operations that ONNX has, written weight by weight, and run."""
+"""The ONNX writer: a graph that only evaluates, lowered to what ONNX has, written weight by weight, and run."""

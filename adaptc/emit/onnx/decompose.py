@@ -91,10 +91,8 @@ class OnnxOperations(Pass):
                 and target.namespace not in OWN
                 and target not in known
             ):
-                reason = (
-                    f"ONNX export failed: there is no ONNX form of {target}{place_of(node)}\n  {EXPECTED}"
-                )
-                raise RefusedError([Refusal(reason)], self)
+                reason = f"ONNX export failed: there is no ONNX form of {target}"
+                raise RefusedError([Refusal(reason, notes=(*place_of(node), EXPECTED))], self)
 
 
 def _put_on_cpu(nodes: fx.Graph, device: fx.Node) -> None:

@@ -35,8 +35,8 @@ class Evaluate(Pass):
         """No operation writes to a weight: a program's weights stay as they are."""
         return [
             Refusal(
-                f"{breach.message} when the model evaluates, and the weights of a program stay as they are\n"
-                "  expected fixed weights; products in other formats (torch, hf) may change them"
+                f"{breach.message} when the model evaluates, and the weights of a program stay as they are",
+                notes=("expected fixed weights; products in other formats (torch, hf) may change them",),
             )
             for breach in no_weight_is_written(graph)
         ]

@@ -80,10 +80,8 @@ def translate(graph: Graph, opset: int) -> Any:
             (line for line in lines if "No ONNX function" in line or "aten." in line),
             lines[0] if lines else "",
         )
-        where = next((place_of(node) for node in graph.nodes if f"%{node.name} " in str(error)), "")
-        raise AdaptcError(
-            f"ONNX export failed: {type(error).__name__}: {words}{where}\n  {EXPECTED}"
-        ) from error
+        where = next((place_of(node) for node in graph.nodes if f"%{node.name} " in str(error)), ())
+        raise AdaptcError(f"ONNX export failed: {type(error).__name__}: {words}", *where, EXPECTED) from error
 
 
 def _program(graph: Graph) -> ExportedProgram:

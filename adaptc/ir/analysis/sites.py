@@ -17,11 +17,11 @@ ADAPTATION = "adaptation"
 """The key in a node's meta of the adaptation that its expression belongs to; nodes of the base have none."""
 
 
-def place_of(node: fx.Node) -> str:
-    """A line for the end of a message: `in layers.0.attention, from modeling_llama.py:214`; "" if neither is known."""
+def place_of(node: fx.Node) -> tuple[str, ...]:
+    """A note for a message: `in layers.0.attention, from modeling_llama.py:214`; empty if neither is known."""
     module, source = module_of(node)[0], source_of(node)
     parts = [f"in {module}"] * bool(module) + [f"from {source}"] * bool(source)
-    return "\n  " + ", ".join(parts) if parts else ""
+    return (", ".join(parts),) if parts else ()
 
 
 def find_sites(graph: fx.Graph, names: Mapping[str, str], parameters: set[str]) -> list[WeightSite]:

@@ -87,13 +87,13 @@ class InsertActivation(Insert[ActivationMethod], inserts=ActivationMethod):
         order = {node: index for index, node in enumerate(graph.nodes)}
         if order[read] >= order[first]:
             words = f"{method.name}: its input {read.name} is computed behind {site.node}"
-            raise RefusedError([Refusal(f"{words}\n  site {site}", (read.name,))], self)
+            raise RefusedError([Refusal(words, (read.name,), (f"site {site}",))], self)
         if str(read.meta["val"].shape) != str(output.meta["val"].shape):
             shapes = [list(node.meta["val"].shape) for node in (read, output)]
             words = (
                 f"{method.name}: its input {read.name} is {shapes[0]}, its output {output.name} {shapes[1]}"
             )
-            raise RefusedError([Refusal(f"{words}\n  site {site}", (read.name,))], self)
+            raise RefusedError([Refusal(words, (read.name,), (f"site {site}",))], self)
         with graph.module.graph.inserting_before(first):
             z = read
             if method.dropout:

@@ -129,7 +129,7 @@ class Insert(Pass, Generic[M]):
         for site in selection.sites:
             reason = self.refused(site)
             if reason:
-                refusals.append(Refusal(f"{method.name}: {reason.reason}\n  site {site}", (site.node,)))
+                refusals.append(Refusal(f"{method.name}: {reason.reason}", (site.node,), (f"site {site}",)))
                 continue
             if any(name in graph.weights for name, _ in self.tensors(site, selection.sites).values()):
                 refusals.append(

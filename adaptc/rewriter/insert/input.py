@@ -59,7 +59,7 @@ class InsertInput(Insert[InputMethod], inserts=InputMethod):
                 "inputs of that length are known by their names: token_type_ids, labels, *position*, *mask*"
             )
             known += " (of integers or booleans)"
-            return [Refusal(f"{words}\n  {known}", (unknown[0],))]
+            return [Refusal(words, (unknown[0],), (known,))]
         return []
 
     def call(self, graph: Graph) -> bool:

@@ -120,8 +120,8 @@ class Masks:
         return self.graph.call(target, *args, like=like)
 
     def _not_understood(self, node: fx.Node, why: str) -> RefusedError:
-        message = f"the attention at {node.name} is not understood: {why}{place_of(node)}"
-        refusal = Refusal(f"{message}\n  leave it out with `exclude`", (node.name,))
+        message = f"the attention at {node.name} is not understood: {why}"
+        refusal = Refusal(message, (node.name,), (*place_of(node), "leave it out with `exclude`"))
         return RefusedError([refusal], self.source)
 
 

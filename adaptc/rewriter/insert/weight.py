@@ -53,7 +53,7 @@ class InsertWeight(Insert[WeightMethod], inserts=WeightMethod):
                 words = f"the bits of {site.name} are read elsewhere too, and cannot be untied"
                 reason = (words, "untie it before it is quantized: `passes: [insert, quantize]`")
             if reason is not None:
-                refusals.append(Refusal("\n  ".join(reason), (site.node,)))
+                refusals.append(Refusal(reason[0], (site.node,), reason[1:]))
         return refusals
 
     def _not_compensated(
