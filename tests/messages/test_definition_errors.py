@@ -48,14 +48,14 @@ class Probe(WeightMethod):
         return W + self.gain * s
 """
 SCHEME = """\
-from adaptc.scheme_contract import Kept, Scheme
+from adaptc.quantization.scheme import Scheme, StoredTensor
 @scheme("probe-scheme")
 @dataclass(frozen=True)
 class Probe(Scheme):
     '''W = s round(W / s)'''
     steps: int = 127
     def stored(self, rows, columns):
-        return {"codes": Kept((rows, columns), "int8"), "scale": Kept((rows, 1), "float32")}
+        return {"codes": StoredTensor((rows, columns), "int8"), "scale": StoredTensor((rows, 1), "float32")}
     def quantize(self, W, inputs=None):
         scale = W.abs().amax(1, keepdim=True) / self.steps
         return {"codes": (W / scale).round().to(torch.int8), "scale": scale}
