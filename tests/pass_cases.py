@@ -48,9 +48,6 @@ def snapshot(graph: Graph) -> tuple[Any, ...]:
     )
 
 
-# -- a user's pass that does something wrong ----------------------------------------------------------------
-
-
 class Bad(Pass):
     """A pass of a user's own; `name` is set without registering it."""
 

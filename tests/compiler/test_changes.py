@@ -19,9 +19,6 @@ from tests.pass_cases import Bad, default
 aten = torch.ops.aten
 
 
-# -- a user's pass that changes what the model computes ------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True)
 class Scaled2(Bad):
     """The first layer gives something else, by a factor."""

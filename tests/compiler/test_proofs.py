@@ -46,9 +46,6 @@ def test_a_wrong_fold_is_stopped_by_the_proof(zoo: Zoo, monkeypatch: pytest.Monk
         compiled.fold()
 
 
-# proofs
-
-
 def against(a: torch.Tensor, b: torch.Tensor) -> Any:
     inputs = [InputSpec("x", "float32", ("batch", 2))]
     drawn = batches(inputs)
@@ -106,9 +103,6 @@ def test_both_senses_of_a_boolean_input_are_proved() -> None:
 def test_integers_below_zero_are_inputs() -> None:
     model = Calls(lambda m, x: m.l(x.float().tanh()), l=nn.Linear(6, 4))
     compiled(model, [{**LORA, "target": "l"}], torch.arange(-9, 9).reshape(3, 6)).check_gradients()
-
-
-# -- dead paths, aliases, layers that run twice ---------------------------------------------------------------
 
 
 class Paths(nn.Module):

@@ -38,9 +38,6 @@ def test_outputs_that_are_one_tensor_keep_their_names(tmp_path: Path) -> None:
     assert names == ["linear", "again", "x_output"]
 
 
-# inputs and outputs
-
-
 def test_a_size_among_the_outputs_does_not_reach_onnx(tmp_path: Path) -> None:
     model, x = Calls(lambda m, x: (m.l(x), x.shape[0]), l=nn.Linear(6, 4)), torch.randn(3, 6)
     made = compiled(model, [{**LORA, "target": "l"}], x)
