@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -22,7 +22,7 @@ def writes_in_place(target: Any) -> bool:
 def memory_owner(node: fx.Node) -> fx.Node:
     """The node that made the memory of a value: behind views, and operations that gave back what they wrote to."""
     while node.op == "call_function" and _gives_operand(node.target):
-        node = node.args[0]  # type: ignore[assignment]
+        node = node_arg(node, 0)
     return node
 
 
@@ -36,6 +36,48 @@ def operation(node: fx.Node) -> str:
     if isinstance(node.target, torch._ops.OpOverload):
         return str(node.target).split(".")[1]
     return getattr(node.target, "__name__", str(node.target))
+
+
+def node_arg(node: fx.Node, index: int) -> fx.Node:
+    """The argument of a node at this position, which is a node.
+
+    Raises:
+        TypeError: the argument is a constant or a list.
+    """
+    argument = node.args[index]
+    if not isinstance(argument, fx.Node):
+        raise TypeError(f"argument {index} of %{node.name} is {argument!r}, not a node")
+    return argument
+
+
+def list_arg(node: fx.Node, index: int) -> list[Any]:
+    """The argument of a node at this position, which is a list, as a new list.
+
+    Raises:
+        TypeError: the argument is a node or a constant.
+    """
+    argument = node.args[index]
+    if not isinstance(argument, (list, tuple)):
+        raise TypeError(f"argument {index} of %{node.name} is {argument!r}, not a list")
+    return list(argument)
+
+
+def map_operands(
+    node: fx.Node, value_of: Callable[[fx.Node], Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a node, a value in the place of every node, in lists too.
+
+    Returns:
+        the positional arguments, and those by keyword.
+    """
+    # Any: torch allows only what a graph can hold as a value, and this also gives tensors.
+    return cast(Any, map_arg)((node.args, dict(node.kwargs)), value_of)
+
+
+def apply_operation(node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
+    """What the operation of a node gives on these values of its operands."""
+    args, kwargs = map_operands(node, value_of)
+    return cast(Callable[..., Any], node.target)(*args, **kwargs)
 
 
 def keeps_shape(node: fx.Node) -> bool:
@@ -127,8 +169,7 @@ CUT = "cut"
 
 def evaluated(node: fx.Node) -> Any:
     """What an operation gives on the recorded values of its operands; within the graph's own fake-tensor mode."""
-    args, kwargs = map_arg((node.args, dict(node.kwargs)), _recorded)  # type: ignore[arg-type]
-    return node.target(*args, **kwargs)  # type: ignore[operator]
+    return apply_operation(node, _recorded)
 
 
 def _recorded(node: fx.Node) -> Any:
