@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 from torch import fx
 
 from adaptc.ir.analysis.dataflow import walk
-from adaptc.ir.analysis.sites import ADAPTATION
-from adaptc.ir.nodes import module_of
+from adaptc.ir.nodes import ADAPTATION, module_of
 from adaptc.methods.point_sites import InputSite, Site
 from adaptc.methods.site import Use, WeightSite
 

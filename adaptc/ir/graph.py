@@ -15,9 +15,17 @@ from torch.fx.node import map_arg
 from adaptc.inputs import InputSpec
 from adaptc.ir.analysis.points import find_points
 from adaptc.ir.analysis.roles import Roles, find_roles
-from adaptc.ir.analysis.sites import ADAPTATION
 from adaptc.ir.base import Base
-from adaptc.ir.nodes import PROVENANCE, VERIFIED, _line, copy_nodes, is_tensor, set_tensor, signature
+from adaptc.ir.nodes import (
+    ADAPTATION,
+    PROVENANCE,
+    VERIFIED,
+    copy_nodes,
+    is_tensor,
+    set_tensor,
+    signature,
+)
+from adaptc.ir.text import line_of
 from adaptc.methods.method import Method, WeightMethod
 from adaptc.methods.param import Param
 from adaptc.methods.point_sites import AnyPoint, Site
@@ -304,7 +312,7 @@ class Graph:
 
     def text(self) -> str:
         """The graph as text, a line a node: result, operation, operands, shape, module."""
-        return "\n".join(_line(node) for node in self.nodes)
+        return "\n".join(line_of(node) for node in self.nodes)
 
     def excerpt(self, name: str, lines: int = 5) -> str:
         """The lines of the text around a node, whose own is marked; "" if there is no such node."""
@@ -313,4 +321,4 @@ class Graph:
         if at is None:
             return ""
         shown = range(max(0, at - lines), min(len(nodes), at + lines + 1))
-        return "\n".join(f"{'>' if index == at else ' '} {_line(nodes[index])}" for index in shown)
+        return "\n".join(f"{'>' if index == at else ' '} {line_of(nodes[index])}" for index in shown)

@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from adaptc.ir.analysis.sites import ADAPTATION
 from adaptc.ir.graph import Graph
-from adaptc.ir.nodes import memory_owner, writes_in_place
+from adaptc.ir.nodes import ADAPTATION, memory_owner, writes_in_place
 from adaptc.quantization.operators import DEQUANTIZE, EMBEDDING, LINEAR
 
 aten = torch.ops.aten

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from adaptc.ir.analysis.sites import ADAPTATION
+from adaptc.ir.nodes import ADAPTATION
 
 aten = torch.ops.aten
 DIMENSION = {

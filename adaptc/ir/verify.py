@@ -12,9 +12,8 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 
 from adaptc.errors import VerifyError
-from adaptc.ir.analysis.sites import place_of
 from adaptc.ir.graph import Graph
-from adaptc.ir.nodes import VERIFIED, evaluated, signature
+from adaptc.ir.nodes import VERIFIED, evaluated, provenance, signature
 from adaptc.ir.stages import stages_of
 
 
@@ -124,4 +123,4 @@ def _error(message: str, node: fx.Node | None) -> VerifyError:
     """The message, and where in the model the node comes from."""
     if node is None:
         return VerifyError(message)
-    return VerifyError(message, *place_of(node), node=node.name)
+    return VerifyError(message, *provenance(node), node=node.name)

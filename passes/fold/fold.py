@@ -11,8 +11,8 @@ from torch import fx
 
 from adaptc.errors import Refusal
 from adaptc.ir.aliases import alias_names, module_names, other_users
-from adaptc.ir.analysis.sites import ADAPTATION
 from adaptc.ir.graph import Adaptation, Graph
+from adaptc.ir.nodes import ADAPTATION
 from adaptc.methods.method import WeightMethod
 from adaptc.methods.site import Use
 from adaptc.rewriter.expression import FoldedWeight, extract_expression

@@ -19,8 +19,8 @@ from adaptc.emit.onnx.lower_quantized import OnnxProducts
 from adaptc.emit.onnx.quantized_operations import onnx
 from adaptc.emit.onnx.rounding import RoundActivations
 from adaptc.errors import RefusedError, VerifyError
-from adaptc.ir.analysis.sites import ADAPTATION
 from adaptc.ir.graph import Graph
+from adaptc.ir.nodes import ADAPTATION
 from adaptc.ir.stages import REWRITTEN, STAGES, TABLE
 from adaptc.ir.training_mode import training_node
 from adaptc.ir.verify import verify

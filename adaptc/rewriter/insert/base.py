@@ -11,8 +11,8 @@ import torch
 from torch import fx
 
 from adaptc.errors import DefinitionError, Fault, InputError, Refusal
-from adaptc.ir.analysis.sites import ADAPTATION
 from adaptc.ir.graph import Adaptation, Graph, OnAlias
+from adaptc.ir.nodes import ADAPTATION
 from adaptc.ir.selection import Selection, Target, as_stored, select
 from adaptc.methods.method import METHODS, Method, shared_name
 from adaptc.methods.param import Param
