@@ -81,7 +81,10 @@ def _separated(graph: Graph, name: str, module: str, uses: Sequence[Use], nodes:
     module's tensor gets a new one.
     """
     moved = {use.node for use in uses}
-    if all(user.name in moved for user in users(graph, name)) or (name, uses[0].node) in graph.adapted:
+    if (
+        all(user.name in moved for user in users(graph, name))
+        or (name, uses[0].node) in graph.adapted_weights
+    ):
         return name
     known = alias_names(graph, name)
     own = next((n for n in known if n.rpartition(".")[0] == module), name)
@@ -114,6 +117,6 @@ def _separated(graph: Graph, name: str, module: str, uses: Sequence[Use], nodes:
 
     graph.sites = tuple(renamed(site) for site in graph.sites)
     graph.revise(lambda adaptation: replace(adaptation, site=renamed_place(adaptation.site)))
-    for tensor, use in [key for key in graph.adapted if key[0] in known]:
-        graph.adapted[rest[0], use] = graph.adapted.pop((tensor, use))
+    for tensor, use in [key for key in graph.adapted_weights if key[0] in known]:
+        graph.adapted_weights[rest[0], use] = graph.adapted_weights.pop((tensor, use))
     return own

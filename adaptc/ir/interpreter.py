@@ -92,7 +92,7 @@ class Interpreter:
         return Run(
             batches,
             dict(zip(batches, outcomes, strict=True)),
-            tuple(self.graph.tensors),
+            tuple(self.graph.tensor_outputs),
             tuple(coverage),
             {name: choice.made for name, choice in zip(batches, choices, strict=True)},
             flipped,

@@ -147,17 +147,17 @@ def traced_size(size: Any) -> Any:
 
 def module_of(node: fx.Node) -> tuple[str, str]:
     """The full name and the class of the module that a node comes from; `("", "")` at the root."""
-    stack: list[tuple[str, Any]] = list((node.meta.get("nn_module_stack") or {}).values())
+    stack = cast(dict[str, tuple[str, Any]], node.meta.get("nn_module_stack") or {})
     if not stack:
         return "", ""
-    name, cls = stack[-1]
+    name, cls = list(stack.values())[-1]
     class_name: str = cls if isinstance(cls, str) else cls.__name__
     return re.sub(r"@\d+", "", name), class_name.rsplit(".", 1)[-1]
 
 
 def source_of(node: fx.Node) -> str:
     """File and line, outside torch, that ran this node: `modeling_llama.py:214`; "" if none is recorded."""
-    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    frames: list[tuple[str, str]] = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
     outside = [(path, line) for path, line in frames if "/torch/" not in path] or frames
     return f"{outside[-1][0].rsplit('/', 1)[-1]}:{outside[-1][1]}" if outside else ""
 

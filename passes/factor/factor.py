@@ -9,9 +9,10 @@ import torch
 from torch import fx
 
 from adaptc.errors import Refusal, RefusedError
+from adaptc.ir.adaptation import Adaptation
 from adaptc.ir.analysis.dataflow import walk
 from adaptc.ir.analysis.linear_forms import VIEWS, Linear, Product, operands
-from adaptc.ir.graph import Adaptation, Graph
+from adaptc.ir.graph import Graph
 from adaptc.ir.nodes import ADAPTATION
 from adaptc.ir.training_mode import training_node
 from adaptc.methods.method import WeightMethod

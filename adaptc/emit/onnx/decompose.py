@@ -17,7 +17,7 @@ from adaptc.emit.onnx.operations import translations
 from adaptc.errors import Refusal, RefusedError
 from adaptc.ir.graph import Graph
 from adaptc.ir.nodes import PROVENANCE, provenance
-from adaptc.ir.stages import OWN
+from adaptc.ir.stages import ADAPTC_LIBRARIES
 from adaptc.rewriter.pipeline import Pass
 
 EXPECTED = (
@@ -87,7 +87,7 @@ class OnnxOperations(Pass):
             target = node.target
             if (
                 isinstance(target, torch._ops.OpOverload)
-                and target.namespace not in OWN
+                and target.namespace not in ADAPTC_LIBRARIES
                 and target not in known
             ):
                 reason = f"ONNX export failed: there is no ONNX form of {target}"
