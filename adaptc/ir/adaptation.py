@@ -11,8 +11,8 @@ from adaptc.methods.param import Param
 from adaptc.methods.point_sites import Site
 
 OnAlias = Literal["refuse", "untie", "live", "share"]
-"""What is done about an adapted tensor that other operations use too: `refuse` to fold into it, `untie` it (the site gets a
-tensor of its own), keep the adapter `live` in the folded graph, or `share` it (every use is adapted)."""
+"""What is done about an adapted tensor that other operations use too: `refuse` to fold into it, `untie` it (the site
+gets a tensor of its own), keep the adapter `live` in the folded graph, or `share` it (every use is adapted)."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from adaptc.ir.analysis.matmul import flops_of
+from adaptc.ir.analysis.matrix_products import flops_of
 from adaptc.ir.graph import Graph
 
 BATCH, LENGTH = 1, 128

@@ -157,7 +157,9 @@ def module_of(node: fx.Node) -> tuple[str, str]:
 
 def source_of(node: fx.Node) -> str:
     """File and line, outside torch, that ran this node: `modeling_llama.py:214`; "" if none is recorded."""
-    frames: list[tuple[str, str]] = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    frames: list[tuple[str, str]] = re.findall(
+        r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or ""
+    )
     outside = [(path, line) for path, line in frames if "/torch/" not in path] or frames
     return f"{outside[-1][0].rsplit('/', 1)[-1]}:{outside[-1][1]}" if outside else ""
 

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from adaptc.errors import InputError
-from adaptc.ir.analysis.linear_forms import Linear, operands
+from adaptc.ir.analysis.affine_maps import Linear, as_affine_map
 from adaptc.ir.graph import Graph
 from adaptc.ir.interpreter import Batch, observed
 from adaptc.methods.site import WeightSite
@@ -70,5 +70,5 @@ def thinned(rows: torch.Tensor, count: int) -> torch.Tensor:
 
 def _operand(node: fx.Node) -> str | None:
     """The node that is multiplied by the weight here; None where it is looked up, or no plain product."""
-    read = operands(node)
-    return read.x.name if read is not None and isinstance(read.product, Linear) else None
+    read = as_affine_map(node)
+    return read.x.name if read is not None and isinstance(read.affine, Linear) else None

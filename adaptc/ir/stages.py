@@ -13,7 +13,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch._ops import OpOverload
@@ -38,14 +38,9 @@ from adaptc.quantization.operators import DEQUANTIZE, EMBEDDING, LINEAR
 ADAPTC_LIBRARIES = frozenset({"adaptc", "adaptc_onnx"})
 """The libraries of adaptc's own operations, each of which is legal at some stages only."""
 SIZE_FUNCTIONS: frozenset[Callable[..., Any]] = frozenset(
-    cast(Callable[..., Any], function)
-    for function in (
-        *(operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv, operator.truediv),
-        *(operator.mod, operator.neg, operator.pow),
-        *(operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge),
-        *(torch.sym_max, torch.sym_min, torch.sym_float, torch.sym_int),
-        *(torch.sym_not, torch.sym_sum, torch.sym_ite),
-    )
+    [getattr(operator, name) for name in ("getitem", "add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "pow")]
+    + [getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")]
+    + [getattr(torch, f"sym_{name}") for name in ("max", "min", "float", "int", "not", "sum", "ite")]
 )
 """Python functions on sizes and flags that are legal beside operations on tensors."""
 

@@ -27,7 +27,7 @@ def training_node(graph: fx.Graph) -> fx.Node:
 
 
 def mark_training_arguments(graph: fx.Graph) -> None:
-    """Let arguments that a trace in training mode has fixed follow the module: `train=True`, `training=True`, `dropout_p=p`."""
+    """Let the arguments that a trace in training mode fixes (`train`, `training`, `dropout_p`) follow the module."""
     for node in list(graph.nodes):
         if node.op != "call_function" or not is_operator(node.target):
             continue
@@ -45,10 +45,9 @@ def mark_training_arguments(graph: fx.Graph) -> None:
 def _following(graph: fx.Graph, node: fx.Node, argument: str, value: Any) -> fx.Node | None:
     """The node that takes the place of an argument which holds in training mode only; None if it holds in both."""
     if argument in ("train", "training") and value is True:
-        own_statistics = (
-            node.target is aten.batch_norm.default and node.args[3] is None
-        )  # the same in both modes
-        return None if own_statistics else training_node(graph)
+        # without running statistics a batch norm is the same in both modes
+        stateless = node.target is aten.batch_norm.default and node.args[3] is None
+        return None if stateless else training_node(graph)
     if node.target is aten.add_.Tensor and argument == "other" and value is True:  # batch norm's counter
         return training_node(graph)
     if argument == "dropout_p" and isinstance(value, float) and value > 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Iterable
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -119,9 +119,9 @@ def _propagate(graph: Graph) -> None:
 def _differ(value: Any, recorded: torch.Tensor) -> bool:
     if not isinstance(value, torch.Tensor) or value.dtype != recorded.dtype or value.dim() != recorded.dim():
         return True
-    pairs: Iterable[tuple[Any, Any]] = zip(value.shape, recorded.shape, strict=True)
-    # Symbolic sizes are not compared: two formulas may mean the same.
-    return any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in pairs)
+    shapes = cast(Any, value).shape, cast(Any, recorded).shape
+    # Symbolic sizes are not compared: two formulas can be equal.
+    return any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in zip(*shapes, strict=True))
 
 
 def _error(message: str, node: fx.Node | None) -> VerifyError:

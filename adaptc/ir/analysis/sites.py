@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import fx
 
 from adaptc.ir.analysis.layouts import consumers
-from adaptc.ir.analysis.matmul import MATRIX_PRODUCTS, bias_of
+from adaptc.ir.analysis.matrix_products import MATRIX_PRODUCTS, bias_of
 from adaptc.ir.nodes import module_of, operation, source_of
 from adaptc.methods.site import MATRIX_KINDS, Layout, Use, WeightSite
 
