@@ -38,7 +38,10 @@ from adaptc.quantization.operators import DEQUANTIZE, EMBEDDING, LINEAR
 ADAPTC_LIBRARIES = frozenset({"adaptc", "adaptc_onnx"})
 """The libraries of adaptc's own operations, each of which is legal at some stages only."""
 SIZE_FUNCTIONS: frozenset[Callable[..., Any]] = frozenset(
-    [getattr(operator, name) for name in ("getitem", "add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "pow")]
+    [
+        getattr(operator, name)
+        for name in ("getitem", "add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "pow")
+    ]
     + [getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")]
     + [getattr(torch, f"sym_{name}") for name in ("max", "min", "float", "int", "not", "sum", "ite")]
 )

@@ -40,7 +40,7 @@ def through(node: fx.Node, axes: Axes) -> Axes | None:
             order[args[1]], order[args[2]] = order[args[2]], order[args[1]]
             return tuple(order)
         case "permute":
-            return tuple(axes[i] for i in list_arg(node, 1))
+            return tuple([axes[int(i)] for i in list_arg(node, 1)])
         case "unsqueeze":
             at = args[1] % (len(axes) + 1)
             return (*axes[:at], None, *axes[at:])
