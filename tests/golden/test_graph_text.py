@@ -5,72 +5,80 @@ Write them anew with `UPDATE_GOLDEN=1 pytest tests/golden`.
 
 from __future__ import annotations
 
-import dataclasses
+import importlib
 import os
+import pkgutil
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
 
 import adaptc
-from adaptc import passes
 from adaptc.ir.graph import Graph
+from adaptc.methods.site import KINDS
+from adaptc.rewriter.catalog import load_passes
+from adaptc.rewriter.pipeline import Pass
+from tests.golden.cases import cases
 
 HERE = Path(__file__).parent
+COLUMNS, LINES = 160, 55
+"""What a screen holds."""
 
 
-class Small(nn.Module):
-    """Two layers, dropout between them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.drop, self.second = nn.Linear(8, 16), nn.Dropout(0.1), nn.Linear(16, 8, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.second(self.drop(torch.relu(self.first(x))))
+def file_of(name: str) -> Path:
+    return HERE / f"{name.replace(' ', '-')}.txt"
 
 
-@pytest.fixture(scope="module")
-def traced() -> Graph:
-    return adaptc.trace(Small(), example_inputs=(torch.randn(2, 8),), dynamic={"x": {0: "batch"}})
+def shown(graph: Graph) -> str:
+    """The text of a graph: with the names of dimensions in place of torch's symbols, and long lines continued."""
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    text = graph.text()
+    for node, spec in zip(inputs, graph.inputs, strict=True):
+        for size, name in zip(node.meta["val"].shape, spec.dims, strict=True):
+            if isinstance(name, str):
+                text = re.sub(rf"\b{size}\b", name, text)
+    lines = text.splitlines()
+    return "".join(textwrap.fill(line, COLUMNS, subsequent_indent="    ") + "\n" for line in lines)
 
 
-def with_options(insert: adaptc.Pass, **options: object) -> adaptc.Pass:
-    """The same pass with other options of its method."""
-    return dataclasses.replace(insert, method=dataclasses.replace(insert.method, **options))
-
-
-def pipelines() -> dict[str, list[adaptc.Pass]]:
-    lora = passes.InsertLora(target=["first", "second"], r=1, alpha=4)
-    return {
-        "traced": [],
-        "insert-lora": [lora],
-        "factor": [lora, passes.Factor()],
-        "factor-with-dropout": [with_options(lora, dropout=0.5), passes.Factor()],
-        "factor-is-not-worth-it": [with_options(lora, r=8), passes.Factor()],
-        "fold": [lora, passes.Fold()],
-        "insert-dora": [passes.InsertDora(target="first", r=1)],
-        "factor-ia3": [passes.InsertIa3(target="*", feedforward=("second",)), passes.Factor()],
-    }
-
-
-@pytest.mark.parametrize("name", pipelines())
-def test_text(traced: Graph, name: str) -> None:
-    text = adaptc.run(traced, pipelines()[name]).text() + "\n"
-    text = re.sub(r"\bs\d+\b", "batch", text)  # torch's own name of the dimension
-    file = HERE / f"{name}.txt"
+@pytest.mark.parametrize("name", cases())
+def test_text(name: str) -> None:
+    graph, passes = cases()[name]()
+    assert not passes or name.split()[0] == passes[-1].name
+    text = shown(adaptc.run(graph, passes))
     if os.environ.get("UPDATE_GOLDEN"):
-        file.write_text(text)
-    assert text == file.read_text(), "run with UPDATE_GOLDEN=1 if this change is meant"
+        file_of(name).write_text(text)
+    assert text == file_of(name).read_text(), "run with UPDATE_GOLDEN=1 if this change is meant"
+    assert len(text.splitlines()) <= LINES, "it is not read at once: choose a smaller graph"
 
 
-def test_the_text_fits_on_a_screen(traced: Graph) -> None:
-    for name, pipeline in pipelines().items():
-        lines = adaptc.run(traced, pipeline).text().splitlines()
-        assert max(map(len, lines)) <= 160, name
+def test_there_is_a_text_of_every_shipped_pass() -> None:
+    """Those that a spec names, and those that the compiler runs by itself."""
+    for module in pkgutil.walk_packages(adaptc.__path__, "adaptc."):
+        importlib.import_module(module.name)
+    shipped, classes = (
+        {name for name in load_passes() if load_passes()[name].__module__.startswith("adaptc.")},
+        [Pass],
+    )
+    for cls in classes:
+        classes += cls.__subclasses__()
+        if isinstance(cls.__dict__.get("name"), str) and cls.__module__.startswith("adaptc."):
+            shipped.add(cls.name)
+    assert shipped == {name.split()[0] for name in cases()} - {"traced"}
+
+
+def test_there_is_a_text_of_every_kind_of_site() -> None:
+    kinds = set()
+    for name, case in cases().items():
+        if name.startswith("insert-"):
+            kinds |= {adaptation.site.kind for adaptation in adaptc.run(*case()).adaptations}
+    assert kinds == set(KINDS)
+
+
+def test_there_is_no_text_of_nothing() -> None:
+    assert {path.name for path in HERE.glob("*.txt")} == {file_of(name).name for name in cases()}
 
 
 def test_a_fold_reads_as_the_base() -> None:
-    assert (HERE / "fold.txt").read_text() == (HERE / "traced.txt").read_text()
+    assert file_of("fold").read_text() == file_of("traced").read_text()

@@ -13,7 +13,6 @@ import torch
 from torch.nn import functional as F
 
 import adaptc
-from adaptc.compiler.compiled import Compiled
 from adaptc.errors import SpecError
 from adaptc.ir.analysis.matrix_products import MATRIX_PRODUCTS
 from adaptc.ir.graph import Graph
@@ -328,84 +327,6 @@ def test_a_narrow_fold_rounds_once(zoo: Zoo, method: str, name: str, dtype: str)
             assert torch.equal(folded.weights[site.bias].load(), b.to(got.dtype)), site.bias
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "raw"])
-@pytest.mark.parametrize("order", [("lora", "ia3"), ("ia3", "lora")])
-def test_two_methods_on_one_layer_apply_in_order(zoo: Zoo, name: str, order: tuple[str, str]) -> None:
-    entries = [entry(method, name) for method in order]
-    for given in entries:
-        given.pop("feedforward", None)
-    compiled = zoo.compiled(name, entries)
-    module = compiled.module.eval()
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for p in module.parameters():
-            if p.requires_grad:
-                p.add_(0.1 * torch.randn_like(p))
-    state = module.state_dict()
-    folded = compiled.fold()
-    theirs = folded.state_dict()
-    sites = {a.site.module: a.site for a in compiled.graph.adaptations}
-    assert len(compiled.graph.adaptations) == 2 * len(sites)
-    for site in sites.values():
-        W = state[site.parameter].double()
-        W = W.t() if site.transposed else W
-        A, B, scale = (
-            state[f"{site.module}.{leaf}"].double()
-            for leaf in ("lora_A.default.weight", "lora_B.default.weight", "ia3_l.default")
-        )
-        assert scale.shape == (site.out_features, 1)
-        delta = 8.0 / 4 * (B @ A)
-        W = scale * (W + delta) if order[0] == "lora" else scale * W + delta
-        W = W.t() if site.transposed else W
-        close(theirs[site.parameter], W.float(), 2)
-        if site.bias:
-            close(theirs[site.bias], (state[site.bias].double() * scale[:, 0]).float(), 2)
-    tensors = inputs(name, 3, 4, pad=True)
-    with torch.no_grad():
-        want, got = (
-            outputs(module, tensors, folded_keys(compiled)),
-            outputs(folded, tensors, folded_keys(compiled)),
-        )
-    for key in want:
-        close(got[key], want[key])
-
-
-def folded_keys(compiled: Compiled) -> tuple[str, ...]:
-    return compiled.base.outputs
-
-
-def test_order_of_two_methods_is_kept_in_what_is_saved(zoo: Zoo, tmp_path: Path) -> None:
-    name = "bert"
-    found = {}
-    for order in (("lora", "ia3"), ("ia3", "lora")):
-        compiled = zoo.compiled(name, [entry(m, name, name=m) for m in order])
-        torch.manual_seed(3)
-        with torch.no_grad():
-            for _, p in sorted(compiled.module.named_parameters()):
-                if p.requires_grad:
-                    p.add_(0.1 * torch.randn_like(p))
-        directory = tmp_path / "-".join(order)
-        compiled.save_adapter(directory)
-        again = zoo.compiled(name, [{"adapter": str(directory)}])
-        assert [a.method.name for a in again.graph.adaptations] == [
-            a.method.name for a in compiled.graph.adaptations
-        ]
-        tensors = inputs(name, 2, 4)
-        want = evaluate(compiled.graph, tensors)["logits"]
-        assert torch.equal(evaluate(again.graph, tensors)["logits"], want)
-        compiled.load_adapter(directory)
-        found[order] = want
-    differs(*found.values())
-
-
-def test_a_method_that_throws_away_what_an_earlier_one_did_is_an_error_of_the_spec(zoo: Zoo) -> None:
-    adapt = [{"method": "lora", "target": "*", "r": 2}, {"method": "full", "target": "down"}]
-    with pytest.raises(adaptc.SpecError, match="down"):
-        zoo.compiled("mlp", adapt)
-    compiled = zoo.compiled("mlp", adapt[::-1])
-    assert compiled.fold() is not None
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_branch_dropout_is_on_the_branch_in_training_only(zoo: Zoo, method: str) -> None:
     if "dropout" not in field_names(method):
@@ -437,37 +358,6 @@ def test_branch_dropout_is_on_the_branch_in_training_only(zoo: Zoo, method: str)
             if p.requires_grad:
                 p.copy_(module.get_parameter(n))
         close(still, outputs(twin.module.eval(), tensors, [key])[key])
-
-
-def test_lora_dropout_is_the_papers() -> None:
-    linear = torch.nn.Linear(6, 4)
-    model = torch.nn.Sequential()
-    model.add_module("layer", linear)
-
-    class One(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = linear
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.layer(x)
-
-    compiled = adaptc.compile(
-        {"adapt": [{"method": "lora", "target": "layer", "r": 2, "alpha": 3, "dropout": 0.4}]},
-        model=One(),
-        example_inputs=(torch.randn(3, 6),),
-        dynamic={"x": {0: "batch"}},
-    )
-    module = compiled.module.train()
-    state = dict(module.named_parameters())
-    A, B = state["layer.lora_A.default.weight"], state["layer.lora_B.default.weight"]
-    torch.nn.init.normal_(B.data)
-    x = torch.randn(7, 6)
-    torch.manual_seed(8)
-    got = module(x)
-    torch.manual_seed(8)
-    want = linear(x) + 1.5 * F.dropout(x, 0.4, True) @ A.t() @ B.t()
-    close(got, want, 8)
 
 
 COMPILED = [

@@ -17,13 +17,10 @@ from torch.nn import functional as F
 
 import adaptc
 from adaptc.compiler.compiled import Compiled
-from adaptc.ir.module import bind
 from adaptc.methods.method import METHODS
 from adaptc.quantization.operators import quantized_embedding, quantized_linear, quantized_product
-from adaptc.quantization.quantized_weight import bytes_of, matrix_of, weight_of
+from adaptc.quantization.quantized_weight import bytes_of, weight_of
 from adaptc.quantization.scheme import SCHEMES, Scheme, scheme_of
-from adaptc.rewriter.catalog import load_passes
-from adaptc.rewriter.pipeline import run
 from tests.families import (
     FAMILIES,
     SHAPES,
@@ -40,6 +37,8 @@ from tests.families import (
 )
 
 PLAIN = tuple(name for name in SCHEMES if not SCHEMES[name].calibrated)
+
+
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "symmetric": [{}, {"symmetric": True}, {"symmetric": False}],
     "clip": [{"clip": True}, {"block_size": None}],
@@ -48,9 +47,15 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "bits": [{"bits": 2}, {"bits": 8}],
     "act_order": [{"act_order": True}],
 }
+
+
 STAND_FOR_ALL = ("nf4", "int4")
 """The schemes that stand for all in the quick laws: one of each layout."""
+
+
 SIZES = ((1, 16), (3, 40), (7, 64), (5, 33), (2, 1), (64, 48))
+
+
 WEIGHT_METHODS = tuple(sorted(name for name, cls in METHODS.items() if issubclass(cls, adaptc.WeightMethod)))
 
 
@@ -275,71 +280,6 @@ def test_integers_in_other_columns_or_scales_are_plain_ones(scheme: Any) -> None
         assert not torch.allclose(F.linear(x, inner), want, rtol=1e-3)
 
 
-def test_plain_integers(zoo: Zoo) -> None:
-    for name in ("awq", "gptq"):
-        graph = dataclasses.replace(zoo.graph("mlp"), calibration_rows=[inputs("mlp", 9)])
-        more = {"act_order": True} if name == "gptq" else {}
-        item: Any = load_passes()[f"quantize-{name}"]
-        known = {"target": "re:up|down", **SCHEMES[name].small, **more}
-        quantized = run(graph, [item(**known), load_passes()["quantized-products"]()])
-        plain = run(quantized, [load_passes()["plain-integers"]()])
-        assert f"{name} {{" in quantized.text()
-        assert f"{name} {{" not in plain.text()
-        tensors = inputs("mlp", 5, 2)
-        close(*(outputs(bind(g).eval(), tensors, g.outputs)["output"] for g in (plain, quantized)))
-
-
-# adapters that make up for what is lost
-
-MAKES_UP = {"lora": {"r": 4, "alpha": 4}, "qalora": {"r": 4, "alpha": 4, "group_size": 4}}
-
-
-def compensation(zoo: Zoo, method: str, scheme: str = "int4", **more: Any) -> Compiled:
-    entry = {"method": method, "target": ["up", "down"], **MAKES_UP[method], **more}
-    quantize = {**options(scheme), "target": ["up", "down"]}
-    return zoo.compiled("mlp", [entry], quantize=[quantize])
-
-
-def left(made: Compiled) -> float:
-    """How far the weights are, adapters and all, from the float model's."""
-    errors = made.quantization_errors()
-    assert errors is not None
-    return sum(layer.weight**2 for layer in errors.layers) ** 0.5
-
-
-@pytest.mark.parametrize("scheme", ["int4", "nf4", "int2"])
-@pytest.mark.parametrize("method", MAKES_UP)
-def test_adapters_that_make_up_for_what_is_lost(zoo: Zoo, method: str, scheme: str) -> None:
-    nothing = left(compensation(zoo, method, scheme))
-    once = left(compensation(zoo, method, scheme, init_weights="loftq"))
-    again = left(compensation(zoo, method, scheme, init_weights="loftq", loftq_iter=5))
-    assert once < 0.95 * nothing
-    assert again < once
-
-
-@pytest.mark.parametrize("rounds", [1, 3])
-@pytest.mark.parametrize("method", MAKES_UP)
-def test_what_makes_up_is_saved_and_loaded(zoo: Zoo, method: str, rounds: int, tmp_path: Path) -> None:
-    """Where the bits are others than the weights' own, the checkpoint says how they were found."""
-    made = compensation(zoo, method, init_weights="loftq", loftq_iter=rounds)
-    perturb(made.module)
-    made.save_adapter(tmp_path / "adapter")
-    quantize = [{**options("int4"), "target": ["up", "down"]}]
-    again = zoo.compiled("mlp", [{"adapter": str(tmp_path / "adapter")}], quantize=quantize)
-    tensors = inputs("mlp")
-    got, want = (outputs(m.module.eval(), tensors, m.base.outputs)["output"] for m in (again, made))
-    close(got, want)
-    for name, weight in made.graph.weights.items():
-        assert torch.equal(weight.load(), again.graph.weights[name].load()), name
-    fresh = compensation(zoo, method, init_weights="loftq", loftq_iter=rounds)
-    fresh.load_adapter(tmp_path / "adapter")
-    close(outputs(fresh.module.eval(), tensors, made.base.outputs)["output"], want)
-    if rounds > 1:
-        plain = zoo.compiled("mlp", [], quantize=quantize)
-        codes = [m.graph.weights["up.weight_codes"].load() for m in (plain, made)]
-        assert not torch.equal(*codes)
-
-
 # products
 
 
@@ -461,73 +401,3 @@ def test_inputs_make_it_better_than_rounding(name: str) -> None:
         held = {**which.quantize(W, given), **which.constants()}
         errors[which is scheme] = float((unseen @ (which.dequantize(48, 64, held) - W).t()).norm())
     assert errors[True] < 0.8 * errors[False]
-
-
-def test_bind_of_a_quantized_graph_is_small(zoo: Zoo) -> None:
-    made = zoo.compiled("llama", [], quantize=[{**options("nf4"), "target": "all-linear", "double": True}])
-    held = bind(made.graph).state_dict()
-    assert not set(made.graph.quantized) & set(held)
-    q = next(iter(made.graph.quantized.values()))
-    assert matrix_of(q.site, q.quantization.source.load()).shape == q.quantization.size
-
-
-@pytest.mark.parametrize(
-    "options", [{"method": "int4"}, {"method": "int4", "symmetric": True}, {"method": "int8"}]
-)
-def test_torch_kernels(options: dict[str, Any]) -> None:
-    """Torch's products with packed weights are those with the weights, to bfloat16's own error."""
-    model = (
-        randomise(nn.Sequential(nn.Linear(128, 48), nn.Tanh(), nn.Linear(48, 64, bias=False)))
-        .bfloat16()
-        .eval()
-    )
-    x = values(3, 128).bfloat16().unsqueeze(0)
-    block = {"block_size": 32} if options["method"] == "int4" else {}
-    made = adaptc.compile(
-        {"quantize": [{**options, **block, "target": "*"}]},
-        model=model,
-        example_inputs=(x,),
-        dynamic={"input": {0: "batch", 1: "seq"}},
-    )
-    plain, fast = made.fold(), made.inference(tokens=1)
-    kernels = [str(n.target) for n in fast.graph.nodes if "pack_mm" in str(n.target)]
-    assert len(kernels) == (1 if options["method"] == "int4" else 2), "48 columns are no whole blocks of 32"
-    with torch.no_grad():
-        close(fast(x), plain(x), epsilons=8)
-        close(fast(x[:, :1]), plain(x[:, :1]), epsilons=8)
-    assert not [n for n in made.inference(tokens=64).graph.nodes if "pack_mm" in str(n.target)]
-
-
-def test_a_larger_budget_is_nearer() -> None:
-    """Bits go where the outputs lose most; a budget is kept to."""
-    model = randomise(Words()).eval()
-    x = torch.randint(0, 29, (4, 6))
-    x[0, 0] = 29
-    found = {}
-    for budget in ({"size": 0.2}, {"size": 0.26}, {"size": 0.5}, {"error": 0.05}, {"error": 1e-9}):
-        made = adaptc.compile(
-            {"quantize": [{"method": "int4", "block_size": 16, "target": "*"}], "budget": budget},
-            model=model,
-            example_inputs=(x,),
-            dynamic={"x": {0: "batch", 1: "seq"}},
-        )
-        errors = made.quantization_errors()
-        notes = [note for note in made.plan.notes if note.startswith("budget, ")]
-        assert len(notes) == 1, "what was chosen is told"
-        if errors is None:
-            assert budget == {"error": 1e-9}, "only then all layers stay in floats"
-            assert "floats (`exclude`) for embed, up, down" in notes[0]
-            continue
-        assert all(layer.scheme in notes[0] for layer in errors.layers)
-        found[str(budget)] = errors.outputs["output"]
-        if "size" in budget:
-            sizes = {q.site.parameter: q for q in made.graph.quantized.values()}
-            floats = sum(
-                p.numel() * 4 for n, p in model.named_parameters() if n not in sizes and p.dim() == 2
-            )
-            every = sum(p.numel() * 4 for p in model.parameters() if p.dim() == 2)
-            assert (floats + sum(layer.bytes for layer in errors.layers)) / every <= budget["size"]
-        else:
-            assert errors.outputs["output"] <= budget["error"]
-    a, b, c, d = found.values()
-    assert a > b > c > 0 < d <= 0.05

@@ -13,7 +13,7 @@ from adaptc.methods.method import METHODS
 from adaptc.spec.source import Source
 from adaptc.spec.spec import schema
 
-SPECS = Path(__file__).parent.parent / "specs"
+SPECS = Path(__file__).parents[2] / "specs"
 GOOD = {
     "version": 1,
     "base": {"model": "m", "dtype": "float16"},

@@ -21,7 +21,7 @@ from adaptc.emit.onnx.evaluate import inference_graph
 from adaptc.emit.onnx.export import export_onnx
 from adaptc.emit.onnx.runtime import onnx_runner
 from adaptc.ir.graph import Graph
-from adaptc.ir.interpreter import Interpreter, Run, numbered
+from adaptc.ir.interpreter import Interpreter, numbered
 from adaptc.ir.module import bind
 from adaptc.rewriter.catalog import load_passes
 from adaptc.spec.spec import load
@@ -29,7 +29,11 @@ from adaptc.weights import Held, Weight
 from tests.families import FAMILIES, Zoo, close, entry, perturb
 
 DTYPES = [None, "float16", "bfloat16"]
+
+
 QUICK = ("llama", "bert", "mlp")
+
+
 EVERY = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in FAMILIES]
 
 
@@ -93,60 +97,6 @@ def test_a_batch_that_fails_does_not_stop_the_others(zoo: Zoo) -> None:
     assert isinstance(first, list)
     assert isinstance(third, list)
     assert torch.equal(first[0], third[0])
-
-
-class Router(torch.nn.Module):
-    """Each row goes to the expert, a sign and a scale, that likes it most."""
-
-    def __init__(self, experts: int = 4) -> None:
-        super().__init__()
-        self.gate = torch.nn.Linear(8, experts, bias=False)
-        self.scale = torch.nn.Parameter(torch.randn(experts))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        value, which = torch.topk(self.gate(x), 2, dim=-1)
-        best, first = torch.max(self.gate(x), dim=-1)
-        return (value * self.scale[which]).sum(-1) + best * self.scale[first]
-
-
-def routed(change: torch.Tensor) -> tuple[Run, Graph]:
-    """A router that has run on a batch where each row's experts tie but for 1e-5, and one whose gate is changed."""
-    torch.manual_seed(0)
-    model, x = Router(), torch.randn(64, 8)
-    with torch.no_grad():
-        row = torch.randn(8)
-        model.gate.weight.copy_(row + 1e-5 * torch.randn(4, 8))
-    graph = adaptc.trace(model, (x,), dynamic={"x": {0: "rows"}})
-    first = Interpreter(graph).on({"rows": {"x": x}})
-    other = graph.copy()
-    other.weights["gate.weight"] = Held(model.gate.weight.detach() + change)
-    return first, other
-
-
-def test_choices_between_near_equals_are_the_others() -> None:
-    noise = 1e-5 * torch.randn(4, 8, generator=torch.Generator().manual_seed(3))
-    first, other = routed(noise)
-    follower = Interpreter(other).on(first.batches, follows=first, near=1e-3)
-    (want,), (got,) = first.outcomes.values(), follower.outcomes.values()
-    (alone,) = Interpreter(other).on(first.batches).outcomes.values()
-    assert isinstance(got, list)
-    assert isinstance(want, list)
-    assert isinstance(alone, list)
-    assert float((alone[0] - want[0]).abs().max()) > 0.1, "nothing was flipped"
-    assert float((got[0] - want[0]).abs().max()) < 1e-3
-    assert 0 < follower.flipped <= 3 * 64
-    assert follower.coverage[-1] == f"{follower.flipped} choices between near equals as the reference's"
-
-
-def test_any_other_choice_is_ones_own() -> None:
-    first, other = routed(torch.tensor([0.0, 0.0, 0.0, 5.0])[:, None].expand(4, 8))
-    follower = Interpreter(other).on(first.batches, follows=first, near=1e-3)
-    (got,), (alone,) = follower.outcomes.values(), Interpreter(other).on(first.batches).outcomes.values()
-    assert isinstance(got, list)
-    assert isinstance(alone, list)
-    assert torch.equal(got[0], alone[0])
-    assert follower.flipped == 0
-    assert follower.coverage == ("whole, one weight at a time",)
 
 
 @pytest.mark.slow

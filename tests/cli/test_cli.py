@@ -571,7 +571,7 @@ def test_init_for_an_adapter(cli: Callable[..., Ran], bert: Path, bert_adapter: 
 def test_init_for_an_adapter_on_a_quantized_base(cli: Callable[..., Ran], tmp_path: Path) -> None:
     import adaptc
 
-    base = Path(__file__).parent / "data" / "quantized" / "gptq"
+    base = Path(__file__).parents[1] / "data" / "quantized" / "gptq"
     spec = {
         "base": {"model": str(base), "task": "causal-lm"},
         "adapt": [{"method": "lora", "target": "*.q_proj"}],

@@ -17,8 +17,12 @@ from adaptc.compiler.compiled import Compiled
 from adaptc.emit.onnx.runtime import onnx_runner
 from adaptc.errors import RefusedError
 from tests.families import close, differs, perturb, randomise
+from tests.small_models import LORA, Calls, near
+from tests.small_models import compiled as adapted
 
 WORDS, WIDTH = 24, 16
+
+
 WAYS_OUT = ("on_alias: untie", "on_alias: live", "leave it out")
 
 
@@ -315,3 +319,36 @@ def test_shared_is_adapted_once_by_each_entry(case: str) -> None:
         for name in state:
             assert not name.endswith("weight") or torch.equal(state[name], state["a.weight"])
     check(made, want, model)
+
+
+def parameter_of(module: nn.Module, name: str) -> torch.Tensor:
+    return dict(module.named_parameters())[name]
+
+
+def test_untie_takes_the_tensor_that_is_meant_out_of_several_in_one_operation() -> None:
+    def stacked(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, torch.cat([m.a.weight, m.b.weight])).tanh()
+
+    model, x = Calls(stacked, a=nn.Linear(6, 4), b=nn.Linear(6, 4)), torch.randn(3, 6)
+    made = adapted(
+        model, [{"method": "full", "target": "b", "parameters": ["weight"], "on_alias": "untie"}], x
+    )
+    perturb(made.module)
+    weight = torch.cat([model.get_parameter("a.weight"), parameter_of(made.module, "b.full.default.weight")])
+    assert near(made.module.eval()(x), F.linear(x, weight).tanh())
+    assert near(made.fold()(x), F.linear(x, weight).tanh())
+
+
+def test_a_tensor_that_two_methods_change_in_different_places_is_refused() -> None:
+    def tied(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(m.e(x).mean(1), m.e.weight)
+
+    model, x = Calls(tied, e=nn.Embedding(9, 6)), torch.randint(0, 9, (3, 5))
+    adapt = [{"method": "full", "target": "e"}, {**LORA, "target": "e"}]
+    made = adapted(model, adapt, x)
+    perturb(made.module)
+    with pytest.raises(adaptc.RefusedError, match="the same tensor is also used by"):
+        made.fold()
+    live = adapted(model, [entry | {"on_alias": "live"} for entry in adapt], x)
+    perturb(live.module)
+    assert near(live.fold()(x), live.module.eval()(x))

@@ -10,6 +10,7 @@ from torch import nn
 
 import adaptc
 from adaptc.emit.onnx import export as emit_onnx
+from adaptc.emit.onnx.runtime import onnx_runner
 
 
 class Net(nn.Module):
@@ -83,5 +84,5 @@ def test_weights_past_the_limit_stand_beside_the_program(
     assert product["files"]["net.onnx.data"]["bytes"] == data.stat().st_size
     model = onnx.load(str(tmp_path / "out" / "net.onnx"), load_external_data=False)
     assert any(t.data_location == onnx.TensorProto.EXTERNAL for t in model.graph.initializer)
-    (got,) = emit_onnx.onnx_runner(tmp_path / "out" / "net.onnx")({"ids": ids})
+    (got,) = onnx_runner(tmp_path / "out" / "net.onnx")({"ids": ids})
     torch.testing.assert_close(got, net(ids), rtol=1e-5, atol=1e-5)

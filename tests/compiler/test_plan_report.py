@@ -10,7 +10,9 @@ import pytest
 from rich.console import Console
 
 from adaptc.cli.console import Report
-from adaptc.compiler.plan import Plan, make_plan
+from adaptc.compiler.plan import make_plan
+from adaptc.compiler.plan_report import PlanReport, plan_report
+from adaptc.compiler.rewrite import rewrite
 from adaptc.rewriter.pipeline import Pass
 from adaptc.spec.spec import load
 from adaptc.spec.yaml_text import YamlText
@@ -21,7 +23,15 @@ IA3 = {"method": "ia3", "target": "down"}
 INT4 = {"method": "int4", "target": "mid"}
 
 
-def printed(plan: Plan, capsys: pytest.CaptureFixture[str]) -> str:
+def planned(zoo: Zoo, spec: dict[str, Any], *overrides: str) -> tuple[PlanReport, str]:
+    """What is reported of a plan, and the text of the graph that it gives."""
+    loaded, graph = load(spec, overrides), zoo.graph("mlp")
+    plan = make_plan(loaded, graph)
+    rewritten = rewrite(loaded, graph, plan)
+    return plan_report(loaded, graph, plan, rewritten), rewritten.adapted.text()
+
+
+def printed(plan: PlanReport, capsys: pytest.CaptureFixture[str]) -> str:
     """What stands behind `passes:` where a plan is shown."""
     report = Report()
     report.out = Console(highlight=False, soft_wrap=True)
@@ -66,10 +76,10 @@ def described(passes: Sequence[Pass]) -> list[tuple[str, dict[str, Any]]]:
 def test_what_is_printed(
     zoo: Zoo, capsys: pytest.CaptureFixture[str], spec: dict[str, Any], text: str
 ) -> None:
-    plan = make_plan(load(spec), zoo.graph("mlp"))
+    plan, adapted = planned(zoo, spec)
     line = printed(plan, capsys)
     assert line == text
     assert plan.to_json()["passes"] == YamlText("", line).read()
-    again = make_plan(load(spec, [f"passes={line}"]), zoo.graph("mlp"))
+    again, twin = planned(zoo, spec, f"passes={line}")
     assert described(again.passes) == described(plan.passes)
-    assert again.adapted.text() == plan.adapted.text()
+    assert twin == adapted
