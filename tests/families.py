@@ -393,7 +393,7 @@ class Zoo:
                     examples["x"] = examples["x"].to(getattr(torch, dtype))
                 base = from_module(model, inputs_from_examples(model, examples, self.dynamic(name)))
             self._graphs[name, dtype] = graph = trace(base)
-            graph.information = Drawn(graph)  # type: ignore[assignment]
+            graph.fisher_information = Drawn(graph)  # type: ignore[assignment]
         return self._graphs[name, dtype]
 
     def export(self, model: nn.Module, inputs: Any, training: bool = False) -> fx.GraphModule:

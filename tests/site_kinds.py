@@ -382,7 +382,7 @@ class Museums:
             axes = {0: "batch", 1: "seq"}
             specs = inputs_from_examples(self.model(*names), examples, dict.fromkeys(examples, axes))
             self._graphs[names] = graph = trace(from_module(self.model(*names), specs))
-            graph.information = Drawn(graph)  # type: ignore[assignment]
+            graph.fisher_information = Drawn(graph)  # type: ignore[assignment]
         return self._graphs[names]
 
     def compiled(self, names: Sequence[str], *adapt: Any) -> Compiled:

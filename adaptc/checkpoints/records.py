@@ -13,7 +13,8 @@ from pydantic import TypeAdapter
 from adaptc.checkpoints.adapter import ROOT, Checkpoint
 from adaptc.checkpoints.adapter_checks import load, match
 from adaptc.checkpoints.peft_keys import PeftLayout
-from adaptc.ir.graph import Adaptation, Graph
+from adaptc.ir.adaptation import Adaptation
+from adaptc.ir.graph import Graph
 from adaptc.ir.selection import as_stored
 from adaptc.methods.method import METHODS, Method, options_of, shared_name
 from adaptc.methods.param import Param

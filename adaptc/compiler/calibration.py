@@ -52,7 +52,7 @@ class Information:
         module = bind(self.graph, names).eval()
         parameters = {name: module.get_parameter(name) for name in names}
         sums = {name: torch.zeros(p.shape) for name, p in parameters.items()}
-        for number, row in enumerate(self.graph.rows, 1):
+        for number, row in enumerate(self.graph.calibration_rows, 1):
             module.zero_grad()
             try:
                 leaves = [
@@ -64,7 +64,7 @@ class Information:
             for name, p in parameters.items():
                 if p.grad is not None:
                     sums[name] += p.grad.float().square()
-        return {name: total / len(self.graph.rows) for name, total in sums.items()}
+        return {name: total / len(self.graph.calibration_rows) for name, total in sums.items()}
 
 
 def checked_rows(batches: Iterable[Batch], inputs: Sequence[InputSpec]) -> list[Batch]:
@@ -173,7 +173,7 @@ def _loss(graph: Graph) -> int:
     values = [node.meta["val"] for node in pytree.tree_leaves(result) if hasattr(node, "meta")]
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
     single = [i for i, value in enumerate(tensors) if value.dim() == 0 and value.dtype.is_floating_point]
-    named = [i for i, name in enumerate(graph.tensors) if name == "loss"]
+    named = [i for i, name in enumerate(graph.tensor_outputs) if name == "loss"]
     found = named or single
     if len(found) != 1:
         raise InputError(

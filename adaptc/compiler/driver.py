@@ -99,9 +99,9 @@ def _calibrate(spec: Spec, graph: Graph, batches: Iterable[Mapping[str, torch.Te
             batches = read_rows(resolve_path(spec, spec.calibration), graph.inputs)
         if batches is None:
             return
-        graph.rows = checked_rows(batches, graph.inputs)
+        graph.calibration_rows = checked_rows(batches, graph.inputs)
         if any(isinstance(entry, MethodEntry) and entry.build().calibrated for entry in spec.adapt):
-            graph.information = Information(graph)
+            graph.fisher_information = Information(graph)
     except InputError as error:
         raise spec.error(("calibration",), error.message, *error.notes) from error
 

@@ -61,14 +61,14 @@ def entries_of(spec: Spec, graph: Graph, index: int) -> list[PlannedInsertion]:
 
 def _calibrated(spec: Spec, graph: Graph, index: int, item: Insert) -> Insert:
     """What is inserted, with what data decides decided; a plan alone reads none."""
-    if graph.information is None:
+    if graph.fisher_information is None:
         if spec.calibration is None:
             words = f"{item.method.name} chooses by data, and there is none"
             raise spec.error(
                 ("adapt", index), words, "name some: `calibration: rows.jsonl`, inputs with labels"
             )
         return item
-    found = graph.information.of(site.parameter for site in item.selection(graph).sites)
+    found = graph.fisher_information.of(site.parameter for site in item.selection(graph).sites)
     by_site = {site.name: found[site.parameter] for site in item.selection(graph).sites}
     return replace(item, method=item.method.calibrate(by_site))
 

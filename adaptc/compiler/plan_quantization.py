@@ -119,7 +119,7 @@ def quantize_problems(spec: Spec, graph: Graph, planned: PlannedQuantization) ->
     scheme = item.scheme
     if not planned.selection.sites:
         return [spec.source.problem((*place, "target"), *no_match(graph, scheme, planned.selection, False))]
-    if scheme.calibrated and spec.calibration is None and not graph.rows:
+    if scheme.calibrated and spec.calibration is None and not graph.calibration_rows:
         words = f"{scheme.name} chooses by the layers' inputs, and there are none"
         return [spec.source.problem(place, words, "name some rows: `calibration: rows.jsonl`")]
     found: dict[Any, Problem] = {}

@@ -110,13 +110,13 @@ def _layer(reference: Graph, candidate: Graph, q: QuantizedLeaf, inputs: LayerIn
 
 
 def _matrix(graph: Graph, site: WeightSite) -> torch.Tensor:
-    value = graph.value_of(site.parameter, site.uses, graph.by_name())
+    value = graph.current_value(site.parameter, site.uses, graph.by_name())
     return matrix_of(site, extract_expression(graph, value).evaluate()).float()
 
 
 def rows_of(graph: Graph, seed: int = 0) -> list[Any]:
     """The calibration rows; random inputs where there are none."""
-    return list(graph.rows) or list(batches(graph.inputs, seed).values())
+    return list(graph.calibration_rows) or list(batches(graph.inputs, seed).values())
 
 
 def output_errors(reference: Run, candidate: Graph) -> dict[str, float]:

@@ -200,7 +200,7 @@ def closing_of(spec: Spec, graph: Graph, passes: Sequence[Pass]) -> list[Pass]:
     start = next((i for i, item in enumerate(passes) if item.leaves == "folded"), len(passes))
     closing = list(passes[start:])
     again = [item for item in closing if isinstance(item, Quantize) and item.scheme.calibrated]
-    if again and spec.calibration is None and not graph.rows:
+    if again and spec.calibration is None and not graph.calibration_rows:
         message = (
             f"{again[0].scheme.name} chooses by the layers' inputs, and there are none to quantize again by"
         )

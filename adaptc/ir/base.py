@@ -1,4 +1,4 @@
-"""A base: a model ready to be traced, its weights apart from it."""
+"""A base: a model to be traced, apart from its weights."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from adaptc.weights import Weight
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A Hugging Face checkpoint: what it takes to load it, or to write one like it.
+    """A Hugging Face checkpoint: what is needed to load it, or to write one like it.
 
     Attributes:
-        name: its directory, or its hub id.
-        auto: the Auto class of its task.
+        name: its directory, or its id on the hub.
+        auto: the Auto class of its task, such as `AutoModelForCausalLM`.
         config: its configuration as stored, with the dtype and the overrides of the spec.
-        trust_remote_code: code that comes with it may be run.
+        trust_remote_code: whether code that comes with it may be run.
     """
 
     name: str
@@ -34,11 +34,11 @@ class Pretrained:
 
 @dataclass(frozen=True)
 class Bound:
-    """The weights of a base as they were found: headers are read and held against the model, tensors are not loaded.
+    """The weights of a base. Names, shapes and dtypes have been compared with the model; no tensor is loaded yet.
 
     Attributes:
         weights: name -> weight, for every persistent parameter and buffer.
-        notes: what was not there and is made instead, for the person.
+        notes: what the checkpoint lacks and how it is initialised instead, for the user.
     """
 
     weights: dict[str, Weight]
@@ -47,20 +47,20 @@ class Bound:
 
 @dataclass
 class Base:
-    """What is traced.
+    """What is traced: a model, or a program that was traced before, and where its weights are.
 
     Attributes:
-        describe: one line for people: where the model comes from.
+        describe: where the model comes from, in one line for the user.
         model: the module; the parameters of a Hugging Face base are fake. None for a saved program.
-        program: the traced program, for a base that has no module.
         inputs: the model's inputs.
-        find: finds the weights; `bound` asks it once.
-        heads: modules that are output heads.
+        find: finds the weights; `bound` calls it once.
+        program: the traced program, for a base that has no module.
+        heads: the names of the modules that are output heads.
         real: the model holds its weights, so that it can be run.
         files: the base's weight files; empty for a base in memory.
-        packed: of the weights those that the base holds in bits.
-        notes: what the loader chose or changed before it looked for weights, for the person.
-        pretrained: the checkpoint of a Hugging Face base.
+        packed: name -> weight, for those that the base stores quantized.
+        notes: what the loader chose or changed before it looked for weights, for the user.
+        pretrained: the checkpoint of a Hugging Face base; None for any other.
     """
 
     describe: str
@@ -71,15 +71,15 @@ class Base:
     heads: frozenset[str] = frozenset()
     real: bool = False
     files: tuple[Path, ...] = ()
-    packed: Mapping[str, PackedWeight] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    packed: Mapping[str, PackedWeight] = field(default_factory=dict[str, PackedWeight])
+    notes: list[str] = field(default_factory=list[str])
     pretrained: Pretrained | None = None
 
     @cached_property
     def bound(self) -> Bound:
-        """The weights, found once.
+        """The weights, found when they are first asked for.
 
         Raises:
-            WeightError: they are missing, broken, or not this model's.
+            WeightError: they are missing, damaged, or not this model's.
         """
         return self.find()

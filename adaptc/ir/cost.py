@@ -1,4 +1,4 @@
-"""What a plan costs: parameters, memory and operations, from shapes alone."""
+"""The cost of an adapted model: parameters, memory and floating-point operations, from shapes alone."""
 
 from __future__ import annotations
 
@@ -8,17 +8,30 @@ from typing import Any
 
 import torch
 
-from adaptc.ir.analysis.matmul import flops_of
+from adaptc.ir.analysis.matrix_products import flops_of
 from adaptc.ir.graph import Graph
+from adaptc.ir.nodes import size_expression
 
 BATCH, LENGTH = 1, 128
-"""The example that operations are counted for: one row, 128 of everything else that is dynamic."""
+"""The sizes that operations are counted for: a batch of one row, and 128 for every other dynamic dimension."""
 EXAMPLE = f"batch {BATCH}, length {LENGTH}"
+"""These sizes as text."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Sizes in parameters, bytes and floating-point operations (a multiply and an add are two)."""
+    """The cost of an adapted model. A multiplication and an addition are two floating-point operations (FLOPs).
+
+    Attributes:
+        parameters: the number of parameters of the base.
+        trainable: the number of parameters that are trained.
+        train_bytes: memory of training: weights, gradients and Adam's two float32 states; no activations.
+        run_bytes: memory of the base's weights as they are stored.
+        base_flops: FLOPs of the base.
+        added_flops: FLOPs that the adapters add in training.
+        folded_flops: FLOPs that the adapters add in the folded model.
+        example: the sizes that FLOPs are counted for.
+    """
 
     parameters: int
     trainable: int
@@ -31,7 +44,7 @@ class Cost:
 
     @property
     def share(self) -> float:
-        """Trainable over all parameters of the base."""
+        """The number of trained parameters over that of the base's."""
         return self.trainable / max(1, self.parameters)
 
 
@@ -40,62 +53,62 @@ def cost_of(base: Graph, adapted: Graph, factored: Graph, folded: Graph | None) 
 
     Args:
         base: the graph as traced.
-        adapted: the same with its adapters.
-        factored: as it is trained.
-        folded: what is left when it is folded; None where that is the base.
+        adapted: the graph with its adapters.
+        factored: the graph as it is trained.
+        folded: the folded graph; None if it has the operations of the base.
     """
-    firsts = {first for name, first in base.aliases.items() if first not in base.buffers}
+    firsts = {first for first in base.aliases.values() if first not in base.buffers}
     weights = {name: base.weights[name] for name in firsts}
     adapters = {name: adapted.weights[name] for name in adapted.adapter_names}
     frozen = sum(adapted.weights[name].nbytes for name in adapted.inserted if name not in adapters)
     total = sum(torch.Size(w.shape).numel() for w in weights.values())
     trainable = sum(torch.Size(w.shape).numel() for w in adapters.values())
-    bits = {name for q in adapted.quantized.values() for name in (*q.tensors.values(), q.rest) if name}
+    quantized = {name for q in adapted.quantized.values() for name in (*q.tensors.values(), q.rest) if name}
     held = sum(w.nbytes for name, w in weights.items() if name in adapted.weights)
-    held += sum(adapted.weights[name].nbytes for name in bits)
+    held += sum(adapted.weights[name].nbytes for name in quantized)
     added = sum(w.nbytes for w in adapters.values())
-    before = flops(base)
+    base_flops = flops(base)
     return Cost(
         parameters=total,
         trainable=trainable,
-        train_bytes=held
-        + frozen
-        + 2 * added
-        + 8 * trainable,  # weights, gradients and Adam's two float32 states
+        train_bytes=held + frozen + 2 * added + 8 * trainable,
         run_bytes=held,
-        base_flops=before,
-        added_flops=flops(factored) - before,
-        folded_flops=flops(folded) - before if folded is not None else 0,
+        base_flops=base_flops,
+        added_flops=flops(factored) - base_flops,
+        folded_flops=flops(folded) - base_flops if folded is not None else 0,
         example=EXAMPLE,
     )
 
 
 def flops(graph: Graph) -> int:
-    """Operations of every matrix product and attention of a graph, for the example."""
+    """FLOPs of all matrix products and attentions of a graph, for the example sizes."""
     sizes = example_sizes(graph)
     return sum(flops_of(node, lambda n: example_shape(n.meta["val"], sizes)) for node in graph.nodes)
 
 
 def example_sizes(graph: Graph) -> dict[Any, int]:
-    """Every symbolic size of the inputs -> its value in the example."""
-    found: dict[Any, int] = {}
+    """Symbol of a dynamic size of the inputs -> its number in the example."""
+    numbers: dict[Any, int] = {}
     specs = {spec.name: spec for spec in graph.inputs}
     for node in graph.placeholders:
         dims = specs[str(node.target)].dims
         for size, dim in zip(node.meta["val"].shape, dims, strict=False):
             if isinstance(size, torch.SymInt):
-                found[size.node.expr] = BATCH if dim == "batch" else LENGTH
-    return found
+                numbers[size_expression(size)] = BATCH if dim == "batch" else LENGTH
+    return numbers
 
 
 def example_shape(value: torch.Tensor, sizes: Mapping[Any, int]) -> list[int]:
-    """A value's shape in the example."""
+    """The shape of a value in numbers.
 
-    def plain(size: Any) -> int:
-        if not isinstance(size, torch.SymInt):
-            return int(size)
-        expression = size.node.expr.subs(sizes)
-        # Symbols that are left come from values, not from the inputs' sizes.
+    Args:
+        value: whose sizes may be symbolic.
+        sizes: symbol -> number, see `example_sizes`.
+    """
+
+    def number(size: Any) -> int:
+        expression = size_expression(size).subs(sizes)
+        # Symbols that are left depend on values, not on the sizes of the inputs.
         return int(expression.subs(dict.fromkeys(expression.free_symbols, LENGTH)))
 
-    return [plain(size) for size in value.shape]
+    return [number(size) for size in value.shape]

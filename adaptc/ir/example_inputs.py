@@ -1,4 +1,4 @@
-"""Random inputs of a model: what it is traced with, and what proofs run on."""
+"""Random inputs of a model, for the trace and for proofs."""
 
 from __future__ import annotations
 
@@ -10,11 +10,22 @@ from adaptc.errors import TraceError
 from adaptc.inputs import InputSpec
 
 EXAMPLE_SIZES = (3, 17, 11, 19, 23, 29, 31)
-"""Sizes given to named dimensions while tracing: different from one another, and from 1."""
+"""Sizes of named dimensions in the trace: distinct, so that none is taken for another, and not 1, which broadcasts."""
 
 
 def example_sizes(inputs: Sequence[InputSpec], among: Sequence[int] = EXAMPLE_SIZES) -> dict[str, int]:
-    """A size for every named dimension, in the order of appearance."""
+    """A size for every named dimension, in the order of appearance.
+
+    Args:
+        inputs: of the model.
+        among: the sizes to take, in this order.
+
+    Returns:
+        name of the dimension -> size.
+
+    Raises:
+        TraceError: there are more dimensions than sizes.
+    """
     names = dict.fromkeys(dim for spec in inputs for dim in spec.dims if isinstance(dim, str))
     if len(names) > len(among):
         raise TraceError(f"at most {len(among)} named dimensions are supported, got {', '.join(names)}")
@@ -24,13 +35,22 @@ def example_sizes(inputs: Sequence[InputSpec], among: Sequence[int] = EXAMPLE_SI
 def example_tensors(
     inputs: Sequence[InputSpec], sizes: Mapping[str, int], seed: int = 0, pad: bool = False
 ) -> dict[str, torch.Tensor]:
-    """Random inputs, one distinct tensor each.
+    """Random inputs of a model.
 
-    Integers lie below the input's `high`; masks are ones, with `pad` zeros at the end of some rows. Other booleans
-    are both: the first two of each row differ, so that a mask of either sense leaves something.
+    Integers are below the input's `high`. Masks are ones; with `pad`, the last row ends with zeros in its second half.
+    Other booleans are random, but the first two of each row are True and False, so that none masks a whole row.
+
+    Args:
+        inputs: of the model.
+        sizes: name of a dimension -> size.
+        seed: of the random numbers.
+        pad: whether masks have zeros.
+
+    Returns:
+        name of the input -> tensor.
     """
     generator = torch.Generator().manual_seed(seed)
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for spec in inputs:
         shape = [sizes[dim] if isinstance(dim, str) else dim for dim in spec.dims]
         dtype = getattr(torch, spec.dtype)

@@ -1,58 +1,58 @@
-"""Running a graph without holding its weights: each is loaded for the operations that read it, then dropped."""
+"""Running a graph without its weights in memory: each is loaded for the operations that read it, then dropped."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
-from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from adaptc.ir.graph import Graph
-from adaptc.ir.nodes import writes_in_place
+from adaptc.ir.nodes import map_operands, writes_in_place
 from adaptc.ir.tie_breaks import TieBreaks, makes_choice
 
 Batch = Mapping[str, torch.Tensor]
 Batches = Mapping[str, Batch]
-"""Batches by what each is called, such as the sizes it has."""
+"""Name -> batch; a name is such as `row 1`, or the sizes of the batch."""
 NARROW = (torch.float16, torch.bfloat16)
+"""The dtypes that a wide run computes in float32."""
 Outcome = list[torch.Tensor] | Exception
-"""What a batch gives: the outputs that are tensors, or why the model does not take it."""
+"""What a run on a batch gives: the outputs that are tensors, or the error that the model raised."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a model gave for some batches, each of which it ran once.
+    """What a model gave for some batches.
 
     Attributes:
-        batches: the batches by name.
-        outcomes: the outcome of every batch by its name.
-        outputs: the names of the outputs that are tensors; empty where nobody named them.
-        coverage: how it ran, in some phrases, where memory did not hold the model as one.
-        choices: of every batch where the values stood that were chosen, operation by operation.
-        flipped: how many choices would have been others without a run to follow.
+        batches: the batches.
+        outcomes: name of a batch -> its outcome.
+        outputs: the names of the outputs that are tensors; empty if they have none.
+        coverage: how the model was run, such as `in float32`, as phrases for a report.
+        choices: name of a batch -> the indices that operations chose in it, in the order of execution.
+        flipped: how many choices were taken from the run that this one follows, and would have been others without it.
     """
 
     batches: Batches
     outcomes: Mapping[str, Outcome]
     outputs: tuple[str, ...] = ()
     coverage: tuple[str, ...] = ()
-    choices: Mapping[str, Sequence[torch.Tensor]] = field(default_factory=dict)
+    choices: Mapping[str, Sequence[torch.Tensor]] = field(default_factory=dict[str, Sequence[torch.Tensor]])
     flipped: int = 0
 
     @property
     def taken(self) -> Batches:
-        """The batches that ran."""
+        """The batches that the model ran without an error."""
         return {n: b for n, b in self.batches.items() if not isinstance(self.outcomes[n], Exception)}
 
     def only(self, outputs: Sequence[str]) -> Run:
-        """The same run with only these outputs, in this order."""
-        places = [self.outputs.index(name) for name in outputs]
+        """This run with only some of its outputs, in the order of these names."""
+        positions = [self.outputs.index(name) for name in outputs]
         outcomes = {
-            name: outcome if isinstance(outcome, Exception) else [outcome[place] for place in places]
+            name: outcome if isinstance(outcome, Exception) else [outcome[position] for position in positions]
             for name, outcome in self.outcomes.items()
         }
         return replace(self, outcomes=outcomes, outputs=tuple(outputs))
@@ -61,13 +61,13 @@ class Run:
 class Interpreter:
     """A graph that runs in evaluation mode on several batches in one sweep.
 
-    Node by node: a weight is loaded once a sweep, when its first operation needs it, and dropped after its last;
-    so is what the operations give.
+    It runs node by node. A weight is loaded once a sweep, before the first operation that reads it, and dropped after
+    the last one; so are the results of operations.
 
     Args:
         graph: what is run.
-        wide: compute in float32 what the graph computes in float16 or bfloat16, from the weights as they are stored:
-            in a deep model the rounding of each operation would hide what is looked for.
+        wide: compute in float32 what the graph computes in float16 or bfloat16, from the weights as they are stored.
+            In a deep model the rounding of every operation would hide the differences that a proof looks for.
     """
 
     def __init__(self, graph: Graph, wide: bool = False):
@@ -75,14 +75,14 @@ class Interpreter:
         self.wide = wide and any(weight.dtype in NARROW for weight in graph.weights.values())
 
     def on(self, batches: Batches, follows: Run | None = None, near: float = 0.0) -> Run:
-        """One sweep over these batches; a batch that fails is left out of the rest of it.
+        """One sweep over these batches. A batch that fails is left out of the rest of it.
 
         Args:
-            batches: by name.
-            follows: another side's run of these batches: its choices between near equals are made here too.
-            near: how near, see `Choices`.
+            batches: the batches.
+            follows: another model's run on these batches, whose choices between near equals are made here too.
+            near: how near, see `TieBreaks`.
         """
-        followed = follows.choices if follows is not None else {}
+        followed: Mapping[str, Sequence[torch.Tensor]] = follows.choices if follows is not None else {}
         choices = [TieBreaks(followed.get(name, ()), near) for name in batches]
         outcomes = _sweep(self.graph, list(batches.values()), choices, self.wide)
         flipped = sum(choice.flipped for choice in choices)
@@ -92,22 +92,31 @@ class Interpreter:
         return Run(
             batches,
             dict(zip(batches, outcomes, strict=True)),
-            tuple(self.graph.tensors),
+            tuple(self.graph.tensor_outputs),
             tuple(coverage),
-            {name: choice.made for name, choice in zip(batches, choices, strict=True)},
+            {name: choice.indices for name, choice in zip(batches, choices, strict=True)},
             flipped,
         )
 
 
 def numbered(rows: Sequence[Batch]) -> Batches:
-    """Rows of data as batches, by their numbers."""
+    """Rows of data as batches, named by their numbers from 1."""
     return {f"row {number}": row for number, row in enumerate(rows, 1)}
 
 
 def observed(
     graph: Graph, batches: Sequence[Batch], observe: Callable[[fx.Node, Any], None]
 ) -> list[Outcome]:
-    """One sweep over these batches; told of every value as it is computed."""
+    """One sweep over these batches that shows every value to a function.
+
+    Args:
+        graph: what is run.
+        batches: the batches.
+        observe: called with each node and its value, for every batch.
+
+    Returns:
+        the outcome of every batch, in their order.
+    """
     return _sweep(graph, batches, [TieBreaks((), 0.0) for _ in batches], False, observe)
 
 
@@ -118,13 +127,13 @@ def _sweep(
     wide: bool,
     observe: Callable[[fx.Node, Any], None] | None = None,
 ) -> list[Outcome]:
+    """Run every node on every batch before the next node; see `Interpreter`."""
     values: list[dict[fx.Node, Any]] = [{} for _ in batches]
     outcomes: list[Any] = [None] * len(batches)
     loaded: dict[str, torch.Tensor] = {}
     last = _last_users(graph)
-    copied = any(
-        writes_in_place(node.target) for node in graph.nodes
-    )  # it may write to weights, such as `max_norm`
+    # operations that write in place may write to weights, such as an embedding with `max_norm`
+    copied = any(writes_in_place(node.target) for node in graph.nodes)
     with torch.no_grad():
         for node in graph.nodes:
             if node.op == "get_attr":
@@ -152,26 +161,27 @@ def _sweep(
                 if isinstance(done, str):
                     loaded.pop(done, None)
                 else:
-                    for known in values:
-                        known.pop(done, None)
+                    for results in values:
+                        results.pop(done, None)
     return outcomes
 
 
 def _last_users(graph: Graph) -> dict[fx.Node, list[fx.Node | str]]:
-    """Node -> the operands, and the weights by name, that nothing after it reads."""
+    """Node -> the results of nodes, and the names of weights, that no later node reads."""
     last: dict[fx.Node | str, fx.Node] = {}
     for node in graph.nodes:
         last[node] = node
         for operand in node.all_input_nodes:
             name = str(operand.target)
             last[graph.aliases.get(name, name) if operand.op == "get_attr" else operand] = node
-    found: dict[fx.Node, list[fx.Node | str]] = {}
+    read_last: dict[fx.Node, list[fx.Node | str]] = {}
     for value, node in last.items():
-        found.setdefault(node, []).append(value)
-    return found
+        read_last.setdefault(node, []).append(value)
+    return read_last
 
 
 def _read(graph: Graph, node: fx.Node, loaded: dict[str, torch.Tensor], wide: bool, copied: bool) -> Any:
+    """The tensor that a node reads, loaded if it is not yet; False for the training mode."""
     name = str(node.target)
     if name == "training" and name not in graph.weights:
         return False
@@ -185,18 +195,19 @@ def _read(graph: Graph, node: fx.Node, loaded: dict[str, torch.Tensor], wide: bo
 
 
 def _step(node: fx.Node, batch: Batch, values: Mapping[fx.Node, Any], wide: bool) -> Any:
+    """The result of one node; of the output node the list of tensors."""
     if node.op == "placeholder":
         return _widened(batch[str(node.target)]) if wide else batch[str(node.target)]
-    args, kwargs = map_arg((node.args, dict(node.kwargs)), values.__getitem__)  # type: ignore[arg-type]
+    args, kwargs = map_operands(node, values.__getitem__)
     if wide:
         args, kwargs = pytree.tree_map(_widened, (args, kwargs))
     if node.op == "output":
         return [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, torch.Tensor)]
-    return node.target(*args, **kwargs)  # type: ignore[operator]
+    return cast(Callable[..., Any], node.target)(*args, **kwargs)
 
 
 def _widened(value: Any) -> Any:
-    """A narrow tensor, or the name of its dtype, as float32; anything else as it is."""
+    """A float16 or bfloat16 tensor, or such a dtype, as float32; anything else as it is."""
     if isinstance(value, torch.dtype):
         return torch.float32 if value in NARROW else value
     return value.float() if isinstance(value, torch.Tensor) and value.dtype in NARROW else value

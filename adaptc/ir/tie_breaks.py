@@ -1,20 +1,20 @@
 """Choices between near equals, such as a router's among experts.
 
-Rounding may turn them, and another expert computes something else altogether. So a side that is held against another
-makes the other's choices, where they are as good as its own to within the tolerance; elsewhere it makes its own, and
-the difference shows.
+Rounding can flip a choice, and then another expert computes something else altogether. So a run that is compared with
+another one takes that run's choices wherever they are as good as its own to within the tolerance. Elsewhere it makes
+its own, and the difference shows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
 
-from adaptc.ir.analysis.sites import ADAPTATION
+from adaptc.ir.nodes import ADAPTATION
 
 aten = torch.ops.aten
 DIMENSION = {
@@ -23,55 +23,64 @@ DIMENSION = {
     aten.sort.stable: (1, -1),
     aten.max.dim: (1, None),
 }
-"""Operations that give values of their operand and where these stood -> which argument says along which dimension,
-and what it is by default."""
+"""Operations that give values of their operand and the indices of these -> (the position of the argument that is the
+dimension, its default)."""
 
 
 def makes_choice(node: fx.Node) -> bool:
-    """Whether it chooses for the model; what an adapter chooses by itself, both sides of a proof need not have."""
+    """Whether a node chooses, and is part of the base: only choices of the base are in both runs of a proof."""
     return node.target in DIMENSION and node.meta.get(ADAPTATION) is None
 
 
 @dataclass
 class TieBreaks:
-    """The choices of one run, in order.
+    """The choices of one run on one batch, in the order of execution.
 
     Attributes:
-        others: what the other side chose.
-        near: how far apart values may be, over the largest value, to be as good as one another.
-        made: where the chosen values stood.
-        flipped: how many would have been made otherwise.
+        others: the indices that the other run chose, one tensor for each choice.
+        near: how far apart two values may be to be equally good, as a share of the largest value of the operand.
+        indices: the indices that this run chose.
+        flipped: how many of them this run would have chosen otherwise by itself.
     """
 
     others: Sequence[torch.Tensor] = ()
     near: float = 0.0
-    made: list[torch.Tensor] = field(default_factory=list)
+    indices: list[torch.Tensor] = field(default_factory=list[torch.Tensor])
     flipped: int = 0
 
     def make(self, node: fx.Node, operand: torch.Tensor, chosen: Any) -> Any:
-        """What an operation chose from its operand, `(values, indices)`, or what the other side did there."""
-        if len(self.made) < len(self.others):
-            theirs = self.others[len(self.made)]
-            values = _taken(node, operand, theirs)
+        """Keep an operation's choice, or replace it by the other run's where that is as good.
+
+        Args:
+            node: the operation.
+            operand: what it chose from.
+            chosen: `(values, indices)`, its result.
+
+        Returns:
+            `(values, indices)` of the choice that holds.
+        """
+        if len(self.indices) < len(self.others):
+            theirs = self.others[len(self.indices)]
+            values = _values_at(node, operand, theirs)
             if _near(values, chosen[0], self.near, operand):
                 self.flipped += int((theirs != chosen[1]).sum())
                 chosen = values, theirs
-        self.made.append(chosen[1])
+        self.indices.append(chosen[1])
         return chosen
 
 
-def _near(values: torch.Tensor, own: torch.Tensor, near: float, operand: torch.Tensor) -> bool:
-    """Whether values are as good as one's own: equal, or no further apart than that; what is masked is not near."""
-    values, own, operand = values.double(), own.double(), operand.double()
-    largest = operand[torch.isfinite(operand)].abs()
-    allowed = near * float(largest.max()) if largest.numel() else 0.0
-    return bool(((values == own) | ((values - own).abs() <= allowed)).all())
+def _near(values: torch.Tensor, chosen: torch.Tensor, near: float, operand: torch.Tensor) -> bool:
+    """Whether values are as good as the chosen ones: equal, or within `near` of the operand's largest finite value."""
+    values, chosen, operand = values.double(), chosen.double(), operand.double()
+    finite = operand[torch.isfinite(operand)].abs()
+    allowed = near * float(finite.max()) if finite.numel() else 0.0
+    return bool(((values == chosen) | ((values - chosen).abs() <= allowed)).all())
 
 
-def _taken(node: fx.Node, operand: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """The values of the operand that stand at these indices."""
-    place, default = DIMENSION[node.target]  # type: ignore[index]
-    dim: Any = node.args[place] if len(node.args) > place else node.kwargs.get("dim", default)
+def _values_at(node: fx.Node, operand: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """The values of the operand at these indices, along the dimension of the operation."""
+    position, default = DIMENSION[cast(Any, node.target)]
+    dim: Any = node.args[position] if len(node.args) > position else node.kwargs.get("dim", default)
     if indices.dim() == operand.dim():
         return operand.gather(dim, indices)
     return operand.gather(dim, indices.unsqueeze(dim)).squeeze(dim)

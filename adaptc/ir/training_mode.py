@@ -1,5 +1,8 @@
 """Training mode as a node: one graph that follows `module.training`."""
 
+# An operation's schema has no public name.
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import operator
@@ -8,11 +11,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from adaptc.ir.nodes import is_operator
+
 aten = torch.ops.aten
 
 
 def training_node(graph: fx.Graph) -> fx.Node:
-    """The node that reads `module.training`; made if there is none."""
+    """The node that reads `module.training`; inserted before all operations if there is none yet."""
     for node in graph.nodes:
         if node.op == "get_attr" and node.target == "training":
             return node
@@ -22,32 +27,27 @@ def training_node(graph: fx.Graph) -> fx.Node:
 
 
 def mark_training_arguments(graph: fx.Graph) -> None:
-    """Make what a trace in training mode fixed follow the module: `train=True`, `training=True`, `dropout_p=p`."""
+    """Let the arguments that a trace in training mode fixes (`train`, `training`, `dropout_p`) follow the module."""
     for node in list(graph.nodes):
-        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        if node.op != "call_function" or not is_operator(node.target):
             continue
-        for index, argument in enumerate(node.target._schema.arguments):
-            keyword = argument.name in node.kwargs
-            value = (
-                node.kwargs.get(argument.name)
-                if keyword
-                else node.args[index]
-                if index < len(node.args)
-                else None
-            )
-            follows = _following(graph, node, argument.name, value)
-            if follows is not None and keyword:
-                node.update_kwarg(argument.name, follows)
-            elif follows is not None:
+        names = [argument.name for argument in node.target._schema.arguments]
+        for index, (name, value) in enumerate(zip(names, node.args, strict=False)):
+            follows = _following(graph, node, name, value)
+            if follows is not None:
                 node.update_arg(index, follows)
+        for name, value in node.kwargs.items():
+            follows = _following(graph, node, name, value)
+            if follows is not None:
+                node.update_kwarg(name, follows)
 
 
 def _following(graph: fx.Graph, node: fx.Node, argument: str, value: Any) -> fx.Node | None:
+    """The node that takes the place of an argument which holds in training mode only; None if it holds in both."""
     if argument in ("train", "training") and value is True:
-        own_statistics = (
-            node.target is aten.batch_norm.default and node.args[3] is None
-        )  # the same in both modes
-        return None if own_statistics else training_node(graph)
+        # without running statistics a batch norm is the same in both modes
+        stateless = node.target is aten.batch_norm.default and node.args[3] is None
+        return None if stateless else training_node(graph)
     if node.target is aten.add_.Tensor and argument == "other" and value is True:  # batch norm's counter
         return training_node(graph)
     if argument == "dropout_p" and isinstance(value, float) and value > 0:
@@ -56,7 +56,7 @@ def _following(graph: fx.Graph, node: fx.Node, argument: str, value: Any) -> fx.
 
 
 def scaled_by_training(graph: fx.Graph, node: fx.Node, p: float) -> fx.Node:
-    """A node before `node` that is `p` in training and 0 in evaluation."""
+    """A new node, before `node`, whose value is `p` in training mode and 0 in evaluation mode."""
     flag = training_node(graph)
     with graph.inserting_before(node):
         return graph.call_function(operator.mul, (p, flag))

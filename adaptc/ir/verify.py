@@ -1,51 +1,54 @@
-"""Values of nodes by their shapes and dtypes: computed again where a rewrite has changed them."""
+"""Checks of a graph after a rewrite: structure, weights, what is legal at its stage, shapes and dtypes."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 
 from adaptc.errors import VerifyError
-from adaptc.ir.analysis.sites import place_of
 from adaptc.ir.graph import Graph
-from adaptc.ir.nodes import VERIFIED, evaluated, signature
-from adaptc.ir.stages import stages_of
+from adaptc.ir.nodes import VERIFIED, evaluated, is_operator, provenance, signature
+from adaptc.ir.stages import Stage, stages_of
 
 
 def refresh(graph: Graph) -> None:
-    """Record the value of every operation anew whose operands have new ones, up to where the shapes are as before."""
+    """Compute the recorded value of every operation again whose operands have new values, for a rewrite of shapes.
+
+    A value that is as before (dtype, shape, strides) is kept, so that nothing downstream of it is computed again.
+    """
     with graph.fake_mode, enable_python_dispatcher(), torch.no_grad():
         for node in graph.nodes:
             if node.op != "call_function" or node.meta.get(VERIFIED) == signature(node):
                 continue
-            value, before = evaluated(node), node.meta.get("val")
-            if _described(value) != _described(before) or before is None:
+            value, recorded = evaluated(node), node.meta.get("val")
+            if recorded is None or _description(value) != _description(recorded):
                 node.meta["val"] = value
             node.meta[VERIFIED] = signature(node)
 
 
-def _described(value: Any) -> Any:
+def _description(value: Any) -> Any:
+    """Dtype, shape and strides of a tensor as text; of a list that of its items; else the value as text."""
     if isinstance(value, torch.Tensor):
         return str(value.dtype), str(list(value.shape)), str(value.stride())
     if isinstance(value, (list, tuple)):
-        return [_described(item) for item in value]
+        return [_description(item) for item in cast(list[Any], value)]
     return str(value)
 
 
 def verify(graph: Graph) -> None:
-    """Check a graph against the tables of its stage.
+    """Check that a graph is legal at its stage.
 
-    At every stage: the structure holds, every name is a weight of the right shape, and shapes and dtypes propagate
-    to what is recorded. Besides, operations and laws are those that `stages.TABLE` declares for it.
+    At every stage the structure is sound, every name is that of a weight with this shape and dtype, and every operation
+    gives the recorded shape and dtype. Which operations and laws hold besides is in `stages.STAGE_TABLE`.
 
     Raises:
-        VerifyError: one of these does not hold; quotes the node and its source line.
+        VerifyError: one of these does not hold; it quotes the node, its module and source line.
     """
     with structure_checked():
         graph.module.graph.lint()
@@ -64,18 +67,18 @@ def verify(graph: Graph) -> None:
 
 
 @contextmanager
-def structure_checked() -> Iterator[None]:
-    """Let what torch says of a broken graph, such as of an operand behind its user, be an error that names the node.
+def structure_checked() -> Generator[None, None, None]:
+    """Turn torch's error on a broken graph, such as an operand that comes after its user, into one that names the node.
 
     Raises:
-        VerifyError: torch said so.
+        VerifyError: the block raised torch's error.
     """
     try:
         yield
-    except RuntimeError as error:  # torch's words end with the text of all of the graph
+    except RuntimeError as error:  # torch's message ends with the text of the whole graph
         message = str(error).splitlines()[0]
-        found = re.search(r"of Node '(\w+)'", message)
-        raise VerifyError(message, node=found[1] if found else None) from error
+        name = re.search(r"of Node '(\w+)'", message)
+        raise VerifyError(message, node=name[1] if name else None) from error
 
 
 def _check_weight(graph: Graph, node: fx.Node) -> None:
@@ -90,14 +93,14 @@ def _check_weight(graph: Graph, node: fx.Node) -> None:
         )
 
 
-def _unregistered(node: fx.Node, stages: dict[str, Any]) -> str:
-    if isinstance(node.target, torch._ops.OpOverload):
+def _unregistered(node: fx.Node, stages: dict[str, Stage]) -> str:
+    if is_operator(node.target):
         return f"not legal in a graph that is {' and '.join(stages)}"
     return "not a registered operation"
 
 
 def _propagate(graph: Graph) -> None:
-    """Run every operation that is new, or has new operands, on fake tensors and compare with what is recorded."""
+    """Run every operation that is new, or has new operands, on fake tensors and compare with the recorded value."""
     # Some operations need the dispatcher for symbolic sizes.
     with graph.fake_mode, enable_python_dispatcher(), torch.no_grad():
         for node in graph.nodes:
@@ -116,12 +119,13 @@ def _propagate(graph: Graph) -> None:
 def _differ(value: Any, recorded: torch.Tensor) -> bool:
     if not isinstance(value, torch.Tensor) or value.dtype != recorded.dtype or value.dim() != recorded.dim():
         return True
-    pairs = zip(value.shape, recorded.shape, strict=True)
-    return any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in pairs)
+    shapes = cast(Any, value).shape, cast(Any, recorded).shape
+    # Symbolic sizes are not compared: two formulas can be equal.
+    return any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in zip(*shapes, strict=True))
 
 
 def _error(message: str, node: fx.Node | None) -> VerifyError:
-    """The message, and where in the model the node comes from."""
+    """The error, with a note on where in the model the node comes from."""
     if node is None:
         return VerifyError(message)
-    return VerifyError(message, *place_of(node), node=node.name)
+    return VerifyError(message, *provenance(node), node=node.name)

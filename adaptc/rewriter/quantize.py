@@ -108,7 +108,9 @@ class Quantize(Pass):
         if scheme.calibrated:
             chosen = [quantization for quantization in made if quantization.kept is None]
             inputs = (
-                LayerInputs(graph.copy(), [q.site for q in chosen], graph.rows, TOKENS) if chosen else None
+                LayerInputs(graph.copy(), [q.site for q in chosen], graph.calibration_rows, TOKENS)
+                if chosen
+                else None
             )
             for quantization in chosen:
                 quantization.inputs = inputs.of(quantization.site) if inputs else None

@@ -9,10 +9,11 @@ import torch
 from torch import fx
 
 from adaptc.errors import Refusal, RefusedError
+from adaptc.ir.adaptation import Adaptation
+from adaptc.ir.analysis.affine_maps import RESHAPES, AffineMap, Linear, as_affine_map
 from adaptc.ir.analysis.dataflow import walk
-from adaptc.ir.analysis.linear_forms import VIEWS, Linear, Product, operands
-from adaptc.ir.analysis.sites import ADAPTATION
-from adaptc.ir.graph import Adaptation, Graph
+from adaptc.ir.graph import Graph
+from adaptc.ir.nodes import ADAPTATION
 from adaptc.ir.training_mode import training_node
 from adaptc.methods.method import WeightMethod
 from adaptc.rewriter.pipeline import Pass, graph_pass
@@ -56,7 +57,7 @@ def _is_adapted(node: fx.Node) -> bool:
     """Whether this is a product of the base, or of an earlier rewrite, whose weight is an expression."""
     if node.op != "call_function" or node.meta.get(ADAPTATION) is not None:
         return False
-    read = operands(node)
+    read = as_affine_map(node)
     return read is not None and _is_expression(read.weight)
 
 
@@ -79,23 +80,23 @@ class _Rewrite:
 
     def run(self) -> None:
         """Emit the factored form in front of the node, and let its users read that."""
-        read = operands(self.node)
+        read = as_affine_map(self.node)
         assert read is not None
         with self.graph.module.graph.inserting_before(self.node):
-            result = self.apply(read.product, read.x, read.weight, read.flipped, read.bias)
+            result = self.apply(read.affine, read.x, read.weight, read.flipped, read.bias)
         self.node.replace_all_uses_with(result)
         self.graph.module.graph.erase_node(self.node)
 
-    def apply(self, product: Product, x: fx.Node, E: fx.Node, flipped: bool, bias: Any = None) -> fx.Node:
+    def apply(self, product: AffineMap, x: fx.Node, E: fx.Node, flipped: bool, bias: Any = None) -> fx.Node:
         """`E x + b` for E (out, in), or stored `(in, out)`: `flipped`."""
         args: Any = E.args
         if not _is_expression(E):  # a parameter, of the base or of the method
             return self.multiply(product, x, E, flipped, bias)
         if _transposes(E):
             return self.apply(product, x, args[0], not flipped, bias)
-        if E.target in VIEWS and E.meta["val"].dim() > 2 and args[0].meta["val"].dim() == 2:
+        if E.target in RESHAPES and E.meta["val"].dim() > 2 and args[0].meta["val"].dim() == 2:
             return self.apply(product, x, args[0], flipped, bias)
-        if E.target in VIEWS and args[0].target in VIEWS and _same_shape(args[0].args[0], E):
+        if E.target in RESHAPES and args[0].target in RESHAPES and _same_shape(args[0].args[0], E):
             # There and back, between two methods.
             return self.apply(product, x, args[0].args[0], flipped, bias)
         if E.target is aten.add.Tensor and not E.kwargs and all(_same_shape(a, E) for a in args):
@@ -120,7 +121,7 @@ class _Rewrite:
             return self.apply(product.after, self.apply(product, x, inner, flipped), outer, flipped, bias)
         return self.multiply(product, x, E, flipped, bias)
 
-    def scaled(self, product: Product, x: fx.Node, E: fx.Node, flipped: bool, bias: Any) -> fx.Node | None:
+    def scaled(self, product: AffineMap, x: fx.Node, E: fx.Node, flipped: bool, bias: Any) -> fx.Node | None:
         """A product or quotient of a matrix and a scalar, or a vector along one side; None if it is neither."""
         matrix, scale = E.args[0], E.args[1]
         if isinstance(scale, fx.Node) and not _same_shape(matrix, E) and E.target is aten.mul.Tensor:
@@ -160,15 +161,15 @@ class _Rewrite:
         turned = self.emit(aten.einsum.default, "...nb,ncb->...nc", [blocks, M])
         return self.emit(aten.flatten.using_ints, turned, -2, -1)
 
-    def multiply(self, product: Product, x: fx.Node, E: fx.Node, flipped: bool, bias: Any) -> fx.Node:
+    def multiply(self, product: AffineMap, x: fx.Node, E: fx.Node, flipped: bool, bias: Any) -> fx.Node:
         """The product with E as it is."""
         return product.multiply(self.emit, x, E, flipped, bias)
 
-    def biased(self, product: Product, y: fx.Node, bias: Any) -> fx.Node:
+    def biased(self, product: AffineMap, y: fx.Node, bias: Any) -> fx.Node:
         """`y + b`."""
         return y if bias is None else self.emit(aten.add.Tensor, y, product.along_out(self.emit, bias))
 
-    def drop(self, product: Product, x: fx.Node, E: fx.Node, term: fx.Node) -> fx.Node:
+    def drop(self, product: AffineMap, x: fx.Node, E: fx.Node, term: fx.Node) -> fx.Node:
         """x behind the dropout of the method that wrote this sum, for a term without the base weight."""
         adaptation: Adaptation = E.meta[ADAPTATION]
         p = _dropout(adaptation)
@@ -181,7 +182,7 @@ class _Rewrite:
             self.dropped[adaptation, x] = self.emit(aten.dropout.default, x, p, flag)
         return self.dropped[adaptation, x]
 
-    def gains(self, product: Product, E: fx.Node, term: fx.Node) -> bool:
+    def gains(self, product: AffineMap, E: fx.Node, term: fx.Node) -> bool:
         """Whether a term of the sum E is better kept apart: it has dropout of its own, or is thin."""
         adaptation: Adaptation = E.meta[ADAPTATION]
         if _dropout(adaptation) and product.drops and self.trains(term, adaptation):
@@ -190,13 +191,13 @@ class _Rewrite:
             term = term.args[0]  # type: ignore[assignment]
         return term.target is aten.mm.default and product.after is not None and self.worth(product, term)
 
-    def splits(self, product: Product, E: fx.Node, flipped: bool) -> bool:
+    def splits(self, product: AffineMap, E: fx.Node, flipped: bool) -> bool:
         """Whether E is made of rows of several matrices, one of which is better kept apart."""
         pieces, axis = E.args[0], E.args[1] if len(E.args) > 1 else 0
         sums = [p for p in pieces if p.target is aten.add.Tensor and p.meta.get(ADAPTATION) is not None]  # type: ignore[union-attr]
         return axis == int(flipped) and any(self.gains(product, p, t) for p in sums for t in p.args)  # type: ignore[misc]
 
-    def worth(self, product: Product, E: fx.Node) -> bool:
+    def worth(self, product: AffineMap, E: fx.Node) -> bool:
         """Whether two thin products cost less than building the full one, forward and backward."""
         (rows, inner), (_, columns) = (a.meta["val"].shape for a in E.args)  # type: ignore[union-attr]
         if not product.drops:  # a lookup costs nothing
@@ -239,7 +240,7 @@ def _behind(E: Any) -> fx.Node | None:
 
 
 def _plain(E: Any) -> fx.Node:
-    while E.target in VIEWS or E.target is aten.clone.default:
+    while E.target in RESHAPES or E.target is aten.clone.default:
         E = E.args[0]
     return E
 

@@ -10,9 +10,10 @@ import torch
 from torch import fx
 
 from adaptc.errors import Refusal
+from adaptc.ir.adaptation import Adaptation
 from adaptc.ir.aliases import alias_names, module_names, other_users
-from adaptc.ir.analysis.sites import ADAPTATION
-from adaptc.ir.graph import Adaptation, Graph
+from adaptc.ir.graph import Graph
+from adaptc.ir.nodes import ADAPTATION
 from adaptc.methods.method import WeightMethod
 from adaptc.methods.site import Use
 from adaptc.rewriter.expression import FoldedWeight, extract_expression
@@ -67,7 +68,7 @@ class Fold(Pass):
                 if _beside(graph, name, uses, nodes):
                     live.append(adaptation)
                     break
-                value = graph.value_of(name, uses, nodes)
+                value = graph.current_value(name, uses, nodes)
                 folded[name] = FoldedWeight(
                     *_stored(graph, adaptation, name), extract_expression(graph, value)
                 )
@@ -79,7 +80,9 @@ class Fold(Pass):
         settled = [constants(graph, adaptation) for adaptation in live]
         _forget(graph, live)
         for name, weight in folded.items():
-            graph.adapted = {key: value for key, value in graph.adapted.items() if key[0] != name}
+            graph.adapted_weights = {
+                key: value for key, value in graph.adapted_weights.items() if key[0] != name
+            }
             for alias in alias_names(graph, name):
                 graph.weights[alias] = weight
         graph.module.graph.eliminate_dead_code()
@@ -125,7 +128,7 @@ def _beside(graph: Graph, name: str, uses: tuple[Use, ...], nodes: Mapping[str, 
     A later method may have adapted the tensor for some of its uses only.
     """
     found = other_users(graph, name, uses)
-    value = graph.adapted.get((name, uses[0].node))
+    value = graph.adapted_weights.get((name, uses[0].node))
     if found or value is None:
         return found
     return [nodes[use.node] for use in uses if nodes[value] not in nodes[use.node].all_input_nodes]

@@ -11,10 +11,9 @@ import torch
 from pydantic import Field
 from torch import fx
 
-from adaptc.ir.analysis.sites import ADAPTATION
 from adaptc.ir.cost import example_shape, example_sizes
 from adaptc.ir.graph import Graph
-from adaptc.ir.nodes import CUT, memory_owner, writes_in_place
+from adaptc.ir.nodes import ADAPTATION, CUT, memory_owner, writes_in_place
 from adaptc.rewriter.pipeline import Pass, graph_pass
 
 Segments = Annotated[

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from adaptc.ir.analysis.linear_forms import Embedding, Linear, operands
+from adaptc.ir.analysis.affine_maps import Embedding, Linear, as_affine_map
 from adaptc.ir.graph import Graph
 from adaptc.quantization.operators import DEQUANTIZE, EMBEDDING, LINEAR
 from adaptc.rewriter.pipeline import Pass, graph_pass
@@ -28,11 +28,11 @@ class QuantizedProducts(Pass):
         """Rewrite every product with a quantized matrix, or with one of which rows are."""
         changed = False
         for node in list(graph.nodes):
-            read = operands(node) if node.op == "call_function" else None
-            if read is None or not isinstance(read.product, Linear | Embedding):
+            read = as_affine_map(node) if node.op == "call_function" else None
+            if read is None or not isinstance(read.affine, Linear | Embedding):
                 continue
             with graph.module.graph.inserting_before(node):
-                if isinstance(read.product, Embedding):
+                if isinstance(read.affine, Embedding):
                     result = _looked_up(graph, node, read.x, read.weight)
                 else:
                     result = _apply(graph, node, read.x, read.weight, read.flipped, read.bias)

@@ -51,7 +51,7 @@ def lora(target: str = "*", **options: Any) -> Any:
 
 def calibrated() -> Graph:
     """With inputs, for schemes that look at them."""
-    return dataclasses.replace(traced(models.Layer), rows=[{"x": torch.randn(9, 8)}])
+    return dataclasses.replace(traced(models.Layer), calibration_rows=[{"x": torch.randn(9, 8)}])
 
 
 def follows_training() -> Pass:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import adaptc
 from adaptc.errors import SpecError
-from adaptc.ir.analysis.matmul import MATRIX_PRODUCTS
+from adaptc.ir.analysis.matrix_products import MATRIX_PRODUCTS
 from adaptc.ir.graph import Graph
 from adaptc.ir.module import bind
 from adaptc.methods.activation import ActivationMethod

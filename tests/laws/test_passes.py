@@ -82,7 +82,7 @@ def test_run_leaves_its_input_alone(zoo: Zoo, name: str) -> None:
     if name in ("quantized-products", "dequantize"):
         graph = run(graph, [default("quantize-nf4", target="*")])
     if name == "plain-integers":
-        chosen = dataclasses.replace(graph, rows=[inputs("mlp", 9)])
+        chosen = dataclasses.replace(graph, calibration_rows=[inputs("mlp", 9)])
         graph = run(chosen, [default("quantize-gptq", target="re:up|down"), default("quantized-products")])
     if name == "torch-kernels":  # there are some for bfloat16 only
         bits = [load_passes()["quantize-int8"](target="*"), default("quantized-products")]  # type: ignore[call-arg]
@@ -140,7 +140,7 @@ def test_a_pass_at_the_wrong_stage_says_which_it_takes(zoo: Zoo, name: str) -> N
 def keeping(zoo: Zoo) -> dict[str, tuple[Graph, Any]]:
     """A graph on which each shipped pass that keeps results has something to do."""
     nf4 = run(zoo.graph("mlp"), [default("quantize-nf4", target="*")])
-    chosen = dataclasses.replace(zoo.graph("mlp"), rows=[inputs("mlp", 9)])
+    chosen = dataclasses.replace(zoo.graph("mlp"), calibration_rows=[inputs("mlp", 9)])
     gptq = [default("quantize-gptq", target="re:up|down"), default("quantized-products")]
     int8 = [default("quantize-int8", target="*"), default("quantized-products")]
     adapted = at_stage(zoo, "adapted")

@@ -19,9 +19,9 @@ from adaptc.emit.onnx.lower_quantized import OnnxProducts
 from adaptc.emit.onnx.quantized_operations import onnx
 from adaptc.emit.onnx.rounding import RoundActivations
 from adaptc.errors import RefusedError, VerifyError
-from adaptc.ir.analysis.sites import ADAPTATION
 from adaptc.ir.graph import Graph
-from adaptc.ir.stages import REWRITTEN, STAGES, TABLE
+from adaptc.ir.nodes import ADAPTATION
+from adaptc.ir.stages import REWRITTEN, STAGE_TABLE, STAGES
 from adaptc.ir.training_mode import training_node
 from adaptc.ir.verify import verify
 from adaptc.quantization.operators import DEQUANTIZE, LINEAR
@@ -178,7 +178,7 @@ def test_an_adapter_that_a_fold_left_is_refused(zoo: Zoo) -> None:
 def test_every_stage_is_refused_something() -> None:
     assert {stage for stage, _, _ in CASES} == {*STAGES, "quantized"}
     assert set(REWRITTEN) < set(STAGES)
-    assert all(stage.holds and stage.laws for stage in TABLE.values())
+    assert all(stage.holds and stage.laws for stage in STAGE_TABLE.values())
 
 
 def test_passes_of_a_spec_do_not_start_from_a_program(zoo: Zoo) -> None:

@@ -14,7 +14,7 @@ from tests.families import Zoo, close, inputs, outputs
 
 def test_plain_integers(zoo: Zoo) -> None:
     for name in ("awq", "gptq"):
-        graph = dataclasses.replace(zoo.graph("mlp"), rows=[inputs("mlp", 9)])
+        graph = dataclasses.replace(zoo.graph("mlp"), calibration_rows=[inputs("mlp", 9)])
         more = {"act_order": True} if name == "gptq" else {}
         item: Any = load_passes()[f"quantize-{name}"]
         known = {"target": "re:up|down", **SCHEMES[name].small, **more}

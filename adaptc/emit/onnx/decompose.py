@@ -15,10 +15,9 @@ from torch.fx.node import map_arg
 
 from adaptc.emit.onnx.operations import translations
 from adaptc.errors import Refusal, RefusedError
-from adaptc.ir.analysis.sites import place_of
 from adaptc.ir.graph import Graph
-from adaptc.ir.nodes import PROVENANCE
-from adaptc.ir.stages import OWN
+from adaptc.ir.nodes import PROVENANCE, provenance
+from adaptc.ir.stages import ADAPTC_LIBRARIES
 from adaptc.rewriter.pipeline import Pass
 
 EXPECTED = (
@@ -88,11 +87,11 @@ class OnnxOperations(Pass):
             target = node.target
             if (
                 isinstance(target, torch._ops.OpOverload)
-                and target.namespace not in OWN
+                and target.namespace not in ADAPTC_LIBRARIES
                 and target not in known
             ):
                 reason = f"ONNX export failed: there is no ONNX form of {target}"
-                raise RefusedError([Refusal(reason, notes=(*place_of(node), EXPECTED))], self)
+                raise RefusedError([Refusal(reason, notes=(*provenance(node), EXPECTED))], self)
 
 
 def _put_on_cpu(nodes: fx.Graph, device: fx.Node) -> None:

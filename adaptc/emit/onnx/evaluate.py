@@ -13,8 +13,8 @@ from torch.fx.graph import CodeGen
 from adaptc.errors import Refusal
 from adaptc.inputs import LABELS
 from adaptc.ir.graph import Graph
+from adaptc.ir.laws import no_weight_is_written
 from adaptc.ir.nodes import is_tensor
-from adaptc.ir.stages import no_weight_is_written
 from adaptc.rewriter.pipeline import PASSES, Pass, run
 
 aten = torch.ops.aten

@@ -9,8 +9,8 @@ import torch
 
 from adaptc.ir.example_inputs import example_sizes, example_tensors
 from adaptc.ir.graph import Graph
+from adaptc.ir.laws import nothing_is_written
 from adaptc.ir.nodes import writes_in_place
-from adaptc.ir.stages import nothing_is_written
 from adaptc.rewriter.pipeline import Pass
 from adaptc.tracing.export import dynamic_shapes, normalise
 

@@ -23,9 +23,8 @@ from adaptc.emit.onnx.decompose import EXPECTED, OnnxOperations, vocabulary
 from adaptc.emit.onnx.functional import Functional
 from adaptc.emit.onnx.operations import COMPLEX, translations
 from adaptc.errors import AdaptcError, RefusedError, VerifyError
-from adaptc.ir.analysis.sites import place_of
 from adaptc.ir.graph import Graph
-from adaptc.ir.nodes import get_tensor
+from adaptc.ir.nodes import get_tensor, provenance
 from adaptc.rewriter.pipeline import run
 from adaptc.tracing.export import quietly
 
@@ -80,7 +79,7 @@ def translate(graph: Graph, opset: int) -> Any:
             (line for line in lines if "No ONNX function" in line or "aten." in line),
             lines[0] if lines else "",
         )
-        where = next((place_of(node) for node in graph.nodes if f"%{node.name} " in str(error)), ())
+        where = next((provenance(node) for node in graph.nodes if f"%{node.name} " in str(error)), ())
         raise AdaptcError(f"ONNX export failed: {type(error).__name__}: {words}", *where, EXPECTED) from error
 
 

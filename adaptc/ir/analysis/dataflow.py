@@ -1,4 +1,4 @@
-"""Walks through a graph: what lies between two products, and where the features of a product's result go."""
+"""Walks through a graph: what lies between two matrix products, and where the features of a product's result go."""
 
 from __future__ import annotations
 
@@ -9,27 +9,14 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.node import map_arg
 
-from adaptc.ir.analysis.matmul import MATRIX_PRODUCTS, feature_axes, operands_of
-from adaptc.ir.nodes import operation
+from adaptc.ir.analysis.matrix_products import MATRIX_PRODUCTS, feature_axes, operands_of
+from adaptc.ir.nodes import map_operands, node_arg, operation, traced_size
 
 VIEWS = frozenset(
     {
-        *(
-            "view",
-            "reshape",
-            "transpose",
-            "permute",
-            "t",
-            "numpy_T",
-            "mT",
-            "unflatten",
-            "flatten",
-            "unsqueeze",
-            "squeeze",
-            "expand",
-        ),
+        *("view", "reshape", "transpose", "permute", "t", "numpy_T", "mT"),
+        *("unflatten", "flatten", "unsqueeze", "squeeze", "expand"),
         *("split", "split_with_sizes", "chunk", "unbind", "slice", "select", "narrow", "getitem"),
         *("contiguous", "clone", "to"),
     }
@@ -42,11 +29,11 @@ def walk(
     step: Callable[[fx.Node], Iterable[fx.Node]],
     stop: Callable[[fx.Node], bool] = lambda node: False,
 ) -> Iterator[fx.Node]:
-    """Every node that steps from the starts lead to, each once and the nearest first.
+    """Every node that can be reached from the starts, each once, the nearest first.
 
     Args:
-        starts: where to begin; these are among the nodes.
-        step: gives the next nodes after one.
+        starts: where to begin; they are given too.
+        step: gives the neighbours of a node.
         stop: whether to go no further from a node.
     """
     reached = dict.fromkeys(starts)
@@ -60,11 +47,14 @@ def walk(
 
 
 def upstream(starts: Iterable[fx.Node], residual: bool = True) -> dict[fx.Node, None]:
-    """These nodes and all they are made from, up to the next matrix products.
+    """These nodes and all that they are computed from, up to and including the nearest matrix products.
 
     Args:
         starts: where to begin.
-        residual: go on beyond sums of two activations.
+        residual: pass sums of two activations.
+
+    Returns:
+        the nodes as keys, the nearest first.
     """
 
     def stop(node: fx.Node) -> bool:
@@ -74,11 +64,14 @@ def upstream(starts: Iterable[fx.Node], residual: bool = True) -> dict[fx.Node, 
 
 
 def downstream(node: fx.Node, residual: bool = True) -> dict[fx.Node, None]:
-    """What is made from a node, up to and including the next matrix products.
+    """All that is computed from a node, up to and including the nearest matrix products.
 
     Args:
         node: where to begin; it is not among the results.
         residual: enter sums with another activation.
+
+    Returns:
+        the nodes as keys, the nearest first.
     """
 
     def users(node: fx.Node) -> list[fx.Node]:
@@ -88,7 +81,7 @@ def downstream(node: fx.Node, residual: bool = True) -> dict[fx.Node, None]:
 
 
 def ancestors(node: fx.Node, within: Collection[fx.Node] | None = None) -> set[fx.Node]:
-    """A node and all that it is made from, beyond matrix products too; of some nodes only, where they are given."""
+    """A node and all that it is computed from, through matrix products too; only nodes that are `within`, if given."""
 
     def inside(nodes: Iterable[fx.Node]) -> list[fx.Node]:
         return [n for n in nodes if within is None or n in within]
@@ -108,7 +101,7 @@ def is_weight(node: fx.Node) -> bool:
 
 
 def unviewed(node: fx.Node, passed: Collection[str] = VIEWS) -> fx.Node:
-    """What a node is a view of, seen through these operations."""
+    """The node that this one is a view of, through the operations whose names are passed."""
     while node.op == "call_function" and operation(node) in passed and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
@@ -123,20 +116,21 @@ def activations_multiplied(node: fx.Node) -> tuple[fx.Node, ...]:
 
 
 def features_reaching(product: fx.Node, region: Mapping[fx.Node, None]) -> tuple[tuple[int, int], ...]:
-    """The ranges of a product's output features that enter a region: labels follow them through the views.
+    """The output features of a matrix product that enter a region. Their numbers are followed through the views.
 
     Args:
-        product: a product with a weight.
-        region: nodes that some operand is made from, that operand among them.
+        product: a matrix product with a weight.
+        region: an operand of some node, and the nodes upstream of it.
+
+    Returns:
+        the ranges (first, last + 1) of the features, in ascending order.
     """
-    shape = [_number(size) for size in product.meta["val"].shape]
+    shape = [traced_size(size) for size in product.meta["val"].shape]
     operands = operands_of(product)
     weight = next((operand for operand in reversed(operands) if is_weight(operand)), operands[-1])
     axes = feature_axes(product, weight, len(shape))
     rows = torch.arange(math.prod(shape[axis] for axis in axes)).view([shape[axis] for axis in axes])
-    rows = rows.permute(
-        sorted(range(len(axes)), key=axes.__getitem__)
-    )  # in the order that the result has them
+    rows = rows.permute(sorted(range(len(axes)), key=axes.__getitem__))  # in the order of the result's axes
     labels: dict[fx.Node, Any] = {
         product: rows.reshape([size if i in axes else 1 for i, size in enumerate(shape)]).expand(shape)
     }
@@ -156,25 +150,20 @@ def features_reaching(product: fx.Node, region: Mapping[fx.Node, None]) -> tuple
 
 
 def _moved(node: fx.Node, labels: Mapping[fx.Node, Any]) -> Any:
+    """What a view gives of the labels of its operand."""
     if operation(node) == "to":
-        return labels[node.args[0]]  # type: ignore[index]
-    args, kwargs = map_arg(
-        (node.args, dict(node.kwargs)), lambda n: labels[n] if n in labels else _number(n.meta["val"])
-    )
+        return labels[node_arg(node, 0)]
+    args, kwargs = map_operands(node, lambda n: labels[n] if n in labels else traced_size(n.meta["val"]))
     call: Any = torch.reshape if operation(node) == "view" else node.target  # labels have other strides
     return call(*args, **kwargs)
 
 
-def _number(size: Any) -> Any:
-    """A symbolic size as it was in the trace."""
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else size
-
-
-def _ranges(rows: list[int]) -> tuple[tuple[int, int], ...]:
-    found: list[tuple[int, int]] = []
-    for row in rows:
-        if found and found[-1][1] == row:
-            found[-1] = (found[-1][0], row + 1)
+def _ranges(numbers: list[int]) -> tuple[tuple[int, int], ...]:
+    """Ascending numbers as ranges (first, last + 1)."""
+    ranges: list[tuple[int, int]] = []
+    for number in numbers:
+        if ranges and ranges[-1][1] == number:
+            ranges[-1] = (ranges[-1][0], number + 1)
         else:
-            found.append((row, row + 1))
-    return tuple(found)
+            ranges.append((number, number + 1))
+    return tuple(ranges)

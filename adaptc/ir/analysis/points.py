@@ -1,9 +1,9 @@
-"""Points: the places of a graph that are no weight, where activations, attentions and inputs are adapted."""
+"""Points: the sites of a graph that are no weight, where activations, attentions and inputs are adapted."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -11,27 +11,36 @@ from torch import fx
 from adaptc.ir.analysis.attention import Attention, find_attentions, keys_of, values_of
 from adaptc.ir.analysis.dataflow import VIEWS, ancestors, is_residual, unviewed, upstream, walk
 from adaptc.ir.analysis.roles import weighted_products
-from adaptc.ir.nodes import module_of, operation, source_of
+from adaptc.ir.nodes import is_tensor, module_of, node_arg, operation, source_of
 from adaptc.methods.point_sites import AnyPoint, AttentionSite, Heads, InputSite, SubLayer
 from adaptc.methods.site import ATTENTION_POINT, INPUT, SUBLAYER, Use, WeightSite
 from adaptc.patterns import ROLES
 
 OUTPUT, OUT = ROLES[3], ROLES[6]
 PASSED = VIEWS | {"dropout", "alias", "detach"}
-"""What a residual stream may pass on its way to a sum."""
+"""Names of the operations that a residual stream may pass on its way to a sum."""
 
 
 def find_points(nodes: Iterable[fx.Node], sites: Sequence[WeightSite]) -> tuple[AnyPoint, ...]:
     """Every point of a traced graph, in the order of execution."""
     ordered = list(nodes)
     weighted = weighted_products(ordered, sites)
-    found = [*_sublayers(ordered, weighted), *_attentions(ordered), *_inputs(weighted)]
+    points = [*_sublayers(ordered, weighted), *_attentions(ordered), *_inputs(weighted)]
     order = {node.name: index for index, node in enumerate(ordered)}
-    return tuple(sorted(found, key=lambda site: order[site.node]))
+    return tuple(sorted(points, key=lambda site: order[site.node]))
 
 
 def named_point(nodes: Iterable[fx.Node], name: str, reads: str) -> list[SubLayer]:
-    """The value of a node as a place to adapt, wherever it is read; none where it is no activation."""
+    """The value of a node as a point, adapted wherever it is read.
+
+    Args:
+        nodes: of the graph as traced.
+        name: of the node.
+        reads: the name of the node that an adapter takes as its input; "" for none.
+
+    Returns:
+        one point; none if there is no such node, or its value is no activation.
+    """
     by_name = {node.name: node for node in nodes}
     node = by_name.get(name)
     value = node.meta.get("val") if node is not None else None
@@ -64,24 +73,25 @@ def named_point(nodes: Iterable[fx.Node], name: str, reads: str) -> list[SubLaye
 
 
 def _sublayers(nodes: Sequence[fx.Node], weighted: Mapping[fx.Node, WeightSite]) -> Iterator[SubLayer]:
-    """A sub-layer's output, where it enters the sum with the residual stream that it was computed from."""
+    """Every output of a sub-layer, where it enters the sum with the residual stream that it is computed from."""
     order = {node: index for index, node in enumerate(nodes)}
     mixed = {attention.mixed for attention in find_attentions(nodes)}
     for node in nodes:
         if not is_residual(node) or len(node.all_input_nodes) != 2:
             continue
-        for index, stream in ((0, node.args[1]), (1, node.args[0])):
-            cone = _cone(node.args[index], unviewed(stream, PASSED), order)  # type: ignore[arg-type]
+        for index in (0, 1):
+            # both operands are nodes: the sum has two input nodes
+            cone = _cone(node_arg(node, index), unviewed(node_arg(node, 1 - index), PASSED), order)
             if cone is not None:
                 yield from _outputs(Use(node.name, index), node, cone, weighted, mixed, order)
 
 
-def _cone(branch: Any, stream: fx.Node, order: Mapping[fx.Node, int]) -> set[fx.Node] | None:
-    """What a branch is made from behind the stream; None if it is not made from that."""
-    made_from = set(walk([branch], lambda n: n.all_input_nodes, lambda n: order[n] <= order[stream]))
-    if branch is stream or stream not in made_from:
+def _cone(branch: fx.Node, stream: fx.Node, order: Mapping[fx.Node, int]) -> set[fx.Node] | None:
+    """The nodes between a residual stream and a branch; None if the branch is not computed from the stream."""
+    sources = set(walk([branch], lambda n: n.all_input_nodes, lambda n: order[n] <= order[stream]))
+    if branch is stream or stream not in sources:
         return None
-    return {node for node in made_from if order[node] > order[stream]}
+    return {node for node in sources if order[node] > order[stream]}
 
 
 def _outputs(
@@ -92,7 +102,16 @@ def _outputs(
     mixed: set[fx.Node],
     order: Mapping[fx.Node, int],
 ) -> Iterator[SubLayer]:
-    """The sub-layer at one operand of a sum; of parallel ones that were summed before, each."""
+    """The sub-layer whose output is one operand of a residual sum; two, if it is itself a sum of parallel sub-layers.
+
+    Args:
+        use: the operand.
+        node: the sum.
+        cone: the nodes between the residual stream and the operand.
+        weighted: every matrix product with a weight -> its site.
+        mixed: the results of attentions.
+        order: node -> its number in the order of execution.
+    """
     branch: Any = node.args[use.argument]
     last = [n for n in upstream([branch]) if n in weighted and n in cone]
     if not last or branch.meta["val"].dim() < 2:
@@ -122,31 +141,31 @@ def _outputs(
 
 
 def _width(value: torch.Tensor, site: WeightSite) -> int | None:
-    """The number of features, if they are on the last axis; None if not."""
-    width = value.shape[-1]
+    """The number of features if they are the last axis; None if not, or if it is symbolic."""
+    width: int | torch.SymInt = cast(Any, value).shape[-1]
     return width if isinstance(width, int) and site.kind != "conv" else None
 
 
 def _unflattened(node: fx.Node, rank: int) -> fx.Node:
-    """A product's input before its rows were put in one axis."""
+    """The input of a matrix product upstream of views that join its rows in one axis."""
     while operation(node) in ("view", "reshape") and node.meta["val"].dim() < rank:
-        node = node.args[0]  # type: ignore[assignment]
+        node = node_arg(node, 0)
     return node
 
 
 def _operand(product: fx.Node, site: WeightSite) -> fx.Node:
-    """What a product multiplies its weight with."""
+    """The input of a matrix product with a site's weight."""
     weights = {use.node for use in site.uses}
-    held = [n for n in product.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
-    return next(n for n in held if n.name not in weights and unviewed(n).op != "get_attr")
+    tensors = [n for n in product.all_input_nodes if is_tensor(n)]
+    return next(n for n in tensors if n.name not in weights and unviewed(n).op != "get_attr")
 
 
 def _attentions(nodes: Sequence[fx.Node]) -> Iterator[AttentionSite]:
-    """Where the keys and the values enter an attention."""
-    found = list(find_attentions(nodes))
+    """Every place where keys and values enter an attention."""
+    attentions = list(find_attentions(nodes))
     batches = [n.meta["val"].shape[0] for n in nodes if n.op == "placeholder" and n.meta["val"].dim()]
-    crossing = {_length(a.query) for a in found if _crosses(a)}
-    for attention in found:
+    crossing = {_length(a.query) for a in attentions if _crosses(a)}
+    for attention in attentions:
         keys, values = keys_of(attention), values_of(attention)
         module, type_name = module_of(attention.mixed)
         heads: Heads | None = None
@@ -168,7 +187,7 @@ def _attentions(nodes: Sequence[fx.Node]) -> Iterator[AttentionSite]:
 
 
 def _half(attention: Attention, crossing: set[str]) -> str:
-    """Which part of a model of two an attention is in; "" where there is one."""
+    """`encoder`, `decoder` or `cross`: which part of an encoder-decoder an attention is in; "" in any other model."""
     if not crossing:
         return ""
     if _crosses(attention):
@@ -177,22 +196,22 @@ def _half(attention: Attention, crossing: set[str]) -> str:
 
 
 def _length(query: fx.Node) -> str:
-    """How many tokens a query has, in words."""
+    """The number of tokens of a query, as text: it may be symbolic."""
     return str(query.meta["val"].shape[-2])
 
 
 def _crosses(attention: Attention) -> bool:
-    """Whether the keys are another sequence's: of another length."""
+    """Whether the keys belong to another sequence than the query: one of another length."""
     keys = keys_of(attention)
     return keys is not None and str(keys.node.meta["val"].shape[keys.sequence]) != _length(attention.query)
 
 
 def _inputs(weighted: Mapping[fx.Node, WeightSite]) -> Iterator[InputSite]:
-    """Where tokens that are given as numbers become vectors."""
+    """Every embedding that turns an integer input of the model into vectors."""
     for node, site in weighted.items():
         if site.kind != "embedding":
             continue
-        indices = unviewed(node.args[1])  # type: ignore[arg-type]
+        indices = unviewed(node_arg(node, 1))
         if indices.op == "placeholder" and indices.meta["val"].dim() == 2:
             value = node.meta["val"]
             yield InputSite(

@@ -1,4 +1,4 @@
-"""Roles: what a layer does, read from the dataflow around it, so that it holds on models nobody has named."""
+"""Roles: what each layer does, read from the dataflow around it and not from names, so that it holds for any model."""
 
 from __future__ import annotations
 
@@ -18,28 +18,18 @@ QUERY, KEY, VALUE, OUTPUT, IN, GATE, OUT, EMBEDDING, HEAD = ROLES
 SLICES: Mapping[str, str] = dict(
     zip(SLICE_NAMES, (QUERY, QUERY, KEY, KEY, VALUE, VALUE, GATE, IN, IN), strict=True)
 )
-"""The names of slices of a fused weight -> the role of their rows."""
+"""Name of a slice of a fused weight -> the role of its rows."""
 PIECES: Mapping[str, str] = {role: name for name, role in reversed(SLICES.items())}
-"""The role of rows -> the shortest name of that slice."""
+"""Role -> the shortest name of the slice of a fused weight that plays it."""
 ACTIVATIONS = frozenset(
     {
-        *(
-            "gelu",
-            "silu",
-            "relu",
-            "relu_",
-            "sigmoid",
-            "tanh",
-            "leaky_relu",
-            "elu",
-            "selu",
-            "mish",
-            "hardswish",
-        ),
-        *("relu6", "softplus", "hardtanh", "prelu"),
+        *("gelu", "silu", "relu", "relu_", "sigmoid", "tanh", "leaky_relu", "elu", "selu", "mish"),
+        *("hardswish", "relu6", "softplus", "hardtanh", "prelu"),
     }
 )
+"""Operations that are the activation of a feed-forward."""
 Rows = tuple[tuple[int, int], ...]
+"""Ranges of rows: (first, last + 1) of each."""
 
 
 @dataclass
@@ -48,20 +38,20 @@ class Roles:
 
     Attributes:
         of: first use of a site -> its roles; a fused weight has several.
-        rows: (first use, role) -> the ranges of rows that play it.
+        rows: (first use of a site, role) -> the rows that play it, where these are not all rows.
     """
 
-    of: dict[Use, set[str]] = field(default_factory=dict)
-    rows: dict[tuple[Use, str], Rows] = field(default_factory=dict)
+    of: dict[Use, set[str]] = field(default_factory=dict[Use, set[str]])
+    rows: dict[tuple[Use, str], Rows] = field(default_factory=dict[tuple[Use, str], Rows])
 
 
 def find_roles(nodes: Iterable[fx.Node], sites: Iterable[WeightSite]) -> Roles:
     """Read the roles of every site that is a matrix.
 
-    What makes an attention's query, key or value, with no other product in between, has that role; what an attention
-    feeds first is its output. What an activation feeds is a feed-forward's out; what goes into the activation is its
-    in, or its gate where the activation is multiplied with another product's result, which is then in. What reaches
-    an output of the model beside no residual sum is a head.
+    The matrix product that gives an attention's query, key or value has that role; the next one after an attention is
+    its output. The next product after an activation is a feed-forward's out. The one before the activation is its in;
+    but if the activation is multiplied by another product's result, it is the gate, and the other product is the in. A
+    product is a head if its result becomes an output of the model without entering a residual sum.
     """
     ordered = list(nodes)
     sites = [site for site in sites if site.kind in MATRIX_KINDS]
@@ -85,14 +75,14 @@ def find_roles(nodes: Iterable[fx.Node], sites: Iterable[WeightSite]) -> Roles:
 
 
 def weighted_products(nodes: Iterable[fx.Node], sites: Iterable[WeightSite]) -> dict[fx.Node, WeightSite]:
-    """Every node that multiplies by the weight of one of these sites."""
+    """The matrix products with the weights of sites: node -> site."""
     by_name = {node.name: node for node in nodes}
     products = {site: _product(by_name, site) for site in sites if site.kind in MATRIX_KINDS}
     return {node: site for site, node in products.items() if node is not None}
 
 
 def _product(by_name: Mapping[str, fx.Node], site: WeightSite) -> fx.Node | None:
-    """The node that multiplies by a site's weight, behind the weight's own views."""
+    """The matrix product with a site's weight, downstream of views of the weight; None if there is none."""
     node: fx.Node | None = by_name[site.node]
     while node is not None and operation(node) != site.op:
         node = next(iter(node.users), None)
@@ -102,35 +92,32 @@ def _product(by_name: Mapping[str, fx.Node], site: WeightSite) -> fx.Node | None
 def _feed_forward(
     out: fx.Node, site: WeightSite, roles: Roles, weighted: Mapping[fx.Node, WeightSite]
 ) -> None:
-    """Give the roles around a product whose input comes from an activation."""
-    branch = upstream(
-        out.all_input_nodes, residual=False
-    )  # an activation in the residual stream is another's
+    """Give out, in and gate to a matrix product whose input comes from an activation, and to those before it."""
+    # no residual sum is passed: an activation upstream of one belongs to another layer
+    branch = upstream(out.all_input_nodes, residual=False)
     active = [node for node in branch if operation(node) in ACTIVATIONS]
     fed = {node for node in upstream(active) if node in weighted}
     if not fed:
         return
     roles.of[site.uses[0]].add(OUT)
     gates = [node for node in branch if operation(node) in ("mul", "mul_") and len(node.all_input_nodes) == 2]
-    others = []
+    others: list[fx.Node] = []
     for first, second in ((a, b) for node in gates for a, b in itertools.permutations(node.all_input_nodes)):
-        made_from = {node for node in upstream([first]) if node in weighted}
-        if made_from and first not in active and (second in active or not made_from & fed):
+        sources = {node for node in upstream([first]) if node in weighted}
+        if sources and first not in active and (second in active or not sources & fed):
             others.append(first)
     for node in active:
         _give(roles, GATE if others else IN, node, weighted)
     for factor in others:
         _give(roles, IN, factor, weighted)
     for node in fed:  # x * sigmoid(x) has no gate
-        if {GATE, IN} <= roles.of[weighted[node].uses[0]] and (
-            weighted[node].uses[0],
-            GATE,
-        ) not in roles.rows:
-            roles.of[weighted[node].uses[0]].discard(GATE)
+        use = weighted[node].uses[0]
+        if {GATE, IN} <= roles.of[use] and (use, GATE) not in roles.rows:
+            roles.of[use].discard(GATE)
 
 
 def _give(roles: Roles, role: str, operand: fx.Node, weighted: Mapping[fx.Node, WeightSite]) -> None:
-    """Give a role to the products that an operand is made from, and note which of their rows it takes."""
+    """Give a role to the matrix products that an operand is computed from, and record which of their rows it takes."""
     region = upstream([operand])
     for node in region:
         site = weighted.get(node)

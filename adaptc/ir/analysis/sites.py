@@ -1,27 +1,20 @@
-"""Which weights of a traced graph can be adapted, read from its dataflow."""
+"""The sites of a traced graph: which weights can be adapted, read from how its operations use them."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from torch import fx
 
 from adaptc.ir.analysis.layouts import consumers
-from adaptc.ir.analysis.matmul import MATRIX_PRODUCTS, bias_of
-from adaptc.ir.nodes import module_of, operation, parameter_uses, source_of
+from adaptc.ir.analysis.matrix_products import MATRIX_PRODUCTS, bias_of
+from adaptc.ir.nodes import module_of, operation, source_of
 from adaptc.methods.site import MATRIX_KINDS, Layout, Use, WeightSite
 
-ADAPTATION = "adaptation"
-"""The key in a node's meta of the adaptation that its expression belongs to; nodes of the base have none."""
-
-
-def place_of(node: fx.Node) -> tuple[str, ...]:
-    """A note for a message: `in layers.0.attention, from modeling_llama.py:214`; empty if neither is known."""
-    module, source = module_of(node)[0], source_of(node)
-    parts = [f"in {module}"] * bool(module) + [f"from {source}"] * bool(source)
-    return (", ".join(parts),) if parts else ()
+Readers = list[tuple[fx.Node, int]]
+"""Where a weight is read: (operation, index of the argument), -1 for one inside a list or by keyword."""
 
 
 def find_sites(graph: fx.Graph, names: Mapping[str, str], parameters: set[str]) -> list[WeightSite]:
@@ -32,77 +25,90 @@ def find_sites(graph: fx.Graph, names: Mapping[str, str], parameters: set[str]) 
         names: every name of a parameter or buffer -> the first name of the same tensor.
         parameters: the names that are parameters, not buffers.
     """
-    groups: dict[tuple[str, str], list[tuple[fx.Node, int]]] = defaultdict(list)
+    groups: dict[tuple[str, str], Readers] = defaultdict(list)
     types: dict[str, str] = {}
     values: dict[str, fx.Node] = {}
-    same = defaultdict(list)
+    aliases: dict[str, list[str]] = defaultdict(list)
     for name, first in names.items():
-        same[first].append(name)
-    for node, user, index in parameter_uses(graph):
+        aliases[first].append(name)
+    for node, user, index in _reads(graph):
         target = str(node.target)
         if target not in parameters:
             continue
         module, type_name = module_of(user)
-        own = next((n for n in same[names[target]] if n.rpartition(".")[0] == module), None)
-        if own is None:  # used from a module that does not own it: the owner keeps the site
-            own = target
+        name = next((n for n in aliases[names[target]] if n.rpartition(".")[0] == module), None)
+        if name is None:  # used from a module that does not own it: the owner keeps the site
+            name = target
             module = target.rpartition(".")[0]
         types.setdefault(module, type_name)
-        values[own] = node
-        groups[module, own].append((user, index))
+        values[name] = node
+        groups[module, name].append((user, index))
     order = {node: position for position, node in enumerate(graph.nodes)}
-    for uses in groups.values():
-        uses.sort(key=lambda use: order[use[0]])
-    sites = [_site(module, own, types[module], values[own], uses) for (module, own), uses in groups.items()]
-    return _told_apart(sites)
+    for readers in groups.values():
+        readers.sort(key=lambda reader: order[reader[0]])
+    return _disambiguated(
+        [
+            _site(module, name, types[module], values[name], readers)
+            for (module, name), readers in groups.items()
+        ]
+    )
 
 
-def _site(
-    module: str, own: str, type_name: str, node: fx.Node, uses: list[tuple[fx.Node, int]]
-) -> WeightSite:
+def _reads(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node, int]]:
+    """Every (weight, operation that reads it, index of the argument) of a graph."""
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            for user in node.users:
+                yield node, user, next((i for i, a in enumerate(user.args) if a is node), -1)
+
+
+def _site(module: str, name: str, type_name: str, node: fx.Node, readers: Readers) -> WeightSite:
+    """The site of a weight: `name` is its name in the module, `node` reads it."""
     value = node.meta["val"]
-    uses, foreign = _own_and_foreign(module, node, uses)
-    read = consumers(node, [user for user, _ in uses])
-    layouts = {layout for _, layout in read}
-    biases = {_bias_of(user) for user, _ in read}
+    readers, foreign = _without_foreign(module, node, readers)
+    products = consumers(node, [user for user, _ in readers])
+    layouts = {layout for _, layout in products}
+    biases = {_bias_of(user) for user, _ in products}
     # One expression serves all uses, so they must read the weight the same way, beside the same bias.
-    layout = layouts.pop() if len(layouts) == len(biases) == 1 and read else None
+    layout = layouts.pop() if len(layouts) == len(biases) == 1 and products else None
     bias = biases.pop() if layout is not None else None
-    op = operation(read[0][0]) if read else ""
+    op = operation(products[0][0]) if products else ""
     return WeightSite(
         module=module,
         type=type_name,
         kind=_kind(layout, op),
         op=op,
         parameter=str(node.target),
-        leaf=own.rpartition(".")[2],
+        leaf=name.rpartition(".")[2],
         shape=tuple(value.shape),
         dtype=value.dtype,
         layout=layout,
-        uses=tuple(Use(user.name, index) for user, index in uses),
+        uses=tuple(Use(user.name, index) for user, index in readers),
         bias=bias,
-        bias_uses=tuple(_bias_use(user) for user, _ in read) if bias else (),
-        source=source_of(uses[0][0]),
-        groups=_groups(read[0][0]) if read else 1,
+        bias_uses=tuple(_bias_use(user) for user, _ in products) if bias else (),
+        source=source_of(readers[0][0]),
+        groups=_groups(products[0][0]) if products else 1,
         foreign=tuple(Use(user.name, index) for user, index in foreign),
         computed_bias=layout is not None
         and bias is None
-        and any(bias_of(user) is not None for user, _ in read),
+        and any(bias_of(user) is not None for user, _ in products),
     )
 
 
-def _own_and_foreign(
-    module: str, node: fx.Node, uses: list[tuple[fx.Node, int]]
-) -> tuple[list[tuple[fx.Node, int]], list[tuple[fx.Node, int]]]:
-    """Set apart uses by other modules that read the weight otherwise, such as a head made of an embedding's table."""
-    own = [use for use in uses if module_of(use[0])[0] == module]
-    foreign = [use for use in uses if use not in own]
-    if not own or not foreign:
-        return uses, []
-    mine, theirs = (
-        {layout for _, layout in consumers(node, [u for u, _ in part])} for part in (own, foreign)
+def _without_foreign(module: str, node: fx.Node, readers: Readers) -> tuple[Readers, Readers]:
+    """Separate the reads by other modules that read the weight otherwise, such as a head tied to an embedding.
+
+    Returns:
+        the reads of the site, and the foreign ones; none are foreign where all read the weight alike.
+    """
+    inside = [reader for reader in readers if module_of(reader[0])[0] == module]
+    foreign = [reader for reader in readers if reader not in inside]
+    if not inside or not foreign:
+        return readers, []
+    inside_layouts, foreign_layouts = (
+        {layout for _, layout in consumers(node, [user for user, _ in part])} for part in (inside, foreign)
     )
-    return (uses, []) if mine == theirs else (own, foreign)
+    return (readers, []) if inside_layouts == foreign_layouts else (inside, foreign)
 
 
 def _groups(node: fx.Node) -> int:
@@ -126,18 +132,16 @@ def _bias_of(user: fx.Node) -> str | None:
 
 
 def _bias_use(user: fx.Node) -> Use:
-    """Where a bias enters the product that has one."""
-    place = MATRIX_PRODUCTS[operation(user)].bias
-    assert place is not None
-    return Use(user.name, place)
+    """Where a bias enters the matrix product that adds it."""
+    argument = MATRIX_PRODUCTS[operation(user)].bias
+    assert argument is not None
+    return Use(user.name, argument)
 
 
-def _told_apart(sites: list[WeightSite]) -> list[WeightSite]:
-    """Matrices of one module are told apart by their leaf, where there are several."""
-    count = defaultdict(int)
-    for site in sites:
-        count[site.module] += site.kind in MATRIX_KINDS
+def _disambiguated(sites: list[WeightSite]) -> list[WeightSite]:
+    """The sites, those `shared` whose module has several matrices: their leaf is then part of their name."""
+    matrices = Counter(site.module for site in sites if site.kind in MATRIX_KINDS)
     return [
-        replace(site, shared=True) if site.kind in MATRIX_KINDS and count[site.module] > 1 else site
+        replace(site, shared=True) if site.kind in MATRIX_KINDS and matrices[site.module] > 1 else site
         for site in sites
     ]

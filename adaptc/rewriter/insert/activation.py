@@ -115,7 +115,7 @@ class InsertActivation(Insert[ActivationMethod], inserts=ActivationMethod):
         for user in users:
             user.replace_input_with(output, total)
         if site.value:
-            graph.adapted_values[site.value] = total.name
+            graph.adapted_activations[site.value] = total.name
             nodes[total.name] = total
 
 
@@ -124,5 +124,5 @@ def _entry(graph: Graph, site: SubLayer, nodes: dict[str, fx.Node]) -> tuple[fx.
     if not site.value:
         use = site.uses[0]
         return nodes[use.node], nodes[use.node].args[use.argument]  # type: ignore[return-value]
-    output = nodes[graph.adapted_values.get(site.value, site.value)]
+    output = nodes[graph.adapted_activations.get(site.value, site.value)]
     return output.next, output

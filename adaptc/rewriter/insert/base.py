@@ -11,8 +11,9 @@ import torch
 from torch import fx
 
 from adaptc.errors import DefinitionError, Fault, InputError, Refusal
-from adaptc.ir.analysis.sites import ADAPTATION
-from adaptc.ir.graph import Adaptation, Graph, OnAlias
+from adaptc.ir.adaptation import Adaptation, OnAlias
+from adaptc.ir.graph import Graph
+from adaptc.ir.nodes import ADAPTATION
 from adaptc.ir.selection import Selection, Target, as_stored, select
 from adaptc.methods.method import METHODS, Method, shared_name
 from adaptc.methods.param import Param
@@ -231,9 +232,9 @@ class Insert(Pass, Generic[M]):
             return extract_expression(graph, value).evaluate
 
         def estimated() -> torch.Tensor:
-            if graph.information is None:
+            if graph.fisher_information is None:
                 raise InputError(f"{self.method.name} chooses by data: give it `calibration`")
-            return graph.information(site.parameter)
+            return graph.fisher_information(site.parameter)
 
         return estimated
 

@@ -69,7 +69,7 @@ class InsertInput(Insert[InputMethod], inserts=InputMethod):
         method = self.method
         nodes = graph.by_name()
         named = self.tensors(site, sites)
-        theta = self.attached(graph, site, named, graph.leaf(site.parameter))
+        theta = self.attached(graph, site, named, graph.base_value(site.parameter))
         mark = self.recorded(graph, site, named)
         values = {k: node.meta["val"] for k, node in theta.items()}
 

@@ -11,9 +11,8 @@ from torch import fx
 from adaptc.errors import Refusal, RefusedError
 from adaptc.ir.analysis.attention import Attention
 from adaptc.ir.analysis.dataflow import ancestors, walk
-from adaptc.ir.analysis.sites import place_of
 from adaptc.ir.graph import Graph
-from adaptc.ir.nodes import operation
+from adaptc.ir.nodes import operation, provenance
 from adaptc.rewriter.insert.relative_bias import Distances, numbers_behind, table_behind
 from adaptc.rewriter.pipeline import Pass
 
@@ -121,7 +120,7 @@ class Masks:
 
     def _not_understood(self, node: fx.Node, why: str) -> RefusedError:
         message = f"the attention at {node.name} is not understood: {why}"
-        refusal = Refusal(message, (node.name,), (*place_of(node), "leave it out with `exclude`"))
+        refusal = Refusal(message, (node.name,), (*provenance(node), "leave it out with `exclude`"))
         return RefusedError([refusal], self.source)
 
 

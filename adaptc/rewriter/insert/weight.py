@@ -98,7 +98,11 @@ class InsertWeight(Insert[WeightMethod], inserts=WeightMethod):
         own = method.stored(site)
         derived = any(not param.stored for _, param in named.values())
         # What is computed again on loading starts from the base, whatever earlier entries will have learned.
-        value = graph.leaf(site.parameter) if derived else graph.value_of(site.parameter, site.uses, nodes)
+        value = (
+            graph.base_value(site.parameter)
+            if derived
+            else graph.current_value(site.parameter, site.uses, nodes)
+        )
         theta = self.attached(graph, site, named, value)
         params = {argument: param for argument, (_, param) in named.items()}
         mark = self.recorded(graph, site, named)
@@ -108,7 +112,7 @@ class InsertWeight(Insert[WeightMethod], inserts=WeightMethod):
         if site.bias is not None and method.adapts_bias():
             targets.append((site.bias_uses, _bias_of(method, site, params), site.bias))
         for uses, function, parameter in targets:
-            before = graph.value_of(parameter, uses, nodes)
+            before = graph.current_value(parameter, uses, nodes)
             values = {argument: node.meta["val"] for argument, node in theta.items()}
             shapes = tuple(tuple(value.shape) for value in (before.meta["val"], *values.values()))
             key = (repr(method), function.__name__, site.layout, site.rows, shapes, str(site.dtype))
@@ -125,14 +129,14 @@ class InsertWeight(Insert[WeightMethod], inserts=WeightMethod):
                     f"on {site}",
                     place_of_function(getattr(method, function.__name__)),
                 )
-            if (parameter, uses[0].node) in graph.adapted and before not in ancestors(result):
+            if (parameter, uses[0].node) in graph.adapted_weights and before not in ancestors(result):
                 words = f"{method.name} replaces what an earlier entry does to {site.module}; write it first"
                 raise RefusedError([Refusal(words, (uses[0].node,))], self)
             if got.stride() == want.stride():  # then what reads it needs no other check than before
                 result.meta["val"] = want
             for use in uses:
                 nodes[use.node].replace_input_with(before, result)
-                graph.adapted[parameter, use.node] = result.name
+                graph.adapted_weights[parameter, use.node] = result.name
             nodes[result.name] = result
 
 

@@ -1,4 +1,7 @@
-"""Matrix products: the operations that multiply matrices, how each reads its operands, and what it costs."""
+"""The table of matrix products: which operations multiply matrices, how each reads its operands, and its FLOPs.
+
+`affine_maps` is about those of them that can be written again with another weight.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Any
 
 from torch import fx
 
-from adaptc.ir.nodes import operation
+from adaptc.ir.nodes import list_arg, operation
 
 Shape = Sequence[int]
 
@@ -19,9 +22,9 @@ class Reading:
     """How a weight reads as matrices `(out, in)`.
 
     Attributes:
-        out: the axis of the weight that holds the rows.
-        inner: the axis that holds the columns; None where every other axis does. Axes left over are batches.
-        features: the axis of the result that holds what the rows give.
+        out: the axis of the weight that is the rows.
+        inner: the axis that is the columns; None if all other axes are. Axes that are neither are batches.
+        features: the axis of the result that is the output features, one for each row.
     """
 
     out: int
@@ -34,45 +37,45 @@ class MatrixProduct:
     """One operation that multiplies matrices.
 
     Attributes:
-        operands: the positions of the arguments that are multiplied, an input and a weight where there are such.
-        flops: shapes of the result and of the two operands -> multiplications and additions.
-        weights: position of an argument -> how a weight there reads; empty where a weight cannot be adapted.
-        bias: the position of the argument that is added to the result.
+        operands: the positions of the two arguments that are multiplied; the weight, if there is one, is the second.
+        flops: shapes of the result and of the two operands -> number of multiplications and additions.
+        weights: position of an argument -> how a weight there reads; empty if a weight there cannot be adapted.
+        bias: the position of the argument that is added to the result; None if there is none.
     """
 
     operands: tuple[int, int]
     flops: Callable[[Shape, Shape, Shape], int]
-    weights: Mapping[int, Reading] = field(default_factory=dict)
+    weights: Mapping[int, Reading] = field(default_factory=dict[int, Reading])
     bias: int | None = None
 
 
 def _inner_product(result: Shape, left: Shape, right: Shape) -> int:
-    """Each number of the result is a sum over the last axis of the left operand."""
+    """FLOPs where each entry of the result is a sum over the last axis of the left operand."""
     return 2 * math.prod(result) * left[-1]
 
 
 def _convolution(result: Shape, x: Shape, weight: Shape) -> int:
-    """Each number of the result is a sum over one kernel `(in / groups, *places)`."""
+    """FLOPs where each entry of the result is a sum over one kernel `(in / groups, *size)`."""
     return 2 * math.prod(result) * math.prod(weight[1:])
 
 
 def _transposed_convolution(result: Shape, x: Shape, weight: Shape) -> int:
-    """Each number of the input is multiplied with one kernel `(out / groups, *places)` and added to the result."""
+    """FLOPs where each entry of the input is multiplied by one kernel `(out / groups, *size)` and added up."""
     return 2 * math.prod(x) * math.prod(weight[1:])
 
 
 def _lookup(result: Shape, ids: Shape, weight: Shape) -> int:
-    """Rows are copied: nothing is multiplied."""
+    """No FLOPs: rows are copied."""
     return 0
 
 
 def _attention(result: Shape, query: Shape, key: Shape) -> int:
-    """Two products: the query with every key, the scores with every value."""
+    """FLOPs of two products: the query with every key, the scores with every value."""
     return 2 * key[-2] * (math.prod(query) + math.prod(result))
 
 
 def _matmul(left: int) -> MatrixProduct:
-    """`x @ W` or `W @ x`, the left operand at this position."""
+    """The row of `x @ W` or `W @ x` whose left operand is at this position."""
     right = left + 1
     weights = {left: Reading(out=-2, inner=-1, features=-2), right: Reading(out=-1, inner=-2)}
     return MatrixProduct((left, right), _inner_product, weights)
@@ -81,12 +84,12 @@ def _matmul(left: int) -> MatrixProduct:
 _GROUPED = MatrixProduct((0, 1), _inner_product, {1: Reading(out=-1, inner=-2)})
 MATRIX_PRODUCTS: Mapping[str, MatrixProduct] = {
     "linear": MatrixProduct((0, 1), _inner_product, {1: Reading(out=0)}, bias=2),
-    # a bias (out,) stands beside (in, out): the weight is the right operand
+    # its bias is (out,), so that the weight is the right operand (in, out)
     "addmm": MatrixProduct((1, 2), _inner_product, {2: Reading(out=-1, inner=-2)}, bias=0),
     "mm": _matmul(0),
     "matmul": _matmul(0),
     "bmm": _matmul(0),
-    # what baddbmm adds is a mask or a bias of several matrices, never a vector (out,)
+    # no bias: what it adds is a mask or a batch of matrices, never a vector (out,)
     "baddbmm": _matmul(1),
     "_grouped_mm": _GROUPED,
     "grouped_mm_fallback": _GROUPED,
@@ -100,27 +103,27 @@ MATRIX_PRODUCTS: Mapping[str, MatrixProduct] = {
         )
         for n in (1, 2, 3)
     },
-    # a product with one-hot rows
+    # a matrix product with one-hot rows
     "embedding": MatrixProduct((1, 0), _lookup, {0: Reading(out=1)}),
-    # these weights are stored in few bits: nothing is adapted here, and the base's own node said how it reads
+    # the weight is quantized: nothing is adapted here, and the node of the base says how it reads
     "quantized_linear": MatrixProduct((0, 1), _inner_product),
     "quantized_embedding": MatrixProduct((0, 1), _lookup),
     # multiplies activations with activations
     "scaled_dot_product_attention": MatrixProduct((0, 1), _attention),
-    # its operands are in a list, and its equation says the rest: see `matrix_axes` and `flops_of`
+    # its operands are in a list, and its equation tells the axes: see `matrix_axes` and `flops_of`
     "einsum": MatrixProduct((0, 1), _inner_product),
 }
-"""Operation -> how it multiplies; a new spelling of a product is one row.
+"""Name of an operation -> how it multiplies. A new spelling of a matrix product is one row.
 
-They mix features: what lies upstream of one of them belongs to another layer. Recurrent layers (`lstm`, `gru`) have no
-row: each is many products with several weights in one operation, none of which is a site.
+These operations mix features: what lies upstream of one belongs to another layer. Recurrent layers (`lstm`, `gru`) have
+no row: each is many matrix products with several weights in one operation, none of which is a site.
 """
 
 
 def operands_of(node: fx.Node) -> tuple[Any, ...]:
-    """The arguments that a matrix product multiplies: two; of an einsum as many as it has."""
+    """The arguments that a matrix product multiplies: two, or all operands of an einsum."""
     if operation(node) == "einsum":
-        return tuple(node.args[1])  # type: ignore[arg-type]
+        return tuple(list_arg(node, 1))
     left, right = MATRIX_PRODUCTS[operation(node)].operands
     return node.args[left], node.args[right]
 
@@ -128,15 +131,21 @@ def operands_of(node: fx.Node) -> tuple[Any, ...]:
 def bias_of(node: fx.Node) -> Any:
     """The argument that is added to a matrix product's result; None if there is none."""
     product = MATRIX_PRODUCTS.get(operation(node))
-    place = product.bias if product is not None else None
-    return node.args[place] if place is not None and len(node.args) > place else None
+    position = product.bias if product is not None else None
+    return node.args[position] if position is not None and len(node.args) > position else None
 
 
 def matrix_axes(node: fx.Node, weight: fx.Node, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Which axes of an operand with this many are the rows, and which the columns, of the matrices that it is.
+    """Which axes of a weight are the rows, and which the columns, of the matrices that an operation multiplies by.
+
+    Args:
+        node: the operation.
+        weight: the operand that is the weight.
+        rank: its number of axes.
 
     Returns:
-        `(out, inner)`, axes counted from the front; None if this is no product with the operand as a weight.
+        the axes of the rows and the axes of the columns, counted from the front; None if the operation is no matrix
+        product with this operand as its weight.
     """
     if operation(node) == "einsum":
         letters = _einsum_letters(node, weight)
@@ -145,12 +154,18 @@ def matrix_axes(node: fx.Node, weight: fx.Node, rank: int) -> tuple[tuple[int, .
     if reading is None or rank < 2:
         return None
     out = reading.out % rank
-    every = tuple(axis for axis in range(rank) if axis != out)
-    return (out,), every if reading.inner is None else (reading.inner % rank,)
+    others = tuple(axis for axis in range(rank) if axis != out)
+    return (out,), others if reading.inner is None else (reading.inner % rank,)
 
 
 def feature_axes(node: fx.Node, weight: fx.Node, rank: int) -> tuple[int, ...]:
-    """Which of the axes of a product's result hold what the rows of the weight give, in the order of the rows."""
+    """Which axes of a matrix product's result are its output features, in the order of the weight's rows.
+
+    Args:
+        node: the matrix product.
+        weight: the operand that is the weight.
+        rank: the number of axes of the result.
+    """
     if operation(node) == "einsum":
         letters = _einsum_letters(node, weight)
         return letters[2] if letters is not None else (rank - 1,)
@@ -159,16 +174,17 @@ def feature_axes(node: fx.Node, weight: fx.Node, rank: int) -> tuple[int, ...]:
 
 
 def _reading(node: fx.Node, weight: fx.Node) -> Reading | None:
+    """How a matrix product reads this operand as its weight; None if it does not, or reads it twice."""
     product = MATRIX_PRODUCTS.get(operation(node))
-    places = [place for place, argument in enumerate(node.args) if argument is weight]
-    return product.weights.get(places[0]) if product is not None and len(places) == 1 else None
+    positions = [position for position, argument in enumerate(node.args) if argument is weight]
+    return product.weights.get(positions[0]) if product is not None and len(positions) == 1 else None
 
 
 def flops_of(node: fx.Node, shape: Callable[[fx.Node], Shape]) -> int:
-    """Multiplications and additions of a node; 0 if it is no matrix product. What adds a bias is not counted.
+    """The number of multiplications and additions of a matrix product, without those of a bias; else 0.
 
     Args:
-        node: of any operation.
+        node: any node.
         shape: gives the shape of a node's value, in numbers.
     """
     product = MATRIX_PRODUCTS.get(operation(node)) if node.op == "call_function" else None
@@ -181,47 +197,53 @@ def flops_of(node: fx.Node, shape: Callable[[fx.Node], Shape]) -> int:
 
 
 def _einsum_terms(equation: str) -> tuple[list[str], str]:
-    """The letters of each operand, and of the result."""
-    given, arrow, result = equation.replace(" ", "").partition("->")
-    if not arrow:  # letters of a single operand stay, in the order of the alphabet
-        letters = given.replace(",", "").replace("...", "")
-        result = "..." * ("..." in given) + "".join(sorted(c for c in letters if letters.count(c) == 1))
-    return given.split(","), result
+    """The letters of an equation.
+
+    Returns:
+        those of each operand, and those of the result.
+    """
+    operands, arrow, result = equation.replace(" ", "").partition("->")
+    if not arrow:  # then the result has the letters that occur once, in the order of the alphabet
+        letters = operands.replace(",", "").replace("...", "")
+        result = "..." * ("..." in operands) + "".join(sorted(c for c in letters if letters.count(c) == 1))
+    return operands.split(","), result
 
 
 def _einsum_letters(
     node: fx.Node, weight: fx.Node
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None:
-    """Letters summed over are columns, letters of the weight alone are rows; shared ones that stay are batches.
+    """The axes of a weight in an einsum: letters that are summed are columns, letters of the weight alone are rows.
+
+    Letters that both operands and the result have are batches.
 
     Returns:
-        axes of the weight that are rows, those that are columns, and where the rows stand in the result; None if the
-        equation says nothing of the kind.
+        the axes of the rows, the axes of the columns, and the axes of the result that the rows are; None if the
+        equation is no such product of two operands.
     """
     terms, result = _einsum_terms(str(node.args[0]))
     operands = operands_of(node)
     if len(terms) != 2 or not result or "..." in "".join(terms) or operands.count(weight) != 1:
         return None
-    own, other = terms[operands.index(weight)], terms[1 - operands.index(weight)]
-    inner = tuple(own.index(c) for c in own if c in other and c not in result)
-    rows = [c for c in own if c not in other and c in result]
+    letters, others = terms[operands.index(weight)], terms[1 - operands.index(weight)]
+    inner = tuple(letters.index(c) for c in letters if c in others and c not in result)
+    rows = [c for c in letters if c not in others and c in result]
     if not inner or not rows:
         return None
-    return tuple(own.index(c) for c in rows), inner, tuple(result.index(c) for c in rows)
+    return tuple(letters.index(c) for c in rows), inner, tuple(result.index(c) for c in rows)
 
 
 def _einsum_flops(equation: str, shapes: Sequence[Shape]) -> int:
-    """Operands are multiplied from left to right, as torch does; letters of one operand alone are summed before."""
+    """FLOPs if operands are multiplied from left to right, as torch does; sums over one operand alone are free."""
     terms, result = _einsum_terms(equation)
     sizes: dict[str, int] = {}
     axes = [_einsum_axes(term, len(shape)) for term, shape in zip(terms, shapes, strict=True)]
     for names, shape in zip(axes, shapes, strict=True):
         for name, size in zip(names, shape, strict=True):
             sizes[name] = max(size, sizes.get(name, 1))
-    stay = {name for name in sizes if name in result or (len(name) > 1 and "..." in result)}
+    results = {name for name in sizes if name in result or (len(name) > 1 and "..." in result)}
     total, product = 0, set(axes[0])
     for index, names in enumerate(axes[1:], start=1):
-        later = stay.union(*axes[index + 1 :])
+        later = results.union(*axes[index + 1 :])
         multiplied = {n for n in product | set(names) if n in later or (n in product and n in names)}
         total += 2 * math.prod(sizes[name] for name in multiplied)
         product = multiplied & later
@@ -229,7 +251,7 @@ def _einsum_flops(equation: str, shapes: Sequence[Shape]) -> int:
 
 
 def _einsum_axes(term: str, rank: int) -> list[str]:
-    """A name for each axis of an operand: its letter, or `...1` for the last of those that dots stand for."""
+    """A name for each axis of an operand: its letter; from last to first `...1`, `...2` for those of an ellipsis."""
     first, dots, last = term.partition("...")
     count = rank - len(first) - len(last) if dots else 0
     return [*first, *(f"...{count - i}" for i in range(count)), *last]
