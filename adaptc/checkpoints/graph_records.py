@@ -41,7 +41,7 @@ def _record(graph: Graph, group: Sequence[Adaptation], of_entry: Sequence[Site])
     layout, of_method = PeftLayout(of_entry, order), PeftLayout(sites, order)
     every = sum(point.kind == first.site.kind for point in graph.points) if first.stays else 0
     sizes = method.peft.sizes(method, sites, every) if method.peft is not None else {}
-    in_peft = of_method.known and sizes is not None and all(_in_peft(a, graph) for a in group)
+    in_peft = of_method.supported and sizes is not None and all(_in_peft(a, graph) for a in group)
     tensors = {
         name: AdapterTensor(name, key, param.shape, argument, site, param.trained, param.stored, param.below)
         for a in group

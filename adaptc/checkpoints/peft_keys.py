@@ -44,7 +44,7 @@ class PeftLayout:
         return [f"{site.module}.{site.leaf}" for site in self._matrices() if site.by_parameter]
 
     @property
-    def known(self) -> bool:
+    def supported(self) -> bool:
         """Whether PEFT can adapt exactly these sites: of an attention module both projections, or neither."""
         attentions = {site.module for site in self._matrices() if site.leaf == IN_PROJECTION}
         inner = {

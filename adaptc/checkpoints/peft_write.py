@@ -7,11 +7,11 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors import torch as safetensors
 
 from adaptc.checkpoints.adapter import BASE_HASH, BASE_TENSORS, CONFIG, ORDER, ROOT, TENSORS
 from adaptc.checkpoints.adapter_checks import spelled
@@ -67,7 +67,7 @@ def save(
             tensors |= {ROOT + name: values[name].detach().contiguous().clone() for name in heads}
             metadata[BASE_TENSORS] = " ".join(heads)
         try:
-            save_file(tensors, target / TENSORS, metadata=metadata)
+            cast(Any, safetensors).save_file(tensors, target / TENSORS, metadata=metadata)
         except SafetensorError as error:  # only the disk can fail here
             raise OSError(str(error)) from error
         (target / CONFIG).write_text(json.dumps(_config(members, base), indent=2, sort_keys=True) + "\n")

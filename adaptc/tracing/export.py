@@ -183,7 +183,7 @@ def _output_spec(module: fx.GraphModule) -> Any:
 
 
 LOGGERS = (
-    "torch.fx.experimental.symbolic_shapes",  # these two log, before an error, what its text says too
+    "torch.fx.experimental.symbolic_shapes",  # logs before an error what the error says, as does the next one
     "torch._subclasses.fake_tensor",
     "torch.onnx._internal.exporter._registration",  # logs every operation of packages that are not installed
     "onnx_ir._convenience",  # logs an empty list of indices, which is intended

@@ -146,7 +146,7 @@ def fake_parameters(model: nn.Module) -> None:
     """The id of a tensor on the meta device -> its fake tensor, which tied parameters share."""
     for module in model.modules():
         for name, parameter in module._parameters.items():
-            if parameter is not None:  # a legacy torch.Tensor(...) is made on the CPU whatever was asked
+            if parameter is not None:  # a legacy torch.Tensor(...) ignores the device and is on the CPU
                 fake = FakeTensor(mode, parameter.data.to("meta"), cpu)
                 fakes.setdefault(id(parameter), nn.Parameter(fake))
                 module._parameters[name] = fakes[id(parameter)]
@@ -194,7 +194,7 @@ def load_pretrained(pretrained: Pretrained) -> tuple[nn.Module, dict[str, Any]]:
     import transformers
 
     verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # what it would say of missing keys is said by adaptc
+    transformers.logging.set_verbosity_error()  # adaptc reports missing keys itself
     transformers.logging.disable_progress_bar()
     try:
         return pretrained.auto.from_pretrained(
