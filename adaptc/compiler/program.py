@@ -26,7 +26,6 @@ from adaptc.ir.graph import Graph
 from adaptc.ir.interpreter import Interpreter, Run
 from adaptc.ir.module import bind
 from adaptc.ir.nodes import get_tensor
-from adaptc.methods.method import options_of
 from adaptc.quantization.quantized_weight import QuantizedPart
 from adaptc.rewriter.insert.base import Insert
 from adaptc.rewriter.pipeline import PASSES, Pass, run
@@ -151,7 +150,7 @@ class Program:
         passes: list[Pass] = []
         for item in self.plan.opening:
             new = pruned.get((item.entry, item.method.name)) if isinstance(item, Insert) else None
-            passes.append(item if new is None else replace(item, **options_of(new.instance)))  # type: ignore[type-var]
+            passes.append(item if new is None else replace(item, method=new.instance))  # type: ignore[type-var]
         graph = self._with_bits(run(self.base, passes))
         for name, param in graph.inserted.items():
             if param.stored:
