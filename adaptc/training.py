@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from adaptc.checkpoints.module import records, tensors_of
+from adaptc.checkpoints.module_adapters import records, tensors_of
 from adaptc.checkpoints.records import AdapterRecord
 from adaptc.errors import AdaptcError
 from adaptc.methods.method import METHODS

@@ -102,7 +102,7 @@ def _runner(folder: Path, name: str, product: Mapping[str, Any], manifest: Mappi
             import transformers
 
             from adaptc.emit.huggingface import load_checkpoint
-            from adaptc.tracing.huggingface import tasks
+            from adaptc.tracing.huggingface_tasks import tasks
 
             base = manifest["spec"]["base"]
             auto = getattr(transformers, tasks()[base["task"]])

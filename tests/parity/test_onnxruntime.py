@@ -108,7 +108,7 @@ def test_onnx_runtime_agrees(zoo: Zoo, method: str, name: str, tmp_path: Path) -
             assert torch.equal(stored, folded.state_dict()[key]), key
     for kind, model in models.items():
         metadata = {item.key: item.value for item in model.metadata_props}
-        assert metadata["adaptc.checkpoints.records"] == kind
+        assert metadata["adaptc.adapters"] == kind
         assert metadata["adaptc.methods"] == method
         assert metadata["adaptc.base_sha256"] == compiled.base_sha256
         assert model.producer_name == "adaptc"
