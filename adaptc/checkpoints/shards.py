@@ -12,12 +12,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from adaptc.errors import ProofError, WeightError
-from adaptc.weights import DTYPES, Stored, Weight
+from adaptc.weights import SAFETENSORS_DTYPES, Stored, Weight
 
 NAMES = "model{suffix}.safetensors"
 """What transformers calls the files; the suffix is empty for one, or `-00001-of-00003`."""
 INDEX = "model.safetensors.index.json"
-CODES = {dtype: code for code, dtype in DTYPES.items()}
+CODES = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
 
 
 def write_shards(
