@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from adaptc.cli.console import Report
+from adaptc.cli.screen import Screen
 from adaptc.compiler.plan import Plan, make_plan
 from adaptc.rewriter.pipeline import Pass
 from adaptc.spec.spec import load
@@ -23,9 +23,9 @@ INT4 = {"method": "int4", "target": "mid"}
 
 def printed(plan: Plan, capsys: pytest.CaptureFixture[str]) -> str:
     """What stands behind `passes:` where a plan is shown."""
-    report = Report()
-    report.out = Console(highlight=False, soft_wrap=True)
-    report.plan(plan)
+    screen = Screen()
+    screen.out = Console(highlight=False, soft_wrap=True)
+    screen.plan(plan)
     (line,) = re.findall(r"^passes: +(.*)$", capsys.readouterr().out, re.MULTILINE)
     return line
 

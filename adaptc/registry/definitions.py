@@ -86,8 +86,8 @@ def check_class(
     if base is None:
         raise DefinitionError(f"{kind} {name!r}: a {kind} is a class that extends {bases}", author.place)
     definition = Definition(kind, name, cls, base, author)
-    attributes: Mapping[str, Any] = vars(cls)
-    if "__dataclass_params__" not in attributes or not attributes["__dataclass_params__"].frozen:
+    parameters: Any = cls.__dict__.get("__dataclass_params__")
+    if parameters is None or not parameters.frozen:
         decorator = "graph_pass" if kind == "pass" else kind
         raise definition.mistake(f"write @{decorator} above @dataclass(frozen=True)")
     return definition
