@@ -12,13 +12,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from adaptc.errors import ProofError, WeightError
-from adaptc.weights import DTYPES, Stored, Weight
+from adaptc.weights import SAFETENSORS_DTYPES, Stored, Weight
 
 NAMES = "model{suffix}.safetensors"
 """The file names of transformers; the suffix is empty for a single file, else such as `-00001-of-00003`."""
 INDEX = "model.safetensors.index.json"
 """The file that names the shard of every tensor."""
-CODES = {dtype: code for code, dtype in DTYPES.items()}
+CODES = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
 """dtype -> its code in the header of a safetensors file."""
 
 

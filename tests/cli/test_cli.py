@@ -163,11 +163,11 @@ def python(code: str, *words: str) -> subprocess.CompletedProcess[str]:
 
 HEAVY = (
     "torch transformers onnx onnx_ir onnxscript onnxruntime numpy safetensors peft pydantic ruamel "
-    "adaptc.plan adaptc.spec"
+    "adaptc.compiler adaptc.spec"
 )
 HELP = """
 import sys
-from adaptc.cli import main
+from adaptc.cli.app import main
 
 sys.argv = ["adaptc", "--help"]
 try:
@@ -179,8 +179,8 @@ except SystemExit:
 
 @pytest.mark.parametrize(
     "code",
-    ["import adaptc", "import adaptc.cli.app.app", HELP],
-    ids=["adaptc", "adaptc.cli.app.app", "--help"],
+    ["import adaptc", "import adaptc.cli.app", HELP],
+    ids=["adaptc", "adaptc.cli.app", "--help"],
 )
 def test_what_starting_imports(code: str) -> None:
     ran = python(f"{code}\nimport sys\nprint('HEAVY', [m for m in '{HEAVY}'.split() if m in sys.modules])")
@@ -212,7 +212,7 @@ def test_help_names_every_command(cli: Callable[..., Ran]) -> None:
 
 
 @pytest.mark.parametrize("command", ["inspect", "verify"])
-def test_help_names_what_looks_at_products(cli: Callable[..., Ran], command: str) -> None:
+def test_help_names_what_looks_at_artifacts(cli: Callable[..., Ran], command: str) -> None:
     assert re.search(rf"\b{command}\b", cli("--help").out)
 
 
@@ -453,7 +453,7 @@ def test_a_process_prints_json_and_nothing_else(small: Path, tmp_path: Path) -> 
     (tmp_path / "cli_models.py").write_text(MODEL)
     ran = python(
         "import sys; sys.path.insert(0, sys.argv[1]); sys.argv = ['adaptc', 'compile', sys.argv[2], '--json']\n"
-        "from adaptc.cli import main; main()",
+        "from adaptc.cli.app import main; main()",
         str(tmp_path), str(small),
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
