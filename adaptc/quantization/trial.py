@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from adaptc.errors import DefinitionError, Fault
-from adaptc.methods.trial import instance_of, numbers
+from adaptc.methods.trial import instance_of
+from adaptc.methods.trial_sites import numbers
 from adaptc.registry.definitions import Definition
 
 if TYPE_CHECKING:
