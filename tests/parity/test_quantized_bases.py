@@ -57,7 +57,7 @@ def test_weights_are_those_of_gptqmodel(name: str) -> None:
         assert ours.std() > 0.01
         assert torch.equal(ours.half(), theirs), key
     assert len(made.graph.quantized) == LAYERS
-    assert all(q.quantization.kept is not None for q in made.graph.quantized.values())
+    assert all(q.quantization.packed is not None for q in made.graph.quantized.values())
 
 
 @pytest.mark.parametrize("name", marked(BY_GPTQMODEL, ["gptq-asymmetric"]))
@@ -204,7 +204,7 @@ def test_weights_are_those_of_bitsandbytes(
     modules = dict(theirs.named_modules())
     assert len(made.graph.quantized) == (7 if model == "llama" else 4)
     for name, q in made.graph.quantized.items():
-        assert q.quantization.kept is not None
+        assert q.quantization.packed is not None
         weight = modules[name.removesuffix(".weight")].weight
         if "load_in_8bit" in options:
             want = weight.CB * (weight.SCB / 127).unsqueeze(1)
