@@ -96,11 +96,14 @@ class TableBlocks(Scheme):
 
     def lookup(self, rows: int, columns: int, tensors: Tensors, ids: Tensor) -> Tensor:
         """Dequantize these rows only, where no block reaches into the next row; else the whole matrix."""
+        import torch
+
         if columns % self.block_size:
             return super().lookup(rows, columns, tensors, ids)
         codes = tensors["codes"].reshape(rows, -1)[ids]
         absmax = self.absmax(tensors).reshape(rows, -1)[ids]
-        blocks: Tensor = values_of_codes(codes, tensors["table"]).unflatten(-1, (-1, self.block_size))
+        values = values_of_codes(codes, tensors["table"])
+        blocks = torch.unflatten(values, -1, (-1, self.block_size))
         return (blocks * absmax.unsqueeze(-1)).flatten(-2)
 
     def absmax(self, tensors: Tensors) -> Tensor:
@@ -205,8 +208,8 @@ def dynamic_table() -> Tensor:
     for exponent in range(7):
         edges = torch.linspace(0.1, 1, 2**exponent + 1)
         middles = (edges[:-1] + edges[1:]) / 2.0
-        magnitudes: list[float] = (10.0 ** (exponent - 6) * middles).tolist()
-        values += [sign * magnitude for magnitude in magnitudes for sign in (1, -1)]
+        magnitudes = (10.0 ** (exponent - 6) * middles).unbind()
+        values += [sign * float(magnitude) for magnitude in magnitudes for sign in (1, -1)]
     return torch.tensor(sorted(values))
 
 

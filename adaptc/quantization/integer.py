@@ -214,12 +214,13 @@ def plain_integers() -> list[type[IntegerBlocks]]:
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Codes `(..., n)` as bytes `(..., ⌈n bits / 8⌉)`, the first of a byte in its lowest bits."""
+    import torch
     from torch.nn.functional import pad
 
     if bits == 8:
         return codes.byte().contiguous()
     each = 8 // bits
-    grouped: Tensor = pad(codes.byte(), (0, -codes.shape[-1] % each)).unflatten(-1, (-1, each))
+    grouped = torch.unflatten(pad(codes.byte(), (0, -codes.shape[-1] % each)), -1, (-1, each))
     packed = grouped[..., 0]
     for index in range(1, each):
         packed = packed | (grouped[..., index] << (bits * index))

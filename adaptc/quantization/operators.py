@@ -1,5 +1,8 @@
 """Torch operations on quantized weights: dequantize, and matrix product and lookup that keep no dequantized weight."""
 
+# torch leaves the functions that a custom operation registers untyped:
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -99,7 +99,7 @@ def _called(definition: Definition, scheme: Any, hook: str, *arguments: Any) -> 
     from adaptc.registry.calls import blamed, read_only
 
     tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
-    mapping: Mapping[str, Any] = next((a for a in arguments if _is_mapping(a)), {})
+    mapping: Mapping[str, Any] = next((a for a in arguments if _is_mapping(a)), dict[str, Any]())
     watched = {**dict(zip(("W", "inputs"), tensors, strict=False)), **mapping}
     function = getattr(scheme, hook)
 

@@ -161,7 +161,9 @@ def _change(exact: torch.Tensor, rounded: torch.Tensor) -> float:
         return 0.0
     wide, narrow = (tensor if tensor.dim() else tensor.reshape(1) for tensor in (exact, rounded))
     rows = max(1, PIECE * len(wide) // wide.numel())
-    return max(_largest(a - b) for a, b in zip(wide.split(rows), narrow.split(rows), strict=True))
+    return max(
+        _largest(a - b) for a, b in zip(torch.split(wide, rows), torch.split(narrow, rows), strict=True)
+    )
 
 
 def _largest(tensor: torch.Tensor) -> float:

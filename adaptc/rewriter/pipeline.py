@@ -106,7 +106,7 @@ def _check(name: str, cls: Any, author: Author) -> None:
         raise definition.mistake(f"the name {meaning}", "", "give it another name")
     check_options(definition, frozenset({"name"}))
     check_names(definition, "takes", STAGES, "the stages it can start from")
-    leaves: Any = cls.leaves
+    leaves = definition.cls.leaves
     if leaves not in (*STAGES, None):
         message = f"leaves: {unknown('stage', leaves, STAGES, listed=())}"
         raise definition.mistake(message, "leaves", f"known: {', '.join(STAGES)}")

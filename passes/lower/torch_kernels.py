@@ -64,7 +64,7 @@ class QuantizedLinear:
         return self.graph.call(target, *args, like=self.node)
 
     def attached(self, name: str, like: Tensor, make: Callable[[], Tensor]) -> fx.Node:
-        """The node of one more tensor of the weight, of the shape and dtype of `like`; `make` computes it on loading."""
+        """The node of one more tensor of the weight, of the shape and dtype of `like`; loading it calls `make`."""
         if self.prefix + name not in self.graph.weights:
             weight = Deferred(tuple(like.shape), like.dtype, make)
             self.graph.attach(self.prefix + name, weight, trained=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from pydantic import Field
 
@@ -47,7 +47,7 @@ class Awq(CalibratedBlocks):
             s = size ** (step / self.steps)
             s = s / (s.max() * s.min()).sqrt()
             tensors = {**super().quantize(W * s), "channels": 1 / s}
-            error = float((inputs @ self.dequantize(rows, columns, tensors).t() - outputs).norm())
+            error = float(cast("Any", inputs @ self.dequantize(rows, columns, tensors).t() - outputs).norm())
             if error < least:
                 best, least = tensors, error
         return best

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
 from pydantic import Field
 
@@ -102,5 +102,6 @@ def _factor(x: Tensor, damping: float) -> Tensor:
     H = x.double().t() @ x.double()
     mean = H.diagonal().mean().clamp(min=SMALLEST_MEAN)
     H.diagonal().add_(damping * mean)
-    cholesky: Callable[..., Tensor] = torch.linalg.cholesky  # pyright: ignore[reportUnknownMemberType]
-    return cholesky(torch.cholesky_inverse(cholesky(H)), upper=True).float()
+    linalg = cast("Any", torch.linalg)  # torch leaves it untyped
+    inverse = torch.cholesky_inverse(linalg.cholesky(H))
+    return linalg.cholesky(inverse, upper=True).float()

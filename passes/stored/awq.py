@@ -54,5 +54,5 @@ def _fields(words: Tensor) -> Tensor:
     """The eight numbers of each word, in the order of the outputs: int32 (n, words) as uint8 (n, 8 words)."""
     import torch
 
-    fields: Tensor = unpack(words.contiguous().view(torch.uint8), BITS).unflatten(-1, (-1, len(ORDER)))
+    fields = torch.unflatten(unpack(words.contiguous().view(torch.uint8), BITS), -1, (-1, len(ORDER)))
     return fields[..., list(ORDER)].flatten(-2)

@@ -49,8 +49,7 @@ def bitsandbytes(
 def _state(key: str, tensors: Mapping[str, Weight]) -> dict[str, Any]:
     """The `quant_state` of a weight: `table`, `block_size`, `rows`, `columns`, `double` and `offset`."""
     try:
-        characters: list[int] = tensors[key].load().tolist()
-        state = json.loads(bytes(characters))
+        state = json.loads(tensors[key].load().numpy().tobytes())
         table, block_size = state["quant_type"], int(state["blocksize"])
         rows, columns = map(int, state["shape"])
         nested = state.get("nested_blocksize")

@@ -24,6 +24,7 @@ from adaptc.rewriter.insert.masks import Masks
 from adaptc.rewriter.insert.positions import move_positions
 
 aten = torch.ops.aten
+FLOOR_DIVIDE: Any = operator.floordiv  # pyright: ignore[reportUnknownMemberType] (typeshed leaves it untyped)
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def _put_in_front(graph: Graph, real: Tokens, tokens: fx.Node, start: int, heads
         if isinstance(batch, torch.SymInt):
             batch = call(aten.sym_size.int, node, 0)
         if real.heads is None and heads > 1:
-            batch = call(operator.floordiv, batch, heads) if isinstance(batch, fx.Node) else batch // heads
+            batch = call(FLOOR_DIVIDE, batch, heads) if isinstance(batch, fx.Node) else batch // heads
         part = call(aten.expand.default, call(aten.unsqueeze.default, part, 0), [batch, -1, -1, -1])
         if real.heads is None:
             part = call(aten.flatten.using_ints, part, 0, 1)
