@@ -182,7 +182,9 @@ def test_what_is_right_is_registered(tmp_path: Path) -> None:
 def test_fields_of_another_kind_of_aliases(tmp_path: Path) -> None:
     head = "    aliases: ClassVar = "
     message, line = told(tmp_path, METHOD.replace("    kinds", f"{head}{{'scale': 'gian'}}\n    kinds", 1))
-    assert "aliases: 'scale' is another spelling of 'gian', which is no option; did you mean 'gain'?" in message
+    assert (
+        "aliases: 'scale' is another spelling of 'gian', which is no option; did you mean 'gain'?" in message
+    )
     assert line.startswith("aliases")
 
 
