@@ -1,4 +1,7 @@
-"""What adaptc raises. Every error says where, what was expected and what to do."""
+"""The errors adaptc raises, and the values that say why something is refused.
+
+Every message says where the mistake is, what was found, what was expected and what to do.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,14 @@ from dataclasses import dataclass
 
 
 class AdaptcError(Exception):
-    """Something adaptc refuses or could not do; its text is meant for the person who wrote the spec.
+    """Base of every error adaptc raises on purpose. Its text is for the person who wrote the spec.
 
     Args:
         message: what is wrong, in one line.
         notes: where it is, what was expected, what to do: a line each.
+
+    Attributes:
+        exit_code: what the command line exits with.
     """
 
     exit_code = 1
@@ -27,13 +33,23 @@ class AdaptcError(Exception):
 
 
 def with_notes(message: str, notes: Iterable[str]) -> str:
-    """A message as it is printed: its notes below it, indented."""
+    """A message as it is printed: each note on a line of its own below it, indented by two spaces."""
     return "\n".join([message, *(f"  {note}" for note in notes)])
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong in a spec: its place, the words, and notes on what to do."""
+    """One thing wrong in a spec or on the command line.
+
+    Attributes:
+        message: what is wrong, in one line.
+        file: the file's path, or another name of the text: `--set adapt.0.r=0`, `<dict>`.
+        line: counted from 1; None where the text has no lines.
+        column: counted from 1; None where the text has no lines.
+        text: the line as written, which is quoted below the message.
+        key: the dotted path of the key at fault, such as `adapt.0.r`.
+        notes: what was expected, what to do: a line each.
+    """
 
     message: str
     file: str = "<spec>"
@@ -54,7 +70,11 @@ class Problem:
 
 
 class SpecError(AdaptcError):
-    """The spec (or the command line) is wrong; holds every problem found, not only the first."""
+    """The spec, or the command line, is wrong.
+
+    Args:
+        problems: everything found wrong, not only the first.
+    """
 
     exit_code = 2
 
@@ -67,28 +87,32 @@ class SpecError(AdaptcError):
 
 
 class TraceError(AdaptcError):
-    """The model could not be traced into a graph; quotes the user's own source line where there is one."""
+    """The model could not be traced into a graph. Quotes the user's own source line where there is one."""
 
 
 class InputError(TraceError):
-    """The inputs named do not fit the model."""
+    """The inputs that the spec names do not fit the model."""
 
 
 class WeightError(AdaptcError):
-    """A weight or checkpoint file is missing, truncated, mis-shaped, not finite, pickled or of another base."""
+    """A file of weights cannot be used.
+
+    It is missing, truncated or pickled, it belongs to another base, or a tensor in it has the wrong shape or contains
+    NaN or infinity (non-finite).
+    """
 
 
 class ProofError(AdaptcError):
-    """Two graphs that must agree do not, within the stated tolerance."""
+    """Two programs that must compute the same differ by more than the stated tolerance."""
 
 
 class VerifyError(AdaptcError):
-    """A graph is not legal for the stage it is in: a pass is at fault, not the spec.
+    """A graph is not legal for the stage it is in. A pass is at fault, not the spec.
 
     Args:
         message: what is wrong.
         notes: where it is.
-        node: the name of the node at fault, where it is one.
+        node: the name of the node at fault; None where it is no single node.
     """
 
     def __init__(self, message: str, *notes: str, node: str | None = None):
@@ -97,7 +121,7 @@ class VerifyError(AdaptcError):
 
 
 class DefinitionError(AdaptcError, ValueError):
-    """A method, a scheme, a pass or a reader is written wrongly; names its author's line.
+    """A method, a scheme, a pass or a reader has a mistake. Names the line of whoever wrote it.
 
     Args:
         message: what is wrong.
@@ -112,11 +136,11 @@ class DefinitionError(AdaptcError, ValueError):
 
 @dataclass(frozen=True)
 class Fault:
-    """What a method or a scheme cannot do on a site: a value, which messages turn into a place in the spec.
+    """Why a method or a scheme cannot be used on a site. It is a value; the compiler finds its place in the spec.
 
     Attributes:
-        option: the path of the option at fault inside its entry; empty where it is none of the options.
-        reason: why, in words that follow the method's name.
+        option: the path of the option at fault inside its entry; empty where no option is at fault.
+        reason: why, as a phrase that follows the name of the method or scheme.
     """
 
     option: tuple[str, ...]
@@ -125,11 +149,11 @@ class Fault:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a pass will not rewrite something: a value, not an exception, until somebody asked for that rewrite.
+    """Why a pass does not rewrite something. It is a value; it becomes an error where the spec asked for the rewrite.
 
     Attributes:
         reason: why, in one line.
-        nodes: the names of the nodes that are in the way.
+        nodes: the names of the nodes that prevent it.
         notes: where it is, what to do: a line each.
     """
 
@@ -143,7 +167,12 @@ class Refusal:
 
 
 class RefusedError(AdaptcError):
-    """A rewrite that the spec asked for was refused; carries the refusals and the pass they came from."""
+    """A rewrite that the spec asked for was refused.
+
+    Args:
+        refusals: why, at least one.
+        source: the pass that refused; None where it was none.
+    """
 
     def __init__(self, refusals: Iterable[Refusal], source: object = None):
         self.refusals = tuple(refusals)
@@ -156,47 +185,54 @@ class RefusedError(AdaptcError):
         return "\n".join(str(refusal) for refusal in self.refusals)
 
 
-def nearest(word: str, known: Iterable[str], count: int = 3, cutoff: float = 0.55) -> list[str]:
-    """Known spellings close to a word that was not found, best first."""
-    return difflib.get_close_matches(word, list(known), n=count, cutoff=cutoff)
-
-
-def did_you_mean(word: str, known: Collection[str], close: Sequence[str] = ()) -> str:
-    """`; did you mean 'lora'?` for a word that is none of those known, but close to some; "" if it is close to none.
+def nearest(word: str, names: Iterable[str], count: int = 3, cutoff: float = 0.55) -> list[str]:
+    """The names that are spelled most like a word, best first.
 
     Args:
         word: what was given.
-        known: the names there are.
+        names: what it could have meant.
+        count: how many to return at most.
+        cutoff: the least similarity, `difflib`'s ratio from 0 to 1; by default a little below `difflib`'s own 0.6.
+    """
+    return difflib.get_close_matches(word, list(names), n=count, cutoff=cutoff)
+
+
+def did_you_mean(word: str, names: Collection[str], close: Sequence[str] = ()) -> str:
+    """The end of a message about a misspelt name: `; did you mean 'lora'?`, or "" if it is close to none.
+
+    Args:
+        word: what was given.
+        names: the names there are.
         close: what to suggest, if not the nearest spelling.
     """
-    close = close or nearest(word, known, count=1, cutoff=0.5)
+    close = close or nearest(word, names, count=1, cutoff=0.5)
     return f"; did you mean {' or '.join(repr(name) for name in close)}?" if close else ""
 
 
 def unknown(
     kind: str,
     word: object,
-    known: Collection[str],
+    names: Collection[str],
     listed: Iterable[str] | None = None,
     close: Sequence[str] = (),
 ) -> str:
-    """`unknown method 'lorra'; did you mean 'lora'? known: dora, full, ia3, lora`
+    """The message about a name that does not exist: `unknown method 'lorra'; did you mean 'lora'? known: dora, lora`.
 
     Args:
         kind: what the word should be the name of.
         word: what was given, of any type.
-        known: the names there are.
-        listed: of these the ones that the message lists, if not all; an empty list leaves the listing out.
+        names: the names there are.
+        listed: the names to list, if not all; an empty list leaves the listing out.
         close: what to suggest, if not the nearest spelling.
     """
-    listed = list(known if listed is None else listed)
-    hint = did_you_mean(str(word), known, close)
+    listed = list(names if listed is None else listed)
+    hint = did_you_mean(str(word), names, close)
     listing = f"{'' if hint else ';'} known: {', '.join(listed)}" if listed else ""
     return f"unknown {kind} {got(word)}{hint}{listing}"
 
 
 def got(value: object) -> str:
-    """A value as the words after 'got'."""
+    """How a message names a value it was given: `nothing`, `true`, `a mapping`, `a list`, or its repr, shortened."""
     match value:
         case None:
             return "nothing"

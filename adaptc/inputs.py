@@ -1,4 +1,7 @@
-"""What a model takes: `int64[batch, seq]`. A word is a dynamic dimension, a number a fixed one."""
+"""The inputs of a model, as a spec describes them: `int64[batch, seq]`.
+
+A word is a dynamic dimension, a number a fixed one.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,10 @@ from adaptc.errors import unknown
 
 DTYPES = ("int64", "int32", "bool", "float32", "float16", "bfloat16", "float64")
 """The dtypes an input can have, by torch's names."""
+LABELS = "labels"
+"""The input that only a loss needs. Programs for inference leave it out."""
 IGNORED = -100
-"""The label that torch's losses leave out."""
+"""The label of positions that torch's losses skip: `ignore_index` of `torch.nn.functional.cross_entropy`."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,7 @@ class InputSpec:
         name: the argument's name.
         dtype: torch's name of the element type.
         dims: a name for each dynamic dimension (equal names are equal sizes), a number for each fixed one.
-        high: example values stay below it (a vocabulary's size); known from the model, never from a spec.
+        high: the bound that example values stay below, such as a vocabulary's size. The model gives it, never a spec.
     """
 
     name: str
@@ -37,21 +42,21 @@ class InputSpec:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> InputSpec:
         """Read what `dataclasses.asdict` wrote."""
-        return cls(**{**data, "dims": tuple(data["dims"])})
+        return cls(data["name"], data["dtype"], tuple(data["dims"]), data["high"])
 
     @classmethod
     def parse(cls, name: str, text: str) -> InputSpec:
         """Read `int64[batch, seq]`; `float32[]` is a scalar.
 
         Raises:
-            ValueError: the name, the dtype or a dimension is not one.
+            ValueError: the name is no identifier, the dtype is unknown, or a dimension is neither a word nor above 0.
         """
         if not name.isidentifier():
-            raise ValueError(f"an input has the name of an argument, got {name!r}")
-        found = re.fullmatch(r"(\w+)\s*\[(.*)\]", text.strip())
-        if found is None:
+            raise ValueError(f"an input is named after an argument of the model, got {name!r}")
+        match = re.fullmatch(r"(\w+)\s*\[(.*)\]", text.strip())
+        if match is None:
             raise ValueError(f"expected a dtype and dimensions such as 'int64[batch, seq]', got {text!r}")
-        dtype, dims = found[1], found[2].strip()
+        dtype, dims = match[1], match[2].strip()
         if dtype not in DTYPES:
             raise ValueError(unknown("dtype", dtype, DTYPES))
         return cls(name, dtype, tuple(_dim(part.strip(), text) for part in dims.split(",")) if dims else ())
@@ -63,7 +68,3 @@ def _dim(part: str, text: str) -> str | int:
     if part.isdecimal() and int(part) > 0:
         return int(part)
     raise ValueError(f"a dimension is a word (dynamic) or a number above 0 (fixed), got {part!r} in {text!r}")
-
-
-LABELS = "labels"
-"""The input that only a loss needs; programs for inference leave it out."""

@@ -1,4 +1,4 @@
-"""How patterns meet module names: globs, `re:`, layer ranges."""
+"""Patterns on module names: globs, `re:` regexes, slices of a fused weight, layer ranges."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 
 def matches(pattern: str, name: str) -> bool:
-    r"""Whether a glob (`*.query`) or a full-match regex (`re:.*\.query`) names this module."""
+    r"""Whether a pattern matches the whole of a module's name; it is a glob (`*.query`) or a regex (`re:.*\.query`)."""
     if pattern.startswith("re:"):
         return re.fullmatch(pattern[3:], name) is not None
     return fnmatch.fnmatchcase(name, pattern)
@@ -18,27 +18,32 @@ ROLES = (
     *("attention.query", "attention.key", "attention.value", "attention.output"),
     *("feed_forward.in", "feed_forward.gate", "feed_forward.out", "embedding", "head"),
 )
-"""What a layer can do."""
+"""The roles that a layer can have, read from the model's dataflow."""
 SLICE_NAMES = ("q", "query", "k", "key", "v", "value", "gate", "up", "in")
-"""What a slice of a fused weight can be called, besides its rows."""
+"""The names of the slices of a fused weight. A slice can also be given by its rows."""
 _SLICES = re.compile(
     rf"(.+)\[((?:\d*:\d*|{'|'.join(SLICE_NAMES)})(?:\s*,\s*(?:\d*:\d*|{'|'.join(SLICE_NAMES)}))*)\]"
 )
 
 
 def sliced(pattern: str) -> tuple[str, list[str]]:
-    """A pattern without its slices, and those: `*.c_attn[q,v]` is `*.c_attn` and q, v; `*.qkv[0:512]` its rows."""
-    found = None if pattern.startswith("re:") else _SLICES.fullmatch(pattern)
-    return (found[1], [part.strip() for part in found[2].split(",")]) if found else (pattern, [])
+    """Take the slices off a pattern.
+
+    Returns:
+        The pattern without them, and the slices: of `*.c_attn[q,v]` `*.c_attn` and `["q", "v"]`, of `*.qkv[0:512]`
+        `*.qkv` and `["0:512"]`. A pattern without slices, or a regex, is returned whole with an empty list.
+    """
+    match = None if pattern.startswith("re:") else _SLICES.fullmatch(pattern)
+    return (match[1], [part.strip() for part in match[2].split(",")]) if match else (pattern, [])
 
 
 def matches_any(patterns: Sequence[str], name: str) -> bool:
-    """Whether at least one of the patterns names this module."""
+    """Whether at least one of the patterns matches a module's name."""
     return any(matches(pattern, name) for pattern in patterns)
 
 
 def layer_of(name: str) -> int | None:
-    """The first numbered segment of a module's name: `encoder.layer.3.output` is layer 3."""
+    """The number of the layer a module is in: the first numbered segment of its name, 3 of `encoder.layer.3.output`."""
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
@@ -46,14 +51,14 @@ def parse_layers(text: str) -> frozenset[int]:
     """Read `"0-5,11"` into a set of layer numbers.
 
     Raises:
-        ValueError: the text is not made of numbers and ranges.
+        ValueError: the text holds something else than numbers and ranges, or a range ends before it starts.
     """
     layers: set[int] = set()
     for part in text.replace(" ", "").split(","):
-        found = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
-        if found is None:
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if match is None:
             raise ValueError(f"expected layers such as '0-5,11', got {text!r}")
-        first, last = int(found[1]), int(found[2] or found[1])
+        first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
             raise ValueError(f"the range {part!r} runs backwards")
         layers.update(range(first, last + 1))

@@ -1,4 +1,4 @@
-"""What methods do while they are trained, besides their gradients: penalties, ranks given up, masks drawn."""
+"""The training loop's part of a method: penalties, pruning of ranks, drawing of masks, groups for an optimizer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from adaptc.checkpoints.module import records, tensors_of
+from adaptc.checkpoints.module_adapters import records, tensors_of
 from adaptc.checkpoints.records import AdapterRecord
 from adaptc.errors import AdaptcError
 from adaptc.methods.method import METHODS
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class TrainingStep:
-    """One step of a training, to be called in place of `optimizer.step()`.
+    """One step of training. Call it in place of `optimizer.step()`.
 
         step = adaptc.TrainingStep(module, steps=1000)
         for batch in batches:
@@ -27,17 +27,20 @@ class TrainingStep:
             step(optimizer)
             optimizer.zero_grad()
 
-    It adds the gradients of the methods' penalties, steps the optimizer, and lets the methods do what they do at each
-    step (prune ranks, draw masks). Methods that do nothing of the kind are left alone. With transformers' Trainer
-    use `Trainer(..., callbacks=[step.callback()])` instead; with a gradient scaler `scaler.unscale_(optimizer)`,
+    It adds the gradients of the methods' penalties, steps the optimizer, and calls the methods' training hooks, which
+    prune ranks or draw masks. A method without a penalty or a hook needs none of this. With transformers' Trainer use
+    `Trainer(..., callbacks=[step.callback()])` instead. With a gradient scaler call `scaler.unscale_(optimizer)`,
     `step.before()`, `scaler.step(optimizer)`, `step.after()`.
 
     Args:
-        module: a module that adaptc made, or such a one behind `torch.compile` or DistributedDataParallel.
-        steps: how many optimizer steps the training has; methods with a schedule need it.
+        module: a module that adaptc made; `torch.compile` or DistributedDataParallel may wrap it.
+        steps: the number of optimizer steps of the whole training. Methods with a schedule need it.
+
+    Attributes:
+        number: how many steps have been taken.
 
     Raises:
-        AdaptcError: a method needs the number of steps, and there is none.
+        AdaptcError: a method needs the number of steps, and it was not given.
     """
 
     def __init__(self, module: nn.Module, steps: int | None = None):
@@ -51,34 +54,34 @@ class TrainingStep:
             plain.register_forward_pre_hook(self._forward)
 
     def __call__(self, optimizer: torch.optim.Optimizer) -> None:
-        """Step the optimizer, and the methods around it."""
+        """Take one step: `before`, the optimizer's own step, `after`."""
         self.before()
         optimizer.step()
         self.after()
 
     def penalty(self) -> torch.Tensor:
-        """The sum of all penalties, as it stands; `before` adds its gradient, so it need not be in the loss."""
-        found = [penalty for rule in self._rules if (penalty := rule.penalty()) is not None]
-        return torch.stack(found).sum() if found else torch.zeros(())
+        """The sum of the methods' penalties, a scalar. `before` adds its gradient: do not add it to the loss."""
+        penalties = [penalty for rule in self._rules if (penalty := rule.penalty()) is not None]
+        return torch.stack(penalties).sum() if penalties else torch.zeros(())
 
     def before(self) -> None:
-        """To be called when the gradients are there, before the optimizer's step."""
+        """Call it when the gradients are computed, before the optimizer's step."""
         self.number += 1
         penalty = self.penalty()
         if penalty.requires_grad:
-            penalty.backward()
+            torch.autograd.backward(penalty)
         with torch.no_grad():
             for rule in self._rules:
                 rule.before(self.number)
 
     def after(self) -> None:
-        """To be called after the optimizer's step."""
+        """Call it after the optimizer's step."""
         with torch.no_grad():
             for rule in self._rules:
                 rule.after(self.number)
 
     def callback(self) -> TrainerCallback:
-        """The same for transformers' Trainer."""
+        """A callback for transformers' Trainer that calls `before` and `after` around each optimizer step."""
         from transformers import TrainerCallback
 
         step = self
@@ -99,12 +102,20 @@ class TrainingStep:
 
 
 def parameter_groups(module: nn.Module, lr: float, ratio: float = 16.0) -> list[dict[str, Any]]:
-    """What is trained, in groups for an optimizer: the outer factors with learning rate `ratio * lr`, the rest with lr.
+    """The trained parameters in two groups for an optimizer, the outer factors with a larger learning rate.
 
     LoRA+ (Hayou et al. 2024, section 4): B, which starts at zero, learns faster than A.
 
+    Args:
+        module: a module that adaptc made; `torch.compile` or DistributedDataParallel may wrap it.
+        lr: the learning rate of all other parameters.
+        ratio: the outer factors' learning rate over `lr`; 16 is what the paper recommends.
+
+    Returns:
+        Groups with the keys `params` and `lr`; an empty group is left out.
+
     Raises:
-        AdaptcError: nothing that is trained has such factors.
+        AdaptcError: no method in the module has outer factors.
     """
     plain = _unwrapped(module)
     fast = {
@@ -114,9 +125,9 @@ def parameter_groups(module: nn.Module, lr: float, ratio: float = 16.0) -> list[
         if tensor.argument in record.instance.fast
     }
     if not fast:
-        held = ", ".join(dict.fromkeys(record.method for record in records(plain)))
-        known = ", ".join(sorted(name for name, cls in METHODS.items() if cls.fast))
-        raise AdaptcError(f"{held} has no outer factors that could learn faster; such methods are {known}")
+        trained = ", ".join(dict.fromkeys(record.method for record in records(plain)))
+        others = ", ".join(sorted(name for name, cls in METHODS.items() if cls.fast))
+        raise AdaptcError(f"{trained} has no outer factors to train faster; methods that have: {others}")
     named = {name: p for name, p in plain.named_parameters() if p.requires_grad}
     slow = [p for name, p in named.items() if name not in fast]
     groups = [
@@ -127,7 +138,7 @@ def parameter_groups(module: nn.Module, lr: float, ratio: float = 16.0) -> list[
 
 
 def _unwrapped(module: nn.Module) -> Any:
-    """The module itself, from inside of `torch.compile`'s and DistributedDataParallel's."""
+    """The module that adaptc made, without what `torch.compile` and DistributedDataParallel wrap around it."""
     while not hasattr(module, "meta"):
         inner = getattr(module, "_orig_mod", None) or getattr(module, "module", None)
         if not isinstance(inner, nn.Module):

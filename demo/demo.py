@@ -16,7 +16,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import adaptc
-from adaptc.cli.console import Report
+from adaptc.cli.screen import Screen
 from adaptc.compiler.artifacts import emit_all
 from adaptc.emit.onnx.runtime import open_session
 
@@ -132,7 +132,7 @@ def main() -> None:
     after = accuracy(module.eval(), batches, held_out)
 
     console.print("\nfolding, exporting and proving:")
-    with Report().artifacts() as observer:
+    with Screen().emitting() as observer:
         artifacts = emit_all(compiled.program, compiled.spec.emit, observer, BUILD)
     paths = [artifact.path for artifact in artifacts]
     folded, live, base = paths[:3]

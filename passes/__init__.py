@@ -1,7 +1,8 @@
 """The transformations, one a file. Every registered pass is an attribute here: `adaptc.passes.Fold()`.
 
-So are the passes made for methods and schemes, `InsertLora(target=..., r=4)` and `QuantizeNf4(target=...)`, and the
-classes of these, which take a method or a scheme: `Insert(method, target=...)`, `Quantize(scheme, target=...)`.
+So are the passes that insert a method or quantize by a scheme, `InsertLora(target=..., r=4)` and
+`QuantizeNf4(target=...)`, and the general ones, which take a method or a scheme: `Insert(method, target=...)`,
+`Quantize(scheme, target=...)`.
 """
 
 from typing import Any

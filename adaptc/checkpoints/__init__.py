@@ -1,4 +1,4 @@
-"""Adapters and Hugging Face directories on disk: read, matched with a graph, written.
+"""Adapters and Hugging Face models on disk: read, matched with a graph, written.
 
 Imports the graph, for the names its tensors have there; no spec and no pass.
 """

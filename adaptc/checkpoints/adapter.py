@@ -1,4 +1,4 @@
-"""Adapter checkpoints as found on disk: read, checked, and matched with what was inserted."""
+"""Read an adapter checkpoint: its configuration, and the names and shapes of its tensors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -17,26 +17,29 @@ from adaptc.errors import WeightError
 from adaptc.methods.virtual_tokens import CLASSIFIER_HEADS, PROMPT_KEY
 from adaptc.weights import Held, Weight, open_safetensors, read_safetensors, sha256_of_tensors
 
+T = TypeVar("T")
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PICKLE, ORDER = "adapter_model.bin", "adapters.json"
 ROOT = "base_model."
 PREFIX = f"{ROOT}model."
-"""What stands in front of every key; `ROOT` alone in front of a tensor that belongs to no module."""
-BASE_HASH, BESIDE = "base_sha256", "base_tensors"
-"""What adaptc notes in a file: the base it was trained on, and which tensors are that base's own."""
+"""The prefix of every key; that of a tensor which belongs to no module is `ROOT` alone."""
+BASE_HASH, BASE_TENSORS = "base_sha256", "base_tensors"
+"""Metadata that adaptc writes: the hash of the base it was trained on, and the names of that base's own tensors."""
+BASE_LAYER = ".base_layer.weight"
+"""The ending of the key of a base weight that PEFT saved along."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint as found on disk; tensors are not loaded.
+    """A checkpoint on disk; its tensors are not loaded.
 
     Attributes:
         path: its directory.
-        config: its configuration.
+        config: its `adapter_config.json`.
         tensors: key without PEFT's prefix -> tensor.
-        base_sha256: the base it was trained on, where adaptc wrote it.
-        saved_modules: modules trained whole whose tensors it holds.
-        beside: the base's own tensors that adaptc wrote for PEFT.
+        base_sha256: hash of the base it was trained on, where adaptc wrote it.
+        saved_modules: the modules that were trained whole, and whose tensors it holds.
+        base_tensors: the base's own tensors that adaptc wrote for PEFT, by their names.
     """
 
     path: Path
@@ -44,30 +47,36 @@ class Checkpoint:
     tensors: Mapping[str, Weight]
     base_sha256: str | None = None
     saved_modules: tuple[str, ...] = ()
-    beside: Mapping[str, Weight] = field(default_factory=dict)
+    base_tensors: Mapping[str, Weight] = field(default_factory=dict[str, Weight])
 
     @property
-    def own(self) -> bool:
-        """Whether it is in adaptc's own format, for what PEFT has no format for."""
+    def in_adaptc_format(self) -> bool:
+        """Whether it is in adaptc's own format, for methods that PEFT has no format for."""
         return bool(self.config.get("adaptc_method"))
 
     @property
-    def carried(self) -> dict[str, Weight]:
-        """Base weights that PEFT saved along, by the base's name, as it does with embeddings whose size may change."""
-        marker = ".base_layer.weight"
-        found = {k.replace(marker, ".weight"): t for k, t in self.tensors.items() if k.endswith(marker)}
-        return {**found, **self.beside}
+    def base_weights(self) -> dict[str, Weight]:
+        """The base's own weights in the checkpoint, by the base's names.
+
+        PEFT saves embeddings whose size may change; adaptc writes the heads that PEFT expects (`base_tensors`).
+        """
+        weights = {
+            key.replace(BASE_LAYER, ".weight"): weight
+            for key, weight in self.tensors.items()
+            if key.endswith(BASE_LAYER)
+        }
+        return {**weights, **self.base_tensors}
 
     @property
     def sha256(self) -> str:
-        """SHA-256 over its configuration and tensors; a file's own bytes vary with the order of its metadata."""
+        """SHA-256 over its configuration and tensors; the bytes of a file vary with the order of its metadata."""
         tensors = sha256_of_tensors(self.tensors.items())
         config = json.dumps(self.config, sort_keys=True)
         return hashlib.sha256(f"{config}\n{tensors}".encode()).hexdigest()
 
 
 def directories(path: Path) -> list[Path]:
-    """The checkpoints in a directory, in the order they apply.
+    """The directories of the checkpoints at a path, in the order they apply: itself, or those that `ORDER` lists.
 
     Raises:
         WeightError: the file that holds the order is broken.
@@ -75,15 +84,14 @@ def directories(path: Path) -> list[Path]:
     order = path / ORDER
     if not order.is_file():
         return [path]
-    names = _json(order).get("order")
-    plain = isinstance(names, list) and all(isinstance(n, str) and Path(n).name == n for n in names)
-    if not names or not plain:
+    names = list_of(str, _json(order).get("order"))
+    if not names or not all(Path(name).name == name for name in names):
         raise WeightError(f'{order}: expected {{"order": [...]}} with the names of the folders beside it')
     return [path / name for name in names]
 
 
 def why_missing(path: Path) -> str | None:
-    """Why there is no checkpoint at a path, or None if there is one."""
+    """The message that says why there is no checkpoint at a path; None if there is one."""
     if not path.is_dir():
         return f"{path}: no such directory; expected an adapter's checkpoint with {CONFIG} and {TENSORS}"
     if not (path / CONFIG).is_file() and not (path / ORDER).is_file():
@@ -95,18 +103,18 @@ def read(path: Path, allow_pickle: bool = False) -> Checkpoint:
     """Read a checkpoint's configuration and the shapes of its tensors.
 
     Raises:
-        WeightError: it is missing, truncated, pickled, or not an adapter of a known format.
+        WeightError: it is missing, truncated, pickled, or in no format that adaptc reads.
     """
     absent = why_missing(path)
     if absent or not (path / CONFIG).is_file():
         raise WeightError(absent or f"{path}: no {CONFIG} there")
     config = _json(path / CONFIG)
-    about: Mapping[str, str] = {}
+    metadata: Mapping[str, str] = {}
     if (path / TENSORS).is_file():
-        about = open_safetensors(path / TENSORS).metadata() or {}
+        metadata = open_safetensors(path / TENSORS).metadata() or {}
         tensors: Mapping[str, Weight] = read_safetensors(path / TENSORS)
     elif (path / PICKLE).is_file():
-        tensors = _unpickled(path / PICKLE, allow_pickle)
+        tensors = _unpickle(path / PICKLE, allow_pickle)
     else:
         raise WeightError(f"{path}: no {TENSORS} there")
     if PROMPT_KEY in tensors:
@@ -117,54 +125,80 @@ def read(path: Path, allow_pickle: bool = False) -> Checkpoint:
                 f"{path}: tensor {key!r} does not start with {PREFIX!r}: not a checkpoint as PEFT writes it"
             )
         if weight.dtype in (torch.uint8, torch.bool):
-            raise WeightError(f"{path}: tensor {key!r} is {_kind(weight)}, which no adapter has")
+            raise WeightError(f"{path}: tensor {key!r} is {dtype_name(weight)}, which no adapter has")
     named = {key.removeprefix(PREFIX): weight for key, weight in tensors.items()}
-    beside = {key: named.pop(key) for key in about.get(BESIDE, "").split() if key in named}
-    listed = config.get("modules_to_save") or (sorted(CLASSIFIER_HEADS) if ROOT + PROMPT_KEY in named else [])
-    return Checkpoint(path, config, named, about.get(BASE_HASH), _saved(listed, named), beside)
+    of_base = {key: named.pop(key) for key in metadata.get(BASE_TENSORS, "").split() if key in named}
+    endings = config.get("modules_to_save") or (
+        sorted(CLASSIFIER_HEADS) if ROOT + PROMPT_KEY in named else []
+    )
+    return Checkpoint(path, config, named, metadata.get(BASE_HASH), _saved_modules(endings, named), of_base)
 
 
 def _with_prefix(key: str) -> str:
-    """A key of a checkpoint with virtual tokens as others have it."""
+    """A key of a checkpoint with virtual tokens, with the prefix that other checkpoints have."""
     return ROOT + key if key == PROMPT_KEY else PREFIX + key.removeprefix(PREFIX).removeprefix(ROOT)
 
 
-def _saved(listed: Sequence[str], keys: Iterable[str]) -> tuple[str, ...]:
-    """The modules that are saved whole; PEFT takes each whose name ends so, `pre_classifier` with `classifier`."""
-    found: dict[str, None] = {}
+def _saved_modules(endings: Sequence[str], keys: Iterable[str]) -> tuple[str, ...]:
+    """The modules that are saved whole: as in PEFT, each whose name ends so, `pre_classifier` with `classifier`."""
+    modules: dict[str, None] = {}
     for key in keys:
         parts = key.split(".")[:-1]
-        for end, ending in itertools.product(range(1, len(parts) + 1), listed):
+        for end, ending in itertools.product(range(1, len(parts) + 1), endings):
             if ".".join(parts[:end]).endswith(ending):
-                found[".".join(parts[max(0, end - 1 - ending.count(".")) : end])] = None
-    return tuple(found)
+                modules[".".join(parts[max(0, end - 1 - ending.count(".")) : end])] = None
+    return tuple(modules)
 
 
-def _kind(weight: Weight) -> str:
+def dtype_name(weight: Weight) -> str:
+    """The dtype of a weight by torch's name: `float32`."""
     return str(weight.dtype).removeprefix("torch.")
 
 
+def list_of(kind: type[T], value: object) -> list[T] | None:
+    """A JSON value as a list whose items are all of one type; None if it is no such list."""
+    if not isinstance(value, list):
+        return None
+    fits = all(type(item) is kind for item in cast(list[object], value))
+    return cast(list[T], value) if fits else None
+
+
 def _json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        WeightError: it is not JSON, or no object.
+    """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data: object = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise WeightError(f"{path}: not JSON ({error})") from None
     if not isinstance(data, dict):
         raise WeightError(f"{path}: expected a JSON object, got {type(data).__name__}")
-    return data
+    return cast(dict[str, Any], data)
 
 
-def _unpickled(path: Path, allowed: bool) -> dict[str, Weight]:
+def _unpickle(path: Path, allowed: bool) -> dict[str, Weight]:
+    """The tensors in a pickle.
+
+    Raises:
+        WeightError: pickles are not allowed, or it is truncated or holds more than tensors by name.
+    """
     if not allowed:
         raise WeightError(
             f"{path} is a pickle, which can run code when opened; save the adapter as {TENSORS}, "
             "or write `allow_pickle: true` in this entry if you trust it"
         )
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        loaded: object = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, OSError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise WeightError(f"{path}: truncated, or more than tensors is in it ({first})") from None
-    if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+    if not isinstance(loaded, dict):
         raise WeightError(f"{path}: expected a dict of tensors, got {type(loaded).__name__}")
-    return {str(key): Held(value) for key, value in loaded.items()}
+    tensors: dict[str, Weight] = {}
+    for key, value in cast(dict[object, object], loaded).items():
+        if not isinstance(value, torch.Tensor):
+            raise WeightError(f"{path}: expected a dict of tensors, but {key!r} is {type(value).__name__}")
+        tensors[str(key)] = Held(value)
+    return tensors

@@ -1,4 +1,4 @@
-"""Adapter checkpoints as found on disk: read, checked, and matched with what was inserted."""
+"""Check an adapter checkpoint against a model: keys, shapes, dtypes, values, and the base it was trained on."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Protocol
 
 import torch
 
-from adaptc.checkpoints.adapter import PREFIX, ROOT, Checkpoint, _kind
+from adaptc.checkpoints.adapter import BASE_LAYER, PREFIX, ROOT, Checkpoint, dtype_name
 from adaptc.errors import WeightError
 from adaptc.weights import Weight
 
 
 class Expected(Protocol):
-    """What is known of a tensor before it is read."""
+    """What a tensor of a checkpoint must be."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -22,92 +22,113 @@ class Expected(Protocol):
 
     @property
     def below(self) -> int | None:
-        """Of indices what all of them are below; None for numbers."""
+        """The exclusive upper bound of indices; None for a tensor of numbers."""
         ...
 
 
 def spelled(key: str, bare: bool = False) -> str:
-    """A key as it stands in the file; in one with virtual tokens `bare`."""
+    """A key as it is spelled in the file, with PEFT's prefix.
+
+    Args:
+        key: the key without PEFT's prefix.
+        bare: the file holds virtual tokens, whose keys have a shorter prefix.
+    """
     if bare:
         return key.removeprefix(ROOT) if key.startswith(ROOT) else ROOT + key
     return key if key.startswith(ROOT) else PREFIX + key
 
 
 def match(checkpoint: Checkpoint, expected: Mapping[str, Expected]) -> None:
-    """Check a checkpoint's keys, shapes and kinds against what was inserted; no tensor is loaded.
+    """Check the keys, shapes and dtypes of a checkpoint against what was inserted; no expected tensor is loaded.
 
     Args:
         checkpoint: the checkpoint.
-        expected: key without PEFT's prefix -> what it must be.
+        expected: key without PEFT's prefix -> what its tensor must be.
 
     Raises:
-        WeightError: a tensor is missing, left over or mis-shaped.
+        WeightError: a tensor is missing or unexpected, or has another shape or dtype.
     """
-    held = checkpoint.tensors
-    absent = [key for key in expected if key not in held]
-    left = [key for key in held if key not in expected and not key.endswith(".base_layer.weight")]
-    left = [key for key in left if not _copied(checkpoint, key, expected)]
-    shifted = _shift(left, set(expected)) if left else None
-    if shifted:
+    tensors = checkpoint.tensors
+    absent = [key for key in expected if key not in tensors]
+    unexpected = [
+        key
+        for key in tensors
+        if key not in expected and not key.endswith(BASE_LAYER) and not _is_copy(checkpoint, key, expected)
+    ]
+    prefix = _prefix_problem(unexpected, set(expected)) if unexpected else None
+    if prefix:
         raise WeightError(
-            f"{checkpoint.path}: {shifted}; it was trained on another task's model: see base.task"
+            f"{checkpoint.path}: {prefix}; it was trained on another task's model: see base.task"
         )
     if absent:
         raise WeightError(
             f"{checkpoint.path}: tensor {spelled(absent[0])!r} is missing; the file is incomplete, "
             "or the adapter was trained on another base"
         )
-    for key, wanted in expected.items():
-        if held[key].shape != wanted.shape:
+    for key, requirement in expected.items():
+        tensor = tensors[key]
+        if tensor.shape != requirement.shape:
             raise WeightError(
-                f"{checkpoint.path}: tensor {spelled(key)!r} has shape {list(held[key].shape)}, but this base and "
-                f"this configuration need {list(wanted.shape)}; the adapter was trained on another base, "
+                f"{checkpoint.path}: tensor {spelled(key)!r} has shape {list(tensor.shape)}, but this base and "
+                f"this configuration need {list(requirement.shape)}; the adapter was trained on another base, "
                 "or its configuration was changed"
             )
-        if wanted.below is None and not held[key].dtype.is_floating_point:
-            words = f"is {_kind(held[key])}; trained weights are floating-point numbers"
-            raise WeightError(f"{checkpoint.path}: tensor {spelled(key)!r} {words}")
-    if left:
-        shown = ", ".join(repr(spelled(key)) for key in left[:3])
+        if requirement.below is None and not tensor.dtype.is_floating_point:
+            raise WeightError(
+                f"{checkpoint.path}: tensor {spelled(key)!r} is {dtype_name(tensor)}; trained weights are "
+                "floating-point numbers"
+            )
+    if unexpected:
+        shown = ", ".join(repr(spelled(key)) for key in unexpected[:3])
         raise WeightError(
-            f"{checkpoint.path}: {len(left)} tensors fit no layer this adapter was given: {shown}; "
+            f"{checkpoint.path}: {len(unexpected)} tensors fit no layer this adapter was given: {shown}; "
             "it was trained on another base, or holds something this version does not read"
         )
 
 
 def load(checkpoint: Checkpoint, expected: Mapping[str, Expected]) -> dict[str, torch.Tensor]:
-    """Load tensors that were matched.
+    """Load the tensors of a checkpoint that `match` has accepted.
+
+    Returns:
+        Key without PEFT's prefix -> tensor.
 
     Raises:
-        WeightError: one holds a value that is not finite, or an index that points nowhere.
+        WeightError: a tensor contains NaN or infinity, or an index that is out of range.
     """
-    found = {}
-    for key, wanted in expected.items():
-        value = found[key] = checkpoint.tensors[key].load()
+    values: dict[str, torch.Tensor] = {}
+    for key, requirement in expected.items():
+        value = values[key] = checkpoint.tensors[key].load()
         if not torch.isfinite(value).all():
-            raise WeightError(f"{checkpoint.path}: tensor {spelled(key)!r} holds NaN or infinity")
-        if wanted.below is not None and value.numel() and not 0 <= value.min() <= value.max() < wanted.below:
-            words = f"holds the index {int(value.max() if value.min() >= 0 else value.min())}"
+            raise WeightError(f"{checkpoint.path}: tensor {spelled(key)!r} contains NaN or infinity")
+        if requirement.below is None or not value.numel():
+            continue
+        smallest, largest = int(value.min()), int(value.max())
+        if not 0 <= smallest <= largest < requirement.below:
             raise WeightError(
-                f"{checkpoint.path}: tensor {spelled(key)!r} {words}, expected 0 to {wanted.below - 1}"
+                f"{checkpoint.path}: tensor {spelled(key)!r} holds the index "
+                f"{largest if smallest >= 0 else smallest}, expected 0 to {requirement.below - 1}"
             )
-    return found
+    return values
 
 
-def check_carried(checkpoint: Checkpoint, base: Mapping[str, Weight]) -> None:
-    """Check that base weights saved along with an adapter are this base's.
+def check_base_weights(checkpoint: Checkpoint, base: Mapping[str, Weight]) -> None:
+    """Check that the base weights in an adapter's checkpoint are this base's.
+
+    Args:
+        checkpoint: the checkpoint.
+        base: name -> weight of this base.
 
     Raises:
-        WeightError: one is not: the vocabulary was resized, or the base is another.
+        WeightError: one differs: the vocabulary was resized, or the adapter was trained on another base.
     """
-    for name, weight in checkpoint.carried.items():
-        known = base.get(name)
+    for name, weight in checkpoint.base_weights.items():
+        ours = base.get(name)
         if (
-            known is None
-            or known.shape != weight.shape
-            or not torch.equal(known.load(), weight.load().to(known.dtype))
+            ours is None
+            or ours.shape != weight.shape
+            or not torch.equal(ours.load(), weight.load().to(ours.dtype))
         ):
-            if name in checkpoint.beside:
+            if name in checkpoint.base_tensors:
                 raise WeightError(
                     f"{checkpoint.path}: it was trained beside another {name} than this base's; a head that the base's "
                     "files do not hold is drawn from `seed`: give the same, or train the head too"
@@ -119,10 +140,14 @@ def check_carried(checkpoint: Checkpoint, base: Mapping[str, Weight]) -> None:
 
 
 def check_base(checkpoint: Checkpoint, sha256: str) -> None:
-    """Check that a checkpoint which names its base names this one.
+    """Check that a checkpoint which names its base was trained on this one.
+
+    Args:
+        checkpoint: the checkpoint.
+        sha256: the hash of this base.
 
     Raises:
-        WeightError: it was trained on another.
+        WeightError: it was trained on another base.
     """
     if checkpoint.base_sha256 and checkpoint.base_sha256 != sha256:
         raise WeightError(
@@ -131,18 +156,22 @@ def check_base(checkpoint: Checkpoint, sha256: str) -> None:
         )
 
 
-def _copied(checkpoint: Checkpoint, key: str, expected: Iterable[str]) -> bool:
-    """Whether a tensor is that of another module once more, as PEFT writes what modules share."""
-    held, leaf = checkpoint.tensors, key.rpartition(".")[2]
-    alike = [
-        k for k in expected if k in held and k.rpartition(".")[2] == leaf and held[k].shape == held[key].shape
+def _is_copy(checkpoint: Checkpoint, key: str, expected: Iterable[str]) -> bool:
+    """Whether a tensor repeats that of another module: PEFT writes a shared module once for each of its names."""
+    tensors, leaf = checkpoint.tensors, key.rpartition(".")[2]
+    candidates = [
+        tensors[other]
+        for other in expected
+        if other in tensors
+        and other.rpartition(".")[2] == leaf
+        and tensors[other].shape == tensors[key].shape
     ]
-    return any(torch.equal(held[k].load(), held[key].load()) for k in alike)
+    return any(torch.equal(candidate.load(), tensors[key].load()) for candidate in candidates)
 
 
-def _shift(left: list[str], expected: set[str]) -> str | None:
-    """Words for keys that fit but for a module put in front, or left out there; None if they do not."""
-    for key in left:
+def _prefix_problem(unexpected: list[str], expected: set[str]) -> str | None:
+    """The message for keys that would fit with a module more, or less, in front; None if they would not."""
+    for key in unexpected:
         first, _, rest = key.partition(".")
         if rest in expected:
             return f"its keys start with '{first}.', which this model's do not"

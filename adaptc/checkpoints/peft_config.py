@@ -1,15 +1,15 @@
-"""From PEFT's `adapter_config.json` to an entry: which method, which options, which layers."""
+"""Read PEFT's `adapter_config.json` as an entry: which method, which options, which modules."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from pydantic import TypeAdapter, ValidationError
 
-from adaptc.checkpoints.adapter import CONFIG, Checkpoint
+from adaptc.checkpoints.adapter import CONFIG, Checkpoint, list_of
 from adaptc.checkpoints.records import AdapterRecord
 from adaptc.errors import WeightError
 from adaptc.ir.selection import ALL_LINEAR
@@ -36,102 +36,121 @@ DESCRIPTIVE = frozenset(
         *("num_layers", "num_attention_heads", "token_dim"),
     }
 )
-"""Keys that say where the adapter sits or came from, not what it computes."""
+"""Keys that say where the adapter sits or comes from, not what it computes."""
 
 
 @dataclass(frozen=True)
 class Declared:
-    """What a checkpoint's configuration asks for."""
+    """What a checkpoint's configuration declares.
 
-    method: type[Method]
+    Attributes:
+        method: the method.
+        options: its options.
+        target: patterns of the modules and parameters that it adapts.
+        exclude: patterns of those that it does not.
+        as_stored: parameters are read in their stored layout, (out, in) or (experts, out, in), as PEFT's
+            `target_parameters` does.
+    """
+
+    method: type[Method[Any]]
     options: dict[str, Any]
-    target: Any
+    target: Sequence[str]
     exclude: tuple[str, ...]
     as_stored: bool = False
-    """Parameters are read as they are stored, (out, in) or (experts, out, in), as `target_parameters` does."""
 
 
 def declared(checkpoint: Checkpoint, prefer: str = "") -> Declared:
-    """Read a configuration, of several methods that PEFT stores alike as the preferred one.
+    """Read a checkpoint's configuration.
+
+    Args:
+        checkpoint: the checkpoint.
+        prefer: the method to read it as, where PEFT stores several methods alike.
 
     Raises:
-        WeightError: adaptc does not know the method, or an option that would change the result.
+        WeightError: adaptc does not have the method, or an option has no value that the method takes, or would change
+            the result and is not read.
     """
     config = checkpoint.config
     if config.get("adaptc_method"):
-        return _own(checkpoint)
+        return _in_adaptc_format(checkpoint)
     fitting = {cls.name: format for cls, format in _formats() if _fits(format, config)}
     if not fitting:
-        known = sorted({str(format.type) for _, format in _formats()})
+        types = sorted({str(format.type) for _, format in _formats()})
         raise WeightError(
             f"{checkpoint.path}: peft_type {config.get('peft_type')!r} is not a method this adaptc has; "
-            f"it reads {', '.join(known)}"
+            f"it reads {', '.join(types)}"
         )
-    most = max(fitting, key=lambda name: len(fitting[name].options))  # that reads most of what is said
+    most = max(fitting, key=lambda name: len(fitting[name].options))  # the method that reads most of the keys
     cls = METHODS[prefer if prefer in fitting else most]
     format = fitting[cls.name]
-    _check_rest(checkpoint, cls)
+    _check_other_keys(checkpoint, cls)
     options = {ours: config[theirs] for ours, theirs in format.options.items() if theirs in config}
     for name in format.modules:
         options[name] = tuple(_patterns(checkpoint, format.options[name]))
     saved = [p for m in checkpoint.saved_modules for p in (m, f"*.{m}", f"{m}.*", f"*.{m}.*")]
-    exclude = (*_attention_whole(_patterns(checkpoint, "exclude_modules")), *saved)
+    exclude = (*_with_output_projections(_patterns(checkpoint, "exclude_modules")), *saved)
     target = ["*"] if cls.everywhere else _target(checkpoint)
     options = _checked(checkpoint, cls, cls.trained_options(format.read(options)))
     return Declared(cls, options, target, exclude, as_stored=bool(config.get("target_parameters")))
 
 
-def _formats() -> list[tuple[type[Method], PeftFormat[Any]]]:
-    """The methods that have a checkpoint of PEFT's, and how it is spelled."""
+def _formats() -> list[tuple[type[Method[Any]], PeftFormat[Any]]]:
+    """The methods that PEFT has a checkpoint format for, each with that format."""
     return [(cls, cls.peft) for cls in METHODS.values() if cls.peft is not None and cls.peft.type]
 
 
 def _fits(format: PeftFormat[Any], config: Mapping[str, Any]) -> bool:
+    """Whether a configuration is of this format: its `peft_type` and all keys that are fixed."""
     return format.type == config.get("peft_type") and all(
         bool(config.get(key)) == bool(value) for key, value in format.fixed.items()
     )
 
 
 def check_options(checkpoint: Checkpoint, record: AdapterRecord) -> None:
-    """Check that a checkpoint's options give what the inserted adapter computes.
+    """Check that an adapter with a checkpoint's options computes the same as the one inserted.
 
     Raises:
-        WeightError: it is of another method, or an option differs.
+        WeightError: the checkpoint is of another method, or an option differs.
     """
-    found = declared(checkpoint, prefer=record.method)
-    if found.method.name != record.method:
+    entry = declared(checkpoint, prefer=record.method)
+    if entry.method.name != record.method:
         raise WeightError(
-            f"{checkpoint.path}: a {found.method.name} adapter, but the module holds {record.method}"
+            f"{checkpoint.path}: a {entry.method.name} adapter, but the module holds {record.method}"
         )
-    as_read = [found.options]
-    if found.method.peft is not None:
-        as_read.append(found.method.peft.computed(found.options, named_modules(checkpoint)))
-    differing = [_differing(found.method, options, record) for options in as_read]
+    readings = [entry.options]
+    if entry.method.peft is not None:
+        readings.append(entry.method.peft.computed(entry.options, named_modules(checkpoint)))
+    differing = [_differing(entry.method, options, record) for options in readings]
     if all(differing):
         key = differing[0]
         raise WeightError(
-            f"{checkpoint.path}: {key} is {found.options[key]!r} there, but the module was compiled with "
+            f"{checkpoint.path}: {key} is {entry.options[key]!r} there, but the module was compiled with "
             f"{record.options.get(key)!r}; compile it with that option, or with `adapter: {checkpoint.path}`"
         )
 
 
 def named_modules(checkpoint: Checkpoint) -> list[str]:
-    """Regexes of the modules that a checkpoint names."""
+    """Regexes of the modules in a checkpoint's `target_modules`."""
     return [pattern.removeprefix("re:") for pattern in _patterns(checkpoint, "target_modules")]
 
 
-def _differing(method: type[Method], options: Mapping[str, Any], record: AdapterRecord) -> str:
-    """The first option that the module was compiled with another value of; "" if there is none."""
-    known = method.trained_options(dict(record.options))
+def _differing(method: type[Method[Any]], options: Mapping[str, Any], record: AdapterRecord) -> str:
+    """The first option whose value differs from the one that the module was compiled with; "" if none does."""
+    compiled = method.trained_options(dict(record.options))
     for key, value in options.items():
-        plain = list(value) if isinstance(value, tuple) else value
+        plain = list(cast(tuple[Any, ...], value)) if isinstance(value, tuple) else value
         per_layer = method.peft is not None and key in method.peft.modules
-        if key not in method.while_training and not per_layer and plain != known.get(key):
+        if key not in method.while_training and not per_layer and plain != compiled.get(key):
             return key
     return ""
 
 
-def _own(checkpoint: Checkpoint) -> Declared:
+def _in_adaptc_format(checkpoint: Checkpoint) -> Declared:
+    """Read the configuration of a checkpoint in adaptc's own format.
+
+    Raises:
+        WeightError: the method is not installed, or the configuration names no modules.
+    """
     config = checkpoint.config
     cls = METHODS.get(config["adaptc_method"])
     if cls is None:
@@ -139,13 +158,18 @@ def _own(checkpoint: Checkpoint) -> Declared:
             f"{checkpoint.path}: method {config['adaptc_method']!r} is not installed; install the package that has it"
         )
     options = _checked(checkpoint, cls, cls.trained_options(dict(config.get("adaptc_options") or {})))
-    target = config.get("target_modules")
+    target: object = config.get("target_modules")
     if not isinstance(target, list) or not target:
         raise WeightError(f"{checkpoint.path / CONFIG}: its configuration names no target_modules")
-    return Declared(cls, options, tuple(str(pattern) for pattern in target), ())
+    return Declared(cls, options, tuple(str(pattern) for pattern in cast(list[object], target)), ())
 
 
-def _check_rest(checkpoint: Checkpoint, cls: type[Method]) -> None:
+def _check_other_keys(checkpoint: Checkpoint, cls: type[Method[Any]]) -> None:
+    """Check that a configuration has no key that changes the result and that the method does not read.
+
+    Raises:
+        WeightError: it has one, or was initialised in a way that changes the base's weights.
+    """
     assert cls.peft is not None
     read = DESCRIPTIVE | cls.peft.ignored | set(cls.peft.options.values()) | set(cls.peft.fixed)
     for key, value in checkpoint.config.items():
@@ -164,22 +188,30 @@ def _check_rest(checkpoint: Checkpoint, cls: type[Method]) -> None:
         )
 
 
-def _checked(checkpoint: Checkpoint, cls: type[Method], options: dict[str, Any]) -> dict[str, Any]:
-    """The options as the method takes them, held against the same bounds as in a spec."""
+def _checked(checkpoint: Checkpoint, cls: type[Method[Any]], options: dict[str, Any]) -> dict[str, Any]:
+    """The options as the method takes them, validated as those of a spec are.
+
+    Raises:
+        WeightError: one has a value that the method does not take; names PEFT's key.
+    """
     try:
         return options_of(TypeAdapter(cls).validate_python(options))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         ours = str(first["loc"][0]) if first["loc"] else ""
         key = cls.peft.options.get(ours, ours) if cls.peft else ours
-        place = ".".join([key, *map(str, first["loc"][1:])])
-        words = first["msg"].lower().replace("input should", "it should")
-        raise WeightError(f"{checkpoint.path / CONFIG}: {place}: {words}, got {first['input']!r}") from None
+        path = ".".join([key, *map(str, first["loc"][1:])])
+        message = first["msg"].lower().replace("input should", "it should")
+        raise WeightError(f"{checkpoint.path / CONFIG}: {path}: {message}, got {first['input']!r}") from None
 
 
 def _patterns(checkpoint: Checkpoint, key: str) -> list[str]:
-    """PEFT's way to name modules: text is a regex on the full name, an item of a list the name's ending."""
-    value = checkpoint.config.get(key)
+    """Patterns for a key by which PEFT names modules: text is a regex on the full name, a list holds endings of names.
+
+    Raises:
+        WeightError: the value is no regular expression and no list of names.
+    """
+    value: object = checkpoint.config.get(key)
     if isinstance(value, str):
         try:
             re.compile(value)
@@ -190,24 +222,30 @@ def _patterns(checkpoint: Checkpoint, key: str) -> list[str]:
         return [value if value == ALL_LINEAR else f"re:{value}"]
     if value is None:
         return []
-    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+    names = list_of(str, value)
+    if names is None:
         raise WeightError(
             f"{checkpoint.path / CONFIG}: {key}: expected text or a list of names, got {value!r}"
         )
-    return [f"re:(.*\\.)?{re.escape(name)}" for name in value]
+    return [f"re:(.*\\.)?{re.escape(name)}" for name in names]
 
 
-def _attention_whole(patterns: list[str]) -> list[str]:
-    """PEFT adapts nn.MultiheadAttention whole: naming it, or leaving it out, means its output projection too."""
+def _with_output_projections(patterns: list[str]) -> list[str]:
+    """The patterns, and those of output projections: PEFT adapts an nn.MultiheadAttention with its projection."""
     regexes = [p.removeprefix("re:") for p in patterns if p != ALL_LINEAR]
     return patterns + [f"re:(?:{regex}){re.escape(OUT_PROJECTION)}" for regex in regexes]
 
 
 def _target(checkpoint: Checkpoint) -> list[str]:
+    """The patterns of the modules and parameters that a configuration targets.
+
+    Raises:
+        WeightError: it targets none, or a key has no value that PEFT takes.
+    """
     named = _patterns(checkpoint, "target_modules")
     if isinstance(checkpoint.config.get("target_modules"), list):
         named = _in_layers(checkpoint, named)
-    patterns = _attention_whole(named) + _patterns(checkpoint, "target_parameters")
+    patterns = _with_output_projections(named) + _patterns(checkpoint, "target_parameters")
     if not patterns:
         raise WeightError(f"{checkpoint.path / CONFIG}: its configuration names no target_modules")
     return patterns
@@ -216,21 +254,25 @@ def _target(checkpoint: Checkpoint) -> list[str]:
 def _in_layers(checkpoint: Checkpoint, patterns: list[str]) -> list[str]:
     """The patterns of `target_modules` limited to `layers_to_transform`; full names are taken as they are.
 
-    A layer's number is the first numbered part of a name behind two others, or behind a name in `layers_pattern`.
+    A layer's number is the first numbered part of a name after two other parts, or after one in `layers_pattern`.
+
+    Raises:
+        WeightError: one of the two keys has no value that PEFT takes.
     """
-    layers, before = (checkpoint.config.get(key) for key in ("layers_to_transform", "layers_pattern"))
+    layers: object = checkpoint.config.get("layers_to_transform")
+    layer_lists: object = checkpoint.config.get("layers_pattern")
     if layers is None or layers == []:
         return patterns
-    numbers = [layers] if isinstance(layers, int) else layers
-    if not isinstance(numbers, list) or not all(type(number) is int for number in numbers):
+    numbers = list_of(int, [layers] if isinstance(layers, int) else layers)
+    if numbers is None:
         raise WeightError(
             f"{checkpoint.path / CONFIG}: layers_to_transform: expected layer numbers, got {layers!r}"
         )
     number = f"(?:{'|'.join(map(str, numbers))})"
-    starts = [before] if isinstance(before, str) and before else before or []
-    if not isinstance(starts, list) or not all(isinstance(name, str) for name in starts):
-        raise WeightError(f"{checkpoint.path / CONFIG}: layers_pattern: expected names, got {before!r}")
-    first = [rf"(?:(?!(?:{name})\.\d+\.)[^.]*\.)*(?:{name})\.{number}\." for name in starts]
-    places = "|".join(first) or rf"[^.]*\.[^.]*\.(?:(?!\d+\.)[^.]*\.)*{number}\."
-    ends = (pattern.removeprefix("re:(.*\\.)?") for pattern in patterns)
-    return [rf"re:(?:{end}|(?={places}).*\.{end})" for end in ends]
+    names = list_of(str, [layer_lists] if isinstance(layer_lists, str) and layer_lists else layer_lists or [])
+    if names is None:
+        raise WeightError(f"{checkpoint.path / CONFIG}: layers_pattern: expected names, got {layer_lists!r}")
+    after_name = [rf"(?:(?!(?:{name})\.\d+\.)[^.]*\.)*(?:{name})\.{number}\." for name in names]
+    prefix = "|".join(after_name) or rf"[^.]*\.[^.]*\.(?:(?!\d+\.)[^.]*\.)*{number}\."
+    endings = (pattern.removeprefix("re:(.*\\.)?") for pattern in patterns)
+    return [rf"re:(?:{ending}|(?={prefix}).*\.{ending})" for ending in endings]

@@ -1,4 +1,4 @@
-"""PEFT checkpoints: an adapter's tensors and configuration, as PEFT itself writes them."""
+"""Write PEFT checkpoints: an adapter's tensors and configuration, as PEFT itself writes them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors import torch as safetensors
 
-from adaptc.checkpoints.adapter import BASE_HASH, BESIDE, CONFIG, ORDER, ROOT, TENSORS
+from adaptc.checkpoints.adapter import BASE_HASH, BASE_TENSORS, CONFIG, ORDER, ROOT, TENSORS
 from adaptc.checkpoints.adapter_checks import spelled
 from adaptc.checkpoints.records import AdapterRecord, AdapterTensor, group
 from adaptc.errors import WeightError
@@ -28,9 +28,9 @@ TASKS: Mapping[str, str] = {
     "question-answering": "QUESTION_ANS",
     "feature-extraction": "FEATURE_EXTRACTION",
 }
-"""A base's task -> PEFT's `task_type`, without which it does not use virtual tokens."""
+"""A base's task -> PEFT's `task_type`; PEFT ignores virtual tokens without one."""
 CLASSIFYING = frozenset({"SEQ_CLS", "TOKEN_CLS"})
-"""The tasks whose head PEFT looks for beside virtual tokens."""
+"""The task types whose head PEFT expects in a checkpoint of virtual tokens."""
 
 
 def save(
@@ -42,10 +42,14 @@ def save(
     """Write adapters as PEFT checkpoints: one in `directory`, or several below it with their order.
 
     Args:
-        records: what was inserted.
+        records: the adapters.
         values: the tensors by their names in the graph.
         directory: made if missing.
-        base: `name`, `sha256` and `task` of the base, kept in the checkpoint.
+        base: `name`, `sha256` and `task` of the base, which are written into the checkpoint.
+
+    Raises:
+        WeightError: there is no adapter.
+        OSError: the disk cannot take the files.
     """
     groups = group(records)
     if not groups:
@@ -56,28 +60,29 @@ def save(
         target.mkdir(parents=True, exist_ok=True)
         format = members[0].format
         bare = format is not None and format.bare
-        tensors = {spelled(t.key, bare): _kept(values[t.name], t) for r in members for t in r.stored}
+        tensors = {spelled(t.key, bare): _as_written(values[t.name], t) for r in members for t in r.stored}
         metadata = {"format": "pt", **({BASE_HASH: base["sha256"]} if base.get("sha256") else {})}
         if TASKS.get(base.get("task", "")) in CLASSIFYING and members[0].heads:
             heads = [name for name in members[0].heads if ROOT + name not in tensors]
             tensors |= {ROOT + name: values[name].detach().contiguous().clone() for name in heads}
-            metadata[BESIDE] = " ".join(heads)
+            metadata[BASE_TENSORS] = " ".join(heads)
         try:
-            save_file(tensors, target / TENSORS, metadata=metadata)
-        except SafetensorError as error:  # nothing but the disk can go wrong here
+            cast(Any, safetensors).save_file(tensors, target / TENSORS, metadata=metadata)
+        except SafetensorError as error:  # only the disk can fail here
             raise OSError(str(error)) from error
         (target / CONFIG).write_text(json.dumps(_config(members, base), indent=2, sort_keys=True) + "\n")
     if len(groups) > 1:
         (directory / ORDER).write_text(json.dumps({"order": names}, indent=2) + "\n")
 
 
-def _kept(value: torch.Tensor, tensor: AdapterTensor) -> torch.Tensor:
-    """A tensor as it is written; indices as narrow as PEFT has them."""
+def _as_written(value: torch.Tensor, tensor: AdapterTensor) -> torch.Tensor:
+    """A tensor as it is written: on the CPU; indices that fit are int32, as PEFT has them."""
     narrow = tensor.below is not None and tensor.below <= 2**31
     return value.detach().to("cpu", torch.int32 if narrow else value.dtype).contiguous().clone()
 
 
 def _directories(groups: Sequence[Sequence[AdapterRecord]]) -> list[str]:
+    """A name for each checkpoint: the adapter's, with the method's and a number where names are equal."""
     names = [group[0].adapter for group in groups]
     if max(Counter(names).values()) > 1:
         names = [f"{group[0].adapter}-{group[0].method}" for group in groups]
@@ -85,6 +90,7 @@ def _directories(groups: Sequence[Sequence[AdapterRecord]]) -> list[str]:
 
 
 def _config(group: Sequence[AdapterRecord], base: Mapping[str, str]) -> dict[str, Any]:
+    """The `adapter_config.json` of a checkpoint: of the first record, which the others join."""
     host, joined = group[0], group[1:]
     config: dict[str, Any] = {
         "base_model_name_or_path": base.get("name"),
@@ -98,7 +104,7 @@ def _config(group: Sequence[AdapterRecord], base: Mapping[str, str]) -> dict[str
             "adaptc_options": dict(host.options),
             "target_modules": list(host.patterns),
         }
-    config |= {"peft_type": host.format.type, **_written(host.format.fixed), **host.sizes}
+    config |= {"peft_type": host.format.type, **_fixed_keys(host.format.fixed), **host.sizes}
     if host.format.bare:
         config["task_type"] = TASKS.get(base.get("task", ""))
     else:
@@ -113,30 +119,29 @@ def _config(group: Sequence[AdapterRecord], base: Mapping[str, str]) -> dict[str
         config[theirs] = (
             [m for m in host.modules if matches_any(value, m)] if ours in host.format.modules else value
         )
-    for record in [] if host.format.bare else joined:
+    for record in joined if not host.format.bare else ():
         assert record.format is not None
         assert record.format.joins is not None
-        whole = (
-            [m for m in record.modules if not _only_bias(record, m)] if config.get("bias") else record.modules
-        )
-        if whole:
-            config.setdefault(record.format.joins, []).extend(whole)
+        biases = {m for m in record.modules if config.get("bias") and _only_bias(record, m)}
+        modules = [module for module in record.modules if module not in biases]
+        if modules:
+            config.setdefault(record.format.joins, []).extend(modules)
     return config
 
 
-def _written(fixed: Mapping[str, object]) -> dict[str, object]:
-    """What is fixed, but for what PEFT does not know and is false anyway."""
+def _fixed_keys(fixed: Mapping[str, object]) -> dict[str, object]:
+    """The keys with a fixed value, without those of adaptc that are false, which PEFT does not know."""
     return {key: value for key, value in fixed.items() if value or not key.startswith("adaptc_")}
 
 
 def _only_bias(record: AdapterRecord, module: str) -> bool:
-    """Whether the biases alone are trained of a module, which PEFT's option `bias` says."""
+    """Whether only a module's bias is trained, which PEFT's option `bias` says instead of a list of modules."""
     leaves = {t.key.rpartition(".")[2] for t in record.stored if t.name.startswith(f"{module}.")}
     return leaves == {"bias"}
 
 
 def _targets(record: AdapterRecord) -> list[str] | str:
-    """The modules as PEFT reads them: a list of names, or a regex where a list would name others too."""
+    """The value of `target_modules`: a list of names, or a regex where a list would match other modules too."""
     if not record.ambiguous:
         return list(record.modules)
     return "(" + "|".join(re.escape(module) for module in record.modules) + ")"

@@ -1,4 +1,4 @@
-"""The command line. Torch is imported only by the commands that need it."""
+"""The commands of `adaptc`. Torch is imported only by those that need it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="A declarative graph-compiler for adapted models: one spec in, proved products out.",
+    help="A declarative graph-compiler for adapted models: one spec in, proved artifacts out.",
 )
 SpecPath = Annotated[Path, typer.Argument(help="the spec, a YAML file", show_default=False)]
 Sets = Annotated[
@@ -38,28 +38,28 @@ def compile(
     as_json: Json = False,
 ) -> None:
     """Compile a spec: trace, insert, prove, and write what `emit` asks for."""
-    from adaptc.cli.console import Report
-    from adaptc.cli.run import run_spec
+    from adaptc.cli.compile_command import compile_and_emit
+    from adaptc.cli.screen import Screen
 
-    report = Report(quiet=as_json)
-    result = run_spec(spec, set_ or [], output_dir, print_after, dump_graphs, report)
+    screen = Screen(quiet=as_json)
+    result = compile_and_emit(spec, set_ or [], output_dir, print_after, dump_graphs, screen)
     if as_json:
         _print_json(result)
 
 
 @app.command()
 def plan(spec: SpecPath, set_: Sets = None, as_json: Json = False) -> None:
-    """Show matched sites, near misses, the budget and the pipeline. Reads no weights."""
-    from adaptc.cli.console import Report
-    from adaptc.compiler.driver import plan as make
+    """Show matched sites, near misses, the cost and the pipeline. Reads no weights."""
+    from adaptc.cli.screen import Screen
+    from adaptc.compiler.driver import plan as make_plan
 
-    report = Report(quiet=as_json)
-    with report.working("tracing"):
-        _, made = make(spec, set_ or [])
+    screen = Screen(quiet=as_json)
+    with screen.working("tracing"):
+        _, planned = make_plan(spec, set_ or [])
     if as_json:
-        _print_json(made.to_json())
+        _print_json(planned.to_json())
     else:
-        report.plan(made)
+        screen.plan(planned)
 
 
 @app.command()
@@ -86,52 +86,52 @@ def init(
 
 @app.command()
 def inspect(path: Annotated[Path, typer.Argument(show_default=False)], as_json: Json = False) -> None:
-    """Say what an artifact, an adapter's checkpoint or a model directory holds."""
-    from adaptc.cli.console import Report
-    from adaptc.cli.inspection import inspect as look
+    """Show what an artifact, an adapter's checkpoint or a model directory holds."""
+    from adaptc.cli.inspection import inspect as rows_of
+    from adaptc.cli.screen import Screen
 
-    rows = look(path)
-    _print_json({row["what"]: row["value"] for row in rows}) if as_json else Report().table(str(path), rows)
+    rows = rows_of(path)
+    _print_json({row["what"]: row["value"] for row in rows}) if as_json else Screen().table(str(path), rows)
 
 
 @app.command()
 def verify(path: Annotated[Path, typer.Argument(show_default=False)], as_json: Json = False) -> None:
-    """Check an artifact: its files' hashes, and that it runs on fresh inputs with finite results."""
-    from adaptc.cli.console import Report
-    from adaptc.cli.inspection import verify as prove
+    """Check an artifact: its files' hashes, and that it computes what it did when it was compiled."""
+    from adaptc.cli.inspection import verify as check
+    from adaptc.cli.screen import Screen
 
-    rows = prove(path)
-    _print_json(rows) if as_json else Report().table(str(path), rows)
+    rows = check(path)
+    _print_json(rows) if as_json else Screen().table(str(path), rows)
 
 
 @app.command()
 def methods(as_json: Json = False) -> None:
-    """List what `adapt` can hold, with each method's equation and options."""
-    from adaptc.cli.catalogue import method_rows
-    from adaptc.cli.console import Report
+    """List the methods for `adapt`, with their equations and options."""
+    from adaptc.cli.listings import method_rows
+    from adaptc.cli.screen import Screen
 
     rows = method_rows()
-    _print_json(rows) if as_json else Report().table("methods", rows)
+    _print_json(rows) if as_json else Screen().table("methods", rows)
 
 
 @app.command()
 def schemes(as_json: Json = False) -> None:
-    """List what `quantize` can hold, with each scheme's equation and options."""
-    from adaptc.cli.catalogue import scheme_rows
-    from adaptc.cli.console import Report
+    """List the schemes for `quantize`, with their equations and options."""
+    from adaptc.cli.listings import scheme_rows
+    from adaptc.cli.screen import Screen
 
     rows = scheme_rows()
-    _print_json(rows) if as_json else Report().table("schemes", rows)
+    _print_json(rows) if as_json else Screen().table("schemes", rows)
 
 
 @app.command()
 def passes(as_json: Json = False) -> None:
-    """List what `passes` can hold, with the stages each takes and leaves."""
-    from adaptc.cli.catalogue import pass_rows
-    from adaptc.cli.console import Report
+    """List the passes for `passes`, with the stages each takes and leaves."""
+    from adaptc.cli.listings import pass_rows
+    from adaptc.cli.screen import Screen
 
     rows = pass_rows()
-    _print_json(rows) if as_json else Report().table("passes", rows)
+    _print_json(rows) if as_json else Screen().table("passes", rows)
 
 
 @app.command()
@@ -147,7 +147,7 @@ def _print_json(document: Any) -> None:
 
 
 def main() -> None:
-    """Run the command line; adaptc's own errors are printed without a traceback."""
+    """Run the command line. An error of adaptc's own is printed without a traceback."""
     try:
         app()
     except AdaptcError as error:

@@ -1,4 +1,4 @@
-"""What a path holds, and whether an artifact is still what its manifest says."""
+"""The commands `adaptc inspect`, what a path holds, and `adaptc verify`, whether an artifact is as it was compiled."""
 
 from __future__ import annotations
 
@@ -17,40 +17,47 @@ if TYPE_CHECKING:
 
 
 def inspect(path: Path) -> list[dict[str, Any]]:
-    """Rows of key and value for an artifact, an adapter's checkpoint, or a model directory.
+    """Describe an artifact, an adapter's checkpoint, or a model directory.
+
+    Returns:
+        Rows with the keys `what` and `value`.
 
     Raises:
-        SpecError: nothing that adaptc knows is there.
-        WeightError: what is there is broken.
+        SpecError: the path holds none of these.
+        WeightError: a file there is broken.
     """
     manifest = _manifest(path)
     if manifest is not None:
-        return _rows(_product(manifest, path))
+        return _rows(_described(manifest, path))
     if path.is_dir() and checkpoint.why_missing(path) is None:
-        rows = []
+        rows: list[dict[str, Any]] = []
         for folder in checkpoint.directories(path):
-            found = checkpoint.read(folder)
-            kind = found.config.get("peft_type") or found.config.get("adaptc_method")
-            base = found.config.get("base_model_name_or_path")
-            rows += _rows({"adapter": folder, "type": kind, "base": base, "tensors": _tensors(found.tensors)})
+            adapter = checkpoint.read(folder)
+            kind = adapter.config.get("peft_type") or adapter.config.get("adaptc_method")
+            base = adapter.config.get("base_model_name_or_path")
+            rows += _rows(
+                {"adapter": folder, "type": kind, "base": base, "tensors": _tensors(adapter.tensors)}
+            )
         return rows
     if (path / "config.json").is_file():
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         files = sorted(path.glob("*.safetensors"))
         tensors = {name: weight for file in files for name, weight in read_safetensors(file).items()}
-        about = config.get("quantization_config")
-        bits = {"quantized": _quantized(about)} if isinstance(about, dict) else {}
-        return _rows(
-            {"model": path, "class": config.get("architectures"), "tensors": _tensors(tensors), **bits}
-        )
+        shown = {"model": path, "class": config.get("architectures"), "tensors": _tensors(tensors)}
+        if isinstance(config.get("quantization_config"), dict):
+            shown["quantized"] = _quantized(config["quantization_config"])
+        return _rows(shown)
     raise _nothing(path)
 
 
 def verify(path: Path) -> list[dict[str, Any]]:
     """Prove an artifact again: the hashes of its files, and that it computes what its graph did when it was compiled.
 
+    Returns:
+        Rows with the keys `what` (a file or an artifact) and `checked` (how, and the result).
+
     Raises:
-        SpecError: there is no artifact of adaptc.
+        SpecError: the path holds no artifact of adaptc.
         ProofError: a file was changed, or the artifact computes something else.
     """
     manifest = _manifest(path)
@@ -61,37 +68,41 @@ def verify(path: Path) -> list[dict[str, Any]]:
         )
     if not is_unmodified(folder / MANIFEST):
         raise ProofError(f"{folder / MANIFEST}: changed since it was written (its own SHA-256 differs)")
-    rows = []
-    for name, product in _products(manifest, path).items():
-        for file, known in product["files"].items():
+    rows: list[dict[str, Any]] = []
+    for name, artifact in _artifacts(manifest, path).items():
+        for file, recorded in artifact["files"].items():
             if not (folder / file).is_file():
                 raise ProofError(f"{folder / file}: missing, though {MANIFEST} names it")
-            if sha256_of_files([folder / file]) != known["sha256"]:
+            if sha256_of_files([folder / file]) != recorded["sha256"]:
                 raise ProofError(f"{folder / file}: changed since it was compiled (its SHA-256 differs)")
-            rows.append({"what": file, "checked": f"SHA-256 {known['sha256'][:12]}..."})
+            rows.append({"what": file, "checked": f"SHA-256 {recorded['sha256'][:12]}..."})
         try:
-            rows.append({"what": name, "checked": _proved(folder, name, product, manifest)})
+            rows.append({"what": name, "checked": _proved(folder, name, artifact, manifest)})
         except ProofError as error:
             raise ProofError(f"{folder / name}: {error}") from error
     return rows
 
 
-def _proved(folder: Path, name: str, product: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
-    """Run a product against what its graph gave; of one that does not run, the tensors are looked at."""
+def _proved(folder: Path, name: str, artifact: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
+    """Compare an artifact's outputs with the recorded ones; of one that cannot run, check that its tensors are finite.
+
+    Returns:
+        What was checked, for the row.
+    """
     from adaptc.compiler.reference import proved_again
 
-    if "reference" not in product:
-        return _finite(folder, product)
-    return proved_again(product["reference"], _runner(folder, name, product, manifest))
+    if "reference" not in artifact:
+        return _finite(folder, artifact)
+    return proved_again(artifact["reference"], _runner(folder, name, artifact, manifest))
 
 
-def _runner(folder: Path, name: str, product: Mapping[str, Any], manifest: Mapping[str, Any]) -> Runner:
+def _runner(folder: Path, name: str, artifact: Mapping[str, Any], manifest: Mapping[str, Any]) -> Runner:
     from adaptc.compiler.proof import BatchRunner, module_call
     from adaptc.emit.onnx.partitioned import PartitionedProgram
     from adaptc.emit.onnx.runtime import onnx_runner
     from adaptc.emit.torch import load_torch
 
-    match product["format"]:
+    match artifact["format"]:
         case "torch":
             return BatchRunner(module_call(load_torch(folder)))
         case "onnx" if (folder / f"{name}.data").exists():
@@ -102,20 +113,20 @@ def _runner(folder: Path, name: str, product: Mapping[str, Any], manifest: Mappi
             import transformers
 
             from adaptc.emit.huggingface import load_checkpoint
-            from adaptc.tracing.huggingface import tasks
+            from adaptc.tracing.huggingface_tasks import tasks
 
             base = manifest["spec"]["base"]
             auto = getattr(transformers, tasks()[base["task"]])
             return BatchRunner(module_call(load_checkpoint(auto, base["trust_remote_code"], folder)))
 
 
-def _finite(folder: Path, product: Mapping[str, Any]) -> str:
+def _finite(folder: Path, artifact: Mapping[str, Any]) -> str:
     import torch
 
-    for file in (folder / name for name in product["files"] if name.endswith(".safetensors")):
+    for file in (folder / name for name in artifact["files"] if name.endswith(".safetensors")):
         for key, weight in read_safetensors(file).items():
             if not torch.isfinite(weight.load()).all():
-                raise ProofError(f"{file}: {key} holds values that are not finite")
+                raise ProofError(f"{file}: {key} contains NaN or infinity (non-finite)")
     return "every tensor is finite"
 
 
@@ -124,33 +135,35 @@ def _manifest(path: Path) -> dict[str, Any] | None:
     if not path.exists() or not file.is_file():
         return None
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        known = bool(found["products"]) and "adaptc" in found["versions"]
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        written_by_adaptc = bool(manifest["products"]) and "adaptc" in manifest["versions"]
     except (ValueError, KeyError, TypeError) as error:
         raise AdaptcError(f"{file}: broken, or not written by adaptc ({error!r})") from None
-    if not known:
+    if not written_by_adaptc:
         raise AdaptcError(f"{file}: not written by adaptc")
-    return found
+    return manifest
 
 
-def _products(manifest: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
-    products = manifest["products"]
+def _artifacts(manifest: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+    """The manifest's entries of the artifacts at a path, by name: all of a folder's, or a file's own."""
+    artifacts = manifest["products"]
     if path.is_dir():
-        return products
-    if path.name not in products:
-        raise SpecError([Problem(f"{MANIFEST} beside it names {', '.join(products)}", file=str(path))])
-    return {path.name: products[path.name]}
+        return artifacts
+    if path.name not in artifacts:
+        message = f"not among the artifacts in {MANIFEST} beside it: {', '.join(artifacts)}"
+        raise SpecError([Problem(message, file=str(path))])
+    return {path.name: artifacts[path.name]}
 
 
-def _product(manifest: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def _described(manifest: Mapping[str, Any], path: Path) -> dict[str, Any]:
     shown: dict[str, Any] = {"base": manifest["base"]["model"], "base SHA-256": manifest["base"]["sha256"]}
-    for name, product in _products(manifest, path).items():
-        shown[name] = f"{product['format']}, {sum(f['bytes'] for f in product['files'].values()):,} bytes"
+    for name, artifact in _artifacts(manifest, path).items():
+        shown[name] = f"{artifact['format']}, {sum(f['bytes'] for f in artifact['files'].values()):,} bytes"
         for key in ("adapters", "opset", "nodes", "class", "dtype", "inputs", "outputs", "checked"):
-            if key in product:
-                shown[f"{name}: {key}"] = product[key]
-        if "proof" in product:
-            proof = product["proof"]
+            if key in artifact:
+                shown[f"{name}: {key}"] = artifact[key]
+        if "proof" in artifact:
+            proof = artifact["proof"]
             shown[f"{name}: proof"] = (
                 f"largest error {proof['relative']:.1e} of {proof['tolerance']:.1e} allowed"
             )
@@ -159,10 +172,10 @@ def _product(manifest: Mapping[str, Any], path: Path) -> dict[str, Any]:
     return shown | {"versions": ", ".join(f"{k} {v}" for k, v in manifest["versions"].items())}
 
 
-def _quantized(about: Mapping[str, Any]) -> str:
-    """What a configuration says of the library that quantized its checkpoint, and how."""
-    said = {key: value for key, value in about.items() if isinstance(value, (bool, int, str)) and value}
-    return ", ".join(f"{key} {value}" for key, value in sorted(said.items()) if not key.startswith("_"))
+def _quantized(config: Mapping[str, Any]) -> str:
+    """The settings in a checkpoint's `quantization_config`: plain values that are set, by name."""
+    settings = {key: value for key, value in config.items() if isinstance(value, (bool, int, str)) and value}
+    return ", ".join(f"{key} {value}" for key, value in sorted(settings.items()) if not key.startswith("_"))
 
 
 def _tensors(tensors: Mapping[str, Any]) -> str:
@@ -174,5 +187,7 @@ def _rows(pairs: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _nothing(path: Path) -> SpecError:
-    words = "no such path" if not path.exists() else "no artifact, adapter or model there that adaptc knows"
-    return SpecError([Problem(words, file=str(path))])
+    message = (
+        "no such path" if not path.exists() else "no artifact, adapter or model there that adaptc can read"
+    )
+    return SpecError([Problem(message, file=str(path))])

@@ -1,12 +1,13 @@
-"""A first spec: written for a model and a trained adapter, with a comment where there is a choice."""
+"""The command `adaptc init`: a first spec for a model, with a comment where there is a choice."""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
+from typing import cast
 
-from adaptc.errors import SpecError
+from adaptc.errors import Problem, SpecError
 
 TEXT = """\
 # adaptc plan {name}      shows what this matches and costs; reads no weights
@@ -30,13 +31,13 @@ LOADED = """\
   - adapter: {adapter}        # method, targets, options and weights come from it"""
 EMIT_TRAIN = """\
   - {format: torch, path: build/trainable}           # adaptc.load brings it back; train it
-  # - {format: onnx, path: build/model.onnx}         # folded: no adapter left to pay for"""
+  # - {format: onnx, path: build/model.onnx}         # folded: the adapter costs nothing"""
 EMIT_FOLDED = """\
-  - {format: onnx, path: build/model.onnx}           # folded: no adapter left to pay for
+  - {format: onnx, path: build/model.onnx}           # folded: the adapter costs nothing
   # - {format: onnx, path: build/live.onnx, adapters: live}
   # - {format: torch, path: build/trainable}         # to train on"""
 EMIT_LIVE = """\
-  - {format: onnx, path: build/model.onnx, adapters: live}   # the base stays in its bits, the adapter beside them
+  - {format: onnx, path: build/model.onnx, adapters: live}   # the base stays quantized, the adapter beside it
   # passes: [insert, fold, quantize] folds it in and quantizes again; [insert, fold] leaves floats
   # - {format: torch, path: build/trainable}         # to train on"""
 HEADS = {
@@ -53,11 +54,19 @@ HEADS = {
     "ForAudioClassification": "audio-classification",
     "ForCTC": "ctc",
 }
-"""How the last words of a class in config.json's `architectures` name its task; the first that fits."""
+"""How the name of a class in config.json's `architectures` ends -> its task. The first that fits holds."""
 
 
 def starter_spec(model: Path, adapter: Path | None, folder: Path) -> str:
     """A commented spec for a model directory.
+
+    Args:
+        model: the Hugging Face model directory.
+        adapter: a trained adapter's directory; None for an adapter to be trained.
+        folder: the folder of the spec, which its paths are relative to.
+
+    Returns:
+        The text of the spec.
 
     Raises:
         SpecError: there is no model, or no adapter, at the path.
@@ -66,9 +75,9 @@ def starter_spec(model: Path, adapter: Path | None, folder: Path) -> str:
     task = _task(config)
     adapt, override = TRAIN, ""
     if adapter is not None:
-        found = _config(adapter, "adapter_config.json", "a trained adapter's directory")
+        trained = _config(adapter, "adapter_config.json", "a trained adapter's directory")
         adapt = LOADED.format(adapter=_relative(adapter, folder))
-        if found.get("task_type") == "SEQ_CLS":
+        if trained.get("task_type") == "SEQ_CLS":
             task = "sequence-classification"
             labels = _labels(adapter)
             override = (
@@ -85,26 +94,26 @@ def starter_spec(model: Path, adapter: Path | None, folder: Path) -> str:
 
 
 def _labels(adapter: Path) -> int | None:
-    """The number of classes of the head that an adapter holds, if it holds one."""
+    """The number of classes of the head in an adapter's checkpoint; None if it holds no head."""
     from adaptc.checkpoints.adapter import TENSORS
     from adaptc.weights import read_safetensors
 
     tensors = read_safetensors(adapter / TENSORS) if (adapter / TENSORS).is_file() else {}
-    heads = [
-        w.shape[0] for key, w in tensors.items() if key.endswith((".classifier.weight", ".score.weight"))
-    ]
-    return heads[0] if heads else None
+    rows = [w.shape[0] for key, w in tensors.items() if key.endswith((".classifier.weight", ".score.weight"))]
+    return rows[0] if rows else None
 
 
 def _task(config: dict[str, object]) -> str:
     architectures = config.get("architectures")
-    name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+    name = (
+        str(cast("list[object]", architectures)[0])
+        if isinstance(architectures, list) and architectures
+        else ""
+    )
     return next((task for ending, task in HEADS.items() if name.endswith(ending)), "feature-extraction")
 
 
 def _config(directory: Path, name: str, expected: str) -> dict[str, object]:
-    from adaptc.errors import Problem
-
     file = directory / name
     if not file.is_file():
         raise SpecError([Problem(f"no {name} there; expected {expected}", file=str(directory))])

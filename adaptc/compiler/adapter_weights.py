@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from adaptc.checkpoints.adapter_checks import check_base, check_carried
-from adaptc.checkpoints.records import AdapterRecord, assign, records_of
+from adaptc.checkpoints.adapter_checks import check_base, check_base_weights
+from adaptc.checkpoints.graph_records import records_of
+from adaptc.checkpoints.records import AdapterRecord, assign
 from adaptc.compiler.plan_adapters import PlannedInsertion
 from adaptc.errors import WeightError
 from adaptc.ir.graph import Graph
@@ -48,7 +49,7 @@ def load_checkpoints(
         try:
             if checkpoint.base_sha256:
                 check_base(checkpoint, base_sha256())
-            check_carried(checkpoint, base.weights)
+            check_base_weights(checkpoint, base.weights)
             values = assign(checkpoint, [_as_stored(adapted, r, p) for r, p in records])
         except WeightError as error:
             raise spec.weight_error(("adapt", members[0].entry, "adapter"), error) from None
@@ -56,7 +57,7 @@ def load_checkpoints(
             if planned.whole is not None:
                 at = planned.insert.method
                 cut = {site: at.cut_tensors(theta) for site, theta in record.sites(values).items()}
-                values |= record.renamed(cut)
+                values |= record.by_name(cut)
         for name, value in values.items():
             put_weight(adapted.weights[name], value.detach)
 
@@ -72,7 +73,7 @@ def _as_stored(adapted: Graph, record: AdapterRecord, planned: PlannedInsertion)
         for a in own
         for argument, (name, _) in a.params.items()
     }
-    return record.shaped(shapes)
+    return record.with_shapes(shapes)
 
 
 def put_weight(weight: Weight, value: Callable[[], torch.Tensor]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from adaptc.checkpoints.module import load_adapter_into, save_adapter_of
+from adaptc.checkpoints.module_adapters import load_adapter_into, save_adapter_of
 from adaptc.compiler.changes import comparison
 from adaptc.emit.torch import load_torch
 from adaptc.ir.graph import Graph

@@ -10,9 +10,11 @@ from typing import Any, Protocol
 import torch
 
 from adaptc.checkpoints.adapter import directories, read
-from adaptc.checkpoints.module import META
+from adaptc.checkpoints.compaction import compacted
+from adaptc.checkpoints.graph_records import records_of
+from adaptc.checkpoints.module_adapters import META
 from adaptc.checkpoints.peft_write import save
-from adaptc.checkpoints.records import assign, compacted, group, records_of
+from adaptc.checkpoints.records import assign, group
 from adaptc.compiler.onnx_artifact import prove_onnx, write_onnx
 from adaptc.compiler.output_paths import output_paths
 from adaptc.compiler.plan_report import site_json

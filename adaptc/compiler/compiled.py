@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from adaptc.checkpoints.module import META, load_adapter_into
+from adaptc.checkpoints.module_adapters import META, load_adapter_into
 from adaptc.compiler.artifacts import emit_all
 from adaptc.compiler.output_paths import output_paths
 from adaptc.compiler.plan_report import PlanReport

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from adaptc.checkpoints.huggingface import CONFIG
+from adaptc.checkpoints.huggingface_weights import CONFIG
 from adaptc.compiler.calibration import Information, checked_rows, read_rows
 from adaptc.compiler.changes import comparison
 from adaptc.compiler.compiled import Compiled
@@ -150,9 +150,10 @@ def _importable(spec: Spec) -> None:
 def _huggingface(spec: Spec, entry: Any, inputs: tuple[Any, ...]) -> Base:
     try:
         from adaptc.tracing import huggingface
+        from adaptc.tracing.huggingface_tasks import unknown_task
     except ImportError as error:
         raise spec.error(("base", "model"), "needs transformers", "pip install 'adaptc[hf]'") from error
-    unknown = huggingface.unknown_task(entry.task)
+    unknown = unknown_task(entry.task)
     if unknown:
         raise spec.error(("base", "task"), unknown)
     directory = resolve_path(spec, entry.model)

@@ -9,7 +9,7 @@ from torch import fx
 
 from adaptc.ir.graph import Graph
 from adaptc.rewriter.pipeline import Pass
-from adaptc.tracing.merge import follow_training
+from adaptc.tracing.merge_training import follow_training
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import Any
 
 from adaptc.checkpoints.adapter import ROOT, Checkpoint, directories, read, why_missing
 from adaptc.checkpoints.adapter_checks import match
+from adaptc.checkpoints.graph_records import weight_order
 from adaptc.checkpoints.peft_config import declared, named_modules
 from adaptc.checkpoints.peft_keys import PeftLayout
-from adaptc.checkpoints.records import weight_order
 from adaptc.errors import InputError, WeightError
 from adaptc.ir.graph import Graph
 from adaptc.ir.selection import Selection
@@ -100,7 +100,9 @@ def _from_checkpoint(
         common = common | {"on_alias": "share"}
     chosen = {"target": what.target, "exclude": what.exclude, "as_stored": what.as_stored, "trained": True}
     item = Insert(what.method(**what.options), **common, **chosen)
-    if not checkpoint.own and any(site.type == ATTENTION for site in item.selection(graph).sites):
+    if not checkpoint.in_adaptc_format and any(
+        site.type == ATTENTION for site in item.selection(graph).sites
+    ):
         assert what.method.peft is not None
         options = what.method.peft.computed(what.options, named_modules(checkpoint))
         item = replace(item, method=what.method(**options))
@@ -114,7 +116,7 @@ def _from_checkpoint(
         for s in first.selection.sites
         if isinstance(s, WeightSite) and s.groups > 1 and not item.method.in_peft(s)
     ]
-    if grouped and not checkpoint.own:
+    if grouped and not checkpoint.in_adaptc_format:
         raise WeightError(
             f"{checkpoint.path}: PEFT's {item.method.name} on the grouped convolution {grouped[0].module} reaches "
             "across groups, which no change of that layer's own weight does; train it without that layer, or by adaptc"
@@ -175,7 +177,9 @@ def match_checkpoints(spec: Spec, graph: Graph, entries: Sequence[PlannedInserti
             method, sites = planned.stored_as, planned.selection.sites
             for site in sites:
                 for param in method.at(site).stored(site).values():
-                    expected[site.key(param.key) if checkpoint.own else layout.key(site, param)] = param
+                    expected[
+                        site.key(param.key) if checkpoint.in_adaptc_format else layout.key(site, param)
+                    ] = param
             expected |= {f"{ROOT}{param.key}": param for param in method.shared(sites).values()}
         expected = {key: param for key, param in expected.items() if param.stored}
         try:

@@ -103,7 +103,7 @@ def _of_base(graph: Graph, taken: set[str]) -> list[PlannedQuantization]:
     for site in graph.sites:
         known = graph.source.packed.get(site.parameter)
         if known is not None and site.parameter not in taken:
-            of.setdefault(known.bits.scheme, []).append(site.pattern)
+            of.setdefault(known.matrix.scheme, []).append(site.pattern)
     found = []
     for scheme, target in of.items():
         item = Quantize(scheme, target=tuple(target), entry=None)

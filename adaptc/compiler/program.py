@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from adaptc.checkpoints.module import META
-from adaptc.checkpoints.records import as_json, compacted, records_of
+from adaptc.checkpoints.compaction import compacted
+from adaptc.checkpoints.graph_records import records_of
+from adaptc.checkpoints.module_adapters import META
+from adaptc.checkpoints.records import as_json
 from adaptc.compiler.adapter_weights import load_checkpoints, put_weight
 from adaptc.compiler.follow_training import FollowTraining
 from adaptc.compiler.plan_report import PlanReport

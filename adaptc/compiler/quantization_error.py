@@ -85,7 +85,7 @@ def measure(
     """
     rows = rows_of(reference, seed)
     what = f"{len(rows)} calibration rows" if reference.rows else "random inputs"
-    known = [q for q in candidate.quantized.values() if q.quantization.kept is None]
+    known = [q for q in candidate.quantized.values() if q.quantization.packed is None]
     if not known and rounding is None:
         return None
     inputs = LayerInputs(reference, [q.site for q in known], rows, TOKENS)

@@ -13,15 +13,15 @@ import torch
 from torch import nn
 from torch.fx.node import map_arg
 
-from adaptc.checkpoints.huggingface import CONFIG, first_names
-from adaptc.checkpoints.huggingface_layout import as_stored, stored_names
+from adaptc.checkpoints.huggingface_layout import saved_names, saved_weights
+from adaptc.checkpoints.huggingface_weights import CONFIG, first_names
 from adaptc.checkpoints.shards import write_shards
 from adaptc.emit.manifest import MANIFEST
 from adaptc.errors import AdaptcError, ProofError, Refusal, RefusedError, WeightError
 from adaptc.ir.base import Pretrained
 from adaptc.ir.graph import Graph
-from adaptc.tracing.derive import parts_of, set_for_tracing
 from adaptc.tracing.huggingface import load_pretrained
+from adaptc.tracing.huggingface_settings import parts_of, set_for_tracing
 
 GENERATION = "generation_config.json"
 WEIGHTS = (
@@ -72,9 +72,9 @@ def save_checkpoint(folded: Graph, base: Graph, directory: Path, max_shard_size:
         del config.quantization_config
     config.save_pretrained(directory)
     _keep_generation(source, model, directory)
-    weights = {name: folded.weights[folded.aliases[name]] for name in stored_names(model, folded.aliases)}
+    weights = {name: folded.weights[folded.aliases[name]] for name in saved_names(model, folded.aliases)}
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    stored = as_stored(model, weights)
+    stored = saved_weights(model, weights)
     written = write_shards(directory, stored, max_shard_size, parameters)
     places = {id(weight): written[name] for name, weight in stored.items()}
     folded.weights.update({n: places[id(w)] for n, w in folded.weights.items() if id(w) in places})

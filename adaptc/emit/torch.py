@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from adaptc.checkpoints.module import META
+from adaptc.checkpoints.module_adapters import META
 from adaptc.emit.manifest import MANIFEST
 from adaptc.errors import WeightError
 from adaptc.inputs import InputSpec
@@ -21,8 +21,8 @@ from adaptc.ir.example_inputs import example_sizes, example_tensors
 from adaptc.ir.module import kept_activations
 from adaptc.ir.nodes import set_tensor
 from adaptc.ir.training_mode import mark_training_arguments
-from adaptc.tracing.archive import load_program
 from adaptc.tracing.export import dynamic_shapes, normalise
+from adaptc.tracing.saved_program import load_program
 
 PROGRAM = "program.pt2"
 

@@ -47,8 +47,8 @@ class ActivationMethod(Method[SubLayer]):
     """What z is: the sub-layer's `output`, or its `input`."""
     dropout: float = 0.0
 
-    def branch(self, z: Tensor, **theta: Tensor) -> Tensor:
-        """f(z), of z's shape."""
+    def branch(self, z: Tensor, *_: Any, **theta: Any) -> Tensor:
+        """f(z), of z's shape and dtype, from z and the tensors of `params` and `shared`."""
         raise NotImplementedError
 
 
@@ -64,7 +64,7 @@ class SmallFeedForward(ActivationMethod):
 
     aliases: ClassVar[Mapping[str, str]] = {"non_linearity": "activation", "scaling": "scale"}
     small: ClassVar[Mapping[str, object]] = {"r": 4, "activation": "gelu"}
-    fast: ClassVar[frozenset[str]] = frozenset({"up"})
+    fast = frozenset({"up"})
 
     def refuses(self, site: SubLayer) -> Fault | None:
         """A function of one tensor, that torch has."""
@@ -73,12 +73,12 @@ class SmallFeedForward(ActivationMethod):
 
         function = getattr(functional, self.activation, None)
         hint = did_you_mean(self.activation, ACTIVATIONS) or ":"
-        words = f"torch.nn.functional has no activation {self.activation!r}{hint} such are {', '.join(ACTIVATIONS)}"
+        reason = f"torch.nn.functional has no activation {self.activation!r}{hint} such are {', '.join(ACTIVATIONS)}"
         try:
             usable = function is not None and function(ones(2, 2)).shape == (2, 2)
         except (TypeError, ValueError, RuntimeError):
             usable = False
-        return None if usable else Fault(("activation",), words)
+        return None if usable else Fault(("activation",), reason)
 
     def refuses_to_train(self, site: SubLayer) -> Fault | None:
         """A bottleneck is narrower than what it is put in."""

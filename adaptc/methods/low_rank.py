@@ -16,6 +16,7 @@ from adaptc.methods.param import Param
 from adaptc.methods.peft_format import PeftFormat
 from adaptc.methods.rank import Scaled, factors
 from adaptc.methods.site import ATTENTION, OUT_PROJECTION, Place, WeightSite
+from adaptc.methods.tensors import svd
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -28,9 +29,9 @@ Rounds = Annotated[
     int, Field(ge=1, description="with loftq, how often W is quantized, each time without what B A then is")
 ]
 NOT_AGAIN = Fault(("loftq_iter",), "only `init_weights: loftq` quantizes again: leave it out")
-"""Why an option that says how often makes no sense."""
+"""The refusal of `loftq_iter` where nothing is compensated."""
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""PEFT's initialisations that take something out of the base's weights, which no checkpoint tells."""
+"""PEFT's initialisations that subtract something from the base's weights, which no checkpoint holds."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class LowRank(Scaled):
         "use_rslora": "rslora",
         "bias": "biases",
     }
-    fast: ClassVar[frozenset[str]] = frozenset({"B"})
+    fast = frozenset({"B"})
 
     def factors(self, site: WeightSite) -> dict[str, Param]:
         """A (r, in) and B (out, r) as PEFT keeps them."""
@@ -71,7 +72,15 @@ class LowRankFormat(PeftFormat["LowRank"]):
         changes_base: tuple[str, ...] = CHANGES_BASE,
         **fixed: object,
     ) -> Self:
-        """The format of a `peft_type`, which all of them share but for more options and what is fixed."""
+        """The format that LoRA's relatives share.
+
+        Args:
+            type: PEFT's `peft_type`.
+            options: options of this method alone: our name -> PEFT's key.
+            by_parameter: see `PeftFormat`.
+            changes_base: see `PeftFormat`.
+            fixed: keys that must have, and are written with, this value.
+        """
         return cls(
             type,
             options={
@@ -93,10 +102,15 @@ class LowRankFormat(PeftFormat["LowRank"]):
         )
 
     def computed(self, options: dict[str, Any], targets: Sequence[str]) -> dict[str, Any]:
-        """PEFT (0.21) adds the product twice to the output projection of an attention module that it adapts whole."""
-        ranks, alphas = options.get("rank_pattern") or {}, options.get("alpha_pattern") or {}
+        """PEFT (0.21) adds the product twice to the output projection of an attention module that it adapts whole.
+
+        Returns:
+            the options, where `alpha_pattern` doubles alpha for these projections.
+        """
+        ranks: Mapping[str, int] = options.get("rank_pattern") or {}
+        alphas: Mapping[str, float] = options.get("alpha_pattern") or {}
         inner = re.escape(OUT_PROJECTION)
-        doubled = {f"(?:{key}){inner}": 2 * alpha for key, alpha in alphas.items()}
+        doubled: dict[str, float] = {f"(?:{key}){inner}": 2 * alpha for key, alpha in alphas.items()}
         doubled |= {f"(?:{key}){inner}": 2 * options.get("alpha", LowRank.alpha) for key in targets}
         same = {f"(?:{key}){inner}": rank for key, rank in ranks.items()}
         return {**options, "rank_pattern": {**same, **ranks}, "alpha_pattern": {**doubled, **alphas}}
@@ -114,55 +128,63 @@ class LowRankFormat(PeftFormat["LowRank"]):
 
 @dataclass
 class Split:
-    """A matrix taken apart once for A and B, which start as its two factors."""
+    """A and B as they start: factors of a matrix, which is factored once for both.
+
+    Attributes:
+        split: gives A `(r, in)` and B `(out, r)` of a matrix `(out, in)`, a rank and a scale.
+        r: the rank.
+        scale: what the product B A is multiplied by.
+        factors: A and B of the last matrix, by the hash of its bytes.
+    """
 
     split: Callable[[Tensor, int, float], tuple[Tensor, Tensor]]
     r: int
     scale: float
-    known: dict[bytes, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    factors: dict[bytes, tuple[Tensor, Tensor]] = field(default_factory=dict[bytes, "tuple[Tensor, Tensor]"])
 
     def A(self, W: Tensor, _: Generator) -> Tensor:  # noqa: N802 (the paper's name)
-        """The inner factor `(r, in)`."""
+        """A `(r, in)`, as an init of a Param."""
         return self._of(W)[0]
 
     def B(self, W: Tensor, _: Generator) -> Tensor:  # noqa: N802
-        """The outer factor `(out, r)`."""
+        """B `(out, r)`, as an init of a Param."""
         return self._of(W)[1]
 
     def _of(self, W: Tensor) -> tuple[Tensor, Tensor]:
         key = hashlib.sha256(W.contiguous().numpy().data).digest()
-        if key not in self.known:
-            self.known = {key: self.split(W, self.r, self.scale)}
-        return self.known[key]
+        if key not in self.factors:
+            self.factors = {key: self.split(W, self.r, self.scale)}
+        return self.factors[key]
 
 
 def singular(W: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
-    """A and B, of which scale B A is the best approximation of W of rank r."""
-    import torch
-
-    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    """A `(r, in)` and B `(out, r)`, so that scale B A is the best approximation of W `(out, in)` of rank r."""
+    U, S, Vh = svd(W)
     root = (S[:r] / scale).sqrt()
     return root.unsqueeze(1) * Vh[:r], U[:, :r] * root
 
 
 class CompensatesQuantization:
-    """A method that may start by making up for quantization: its `init_weights` "loftq", and `loftq_iter`."""
+    """A method that compensates quantization where its option `init_weights` is "loftq".
+
+    See `TrainingHooks.compensates`. `loftq_iter` says how often the weight is quantized.
+    """
 
     init_weights: Any
     loftq_iter: int
 
     @classmethod
     def trained_options(cls, options: dict[str, Any]) -> dict[str, Any]:
-        """What has made up for quantization once is an adapter like any other when it is trained."""
+        """Options of a trained adapter: `init_weights` matters no more, unless the weight was quantized again."""
         again = options.get("init_weights") == "loftq" and options.get("loftq_iter", 1) > 1
         return options if again else options | {"init_weights": True}
 
     @property
     def compensates(self) -> bool:
-        """With "loftq"."""
+        """Whether `init_weights` is "loftq"."""
         return self.init_weights == "loftq"
 
     @property
     def compensation_rounds(self) -> int:
-        """`loftq_iter`, where it makes up for anything."""
+        """`loftq_iter` where the method compensates, else 1."""
         return self.loftq_iter if self.compensates else 1

@@ -1,7 +1,22 @@
-"""Adaptation methods: what one states, and the registry they stand in.
+"""Adaptation methods: what the author of one writes, and the registry.
 
-A method file holds maths only. Inserting, factoring, folding, saving and exporting are derived from
-`params` and `weight` by the compiler, once for all methods.
+A method is a frozen dataclass under `@method("its-name")` that extends `WeightMethod`, `ActivationMethod`,
+`AttentionMethod` or `InputMethod`. Its fields are the options of a spec. It must state three things:
+
+    kinds                     the kinds of site that it can sit on
+    params(site)              its tensors on a site; `shared(sites)`: those that all sites use together
+    weight(W, **theta)        what a weight becomes; `bias(b, **theta)`: what a bias becomes
+                              (`branch(z)` of an activation method, `tokens()` of one with virtual tokens)
+
+It may state where it goes:
+
+    at(site)                  its options on one site, where they differ by site
+    takes(site)               which of the sites that the target names it wants
+    refuses(site)             why it cannot compute on a site; `refuses_to_train(site)`: why it makes no sense there
+
+Everything else has one name each: `peft` is a `PeftFormat`, how PEFT spells the method; `TrainingHooks` is what happens
+before and at each step of its training. The compiler derives inserting, factoring, folding, saving and exporting.
+See docs/writing-a-method.md.
 """
 
 from __future__ import annotations
@@ -34,62 +49,76 @@ S = TypeVar("S", bound=Place)
 
 
 class Method(TrainingHooks, Generic[S]):
-    """What every kind of method states. Subclasses are frozen dataclasses whose fields are the options.
+    """What every kind of method states; the module's docstring lists it in the order of need.
 
-    A method says which tensors it has (`params`, `shared`), what it computes (the expression of its kind), and where it
-    can sit (`kinds`, `takes`, `refuses`, `refuses_to_train`, `at`). How PEFT spells it is one object, `peft`; what
-    happens while it is trained is in `TrainingHooks`. All but the tensors and the expression may be left out.
+    A kind of method, such as `WeightMethod`, says what is computed (`expressions`) and on which sites (`sits_on`).
     """
 
     name: ClassVar[str]
+    """What a spec calls the method; `@method` sets it."""
     expressions: ClassVar[Mapping[str, tuple[str, ...]]]
     """What a kind of method computes: the name of each expression -> its operands, before its own tensors."""
     sits_on: ClassVar[frozenset[str]]
     """The kinds of site that a kind of method may sit on."""
     kinds: ClassVar[frozenset[str]]
-    """The kinds of site it can sit on: `linear`, ... or `parameter` for any parameter of a module."""
-    peft: ClassVar[PeftFormat[Any] | None] = None
-    """How PEFT spells the method; None where PEFT does not have it."""
-    aliases: ClassVar[Mapping[str, str]] = {}
-    """Other spellings of an option, such as PEFT's own (`lora_alpha` for `alpha`)."""
+    """The kinds of site that the method can sit on: some of `sits_on`; `adaptc.methods.site.KINDS` lists all."""
     identity_at_init: ClassVar[bool] = True
-    """Whether the model computes the same as before until something is trained."""
+    """Whether the model computes the same as its base until something is trained."""
     everywhere: ClassVar[bool] = False
     """Whether an entry without a target means every site."""
+    aliases: ClassVar[Mapping[str, str]] = {}
+    """Other spellings of an option, such as PEFT's own (`lora_alpha` for `alpha`)."""
     small: ClassVar[Mapping[str, object]] = {}
-    """Options that fit a layer of a few numbers, where the defaults do not: what every law is tested with."""
-
-    def at(self, site: S) -> Self:
-        """The method with its per-layer options (patterns) resolved for one site."""
-        return self
-
-    def takes(self, site: S) -> bool:
-        """Whether the method wants a site that the target names; the others are passed over."""
-        return True
-
-    def refuses(self, site: S) -> Fault | None:
-        """The option at fault and why the method cannot compute what it should on this site; None if it can."""
-        return None
-
-    def refuses_to_train(self, site: S) -> Fault | None:
-        """The same for what makes no sense to train; an adapter that is trained already is taken as it is."""
-        return None
+    """Options that fit a layer of a few numbers, where the defaults do not: every law is tested with these."""
+    peft: ClassVar[PeftFormat[Any] | None] = None
+    """How PEFT spells the method; None where PEFT does not have it."""
 
     def params(self, site: S) -> dict[str, Param]:
-        """The tensors of one matrix of a site: argument name of the expression -> parameter."""
+        """The tensors of one matrix of a site.
+
+        Returns:
+            name -> tensor; the expression gets each as a keyword argument of that name.
+        """
         raise NotImplementedError
 
     def shared(self, sites: Sequence[S]) -> dict[str, Param]:
-        """The tensors that all sites of an entry use together; in a checkpoint they belong to no module."""
+        """The tensors that all sites of an entry use together; in a checkpoint they belong to no module.
+
+        Returns:
+            name -> tensor; the expression of every site gets each as a keyword argument of that name.
+        """
         return {}
 
+    def at(self, site: S) -> Self:
+        """The method with the options of one site, where options differ by site (patterns of names)."""
+        return self
+
+    def takes(self, site: S) -> bool:
+        """Whether the method wants a site that the target names; the compiler skips the others without a word."""
+        return True
+
+    def refuses(self, site: S) -> Fault | None:
+        """The option at fault and why the method cannot compute on a site; None where it can."""
+        return None
+
+    def refuses_to_train(self, site: S) -> Fault | None:
+        """The option at fault and why training makes no sense on a site; a trained adapter is not asked."""
+        return None
+
     def stored(self, site: S) -> dict[str, Param]:
-        """The tensors of a site as they are kept: where it holds several matrices, one set for each of them."""
-        found = self.params(site)
+        """The tensors of a whole site, as they are kept: one set for each matrix that the site holds.
+
+        Returns:
+            name -> tensor: those of `params`, with a first axis over the matrices where there are several.
+        """
+        params = self.params(site)
         if site.batch is None:
-            return found
+            return params
         batch = (site.batch,)
-        return {k: p if p.unpack else dataclasses.replace(p, shape=batch + p.shape) for k, p in found.items()}
+        return {
+            name: param if param.unpack else dataclasses.replace(param, shape=batch + param.shape)
+            for name, param in params.items()
+        }
 
     def in_peft(self, site: S) -> bool:
         """Whether PEFT has this method on such a site, and reads what is stored for it."""
@@ -99,24 +128,35 @@ class Method(TrainingHooks, Generic[S]):
 class WeightMethod(Method[WeightSite]):
     """A method that says what a weight becomes: `W' = E(W, θ)`, W of shape `(out, in)`.
 
-    `weight` and `bias` are written with tensor methods and operators; they are traced once per shape and
-    spliced in front of the site. W is the site's weight as a matrix: a convolution's kernel with its columns
-    flattened, the rows of a slice, an embedding as `(dimensions, vocabulary)`; of fused experts each in turn. A
-    field named `dropout` is applied to the input of every term of the sum that holds what the method trains.
+    Write `weight` and `bias` with tensor methods and operators. They are traced once per shape and spliced in front of
+    the site. W is the site's weight as a matrix: a convolution's kernel with its columns flattened, the rows of a
+    slice, an embedding as `(dimensions, vocabulary)`, each of an MoE's fused experts. An option named `dropout` acts
+    on the input of every term of the sum that holds what the method trains.
     """
 
     expressions: ClassVar[Mapping[str, tuple[str, ...]]] = {"weight": ("W",), "bias": ("b",)}
     sits_on = WEIGHT_KINDS
     dropout: float = 0.0
 
+    # To a type checker, `*_: Any, **theta: Any` is any further parameters: authors name their tensors.
+
+    def weight(self, W: Tensor, *_: Any, **theta: Any) -> Tensor:
+        """The adapted weight `(out, in)`, in W's dtype, from W and the tensors of `params` and `shared`."""
+        raise NotImplementedError
+
+    def bias(self, b: Tensor, *_: Any, **theta: Any) -> Tensor:
+        """The adapted bias `(out,)`, in b's dtype; unless overridden the base's own."""
+        return b
+
     def at(self, site: WeightSite) -> Self:
-        """Without dropout where there is no input for it to go in front of."""
+        """Without dropout on a kind of site whose input it cannot act on; `refuses_to_train` says so in training."""
         if not self.dropout or site.kind not in DROPLESS:
             return self
-        return dataclasses.replace(self, dropout=0.0)  # type: ignore[type-var]
+        method: Any = self  # a dataclass, as `@method` checks
+        return dataclasses.replace(method, dropout=0.0)
 
     def refuses_to_train(self, site: WeightSite) -> Fault | None:
-        """Indices cannot be dropped."""
+        """Dropout needs an input of numbers, and an embedding's are indices."""
         if not self.dropout or site.kind not in DROPLESS:
             return None
         return Fault(
@@ -124,20 +164,17 @@ class WeightMethod(Method[WeightSite]):
             f"dropout has no input to go in front of on {site.kind}: leave it out for this entry",
         )
 
-    def weight(self, W: Tensor, **theta: Tensor) -> Tensor:
-        """The adapted weight `(out, in)`."""
-        raise NotImplementedError
-
-    def bias(self, b: Tensor, **theta: Tensor) -> Tensor:
-        """The adapted bias `(out,)`; the base's own unless the method says otherwise."""
-        return b
-
     def adapts_bias(self) -> bool:
         """Whether the method, with these options, changes a bias at all."""
         return type(self).bias is not WeightMethod.bias
 
 
 def _check(name: str, cls: Any, author: Author) -> None:
+    """Whether a class is a method that adaptc can insert.
+
+    Raises:
+        DefinitionError: it is not; names the line.
+    """
     base = next((c for c in getattr(cls, "__mro__", ()) if "expressions" in vars(c)), None)
     bases = "WeightMethod, ActivationMethod, AttentionMethod or InputMethod"
     definition = check_class("method", name, cls, base, bases, author)
@@ -170,13 +207,14 @@ def method(name: str) -> Callable[[M], M]:
     return METHODS.register(name)
 
 
-def options_of(instance: Method) -> dict[str, Any]:
-    """The options of a method as plain values, for a manifest or a checkpoint."""
-    return {f.name: getattr(instance, f.name) for f in dataclasses.fields(instance)}  # type: ignore[arg-type]
+def options_of(instance: Method[Any]) -> dict[str, Any]:
+    """The options of a method, for a manifest or a checkpoint: name -> value."""
+    cls: type[Any] = type(instance)
+    return {option.name: getattr(instance, option.name) for option in dataclasses.fields(cls)}
 
 
 def summary(cls: type) -> str:
-    """The first line of the docstring of a method, a scheme: its equation."""
+    """The first line of the docstring of a method or a scheme: its equation."""
     return next((line.strip() for line in (cls.__doc__ or "").splitlines() if line.strip()), "")
 
 

@@ -1,11 +1,11 @@
-"""The tensors of a method."""
+"""What a method says of each of its tensors: shape, start, and name in checkpoints."""
 
 from __future__ import annotations
 
-import sys
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 from adaptc.errors import DefinitionError, nearest
 
@@ -22,14 +22,14 @@ class Param:
 
     Attributes:
         shape: its shape, in the orientation checkpoints store it.
-        init: a named initialisation, or a function of the site's weight `W (out, in)` in float32 (of what the method
-            asks for by `calibrated`) and a seeded generator.
+        init: a named initialisation, or a function of the site's weight `W (out, in)` in float32 and a seeded
+            generator. A method that is `calibrated` or `compensates` gets another matrix in place of W.
         key: what follows the module's name in a checkpoint, as PEFT spells it (`lora_A.weight`).
-        unpack: from the shape checkpoints store to what the expression takes, where they differ: a convolution's
+        unpack: from the shape in checkpoints to the shape in the expression, where they differ: a convolution's
             `A (r, in, height, width)` to `(r, in height width)`.
-        trained: it gets a gradient; else it is a buffer.
-        stored: checkpoints hold it; else it follows from the options and the base.
-        below: of a tensor of indices (int64) what all of them are below; None for one of numbers.
+        trained: whether it gets a gradient; else it is a buffer.
+        stored: whether checkpoints hold it; else it follows from the options and the base.
+        below: for a tensor of indices (int64) a bound that all of them are below; None for a tensor of numbers.
 
     Raises:
         DefinitionError: one of these is something else; names the line that makes the parameter.
@@ -44,9 +44,9 @@ class Param:
     below: int | None = None
 
     def __post_init__(self) -> None:
-        shape: Any = self.shape
-        if not isinstance(shape, tuple) or not all(type(size) is int and size >= 0 for size in shape):
-            raise _mistake(f"the shape of a Param is a tuple of whole numbers, got {shape!r}")
+        shape, key = cast("object", self.shape), cast("object", self.key)
+        if not isinstance(shape, tuple) or any(type(size) is not int or size < 0 for size in self.shape):
+            raise _mistake(f"the shape of a Param is a tuple of whole numbers, got {self.shape!r}")
         names = get_args(Init)
         if not callable(self.init) and self.init not in names:
             near = nearest(str(self.init), names, 1)
@@ -55,15 +55,16 @@ class Param:
                 f"the init of a Param is one of {', '.join(names)}, or a function of the weight and a generator, "
                 f"got {self.init!r}{hint}"
             )
-        if not isinstance(self.key, str) or not self.key.strip(".") or " " in self.key:
-            raise _mistake(f"the key of a Param is its name in checkpoints, got {self.key!r}")
+        if not isinstance(key, str) or not key.strip(".") or " " in key:
+            raise _mistake(f"the key of a Param is its name in checkpoints, got {key!r}")
         if self.unpack is not None and not callable(self.unpack):
             raise _mistake(f"the unpack of a Param is a function of its tensor, got {self.unpack!r}")
 
 
 def _mistake(message: str) -> DefinitionError:
     """The error, with the line outside of this file that makes the parameter."""
-    frame = sys._getframe(1)
-    while frame.f_globals.get("__name__") in (__name__, "dataclasses") and frame.f_back is not None:
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__") in (__name__, "dataclasses"):
         frame = frame.f_back
+    assert frame is not None
     return DefinitionError(message, f"{frame.f_code.co_filename}:{frame.f_lineno}")

@@ -41,8 +41,8 @@ class PeftFormat(Generic[M]):
     """
 
     type: str | None
-    options: Mapping[str, str] = field(default_factory=dict)
-    fixed: Mapping[str, object] = field(default_factory=dict)
+    options: Mapping[str, str] = field(default_factory=dict[str, str])
+    fixed: Mapping[str, object] = field(default_factory=dict[str, object])
     ignored: frozenset[str] = frozenset()
     changes_base: tuple[str, ...] = ()
     modules: frozenset[str] = frozenset()

@@ -1,16 +1,17 @@
-"""The policy that methods with a rank share: its limit, the rank and alpha of each layer, how A and B are kept."""
+"""What methods with a rank share: its limit, the rank and alpha of each layer, how checkpoints hold A and B."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Self
 
 from adaptc.errors import Fault
 from adaptc.methods.method import Alpha, Rank, WeightMethod
 from adaptc.methods.param import Param
 from adaptc.methods.peft_format import matches_peft_key, of_pattern, peft_name
 from adaptc.methods.site import MATRIX_KINDS
+from adaptc.methods.tensors import unflatten
 
 if TYPE_CHECKING:
     from adaptc.methods.site import WeightSite
@@ -18,12 +19,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Ranked(WeightMethod):
-    """A method with a rank, which PEFT's patterns may set for some layers apart."""
+    """A method with a rank; PEFT's `rank_pattern` sets it for single layers."""
 
     r: Rank = 8
-    rank_pattern: Mapping[str, Rank] = field(default_factory=dict)
+    rank_pattern: Mapping[str, Rank] = field(default_factory=dict[str, Rank])
 
-    kinds: ClassVar[frozenset[str]] = MATRIX_KINDS
+    kinds = MATRIX_KINDS
 
     def at(self, site: WeightSite) -> Self:
         """The rank in force at this site: patterns first, then the entry's own."""
@@ -41,17 +42,17 @@ class Ranked(WeightMethod):
 
 @dataclass(frozen=True)
 class Scaled(Ranked):
-    """A method whose product is scaled by alpha / r."""
+    """A method whose product is scaled by alpha / r; PEFT's `alpha_pattern` sets alpha for single layers."""
 
     alpha: Alpha = 8.0
-    alpha_pattern: Mapping[str, Alpha] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, Alpha] = field(default_factory=dict[str, Alpha])
 
     def at(self, site: WeightSite) -> Self:
         """The rank and alpha in force at this site."""
         return replace(super().at(site), alpha=self.alpha_at(peft_name(site)), alpha_pattern={})
 
     def alpha_at(self, name: str) -> float:
-        """The alpha of a layer by its name."""
+        """The alpha of a layer, by the layer's name."""
         return next((v for k, v in self.alpha_pattern.items() if matches_peft_key(k, name)), self.alpha)
 
     @property
@@ -61,10 +62,14 @@ class Scaled(Ranked):
 
 
 def factors(site: WeightSite, r: int, as_kernels: bool, key: str, embedding: str) -> dict[str, Param]:
-    """A (r, in) and B (out, r), named, shaped and initialised as PEFT does on each kind of site; B A is zero.
+    """A (r, in) and B (out, r) as PEFT names, shapes and initialises them on each kind of site; B A starts at zero.
 
-    A convolution's are kernels where PEFT has them so, fused experts' stand beside one another: A (experts r, in),
-    B (out, r experts). In `key`, and `embedding` for such layers, {} is the letter.
+    Args:
+        site: the layer. For fused experts all matrices are in one tensor: A (experts r, in), B (out, r experts).
+        r: the rank.
+        as_kernels: whether a convolution's A and B are kernels, as PEFT stores them.
+        key: the key in checkpoints, where {} is the letter A or B.
+        embedding: the key for an embedding.
     """
     out, inner, keys = site.out_features, site.in_features, (key.format("A"), key.format("B"))
     if site.kind == "embedding":
@@ -81,7 +86,7 @@ def factors(site: WeightSite, r: int, as_kernels: bool, key: str, embedding: str
     if site.batch is not None:
         n = site.batch
         return {
-            "A": Param((n * r, inner), "kaiming-uniform", keys[0], lambda A: A.unflatten(0, (n, r))),
-            "B": Param((out, r * n), "zeros", keys[1], lambda B: B.unflatten(1, (r, n)).permute(2, 0, 1)),
+            "A": Param((n * r, inner), "kaiming-uniform", keys[0], lambda A: unflatten(A, 0, (n, r))),
+            "B": Param((out, r * n), "zeros", keys[1], lambda B: unflatten(B, 1, (r, n)).permute(2, 0, 1)),
         }
     return {"A": Param((r, inner), "kaiming-uniform", keys[0]), "B": Param((out, r), "zeros", keys[1])}

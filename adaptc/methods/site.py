@@ -255,9 +255,8 @@ class WeightSite(Place):
         """The stored weight with `M` in place of what `matrix` gave."""
         if self.layout is None:
             return M
-        if self.rows:
-            M = self._put(M, self.layout.matrix(W), -2)
-        return self.layout.tensor(M, self.shape)
+        whole = self._put(M, self.layout.matrix(W), -2) if self.rows else M
+        return self.layout.tensor(whole, self.shape)
 
     def bias_of(self, b: Tensor) -> Tensor:
         """The bias as the method sees it: `(out,)` of this site's rows."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, Self
 
 from pydantic import Field
 
@@ -34,9 +34,9 @@ class Chosen(WeightMethod):
     delta (k,) with their places (k,).
     """
 
-    counts: Counts = field(default_factory=dict)
+    counts: Counts = field(default_factory=dict[str, int])
 
-    kinds: ClassVar[frozenset[str]] = frozenset({"parameter"})
+    kinds = frozenset({"parameter"})
 
     @property
     def ratio(self) -> float:

@@ -71,8 +71,8 @@ class PromptMethod(Method[P], Generic[P]):
         """No layer has tensors of its own."""
         return {}
 
-    def tokens(self, **theta: Tensor) -> Tensor:
-        """The virtual tokens, as they are stored."""
+    def tokens(self, *_: Any, **theta: Any) -> Tensor:
+        """The virtual tokens as they are stored, from the tensors of `shared`."""
         raise NotImplementedError
 
 

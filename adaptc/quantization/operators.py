@@ -1,4 +1,7 @@
-"""Operations on quantized weights: one that gives the weight, and one that multiplies by it without keeping it."""
+"""Torch operations on quantized weights: dequantize, and matrix product and lookup that keep no dequantized weight."""
+
+# torch leaves the functions that a custom operation registers untyped:
+# pyright: reportUnknownMemberType=false
 
 from __future__ import annotations
 
@@ -14,16 +17,16 @@ from adaptc.quantization.scheme import scheme_of
 
 @torch.library.custom_op("adaptc::dequantize", mutates_args=())
 def dequantize(tensors: Sequence[Tensor], scheme: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """What stored bits stand for: a matrix `(rows, columns)`.
+    """The dequantized matrix `(rows, columns)`.
 
     Args:
-        tensors: what the scheme stores, then its constants, in the scheme's own order.
-        scheme: its text.
+        tensors: what the scheme stores, then its constants, in the order that the scheme names them.
+        scheme: the text of the scheme, see `Scheme.text`.
         rows: of the matrix.
         columns: of the matrix.
         dtype: of the result.
     """
-    # A custom operation may not give back what it was given, nor a view of it.
+    # A custom operation may not return an operand, nor a view of one.
     return _dequantized(tensors, scheme, rows, columns, dtype).contiguous()
 
 
@@ -36,7 +39,7 @@ def _(tensors: Sequence[Tensor], scheme: str, rows: int, columns: int, dtype: to
 def quantized_linear(
     x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, scheme: str, rows: int, columns: int
 ) -> Tensor:
-    """`linear(x, W, bias)` for a W that bits stand for. Its gradient for x makes W again, which is not kept."""
+    """`linear(x, W, bias)` for a quantized W. The gradient of x dequantizes W again, which is not kept in between."""
     W = _dequantized(tensors, scheme, rows, columns, x.dtype)
     return F.linear(x, W, bias)
 
@@ -49,19 +52,19 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, tensors, bias, *ctx.how = inputs
+    _, tensors, bias, *ctx.scheme_and_size = inputs
     ctx.save_for_backward(*tensors)
     ctx.biased = bias is not None
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     tensors = list(ctx.saved_tensors)
-    found_x = found_bias = None
+    grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        found_x = quantized_product(grad, tensors, *ctx.how)
+        grad_x = quantized_product(grad, tensors, *ctx.scheme_and_size)
     if ctx.biased and ctx.needs_input_grad[2]:
-        found_bias = grad.flatten(0, -2).sum(0)
-    return found_x, [None] * len(tensors), found_bias, None, None, None
+        grad_bias = grad.flatten(0, -2).sum(0)
+    return grad_x, [None] * len(tensors), grad_bias, None, None, None
 
 
 quantized_linear.register_autograd(_backward, setup_context=_keep)
@@ -71,7 +74,7 @@ quantized_linear.register_autograd(_backward, setup_context=_keep)
 def quantized_product(
     grad: Tensor, tensors: Sequence[Tensor], scheme: str, rows: int, columns: int
 ) -> Tensor:
-    """`grad @ W`: what `quantized_linear` needs of W on the way back."""
+    """`grad @ W` for a quantized W: the gradient of x in `quantized_linear`."""
     return grad @ _dequantized(tensors, scheme, rows, columns, grad.dtype)
 
 
@@ -85,7 +88,14 @@ def _dequantized(tensors: Sequence[Tensor], text: str, rows: int, columns: int, 
 
 
 def tensors_by_name(tensors: Sequence[Any], text: str, rows: int, columns: int) -> dict[str, Any]:
-    """The tensors by the names that the scheme knows them by."""
+    """The operands of a quantized operation by the names of the scheme: what it stores, then its constants.
+
+    Args:
+        tensors: the operands, as tensors or as nodes.
+        text: the text of the scheme.
+        rows: of the matrix.
+        columns: of the matrix.
+    """
     scheme = scheme_of(text)
     return dict(zip((*scheme.stored(rows, columns), *scheme.constants()), tensors, strict=True))
 
@@ -94,9 +104,9 @@ def tensors_by_name(tensors: Sequence[Any], text: str, rows: int, columns: int) 
 def quantized_embedding(
     ids: Tensor, tensors: Sequence[Tensor], scheme: str, rows: int, columns: int, dtype: torch.dtype
 ) -> Tensor:
-    """`embedding(W, ids)` for a W that bits stand for, of which only the rows asked for are made."""
-    found = scheme_of(scheme).lookup(rows, columns, tensors_by_name(tensors, scheme, rows, columns), ids)
-    return found.to(dtype).contiguous()
+    """`embedding(W, ids)` for a quantized W, of which only these rows are dequantized."""
+    looked_up = scheme_of(scheme).lookup(rows, columns, tensors_by_name(tensors, scheme, rows, columns), ids)
+    return looked_up.to(dtype).contiguous()
 
 
 @quantized_embedding.register_fake

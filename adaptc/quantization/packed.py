@@ -1,31 +1,30 @@
-"""Packed weights: those of a checkpoint that another library has quantized, kept in its bits."""
+"""Packed weights: those of a checkpoint that another library has quantized, kept in its codes."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from adaptc.errors import DefinitionError, WeightError
+from adaptc.errors import WeightError
 from adaptc.quantization.scheme import Scheme
-from adaptc.registry.author import Author
 from adaptc.weights import Weight
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
 @dataclass(frozen=True)
 class PackedMatrix:
-    """A matrix `(rows, columns)` as a checkpoint stores it, laid out as one of our schemes has it.
+    """A matrix `(rows, columns)` as a checkpoint stores it, laid out as one of our schemes stores it.
 
     Attributes:
-        scheme: what the bits stand for.
+        scheme: the scheme that dequantizes it.
         rows: outputs of the layer.
-        columns: its inputs.
-        parts: argument of the scheme's `dequantize` -> reads the tensor.
-        name: whose it is, for messages.
+        columns: inputs of the layer.
+        parts: argument of the scheme's `dequantize` -> a function that reads the tensor.
+        name: the module it belongs to, for messages.
     """
 
     scheme: Scheme
@@ -35,59 +34,46 @@ class PackedMatrix:
     name: str
 
     def read(self, key: str) -> Tensor:
-        """One of its tensors.
+        """The tensor for one argument of the scheme's `dequantize`.
 
         Raises:
-            WeightError: it holds NaN or infinity.
+            WeightError: it contains NaN or infinity.
         """
-        found = self.parts[key]()
-        if found.is_floating_point() and not found.isfinite().all():
-            raise WeightError(
-                f"{self.name}: its {key} hold NaN or infinity, so that the layer computes nothing",
-                "mend the checkpoint",
-            )
-        return found
+        tensor = self.parts[key]()
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise WeightError(f"{self.name}: its {key} contain NaN or infinity", "load an intact checkpoint")
+        return tensor
 
-    def beside(self, key: str, read: Callable[[], Tensor]) -> PackedMatrix:
-        """The same with one more tensor."""
+    def with_part(self, key: str, read: Callable[[], Tensor]) -> PackedMatrix:
+        """A copy that has one more tensor."""
         return replace(self, parts={**self.parts, key: read})
-
-
-def _check(name: str, reader: Any, author: Author) -> None:
-    try:
-        inspect.signature(reader).bind("about", "module", "tensors")
-    except TypeError as error:
-        raise DefinitionError(
-            f"reader {name!r} cannot be called as {reader.__name__}(about, module, tensors): {error}",
-            author.place,
-        ) from error
 
 
 @dataclass(frozen=True, eq=False)
 class PackedWeight(Weight):
-    """A weight that a checkpoint holds in bits. Loaded it is floats; as a leaf it stays as it is.
+    """A weight that a checkpoint stores quantized. Loading it dequantizes it; as a quantized leaf it stays packed.
 
     Attributes:
-        bits: the matrix `(out, in)`.
+        matrix: the packed matrix `(out, in)`.
         shape: of the weight, as the model has it.
         dtype: of the weight.
         flipped: the model stores the transpose, `(in, out)`.
     """
 
-    bits: PackedMatrix
+    matrix: PackedMatrix
     shape: tuple[int, ...]
-    dtype: Any
+    dtype: torch.dtype
     flipped: bool
 
     def load(self) -> Tensor:
-        """What the bits stand for, in the weight's dtype."""
+        """The dequantized weight, in the weight's dtype."""
         return self.exact().to(self.dtype)
 
     def exact(self) -> Tensor:
-        """What the bits stand for, float32."""
+        """The dequantized weight, in float32."""
         import torch
 
-        scheme, rows, columns = self.bits.scheme, self.bits.rows, self.bits.columns
-        held = {**scheme.constants(), **{key: self.bits.read(key) for key in self.bits.parts}}
-        W = scheme.unpack(rows, columns, held, torch.float32)
+        scheme, rows, columns = self.matrix.scheme, self.matrix.rows, self.matrix.columns
+        tensors = {**scheme.constants(), **{key: self.matrix.read(key) for key in self.matrix.parts}}
+        W = scheme.unpack(rows, columns, tensors, torch.float32)
         return W.t().contiguous() if self.flipped else W

@@ -1,4 +1,4 @@
-"""Quantized weights: the few bits that stand for a weight, found when they are first asked for, then kept."""
+"""Quantized weights: quantized when one of their tensors is first loaded, then kept in memory."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from adaptc.weights import Weight
 
 @dataclass(eq=False)
 class Quantization:
-    """One matrix of a weight in few bits.
+    """One quantized matrix of a weight.
 
     Attributes:
         scheme: how it is stored.
-        site: whose weight it is; of a slice its rows only.
-        source: the weight it stands for.
-        inputs: gives the layer's inputs `(tokens, columns)`, where the scheme chooses by them.
-        compensation_rounds: how often it is quantized, each time without what an adapter makes up for by then.
-        compensation: what that is, of a matrix that has lost so much.
+        site: the site of the weight; of a slice its rows only.
+        source: the weight before quantizing.
+        inputs: gives the layer's inputs `(tokens, columns)`, where the scheme is calibrated.
+        compensation_rounds: how often it is quantized; from the second time on, less what an adapter compensates.
+        compensation: gives what the adapter compensates of a residual `W - dequantized` (rows, columns).
     """
 
     scheme: Scheme
@@ -41,43 +41,45 @@ class Quantization:
         return matrix_size(self.site)
 
     @property
-    def kept(self) -> PackedMatrix | None:
-        """The base's own bits, where it is stored so already and nothing was folded into it."""
-        known = self.source.bits if isinstance(self.source, PackedWeight) else None
-        return known if known is not None and known.scheme == self.scheme and not self.site.rows else None
+    def packed(self) -> PackedMatrix | None:
+        """The base's own packed matrix, where the base stores it by this scheme and nothing was folded into it."""
+        matrix = self.source.matrix if isinstance(self.source, PackedWeight) else None
+        return matrix if matrix is not None and matrix.scheme == self.scheme and not self.site.rows else None
 
     @cached_property
     def tensors(self) -> Mapping[str, torch.Tensor]:
-        """What is stored.
+        """What the scheme stores of the matrix: argument of its `dequantize` -> tensor.
 
         Raises:
-            WeightError: the weight holds NaN or infinity.
+            WeightError: the weight, or the layer's inputs, contain NaN or infinity.
         """
-        if self.kept is not None:
-            return {name: self.kept.read(name) for name in self.kept.parts}
+        if self.packed is not None:
+            return {name: self.packed.read(name) for name in self.packed.parts}
         W = self.matrix()
         if not torch.isfinite(W).all():
             raise WeightError(
-                f"{self.site.name} holds NaN or infinity, which no {self.scheme.name} code stands for",
-                "mend the checkpoint, or leave the layer out with `exclude`",
+                f"{self.site.name} contains NaN or infinity, which {self.scheme.name} cannot store",
+                "load an intact checkpoint, or leave the layer out with `exclude`",
             )
         rows, columns = W.shape
-        given = self.inputs() if self.inputs else None
-        if given is not None and not torch.isfinite(given).all():
+        inputs = self.inputs() if self.inputs else None
+        if inputs is not None and not torch.isfinite(inputs).all():
             raise WeightError(
-                f"{self.site.name} is given NaN or infinity on the calibration rows",
-                "a weight before it is broken: mend the checkpoint, or leave the layer out with `exclude`",
+                f"the inputs of {self.site.name} contain NaN or infinity on the calibration rows",
+                "a weight upstream is broken: load an intact checkpoint, or leave the layer out with `exclude`",
             )
-        found = self.scheme.quantize(W, given)
+        tensors = self.scheme.quantize(W, inputs)
         for _ in range(self.compensation_rounds - 1):
             assert self.compensation is not None
-            compensation = self.compensation(W - self._unpacked(found))
-            found = self.scheme.quantize(W - compensation, given)
-        for name, kept in self.scheme.stored(rows, columns).items():
-            got = found[name]
-            if tuple(got.shape) != kept.shape or got.dtype != dtype_of(kept):
-                raise ValueError(f"{self.scheme.name} gives {name} {got.dtype} {list(got.shape)}, not {kept}")
-        return found
+            compensation = self.compensation(W - self._dequantized(tensors))
+            tensors = self.scheme.quantize(W - compensation, inputs)
+        for name, stored in self.scheme.stored(rows, columns).items():
+            got = tensors[name]
+            if tuple(got.shape) != stored.shape or got.dtype != dtype_of(stored):
+                raise ValueError(
+                    f"{self.scheme.name} gives {name} {got.dtype} {list(got.shape)}, not {stored}"
+                )
+        return tensors
 
     def matrix(self) -> torch.Tensor:
         """The weight as the scheme sees it: `(rows, columns)`, float32."""
@@ -85,39 +87,39 @@ class Quantization:
             return matrix_of(self.site, self.source.exact()).float()
 
     def dequantized(self) -> torch.Tensor:
-        """What the stored numbers stand for: `(rows, columns)`, float32."""
-        return self._unpacked(self.tensors)
+        """The dequantized matrix `(rows, columns)`, float32."""
+        return self._dequantized(self.tensors)
 
-    def _unpacked(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def _dequantized(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         with torch.no_grad():
             return self.scheme.unpack(*self.size, {**self.scheme.constants(), **tensors}, torch.float32)
 
-    def lost(self) -> torch.Tensor:
-        """What the weight was, less what the bits stand for: as the weight is stored."""
+    def residual(self) -> torch.Tensor:
+        """`W - dequantized`, in the weight's own shape, float32: what quantizing has lost."""
         rest = self.rest() if self.site.rows else None
         W = self.source.exact().float()
         return W - weight_of(self.site, self.dequantized(), None if rest is None else rest.float())
 
     def rest(self) -> torch.Tensor:
-        """Of a slice, the other rows of the weight's matrix."""
+        """Of a slice, the other rows of the weight's matrix, in the weight's dtype."""
         assert self.site.layout is not None
         W = self.site.layout.matrix(self.source.load())
-        kept = torch.ones(W.shape[0], dtype=torch.bool)
+        other = torch.ones(W.shape[0], dtype=torch.bool)
         for start, stop in self.site.rows:
-            kept[start:stop] = False
-        return W[kept]
+            other[start:stop] = False
+        return W[other]
 
 
 @dataclass(eq=False)
 class QuantizedPart(Weight):
-    """One of the tensors that stand for a weight."""
+    """One of the tensors that a quantized weight is stored in."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     make: Callable[[], torch.Tensor]
 
     def load(self) -> torch.Tensor:
-        """The tensor; made with the others when the first is asked for."""
+        """The tensor; the first one asked for quantizes the weight, which gives all."""
         return self.make()
 
 
@@ -126,11 +128,11 @@ class QuantizedLeaf:
     """A quantized weight in a graph.
 
     Attributes:
-        quantization: the matrix in few bits.
-        entry: of the spec's `quantize`; None where the base itself is stored so.
+        quantization: the quantized matrix.
+        entry: the entry of the spec's `quantize`; None where the base itself is stored so.
         tensors: argument of the scheme's `dequantize` -> name in the graph.
         matrix: the node that gives the matrix `(rows, columns)` in the weight's dtype.
-        value: the node that gives the weight as it was stored.
+        value: the node that gives the weight in its own shape.
         rest: of a slice, the name of the weight's other rows.
     """
 
@@ -143,41 +145,47 @@ class QuantizedLeaf:
 
     @property
     def scheme(self) -> Scheme:
-        """How it is stored."""
+        """The scheme that stores it."""
         return self.quantization.scheme
 
     @property
     def site(self) -> WeightSite:
-        """Whose weight it is."""
+        """The site of the weight; of a slice its rows only."""
         return self.quantization.site
 
 
 def matrix_size(site: WeightSite) -> tuple[int, int]:
-    """Rows and columns of a site's matrix as schemes see it: an embedding's rows are its entries."""
+    """The rows and columns of a site's matrix as schemes see it: an embedding's rows are its entries."""
     if site.kind == "embedding":
         return site.in_features, site.out_features
     return site.out_features * (site.batch or 1), site.in_features
 
 
 def matrix_of(site: WeightSite, W: torch.Tensor) -> torch.Tensor:
-    """A stored weight as one matrix; several matrices are stacked."""
+    """A weight as one matrix of the size that `matrix_size` gives; several matrices are stacked."""
     M = site.matrix(W)
     return M.t() if site.kind == "embedding" else M.reshape(-1, M.shape[-1])
 
 
 def weight_of(site: WeightSite, M: torch.Tensor, rest: torch.Tensor | None = None) -> torch.Tensor:
-    """The inverse: the weight as it is stored, with the rest of its rows where the matrix is a slice."""
+    """A weight from its matrix, as `matrix_of` takes it from a weight.
+
+    Args:
+        site: the site of the weight.
+        M: the matrix; of a slice its rows only.
+        rest: of a slice, the other rows of the weight's matrix.
+    """
     assert site.layout is not None
     if site.kind == "embedding":
         return site.layout.tensor(M.t(), site.shape)
-    if site.batch is not None:
-        M = M.reshape(site.batch, -1, M.shape[-1])
+    matrices = M if site.batch is None else M.reshape(site.batch, -1, M.shape[-1])
     if rest is None:
-        return site.layout.tensor(M, site.shape)
-    pieces, at, taken = [], 0, 0
+        return site.layout.tensor(matrices, site.shape)
+    pieces: list[torch.Tensor] = []
+    at, taken = 0, 0
     for start, stop in site.rows:
         before = start - at
-        pieces += [rest[at - taken : at - taken + before], M[taken : taken + stop - start]]
+        pieces += [rest[at - taken : at - taken + before], matrices[taken : taken + stop - start]]
         at, taken = stop, taken + stop - start
     pieces.append(rest[at - taken :])
     return site.layout.tensor(torch.cat([piece for piece in pieces if len(piece)]), site.shape)
@@ -190,25 +198,25 @@ def stored_as_matrix(site: WeightSite) -> bool:
     return not site.rows and M.shape == W.shape and M.stride() == W.stride()
 
 
-def dtype_of(kept: StoredTensor) -> torch.dtype:
-    """torch's own."""
-    return getattr(torch, kept.dtype)
+def dtype_of(stored: StoredTensor) -> torch.dtype:
+    """torch's dtype of a stored tensor, which names it."""
+    return getattr(torch, stored.dtype)
 
 
-def part(quantization: Quantization, name: str, kept: StoredTensor) -> QuantizedPart:
-    """One of a matrix's tensors as a weight; those of the base are read from its files whenever they are asked for."""
-    bits = quantization.kept
+def part(quantization: Quantization, name: str, stored: StoredTensor) -> QuantizedPart:
+    """One of a matrix's tensors as a weight; a packed one of the base is read from its file each time it is loaded."""
+    packed = quantization.packed
     return QuantizedPart(
-        kept.shape, dtype_of(kept), lambda: bits.read(name) if bits else quantization.tensors[name]
+        stored.shape, dtype_of(stored), lambda: packed.read(name) if packed else quantization.tensors[name]
     )
 
 
 def bytes_of(scheme: Scheme, rows: int, columns: int) -> int:
-    """Bytes that a matrix takes, tables not counted."""
-    kept = scheme.stored(rows, columns).values()
-    return sum(torch.Size(k.shape).numel() * dtype_of(k).itemsize for k in kept)
+    """The bytes that a scheme stores a matrix in, without constants that all matrices share, such as a table."""
+    stored = scheme.stored(rows, columns).values()
+    return sum(torch.Size(tensor.shape).numel() * dtype_of(tensor).itemsize for tensor in stored)
 
 
-def stored_bytes(known: Sequence[QuantizedLeaf]) -> int:
-    """Bytes that all of these take."""
-    return sum(bytes_of(q.scheme, *q.quantization.size) for q in known)
+def stored_bytes(leaves: Sequence[QuantizedLeaf]) -> int:
+    """The bytes that quantized weights are stored in, without constants that all matrices share."""
+    return sum(bytes_of(leaf.scheme, *leaf.quantization.size) for leaf in leaves)

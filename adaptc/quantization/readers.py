@@ -1,31 +1,34 @@
-"""Integers in blocks as other libraries store them, laid out as ours."""
+"""What the readers of `passes/stored/` share: the tensors of a module, and integers packed as other libraries do."""
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from adaptc.errors import WeightError
+from adaptc.errors import DefinitionError, WeightError
 from adaptc.quantization.integer import IntegerBlocks, pack
-from adaptc.quantization.packed import PackedMatrix, _check
+from adaptc.quantization.packed import PackedMatrix
+from adaptc.registry.author import Author
 from adaptc.registry.registry import Registry
 from adaptc.weights import Weight
 
 
-def words_of(tensors: Mapping[str, Weight], module: str) -> tuple[Weight, Weight, Weight] | None:
-    """`qweight`, `qzeros` and `scales` of a module; None where it has neither.
+def packed_tensors(tensors: Mapping[str, Weight], module: str) -> tuple[Weight, Weight, Weight] | None:
+    """`qweight`, `qzeros` and `scales` of a module; None where it has none of them.
 
     Raises:
-        WeightError: one of them is not there, or integers are not in words of 32 bits.
+        WeightError: one of them is missing, or the first two are not matrices of int32.
     """
     keys = [f"{module}.{name}" for name in ("qweight", "qzeros", "scales")]
     if not any(key in tensors for key in keys):
         return None
-    qweight, qzeros, scales = (needed(tensors, key) for key in keys)
+    qweight, qzeros, scales = (required_tensor(tensors, key) for key in keys)
     for key, weight in zip(keys, (qweight, qzeros), strict=False):
         if weight.dtype != torch.int32 or len(weight.shape) != 2:
             raise WeightError(
@@ -34,13 +37,13 @@ def words_of(tensors: Mapping[str, Weight], module: str) -> tuple[Weight, Weight
     return qweight, qzeros, scales
 
 
-def group_of(about: Mapping[str, Any]) -> int | None:
-    """Inputs that share a scale: `group_size`; None for all of them, which is written -1.
+def group_size(config: Mapping[str, Any]) -> int | None:
+    """How many inputs share a scale: `group_size`, 128 by default; None where all do, which is written -1.
 
     Raises:
-        WeightError: it is neither.
+        WeightError: it is neither -1 nor more than 0.
     """
-    group = number(about, "group_size", 128)
+    group = integer_option(config, "group_size", 128)
     if group < 1 and group != -1:
         raise WeightError(
             f"config.json: quantization_config.group_size: expected -1 or more than 0, got {group}"
@@ -48,7 +51,7 @@ def group_of(about: Mapping[str, Any]) -> int | None:
     return None if group == -1 else group
 
 
-def integer_bits(
+def integer_matrix(
     scheme: IntegerBlocks,
     rows: int,
     columns: int,
@@ -57,19 +60,19 @@ def integer_bits(
     scales: Weight,
     module: str,
 ) -> PackedMatrix:
-    """Bits of integers in blocks, packed as `scheme` has them when they are asked for.
+    """A matrix of integers in blocks, packed as `scheme` packs it when its tensors are read.
 
     Args:
-        scheme: what they stand for.
+        scheme: the scheme that dequantizes it.
         rows: outputs of the layer.
-        columns: its inputs.
-        codes: gives them, one a byte: `(rows, columns)`.
-        zeros: gives one a block: `(rows, blocks)`.
-        scales: one a block, floats: `(blocks, rows)`.
-        module: whose they are, for messages.
+        columns: inputs of the layer.
+        codes: gives the codes, one a byte: `(rows, columns)`.
+        zeros: gives the zero of each block: `(rows, blocks)`.
+        scales: the scale of each block, floats: `(blocks, rows)`.
+        module: the module it belongs to, for messages.
 
     Raises:
-        WeightError: there are not as many scales.
+        WeightError: the number of scales is not the number of blocks.
     """
     n = scheme.blocks(columns)
     if tuple(scales.shape) != (n, rows):
@@ -78,13 +81,11 @@ def integer_bits(
             f"{scheme.block_size or columns}: quantization_config.group_size is another checkpoint's"
         )
 
-    def blocks() -> Tensor:
-        from torch.nn.functional import pad
-
+    def packed_codes() -> Tensor:
         filled = pad(codes(), (0, n * scheme.block(columns) - columns))
         return pack(filled.reshape(rows, n, -1), scheme.bits)
 
-    def ranges() -> Tensor:
+    def checked_scales() -> Tensor:
         middle = 2 ** (scheme.bits - 1)
         if scheme.symmetric and not (zeros() == middle).all():
             raise WeightError(
@@ -93,47 +94,58 @@ def integer_bits(
             )
         return scales.load().t().float().contiguous()
 
-    parts = {"codes": blocks, "scales": ranges}
+    parts = {"codes": packed_codes, "scales": checked_scales}
     if not scheme.symmetric:
         parts["zeros"] = lambda: pack(zeros(), scheme.bits)
     return PackedMatrix(scheme, rows, columns, parts, module)
 
 
-def needed(tensors: Mapping[str, Weight], key: str, shape: tuple[int, ...] | None = None) -> Weight:
-    """One of the tensors that a quantized matrix is stored in, of as many numbers as a shape has.
+def required_tensor(tensors: Mapping[str, Weight], key: str, shape: tuple[int, ...] | None = None) -> Weight:
+    """The tensor of a key, which must be there; `shape` says how many numbers it has, however they are arranged.
 
     Raises:
-        WeightError: it is missing, or of another size.
+        WeightError: it is missing, or has another size.
     """
-    found = tensors.get(key)
-    if found is None:
+    tensor = tensors.get(key)
+    if tensor is None:
         raise WeightError(f"{key} is missing: the checkpoint is not whole, copy or download it again")
-    if shape is not None and math.prod(found.shape) != math.prod(shape):
+    if shape is not None and math.prod(tensor.shape) != math.prod(shape):
         raise WeightError(
-            f"{key} has shape {list(found.shape)}, expected {list(shape)}; the file and config.json's "
+            f"{key} has shape {list(tensor.shape)}, expected {list(shape)}; the file and config.json's "
             "quantization_config do not belong together"
         )
-    return found
+    return tensor
 
 
-def number(about: Mapping[str, Any], key: str, otherwise: int | None = None) -> int:
+def integer_option(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
     """A whole number of a checkpoint's `quantization_config`.
 
     Raises:
-        WeightError: it is missing, or something else.
+        WeightError: it is missing and has no default, or is something else.
     """
-    found = about.get(key, otherwise)
+    value = config.get(key, default)
     try:
-        return int(str(found))
+        return int(str(value))
     except ValueError:
         raise WeightError(
-            f"config.json: quantization_config.{key}: expected a whole number, got {found!r}"
+            f"config.json: quantization_config.{key}: expected a whole number, got {value!r}"
         ) from None
 
 
+def _check(name: str, reader: Any, author: Author) -> None:
+    try:
+        inspect.signature(reader).bind("config", "module", "tensors")
+    except TypeError as error:
+        raise DefinitionError(
+            f"reader {name!r} cannot be called as {reader.__name__}(config, module, tensors): {error}",
+            author.place,
+        ) from error
+
+
 Reader = Callable[[Mapping[str, Any], str, Mapping[str, Weight]], "PackedMatrix | None"]
-"""Given a checkpoint's `quantization_config`, a module's name and the tensors by their keys, the module's weight in
-bits, or None where it is stored in floats. Headers are read, and of tensors only what tells the format."""
+"""Called with a checkpoint's `quantization_config`, the name of a module and the checkpoint's tensors by their keys;
+gives the packed matrix of the module's weight, or None where the weight is stored in floats. It reads headers, and no
+tensor but those that say which format this is."""
 READERS: Registry[Reader] = Registry("reader", "adaptc.passes.stored", check=_check)
 """Every reader, shipped or of an installed package, by its `quant_method`."""
 R = TypeVar("R", bound=Reader)

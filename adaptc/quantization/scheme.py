@@ -1,7 +1,7 @@
 """Quantization schemes: what one states, and the registry they stand in.
 
-A scheme says how a matrix is stored in few bits and what the stored numbers stand for. Where it stands in the graph,
-what is multiplied by it, checkpoints, reports and ONNX are the compiler's, once for all schemes.
+A scheme says how a matrix is stored in few bits and how it is dequantized. Rewriting the graph, checkpoints, reports
+and ONNX are derived by the compiler, once for all schemes.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ if TYPE_CHECKING:
     from adaptc.methods.site import WeightSite
 
 Tensors = Mapping[str, "Tensor"]
+"""What a scheme stores of a matrix, and its constants: argument of `dequantize` -> tensor."""
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One stored tensor of a matrix: its shape, and its dtype by torch's name."""
+    """One stored tensor of a matrix: its shape, and the name of its dtype in torch, such as `uint8`."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -46,16 +47,16 @@ class Scheme:
 
     name: ClassVar[str]
     kinds: ClassVar[frozenset[str]] = MATRIX_KINDS
-    """The kinds of site it can stand for."""
+    """The kinds of site whose weight it can store."""
     aliases: ClassVar[Mapping[str, str]] = {}
-    """Other spellings of an option."""
+    """Other spelling of an option -> the option's name."""
     small: ClassVar[Mapping[str, object]] = {}
-    """Options that fit a layer of a few numbers: what every law is tested with."""
+    """Options that fit a layer of a few numbers, where the defaults do not: what every law is tested with."""
     calibrated: ClassVar[bool] = False
-    """Whether it chooses by the inputs of the layer."""
+    """Whether `quantize` needs inputs of the layer, from the spec's `calibration`."""
 
     def takes(self, site: WeightSite) -> bool:
-        """Whether it wants a site that the target names."""
+        """Whether it wants a site that the target names; the others are passed over."""
         return True
 
     def refuses(self, rows: int, columns: int) -> Fault | None:
@@ -63,31 +64,39 @@ class Scheme:
         return None
 
     def stored(self, rows: int, columns: int) -> dict[str, StoredTensor]:
-        """What is kept of a matrix: argument of `dequantize` -> tensor."""
+        """What is stored of a matrix: argument of `dequantize` -> shape and dtype."""
         raise NotImplementedError
 
     def constants(self) -> dict[str, Tensor]:
-        """What all matrices share, such as a table: argument of `dequantize` -> tensor."""
+        """Tensors that all matrices share, such as a table: argument of `dequantize` -> tensor."""
         return {}
 
     def quantize(self, W: Tensor, inputs: Tensor | None = None) -> dict[str, Tensor]:
-        """What is kept of W (rows, columns), float32; `inputs` (tokens, columns) where it is `calibrated`."""
+        """Quantize a matrix.
+
+        Args:
+            W: `(rows, columns)`, float32.
+            inputs: of the layer, `(tokens, columns)`, float32, if the scheme is `calibrated`; else None.
+
+        Returns:
+            The tensors that `stored` states, by the same names.
+        """
         raise NotImplementedError
 
     def without_inputs(self) -> Scheme:
-        """The scheme that stores alike and chooses by the weights alone."""
+        """The scheme to take where there are no inputs to calibrate with: one of the same size, or itself."""
         return self
 
     def dequantize(self, rows: int, columns: int, tensors: Tensors) -> Tensor:
-        """What the stored numbers stand for: `(rows, columns)`, float32."""
+        """The dequantized matrix `(rows, columns)`, float32; `tensors` are what is stored and the constants."""
         raise NotImplementedError
 
     def unpack(self, rows: int, columns: int, tensors: Tensors, dtype: torch.dtype) -> Tensor:
-        """The same in another dtype, by a faster kernel where one is installed."""
+        """The dequantized matrix in a dtype, by a faster kernel than `dequantize` where one is installed."""
         return self.dequantize(rows, columns, tensors).to(dtype)
 
     def lookup(self, rows: int, columns: int, tensors: Tensors, ids: Tensor) -> Tensor:
-        """Some rows of what the stored numbers stand for: `(*ids, columns)`, float32."""
+        """The rows `ids` of the dequantized matrix: `(*ids, columns)`, float32."""
         from torch.nn.functional import embedding
 
         return embedding(ids, self.dequantize(rows, columns, tensors))
@@ -95,9 +104,9 @@ class Scheme:
     @property
     def text(self) -> str:
         """The scheme and its options as text, such as `nf4 {"double": true}`; `scheme_of` reads it."""
-        held = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        given = {f.name: held[f.name] for f in dataclasses.fields(self) if held[f.name] != f.default}
-        return f"{self.name} {json.dumps(given)}" if given else self.name
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        options = {f.name: values[f.name] for f in dataclasses.fields(self) if values[f.name] != f.default}
+        return f"{self.name} {json.dumps(options)}" if options else self.name
 
 
 def _check(name: str, cls: Any, author: Author) -> None:
@@ -133,12 +142,12 @@ def scheme(name: str) -> Callable[[S], S]:
 
 
 def scheme_of(text: str) -> Scheme:
-    """The scheme that a text stands for."""
-    name, _, given = text.partition(" ")
-    return _scheme_with(SCHEMES[name], given)
+    """The scheme whose `text` this is."""
+    name, _, options = text.partition(" ")
+    return _scheme_with(SCHEMES[name], options)
 
 
 @cache
 def _scheme_with(cls: type[Scheme], options: str) -> Scheme:
-    """A scheme with options as JSON. A scheme that is defined again is another class."""
+    """A scheme with options as JSON. Cached by class, not name: a scheme that is defined again is another class."""
     return cls(**json.loads(options or "{}"))

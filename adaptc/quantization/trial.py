@@ -1,14 +1,15 @@
-"""A scheme tried on a small matrix when it is registered, so that its author is told of mistakes at once."""
+"""A scheme tried on a small matrix when it is registered, so that its author hears of mistakes at once."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from adaptc.errors import DefinitionError, Fault
-from adaptc.methods.trial import instance_of, numbers
+from adaptc.methods.trial import instance_of
+from adaptc.methods.trial_sites import numbers
 from adaptc.registry.definitions import Definition
 
 if TYPE_CHECKING:
@@ -49,9 +50,9 @@ def try_pending(cls: type[Any]) -> None:
 
 def _try(definition: Definition, scheme: Any) -> None:
     try:
-        json.dumps({name: getattr(scheme, name) for name in vars(scheme)})
+        json.dumps(vars(scheme))
     except TypeError as error:
-        raise definition.mistake(f"its options are kept as JSON: {error}") from error
+        raise definition.mistake(f"its options are stored as JSON: {error}") from error
     fault = _called(definition, scheme, "refuses", ROWS, COLUMNS)
     if fault is not None:
         if not isinstance(fault, Fault):
@@ -64,8 +65,7 @@ def _try(definition: Definition, scheme: Any) -> None:
         return
     _check_tensors(definition, stored, tensors)
     constants: Mapping[str, Tensor] = scheme.constants()
-    held = {**constants, **tensors}
-    result = _called(definition, scheme, "dequantize", ROWS, COLUMNS, held)
+    result = _called(definition, scheme, "dequantize", ROWS, COLUMNS, {**constants, **tensors})
     if result is None:
         return
     shape, dtype = getattr(result, "shape", None), str(getattr(result, "dtype", type(result).__name__))
@@ -76,31 +76,40 @@ def _try(definition: Definition, scheme: Any) -> None:
         )
 
 
+def _is_mapping(value: Any) -> TypeGuard[Mapping[str, Any]]:
+    """Whether a hook gave a mapping, which its author's types may not say."""
+    return isinstance(value, Mapping)
+
+
 def _check_tensors(definition: Definition, stored: Mapping[str, Any], tensors: Any) -> None:
-    """What `quantize` gives is what `stored` says."""
-    if not isinstance(tensors, Mapping) or set(tensors) != set(stored):
-        got = ", ".join(tensors) if isinstance(tensors, Mapping) else type(tensors).__name__
+    """Check that `quantize` gives the tensors that `stored` states."""
+    if not _is_mapping(tensors) or set(tensors) != set(stored):
+        got = ", ".join(tensors) if _is_mapping(tensors) else type(tensors).__name__
         raise definition.mistake(f"quantize gives {got}, stored says {', '.join(stored)}", "quantize")
-    for key, kept in stored.items():
-        wanted = f"torch.{kept.dtype} {list(kept.shape)}"
+    for key, expected in stored.items():
+        wanted = f"torch.{expected.dtype} {list(expected.shape)}"
         got = f"{tensors[key].dtype} {list(tensors[key].shape)}"
         if got != wanted:
             raise definition.mistake(f"quantize gives {key} as {got}, stored says {wanted}", "quantize")
 
 
 def _called(definition: Definition, scheme: Any, hook: str, *arguments: Any) -> Any:
-    """What a hook gives, which must not write to its arguments; None where it does not run on so small a matrix."""
+    """The result of a hook, which must not write to its arguments; None where it does not run on so small a matrix."""
     import torch
 
     from adaptc.registry.calls import blamed, read_only
 
     tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
-    mappings = [a for a in arguments if isinstance(a, Mapping)]
-    watched = {**dict(zip(("W", "inputs"), tensors, strict=False)), **(mappings[0] if mappings else {})}
+    mapping: Mapping[str, Any] = next((a for a in arguments if _is_mapping(a)), dict[str, Any]())
+    watched = {**dict(zip(("W", "inputs"), tensors, strict=False)), **mapping}
     function = getattr(scheme, hook)
+
+    def call(**_: torch.Tensor) -> Any:
+        return function(*arguments)
+
     try:
         with torch.no_grad(), blamed("scheme", definition.name, function, hook):
-            return read_only(lambda **_: function(*arguments), (), (), watched)
+            return read_only(call, (), (), watched)
     except DefinitionError as error:
         cause = error.__cause__
         if cause is None or isinstance(cause, TypeError | AttributeError | NameError | KeyError):

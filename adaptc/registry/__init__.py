@@ -1,5 +1,5 @@
-"""How names become classes: registries of methods, schemes, readers and passes, and what is checked when one registers.
+"""Registries: the classes that a spec calls by name, and the checks each must pass when it registers.
 
-Imports `errors` only: the tables themselves lie with their kinds (`METHODS` in `methods.method`, `PASSES` in
-`rewriter.pipeline`). `calls` imports torch, and is imported late.
+Imports `errors` only. The registries themselves are defined next to the class they hold (`METHODS` in
+`methods.method`, `PASSES` in `rewriter.pipeline`). `calls` imports torch, so it is imported late.
 """

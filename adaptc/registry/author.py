@@ -1,4 +1,4 @@
-"""Where the author of a method, a scheme or a pass wrote something, so that messages can name the line."""
+"""Where a registered method, scheme or pass is written, so that messages can name the line."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Author:
-    """Where something was registered: a file, and the line of the decorator.
+    """Where a class or function was registered.
 
     Attributes:
-        file: the file, or the cell of a notebook.
-        line: the line of the decorator, or of the call that registers.
+        file: the path of the file, or the name Python gives a notebook's cell.
+        line: the line of the decorator, or of the call that registers; counted from 1.
         module: the module's name.
         qualname: the name of the class or function inside its module.
     """
@@ -29,17 +29,17 @@ class Author:
 
     @classmethod
     def of(cls, registered: Any, frame: FrameType) -> Author:
-        """The author of what is registered from a frame."""
+        """The author of a class or function that the code of a frame registers."""
         return cls(frame.f_code.co_filename, frame.f_lineno, registered.__module__, registered.__qualname__)
 
     @property
     def place(self) -> str:
-        """The file and line of the class's first line, or of the call that registers it."""
+        """`file:line` of the class statement, or of the call that registers it where there is none."""
         body = self._class()
         return f"{self.file}:{self.line if body is None else body.lineno}"
 
     def place_of(self, attribute: str) -> str:
-        """The file and line where the class states an attribute; that of the class where it does not."""
+        """`file:line` where the class defines an attribute; `place` where it does not."""
         body = self._class()
         for statement in body.body if body is not None else ():
             if attribute in _names(statement):
@@ -47,27 +47,27 @@ class Author:
         return self.place
 
     def may_replace(self, earlier: Author) -> bool:
-        """Whether this is another version of the same: the cell was run again, or the module was loaded again."""
+        """Whether this is a new version of an earlier definition: a cell was run again, or a module loaded again."""
         if (self.module, self.qualname) == (earlier.module, earlier.qualname):
             return True
         return self.file == earlier.file or self.module == earlier.module == "__main__"
 
     def _class(self) -> ast.ClassDef | None:
-        """The class statement that holds the line; None where the class was made otherwise, or there is no source."""
+        """The class statement that the line belongs to; None where a call made the class, or there is no source."""
         source = "".join(linecache.getlines(self.file))
         try:
             module = ast.parse(source)
         except SyntaxError:
             return None
         name = self.qualname.rpartition(".")[2]
-        around = [
+        statements = [
             node
             for node in ast.walk(module)
             if isinstance(node, ast.ClassDef)
             and node.name == name
             and _first_line(node) <= self.line <= node.lineno
         ]
-        return around[-1] if around else None
+        return statements[-1] if statements else None
 
 
 def _first_line(node: ast.ClassDef) -> int:
@@ -75,7 +75,7 @@ def _first_line(node: ast.ClassDef) -> int:
 
 
 def _names(statement: ast.stmt) -> Iterator[str]:
-    """What a statement of a class's body defines."""
+    """The names that a statement of a class's body defines."""
     if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         yield statement.name
     targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
@@ -83,13 +83,16 @@ def _names(statement: ast.stmt) -> Iterator[str]:
 
 
 def place_of_function(function: Callable[..., Any]) -> str:
-    """The file and line where a function is defined."""
+    """`file:line` of a function's definition; `an unknown place` of one that has no Python code."""
     code = getattr(function, "__code__", None)
     return f"{code.co_filename}:{code.co_firstlineno}" if code is not None else "an unknown place"
 
 
 def place_in(error: BaseException, function: Callable[..., Any]) -> str:
-    """The file, line and text where an error came out of a function's file; of its definition if from elsewhere."""
+    """`file:line    text` of the last line of a function's file that an error passed through.
+
+    It is `file:line` of the function's definition where the error passed through none of that file's lines.
+    """
     code = getattr(function, "__code__", None)
     frames = [
         frame

@@ -1,9 +1,12 @@
-"""Calls of what an author wrote: errors name the line, and nothing that was handed in is written to."""
+"""Calls of a method's or scheme's own functions: errors name the author's line, and arguments cannot be changed."""
+
+# pyright: reportPrivateUsage=false
+# torch offers dispatch modes and the identity of a storage under private names only.
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,22 +17,22 @@ from adaptc.errors import AdaptcError, DefinitionError
 from adaptc.registry.author import place_in
 
 ON_VALUES = re.compile(r"data-dependent|DataDependent|guard on")
-"""How torch says that something depends on the values of a tensor."""
+"""What torch's errors say where code depends on the values of a tensor."""
 
 
 class _WriteError(Exception):
-    """An operation wrote to a tensor that was handed in."""
+    """An operation wrote to a tensor that was given as an argument."""
 
 
 class _ReadOnly(TorchDispatchMode):
-    """Refuses operations that write to some tensors, or to views of them.
+    """A dispatch mode that refuses operations which write to some tensors, or to views of them.
 
     Args:
-        tensors: what each is called -> the tensor.
+        tensors: the name of each in messages -> the tensor.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]):
-        super().__init__()
+        super().__init__()  # pyright: ignore[reportUnknownMemberType] (torch leaves it untyped)
         self.names = {_storage(tensor): name for name, tensor in tensors.items()}
 
     def __torch_dispatch__(
@@ -58,10 +61,16 @@ def read_only(
     given: Sequence[Any],
     theta: Mapping[str, Any],
 ) -> torch.Tensor:
-    """`function(*given, **theta)`, none of which it may write to; `operands` are the names of what is given.
+    """Call `function(*given, **theta)`, and refuse that it writes to its arguments.
+
+    Args:
+        function: what to call.
+        operands: the name of each positional argument, for messages.
+        given: the positional arguments.
+        theta: the keyword arguments.
 
     Raises:
-        Exception: it writes to one of them; `blamed` turns this into a DefinitionError.
+        _WriteError: it writes to an argument. `blamed` turns this into a DefinitionError.
     """
     tensors = {**dict(zip(operands, given, strict=True)), **theta}
     with _ReadOnly(tensors):
@@ -69,18 +78,18 @@ def read_only(
 
 
 @contextmanager
-def blamed(kind: str, name: str, function: Callable[..., Any], what: str, on: str = "") -> Iterator[None]:
-    """Turn an error of an author's function into one that names the author's line.
+def blamed(kind: str, name: str, function: Callable[..., Any], what: str, on: str = "") -> Generator[None]:
+    """Turn an error raised by an author's function into one that names the author's line.
 
     Args:
-        kind: what the author wrote, such as `method`.
-        name: what it is registered as.
-        function: the author's function that is called.
-        what: what the function is called in messages, such as `weight`.
-        on: what it was called for, such as a site; "" for nothing in particular.
+        kind: the kind of class the author wrote, such as `method`.
+        name: the name it is registered under.
+        function: the author's function, which the block calls.
+        what: the function's name in messages, such as `weight`.
+        on: what it is called for, such as a site; "" for nothing in particular.
 
     Raises:
-        DefinitionError: an error that is none of adaptc's own came out.
+        DefinitionError: the block raised an error that is not one of adaptc's.
     """
     try:
         yield
@@ -93,14 +102,14 @@ def blamed(kind: str, name: str, function: Callable[..., Any], what: str, on: st
             "compute a new tensor, such as W + s in place of W.add_(s)",
         ) from None
     except Exception as error:
-        words = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        where = place_in(error, function)
-        if ON_VALUES.search(words):
+        message = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        place = place_in(error, function)
+        if ON_VALUES.search(message):
             raise DefinitionError(
                 f"{kind} {name!r}: {what} depends on the values of a tensor, which are not known when it is traced",
-                where,
+                place,
                 "use torch.where in place of a branch, and tensors in place of numbers taken out of them",
             ) from error
         raise DefinitionError(
-            f"{kind} {name!r}: {what} fails{f' on {on}' if on else ''}: {words}", where
+            f"{kind} {name!r}: {what} fails{f' on {on}' if on else ''}: {message}", place
         ) from error

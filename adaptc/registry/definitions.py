@@ -1,16 +1,16 @@
-"""What is checked of a class when it is registered: its options, and that the compiler can call what it defines."""
+"""The checks of a class when it registers: its options, its names, and that the compiler can call its methods."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
-from adaptc.errors import DefinitionError, nearest
+from adaptc.errors import DefinitionError, did_you_mean, nearest
 from adaptc.registry.author import Author, place_of_function
 
 RESERVED = frozenset(
@@ -20,18 +20,18 @@ RESERVED = frozenset(
         *("options", "build", "spellings"),
     }
 )
-"""Names that an entry of a spec, or a pass that inserts or quantizes, uses itself."""
+"""Names no option may have: the keys of a spec's entries, and the fields of the passes that insert and quantize."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Definition:
-    """A class that is registered.
+    """A class that is being registered.
 
     Attributes:
-        kind: what it is, such as `method`.
-        name: what a spec calls it.
+        kind: what it is called in messages, such as `method`.
+        name: its name in a spec.
         cls: the class.
-        base: the class of adaptc that it extends, which says how the compiler calls it.
+        base: the class of adaptc that it extends, which declares how the compiler calls it.
         author: where it is written.
     """
 
@@ -42,11 +42,11 @@ class Definition:
     author: Author
 
     def mistake(self, message: str, attribute: str = "", *advice: str) -> DefinitionError:
-        """The error that names the line of an attribute, or of the class."""
+        """An error about this class, at the line of an attribute; at the class's own line for ""."""
         return DefinitionError(f"{self.kind} {self.name!r}: {message}", self.place(attribute), *advice)
 
     def place(self, attribute: str = "") -> str:
-        """The file and line of an attribute, or of the class."""
+        """`file:line` of an attribute, or of the class for ""."""
         function = inspect.unwrap(_function(vars(self.cls).get(attribute)))
         return (
             place_of_function(function) if hasattr(function, "__code__") else self.author.place_of(attribute)
@@ -54,16 +54,16 @@ class Definition:
 
     @property
     def shipped(self) -> bool:
-        """Whether it is one of adaptc's own, which the laws of its tests hold for."""
+        """Whether adaptc ships it. adaptc's own tests check the types of its options, so they are not checked again."""
         return self.author.module.startswith("adaptc.passes.")
 
     def overrides(self, attribute: str) -> bool:
-        """Whether the class, or one between it and its base, defines an attribute anew."""
+        """Whether an attribute is another one than the base's."""
         return getattr(self.cls, attribute, None) is not getattr(self.base, attribute, None)
 
 
 def _function(attribute: Any) -> Any:
-    """The function of a method, property or class method."""
+    """The plain function of a method, property, static or class method; anything else is returned as it is."""
     return getattr(attribute, "fget", None) or getattr(attribute, "__func__", attribute)
 
 
@@ -72,23 +72,36 @@ def check_class(
 ) -> Definition:
     """The definition of a frozen dataclass that extends a class of adaptc.
 
+    Args:
+        kind: what it is called in messages, such as `method`.
+        name: its name in a spec.
+        cls: what is registered.
+        base: the class of adaptc that it extends; None if it extends none.
+        bases: the classes it may extend, for the message.
+        author: where it is written.
+
     Raises:
-        DefinitionError: it is none.
+        DefinitionError: it extends none of them, or is no frozen dataclass.
     """
     if base is None:
         raise DefinitionError(f"{kind} {name!r}: a {kind} is a class that extends {bases}", author.place)
     definition = Definition(kind, name, cls, base, author)
-    if "__dataclass_params__" not in vars(cls) or not vars(cls)["__dataclass_params__"].frozen:
-        word = "graph_pass" if kind == "pass" else kind
-        raise definition.mistake(f"write @{word} above @dataclass(frozen=True)")
+    parameters: Any = cls.__dict__.get("__dataclass_params__")
+    if parameters is None or not parameters.frozen:
+        decorator = "graph_pass" if kind == "pass" else kind
+        raise definition.mistake(f"write @{decorator} above @dataclass(frozen=True)")
     return definition
 
 
 def check_options(definition: Definition, reserved: Collection[str] = RESERVED) -> None:
-    """Every option has a name of its own, a type that a spec can be held against, and a default of that type.
+    """Check that every option has a free name, a type that a spec can be validated by, and a default of that type.
+
+    Args:
+        definition: the class.
+        reserved: names no option may have.
 
     Raises:
-        DefinitionError: one has not.
+        DefinitionError: an option, an alias or a key of `small` is wrong.
     """
     cls, base = definition.cls, definition.base
     options = [option.name for option in dataclasses.fields(cls)]
@@ -111,14 +124,13 @@ def check_options(definition: Definition, reserved: Collection[str] = RESERVED) 
             raise definition.mistake(f"the option {name!r} cannot be a key of a spec", name, "rename it")
     for spelling, name in getattr(cls, "aliases", {}).items():
         if name not in options:
-            near = nearest(name, options, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(name, options)
             raise definition.mistake(
-                f"aliases: {spelling!r} stands for {name!r}, which is no option{hint}", "aliases"
+                f"aliases: {spelling!r} is another spelling of {name!r}, which is no option{hint}", "aliases"
             )
         if spelling in options or spelling in reserved:
             raise definition.mistake(
-                f"aliases: {spelling!r} is the name of something else", "aliases", "rename it"
+                f"aliases: {spelling!r} is already the name of an option or key", "aliases", "rename it"
             )
     for name in getattr(cls, "small", {}):
         if name not in options:
@@ -148,9 +160,9 @@ def _check_types(definition: Definition) -> None:
         try:
             adapter = TypeAdapter[Any](hints[option.name])
         except (PydanticUserError, TypeError) as error:
-            words = str(error).splitlines()[0]
+            message = str(error).splitlines()[0]
             raise definition.mistake(
-                f"the option {option.name!r} has a type that a spec cannot be held against: {words}",
+                f"a spec cannot be validated by the type of the option {option.name!r}: {message}",
                 option.name,
             ) from error
         if option.default is dataclasses.MISSING and option.default_factory is dataclasses.MISSING:
@@ -161,9 +173,9 @@ def _check_types(definition: Definition) -> None:
         try:
             adapter.validate_python(default)
         except ValidationError as error:
-            words = error.errors(include_url=False)[0]["msg"].lower()
+            message = error.errors(include_url=False)[0]["msg"].lower()
             raise definition.mistake(
-                f"the default of the option {option.name!r} is {default!r}: {words}", option.name
+                f"the default of the option {option.name!r} is {default!r}: {message}", option.name
             ) from error
 
 
@@ -171,38 +183,52 @@ def _fields(cls: type[Any]) -> Iterable[dataclasses.Field[Any]]:
     return dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
 
 
-def check_names(definition: Definition, attribute: str, known: Collection[str], what: str) -> frozenset[str]:
+def check_names(
+    definition: Definition, attribute: str, allowed: Collection[str], what: str
+) -> frozenset[str]:
     """A set of names that a class states, such as its kinds of site.
 
+    Args:
+        definition: the class.
+        attribute: the class variable that holds the set.
+        allowed: the names it may hold.
+        what: what the set says, as a phrase after "it does not say".
+
     Raises:
-        DefinitionError: there is none, it is no set, or it holds a name that is not known.
+        DefinitionError: there is none, it is no set, or it holds a name that is not allowed.
     """
-    names = getattr(definition.cls, attribute, None)
-    first = "linear" if "linear" in known else min(known)
+    stated: object = getattr(definition.cls, attribute, None)
+    first = "linear" if "linear" in allowed else min(allowed)
     example = f"such as {attribute}: ClassVar[frozenset[str]] = frozenset({{{first!r}}})"
-    if names is None:
+    if stated is None:
         raise definition.mistake(f"it does not say {what}", "", f"write {attribute}, {example}")
-    if not isinstance(names, frozenset | set) or not names:
-        raise definition.mistake(f"{attribute} is a set of names, got {names!r}", attribute, example)
+    if not isinstance(stated, frozenset | set) or not stated:
+        raise definition.mistake(f"{attribute} is a set of names, got {stated!r}", attribute, example)
+    names = cast("frozenset[str]", stated)
     for name in names:
-        if name not in known:
-            near = nearest(str(name), known, 1) or [k for k in known if k.lower() == str(name).lower()]
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+        if name not in allowed:
+            same = [other for other in allowed if other.lower() == str(name).lower()]
+            hint = did_you_mean(str(name), allowed, same)
             raise definition.mistake(
-                f"{attribute}: unknown {name!r}{hint}", attribute, f"known: {_listed(sorted(known))}"
+                f"{attribute}: unknown {name!r}{hint}", attribute, f"known: {_listed(sorted(allowed))}"
             )
     return frozenset(names)
 
 
 def check_defined(definition: Definition, hooks: Sequence[str], why: str) -> None:
-    """The class defines at least one of some methods.
+    """Check that the class defines at least one of some methods.
+
+    Args:
+        definition: the class.
+        hooks: the methods' names.
+        why: what the method is needed for, as a phrase after its name.
 
     Raises:
-        DefinitionError: it defines none.
+        DefinitionError: it defines none of them.
     """
     if not any(definition.overrides(hook) for hook in hooks):
-        own = [name for name in vars(definition.cls) if not name.startswith("_")]
-        near = [name for hook in hooks for name in nearest(hook, own, 1, cutoff=0.7)]
+        attributes = [name for name in vars(definition.cls) if not name.startswith("_")]
+        near = [name for hook in hooks for name in nearest(hook, attributes, 1, cutoff=0.7)]
         hint = f"; {near[0]!r} is near" if near else ""
         raise definition.mistake(f"it defines no {' or '.join(hooks)}, {why}{hint}")
 
@@ -210,22 +236,28 @@ def check_defined(definition: Definition, hooks: Sequence[str], why: str) -> Non
 def check_call(
     definition: Definition, hook: str, operands: Sequence[str], keywords: Iterable[str] | None = ()
 ) -> None:
-    """The compiler can call a method with these arguments; with `keywords` None with any, by name.
+    """Check that the compiler can call a method as it will.
+
+    Args:
+        definition: the class.
+        hook: the method's name. One the class does not define is not checked.
+        operands: the names of the positional arguments.
+        keywords: the names of the keyword arguments; None where they are not known yet.
 
     Raises:
-        DefinitionError: it cannot.
+        DefinitionError: the call does not fit the method's signature.
     """
     if not definition.overrides(hook):
         return
     stated = inspect.getattr_static(definition.cls, hook)
     if isinstance(stated, property) or not callable(_function(stated)):
         raise definition.mistake(f"{hook} is a method that adaptc calls, got {type(stated).__name__}", hook)
-    bound: Callable[..., Any] = stated.__func__ if isinstance(stated, staticmethod | classmethod) else stated
+    function: Callable[..., Any] = _function(stated)
     first = [] if isinstance(stated, staticmethod) else [None]
-    signature = inspect.signature(bound)
+    signature = inspect.signature(function)
     shown = ", ".join(operands) + ("" if keywords == () else ", " if operands else "")
     named = [f"{key}=..." for key in keywords or ()] or ([] if keywords == () else ["**theta"])
-    called = f"{hook}({shown}{', '.join(named)})"
+    call = f"{hook}({shown}{', '.join(named)})"
     try:
         if keywords is None:
             signature.bind_partial(*first, *operands)
@@ -233,7 +265,7 @@ def check_call(
             signature.bind(*first, *operands, **dict.fromkeys(keywords))
     except TypeError as error:
         raise definition.mistake(
-            f"{hook}{_shown(signature)} cannot be called as {called}: {error}", hook
+            f"{hook}{_shown(signature)} cannot be called as {call}: {error}", hook
         ) from error
     positional = [p.name for p in signature.parameters.values() if p.kind is p.POSITIONAL_ONLY]
     unnamed = positional[len(first) + len(operands) :]

@@ -1,39 +1,40 @@
-"""Registries: classes by the names a spec calls them by, shipped with adaptc or of an installed package."""
+"""A registry: classes by the names a spec calls them by, shipped with adaptc or in an installed package."""
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import entry_points
 from threading import RLock
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from adaptc.errors import AdaptcError, DefinitionError
 from adaptc.registry.author import Author
 
 ENTRY_POINT_GROUP = "adaptc.passes"
+"""The group of entry points by which an installed package extends adaptc."""
 NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
-"""Lower case with hyphens."""
+"""What a name may be: kebab-case, lower case with hyphens."""
 T = TypeVar("T")
 D = TypeVar("D")
 Check = Callable[[str, Any, Author], None]
-"""Raises a DefinitionError for a name, what is registered under it, and its author."""
+"""Checks a name, the class or function registered under it, and its author; raises a DefinitionError."""
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    """What is known of one kind, such as methods, by name. It is read like a dict.
+    """The classes of one kind, such as methods, by name. It is read like a dict.
 
-    Modules shipped with adaptc, and the packages of entry points, are imported when it is first read. What is
-    registered later is seen at once; a class that is defined again, as when a notebook's cell is run again, replaces
-    the earlier one.
+    Modules shipped with adaptc, and the packages of entry points, are imported when it is first read. A class that
+    registers later is found from then on. A class that is defined again, as when a notebook's cell is run again,
+    replaces the earlier one.
 
     Args:
-        kind: what it holds, as messages call it.
-        packages: every module of these is imported; each registers itself.
-        check: called for each name before it is registered.
+        kind: what one entry is called in messages, such as `method`.
+        packages: the packages whose modules are imported. Each module registers itself.
+        check: called for each name before it is registered; None for no check.
     """
 
     def __init__(self, kind: str, *packages: str, check: Check | None = None):
@@ -43,29 +44,33 @@ class Registry(Mapping[str, T], Generic[T]):
         self._shipped = False
 
     def register(self, name: str) -> Callable[[D], D]:
-        """A decorator that registers what it decorates, which then knows its `name`.
+        """A decorator that registers a class or function and sets its attribute `name`.
 
         Raises:
-            DefinitionError: the name is not kebab-case or another author's, or the check finds a mistake.
+            DefinitionError: the name is not kebab-case, another author has registered it, or the check finds a mistake.
         """
 
         def decorate(item: D) -> D:
-            author = Author.of(item, sys._getframe(1))
+            frame = inspect.currentframe()
+            caller = frame.f_back if frame else None
+            if caller is None:
+                raise RuntimeError("this Python keeps no frames, so no author can be named")
+            author = Author.of(item, caller)
             if not author.module.startswith(tuple(f"{package}." for package in self.packages)):
                 self._import_shipped()
             self._check(name, item, author)
-            self._items[name] = item  # type: ignore[assignment]
+            self._items[name] = cast("T", item)
             self._authors[name] = author
             return item
 
         return decorate
 
     def author(self, name: str) -> Author:
-        """Who registered a name."""
+        """Where the class of a name was registered."""
         return self._authors[name]
 
     def forget(self, name: str) -> None:
-        """Take a name out again."""
+        """Remove a name."""
         del self._items[name], self._authors[name]
 
     def __getitem__(self, name: str) -> T:
@@ -101,7 +106,7 @@ class Registry(Mapping[str, T], Generic[T]):
         if self._shipped:
             return
         with _LOCK:
-            self._shipped = True  # what is imported may read the registry
+            self._shipped = True  # a module that is imported may read the registry
             try:
                 for package in self.packages:
                     for module in pkgutil.iter_modules(
@@ -118,21 +123,21 @@ class Registry(Mapping[str, T], Generic[T]):
 
 
 class _Installed:
-    """The packages that extend adaptc: every entry point of the group is imported once."""
+    """The installed packages that extend adaptc. Each entry point of the group is imported once."""
 
     def __init__(self) -> None:
         self.loaded = False
 
     def load(self) -> None:
-        """Import them.
+        """Import every entry point of the group, unless that is done.
 
         Raises:
-            AdaptcError: one cannot be imported.
+            AdaptcError: a package cannot be imported.
         """
         if self.loaded:
             return
         with _LOCK:
-            self.loaded = True  # what is imported may read a registry
+            self.loaded = True  # a package that is imported may read a registry
             for entry_point in entry_points(group=ENTRY_POINT_GROUP):
                 try:
                     entry_point.load()
@@ -142,7 +147,7 @@ class _Installed:
                     raise AdaptcError(
                         f"{package} (entry point {entry_point.name} = {entry_point.value}) cannot be loaded: "
                         f"{type(error).__name__}: {error}",
-                        "mend that package, or uninstall it",
+                        "repair that package, or uninstall it",
                     ) from error
 
 

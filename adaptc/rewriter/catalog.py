@@ -9,7 +9,7 @@ from typing import Any, TypeAlias, get_type_hints
 
 from pydantic import TypeAdapter, create_model
 
-from adaptc.errors import nearest
+from adaptc.errors import unknown, with_notes
 from adaptc.methods.method import METHODS, Method
 from adaptc.quantization.scheme import SCHEMES, Scheme
 from adaptc.rewriter.insert.activation import InsertActivation
@@ -21,19 +21,21 @@ from adaptc.rewriter.pipeline import PASSES, Pass
 from adaptc.rewriter.quantize import Quantize
 
 Body: TypeAlias = Method[Any] | Scheme
-ENGINES: tuple[type[Insert[Any]], ...] = (InsertWeight, InsertActivation, InsertAttention, InsertInput)
-"""How each kind of method is inserted; `Insert(method, ...)` makes the one for the method's kind."""
+"""What such a pass inserts, or quantizes by."""
+ENGINES: tuple[type[Insert[Any, Any]], ...] = (InsertWeight, InsertActivation, InsertAttention, InsertInput)
+"""The engine for each kind of method. Importing them enters them, so that `Insert(method, ...)` finds the right one."""
 
 
 class PassFactory:
-    """Makes passes that insert a method, or quantize by a scheme: `InsertLora(target="*.query", r=4)`.
+    """Makes the passes that insert one method, or quantize by one scheme: `InsertLora(target="*.query", r=4)`.
 
-    It takes the options of the pass, such as `target`, and those of the method or the scheme, as its signature says.
+    It is called with the options of the pass, such as `target`, and those of the method or scheme: its signature has
+    both.
 
     Attributes:
         name: what a spec calls the pass, such as `insert-lora`.
         pass_class: `Insert` or `Quantize`.
-        body: the method or the scheme.
+        body: the class of the method or scheme.
         takes: the stages it can start from.
         leaves: the stage it leaves; None where it does not change it.
         changes_results: whether the graph it leaves may compute something else.
@@ -53,35 +55,38 @@ class PassFactory:
             TypeError: an option is unknown, or one that has no default is missing.
         """
         given = inspect.signature(self).parameters
-        unknown = next((option for option in options if option not in given), None)
-        if unknown is not None:
-            near = nearest(unknown, given, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise TypeError(
-                f"{self.__name__}: unknown option {unknown!r}{hint}\n  its options: {', '.join(given)}"
-            )
+        name = next((option for option in options if option not in given), None)
+        if name is not None:
+            message = f"{self.__name__}: {unknown('option', name, given, listed=())}"
+            raise TypeError(with_notes(message, [f"its options: {', '.join(given)}"]))
         bound = inspect.signature(self).bind(*args, **options).arguments
-        own = {name: value for name, value in bound.items() if name in self._options(self.body)}
-        common = {name: value for name, value in bound.items() if name not in own}
-        return self.pass_class(self.body(**own), **common)
+        body_options, pass_options = self._divided(bound)
+        return self.pass_class(self.body(**body_options), **pass_options)
 
     def validated(self, options: Mapping[str, Any]) -> Pass:
-        """The pass with options as a spec holds them.
+        """The pass with options as a spec states them.
 
         Raises:
             pydantic.ValidationError: one is of another type, or out of its bounds.
         """
-        own = {name: value for name, value in options.items() if name in self._options(self.body)}
-        body = TypeAdapter(self.body).validate_python(own)
-        common = {name: value for name, value in options.items() if name not in own}
+        body_options, pass_options = self._divided(options)
+        body = TypeAdapter(self.body).validate_python(body_options)
         hints = get_type_hints(self.pass_class)
-        fields: dict[str, Any] = {name: (hints[name], ...) for name in common}
-        checked = create_model(self.__name__, **fields)(**common)
-        return self.pass_class(body, **{name: getattr(checked, name) for name in common})
+        fields: dict[str, Any] = {name: (hints[name], ...) for name in pass_options}
+        checked = create_model(self.__name__, **fields)(**pass_options)
+        return self.pass_class(body, **{name: getattr(checked, name) for name in pass_options})
+
+    def _divided(self, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Options of the method or scheme, and options of the pass."""
+        of_body = self._options(self.body)
+        return (
+            {name: value for name, value in options.items() if name in of_body},
+            {name: value for name, value in options.items() if name not in of_body},
+        )
 
     @property
     def __signature__(self) -> inspect.Signature:
-        parameters = []
+        parameters: list[inspect.Parameter] = []
         for cls in (self.pass_class, self.body):
             for name, option in self._options(cls).items():
                 default = inspect.Parameter.empty
@@ -89,18 +94,18 @@ class PassFactory:
                     default = option.default
                 elif option.default_factory is not dataclasses.MISSING:
                     default = option.default_factory()
-                positional = name == "target"
-                kind = (
-                    inspect.Parameter.POSITIONAL_OR_KEYWORD if positional else inspect.Parameter.KEYWORD_ONLY
-                )
+                kinds = inspect.Parameter
+                kind = kinds.POSITIONAL_OR_KEYWORD if name == "target" else kinds.KEYWORD_ONLY
                 parameters.append(inspect.Parameter(name, kind, default=default, annotation=option.type))
         return inspect.Signature(parameters, return_annotation=self.pass_class)
 
     def _options(self, cls: type[Any]) -> dict[str, dataclasses.Field[Any]]:
+        """The fields of a class that are options: all but the method or scheme itself."""
         return {f.name: f for f in dataclasses.fields(cls) if f.name not in ("method", "scheme")}
 
 
 AnyPass: TypeAlias = type[Pass] | PassFactory
+"""What makes a pass from its options."""
 
 
 def load_passes() -> dict[str, AnyPass]:

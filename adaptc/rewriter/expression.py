@@ -1,4 +1,4 @@
-"""Weight expressions: traced to ATen, spliced in front of a site, and evaluated when folded."""
+"""Weight expressions: traced to ATen operations, spliced into a graph, extracted from it, evaluated when folded."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from adaptc.quantization.operators import DEQUANTIZE
 from adaptc.weights import Weight
 
 PIECE = 2**15
-"""Numbers of a folded weight whose rounding is measured at once: as many as torch computes with on one thread."""
+"""How many numbers of a folded weight have their rounding measured at once: torch computes as many on one thread."""
 
 
 def trace_expression(
@@ -27,10 +27,17 @@ def trace_expression(
     theta: Mapping[str, Any],
     whole: bool = False,
 ) -> fx.Graph:
-    """Trace `function(*operands, **theta)` on fake tensors; its inputs are the operands, then `theta` in order.
+    """Trace `function(*operands, **theta)` on fake tensors.
 
-    With `whole` operations stay as the model would run them, such as a linear layer on a batch. What it makes is made
-    where its first input is.
+    Args:
+        function: the expression.
+        operands: fake tensors.
+        theta: its other arguments by name, fake tensors too.
+        whole: leave operations as the model would run them, such as a linear layer on a batch.
+
+    Returns:
+        A graph whose inputs are the operands, then `theta` in order. Tensors that the function creates are created on
+        the device of the first input.
     """
     names, count = list(theta), len(operands)
 
@@ -51,37 +58,41 @@ def splice(
     mark: Mapping[str, Any],
     before: fx.Node | None = None,
 ) -> fx.Node:
-    """Copy a traced expression in front of `like`, or of another node; gives the node of its result.
+    """Copy a traced expression into a graph; gives the node of its result.
 
     Args:
         graph: the host.
         traced: the expression.
         operands: the nodes of its inputs.
-        like: the first user of what it changes; new nodes take its origin.
-        mark: what is kept in the meta of each new node: its adaptation, or the weight it stands for.
-        before: where it stands, if not in front of `like`.
+        like: the first user of what it changes; new nodes take its origin, and are inserted in front of it.
+        mark: goes into the meta of each new node: its adaptation, or the quantized weight it belongs to.
+        before: the node to insert in front of, if not `like`.
     """
     inputs = [n for n in traced.nodes if n.op == "placeholder"]
     mapping = dict(zip(inputs, operands, strict=True))
-    known = set(graph.module.graph.nodes)
+    existing = set(graph.module.graph.nodes)
     with graph.module.graph.inserting_before(before or like):
         result = graph.module.graph.graph_copy(traced, mapping)
     for node in graph.module.graph.nodes:
-        if node not in known:
+        if node not in existing:
             node.meta = {"val": node.meta.get("val"), **mark}
             node.meta |= {k: v for k, v in like.meta.items() if k in PROVENANCE}
     assert isinstance(result, fx.Node)
     return result
 
 
+SMALLEST = 1e-30
+"""The smallest divisor of a rounding error, for weights of zeros."""
+
+
 @dataclass(frozen=True)
 class Expression:
-    """A subgraph of weights only, cut out of its graph so that it can be evaluated later.
+    """A subgraph that depends on weights alone, extracted from its graph so that it can be evaluated later.
 
     Attributes:
         nodes: its operations in order of execution.
         result: the node whose value it gives.
-        leaves: weight name -> weight, as bound when it was cut out.
+        leaves: weight name -> weight, as bound when the expression was extracted.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -89,14 +100,15 @@ class Expression:
     leaves: Mapping[str, Weight]
 
     def evaluate(self) -> torch.Tensor:
-        """Compute it: in float64 for float32 weights, in float32 for narrower ones."""
+        """The value, computed in float64 for float32 weights, in float32 for narrower ones."""
         wide = (
             torch.float64
             if self.result.meta["val"].dtype in (torch.float32, torch.float64)
             else torch.float32
         )
 
-        def widened(dtype: torch.dtype) -> torch.dtype:  # of a constant that the expression makes
+        def widened(dtype: torch.dtype) -> torch.dtype:
+            """The dtype that an operation is given, such as that of a constant, made wide."""
             return wide if dtype.is_floating_point else dtype
 
         last = {operand: node for node in self.nodes for operand in (node, *node.all_input_nodes)}
@@ -105,15 +117,17 @@ class Expression:
             for node in self.nodes:
                 if node.op == "get_attr":
                     tensor = self.leaves[str(node.target)].exact()
-                    narrow = all(
-                        user.target is DEQUANTIZE for user in node.users
-                    )  # stored numbers stay as they are
-                    values[node] = tensor if narrow or not tensor.dtype.is_floating_point else tensor.to(wide)
+                    # What is stored of a quantized weight is dequantized as it is.
+                    stored = all(user.target is DEQUANTIZE for user in node.users)
+                    values[node] = tensor if stored or not tensor.dtype.is_floating_point else tensor.to(wide)
                     del tensor
                 else:
-                    args, kwargs = map_arg((node.args, dict(node.kwargs)), values.__getitem__)  # type: ignore[arg-type]
-                    args, kwargs = pytree.tree_map_only(torch.dtype, widened, (args, kwargs))
-                    values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                    target: Any = node.target
+                    arguments: Any = (node.args, dict(node.kwargs))
+                    arguments = map_arg(arguments, values.__getitem__)
+                    args, kwargs = pytree.tree_map_only(torch.dtype, widened, arguments)
+                    del arguments
+                    values[node] = target(*args, **kwargs)
                     del args, kwargs
                 for operand in (node, *node.all_input_nodes):
                     if last[operand] is node and operand is not self.result:
@@ -125,7 +139,7 @@ class Expression:
 class FoldedWeight(Weight):
     """A folded weight: its expression, evaluated wide and rounded once to the storage dtype.
 
-    `rounding` is what rounding cost when it was last loaded: the largest change over the largest value.
+    `rounding` is the error of the last rounding, the largest change over the largest value; None before it is loaded.
     """
 
     shape: tuple[int, ...]
@@ -134,32 +148,35 @@ class FoldedWeight(Weight):
     rounding: float | None = None
 
     def load(self) -> torch.Tensor:
-        """Evaluate, round, and remember what rounding cost."""
+        """Evaluate, round, and record the rounding error."""
         exact = self.expression.evaluate()
         rounded = exact.to(self.dtype).contiguous()
-        self.rounding = _change(exact, rounded) / max(_largest(exact), 1e-30)
+        self.rounding = _change(exact, rounded) / max(_largest(exact), SMALLEST)
         return rounded
 
 
 def _change(exact: torch.Tensor, rounded: torch.Tensor) -> float:
-    """The largest difference, a few rows at a time: memory holds no third wide tensor."""
+    """The largest difference between two tensors, a few rows at a time, so that memory holds no third wide tensor."""
     if not exact.numel():
         return 0.0
-    rows = max(1, PIECE * len(torch.atleast_1d(exact)) // exact.numel())
-    pieces = [torch.atleast_1d(tensor).split(rows) for tensor in (exact, rounded)]
-    return max(_largest(a - b) for a, b in zip(*pieces, strict=True))
+    wide, narrow = (tensor if tensor.dim() else tensor.reshape(1) for tensor in (exact, rounded))
+    rows = max(1, PIECE * len(wide) // wide.numel())
+    return max(
+        _largest(a - b) for a, b in zip(torch.split(wide, rows), torch.split(narrow, rows), strict=True)
+    )
 
 
 def _largest(tensor: torch.Tensor) -> float:
+    """The largest absolute value; 0 for a tensor without numbers."""
     low, high = torch.aminmax(tensor) if tensor.numel() else (0.0, 0.0)
     return max(-float(low), float(high))
 
 
 def extract_expression(graph: Graph, result: fx.Node) -> Expression:
-    """Cut the expression of a node out of the graph.
+    """The expression of a node, as a copy that stays valid when the graph is rewritten.
 
     Raises:
-        ValueError: the node depends on an input, so it is no expression of weights only.
+        ValueError: the node depends on an input of the model, or on its mode, so not on weights alone.
     """
     order: dict[fx.Node, None] = {}
 
@@ -167,13 +184,12 @@ def extract_expression(graph: Graph, result: fx.Node) -> Expression:
         if node in order:
             return
         if node.op == "placeholder" or node.target == "training":
-            raise ValueError(f"{result.name} depends on {node.name}, which is no weight")
+            raise ValueError(f"{result.name} depends on {node.name}, which is not a weight")
         for operand in node.all_input_nodes:
             visit(operand)
         order[node] = None
 
     visit(result)
-    # A copy, since the graph's own nodes are erased when it is folded.
     copied = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     for node in order:

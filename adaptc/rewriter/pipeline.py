@@ -1,4 +1,4 @@
-"""Passes, and the runner that checks them: requires, call, ensures, then the stage's legality table."""
+"""Passes, and the runner that checks each: requires, call, ensures, then the table of what is legal at its stage."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeVar
 
 from pydantic import TypeAdapter
 
-from adaptc.errors import AdaptcError, Refusal, RefusedError, VerifyError, nearest
+from adaptc.errors import AdaptcError, Refusal, RefusedError, VerifyError, unknown
 from adaptc.ir.graph import Graph
 from adaptc.ir.stages import REWRITTEN, STAGES
 from adaptc.ir.verify import structure_checked, verify
@@ -24,40 +24,44 @@ from adaptc.registry.registry import Registry
 class Pass:
     """A transformation of a graph. Subclasses are frozen dataclasses whose fields are the options.
 
-    A pass rewrites the graph it is given in place; the runner hands it a copy of the user's.
+    A pass rewrites a graph in place; the runner hands it a copy of the user's. See docs/writing-a-pass.md.
     """
 
     name: ClassVar[str]
     takes: ClassVar[frozenset[str]] = frozenset(REWRITTEN)
-    """The stages it can start from."""
+    """The stages it can start from: a graph is `traced`, then `adapted`, then `factored` or `folded`."""
     leaves: ClassVar[str | None] = None
-    """The stage it leaves; None where it does not change it."""
+    """The stage of the graph after it; None if that is the stage before it."""
     changes_results: ClassVar[bool] = False
-    """Whether the graph it leaves may compute something else, beyond rounding in another order."""
+    """Whether it may change what the graph computes, by more than rounding in another order."""
 
     def stated(self) -> dict[str, Any]:
         """The options that differ from their defaults, as a spec states them."""
         return changed_options(self)
 
     def requires(self, graph: Graph) -> list[Refusal]:
-        """Why this graph cannot be rewritten; empty if it can."""
+        """Why this graph cannot be rewritten; empty if it can. Called before `call`."""
         return []
 
     def call(self, graph: Graph) -> bool:
-        """Rewrite the graph; True if anything changed."""
+        """Rewrite the graph in place.
+
+        Returns:
+            Whether anything changed.
+        """
         raise NotImplementedError
 
     def ensures(self, graph: Graph) -> str | None:
-        """What does not hold afterwards though it must, or None."""
+        """What must hold of the graph after `call`, and does not; None if all holds."""
         return None
 
 
 def changed_options(instance: Any) -> dict[str, Any]:
-    """The fields of a dataclass that differ from their defaults, as plain data."""
+    """The fields of a dataclass that differ from their defaults, as data that YAML can hold."""
     options: dict[str, Any] = {}
     for field in dataclasses.fields(instance) if dataclasses.is_dataclass(instance) else ():
-        has_factory = field.default_factory is not dataclasses.MISSING
-        default = field.default_factory() if has_factory else field.default  # type: ignore[misc]
+        factory = field.default_factory
+        default = field.default if factory is dataclasses.MISSING else factory()
         if getattr(instance, field.name) != default:
             options[field.name] = getattr(instance, field.name)
     return TypeAdapter(dict[str, Any]).dump_python(options, mode="json")
@@ -65,7 +69,16 @@ def changed_options(instance: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class PassRecord:
-    """What a pass did: for the manifest and the screen."""
+    """What a pass did, for the manifest and the screen.
+
+    Attributes:
+        name: the pass, as a spec calls it.
+        seconds: the time it took, with the checks after it.
+        nodes_before: how many nodes the graph had.
+        nodes_after: how many it has.
+        modified: what `call` returned.
+        change: by how much it changed what the model computes; "" if not, or if it is adaptc's own and not measured.
+    """
 
     name: str
     seconds: float
@@ -73,31 +86,30 @@ class PassRecord:
     nodes_after: int
     modified: bool
     change: str = ""
-    """By how much it changed what the model computes, of a pass that is not adaptc's and says that it does."""
 
 
 Compare = Callable[[Pass, Graph], str]
-"""Given a pass and the graph that it has rewritten, as it was before: by how much it changes results, in words; ""
-where it does not. Raises RefusedError where it does not say so."""
-WORDS = ("insert", "quantize", "all", "trace")
-"""Names that mean something else where a pass may be named."""
+"""Called with a pass and the graph before it: gives by how much the pass changes results, "" if not at all. Raises
+RefusedError if it changes them and does not declare that it does."""
+RESERVED = ("insert", "quantize", "all", "trace")
+"""Words that a spec or an option of the command line has in the place of a pass's name."""
 
 
 def _check(name: str, cls: Any, author: Author) -> None:
     base = Pass if isinstance(cls, type) and issubclass(cls, Pass) else None
     definition = check_class("pass", name, cls, base, "Pass", author)
     generated = name.startswith(("insert-", "quantize-"))
-    if name in WORDS or generated:
-        what = "inserts a method or quantizes by a scheme" if generated else "means something else in a spec"
-        raise definition.mistake(f"the name {what}", "", "give it another name")
+    if name in RESERVED or generated:
+        meaning = (
+            "inserts a method or quantizes by a scheme" if generated else "means something else in a spec"
+        )
+        raise definition.mistake(f"the name {meaning}", "", "give it another name")
     check_options(definition, frozenset({"name"}))
     check_names(definition, "takes", STAGES, "the stages it can start from")
-    if cls.leaves not in (*STAGES, None):
-        near = nearest(str(cls.leaves), STAGES, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise definition.mistake(
-            f"leaves: unknown stage {cls.leaves!r}{hint}", "leaves", f"known: {', '.join(STAGES)}"
-        )
+    leaves = definition.cls.leaves
+    if leaves not in (*STAGES, None):
+        message = f"leaves: {unknown('stage', leaves, STAGES, listed=())}"
+        raise definition.mistake(message, "leaves", f"known: {', '.join(STAGES)}")
     check_defined(definition, ("call",), "which rewrites the graph")
     for hook in ("requires", "call", "ensures"):
         check_call(definition, hook, ("graph",))
@@ -122,7 +134,7 @@ def graph_pass(name: str) -> Callable[[P], P]:
 
 
 def check_order(passes: Sequence[Pass], stage: str = "traced") -> str | None:
-    """The first pass that cannot start from the stage it finds, in words; None if the order is right."""
+    """A message about the first pass that cannot start from the stage it finds; None if the order is right."""
     for item in passes:
         if stage not in item.takes:
             wanted = " or ".join(s for s in STAGES if s in item.takes)
@@ -132,7 +144,7 @@ def check_order(passes: Sequence[Pass], stage: str = "traced") -> str | None:
 
 
 def is_shipped(item: Pass) -> bool:
-    """Whether what a pass does was written for adaptc, as for what inserts a method of a user's own too."""
+    """Whether the `call` of a pass is adaptc's own, as that of the pass that inserts a user's method."""
     return type(item).call.__module__.startswith("adaptc.")
 
 
@@ -149,32 +161,35 @@ def run(
         graph: left as it is.
         passes: the pipeline.
         records: what each pass did is appended here.
-        after: called with the pass's name and the graph after each pass.
-        compare: asked by how much a pass that is not adaptc's own changes results, see `changes.comparison`; where
-            there is none, weights are not there to run the graph with.
+        after: called after each pass with its name and the graph.
+        compare: measures by how much a pass that is not adaptc's own changes results, see `compiler.changes`; None
+            where there are no weights to run the graph with.
+
+    Returns:
+        The rewritten graph.
 
     Raises:
-        RefusedError: a pass refuses the graph, or changes results and does not say so.
-        VerifyError: a pass left a graph that is not legal, or not what it ensures; names the pass, those before it
-            and the lines of the graph where it is.
+        RefusedError: a pass refuses the graph, or changes results without declaring it.
+        VerifyError: a pass failed, or left a graph that is not legal or not what it ensures; the message names the
+            pass and those before it, the notes quote the graph around the node at fault.
+        TypeError: one of `passes` is not a pass.
     """
     graph = graph.copy()
     done: list[str] = []
     for item in passes:
-        if not isinstance(item, Pass):
-            raise TypeError(f"expected a pass such as adaptc.passes.Fold(), got {item!r}")
-        wrong = check_order([item], graph.stage)
-        if wrong:
-            raise RefusedError([Refusal(wrong)], item)
+        _check_is_pass(item)
+        misplaced = check_order([item], graph.stage)
+        if misplaced:
+            raise RefusedError([Refusal(misplaced)], item)
         refusals = item.requires(graph)
         if refusals:
             raise RefusedError(refusals, item)
-        given = graph.copy() if compare is not None and not is_shipped(item) else None
+        original = graph.copy() if compare is not None and not is_shipped(item) else None
         start, before = time.perf_counter(), len(graph.module.graph.nodes)
         modified = _rewritten(graph, item, done)
         done.append(item.name)
         seconds = time.perf_counter() - start
-        change = compare(item, given) if compare is not None and given is not None else ""
+        change = compare(item, original) if compare is not None and original is not None else ""
         if records is not None:
             nodes = len(graph.module.graph.nodes)
             records.append(PassRecord(item.name, seconds, before, nodes, modified, change))
@@ -183,16 +198,21 @@ def run(
     return graph
 
 
+def _check_is_pass(item: Any) -> None:
+    if not isinstance(item, Pass):
+        raise TypeError(f"expected a pass such as adaptc.passes.Fold(), got {item!r}")
+
+
 def _rewritten(graph: Graph, item: Pass, done: Sequence[str]) -> bool:
-    """Let a pass rewrite the graph, and check what it leaves; True if it changed anything."""
+    """Let a pass rewrite the graph, and check the result; gives whether the pass says that it changed anything."""
     try:
         modified = item.call(graph)
         graph.stage = item.leaves or graph.stage
         with structure_checked():
             graph.clean()
-        broken = item.ensures(graph)
-        if broken:
-            raise VerifyError(broken)
+        breach = item.ensures(graph)
+        if breach:
+            raise VerifyError(breach)
         verify(graph)
         return modified
     except VerifyError as error:
@@ -208,8 +228,9 @@ def _rewritten(graph: Graph, item: Pass, done: Sequence[str]) -> bool:
 
 
 def _failure(graph: Graph, item: Pass, done: Sequence[str], cause: VerifyError) -> VerifyError:
-    """What went wrong in which pass, after which others, and the graph around the node: the one that the message names
-    as `%name` if the cause names none.
+    """The error with the name of the pass, the passes before it, and the graph around the node at fault.
+
+    Where the cause names no node, that is the first that its message names, as `%name`.
     """
     node = cause.node or next(iter(re.findall(r"%(\w+)", cause.message)), "")
     excerpt = graph.excerpt(node).splitlines()

@@ -1,4 +1,4 @@
-"""Quantize: the weight that a site reads becomes what few bits stand for. One pass for every scheme."""
+"""Quantize: the weight that a site reads is stored quantized, and dequantized. One pass for every scheme."""
 
 from __future__ import annotations
 
@@ -31,15 +31,16 @@ from adaptc.rewriter.pipeline import Pass, changed_options
 from adaptc.weights import Deferred, Held
 
 TOKENS = 4096
-"""Rows of a layer's inputs that schemes choose by."""
+"""How many rows of a layer's inputs a calibrated scheme gets."""
 
 
 @dataclass(frozen=True)
 class Quantize(Pass):
     """`linear(x, W)` becomes `linear(x, dequantize(codes, …))` at every site the target names.
 
-    `Quantize(scheme, target="*.query")`. Whoever else uses the same tensor reads the same bits: a tied head its
-    embedding's. `entry` is the number of the entry of the spec that it comes from, None for what the base has in bits.
+    `Quantize(scheme, target="*.query")`. All that uses the same tensor reads the same codes, as a tied head those of
+    its embedding. `entry` is the number of the spec's entry that it comes from, None for what the base itself stores
+    quantized.
     """
 
     scheme: Scheme
@@ -64,27 +65,29 @@ class Quantize(Pass):
         return options | changed_options(self.scheme)
 
     def selection(self, graph: Graph) -> Selection[WeightSite]:
-        """What the target matches, each tensor once: as a whole, or all slices of it that are named."""
-        found = select(graph, self.target, self.exclude, self.scheme)
-        of: dict[str, list[WeightSite]] = {}
-        for site in found.sites:
-            of.setdefault(graph.aliases[site.parameter], []).append(site)
-        return dataclasses.replace(found, sites=tuple(_joined(sites) for sites in of.values()))
+        """The sites that the target matches, one for each tensor: as a whole, or all slices of it that are named."""
+        selection = select(graph, self.target, self.exclude, self.scheme)
+        by_tensor: dict[str, list[WeightSite]] = {}
+        for site in selection.sites:
+            by_tensor.setdefault(graph.aliases[site.parameter], []).append(site)
+        return dataclasses.replace(selection, sites=tuple(_joined(sites) for sites in by_tensor.values()))
 
-    def left(self, graph: Graph) -> list[WeightSite]:
-        """The sites that are not quantized by this entry already: after a fold, those that were folded into."""
-        known = {name for name, q in graph.quantized.items() if q.entry == self.entry}
-        return [site for site in self.selection(graph).sites if site.parameter not in known]
+    def unquantized(self, graph: Graph) -> list[WeightSite]:
+        """The sites that this entry has not quantized yet: after a fold, those that were folded into."""
+        quantized = {name for name, leaf in graph.quantized.items() if leaf.entry == self.entry}
+        return [site for site in self.selection(graph).sites if site.parameter not in quantized]
 
     def refused(self, graph: Graph, site: WeightSite) -> Fault | None:
-        """The option at fault and why this cannot be stored so; None if it can."""
-        known = graph.quantized.get(site.parameter)
-        if known is not None:
-            who = "the base" if known.entry is None else f"quantize.{known.entry}"
-            words = f"{who} stores it as {known.scheme.name} already"
-            return Fault(("target",), f"{words}; leave it out of one of them with `exclude`")
+        """The option at fault and why the scheme cannot store a site's weight; None if it can."""
+        leaf = graph.quantized.get(site.parameter)
+        if leaf is not None:
+            owner = "the base" if leaf.entry is None else f"quantize.{leaf.entry}"
+            reason = (
+                f"{owner} stores it as {leaf.scheme.name} already; leave it out of one of them with `exclude`"
+            )
+            return Fault(("target",), reason)
         if not site.dtype.is_floating_point:
-            return Fault(("target",), f"its weight is {site.dtype}, not a number to be rounded")
+            return Fault(("target",), f"its weight is {site.dtype}, and only floats can be quantized")
         return self.scheme.refuses(*matrix_size(site))
 
     def requires(self, graph: Graph) -> list[Refusal]:
@@ -93,70 +96,71 @@ class Quantize(Pass):
         if not selection.sites:
             near = f"; near: {', '.join(selection.near)}" if selection.near else ""
             return [Refusal(f"{self.name}: the target {self.target!r} matches no site{near}")]
-        refusals = []
-        for site in self.left(graph):
-            reason = self.refused(graph, site)
-            if reason:
-                message = f"{self.scheme.name}: {reason.reason}"
-                refusals.append(Refusal(message, (site.node,), (f"site {site}",)))
+        refusals: list[Refusal] = []
+        for site in self.unquantized(graph):
+            fault = self.refused(graph, site)
+            if fault:
+                reason = f"{self.scheme.name}: {fault.reason}"
+                refusals.append(Refusal(reason, (site.node,), (f"site {site}",)))
         return refusals
 
     def call(self, graph: Graph) -> bool:
-        """Store every matrix, and let what read it read what the bits stand for."""
-        scheme, sites = self.scheme, self.left(graph)
-        made = [Quantization(scheme, site, graph.weights[site.parameter]) for site in sites]
+        """Quantize every matrix, and let what reads the weight read the dequantized one."""
+        scheme, sites = self.scheme, self.unquantized(graph)
+        quantizations = [Quantization(scheme, site, graph.weights[site.parameter]) for site in sites]
         if scheme.calibrated:
-            chosen = [quantization for quantization in made if quantization.kept is None]
+            floats = [quantization for quantization in quantizations if quantization.packed is None]
             inputs = (
-                LayerInputs(graph.copy(), [q.site for q in chosen], graph.calibration_rows, TOKENS)
-                if chosen
+                LayerInputs(graph.copy(), [q.site for q in floats], graph.calibration_rows, TOKENS)
+                if floats
                 else None
             )
-            for quantization in chosen:
+            for quantization in floats:
                 quantization.inputs = inputs.of(quantization.site) if inputs else None
         traced: dict[Any, fx.Graph] = {}
-        for quantization in made:
+        for quantization in quantizations:
             self._quantize(graph, quantization, traced)
         return bool(sites)
 
     def ensures(self, graph: Graph) -> str | None:
-        """No planned site reads its weight as it was."""
+        """No planned site reads its weight in floats."""
         read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
-        left = sorted({s.module for s in self.selection(graph).sites if s.parameter in read})
-        return f"{self.name} planned {', '.join(left)}, but did not rewrite it" if left else None
+        remaining = sorted({s.module for s in self.selection(graph).sites if s.parameter in read})
+        return f"{self.name} planned {', '.join(remaining)}, but did not rewrite it" if remaining else None
 
     def _quantize(self, graph: Graph, quantization: Quantization, traced: dict[Any, fx.Graph]) -> None:
+        """Attach the tensors of one matrix, and let all that reads the weight read the dequantized one."""
         scheme, site = quantization.scheme, quantization.site
         parameter, (rows, columns) = site.parameter, quantization.size
         prefix = f"{parameter}_{site.part}" if site.part else parameter
-        held: dict[str, str] = {}
-        for key, kept in scheme.stored(rows, columns).items():
-            held[key] = f"{prefix}_{key}"
-            graph.attach(held[key], part(quantization, key, kept), trained=False)
+        names: dict[str, str] = {}
+        for key, stored in scheme.stored(rows, columns).items():
+            names[key] = f"{prefix}_{key}"
+            graph.attach(names[key], part(quantization, key, stored), trained=False)
         for key, value in scheme.constants().items():
-            held[key] = f"{scheme.name.replace('-', '_')}_{key}"
-            if held[key] not in graph.weights:
-                graph.attach(held[key], Held(value), trained=False)
-        same = alias_names(graph, parameter)
-        reads = [n for n in graph.nodes if n.op == "get_attr" and n.target in same]
+            names[key] = f"{scheme.name.replace('-', '_')}_{key}"
+            if names[key] not in graph.weights:
+                graph.attach(names[key], Held(value), trained=False)
+        aliases = alias_names(graph, parameter)
+        reads = [n for n in graph.nodes if n.op == "get_attr" and n.target in aliases]
         first = next(node for node in graph.nodes if any(read in node.all_input_nodes for read in reads))
         with graph.module.graph.inserting_before(first):
-            tensors = [graph.parameter_node(name) for name in held.values()]
-            found = graph.call(DEQUANTIZE, tensors, scheme.text, rows, columns, site.dtype, like=first)
-        found.meta["quantized"] = parameter
-        rest, operands = "", [found]
+            tensors = [graph.parameter_node(name) for name in names.values()]
+            matrix = graph.call(DEQUANTIZE, tensors, scheme.text, rows, columns, site.dtype, like=first)
+        matrix.meta["quantized"] = parameter
+        rest, operands = "", [matrix]
         if site.rows:
             rest = f"{prefix}_rest"
             shape = (reads[0].meta["val"].numel() // columns - rows, columns)
             graph.attach(rest, Deferred(shape, site.dtype, quantization.rest), trained=False)
             operands.append(graph.parameter_node(rest))
-        value = found
+        value = matrix
         if site.rows or not stored_as_matrix(site):
             key = (site.kind, site.layout, site.shape, site.rows, site.dtype)
             if key not in traced:
                 with graph.fake_mode:
                     traced[key] = trace_expression(
-                        lambda *made: weight_of(site, *made), [o.meta["val"] for o in operands], {}
+                        lambda *matrices: weight_of(site, *matrices), [o.meta["val"] for o in operands], {}
                     )
             value = splice(graph, traced[key], operands, first, {"quantized": parameter})
         if value.meta["val"].stride() == reads[0].meta["val"].stride():
@@ -164,15 +168,15 @@ class Quantize(Pass):
         for read in reads:
             read.replace_all_uses_with(value)
             graph.module.graph.erase_node(read)
-        for name in same:
+        for name in aliases:
             del graph.weights[name]
         graph.quantized[parameter] = QuantizedLeaf(
-            quantization, self.entry, held, found.name, value.name, rest
+            quantization, self.entry, names, matrix.name, value.name, rest
         )
 
 
 def _joined(sites: Sequence[WeightSite]) -> WeightSite:
-    """One site of a tensor: the whole if that is among them, else all rows of its slices."""
+    """One site for the sites of a tensor: the whole tensor's if it is among them, else all rows of the slices."""
     whole = next((site for site in sites if not site.rows), None)
     if whole is not None or len(sites) == 1:
         return whole or sites[0]
@@ -186,7 +190,7 @@ def _joined(sites: Sequence[WeightSite]) -> WeightSite:
 
 
 def drop_unread_quantized(graph: Graph, parameters: Iterable[str]) -> None:
-    """Drop the bits that stood for these parameters, which are read as floats now; what else reads them keeps them."""
+    """Forget that parameters are quantized, and drop the tensors they were stored in that nothing reads any more."""
     read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     for name in [name for name in parameters if name in graph.quantized]:
         quantized = graph.quantized.pop(name)

@@ -1,18 +1,20 @@
-"""The `base` of a spec, and the `inputs` it takes."""
+"""The entry `base` of a spec, the model to adapt, and `inputs`, what that model takes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainSerializer, PlainValidator, StringConstraints, model_validator
+from pydantic_core import InitErrorDetails
 
 from adaptc.errors import got
 from adaptc.inputs import DTYPES, InputSpec
 from adaptc.spec.diagnostics import fault, invalid
 from adaptc.spec.part import Part, PathText
+from adaptc.spec.yaml_text import is_mapping
 
 DEFAULT_TASK = "feature-extraction"
+"""The task of a `model` that names none: the model without a head."""
 
 
 class BaseEntry(Part):
@@ -39,8 +41,8 @@ class BaseEntry(Part):
         if not given:
             raise invalid(fault("a base needs one of 'model', 'python' or 'program'", at_key=True))
         if len(given) > 1:
-            words = f"a base has one of 'model', 'python' or 'program', and {given[0]!r} is given"
-            raise invalid(*(fault(words, loc=(key,), at_key=True) for key in given[1:]))
+            message = f"a base has one of 'model', 'python' or 'program', and {given[0]!r} is given"
+            raise invalid(*(fault(message, loc=(key,), at_key=True) for key in given[1:]))
         if self.args and self.python is None:
             raise invalid(fault("only a 'python' base takes arguments", loc=("args",), at_key=True))
         if self.config and self.model is None:
@@ -50,24 +52,25 @@ class BaseEntry(Part):
         return self
 
 
-def _inputs(texts: Any) -> dict[str, InputSpec]:
-    if not isinstance(texts, Mapping):
+def _inputs(texts: object) -> dict[str, InputSpec]:
+    if not is_mapping(texts):
         raise invalid(fault(f"expected a mapping, got {got(texts)}"))
-    read, faults = {}, []
+    inputs: dict[str, InputSpec] = {}
+    faults: list[InitErrorDetails] = []
     for name, text in texts.items():
         try:
-            read[name] = text if isinstance(text, InputSpec) else InputSpec.parse(str(name), str(text))
+            inputs[name] = text if isinstance(text, InputSpec) else InputSpec.parse(str(name), str(text))
         except ValueError as error:
             faults.append(fault(str(error), loc=(name,)))
     if faults:
         raise invalid(*faults)
-    return read
+    return inputs
 
 
 InputText = Annotated[str, StringConstraints(pattern=r"^\s*(" + "|".join(DTYPES) + r")\s*\[.*\]\s*$")]
 Inputs = Annotated[
     dict[str, InputSpec],
     PlainValidator(_inputs, json_schema_input_type=dict[str, InputText]),
-    PlainSerializer(lambda inputs: {name: str(read) for name, read in inputs.items()}),
+    PlainSerializer(lambda inputs: {name: str(spec) for name, spec in inputs.items()}),
 ]
-"""Every input of the base, by name."""
+"""The inputs of the base, by name. In the spec each is a text such as `int64[batch, seq]`."""

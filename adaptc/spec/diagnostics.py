@@ -1,10 +1,10 @@
-"""What pydantic finds wrong in a spec, said in adaptc's words and at its place in the file."""
+"""Messages about a wrong spec: pydantic's errors reworded, and located in the file."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
@@ -14,6 +14,7 @@ from adaptc.spec.source import Source
 from adaptc.spec.yaml_text import Loc
 
 _OURS = "adaptc"
+"""The type, for pydantic, of the errors that `fault` makes."""
 _NOUNS = {
     "bool": "true or false",
     "dict": "a mapping",
@@ -34,34 +35,41 @@ _BOUNDS = {
 
 
 def fault(message: str, *notes: str, loc: Loc = (), at_key: bool = False) -> InitErrorDetails:
-    """One thing wrong, below the value being validated; points at the key itself if `at_key`."""
+    """An error about the value being validated, or about something below it.
+
+    Args:
+        message: what is wrong, in one line.
+        notes: what was expected, what to do: a line each.
+        loc: the way from the value being validated to what is wrong.
+        at_key: point at the key there, not at its value.
+    """
     context = {"message": message, "notes": notes, "at_key": at_key}
     return InitErrorDetails(type=PydanticCustomError(_OURS, "{message}", context), loc=loc, input=None)
 
 
 def invalid(*faults: InitErrorDetails) -> ValidationError:
-    """An error for a validator to raise; pydantic puts the place of the validated value in front."""
+    """The exception that a validator raises. Pydantic puts the location of the validated value before each fault's."""
     return ValidationError.from_exception_data("spec", list(faults))
 
 
 def explained(error: ValidationError, spellings: Mapping[str, str]) -> ValidationError:
-    """The same error in adaptc's words.
+    """Reword pydantic's messages.
 
     Args:
         error: raised by a model of the spec.
-        spellings: every key that model reads -> the option it stands for.
+        spellings: every key that the model reads -> the field that key fills.
     """
     return invalid(*(_explained(details, spellings) for details in error.errors(include_url=False)))
 
 
 def problems(error: ValidationError, source: Source) -> list[Problem]:
-    """Every fault of an explained error, in the order of the file."""
-    found = []
+    """The faults of an error that `explained` returned, as problems in the order of the file."""
+    located: list[Problem] = []
     for details in error.errors(include_url=False):
         context = details.get("ctx", {})
         loc = _written(details["loc"], source.data)
-        found.append(source.problem(loc, details["msg"], *context["notes"], at_key=context["at_key"]))
-    return sorted(found, key=lambda problem: (problem.line or 0, problem.column or 0))
+        located.append(source.problem(loc, details["msg"], *context["notes"], at_key=context["at_key"]))
+    return sorted(located, key=lambda problem: (problem.line or 0, problem.column or 0))
 
 
 def _explained(details: ErrorDetails, spellings: Mapping[str, str]) -> InitErrorDetails:
@@ -72,19 +80,19 @@ def _explained(details: ErrorDetails, spellings: Mapping[str, str]) -> InitError
         return _unknown_key(loc, spellings)
     if kind == "invalid_key":
         return fault(f"a key must be text, got {got(value)}", loc=loc, at_key=True)
-    return fault(_words(kind, value, context, details["msg"]), loc=loc)
+    return fault(_message(kind, value, context, details["msg"]), loc=loc)
 
 
 def _unknown_key(loc: Loc, spellings: Mapping[str, str]) -> InitErrorDetails:
-    word = loc[-1]
-    if word in spellings:
-        option = spellings[str(word)]
+    key = loc[-1]
+    if key in spellings:
+        option = spellings[str(key)]
         return fault(f"another spelling of {option!r}, which is given too: keep one", loc=loc, at_key=True)
     options = dict.fromkeys(spellings.values())
-    return fault(unknown("key", word, spellings, listed=options), loc=loc, at_key=True)
+    return fault(unknown("key", key, spellings, listed=options), loc=loc, at_key=True)
 
 
-def _words(kind: str, value: object, context: Mapping[str, Any], message: str) -> str:
+def _message(kind: str, value: object, context: Mapping[str, Any], message: str) -> str:
     if kind == "missing":
         return "required, but missing"
     if kind == "value_error":
@@ -108,12 +116,12 @@ def _words(kind: str, value: object, context: Mapping[str, Any], message: str) -
 
 
 def _written(loc: Loc, data: Any) -> Loc:
-    """The part of a place that follows the data as written, and the key that is missing there, if one is."""
+    """The part of a location that exists in the data as written, and the key that is missing after it, if one is."""
     for depth, part in enumerate(loc):
         if not isinstance(data, Mapping | list | tuple):
             return loc[:depth]
         try:
-            data = data[part]  # type: ignore[index, call-overload]
+            data = cast("Any", data)[part]
         except (LookupError, TypeError):
             return loc[: depth + 1]
     return loc

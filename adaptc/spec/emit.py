@@ -1,4 +1,4 @@
-"""The entries of `emit`: what to write, and where."""
+"""The entries of `emit`: which artifacts to write, and where."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from typing import Annotated, Literal, TypeAlias
 
 from pydantic import AfterValidator, Field
+from pydantic_core import InitErrorDetails
 
 from adaptc.spec.diagnostics import fault, invalid
 from adaptc.spec.part import Many, OneOf, Part, PathText
@@ -15,19 +16,19 @@ OutputPath = Annotated[PathText, Field(description="where it goes, relative to t
 
 
 class TorchEmit(Part):
-    """The trainable module."""
+    """An artifact in PyTorch: the trainable module as a `torch.export` program."""
 
     format: Literal["torch"]
     path: OutputPath
 
 
 class OnnxEmit(Part):
-    """An ONNX program."""
+    """An artifact in ONNX: a program for inference."""
 
     format: Literal["onnx"]
     path: OutputPath
     adapters: Literal["folded", "live", "none"] = Field(
-        "folded", description="folded away, kept as operations of their own, or left out"
+        "folded", description="folded into the weights, kept as operations of their own, or left out"
     )
     opset: Annotated[int, Field(ge=18, le=25)] | None = Field(
         None, description="ONNX opset; 20 if left out, or what the weights' bits need"
@@ -43,7 +44,7 @@ class OnnxEmit(Part):
 
 
 class PeftEmit(Part):
-    """A PEFT checkpoint of the adapter."""
+    """An artifact for PEFT: a checkpoint of the adapters alone."""
 
     format: Literal["peft"]
     path: OutputPath
@@ -59,7 +60,7 @@ def _size(text: str) -> str:
 
 
 class HfEmit(Part):
-    """A folded Hugging Face checkpoint."""
+    """An artifact for transformers: a model directory with the adapters folded into its weights."""
 
     format: Literal["hf"]
     path: OutputPath
@@ -74,7 +75,7 @@ EmitEntry: TypeAlias = Annotated[TorchEmit | OnnxEmit | PeftEmit | HfEmit, OneOf
 
 def _separate(entries: tuple[EmitEntry, ...]) -> tuple[EmitEntry, ...]:
     first: dict[str, int] = {}
-    faults = []
+    faults: list[InitErrorDetails] = []
     for index, path in enumerate(os.path.normpath(entry.path) for entry in entries):
         if first.setdefault(path, index) != index:
             faults.append(fault(f"emit.{first[path]} writes to {path!r} too", loc=(index, "path")))

@@ -1,8 +1,7 @@
-"""The entries of `adapt`: a method with its target and options, or a trained adapter."""
+"""The entries of `adapt`, a method with its options or a trained adapter, and of `quantize`, a scheme with its own."""
 
 from __future__ import annotations
 
-import dataclasses
 from functools import cache
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -10,7 +9,7 @@ from pydantic import Field, create_model
 
 from adaptc.methods.method import METHODS, Method, Rank, summary
 from adaptc.quantization.scheme import SCHEMES, Scheme
-from adaptc.spec.part import OneOf, Part, PathText, Spelled, option_keys
+from adaptc.spec.part import OneOf, Part, PathText, Spelled, option_keys, option_names
 from adaptc.spec.targets import Patterns, Target
 
 Alias = Annotated[
@@ -24,7 +23,7 @@ AdapterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", description="the
 
 
 class MethodEntry(Spelled):
-    """An adaptation to insert. Each method has a subclass with its own options as fields."""
+    """An adaptation to insert. Each method has a subclass that adds the method's options as fields."""
 
     method: str
     name: AdapterName = "default"
@@ -33,11 +32,11 @@ class MethodEntry(Spelled):
     on_alias: Alias = "refuse"
 
     def options(self) -> dict[str, Any]:
-        """The method's own options."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(METHODS[self.method])}  # type: ignore[arg-type]
+        """The method's own options, by name."""
+        return {name: getattr(self, name) for name in option_names(METHODS[self.method])}
 
-    def build(self) -> Method:
-        """The method with these options."""
+    def build(self) -> Method[Any]:
+        """The method with the options of this entry."""
         return METHODS[self.method](**self.options())
 
 
@@ -52,43 +51,43 @@ class AdapterEntry(Part):
 
 
 @cache
-def entry_model(cls: type[Method]) -> type[MethodEntry]:
-    """The model of a method's entries: its dataclass fields, with their constraints, are keys."""
+def entry_model(cls: type[Method[Any]]) -> type[MethodEntry]:
+    """The model of a method's entries. The fields of the method's dataclass are its keys, with their constraints."""
     keys = option_keys(cls)
     if cls.everywhere:
-        keys["target"] = Target, Field(("*",), description="as of every method; everywhere if left out")
+        keys["target"] = Target, Field(("*",), description="as for every method; every site if left out")
     return create_model(
         f"{cls.__name__}Entry", __base__=MethodEntry, __module__=cls.__module__, __doc__=summary(cls), **keys
     )
 
 
-def _entry_models() -> dict[str, type[MethodEntry]]:
+def _method_models() -> dict[str, type[MethodEntry]]:
     return {name: entry_model(cls) for name, cls in METHODS.items()}
 
 
 AdaptEntry: TypeAlias = Annotated[
-    MethodEntry | AdapterEntry, OneOf("method", _entry_models, {"adapter": AdapterEntry})
+    MethodEntry | AdapterEntry, OneOf("method", _method_models, {"adapter": AdapterEntry})
 ]
 
 
 class QuantizeEntry(Spelled):
-    """Weights to store in few bits. Each scheme has a subclass with its own options as fields."""
+    """Weights to store in few bits. Each scheme has a subclass that adds the scheme's options as fields."""
 
     method: str
     target: Target = Field(description="as in `adapt`: globs or re: regexes, all-linear, or a mapping")
     exclude: Patterns = Field((), description="patterns of modules to leave out")
 
     def options(self) -> dict[str, Any]:
-        """The scheme's own options."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(SCHEMES[self.method])}
+        """The scheme's own options, by name."""
+        return {name: getattr(self, name) for name in option_names(SCHEMES[self.method])}
 
     def build(self) -> Scheme:
-        """The scheme with these options."""
+        """The scheme with the options of this entry."""
         return SCHEMES[self.method](**self.options())
 
 
 @cache
-def _entry_model(cls: type[Scheme]) -> type[QuantizeEntry]:
+def _scheme_model(cls: type[Scheme]) -> type[QuantizeEntry]:
     return create_model(
         f"{cls.__name__}Quantization",
         __base__=QuantizeEntry,
@@ -98,8 +97,8 @@ def _entry_model(cls: type[Scheme]) -> type[QuantizeEntry]:
     )
 
 
-def _models() -> dict[str, type[QuantizeEntry]]:
-    return {name: _entry_model(cls) for name, cls in SCHEMES.items()}
+def _scheme_models() -> dict[str, type[QuantizeEntry]]:
+    return {name: _scheme_model(cls) for name, cls in SCHEMES.items()}
 
 
-QuantizeEntries: TypeAlias = Annotated[QuantizeEntry, OneOf("method", _models)]
+QuantizeEntries: TypeAlias = Annotated[QuantizeEntry, OneOf("method", _scheme_models)]

@@ -1,4 +1,4 @@
-"""Options of a method or a scheme as the keys of an entry."""
+"""What the entries of a spec are made of: strict mappings, the options of a class as keys, one model out of several."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from pydantic import (
     AliasChoices,
@@ -27,10 +27,21 @@ from pydantic_core import CoreSchema, core_schema
 
 from adaptc.errors import got, unknown
 from adaptc.spec.diagnostics import explained, fault, invalid
+from adaptc.spec.yaml_text import is_mapping
+
+
+def option_names(cls: Any) -> list[str]:
+    """The names of the options of a registered dataclass."""
+    return [option.name for option in dataclasses.fields(cls)]
 
 
 def option_keys(cls: Any) -> dict[str, Any]:
-    """The dataclass fields of a class, with their constraints, as keys; and `method`, which names it."""
+    """The fields of a registered dataclass as the keys of its entry.
+
+    Returns:
+        Field definitions for `pydantic.create_model`: each option's type and default by its name, and `method`, whose
+        only value is the class's name.
+    """
     hints = get_type_hints(cls, include_extras=True)
     keys: dict[str, Any] = {
         f.name: (_from_list(hints[f.name]), _option(cls, f)) for f in dataclasses.fields(cls)
@@ -52,30 +63,34 @@ def _option(cls: Any, option: dataclasses.Field[Any]) -> Any:
     )
 
 
+def _path_text(value: object) -> object:
+    return os.fspath(cast("os.PathLike[str]", value)) if isinstance(value, os.PathLike) else value
+
+
 T = TypeVar("T")
 Many = Annotated[tuple[T, ...], Strict(False)]
-"""A list in the spec, which has no tuples; a tuple in Python, where a spec is frozen."""
+"""A list in YAML, a tuple in Python, where a spec cannot be changed."""
 PathText = Annotated[
     str,
     StringConstraints(strip_whitespace=True, min_length=1),
-    BeforeValidator(lambda value: os.fspath(value) if isinstance(value, os.PathLike) else value),
+    BeforeValidator(_path_text),
 ]
-"""A path as text; a spec given from Python may hold a `Path`."""
+"""A path as text. A spec given from Python may hold a `Path`."""
 
 
 class Part(BaseModel):
-    """A mapping in a spec."""
+    """A mapping in a spec: unknown keys are errors, and values are not converted to another type."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     @classmethod
     def spellings(cls) -> dict[str, str]:
         """Every key it reads -> the field that key fills."""
-        found = {name: name for name in cls.model_fields}
+        fields = {name: name for name in cls.model_fields}
         for name, info in cls.model_fields.items():
             if isinstance(info.validation_alias, AliasChoices):
-                found |= {str(spelling): name for spelling in info.validation_alias.choices}
-        return found
+                fields |= {str(spelling): name for spelling in info.validation_alias.choices}
+        return fields
 
     @model_validator(mode="wrap")
     @classmethod
@@ -87,50 +102,54 @@ class Part(BaseModel):
 
 
 class Spelled(Part):
-    """An entry whose keys may be spelled in several ways, which its schema shows."""
+    """An entry whose keys have several spellings; its JSON Schema lists them all."""
 
     @classmethod
     def __get_pydantic_json_schema__(
         cls, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
-        shown = handler(schema)
-        properties = handler.resolve_ref_schema(shown)["properties"]
+        described = handler(schema)
+        properties = handler.resolve_ref_schema(described)["properties"]
         for spelling, name in cls.spellings().items():
             properties.setdefault(spelling, properties[name] | {"description": f"another spelling of {name}"})
-        return shown
+        return described
 
 
 @dataclass(frozen=True)
 class OneOf:
-    """Annotates a mapping whose `key` says which model it is.
+    """Annotates a mapping that one of several models validates; `key` names the model.
 
-    Unlike pydantic's own tagged union it looks the models up when a spec is read, so that a method registered
-    later is known too, and it leaves no tag in an error's place.
+    Unlike pydantic's own tagged union it looks the models up when a spec is read, so that it finds a method which
+    registered late, and it adds no tag to an error's location.
 
     Attributes:
-        key: the key that names the model.
-        models: gives name -> model.
-        otherwise: keys that may stand in place of `key` -> the model they mean.
+        key: the key whose value names the model.
+        models: returns the models by name.
+        otherwise: keys that may be given in place of `key` -> the model each chooses.
     """
 
     key: str
     models: Callable[[], Mapping[str, type[Part]]]
-    otherwise: Mapping[str, type[Part]] = field(default_factory=dict)
+    otherwise: Mapping[str, type[Part]] = field(default_factory=dict[str, type[Part]])
 
-    def choose(self, value: Any) -> Part:
-        """Validate a mapping by the model it names."""
+    def choose(self, value: object) -> Part:
+        """Validate a mapping by the model it names.
+
+        Raises:
+            ValidationError: it is no mapping, names no model, or its model finds it wrong.
+        """
         if isinstance(value, Part):
             return value
-        if not isinstance(value, Mapping):
+        if not is_mapping(value):
             raise invalid(fault(f"expected a mapping, got {got(value)}"))
-        wanted = " or ".join(repr(key) for key in (self.key, *self.otherwise))
+        expected = " or ".join(repr(key) for key in (self.key, *self.otherwise))
         given = [key for key in (self.key, *self.otherwise) if key in value]
         if not given:
             raise invalid(
-                fault(f"an entry needs {wanted}; its keys are: {', '.join(map(str, value)) or 'none'}")
+                fault(f"an entry needs {expected}; its keys are: {', '.join(map(str, value)) or 'none'}")
             )
         if len(given) > 1:
-            raise invalid(fault(f"an entry has {wanted}, not both", loc=(given[-1],), at_key=True))
+            raise invalid(fault(f"an entry has {expected}, not both", loc=(given[-1],), at_key=True))
         if given[0] in self.otherwise:
             return self.otherwise[given[0]].model_validate(value)
         models, name = self.models(), value[self.key]

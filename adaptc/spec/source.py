@@ -1,4 +1,4 @@
-"""Where a spec's data came from: its file, the place of each key and value, and what `--set` changed."""
+"""The source of a spec: its data, the line and column of each key and value, and what `--set` changed."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from adaptc.errors import Problem, SpecError
-from adaptc.spec.yaml_text import Loc, YamlText
+from adaptc.spec.yaml_text import Loc, YamlText, is_list, is_mapping
 
 
 @dataclass(frozen=True)
 class Source:
-    """A spec's plain data, and enough about its origin to say where an error is.
+    """A spec's plain data, and what is needed to say where in it an error is.
 
     Attributes:
         path: the file, or None for a spec given as a Python mapping (which has no lines).
         data: the data, overrides applied.
         text: the YAML with the positions in it, if there is a file.
-        overrides: the place that each `--set` changed, and its text, in the order applied.
+        overrides: for each `--set`, in the order applied, the location it changed and its text.
     """
 
     path: Path | None
@@ -32,19 +32,19 @@ class Source:
         """Read a spec file.
 
         Raises:
-            SpecError: the file is missing or unreadable, is not one safe YAML document, or holds no mapping.
+            SpecError: the file cannot be read, is not one YAML document of plain data, or holds no mapping.
         """
         text = YamlText.decode(str(path), _bytes_of(path))
         data = text.read()
-        if not isinstance(data, dict):
+        if not is_mapping(data):
             raise SpecError([text.problem((1, 1), "a spec is a mapping that starts with 'version: 1'")])
-        return cls(path, data, text)
+        return cls(path, dict(data), text)
 
     def override(self, setting: str) -> Source:
         """Apply one `--set`: `base.dtype=float16`, `adapt.0.r=16`; the value is YAML.
 
         Raises:
-            SpecError: the setting is malformed, or its path leads into something that has no keys.
+            SpecError: the setting is malformed, or its path goes through a value that has no keys.
         """
         origin = f"--set {setting}"
         dotted, equals, value = setting.partition("=")
@@ -53,7 +53,7 @@ class Source:
             message = "expected a key path, '=' and a value, such as base.dtype=float16"
             raise SpecError([Problem(message, file=origin)])
         try:
-            data, loc = _with(self.data, parts, YamlText(origin, value).read())
+            data, loc = _with_value(self.data, parts, YamlText(origin, value).read())
         except SpecError as error:
             raise SpecError(replace(problem, line=None, key=dotted) for problem in error.problems) from None
         except LookupError as error:
@@ -61,11 +61,11 @@ class Source:
         return replace(self, data=data, overrides=(*self.overrides, (loc, origin)))
 
     def problem(self, loc: Loc, message: str, *notes: str, at_key: bool = False) -> Problem:
-        """A problem with the value at `loc` (or its key); placed at the nearest parent if not written."""
+        """A problem with the value at `loc`, or with its key; where `loc` is not written, at its nearest parent."""
         key = ".".join(str(part) for part in loc)
-        set_here = [text for place, text in self.overrides if loc[: len(place)] == place]
-        if set_here or self.text is None:
-            return Problem(message, file=set_here[-1] if set_here else "<dict>", key=key, notes=notes)
+        settings = [text for changed, text in self.overrides if loc[: len(changed)] == changed]
+        if settings or self.text is None:
+            return Problem(message, file=settings[-1] if settings else "<dict>", key=key, notes=notes)
         return self.text.problem(self.text.position(loc, at_key), message, *notes, key=key)
 
 
@@ -77,23 +77,27 @@ def _bytes_of(path: Path) -> bytes:
         raise SpecError([Problem(message, file=str(path))]) from None
 
 
-def _with(data: Any, parts: Sequence[str], value: Any) -> tuple[Any, Loc]:
-    """A copy of `data` with `value` at the path, and the topmost place that is new."""
+def _with_value(data: Any, parts: Sequence[str], value: Any) -> tuple[Any, Loc]:
+    """Set one value of plain data.
+
+    Returns:
+        A copy of `data` with `value` at the path, and the location of the topmost value that is new.
+    """
     if not parts:
         return value, ()
     head, *rest = parts
-    if isinstance(data, list | tuple):
+    if is_list(data):
         index = int(head) if head.isdecimal() else len(data)
         if index >= len(data):
             raise LookupError(f"no entry {head!r} in a list of {len(data)} (they count from 0)")
-        new, below = _with(data[index], rest, value)
+        new, below = _with_value(data[index], rest, value)
         return [*data[:index], new, *data[index + 1 :]], (index, *below)
-    if data is not None and not isinstance(data, Mapping):
+    if data is not None and not is_mapping(data):
         raise LookupError(f"cannot set {head!r} inside of {data!r}, which is not a mapping")
-    known = data or {}
-    if head in known:
-        new, below = _with(known[head], rest, value)
-        return {**known, head: new}, (head, *below)
+    mapping: Mapping[str, Any] = data or {}
+    if head in mapping:
+        new, below = _with_value(mapping[head], rest, value)
+        return {**mapping, head: new}, (head, *below)
     for part in reversed(rest):
         value = {part: value}
-    return {**known, head: value}, (head,)
+    return {**mapping, head: value}, (head,)

@@ -1,4 +1,4 @@
-"""The JSON Schema of a spec, for editors: `specs/schema.json`."""
+"""The spec as a whole: its keys, how it is read and written, and its JSON Schema."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import (
     BeforeValidator,
@@ -26,34 +26,18 @@ from adaptc.spec.emit import EmitEntries
 from adaptc.spec.entries import AdaptEntry, QuantizeEntries
 from adaptc.spec.part import Many, Part, PathText
 from adaptc.spec.source import Source
-from adaptc.spec.yaml_text import Loc
-
-
-def schema() -> dict[str, Any]:
-    """The JSON Schema (draft 2020-12) of a spec, with the options of every registered method."""
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "$id": f"urn:adaptc:spec:{VERSION}",
-        **Spec.model_json_schema(),
-        "title": f"adaptc spec, version {VERSION}",
-    }
-
-
-def schema_text() -> str:
-    """The schema as it is kept in `specs/schema.json`."""
-    return json.dumps(schema(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-
+from adaptc.spec.yaml_text import Loc, is_mapping
 
 VERSION = 1
 """The version of the spec that this adaptc reads."""
 
 
-def _pass(entry: Any) -> str | dict[str, dict[str, Any]]:
+def _pass(entry: object) -> str | dict[str, dict[str, Any]]:
     if isinstance(entry, str) and entry:
         return entry
-    if isinstance(entry, Mapping) and len(entry) == 1:
+    if is_mapping(entry) and len(entry) == 1:
         name, options = next(iter(entry.items()))
-        if isinstance(name, str) and isinstance(options, Mapping | None):
+        if isinstance(name, str) and (options is None or is_mapping(options)):
             return {name: dict(options or {})}
     raise invalid(fault(f"expected a pass's name, or one name with its options, got {got(entry)}"))
 
@@ -65,7 +49,7 @@ PassEntry = Annotated[
 
 
 class QuantizeBudget(Part):
-    """What quantization may cost: bits are then chosen for each layer."""
+    """The limit on what quantization may cost. The bits of each layer are chosen within it."""
 
     size: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None, description="of the quantized weights' bytes in float32"
@@ -82,7 +66,7 @@ class QuantizeBudget(Part):
 
 
 class Spec(Part):
-    """What adaptc compiles."""
+    """A spec, validated: what to compile, with defaults filled in."""
 
     version: Literal[1]
     base: BaseEntry | None = None
@@ -110,10 +94,10 @@ class Spec(Part):
     @model_validator(mode="before")
     @classmethod
     def _readable(cls, data: Any) -> Any:
-        version = data.get("version") if isinstance(data, Mapping) else None
+        version = data.get("version") if is_mapping(data) else None
         if isinstance(version, int) and version > VERSION:
-            words = f"this adaptc reads version {VERSION}, got {version}: upgrade adaptc"
-            raise invalid(fault(words, loc=("version",)))
+            message = f"this adaptc reads version {VERSION}, got {version}: upgrade adaptc"
+            raise invalid(fault(message, loc=("version",)))
         return data
 
     @field_validator("inputs", mode="after")
@@ -130,29 +114,51 @@ class Spec(Part):
         base = info.data.get("base")
         if base is not None and base.model is None:
             kind = "python" if base.python is not None else "program"
-            words = f"a Hugging Face checkpoint needs a 'model' base, and this one is a {kind!r}"
-            faults = [fault(words, loc=(i, "format")) for i, entry in enumerate(emit) if entry.format == "hf"]
+            message = f"a Hugging Face checkpoint needs a 'model' base, and this one is a {kind!r}"
+            faults = [
+                fault(message, loc=(i, "format")) for i, entry in enumerate(emit) if entry.format == "hf"
+            ]
             if faults:
                 raise invalid(*faults)
         return emit
 
+    @classmethod
+    def from_source(cls, source: Source) -> Spec:
+        """Validate a spec, and keep its source for later messages.
+
+        Raises:
+            SpecError: holds everything found wrong, in the order of the file.
+        """
+        try:
+            spec = cls.model_validate(source.data)
+        except ValidationError as error:
+            raise SpecError(problems(error, source)) from None
+        spec._source = source
+        return spec
+
     @property
     def source(self) -> Source:
-        """The data as written, and where."""
+        """The data as written, with its lines."""
         return self._source or Source(None, dump(self))
 
     @property
     def directory(self) -> Path:
-        """What paths in the spec are relative to: its file's folder, or the working directory."""
+        """The folder that paths in the spec are relative to: its file's, or else the working directory."""
         path = self.source.path
         return Path.cwd() if path is None else path.absolute().parent
 
     def error(self, loc: Loc, message: str, *notes: str) -> SpecError:
-        """An error at a place of this spec, for whoever finds something wrong later on."""
+        """An error at a location in this spec, for what is found wrong after it was read.
+
+        Args:
+            loc: the way to the value, such as `("adapt", 0, "target")`.
+            message: what is wrong, in one line.
+            notes: what was expected, what to do: a line each.
+        """
         return SpecError([self.source.problem(loc, message, *notes)])
 
     def weight_error(self, loc: Loc, error: WeightError) -> WeightError:
-        """The same error, with the place of this spec that led to it."""
+        """An error about a file of weights, with the location in this spec that names the file."""
         return WeightError(str(self.source.problem(loc, error.message, *error.notes)))
 
 
@@ -160,7 +166,7 @@ def load(spec: str | os.PathLike[str] | Mapping[str, Any] | Spec, overrides: Seq
     """Read and validate a spec.
 
     Args:
-        spec: a file, a mapping with the same keys (its version may be left out), or a spec.
+        spec: a file; a mapping with the same keys, whose `version` may be left out; or a spec.
         overrides: `--set` settings such as `adapt.0.r=16`, applied in order.
 
     Raises:
@@ -168,34 +174,32 @@ def load(spec: str | os.PathLike[str] | Mapping[str, Any] | Spec, overrides: Seq
     """
     if isinstance(spec, Spec) and not overrides:
         return spec
-    if isinstance(spec, Spec):
-        source = spec.source
-    elif isinstance(spec, Mapping):
-        source = Source(None, {"version": VERSION, **spec})
-    elif isinstance(spec, str | os.PathLike):
-        source = Source.read(Path(spec))
-    else:
-        raise SpecError([Problem(f"expected a file, a mapping or a Spec, got {got(spec)}")])
+    source = _source_of(spec)
     for setting in overrides:
         source = source.override(setting)
-    try:
-        loaded = Spec.model_validate(source.data)
-    except ValidationError as error:
-        raise SpecError(problems(error, source)) from None
-    loaded._source = source
-    return loaded
+    return Spec.from_source(source)
+
+
+def _source_of(spec: object) -> Source:
+    if isinstance(spec, Spec):
+        return spec.source
+    if is_mapping(spec):
+        return Source(None, {"version": VERSION, **spec})
+    if isinstance(spec, str | os.PathLike):
+        return Source.read(Path(cast("str | os.PathLike[str]", spec)))
+    raise SpecError([Problem(f"expected a file, a mapping or a Spec, got {got(spec)}")])
 
 
 def dump(spec: Spec) -> dict[str, Any]:
-    """The spec as plain data, defaults filled in; `load` reads it back."""
+    """The spec as plain data with defaults filled in. `load` reads it back."""
     return spec.model_dump(mode="json", exclude_none=True, fallback=repr)
 
 
 def require_base(spec: Spec) -> BaseEntry:
-    """The base, which a spec compiled from the command line must name.
+    """The entry `base`, which a spec needs where no model is given from Python.
 
     Raises:
-        SpecError: there is none.
+        SpecError: the spec has none.
     """
     if spec.base is None:
         raise spec.error(("base",), "required, but missing", "such as base: {model: ./all-MiniLM-L6-v2}")
@@ -203,5 +207,20 @@ def require_base(spec: Spec) -> BaseEntry:
 
 
 def resolve_path(spec: Spec, text: str) -> Path:
-    """A path written in the spec, which counts from the spec's own folder."""
+    """The path that a text in the spec means. A relative one starts at `spec.directory`."""
     return spec.directory / Path(text).expanduser()
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) of a spec, with the options of every registered method and scheme."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": f"urn:adaptc:spec:{VERSION}",
+        **Spec.model_json_schema(),
+        "title": f"adaptc spec, version {VERSION}",
+    }
+
+
+def schema_text() -> str:
+    """The JSON Schema as it is written in `specs/schema.json`, for editors."""
+    return json.dumps(schema(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"

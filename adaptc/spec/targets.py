@@ -1,9 +1,8 @@
-"""How a spec says which modules: globs, `re:` regexes, or a mapping of what a layer is."""
+"""The entry `target`: which modules, by globs, `re:` regexes, or a mapping of conditions on a layer."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, model_validator
@@ -12,6 +11,7 @@ from adaptc.errors import got, unknown
 from adaptc.patterns import ROLES, matches, parse_layers
 from adaptc.spec.diagnostics import fault, invalid
 from adaptc.spec.part import Many, Part
+from adaptc.spec.yaml_text import is_mapping
 
 
 def _pattern(text: str) -> str:
@@ -46,7 +46,7 @@ Layers = Annotated[
 
 
 class LayerTarget(Part):
-    """Layers chosen by what they are; all that is given must hold."""
+    """Chooses the layers that meet every condition given."""
 
     name: Pattern | None = Field(None, description="a glob, or a re: regex, on the module's full name")
     type: Annotated[str, Field(min_length=1)] | None = Field(
@@ -83,8 +83,8 @@ _PATTERNS = TypeAdapter[tuple[str, ...]](
 )
 
 
-def _target(value: Any) -> tuple[str, ...] | dict[str, Any]:
-    if isinstance(value, Mapping):
+def _target(value: object) -> tuple[str, ...] | dict[str, Any]:
+    if is_mapping(value):
         return LayerTarget.model_validate(value).model_dump(exclude_none=True)
     if not isinstance(value, str | list | tuple):
         raise invalid(fault(f"expected a pattern, a list of patterns or a mapping, got {got(value)}"))
@@ -95,4 +95,4 @@ Target = Annotated[
     tuple[str, ...] | dict[str, Any],
     BeforeValidator(_target, json_schema_input_type=str | list[str] | LayerTarget),
 ]
-"""Patterns, or the keys of a `LayerTarget` as plain data: what `select` takes."""
+"""Patterns, or the keys of a `LayerTarget` as plain data; `ir.selection` finds the sites they name."""

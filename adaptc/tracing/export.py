@@ -1,13 +1,13 @@
-"""The one tracer: `torch.export`, without strict mode, into a graph of ATen operations."""
+"""Export a module by `torch.export`, without strict mode, to a graph of ATen operations."""
 
 from __future__ import annotations
 
 import logging
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, redirect_stderr
-from typing import Any
+from typing import Any, TextIO, cast
 
 import torch
 from torch import fx, nn
@@ -18,15 +18,24 @@ from adaptc.errors import InputError, TraceError
 from adaptc.inputs import LABELS, InputSpec
 from adaptc.ir.example_inputs import example_sizes, example_tensors
 from adaptc.ir.nodes import follow_device
-from adaptc.tracing.explain import check_signature, explain, fixed_dimension
-from adaptc.tracing.guards import check_sizes
+from adaptc.tracing.shape_guards import check_sizes
+from adaptc.tracing.trace_errors import check_signature, explain, fixed_dimension
 
 aten = torch.ops.aten
 REGIONS = (torch.ops.higher_order.wrap_with_set_grad_enabled, torch.ops.higher_order.wrap_with_autocast)
 
 
+ASSERTIONS = (aten._assert_tensor_metadata.default, cast(Any, torch)._check)
+"""The operations by which a trace asserts what it assumed."""
+
+
 def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False) -> fx.GraphModule:
-    """Trace a module to ATen operations with its named dimensions left open.
+    """Trace a module to ATen operations; its named dimensions stay dynamic.
+
+    Args:
+        model: the module; the modes of its parts are as before afterwards.
+        inputs: the inputs of its `forward`.
+        training: trace in training mode, not in evaluation mode.
 
     Raises:
         InputError: the inputs are not those of forward, or a named dimension is fixed by the model.
@@ -40,9 +49,9 @@ def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(
         False
-    )  # it fuses a whole layer, and an adapter inside could not sit there
+    )  # it fuses a layer, so that nothing could be adapted inside
     try:
-        # Without gradients a trace leaves out conversions, whoever calls.
+        # Without gradients a trace leaves out conversions, whatever the caller has set.
         with quietly(), torch.enable_grad():
             program = torch.export.export(
                 model, (), examples, dynamic_shapes=dynamic_shapes(inputs), strict=False
@@ -63,7 +72,7 @@ def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False
 
 
 def dynamic_shapes(inputs: Sequence[InputSpec]) -> dict[str, dict[int, Any]]:
-    """What torch.export calls the named dimensions."""
+    """The named dimensions as `torch.export` takes them: input name -> axis -> `Dim.DYNAMIC`."""
     return {
         spec.name: {index: Dim.DYNAMIC for index, dim in enumerate(spec.dims) if isinstance(dim, str)}
         for spec in inputs
@@ -71,18 +80,28 @@ def dynamic_shapes(inputs: Sequence[InputSpec]) -> dict[str, dict[int, Any]]:
 
 
 def normalise(module: fx.GraphModule) -> fx.GraphModule:
-    """A fresh graph module without the trace's own assertions, whose device constants follow its inputs."""
+    """Normalise an exported module.
+
+    Regions without gradients or with autocast are inlined, the trace's own assertions are removed, and tensors made
+    on a constant device are made on the device of the first input that is no label.
+
+    Returns:
+        A new graph module; the tensors are shared.
+
+    Raises:
+        TraceError: the model turns autocast on.
+    """
     module = fx.GraphModule(module, module.graph)
     graph = module.graph
     _inline_regions(module)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     followed = next((node for node in placeholders if node.target != LABELS), None)
     for node in list(graph.nodes):
-        if node.target in (aten._assert_tensor_metadata.default, torch._check):
+        if node.target in ASSERTIONS:
             graph.erase_node(node)
             continue
         if node.target is aten.embedding.default and len(node.args) > 4:
-            node.update_arg(4, False)  # sparse gradients are for a table that is trained itself
+            node.update_arg(4, False)  # `sparse`: an adapted table is no leaf, as sparse gradients need
     if followed is not None:
         follow_device(graph, followed, placeholders[-1])
     graph.eliminate_dead_code()
@@ -92,19 +111,16 @@ def normalise(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def _inline_regions(module: fx.GraphModule) -> None:
-    """Put the body of `torch.no_grad` and autocast regions into the graph itself.
+    """Inline the regions of `torch.no_grad` and autocast into the graph.
 
-    What leaves a region without gradients is detached, which says the same to autograd.
+    The results of a region without gradients are detached, which is the same to autograd.
     """
     graph = module.graph
     for node in list(graph.nodes):
         if node.target not in REGIONS:
             continue
-        at = next(
-            i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and _region(module, a) is not None
-        )
-        body = _region(module, node.args[at])
-        assert body is not None
+        bodies = [_region_body(module, argument) for argument in node.args]
+        at, body = next((i, body) for i, body in enumerate(bodies) if body is not None)
         if node.target is torch.ops.higher_order.wrap_with_autocast and node.args[2] is True:
             raise TraceError(
                 "the model turns autocast on in its forward, which a graph cannot keep",
@@ -112,24 +128,26 @@ def _inline_regions(module: fx.GraphModule) -> None:
             )
         inputs = [n for n in body.graph.nodes if n.op == "placeholder"]
         with graph.inserting_before(node):
-            results = graph.graph_copy(body.graph, dict(zip(inputs, node.args[at + 1 :], strict=True)))  # type: ignore[arg-type]
-            values = list(results) if isinstance(results, (list, tuple)) else [results]
+            operands = cast(tuple[fx.Node, ...], node.args[at + 1 :])
+            results: Any = graph.graph_copy(body.graph, dict(zip(inputs, operands, strict=True)))
+            values = list(cast(Sequence[Any], results)) if isinstance(results, (list, tuple)) else [results]
             if node.args[0] is False and node.target is torch.ops.higher_order.wrap_with_set_grad_enabled:
                 values = [_detached(graph, value) for value in values]
         for user in list(node.users):
-            user.replace_all_uses_with(values[user.args[1]])  # type: ignore[arg-type, index]
+            user.replace_all_uses_with(values[cast(int, user.args[1])])
             graph.erase_node(user)
         graph.erase_node(node)
     graph.eliminate_dead_code()
-    if any(n.op == "get_attr" and _region(module, n) is not None for n in graph.nodes):
+    if any(_region_body(module, n) is not None for n in graph.nodes):
         _inline_regions(module)
 
 
-def _region(module: fx.GraphModule, node: object) -> fx.GraphModule | None:
-    if not isinstance(node, fx.Node) or node.op != "get_attr":
+def _region_body(module: fx.GraphModule, argument: object) -> fx.GraphModule | None:
+    """The graph module that a `get_attr` node names; None for any other argument."""
+    if not isinstance(argument, fx.Node) or argument.op != "get_attr":
         return None
-    found = getattr(module, str(node.target), None)
-    return found if isinstance(found, fx.GraphModule) else None
+    body = getattr(module, str(argument.target), None)
+    return body if isinstance(body, fx.GraphModule) else None
 
 
 def _detached(graph: fx.Graph, value: Any) -> Any:
@@ -142,10 +160,10 @@ def _detached(graph: fx.Graph, value: Any) -> Any:
 
 def output_names(module: fx.GraphModule) -> tuple[str, ...]:
     """The names of the outputs: keys of a dict or model output, else `output`, `output_1`, ..."""
-    spec = module.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
+    spec = _output_spec(module)
     tree = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
-    paths = [path for path, _ in pytree.tree_flatten_with_path(tree)[0]]
-    names = []
+    paths: list[tuple[Any, ...]] = [path for path, _ in pytree.tree_flatten_with_path(tree)[0]]
+    names: list[str] = []
     for index, path in enumerate(paths):
         parts = [str(getattr(key, "key", getattr(key, "idx", key))).strip(".'[]") for key in path]
         named = any(isinstance(getattr(key, "key", None), str) for key in path)
@@ -154,23 +172,29 @@ def output_names(module: fx.GraphModule) -> tuple[str, ...]:
 
 
 def output_class(module: fx.GraphModule) -> str:
-    """The full name of the class that holds the outputs, such as a model output of transformers."""
-    spec = module.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
+    """The full name of the class that holds the outputs, such as a model output of transformers; "" for one tensor."""
+    spec = _output_spec(module)
     return "" if spec.is_leaf() else f"{spec.type.__module__}.{spec.type.__qualname__}"
 
 
+def _output_spec(module: fx.GraphModule) -> Any:
+    """The pytree spec of a module's outputs."""
+    return cast(Any, module.graph)._codegen.pytree_info.out_spec
+
+
 LOGGERS = (
-    "torch.fx.experimental.symbolic_shapes",  # these two tell, on the way to an error, what its text says too
+    "torch.fx.experimental.symbolic_shapes",  # logs before an error what the error says, as does the next one
     "torch._subclasses.fake_tensor",
-    "torch.onnx._internal.exporter._registration",  # of every operation of packages that are not installed
-    "onnx_ir._convenience",  # of an empty list of indices, which is meant
+    "torch.onnx._internal.exporter._registration",  # logs every operation of packages that are not installed
+    "onnx_ir._convenience",  # logs an empty list of indices, which is intended
 )
+"""The loggers that are silenced while a model is traced or translated."""
 
 
 class _WithoutGraphs:
-    """A stream that leaves out the graphs that torch.export prints."""
+    """A stream without the graphs that torch.export prints when it fails."""
 
-    def __init__(self, stream: Any):
+    def __init__(self, stream: TextIO):
         self._stream, self._skips = stream, False
 
     def write(self, text: str) -> int:
@@ -182,13 +206,13 @@ class _WithoutGraphs:
 
 
 @contextmanager
-def quietly() -> Iterator[None]:
-    """Leave out torch's warnings, and the graph of a model that it refuses."""
+def quietly() -> Generator[None]:
+    """Silence torch within a `with` block: its warnings, its loggers, and the graph that a failed export prints."""
     loggers = {logger: logger.level for logger in map(logging.getLogger, LOGGERS)}
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), redirect_stderr(_WithoutGraphs(sys.stderr)):  # type: ignore[type-var]
+        with warnings.catch_warnings(), redirect_stderr(cast(TextIO, _WithoutGraphs(sys.stderr))):
             warnings.simplefilter("ignore")
             yield
     finally:

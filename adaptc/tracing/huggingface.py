@@ -1,71 +1,46 @@
 """Hugging Face bases: a directory or hub id, any task with an Auto class, weights left on disk."""
 
+# The tensors of a module are replaced in torch's own dicts: its setters refuse fake tensors, or register them anew.
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from adaptc.checkpoints.huggingface import stored_weights, untie_as_stored
-from adaptc.errors import TraceError, WeightError, unknown
+from adaptc.checkpoints.huggingface_weights import stored_weights, untie_as_stored
+from adaptc.errors import TraceError, WeightError
 from adaptc.inputs import InputSpec
 from adaptc.ir.base import Base, Bound, Pretrained
-from adaptc.spec.base import BaseEntry as BaseEntry
-from adaptc.tracing.derive import choices, derive_inputs, set_for_tracing
+from adaptc.spec.base import BaseEntry
+from adaptc.tracing.huggingface_inputs import derive_inputs
+from adaptc.tracing.huggingface_settings import alternative_notes, set_for_tracing
+from adaptc.tracing.huggingface_tasks import tasks
+from adaptc.tracing.missing_parameters import drawing_from, initialised, missing_parameters
 from adaptc.tracing.module import held_weights
-from adaptc.tracing.quantized import initialised, missing, packed_weights
+from adaptc.tracing.quantized_checkpoint import packed_weights
 from adaptc.weights import Weight
 
 
-@cache
-def tasks() -> dict[str, str]:
-    """Task name -> Auto class, for every Auto class transformers has: `causal-lm` -> `AutoModelForCausalLM`."""
-    import transformers
-
-    found = {"feature-extraction": "AutoModel"}
-    for name in dir(transformers):
-        if name.startswith("AutoModelFor"):
-            words = re.sub(
-                r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", name.removeprefix("AutoModelFor")
-            )
-            found[words.lower().replace("seq2-seq", "seq2seq")] = name
-    return dict(sorted(found.items()))
-
-
-def unknown_task(task: str) -> str | None:
-    """The words for a task nobody has an Auto class for, or None."""
-    if task in tasks():
-        return None
-    return unknown("task", task, tasks(), close=_of_hub(task))
-
-
-def _of_hub(task: str) -> list[str]:
-    """Our task of one that the hub calls by another name, such as text-generation."""
-    from transformers.pipelines import SUPPORTED_TASKS
-
-    autos = {auto.__name__ for auto in SUPPORTED_TASKS.get(task, {}).get("pt", ())}
-    return [name for name, auto in tasks().items() if auto in autos]
-
-
 def load(model: str, entry: BaseEntry, seed: int, inputs: tuple[InputSpec, ...]) -> Base:
-    """A Hugging Face base whose parameters are fake until bound.
+    """Build a Hugging Face base whose parameters are fake; its weights are found when they are first asked for.
 
     Args:
         model: a directory, or a hub id.
-        entry: the spec's `base`: its task, dtype and what overrides the configuration.
-        seed: of weights that the checkpoint does not hold.
-        inputs: those of the spec; derived where there are none.
+        entry: the spec's `base`: its task, its dtype, and what overrides the configuration.
+        seed: initialises the weights that the checkpoint does not hold.
+        inputs: the inputs of the spec; derived from the configuration where it names none.
 
     Raises:
-        TraceError: the configuration cannot be read, or the inputs cannot be derived.
+        TraceError: the configuration cannot be read, has no such task, or its inputs cannot be derived.
+        WeightError: the checkpoint is quantized in a format that adaptc does not read.
     """
     import transformers
 
@@ -73,41 +48,43 @@ def load(model: str, entry: BaseEntry, seed: int, inputs: tuple[InputSpec, ...])
     task, trust = entry.task, entry.trust_remote_code
     auto = getattr(transformers, tasks()[task])
     try:
-        config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=trust, **entry.config)
+        config = cast(Any, transformers.AutoConfig).from_pretrained(
+            model, trust_remote_code=trust, **entry.config
+        )
     except Exception as error:
         first = str(error).strip().splitlines()[0]
         raise TraceError(f"{model}: its configuration cannot be read: {first}") from error
-    kind = entry.dtype or _dtype_of(config)
-    config.dtype = getattr(torch, kind)
-    about = _quantization(config)
+    dtype = entry.dtype or _dtype_of(config)
+    config.dtype = getattr(torch, dtype)
+    quantization = _take_quantization(config)
     pretrained = Pretrained(model, auto, copy.deepcopy(config), trust)
     notes = set_for_tracing(config)
     try:
         with torch.device("meta"):
-            module = auto.from_config(config, dtype=config.dtype, trust_remote_code=trust)
+            module: nn.Module = auto.from_config(config, dtype=config.dtype, trust_remote_code=trust)
     except ValueError as error:
         raise TraceError(
             f"{model} cannot be loaded for task {task!r}: {str(error).splitlines()[0]}"
         ) from error
-    notes += choices(module)
+    notes += alternative_notes(module)
     files = tuple(sorted(directory.glob("*.safetensors"))) if directory.is_dir() else ()
     notes += untie_as_stored(module, directory) if files else []
     fake_parameters(module)
 
-    packed = packed_weights(module, directory, about) if about and files else {}
-    if about and not files:
+    packed = packed_weights(module, directory, quantization) if quantization and files else {}
+    if quantization and not files:
         notes.append(
-            f"quantized by {about.get('quant_method')}, and its files are not here: planned as floats"
+            f"quantized by {quantization['quant_method']}, and its files are not here: planned as floats"
         )
 
     def find() -> Bound:
-        if about:
+        if quantization:
             return _quantized_weights(module, directory, packed, seed)
         stored = stored_weights(module, directory, {}) if files else None
         return Bound(stored) if stored else pretrained_weights(replace(pretrained, config=config), seed)
 
     return Base(
-        describe=f"{model} ({type(module).__name__}, {kind})",
+        describe=f"{model} ({type(module).__name__}, {dtype})",
         model=module,
         find=find,
         heads=_heads(module),
@@ -119,18 +96,22 @@ def load(model: str, entry: BaseEntry, seed: int, inputs: tuple[InputSpec, ...])
     )
 
 
-def _quantization(config: Any) -> dict[str, Any]:
-    """What a configuration says of the library that quantized its checkpoint, which is taken out of it."""
-    about = getattr(config, "quantization_config", None)
-    if about is None:
+def _take_quantization(config: Any) -> dict[str, Any]:
+    """Take `quantization_config` out of a configuration, so that the float model is built and traced.
+
+    Returns:
+        What it says of the library that quantized the checkpoint; empty for a float checkpoint.
+    """
+    stated: Any = getattr(config, "quantization_config", None)
+    if stated is None:
         return {}
-    del config.quantization_config  # a graph is traced of the float model
-    about = about.to_dict() if hasattr(about, "to_dict") else about
-    if not isinstance(about, Mapping) or "quant_method" not in about:
+    del config.quantization_config
+    stated = stated.to_dict() if hasattr(stated, "to_dict") else stated
+    if not isinstance(stated, Mapping) or "quant_method" not in stated:
         raise TraceError(
-            f"config.json: quantization_config: expected a mapping with a quant_method, got {about!r}"
+            f"config.json: quantization_config: expected a mapping with a quant_method, got {stated!r}"
         )
-    return dict(about)
+    return dict(cast(Mapping[str, Any], stated))
 
 
 def _quantized_weights(module: nn.Module, directory: Path, packed: Mapping[str, Weight], seed: int) -> Bound:
@@ -143,34 +124,36 @@ def _quantized_weights(module: nn.Module, directory: Path, packed: Mapping[str, 
             f"{directory} is quantized, and only read from files here: download it, and name its directory",
             f"hf download {directory} --local-dir {directory.name}",
         )
-    new = missing(module, directory, packed)
-    weights = stored_weights(module, directory, {**packed, **initialised(module, new, seed)})
+    missing = missing_parameters(module, directory, packed)
+    weights = stored_weights(module, directory, {**packed, **initialised(module, missing, seed)})
     assert weights is not None
-    return Bound(weights, _initialised(new, seed))
+    return Bound(weights, _missing_notes(missing, seed))
 
 
-def _initialised(names: Sequence[str], seed: int) -> tuple[str, ...]:
-    """The note on weights that no checkpoint holds; none where it holds all."""
+def _missing_notes(names: Sequence[str], seed: int) -> tuple[str, ...]:
+    """The note on parameters that the checkpoint does not hold; none where it holds all."""
     return (f"not in the checkpoint, initialised from seed {seed}: {', '.join(names)}",) if names else ()
 
 
 def fake_parameters(model: nn.Module) -> None:
-    """Turn a model built on the meta device into one of fake CPU tensors, whose computed buffers are real.
+    """Turn a model built on the meta device into one of fake CPU tensors, in place; its computed buffers become real.
 
     Meta constants in a trace would lose their values; fake tensors on the CPU keep devices and constants right.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    made: dict[int, Any] = {}
+    cpu = torch.device("cpu")
+    fakes: dict[int, Any] = {}
+    """The id of a tensor on the meta device -> its fake tensor, which tied parameters share."""
     for module in model.modules():
         for name, parameter in module._parameters.items():
-            if parameter is not None:  # a legacy torch.Tensor(...) is made on the CPU whatever was asked
-                data = parameter.data.to("meta")
-                made.setdefault(id(parameter), nn.Parameter(FakeTensor(mode, data, torch.device("cpu"))))
-                module._parameters[name] = made[id(parameter)]
+            if parameter is not None:  # a legacy torch.Tensor(...) ignores the device and is on the CPU
+                fake = FakeTensor(mode, parameter.data.to("meta"), cpu)
+                fakes.setdefault(id(parameter), nn.Parameter(fake))
+                module._parameters[name] = fakes[id(parameter)]
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
-                made.setdefault(id(buffer), FakeTensor(mode, buffer, torch.device("cpu")))
-                module._buffers[name] = made[id(buffer)]
+                fakes.setdefault(id(buffer), FakeTensor(mode, buffer, cpu))
+                module._buffers[name] = fakes[id(buffer)]
     for module in model.modules():
         transient = [n for n in module._non_persistent_buffers_set if module._buffers.get(n) is not None]
         for name in transient:
@@ -178,31 +161,32 @@ def fake_parameters(model: nn.Module) -> None:
             assert buffer is not None
             module._buffers[name] = torch.empty_like(buffer, device="cpu")
         if transient:  # transformers computes these where it initialises weights; they are in no checkpoint
-            model._init_weights(module)  # type: ignore[operator]
+            cast(Any, model)._init_weights(module)
 
 
 def pretrained_weights(pretrained: Pretrained, seed: int) -> Bound:
-    """The weights as transformers itself loads them: renamed, converted, new heads initialised from the seed.
+    """Load the weights with transformers: it renames and converts them, and initialises new heads from the seed.
 
     Raises:
-        WeightError: transformers cannot load them, or only a pickle is there.
+        WeightError: transformers cannot load them, or the directory holds pickles only.
     """
     directory = Path(pretrained.name)
     if directory.is_dir() and not any(directory.glob("*.safetensors*")):
         pickles = sorted(p.name for p in directory.glob("*.bin"))
-        what = f"only pickles ({', '.join(pickles)}), which can run code" if pickles else "no weights"
-        raise WeightError(f"{directory} holds {what}; expected model.safetensors (save_pretrained writes it)")
-    state = torch.random.get_rng_state()
-    torch.manual_seed(seed)
-    try:
+        content = f"only pickles ({', '.join(pickles)}), which can run code" if pickles else "no weights"
+        raise WeightError(
+            f"{directory} holds {content}; expected model.safetensors (save_pretrained writes it)"
+        )
+    with drawing_from(torch.Generator().manual_seed(seed)):
         loaded, info = load_pretrained(pretrained)
-    finally:
-        torch.random.set_rng_state(state)
-    return Bound(held_weights(loaded), _initialised(sorted(info["missing_keys"]), seed))
+    return Bound(held_weights(loaded), _missing_notes(sorted(info["missing_keys"]), seed))
 
 
 def load_pretrained(pretrained: Pretrained) -> tuple[nn.Module, dict[str, Any]]:
-    """A model as transformers' own `from_pretrained` gives it, and what that says of the checkpoint's keys.
+    """Load a model with transformers' own `from_pretrained`.
+
+    Returns:
+        The model, and what transformers reports of the checkpoint's keys, such as `missing_keys`.
 
     Raises:
         WeightError: transformers cannot load it.
@@ -210,7 +194,7 @@ def load_pretrained(pretrained: Pretrained) -> tuple[nn.Module, dict[str, Any]]:
     import transformers
 
     verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # what it would say of missing keys is said by adaptc
+    transformers.logging.set_verbosity_error()  # adaptc reports missing keys itself
     transformers.logging.disable_progress_bar()
     try:
         return pretrained.auto.from_pretrained(
@@ -231,15 +215,16 @@ def load_pretrained(pretrained: Pretrained) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def _dtype_of(config: Any) -> str:
-    kind = getattr(config, "dtype", None) or torch.float32
-    return str(kind).removeprefix("torch.")
+    dtype: object = getattr(config, "dtype", None) or torch.float32
+    return str(dtype).removeprefix("torch.")
 
 
 def _heads(model: nn.Module) -> frozenset[str]:
+    """The names of the modules that are output heads, or belong to one."""
     get = getattr(model, "get_output_embeddings", None)
     head = get() if get is not None else None
-    names = {name for name, module in model.named_modules() if head is not None and module is head}
+    modules = dict(cast(Iterable[tuple[str, nn.Module]], model.named_modules()))
+    names = {name for name, module in modules.items() if head is not None and module is head}
     if not names and type(model).__name__.endswith("Classification"):
-        parts = (name for name, _ in model.named_modules())
-        names = {name for name in parts if name.split(".")[0] in ("classifier", "score")}
+        names = {name for name in modules if name.split(".")[0] in ("classifier", "score")}
     return frozenset(names)

@@ -16,23 +16,26 @@ from adaptc.errors import TraceError
 from adaptc.inputs import InputSpec
 from adaptc.ir.base import Base, Bound
 from adaptc.ir.training_mode import mark_training_arguments
-from adaptc.tracing.archive import load_program
 from adaptc.tracing.export import normalise
+from adaptc.tracing.saved_program import load_program
 from adaptc.weights import Held, Weight
 
 
 def held_weights(module: nn.Module) -> dict[str, Weight]:
     """Every parameter and buffer of a module by name, aliases included; the tensors are shared, not copied."""
-    found: dict[str, Weight] = {}
-    for name, tensor in module.named_parameters(remove_duplicate=False):
-        found[name] = Held(tensor)
-    for name, tensor in module.named_buffers(remove_duplicate=False):
-        found[name] = Held(tensor)
-    return found
+    parameters = module.named_parameters(remove_duplicate=False)
+    buffers = module.named_buffers(remove_duplicate=False)
+    return {name: Held(tensor) for name, tensor in (*parameters, *buffers)}
 
 
 def from_module(model: nn.Module, inputs: Sequence[InputSpec], describe: str = "") -> Base:
-    """A module in memory."""
+    """The base that is a module in memory.
+
+    Args:
+        model: the module.
+        inputs: the inputs of its `forward`.
+        describe: where it comes from, for people; its class if left out.
+    """
     describe = describe or f"{type(model).__module__}.{type(model).__qualname__}"
     return Base(
         describe=describe,
@@ -44,10 +47,16 @@ def from_module(model: nn.Module, inputs: Sequence[InputSpec], describe: str = "
 
 
 def from_factory(name: str, args: Mapping[str, Any], inputs: Sequence[InputSpec], dtype: str | None) -> Base:
-    """Call `pkg.module:factory` with the spec's arguments.
+    """The base that a factory returns.
+
+    Args:
+        name: the factory, as `package.module:factory`.
+        args: its keyword arguments.
+        inputs: the inputs of the module's `forward`.
+        dtype: torch's name of the dtype that the module is cast to; its own if None.
 
     Raises:
-        TraceError: it cannot be imported, fails, or returns no module.
+        TraceError: the factory cannot be imported, fails, or returns no module.
     """
     module_name, _, attribute = name.partition(":")
     try:
@@ -68,7 +77,11 @@ def from_factory(name: str, args: Mapping[str, Any], inputs: Sequence[InputSpec]
 
 
 def from_program(path: Path, inputs: Sequence[InputSpec]) -> Base:
-    """A program saved by `torch.export.save`.
+    """The base that is a program saved by `torch.export.save`.
+
+    Args:
+        path: the file.
+        inputs: the inputs as specified; those of the program if there are none.
 
     Raises:
         TraceError: the file is missing.
@@ -80,20 +93,20 @@ def from_program(path: Path, inputs: Sequence[InputSpec]) -> Base:
     graph_module = normalise(program.module(check_guards=False))
     mark_training_arguments(graph_module.graph)
     graph_module.recompile()
-    found = inputs or _program_inputs(graph_module)
     return Base(
         describe=str(path),
         model=None,
         program=graph_module,
-        inputs=tuple(found),
+        inputs=tuple(inputs or _program_inputs(graph_module)),
         find=lambda: Bound(held_weights(graph_module)),
         files=(path,),
     )
 
 
 def _program_inputs(module: torch.fx.GraphModule) -> list[InputSpec]:
+    """The inputs of a program; its dynamic dimensions are named `dim0`, `dim1`, ..."""
     names: dict[str, str] = {}
-    inputs = []
+    inputs: list[InputSpec] = []
     for node in module.graph.nodes:
         if node.op == "placeholder":
             value = node.meta["val"]
@@ -110,15 +123,16 @@ def _program_inputs(module: torch.fx.GraphModule) -> list[InputSpec]:
 def inputs_from_examples(
     model: nn.Module, examples: Sequence[Any] | Mapping[str, Any], dynamic: Mapping[str, Any] | None
 ) -> tuple[InputSpec, ...]:
-    """Name and describe example inputs by the module's own signature.
+    """Specify the inputs of a module from example tensors, named by its own signature.
 
     Args:
         model: the module.
         examples: positional inputs, or inputs by name; all tensors.
-        dynamic: `{"x": {0: "batch"}}`; all other dimensions keep the example's size.
+        dynamic: name of an input -> axis -> name of the dimension, such as `{"x": {0: "batch"}}`; all other
+            dimensions keep the example's size.
 
     Raises:
-        TraceError: an input is no tensor, or `dynamic` names something that is no input.
+        TraceError: the examples do not fit `forward`, one is no tensor, or `dynamic` names no input or no axis.
     """
     signature = inspect.signature(model.forward)
     try:
@@ -127,23 +141,22 @@ def inputs_from_examples(
         raise TraceError(
             f"the example inputs do not fit {type(model).__name__}.forward{signature}: {error}"
         ) from None
-    found = []
-    names = dict(dynamic or {})
+    inputs: list[InputSpec] = []
+    named: dict[str, Mapping[Any, str] | None] = dict(dynamic or {})
     for name, value in bound.arguments.items():
         if not isinstance(value, torch.Tensor):
             raise TraceError(
                 f"example input {name!r} is a {type(value).__name__}; every traced input must be a tensor"
             )
-        axes = {int(axis) % max(1, value.dim()): dim for axis, dim in (names.pop(name, None) or {}).items()}
-        beyond = [
-            axis for axis in (dynamic or {}).get(name) or {} if not -value.dim() <= int(axis) < value.dim()
-        ]
+        axes = {int(axis): dim for axis, dim in (named.pop(name, None) or {}).items()}
+        beyond = [axis for axis in axes if not -value.dim() <= axis < value.dim()]
         if beyond:
             raise TraceError(f"dynamic names dimension {beyond[0]} of {name!r}, which has {value.dim()}")
-        dims = tuple(axes.get(index, size) for index, size in enumerate(value.shape))
+        names = {axis % value.dim(): dim for axis, dim in axes.items()}
+        dims = tuple(names.get(index, size) for index, size in enumerate(value.shape))
         dtype = str(value.dtype).removeprefix("torch.")
         high = max(int(value.max()) + 1, 1) if not value.dtype.is_floating_point and value.numel() else None
-        found.append(replace(InputSpec(name, dtype, dims), high=high))
-    if names:
-        raise TraceError(f"dynamic names {', '.join(names)}, but the inputs are {', '.join(bound.arguments)}")
-    return tuple(found)
+        inputs.append(replace(InputSpec(name, dtype, dims), high=high))
+    if named:
+        raise TraceError(f"dynamic names {', '.join(named)}, but the inputs are {', '.join(bound.arguments)}")
+    return tuple(inputs)

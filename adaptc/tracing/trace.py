@@ -1,15 +1,16 @@
-"""From a base to a graph: one trace, fake weights, sites found."""
+"""Trace a base into a graph: one export, fake weights, and the sites that can be adapted."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from adaptc.checkpoints.huggingface import first_names
+from adaptc.checkpoints.huggingface_weights import first_names
 from adaptc.errors import InputError, TraceError, WeightError
 from adaptc.inputs import InputSpec
 from adaptc.ir.analysis.dataflow import walk
@@ -22,13 +23,15 @@ from adaptc.weights import Deferred, Held, Weight
 
 aten = torch.ops.aten
 INTEGERS = (torch.int64, torch.int32)
+"""The dtypes of indices."""
 
 
 def trace_base(base: Base) -> Graph:
     """Trace a base in evaluation mode. No weight is read.
 
     Raises:
-        TraceError: torch.export refused the model, or an input of the spec is not used by it.
+        InputError: the inputs are not those of `forward`, or the model does not use one of them.
+        TraceError: torch.export refused the model.
     """
     traced = base.program if base.model is None else export(base.model, base.inputs)
     assert traced is not None
@@ -48,7 +51,7 @@ def trace_base(base: Base) -> Graph:
         if node.op == "get_attr" and node.target not in weights and node.target != "training":
             tensor = get_tensor(traced, str(node.target))
             if isinstance(tensor, FakeTensor):
-                raise TraceError(f"the trace_base holds a constant without a value: {node.target}")
+                raise TraceError(f"the trace holds a constant without a value: {node.target}")
             weights[str(node.target)] = Held(tensor)
             node.meta["constant"] = tensor
             aliases[str(node.target)] = str(node.target)
@@ -82,6 +85,8 @@ def trace_base(base: Base) -> Graph:
 
 
 def _loader(base: Base, name: str, shape: tuple[int, ...]) -> Callable[[], torch.Tensor]:
+    """A function that loads a weight of the base; it finds the base's weights the first time one is asked for."""
+
     def load() -> torch.Tensor:
         weight = base.bound.weights[name]
         if weight.shape != shape:
@@ -94,7 +99,11 @@ def _loader(base: Base, name: str, shape: tuple[int, ...]) -> Callable[[], torch
 
 
 def _inputs(base: Base, traced: fx.GraphModule) -> tuple[InputSpec, ...]:
-    """The inputs in the order of the model's own signature, with the bounds of integers."""
+    """The inputs in the order of the model's own signature; those of integers with their upper bound.
+
+    Raises:
+        InputError: the inputs named are not the model's, or it does not use one of them.
+    """
     specs = {spec.name: spec for spec in base.inputs}
     nodes = {str(n.target): n for n in traced.graph.nodes if n.op == "placeholder"}
     if set(specs) != set(nodes):
@@ -110,25 +119,27 @@ def _inputs(base: Base, traced: fx.GraphModule) -> tuple[InputSpec, ...]:
 def _bounded(spec: InputSpec, node: fx.Node) -> InputSpec:
     if spec.dtype not in ("int64", "int32"):
         return spec
-    bounds = [bound for bound in (_high(node), spec.high) if bound]
+    bounds = [bound for bound in (_upper_bound(node), spec.high) if bound]
     return replace(spec, high=min(bounds, default=None))
 
 
-def _high(node: fx.Node) -> int | None:
-    """The smallest table that values of an integer input are looked up in."""
+def _upper_bound(node: fx.Node) -> int | None:
+    """The rows of the smallest table that an integer input indexes; None where it indexes none."""
 
     def integers(node: fx.Node) -> list[fx.Node]:
-        users = [user for user in node.users if user.op == "call_function" and _bound(user, node) is None]
+        users = [user for user in node.users if user.op == "call_function" and _choices(user, node) is None]
         values = [(user, user.meta.get("val")) for user in users]
         return [user for user, value in values if isinstance(value, torch.Tensor) and value.dtype in INTEGERS]
 
-    bounds = [_bound(user, value) for value in walk([node], integers) for user in value.users]
+    bounds = [_choices(user, value) for value in walk([node], integers) for user in value.users]
     return min((bound for bound in bounds if bound is not None), default=None)
 
 
-def _bound(user: fx.Node, value: fx.Node) -> int | None:
-    """How many rows or classes an operation chooses among by a value; None where it does not."""
-    axis = {aten.embedding.default: 0, aten.cross_entropy_loss.default: 1}.get(user.target)  # type: ignore[arg-type]
+def _choices(user: fx.Node, value: fx.Node) -> int | None:
+    """The number of rows or classes that an operation selects from by a value; None where it does not select by it."""
+    axis = cast(dict[Any, int], {aten.embedding.default: 0, aten.cross_entropy_loss.default: 1}).get(
+        user.target
+    )
     if axis is None or user.args[1] is not value:
         return None
-    return int(user.args[0].meta["val"].shape[axis])  # type: ignore[union-attr]
+    return int(cast(fx.Node, user.args[0]).meta["val"].shape[axis])

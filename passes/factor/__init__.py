@@ -1,1 +1,1 @@
-"""Algebra: a sum or product of weights becomes a sum or chain of cheaper operations."""
+"""Algebra: a matrix product with an expression of weights becomes a sum or chain of cheaper operations."""

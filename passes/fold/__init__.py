@@ -1,1 +1,1 @@
-"""Constant propagation: what holds weights only is computed once and stored under the base's name."""
+"""Constant propagation: expressions of weights alone are computed once and stored under the base's names."""

@@ -1,4 +1,4 @@
-"""Dequantize: what bits stand for becomes a stored weight again."""
+"""Dequantize: each quantized weight becomes a weight in floats again."""
 
 from __future__ import annotations
 
@@ -14,24 +14,26 @@ from adaptc.rewriter.quantize import drop_unread_quantized
 @graph_pass("dequantize")
 @dataclass(frozen=True)
 class Dequantize(Pass):
-    """W = dequantize(bits), stored in the weight's own dtype under the base's own name: nothing is in bits any more.
+    """W = dequantize(codes, …), stored in the weight's own dtype under the base's own name; nothing stays quantized.
 
-    For products that hold floats only, such as a checkpoint that other tools read.
+    For artifacts that hold floats only, such as a checkpoint that other tools read.
     """
 
     def requires(self, graph: Graph) -> list[Refusal]:
-        """What bits stand for is a value of the graph."""
+        """Every dequantized weight is a value of the graph: no matrix product reads the codes itself."""
         nodes = graph.by_name()
-        taken = [name for name, found in graph.quantized.items() if found.value not in nodes]
-        words = f"{', '.join(taken[:3])}: products read the bits already"
-        return [Refusal(words, notes=("let `dequantize` stand in front",))] if taken else []
+        lowered = [name for name, leaf in graph.quantized.items() if leaf.value not in nodes]
+        if not lowered:
+            return []
+        reason = f"{', '.join(lowered[:3])}: matrix products read the codes already"
+        return [Refusal(reason, notes=("write `dequantize` before the pass that lowers them",))]
 
     def call(self, graph: Graph) -> bool:
-        """Read the stored weights instead."""
+        """Let what reads a dequantized weight read a stored one."""
         quantized = dict(graph.quantized)
-        for name, found in quantized.items():
-            value = graph.by_name()[found.value]
-            weight = FoldedWeight(found.site.shape, found.site.dtype, extract_expression(graph, value))
+        for name, leaf in quantized.items():
+            value = graph.by_name()[leaf.value]
+            weight = FoldedWeight(leaf.site.shape, leaf.site.dtype, extract_expression(graph, value))
             graph.restore(name, weight)
             value.replace_all_uses_with(graph.parameter_node(name))
         graph.module.graph.eliminate_dead_code()
@@ -39,5 +41,5 @@ class Dequantize(Pass):
         return bool(quantized)
 
     def ensures(self, graph: Graph) -> str | None:
-        """No bits are left."""
-        return f"{', '.join(graph.quantized)} are left in bits" if graph.quantized else None
+        """No weight is left quantized."""
+        return f"still quantized: {', '.join(graph.quantized)}" if graph.quantized else None

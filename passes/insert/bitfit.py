@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from adaptc.methods.method import WeightMethod, method
 from adaptc.methods.param import Param
@@ -22,7 +22,7 @@ class Bitfit(WeightMethod):
     Ben Zaken et al. 2022, section 3. d starts at zero.
     """
 
-    kinds: ClassVar[frozenset[str]] = frozenset({"parameter"})
+    kinds = frozenset({"parameter"})
 
     def takes(self, site: WeightSite) -> bool:
         """Whether a parameter is a bias, by its name."""

@@ -1,4 +1,4 @@
-"""Bottleneck: a small feed-forward behind a sub-layer."""
+"""Bottleneck: a small feed-forward after a sub-layer."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from adaptc.methods.method import method
 class Sequential(SmallFeedForward):
     """h' = h + s (W_up σ(W_down h + b_down) + b_up)    W_down (r, d)   W_up (d, r)    Houlsby et al. 2019, section 2.1
 
-    h `(..., d)` is the output of a sub-layer, before the residual sum. Houlsby et al. put one behind every attention
-    and every feed-forward, which is what `target: "*"` means; Pfeiffer et al. 2021 behind feed-forwards alone,
-    `target: {role: feed_forward.out}`; AdapterDrop (Rücklé et al. 2021) leaves the lowest layers out,
+    h `(..., d)` is the output of a sub-layer, before the residual sum. Houlsby et al. put one after every attention
+    and every feed-forward, `target: "*"`; Pfeiffer et al. 2021 after feed-forwards alone,
+    `target: {role: feed_forward.out}`; AdapterDrop (Rücklé et al. 2021) skips the lowest layers,
     `target: {layers: 5-11}`.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, Self
 
 from pydantic import Field
 
@@ -13,6 +13,7 @@ from adaptc.methods.method import WeightMethod, method
 from adaptc.methods.param import Param
 from adaptc.methods.peft_format import PeftFormat, of_pattern
 from adaptc.methods.site import MATRIX_KINDS
+from adaptc.methods.tensors import unflatten
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -27,17 +28,17 @@ Count = Annotated[int, Field(gt=0, description="side of each circulant block")]
 class C3a(WeightMethod):
     """W' = W + [C(k_ij)] / in        k (out / b, in / b, b);  C(k) is circulant: C(k)[t, s] = k[(s - t) mod b]
 
-    Chen et al. 2025, section 3.3, block by block; PEFT computes it by Fourier transforms of the input, which is the
-    same. The kernels start Xavier-uniform, so that the model does not start as its base.
+    Chen et al. 2025, section 3.3, block by block; PEFT computes the same by Fourier transforms of the
+    input. The kernels start Xavier-uniform, so that the model does not start as its base.
     """
 
     block_size: Count = 256
-    block_size_pattern: Mapping[str, Count] = field(default_factory=dict)
+    block_size_pattern: Mapping[str, Count] = field(default_factory=dict[str, Count])
 
-    kinds: ClassVar[frozenset[str]] = MATRIX_KINDS
-    small: ClassVar[Mapping[str, object]] = {"block_size": 2}
-    identity_at_init: ClassVar[bool] = False
-    peft: ClassVar[PeftFormat[Any] | None] = PeftFormat(
+    kinds = MATRIX_KINDS
+    small = {"block_size": 2}
+    identity_at_init = False
+    peft = PeftFormat(
         "C3A",
         options={name: name for name in ("block_size", "block_size_pattern")},
         layers=frozenset({"Linear"}),
@@ -49,7 +50,7 @@ class C3a(WeightMethod):
         return replace(super().at(site), block_size=b, block_size_pattern={})
 
     def refuses(self, site: WeightSite) -> Fault | None:
-        """Blocks must fit both sides."""
+        """The block size must divide both sides."""
         b = self.at(site).block_size
         if site.in_features % b or site.out_features % b:
             sides = f"{site.in_features} and {site.out_features}"
@@ -72,6 +73,6 @@ class C3a(WeightMethod):
 
         b = self.block_size
         at = torch.arange(b, device=k.device)
-        turned = (at.unsqueeze(0) - at.unsqueeze(1)) % b
-        blocks = k.index_select(2, turned.flatten()).unflatten(2, (b, b))  # (out / b, in / b, b, b)
+        shifts = (at.unsqueeze(0) - at.unsqueeze(1)) % b
+        blocks = unflatten(k.index_select(2, shifts.flatten()), 2, (b, b))  # (out / b, in / b, b, b)
         return W + blocks.transpose(1, 2).reshape(W.shape) / W.shape[1]

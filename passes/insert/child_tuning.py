@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
@@ -30,15 +30,15 @@ Share = Annotated[float, Field(gt=0, le=1, description="share of the entries tha
 class ChildTuning(Chosen):
     """W' = W + D        D of W's own shape (F), or the sparse k entries with the largest Fisher information (D)
 
-    Xu et al. 2021, section 3. Task-free, each step's gradient is multiplied by a mask, 1 with probability
-    `reserve_p`, and divided by that (algorithm 1); `adaptc.TrainingStep` draws it. Task-driven, the k entries are
+    Xu et al. 2021, section 3. Task-free (F), `adaptc.TrainingStep` multiplies each step's gradient by a random mask,
+    1 with probability `reserve_p`, and divides it by `reserve_p` (algorithm 1). Task-driven (D), the k entries are
     chosen once, by the empirical Fisher information from the spec's `calibration` (equation 4). D starts at zero.
     """
 
     variant: Variant = "F"
     reserve_p: Share = 0.3
 
-    small: ClassVar[Mapping[str, object]] = {"variant": "D"}
+    small = {"variant": "D"}
 
     @property
     def ratio(self) -> float:
@@ -47,11 +47,11 @@ class ChildTuning(Chosen):
 
     @property
     def calibrated(self) -> bool:
-        """Only what is task-driven is chosen by data."""
+        """Only the task-driven variant is chosen by data."""
         return self.variant == "D"
 
     def params(self, site: WeightSite) -> dict[str, Param]:
-        """The delta: whole, or its chosen entries and their places."""
+        """The delta: whole, or its chosen entries and their indices."""
         if self.variant == "D":
             return super().params(site)
         return {"delta": Param(site.shape, "zeros", f"child_tuning_delta.{site.leaf}")}
@@ -63,21 +63,22 @@ class ChildTuning(Chosen):
         return W.flatten().scatter_add(0, at, delta).view(W.shape)
 
     def rule(self, sites: Sequence[Mapping[str, Tensor]], steps: int | None) -> TrainingRule | None:
-        """Task-free, a mask on the gradients of each step."""
+        """A mask on the gradients of each step, in the task-free variant."""
         return _Masks([site["delta"] for site in sites], self.reserve_p) if self.variant == "F" else None
 
 
 class _Masks(TrainingRule):
+    """Multiplies every gradient by a mask that is drawn anew at each step."""
+
     def __init__(self, deltas: Sequence[Tensor], share: float):
         import torch
 
         self.deltas, self.share = deltas, share
-        self.generator = torch.Generator().manual_seed(
-            0
-        )  # the same on every device of a distributed training
+        # The same on every device of a distributed training.
+        self.generator = torch.Generator().manual_seed(0)
 
     def before(self, number: int) -> None:
-        """Draw each entry's part in this step."""
+        """Draw the mask of this step."""
         for delta in self.deltas:
             if delta.grad is not None:
                 mask = delta.grad.new_empty(delta.shape, device="cpu").bernoulli_(

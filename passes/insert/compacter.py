@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class Compacter(SmallFeedForward):
     """h' = h + s (W_up σ(W_down h + b_down) + b_up)    W = Σ_i A_i ⊗ s_i t_i    Karimi Mahabadi et al. 2021, section 4
 
-    A `(n, n, n)` is one for all layers; s_i and t_i of rank `phm_rank` are a layer's own: of W_down `(r, d)`
-    `(r / n, rank)` and `(rank, d / n)`, of W_up `(d, r)` the other way round. n is `phm_dim`.
+    All layers share A `(n, n, n)`, n = `phm_dim`. Each layer has s_i and t_i of rank `phm_rank`: for W_down `(r, d)`
+    s_i `(r / n, rank)` and t_i `(rank, d / n)`, for W_up `(d, r)` s_i `(d / n, rank)` and t_i `(rank, r / n)`.
     """
 
     phm_dim: Annotated[
@@ -33,10 +33,10 @@ class Compacter(SmallFeedForward):
     ] = 4
     phm_rank: Annotated[int, Field(gt=0, description="rank of the right factors")] = 1
 
-    small: ClassVar = {"r": 4, "phm_dim": 2, "activation": "gelu"}
+    small = {"r": 4, "phm_dim": 2, "activation": "gelu"}
 
     def refuses(self, site: SubLayer) -> Fault | None:
-        """Both sides are made of phm_dim parts."""
+        """`phm_dim` must divide both sides of the matrices."""
         for option, size in (("r", self.r), ("phm_dim", site.shape[0])):
             if size % self.phm_dim:
                 return Fault(
@@ -59,11 +59,11 @@ class Compacter(SmallFeedForward):
         }
 
     def shared(self, sites: Sequence[SubLayer]) -> dict[str, Param]:
-        """The left factors of all layers."""
+        """The left factors A, which all layers share."""
         return {"rule": Param((self.phm_dim,) * 3, "kaiming-uniform", "compacter_rule")}
 
     def matrix(self, rule: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        """`Σ_i A_i ⊗ s_i t_i`."""
+        """The matrix `Σ_i A_i ⊗ s_i t_i`: A `(n, n, n)`, s `(n, rows / n, rank)`, t `(n, rank, columns / n)`."""
         from torch import einsum
 
         n, rows, columns = len(rule), left.shape[1], right.shape[2]

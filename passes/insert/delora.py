@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, Self
 
 from pydantic import Field
 
@@ -12,6 +12,7 @@ from adaptc.methods.method import Dropout, method
 from adaptc.methods.param import Param
 from adaptc.methods.peft_format import PeftFormat, of_pattern
 from adaptc.methods.rank import Ranked
+from adaptc.methods.tensors import norm as norms
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,20 +27,20 @@ Boundary = Annotated[float, Field(description="how far the change may go: λ at 
 class Delora(Ranked):
     """W' = W + (λ / r) B Ξ A diag(w)        A (r, in)   B (out, r)   λ (1,)   w (in,) frozen
 
-    Bini et al. 2025, equations 7 and 8: Ξ divides by ‖A_i‖ ‖B_i‖, rank by rank, and w are the norms of W's columns, so
-    that λ alone says how far the change goes. A starts Kaiming-uniform, B at zero.
+    Bini et al. 2025, equations 7 and 8: Ξ divides each rank i by ‖A_i‖ ‖B_i‖, and w are the norms of W's columns, so
+    that λ alone bounds the change. A starts Kaiming-uniform, B at zero.
     """
 
     lambda_: Boundary = 15.0
     dropout: Dropout = 0.0
-    lambda_pattern: Mapping[str, Boundary] = field(default_factory=dict)
+    lambda_pattern: Mapping[str, Boundary] = field(default_factory=dict[str, Boundary])
 
-    aliases: ClassVar[Mapping[str, str]] = {
+    aliases = {
         "delora_lambda": "lambda_",
         "lambda": "lambda_",
         "module_dropout": "dropout",
     }
-    peft: ClassVar[PeftFormat[Any] | None] = PeftFormat(
+    peft = PeftFormat(
         "DELORA",
         options={
             "r": "r",
@@ -53,8 +54,8 @@ class Delora(Ranked):
 
     def at(self, site: WeightSite) -> Self:
         """The rank and λ of this site."""
-        here = of_pattern(self.lambda_pattern, site, self.lambda_)
-        return replace(super().at(site), lambda_=here, lambda_pattern={})
+        lambda_ = of_pattern(self.lambda_pattern, site, self.lambda_)
+        return replace(super().at(site), lambda_=lambda_, lambda_pattern={})
 
     def params(self, site: WeightSite) -> dict[str, Param]:
         """A (r, in) Kaiming-uniform, B (out, r) zero, λ (1,), w (in,) the norms of W's columns."""
@@ -63,10 +64,10 @@ class Delora(Ranked):
             "A": Param((r, inner), "kaiming-uniform", "delora_A"),
             "B": Param((out, r), "zeros", "delora_B"),
             "bound": Param((1,), lambda W, _: W.new_full((1,), self.lambda_), "delora_lambda"),
-            "norm": Param((inner,), lambda W, _: W.norm(dim=0), "delora_w_norm", trained=False),
+            "norm": Param((inner,), lambda W, _: norms(W, 0), "delora_w_norm", trained=False),
         }
 
     def weight(self, W: Tensor, *, A: Tensor, B: Tensor, bound: Tensor, norm: Tensor) -> Tensor:
         """W + (λ / r) B Ξ A diag(w), of shape (out, in)."""
-        lengths = A.norm(dim=1).clamp_min(1e-4) * B.norm(dim=0).clamp_min(1e-4)
+        lengths = norms(A, 1).clamp_min(1e-4) * norms(B, 0).clamp_min(1e-4)
         return W + B @ ((bound / self.r / lengths).unsqueeze(1) * (A * norm))

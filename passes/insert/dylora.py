@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Self
 
 from adaptc.methods.low_rank import LowRank, LowRankFormat
 from adaptc.methods.method import method
 from adaptc.methods.param import Param
-from adaptc.methods.peft_format import PeftFormat
 from adaptc.methods.training_rule import TrainingRule
 
 if TYPE_CHECKING:
@@ -23,17 +22,17 @@ if TYPE_CHECKING:
 class Dylora(LowRank):
     """W' = W + (alpha / b) B[:, :b] A[:b],  b ≤ r drawn at each step of training, r else        A (r, in)   B (out, r)
 
-    Valipour et al. 2023, section 4: ranks are nested, so that one training gives an adapter of every rank up to r;
-    set the rank when it is compiled (`--set adapt.0.r=4` where the entry names the checkpoint). `adaptc.TrainingStep`
-    draws b. A starts Kaiming-uniform, B at zero. In a checkpoint it is LoRA of rank r.
+    Valipour et al. 2023, section 4: ranks are nested, so that one training gives an adapter of every rank up to r. Set
+    the rank when a checkpoint is compiled (`--set adapt.0.r=4`). `adaptc.TrainingStep` draws b. A starts
+    Kaiming-uniform, B at zero. A checkpoint is that of LoRA of rank r.
     """
 
-    peft: ClassVar[PeftFormat[Any] | None] = LowRankFormat.of("LORA", use_dora=False, adaptc_nested=True)
+    peft = LowRankFormat.of("LORA", use_dora=False, adaptc_nested=True)
 
     def params(self, site: WeightSite) -> dict[str, Param]:
         """A (r, in), B (out, r), and m (r, 1): 1 / b for the ranks in force, zero for the others."""
         mask = Param(
-            (self.r, 1), lambda W, _: self._mask(W, self.r), "dylora_mask", trained=False, stored=False
+            (self.r, 1), lambda W, _: self.mask(W, self.r), "dylora_mask", trained=False, stored=False
         )
         return {**self.factors(site), "m": mask}
 
@@ -42,32 +41,33 @@ class Dylora(LowRank):
         return W + self.alpha * (B @ (m * A))
 
     def cut(self, r: int) -> Self:
-        """The first r ranks."""
+        """The method with the first r ranks alone."""
         return replace(self, r=r, rank_pattern={})
 
     def cut_tensors(self, theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The first r rows of A and columns of B."""
-        found = dict(theta)
-        return found | {"A": found["A"][: self.r], "B": found["B"][:, : self.r]}
+        return {**theta, "A": theta["A"][: self.r], "B": theta["B"][:, : self.r]}
 
     def rule(self, sites: Sequence[Mapping[str, Tensor]], steps: int | None) -> TrainingRule | None:
-        """Another rank for each step."""
+        """Draws another rank for each step."""
         return _Ranks(self, [site["m"] for site in sites])
 
-    def _mask(self, like: Tensor, b: int) -> Tensor:
+    def mask(self, like: Tensor, b: int) -> Tensor:
+        """m (r, 1) for the first b ranks, in the dtype of a tensor: 1 / b, or 1 / sqrt(b) with `rslora`; then zero."""
         mask = like.new_zeros(self.r, 1)
         mask[:b] = 1 / (b**0.5 if self.rslora else b)
         return mask
 
 
 class _Ranks(TrainingRule):
+    """Writes the rank of a step into every mask: a random one in training, all ranks otherwise."""
+
     def __init__(self, method: Dylora, masks: Sequence[Tensor]):
         import torch
 
         self.method, self.masks = method, masks
-        self.generator = torch.Generator().manual_seed(
-            0
-        )  # the same on every device of a distributed training
+        # The same on every device of a distributed training.
+        self.generator = torch.Generator().manual_seed(0)
         self.drawn, self.shown = 0, False
         self.after(0)
 
@@ -89,4 +89,4 @@ class _Ranks(TrainingRule):
         for mask in self.masks:
             r = mask.shape[-2]
             method = replace(self.method, r=r)
-            mask.copy_(method._mask(mask, 1 + self.drawn % r if training else r))
+            mask.copy_(method.mask(mask, 1 + self.drawn % r if training else r))

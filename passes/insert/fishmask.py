@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
@@ -22,14 +21,14 @@ Ratio = Annotated[float, Field(gt=0, le=1, description="share of all entries tha
 class Fishmask(Chosen):
     """W' = W + D        D sparse: the k entries of all weights with the largest Fisher information
 
-    Sung et al. 2021, section 3: k is `keep_ratio` of the entries that the target names, chosen once, by the empirical
-    Fisher information, the mean over examples of the squared gradient of the loss (equation 6), from the spec's
-    `calibration`.
+    Sung et al. 2021, section 3: k is `keep_ratio` of the entries that the target names. They are chosen once, from the
+    spec's `calibration`, by the empirical Fisher information: the mean over examples of the squared gradient of the
+    loss (equation 6).
     """
 
     keep_ratio: Ratio = 0.005
 
-    small: ClassVar[Mapping[str, object]] = {"keep_ratio": 0.3}
+    small = {"keep_ratio": 0.3}
 
     @property
     def ratio(self) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import Field
 
@@ -27,20 +27,20 @@ Count = Annotated[int, Field(gt=0, description="how many frequencies are trained
 class FourierFT(WeightMethod):
     """W' = W + scaling Re(F⁻¹(C))        C (out, in) with n entries c (n,), all others zero
 
-    Gao et al. 2024, equations 2 to 4: F⁻¹ is the inverse 2-D Fourier transform; which entries is drawn from
-    `random_loc_seed`, the same for all layers of a size. c starts standard normal, so that the model does not start as
-    its base.
+    Gao et al. 2024, equations 2 to 4: F⁻¹ is the inverse 2-D Fourier transform. The positions of the
+    entries are drawn from `random_loc_seed`, the same for all layers of a size. c starts standard normal, so that the
+    model does not start as its base.
     """
 
     n_frequency: Count = 1000
     scaling: float = 150.0
     random_loc_seed: int = 777
-    n_frequency_pattern: Mapping[str, Count] = field(default_factory=dict)
+    n_frequency_pattern: Mapping[str, Count] = field(default_factory=dict[str, Count])
 
-    kinds: ClassVar[frozenset[str]] = MATRIX_KINDS
-    small: ClassVar[Mapping[str, object]] = {"n_frequency": 9}
-    identity_at_init: ClassVar[bool] = False
-    peft: ClassVar[PeftFormat[Any] | None] = PeftFormat(
+    kinds = MATRIX_KINDS
+    small = {"n_frequency": 9}
+    identity_at_init = False
+    peft = PeftFormat(
         "FOURIERFT",
         options={name: name for name in ("n_frequency", "scaling", "random_loc_seed", "n_frequency_pattern")},
     )
@@ -51,7 +51,7 @@ class FourierFT(WeightMethod):
         return replace(super().at(site), n_frequency=n, n_frequency_pattern={})
 
     def refuses(self, site: WeightSite) -> Fault | None:
-        """There are as many frequencies as entries."""
+        """No more frequencies than the weight has entries."""
         most, n = site.out_features * site.in_features, self.at(site).n_frequency
         return (
             None
@@ -60,17 +60,17 @@ class FourierFT(WeightMethod):
         )
 
     def params(self, site: WeightSite) -> dict[str, Param]:
-        """c (n,) standard normal, and the entries' places in C, row after row."""
+        """c (n,) standard normal, and the entries' positions in C, row after row."""
         n, size = self.n_frequency, site.out_features * site.in_features
 
-        def places(_: Tensor, __: Generator) -> Tensor:
+        def positions(_: Tensor, __: Generator) -> Tensor:
             import torch
 
             return torch.randperm(size, generator=torch.Generator().manual_seed(self.random_loc_seed))[:n]
 
         return {
             "c": Param((n,), "standard-normal", "fourierft_spectrum"),
-            "at": Param((n,), places, "fourierft_locations", trained=False, stored=False, below=size),
+            "at": Param((n,), positions, "fourierft_locations", trained=False, stored=False, below=size),
         }
 
     def weight(self, W: Tensor, *, c: Tensor, at: Tensor) -> Tensor:
@@ -78,5 +78,8 @@ class FourierFT(WeightMethod):
         import torch
 
         C = W.new_zeros(W.numel()).scatter(0, at, c).view(W.shape)
-        wide = C.float() if C.dtype.itemsize == 2 else C  # there is no transform of narrow numbers
-        return W + self.scaling * torch.fft.ifft2(wide).real.to(W.dtype)
+        # Torch has no transform of 16-bit numbers.
+        wide = C.float() if C.dtype.itemsize == 2 else C
+        fft: Any = torch.fft
+        change: Tensor = fft.ifft2(wide).real.to(W.dtype)
+        return W + self.scaling * change

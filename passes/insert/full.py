@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING
 
 from adaptc.methods.method import Patterns, WeightMethod, method
 from adaptc.methods.param import Param
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 class Full(WeightMethod):
     """W' = V        V of W's own shape
 
-    Every parameter of the chosen modules is trained whole (PEFT's `modules_to_save`), or those whose own name
-    `parameters` has, such as bias. V starts as W, and W is kept, so that adapters can be swapped.
+    Trains every parameter of the chosen modules whole (PEFT's `modules_to_save`), or only those whose name matches
+    `parameters`, such as bias. V starts as W. The model keeps W, so that adapters can be swapped.
     """
 
     parameters: Patterns = ("*",)
 
-    kinds: ClassVar[frozenset[str]] = frozenset({"parameter"})
-    peft: ClassVar[PeftFormat[Any] | None] = PeftFormat(None, joins="modules_to_save")
+    kinds = frozenset({"parameter"})
+    peft = PeftFormat(None, joins="modules_to_save")
 
     def takes(self, site: WeightSite) -> bool:
-        """Whether a parameter is one of those named."""
+        """Whether the name of a parameter matches `parameters`."""
         return matches_any(self.parameters, site.leaf)
 
     def params(self, site: WeightSite) -> dict[str, Param]:

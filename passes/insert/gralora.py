@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
@@ -13,6 +12,7 @@ from adaptc.methods.method import Alpha, Dropout, Rank, WeightMethod, method
 from adaptc.methods.param import Param
 from adaptc.methods.peft_format import PeftFormat
 from adaptc.methods.site import MATRIX_KINDS
+from adaptc.methods.tensors import unflatten
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -27,8 +27,8 @@ Blocks = Annotated[int, Field(gt=0, description="blocks along each side of the w
 class Gralora(WeightMethod):
     """W' = W + s ([B_ij A_ij] + D C),  s = alpha / (r + hybrid_r)        A (k, in / k, r)   B (k, r, out / k)
 
-    Jung et al. 2025, equation 6: each of k x k blocks of W has a low-rank product of its own, of rank r / k, so that
-    the sum is of rank up to k r; with `hybrid_r` LoRA's C (hybrid_r, in) and D (out, hybrid_r) beside. A_ij are the
+    Jung et al. 2025, equation 6: each of the k x k blocks of W gets a low-rank product of rank r / k, so that the sum
+    has rank up to k r. With `hybrid_r`, LoRA's C (hybrid_r, in) and D (out, hybrid_r) are added. A_ij are the
     i-th r / k columns of A_j, B_ij the j-th rows of B_i. A and C start Kaiming-uniform, B and D at zero.
     """
 
@@ -38,11 +38,11 @@ class Gralora(WeightMethod):
     k: Blocks = 2
     dropout: Dropout = 0.0
 
-    kinds: ClassVar[frozenset[str]] = MATRIX_KINDS
-    aliases: ClassVar[Mapping[str, str]] = {"gralora_k": "k", "gralora_dropout": "dropout"}
-    fast: ClassVar[frozenset[str]] = frozenset({"B", "D"})
-    small: ClassVar[Mapping[str, object]] = {"r": 2, "hybrid_r": 1}
-    peft: ClassVar[PeftFormat[Any] | None] = PeftFormat(
+    kinds = MATRIX_KINDS
+    aliases = {"gralora_k": "k", "gralora_dropout": "dropout"}
+    fast = frozenset({"B", "D"})
+    small = {"r": 2, "hybrid_r": 1}
+    peft = PeftFormat(
         "GRALORA",
         options={
             "k": "gralora_k",
@@ -52,7 +52,7 @@ class Gralora(WeightMethod):
     )
 
     def refuses(self, site: WeightSite) -> Fault | None:
-        """Blocks must fit both sides and the rank."""
+        """k must divide both sides and the rank."""
         sides = {"in": site.in_features, "out": site.out_features, "r": self.r}
         wrong = next((name for name, size in sides.items() if size % self.k), None)
         return Fault(("k",), f"k must divide {wrong} ({sides[wrong]}), got {self.k}") if wrong else None
@@ -61,18 +61,19 @@ class Gralora(WeightMethod):
         """A and B of all blocks, C and D of the whole."""
         k, r, inner, out = self.k, self.r, site.in_features, site.out_features
 
-        def start(W: Tensor, generator: Generator) -> Tensor:  # Kaiming's for (r, in / k)
+        def start(W: Tensor, generator: Generator) -> Tensor:
+            # Kaiming-uniform for (r, in / k).
             bound = (inner // k) ** -0.5
             return W.new_empty(k, inner // k, r).uniform_(-bound, bound, generator=generator)
 
-        found = {
+        params = {
             "A": Param((k, inner // k, r), start, "gralora_A"),
             "B": Param((k, r, out // k), "zeros", "gralora_B"),
         }
         if self.hybrid_r:
-            found["C"] = Param((self.hybrid_r, inner), "kaiming-uniform", "gralora_A_general.weight")
-            found["D"] = Param((out, self.hybrid_r), "zeros", "gralora_B_general.weight")
-        return found
+            params["C"] = Param((self.hybrid_r, inner), "kaiming-uniform", "gralora_A_general.weight")
+            params["D"] = Param((out, self.hybrid_r), "zeros", "gralora_B_general.weight")
+        return params
 
     def weight(
         self, W: Tensor, *, A: Tensor, B: Tensor, C: Tensor | None = None, D: Tensor | None = None
@@ -81,7 +82,7 @@ class Gralora(WeightMethod):
         import torch
 
         k = self.k
-        blocks = torch.einsum("ijso,jais->ioja", B.unflatten(1, (k, -1)), A.unflatten(2, (k, -1)))
+        blocks = torch.einsum("ijso,jais->ioja", unflatten(B, 1, (k, -1)), unflatten(A, 2, (k, -1)))
         scale = self.alpha / (self.r + self.hybrid_r)
-        W = W + scale * blocks.reshape(W.shape)
-        return W if C is None or D is None else W + scale * (D @ C)
+        local = W + scale * blocks.reshape(W.shape)
+        return local if C is None or D is None else local + scale * (D @ C)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING
 
 from adaptc.methods.method import Dropout, Rank, method
 from adaptc.methods.param import Param
@@ -22,15 +21,15 @@ if TYPE_CHECKING:
 class Hira(Ranked):
     """W' = W + W ∘ (B A)        A (r, in)   B (out, r)
 
-    Huang et al. 2025, equation 4: the change is of high rank, since W is. A starts Kaiming-uniform, B at zero.
+    Huang et al. 2025, equation 4: the change has a high rank, since W has one. A starts Kaiming-uniform, B at zero.
     """
 
     r: Rank = 32
     dropout: Dropout = 0.0
 
-    aliases: ClassVar[Mapping[str, str]] = {"hira_dropout": "dropout"}
-    fast: ClassVar[frozenset[str]] = frozenset({"B"})
-    peft: ClassVar[PeftFormat[Any] | None] = PeftFormat(
+    aliases = {"hira_dropout": "dropout"}
+    fast = frozenset({"B"})
+    peft = PeftFormat(
         "HIRA",
         options={"r": "r", "dropout": "hira_dropout", "rank_pattern": "rank_pattern"},
         layers=frozenset({"Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d"}),

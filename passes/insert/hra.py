@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
@@ -12,6 +12,7 @@ from adaptc.methods.method import Rank, WeightMethod, method
 from adaptc.methods.param import Param
 from adaptc.methods.peft_format import PeftFormat
 from adaptc.methods.site import MATRIX_KINDS
+from adaptc.methods.tensors import norm
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -34,8 +35,8 @@ class Hra(WeightMethod):
     r: Rank = 8
     apply_GS: GramSchmidt = False  # noqa: N815 (PEFT's spelling)
 
-    kinds: ClassVar[frozenset[str]] = MATRIX_KINDS
-    peft: ClassVar[PeftFormat[Any] | None] = PeftFormat(
+    kinds = MATRIX_KINDS
+    peft = PeftFormat(
         "HRA",
         options={"r": "r", "apply_GS": "apply_GS"},
         layers=frozenset({"Linear", "Conv2d"}),
@@ -43,7 +44,7 @@ class Hra(WeightMethod):
     )
 
     def refuses_to_train(self, site: WeightSite) -> Fault | None:
-        """Pairs of reflections cancel at the start; more than there are columns are too many."""
+        """Reflections start in pairs that cancel, and no more than W has columns are independent."""
         if self.r % 2:
             return Fault(
                 ("r",), f"r must be even, since reflections start in pairs that cancel, got {self.r}"
@@ -73,9 +74,9 @@ class Hra(WeightMethod):
     def weight(self, W: Tensor, *, u: Tensor) -> Tensor:
         """W + (W U) (-S Uᵀ), of shape (out, in)."""
         if self.apply_GS:
-            U = _orthogonal(u)
-            return W + (W @ U) @ (-2 * U.T)
-        U = u / u.norm(dim=0)
+            Q = _orthogonal(u)
+            return W + (W @ Q) @ (-2 * Q.T)
+        U = u / norm(u, 0)
         return W + (W @ U) @ (_inverse((U.T @ U).triu(1) * 2) * -2 @ U.T)
 
 
@@ -84,19 +85,19 @@ def _inverse(N: Tensor) -> Tensor:
     import torch
 
     identity = torch.eye(len(N), dtype=N.dtype, device=N.device)
-    found, power, exponent = identity - N, N, 1
+    inverse, power, exponent = identity - N, N, 1
     while 2 * exponent < len(N):
         power, exponent = power @ power, 2 * exponent
-        found = found @ (identity + power)
-    return found
+        inverse = inverse @ (identity + power)
+    return inverse
 
 
 def _orthogonal(u: Tensor) -> Tensor:
-    """Gram and Schmidt's: each column without its part along those before, at unit length."""
+    """Gram-Schmidt: each column of u (in, r) minus its projections on the earlier ones, at unit length."""
     import torch
 
-    U = u[:, :1] / u[:, :1].norm()
-    for column in u[:, 1:].split(1, dim=1):
-        left = column - U @ (U.T @ column)
-        U = torch.cat([U, left / left.norm()], dim=1)
-    return U
+    basis = u[:, :1] / norm(u[:, :1])
+    for column in torch.split(u[:, 1:], 1, dim=1):
+        rest = column - basis @ (basis.T @ column)
+        basis = torch.cat([basis, rest / norm(rest)], dim=1)
+    return basis

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Self
 
 from adaptc.errors import Fault
 from adaptc.methods.method import Patterns, WeightMethod, method
@@ -23,7 +22,7 @@ class Ia3Format(PeftFormat["Ia3"]):
     """PEFT's configuration of IA3."""
 
     def covers(self, method: Ia3, site: Place) -> bool:
-        """PEFT scales what goes into or out of linear layers and 2-D and 3-D convolutions."""
+        """PEFT scales the inputs or outputs of linear layers and of 2-D and 3-D convolutions."""
         assert isinstance(site, WeightSite)
         scaled = site.kind == "linear" or site.op in ("conv2d", "conv3d")
         return scaled and site.leaf == "weight" and site.type != ATTENTION
@@ -34,15 +33,15 @@ class Ia3Format(PeftFormat["Ia3"]):
 class Ia3(WeightMethod):
     """W' = l W,  b' = l b  (keys, values)   or   W' = W l  (input of a feed-forward)     l (out, 1) or (1, in)
 
-    Liu et al. 2022, section 3.3. Sites named by `feedforward` scale what comes in, all others what goes out,
+    Liu et al. 2022, section 3.3. Sites named by `feedforward` scale their input, all others their output,
     bias included, as in PEFT. l starts at one.
     """
 
     feedforward: Patterns = ()
 
-    kinds: ClassVar[frozenset[str]] = MATRIX_KINDS - {"embedding"}
-    aliases: ClassVar[Mapping[str, str]] = {"feedforward_modules": "feedforward"}
-    peft: ClassVar[PeftFormat[Any] | None] = Ia3Format(
+    kinds = MATRIX_KINDS - {"embedding"}
+    aliases = {"feedforward_modules": "feedforward"}
+    peft = Ia3Format(
         type="IA3",
         options={"feedforward": "feedforward_modules"},
         modules=frozenset({"feedforward"}),
@@ -53,7 +52,7 @@ class Ia3(WeightMethod):
         return replace(self, feedforward=("*",) if matches_any(self.feedforward, site.module) else ())
 
     def refuses(self, site: WeightSite) -> Fault | None:
-        """A grouped convolution's columns are not its input channels, a transposed one's rows not its output."""
+        """A grouped convolution's columns are not its input channels; a transposed one's rows are not its outputs."""
         if site.rows_repeat or (site.groups > 1 and self.at(site).feedforward):
             return Fault(
                 ("feedforward",) if self.feedforward else (),

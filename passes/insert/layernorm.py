@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING
 
 from adaptc.methods.method import WeightMethod, method
 from adaptc.methods.param import Param
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 class Layernorm(WeightMethod):
     """g' = v        v in place of every gain and bias of the normalisations that the target names
 
-    Zhao et al. 2024, section 3. v starts as g, and g is kept, so that adapters can be swapped.
+    Zhao et al. 2024, section 3. v starts as g. The model keeps g, so that adapters can be swapped.
     """
 
-    kinds: ClassVar[frozenset[str]] = frozenset({"parameter"})
-    peft: ClassVar[PeftFormat[Any] | None] = PeftFormat("LN_TUNING")
+    kinds = frozenset({"parameter"})
+    peft = PeftFormat("LN_TUNING")
 
     def takes(self, site: WeightSite) -> bool:
-        """Whether a parameter is that of a normalisation, by its module's class or the operation that reads it."""
+        """Whether a parameter belongs to a normalisation, by the class of its module or the operation that reads it."""
         return "norm" in site.type.lower() or "norm" in site.op
 
     def params(self, site: WeightSite) -> dict[str, Param]:

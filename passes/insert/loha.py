@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING
 
 from adaptc.methods.method import method
 from adaptc.methods.param import Param
 from adaptc.methods.peft_format import PeftFormat
 from adaptc.methods.rank import Scaled
+from adaptc.methods.tensors import unflatten
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +29,7 @@ class Loha(Scaled):
 
     use_effective_conv2d: bool = False
 
-    peft: ClassVar[PeftFormat[Any] | None] = PeftFormat(
+    peft = PeftFormat(
         "LOHA",
         options={
             name: name for name in ("r", "alpha", "rank_pattern", "alpha_pattern", "use_effective_conv2d")
@@ -39,20 +40,19 @@ class Loha(Scaled):
     )
 
     def params(self, site: WeightSite) -> dict[str, Param]:
-        """A1 and A2 (out, r), B1 and B2 (r, in); with kernels apart A (r, out) and T (r, r, height, width) too."""
+        """A1 and A2 (out, r), B1 and B2 (r, in); with separate kernels A (r, out) and T (r, r, height, width) too."""
         r, out, inner = self.r, site.out_features, site.in_features
         kernel = site.inner_shape[1:] if site.kind == "conv" and self.use_effective_conv2d else ()
-        if any(size > 1 for size in kernel):
-            T, A, B = (r, r, *kernel, *(1,) * (2 - len(kernel))), (r, out), (r, site.inner_shape[0])
-        else:
-            T, A, B = (), (out, r), (r, inner)
-        found = {}
+        separate = any(size > 1 for size in kernel)
+        rows, columns = ((r, out), (r, site.inner_shape[0])) if separate else ((out, r), (r, inner))
+        params: dict[str, Param] = {}
         for n in "12":
-            found[f"A{n}"] = Param(A, "kaiming-uniform", f"hada_w{n}_a")
-            found[f"B{n}"] = Param(B, "kaiming-uniform" if n == "1" else "zeros", f"hada_w{n}_b")
-            if T:
-                found[f"T{n}"] = Param(T, "kaiming-uniform", f"hada_t{n}")
-        return found
+            params[f"A{n}"] = Param(rows, "kaiming-uniform", f"hada_w{n}_a")
+            params[f"B{n}"] = Param(columns, "kaiming-uniform" if n == "1" else "zeros", f"hada_w{n}_b")
+            if separate:
+                core = (r, r, *kernel, *(1,) * (2 - len(kernel)))
+                params[f"T{n}"] = Param(core, "kaiming-uniform", f"hada_t{n}")
+        return params
 
     def weight(
         self,
@@ -70,8 +70,9 @@ class Loha(Scaled):
 
 
 def _product(A: Tensor, B: Tensor, T: Tensor | None) -> Tensor:
+    """A B `(out, in)`; with a core T `(r, r, kernel)` its contraction with both, `(out, in kernel)`."""
     if T is None:
         return A @ B
     r = T.shape[0]
-    left = (A.T @ T.reshape(r, -1)).unflatten(1, (r, -1))  # (out, r, kernel)
-    return (left.transpose(1, 2) @ B).transpose(1, 2).flatten(1)
+    rows = unflatten(A.T @ T.reshape(r, -1), 1, (r, -1))  # (out, r, kernel)
+    return (rows.transpose(1, 2) @ B).transpose(1, 2).flatten(1)

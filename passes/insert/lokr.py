@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING
 
 from adaptc.methods.method import method
 from adaptc.methods.param import Param
 from adaptc.methods.peft_format import PeftFormat
 from adaptc.methods.rank import Scaled
+from adaptc.methods.tensors import unflatten
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,8 +32,8 @@ class Lokr(Scaled):
     decompose_factor: int = -1
     use_effective_conv2d: bool = False
 
-    small: ClassVar[Mapping[str, object]] = {"r": 1}
-    peft: ClassVar[PeftFormat[Any] | None] = PeftFormat(
+    small = {"r": 1}
+    peft = PeftFormat(
         "LOKR",
         options={
             name: name
@@ -48,7 +48,7 @@ class Lokr(Scaled):
     )
 
     def params(self, site: WeightSite) -> dict[str, Param]:
-        """C and D, each whole or in two or three factors."""
+        """C and D, each whole, as two factors, or D as two factors and a core."""
         r, kernel = self.r, site.inner_shape[1:] if site.kind == "conv" else ()
         columns = site.inner_shape[0] if kernel else site.in_features
         (out1, out2), (in1, in2) = (divided(n, self.decompose_factor) for n in (site.out_features, columns))
@@ -56,22 +56,22 @@ class Lokr(Scaled):
         for size in kernel:
             points *= size
         if self.decompose_both and r < max(out1, in1) / 2:
-            found = {
+            params = {
                 "C1": Param((out1, r), "zeros", "lokr_w1_a"),
                 "C2": Param((r, in1), "kaiming-uniform", "lokr_w1_b"),
             }
         else:
-            found = {"C": Param((out1, in1), "zeros", "lokr_w1")}
+            params = {"C": Param((out1, in1), "zeros", "lokr_w1")}
         if r >= max(out2, in2) / 2:
-            return found | {"D": Param((out2, in2, *kernel), "kaiming-uniform", "lokr_w2")}
+            return params | {"D": Param((out2, in2, *kernel), "kaiming-uniform", "lokr_w2")}
         if self.use_effective_conv2d and points > 1:
             core = (r, r, *kernel, *(1,) * (2 - len(kernel)))
-            return found | {
+            return params | {
                 "T": Param(core, "kaiming-uniform", "lokr_t2"),
                 "D1": Param((r, out2), "kaiming-uniform", "lokr_w2_a"),
                 "D2": Param((r, in2), "kaiming-uniform", "lokr_w2_b"),
             }
-        return found | {
+        return params | {
             "D1": Param((out2, r), "kaiming-uniform", "lokr_w2_a"),
             "D2": Param((r, in2 * points), "kaiming-uniform", "lokr_w2_b"),
         }
@@ -80,15 +80,13 @@ class Lokr(Scaled):
         """W + scale C ⊗ D, of shape (out, in)."""
         C = theta["C"] if "C" in theta else theta["C1"] @ theta["C2"]
         D = theta["D"] if "D" in theta else _product(theta["D1"], theta["D2"], theta.get("T"))
-        if D.dim() == 4:
-            C = C[
-                ..., None, None
-            ]  # a 2-D kernel's points stay together; a 1-D one's go with the columns, as in PEFT
-        return W + self.scale * _kronecker(C, D).reshape(W.shape)
+        # As in PEFT, the points of a 2-D kernel stay together, and those of a 1-D one go with the columns.
+        left = C[..., None, None] if D.dim() == 4 else C
+        return W + self.scale * _kronecker(left, D).reshape(W.shape)
 
 
 def divided(size: int, factor: int) -> tuple[int, int]:
-    """Two numbers whose product is `size`, the smaller first and near `factor`, or near the root for -1."""
+    """Two numbers whose product is a size, the first near a factor; both near the square root for a factor of -1."""
     if factor > 0 and size % factor == 0:
         return factor, size // factor
     limit = size if factor == -1 else factor
@@ -97,11 +95,12 @@ def divided(size: int, factor: int) -> tuple[int, int]:
 
 
 def _product(A: Tensor, B: Tensor, T: Tensor | None) -> Tensor:
+    """A B `(out, in)`; with a core T `(r, r, height, width)` its contraction with both, `(out, in, height, width)`."""
     if T is None:
         return A @ B
     r = T.shape[0]
-    left = (A.T @ T.reshape(r, -1)).unflatten(1, (r, -1))  # (out, r, kernel)
-    return (left.transpose(1, 2) @ B).transpose(1, 2).unflatten(2, T.shape[2:])
+    rows = unflatten(A.T @ T.reshape(r, -1), 1, (r, -1))  # (out, r, kernel)
+    return unflatten((rows.transpose(1, 2) @ B).transpose(1, 2), 2, T.shape[2:])
 
 
 def _kronecker(C: Tensor, D: Tensor) -> Tensor:

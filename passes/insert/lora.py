@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -20,7 +20,7 @@ from adaptc.methods.low_rank import (
 )
 from adaptc.methods.method import method
 from adaptc.methods.param import Param
-from adaptc.methods.peft_format import PeftFormat
+from adaptc.methods.tensors import qr
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from adaptc.methods.site import Place, WeightSite
 
 SPLITS = ("pissa", "olora")
-"""Initialisations that take A and B out of W."""
+"""Initialisations that make A and B of W."""
 Initial = Annotated[
     Literal[True, "gaussian", "orthogonal", "pissa", "olora", "loftq"],
     Field(
-        description="how A and B start: true is Kaiming-uniform and zero; pissa and olora take them out of W; loftq "
-        "makes up for what quantization lost of W"
+        description="how A and B start: true is Kaiming-uniform and zero; pissa and olora make them of W; loftq "
+        "compensates what quantization lost of W"
     ),
 ]
 
@@ -42,11 +42,11 @@ class LoraFormat(LowRankFormat):
     """PEFT's configuration of LoRA."""
 
     def write(self, options: dict[str, Any]) -> dict[str, Any]:
-        """What has made up for quantization at the start is an adapter like any other when it is trained."""
+        """An adapter that started by compensating quantization is an ordinary one once it is trained."""
         return options | ({"init_weights": True} if options["init_weights"] == "loftq" else {})
 
     def covers(self, method: LowRank, site: Place) -> bool:
-        """PEFT takes A and B out of linear layers' weights only, and knows no bits that an adapter has changed."""
+        """PEFT makes A and B of linear layers' weights only, and quantizes a weight once only."""
         assert isinstance(method, Lora)
         split = method.init_weights not in SPLITS or site.kind == "linear"
         return super().covers(method, site) and split and method.compensation_rounds == 1
@@ -59,17 +59,17 @@ class Lora(CompensatesQuantization, LowRank):
 
     Hu et al. 2021, section 4.1. A starts Kaiming-uniform, B and c at zero, as in PEFT. With `init_weights` "pissa"
     (Meng et al. 2024, equations 2 to 4) A and B start as the r largest singular vectors of W, with "olora"
-    (Büyükakyüz 2024, section 3) as the first r of its QR decomposition, and W' = W + (alpha / r) (B A - B0 A0) with
-    these first values A0, B0, which follow from W and are not stored; "orthogonal" starts with both random, B A = 0.
-    With "loftq" (Li et al. 2023, algorithm 1) B A starts as the best of rank r for what quantization lost, and W is
-    quantized again without it `loftq_iter` - 1 times.
+    (Büyükakyüz 2024, section 3) as the first r of its QR decomposition, and W' = W + (alpha / r) (B A - B0 A0). The
+    initial values A0, B0 follow from W and are not stored. "orthogonal" starts with both random and B A = 0. With
+    "loftq" (Li et al. 2023, algorithm 1) B A starts as the best approximation of rank r of what quantization lost,
+    and W minus it is quantized again, `loftq_iter` - 1 times.
     """
 
     lora_bias: bool = False
     init_weights: Initial = True
     loftq_iter: Rounds = 1
 
-    peft: ClassVar[PeftFormat[Any] | None] = LoraFormat.of(
+    peft = LoraFormat.of(
         "LORA",
         {"lora_bias": "lora_bias", "init_weights": "init_lora_weights"},
         by_parameter=True,
@@ -77,46 +77,46 @@ class Lora(CompensatesQuantization, LowRank):
         use_dora=False,
         adaptc_nested=False,
     )
-    aliases: ClassVar[dict[str, str]] = {**LowRank.aliases, "init_lora_weights": "init_weights"}
+    aliases = {**LowRank.aliases, "init_lora_weights": "init_weights"}
 
     @classmethod
     def trained_options(cls, options: dict[str, Any]) -> dict[str, Any]:
-        """Initialisations that leave no trace in a trained adapter are as good as the first."""
+        """The same whatever its initialisation, unless that one needs A0 and B0."""
         return options if options.get("init_weights") in SPLITS else super().trained_options(options)
 
     def compensation(self, lost: Tensor) -> Tensor:
-        """Its best approximation of rank r, as A and B start."""
+        """The best approximation of rank r of what a matrix lost: scale B A as it starts."""
         A, B = singular(lost, self.r, self.scale)
         return self.scale * (B @ A)
 
     def params(self, site: WeightSite) -> dict[str, Param]:
-        """A (r, in) Kaiming-uniform, B (out, r) zero, c (out,) zero; or what W is split into."""
-        found, r = self.factors(site), self.r
+        """A (r, in) Kaiming-uniform, B (out, r) zero, c (out,) zero; or A and B made of W."""
+        params, r = self.factors(site), self.r
         if self.init_weights == "gaussian":
-            found |= {"A": _starts(found["A"], lambda W, g: _normal(W, (r, W.shape[1]), g) / r)}
+            params |= {"A": _starts(params["A"], lambda W, g: _normal(W, (r, W.shape[1]), g) / r)}
         if self.init_weights == "orthogonal":
-            found |= {
+            params |= {
                 "A": _starts(
-                    found["A"], lambda W, g: _rows(W, r, 0).T @ _normal(W, (r // 2, W.shape[1]), g) / 10
+                    params["A"], lambda W, g: _rows(W, r, 0).T @ _normal(W, (r // 2, W.shape[1]), g) / 10
                 ),
                 "B": _starts(
-                    found["B"], lambda W, g: _normal(W, (W.shape[0], r // 2), g) @ _rows(W, r, 1) / 10
+                    params["B"], lambda W, g: _normal(W, (W.shape[0], r // 2), g) @ _rows(W, r, 1) / 10
                 ),
             }
+        split = Split(_triangular if self.init_weights == "olora" else singular, r, self.scale)
         if self.init_weights in (*SPLITS, "loftq"):
-            split = Split(_triangular if self.init_weights == "olora" else singular, r, self.scale)
-            found |= {"A": _starts(found["A"], split.A), "B": _starts(found["B"], split.B)}
+            params |= {"A": _starts(params["A"], split.A), "B": _starts(params["B"], split.B)}
         if self.init_weights in SPLITS:
             shapes = {"A0": (r, site.in_features), "B0": (site.out_features, r)}
-            found |= {
+            params |= {
                 "A0": Param(shapes["A0"], split.A, "lora_A0", trained=False, stored=False),
                 "B0": Param(shapes["B0"], split.B, "lora_B0", trained=False, stored=False),
             }
         c = {"c": Param((site.out_features,), "zeros", "lora_B.bias")} if self.lora_bias else {}
-        return {**found, **c}
+        return {**params, **c}
 
     def refuses(self, site: WeightSite) -> Fault | None:
-        """A trained bias needs one to be added to; several matrices in one weight are not split."""
+        """A trained bias is added to the layer's; several matrices in one weight start in one way only."""
         if self.lora_bias and (site.bias is None or site.rows_repeat):
             return Fault(
                 ("lora_bias",),
@@ -147,9 +147,8 @@ class Lora(CompensatesQuantization, LowRank):
         c: Tensor | None = None,
     ) -> Tensor:
         """W + scale B A, of shape (out, in)."""
-        if A0 is not None and B0 is not None:
-            W = W + -self.scale * (B0 @ A0)
-        return W + self.scale * (B @ A)
+        start = W if A0 is None or B0 is None else W + -self.scale * (B0 @ A0)
+        return start + self.scale * (B @ A)
 
     def bias(self, b: Tensor, *, c: Tensor, **_: Tensor) -> Tensor:
         """b + scale c, of shape (out,)."""
@@ -157,9 +156,8 @@ class Lora(CompensatesQuantization, LowRank):
 
 
 def _triangular(W: Tensor, r: int, _: float) -> tuple[Tensor, Tensor]:
-    import torch
-
-    Q, R = torch.linalg.qr(W)
+    """A (r, in) and B (out, r): the first r rows of R and columns of Q, of W = Q R."""
+    Q, R = qr(W)
     return R[:r].clone(), Q[:, :r].clone()
 
 
@@ -171,7 +169,7 @@ def _rows(W: Tensor, r: int, first: int) -> Tensor:
     """Every second row of one random orthogonal matrix: the odd ones of A, the even ones of B."""
     import torch
 
-    return torch.linalg.qr(_normal(W, (r, r), torch.Generator().manual_seed(r)))[0][first::2]
+    return qr(_normal(W, (r, r), torch.Generator().manual_seed(r)))[0][first::2]
 
 
 def _starts(param: Param, init: Callable[[Tensor, Generator], Tensor]) -> Param:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
@@ -13,6 +12,7 @@ from adaptc.methods.method import Dropout, Rank, WeightMethod, method
 from adaptc.methods.param import Param
 from adaptc.methods.peft_format import PeftFormat
 from adaptc.methods.site import MATRIX_KINDS
+from adaptc.methods.tensors import unflatten
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,16 +39,16 @@ class Miss(WeightMethod):
     dropout: Dropout = 0.0
     init_weights: Form = True
 
-    kinds: ClassVar[frozenset[str]] = MATRIX_KINDS
-    aliases: ClassVar[Mapping[str, str]] = {"miss_dropout": "dropout"}
-    peft: ClassVar[PeftFormat[Any] | None] = PeftFormat(
+    kinds = MATRIX_KINDS
+    aliases = {"miss_dropout": "dropout"}
+    peft = PeftFormat(
         "MISS",
         options={"r": "r", "mini_r": "mini_r", "dropout": "miss_dropout", "init_weights": "init_weights"},
         layers=frozenset({"Linear"}),
     )
 
     def refuses(self, site: WeightSite) -> Fault | None:
-        """Blocks must fit the weight."""
+        """A block must not be larger than W; `bat` needs blocks that divide W, and has no dropout."""
         out, inner = site.out_features, site.in_features
         if self.r > inner:
             return Fault(("r",), f"r must be at most {inner} here, got {self.r}")
@@ -67,15 +67,14 @@ class Miss(WeightMethod):
         return {"B": Param(shape, "zeros", "miss_block")}
 
     def weight(self, W: Tensor, *, B: Tensor) -> Tensor:
-        """W + the repeated shard, of shape (out, in)."""
+        """W plus the repeated shard, of shape (out, in)."""
         import torch
 
         (out, inner), r = W.shape, self.r
         if self.init_weights == "bat":
-            blocks = W.unflatten(1, (inner // r, r)).unflatten(0, (out // r, r)).permute(2, 0, 1, 3)
+            blocks = unflatten(unflatten(W, 1, (inner // r, r)), 0, (out // r, r)).permute(2, 0, 1, 3)
             return W + (blocks @ B + B).permute(1, 2, 0, 3).reshape(out, inner)
-        if self.init_weights == "mini":
-            B = B.repeat(1, out // self.mini_r)
+        shard = B.repeat(1, out // self.mini_r) if self.init_weights == "mini" else B
         # As a product, so that x is summed over the blocks and no full matrix is built.
-        places = torch.eye(r, dtype=W.dtype, device=W.device).repeat(1, -(-inner // r))[:, :inner]
-        return W + B.T @ places
+        repeated = torch.eye(r, dtype=W.dtype, device=W.device).repeat(1, -(-inner // r))[:, :inner]
+        return W + shard.T @ repeated

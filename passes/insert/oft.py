@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
@@ -13,9 +13,10 @@ from adaptc.methods.method import WeightMethod, method
 from adaptc.methods.param import Param
 from adaptc.methods.peft_format import PeftFormat
 from adaptc.methods.site import MATRIX_KINDS
+from adaptc.methods.tensors import cayley, norm, unflatten
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Generator, Tensor
 
     from adaptc.methods.site import WeightSite
 
@@ -27,11 +28,11 @@ Count = Annotated[int, Field(ge=0)]
 class Oft(WeightMethod):
     """W' = W diag(R_1, …, R_n)ᵀ,  R = (I - Q) (I + Q)⁻¹,  Q skew        Q (n, b (b - 1) / 2),  n b = in
 
-    Qiu et al. 2023, section 3.2, on the columns of W: the input is turned, in blocks of `block_size` (or `r` blocks).
-    With `use_cayley_neumann` (Qiu et al. 2025, equation 4) R is I + 2 Q + 2 Q² + … instead, the inverse as a series
-    of `num_cayley_neumann_terms` in the other direction, as PEFT has it. `coft` holds ‖Q‖ below `eps`, `block_share`
-    turns all blocks alike. Blocks that do not divide the input are made the nearest that do. Q, kept as upper
-    triangles, starts at zero.
+    Qiu et al. 2023, section 3.2, on the columns of W: the input is rotated, in blocks of `block_size` (or `r` blocks).
+    With `use_cayley_neumann` (Qiu et al. 2025, equation 4) R is I + 2 Q + 2 Q² + … instead, the inverse rotation as a
+    series of `num_cayley_neumann_terms` terms, as in PEFT. `coft` keeps ‖Q‖ below `eps`; `block_share` rotates all
+    blocks alike. A block size that does not divide the input becomes the nearest that does. Q is stored as upper
+    triangles and starts at zero.
     """
 
     r: Count = 0
@@ -42,10 +43,10 @@ class Oft(WeightMethod):
     use_cayley_neumann: bool = True
     num_cayley_neumann_terms: Annotated[int, Field(ge=1)] = 5
 
-    kinds: ClassVar[frozenset[str]] = MATRIX_KINDS - {"embedding"}
-    small: ClassVar[Mapping[str, object]] = {"r": 0, "block_size": 4}
-    aliases: ClassVar[Mapping[str, str]] = {"oft_block_size": "block_size"}
-    peft: ClassVar[PeftFormat[Any] | None] = PeftFormat(
+    kinds = MATRIX_KINDS - {"embedding"}
+    small = {"r": 0, "block_size": 4}
+    aliases = {"oft_block_size": "block_size"}
+    peft = PeftFormat(
         "OFT",
         options={
             "r": "r",
@@ -59,12 +60,12 @@ class Oft(WeightMethod):
     )
 
     def __post_init__(self) -> None:
-        """Blocks of 32, if nothing is said."""
+        """Blocks of 32, where neither size nor number is given."""
         if not self.r and not self.block_size:
             object.__setattr__(self, "block_size", 32)
 
     def refuses(self, site: WeightSite) -> Fault | None:
-        """Blocks are told by their size or by their number."""
+        """Size and number of the blocks exclude each other, and a block of size 1 cannot rotate."""
         if self.r and self.block_size:
             return Fault(("r",), "write one of r (how many blocks) and block_size")
         if self._block(site.in_features) == 1:
@@ -81,54 +82,46 @@ class Oft(WeightMethod):
         return {"Q": Param((blocks, b * (b - 1) // 2), "zeros", "oft_R.weight")}
 
     def shared(self, sites: Sequence[WeightSite]) -> dict[str, Param]:
-        """For each size of block where the entries of a skew matrix stand in its upper triangle, and their signs."""
-        found = {}
+        """For each block size b, which entry of the upper triangle each of b x b entries is, and with which sign.
+
+        Returns:
+            `place_{b}` (b b,) and `sign_{b}` (b, b), for every b.
+        """
+        params: dict[str, Param] = {}
         for b in sorted({self._block(site.in_features) for site in sites}):
-            found[f"place_{b}"] = Param(
-                (b * b,),
-                lambda *_, b=b: _places(b),
-                f"oft_place_{b}",
-                trained=False,
-                stored=False,
-                below=b * b,
-            )
-            found[f"sign_{b}"] = Param(
-                (b, b), lambda W, _, b=b: _signs(W, b), f"oft_sign_{b}", trained=False, stored=False
-            )
-        return found
+            params |= _skew(b)
+        return params
 
     def weight(self, W: Tensor, *, Q: Tensor, **of_blocks: Tensor) -> Tensor:
         """Each block of W's columns times Rᵀ, of shape (out, in)."""
         b = self._block(W.shape[1])
-        S = Q.index_select(1, of_blocks[f"place_{b}"]).unflatten(1, (b, b)) * of_blocks[f"sign_{b}"]
-        if self.coft:
-            S = _bounded(S, self.eps * len(Q) ** -0.5)
-        R = self._rotation(S)
+        S = unflatten(Q.index_select(1, of_blocks[f"place_{b}"]), 1, (b, b)) * of_blocks[f"sign_{b}"]
+        R = self._rotation(_bounded(S, self.eps * len(Q) ** -0.5) if self.coft else S)
         n = W.shape[1] // b
-        blocks = W.unflatten(1, (n, b)).transpose(0, 1)
+        blocks = unflatten(W, 1, (n, b)).transpose(0, 1)
         return blocks.bmm(R.expand(n, b, b).transpose(1, 2)).transpose(0, 1).flatten(1)
 
     def _rotation(self, Q: Tensor) -> Tensor:
+        """R of skew-symmetric blocks (n, b, b), exact or as a series."""
         import torch
 
-        identity = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
         if not self.use_cayley_neumann:
-            left, right = identity + Q, identity - Q
-            if Q.dtype.itemsize == 2:  # there is no solver for narrow numbers
-                left, right = left.float(), right.float()
-            return torch.linalg.solve_ex(left, right, left=False)[0].to(Q.dtype)
-        terms = self.num_cayley_neumann_terms
+            return cayley(Q)
+        identity, terms = (
+            torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device),
+            self.num_cayley_neumann_terms,
+        )
         if terms == 1:
             return identity.expand_as(Q)
-        R, power = identity + 2 * Q, Q
+        series, power = identity + 2 * Q, Q
         last = 0 if terms == 2 else max(3, terms - 1)
         for exponent in range(2, last + 1):
             power = power.bmm(Q)
-            R = R + (power if exponent == last else 2 * power)
-        return R
+            series = series + (power if exponent == last else 2 * power)
+        return series
 
     def refuses_to_train(self, site: WeightSite) -> Fault | None:
-        """Blocks of the size that is asked for, where PEFT takes the nearest that fits."""
+        """The block size must divide the input; a trained adapter of PEFT has the nearest that does."""
         option, size = ("block_size", self.block_size) if self.block_size else ("r", self.r)
         if site.in_features % size == 0 or size > site.in_features:
             return super().refuses_to_train(site)
@@ -138,13 +131,14 @@ class Oft(WeightMethod):
         )
 
     def _block(self, size: int) -> int:
-        """The size of a block."""
+        """The size of a block on so many columns."""
         if self.block_size:
             return _nearest_divisor(size, self.block_size)
         return size // _nearest_divisor(size, self.r)
 
 
 def _nearest_divisor(size: int, wanted: int) -> int:
+    """The divisor of a size that is nearest to a number; of two the smaller one."""
     if wanted >= size:
         return size
     above = next(n for n in range(wanted, size + 1) if size % n == 0)
@@ -152,8 +146,19 @@ def _nearest_divisor(size: int, wanted: int) -> int:
     return below if wanted - below <= above - wanted else above
 
 
+def _skew(b: int) -> dict[str, Param]:
+    """The index of each entry of a skew-symmetric matrix (b, b) in its upper triangle, and the entry's sign."""
+
+    def places(_: Tensor, __: Generator) -> Tensor:
+        return _places(b)
+
+    place = Param((b * b,), places, f"oft_place_{b}", trained=False, stored=False, below=b * b)
+    sign = Param((b, b), lambda W, _: _signs(W, b), f"oft_sign_{b}", trained=False, stored=False)
+    return {f"place_{b}": place, f"sign_{b}": sign}
+
+
 def _places(b: int) -> Tensor:
-    """Row after row, where each entry of a matrix (b, b) stands among those above the diagonal."""
+    """Row after row, the index of each entry of a matrix (b, b) among those above the diagonal."""
     import torch
 
     at = torch.arange(b)
@@ -162,11 +167,12 @@ def _places(b: int) -> Tensor:
 
 
 def _signs(W: Tensor, b: int) -> Tensor:
-    """One above the diagonal, -1 below it."""
+    """A matrix (b, b) of 1 above the diagonal, 0 on it and -1 below it, in the dtype of W."""
     ones = W.new_ones(b, b)
     return ones.triu(1) - ones.tril(-1)
 
 
 def _bounded(Q: Tensor, eps: float) -> Tensor:
-    length = Q.norm(dim=(1, 2), keepdim=True)
-    return Q * (eps / length.clamp_min(eps))
+    """Q of each block (n, b, b), scaled down where its norm is above eps."""
+    lengths = norm(Q, (1, 2), keepdim=True)
+    return Q * (eps / lengths.clamp_min(eps))

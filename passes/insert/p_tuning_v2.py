@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING
 
 from adaptc.methods.method import method
 from adaptc.methods.param import Param
-from adaptc.methods.peft_format import PeftFormat
 from adaptc.methods.virtual_tokens import PROMPT_KEY, AttentionFormat, AttentionMethod
 
 if TYPE_CHECKING:
@@ -26,11 +25,11 @@ class PTuningV2(AttentionMethod):
     authors' code. To PEFT it is prefix tuning without a projection.
     """
 
-    peft: ClassVar[PeftFormat[Any] | None] = AttentionFormat.of("PREFIX_TUNING")
-    small: ClassVar[Mapping[str, object]] = {"num_virtual_tokens": 3}
+    peft = AttentionFormat.of("PREFIX_TUNING")
+    small = {"num_virtual_tokens": 3}
 
     def shared(self, sites: Sequence[AttentionSite]) -> dict[str, Param]:
-        """P."""
+        """P (n, total), which all attentions read."""
         size = (self.num_virtual_tokens, self.columns(sites)[-1])
         return {"tokens": Param(size, "normal", PROMPT_KEY)}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from adaptc.methods.activation import SmallFeedForward
 from adaptc.methods.method import method
@@ -14,8 +13,9 @@ from adaptc.methods.method import method
 class Parallel(SmallFeedForward):
     """h' = h + s (W_up σ(W_down x + b_down) + b_up)    W_down (r, d)   W_up (d, r)    He et al. 2022, section 4.1
 
-    h `(..., d)` is the output of a sub-layer and x `(..., d)` its input: what its first product reads. The scaled
-    parallel adapter (their section 4.6) has `scale: 4` and sits at feed-forwards, `target: {role: feed_forward.out}`.
+    h `(..., d)` is the output of a sub-layer and x `(..., d)` its input, which its first matrix product reads. The
+    scaled parallel adapter (their section 4.6) has `scale: 4` and sits at feed-forwards,
+    `target: {role: feed_forward.out}`.
     """
 
-    reads: ClassVar[str] = "input"
+    reads = "input"

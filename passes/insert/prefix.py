@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field
 
 from adaptc.methods.method import method
 from adaptc.methods.param import Param
-from adaptc.methods.peft_format import PeftFormat
 from adaptc.methods.virtual_tokens import PROMPT_KEY, AttentionFormat, AttentionMethod
 
 if TYPE_CHECKING:
@@ -23,7 +22,7 @@ class PrefixFormat(AttentionFormat):
     """PEFT's configuration of prefix tuning."""
 
     def read(self, options: dict[str, Any]) -> dict[str, Any]:
-        """PEFT stores P, however it was made."""
+        """Without a projection: PEFT stores P."""
         return super().read(options) | {"projection": False}
 
 
@@ -33,8 +32,8 @@ class Prefix(AttentionMethod):
     """K' = [P_k; K]   V' = [P_v; V]   P = W_2 tanh(W_1 E + b_1) + b_2    Li and Liang 2021, sections 4.2 and 4.3
 
     E `(n, width)`, W_1 `(hidden, width)`, W_2 `(total, hidden)`; total is the sum of heads times (key size + value
-    size) over the attentions, width that of one of them. Without `projection` P `(n, total)` itself is trained. The
-    projection is dropped after training: what is saved and folded is P.
+    size) over the attentions, width heads times (key size + value size) / 2 of the first. Without `projection`
+    P `(n, total)` itself is trained. The projection is dropped after training: checkpoints and folded models hold P.
     """
 
     projection: Annotated[bool, Field(description="P is made by a small network while it is trained")] = False
@@ -43,16 +42,16 @@ class Prefix(AttentionMethod):
         Literal["zero"] | None, Field(description="zero: keys and values of zero; else drawn from N(0, 1)")
     ] = None
 
-    aliases: ClassVar[Mapping[str, str]] = {"prefix_projection": "projection"}
-    small: ClassVar[Mapping[str, object]] = {"num_virtual_tokens": 3}
-    while_training: ClassVar[frozenset[str]] = frozenset({"encoder_hidden_size", "init_weights"})
-    peft: ClassVar[PeftFormat[Any] | None] = PrefixFormat.of(
+    aliases = {"prefix_projection": "projection"}
+    small = {"num_virtual_tokens": 3}
+    while_training = frozenset({"encoder_hidden_size", "init_weights"})
+    peft = PrefixFormat.of(
         "PREFIX_TUNING", projection="prefix_projection", encoder_hidden_size="encoder_hidden_size"
     )
 
     @property
     def plain(self) -> Self:
-        """P itself."""
+        """P without a projection."""
         return replace(self, projection=False) if self.projection else self
 
     def shared(self, sites: Sequence[AttentionSite]) -> dict[str, Param]:

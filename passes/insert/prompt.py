@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, Strict
 
 from adaptc.errors import Fault
 from adaptc.methods.method import method
 from adaptc.methods.param import Param
-from adaptc.methods.peft_format import PeftFormat
 from adaptc.methods.virtual_tokens import PROMPT_KEY, InputFormat, InputMethod
 
 if TYPE_CHECKING:
@@ -37,30 +36,31 @@ Tokens = Annotated[
 class Prompt(InputMethod):
     """X' = [P; X]    P (n, d)   X (seq, d)    Lester et al. 2021, sections 2 and 2.1
 
-    P starts as the embeddings of words, again from the first one where there are fewer than n (`TEXT`), of the
-    names of the classes, then of random words (`CLASS_LABELS`), of random words, or of nothing.
+    P starts as random numbers (`RANDOM`), as the embeddings of random words (`SAMPLE_VOCAB`), of the words of
+    `init_text`, repeated where there are fewer than n (`TEXT`), or of the names of the classes, then of random words
+    (`CLASS_LABELS`).
     """
 
     init: Start = "RANDOM"
     init_text: Words = None
     init_tokens: Tokens = ()
 
-    aliases: ClassVar[Mapping[str, str]] = {
+    aliases = {
         "prompt_tuning_init": "init",
         "prompt_tuning_init_text": "init_text",
     }
-    small: ClassVar[Mapping[str, object]] = {"num_virtual_tokens": 3}
-    while_training: ClassVar[frozenset[str]] = frozenset({"init", "init_text", "init_tokens"})
-    peft: ClassVar[PeftFormat[Any] | None] = InputFormat.of("PROMPT_TUNING")
+    small = {"num_virtual_tokens": 3}
+    while_training = frozenset({"init", "init_text", "init_tokens"})
+    peft = InputFormat.of("PROMPT_TUNING")
 
     @property
     def texts(self) -> bool:
-        """Whether it starts from words whose numbers are not given."""
+        """Whether P starts from words that a tokenizer must turn into numbers first."""
         given = self.init_text is not None if self.init == "TEXT" else self.init == "CLASS_LABELS"
         return given and not self.init_tokens
 
     def tokenized(self, tokenize: Callable[[str, bool], Sequence[int]], labels: Sequence[str]) -> Self:
-        """The method with the numbers of its words."""
+        """The method with `init_tokens`: the numbers of its words, or of the names of the classes."""
         if self.init == "TEXT":
             return replace(
                 self, init_tokens=tuple((number,) for number in tokenize(str(self.init_text), True))
@@ -68,19 +68,19 @@ class Prompt(InputMethod):
         return replace(self, init_tokens=tuple(tuple(tokenize(label, False)) for label in labels))
 
     def refuses_to_train(self, site: InputSite) -> Fault | None:
-        """Words to start from."""
+        """`TEXT` needs a text."""
         if self.init == "TEXT" and not self.init_text and not self.init_tokens:
             return Fault(("init",), "TEXT starts from init_text, which is not given")
         return None
 
     def shared(self, sites: Sequence[InputSite]) -> dict[str, Param]:
-        """P."""
+        """P (n, d)."""
         n = self.num_virtual_tokens * self.num_transformer_submodules
         start = "standard-normal" if self.init == "RANDOM" else self._embedded
         return {"tokens": Param((n, sites[0].width), start, PROMPT_KEY)}
 
     def _embedded(self, table: Tensor, generator: Generator) -> Tensor:
-        """Rows of the table `(words, d)`: the mean of those given for each token, then drawn ones."""
+        """P (n, d) of rows of the table `(words, d)`: for each token the mean of its given rows, then random rows."""
         from torch import randint, stack, tensor
 
         n = self.num_virtual_tokens * self.num_transformer_submodules

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
@@ -13,6 +12,7 @@ from adaptc.methods.low_rank import NOT_AGAIN, CompensatesQuantization, Rounds, 
 from adaptc.methods.method import Dropout, method
 from adaptc.methods.param import Param
 from adaptc.methods.rank import Scaled
+from adaptc.methods.tensors import unflatten
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +24,7 @@ GroupSize = Annotated[
 ]
 Initial = Annotated[
     Literal[True, "loftq"],
-    Field(description="true is Kaiming-uniform and zero; loftq makes up for what quantization lost of W"),
+    Field(description="true is Kaiming-uniform and zero; loftq compensates what quantization lost of W"),
 ]
 
 
@@ -33,10 +33,10 @@ Initial = Annotated[
 class Qalora(CompensatesQuantization, Scaled):
     """W' = W + (alpha / r) B (A ⊗ 1)        A (r, in / g)   B (out, r)   1 (1, g)
 
-    Xu et al. 2024, section 3.3 and algorithm 1: inputs are summed over groups of g, so that what is added shifts every
-    row of a group alike, as another zero of a quantized block does. A starts Kaiming-uniform, B at zero; with
+    Xu et al. 2024, section 3.3 and algorithm 1: inputs are summed over groups of g, so that the change shifts all
+    columns of a group alike, as another zero point of a quantized block does. A starts Kaiming-uniform, B at zero; with
     `init_weights` "loftq" B A starts as the best of rank r for the means, over every group, of what quantization lost,
-    and W is quantized again without it `loftq_iter` - 1 times.
+    and W minus it is quantized again, `loftq_iter` - 1 times.
     """
 
     group_size: GroupSize = 32
@@ -44,12 +44,12 @@ class Qalora(CompensatesQuantization, Scaled):
     init_weights: Initial = True
     loftq_iter: Rounds = 1
 
-    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "experts"})
-    small: ClassVar[Mapping[str, object]] = {"r": 2, "group_size": 2}
-    fast: ClassVar[frozenset[str]] = frozenset({"B"})
+    kinds = frozenset({"linear", "experts"})
+    small = {"r": 2, "group_size": 2}
+    fast = frozenset({"B"})
 
     def refuses(self, site: WeightSite) -> Fault | None:
-        """Groups fit the inputs, and have at least as many columns as A has rows."""
+        """Groups must divide the inputs, and there must be at least r of them."""
         inner, g = site.in_features, self.group_size
         if inner % g:
             return Fault(("group_size",), f"must divide {inner} here, got {g}")
@@ -65,7 +65,7 @@ class Qalora(CompensatesQuantization, Scaled):
         return None
 
     def params(self, site: WeightSite) -> dict[str, Param]:
-        """A (r, in / g) Kaiming-uniform, B (out, r) zero; or what makes up for quantization."""
+        """A (r, in / g) Kaiming-uniform, B (out, r) zero; or what compensates quantization."""
         shapes = (self.r, site.in_features // self.group_size), (site.out_features, self.r)
         if not self.compensates:
             return {
@@ -76,7 +76,7 @@ class Qalora(CompensatesQuantization, Scaled):
         return {"A": Param(shapes[0], split.A, "qalora_A"), "B": Param(shapes[1], split.B, "qalora_B")}
 
     def compensation(self, lost: Tensor) -> Tensor:
-        """The best approximation of rank r of its groups' means."""
+        """The best approximation of rank r of the groups' means of what a matrix lost, spread over the groups."""
         A, B = singular(self._means(lost), self.r, self.scale)
         return self.scale * (B @ self._spread(A))
 
@@ -85,8 +85,9 @@ class Qalora(CompensatesQuantization, Scaled):
         return W + self.scale * (B @ self._spread(A))
 
     def _means(self, W: Tensor) -> Tensor:
-        return W.unflatten(1, (-1, self.group_size)).mean(-1)
+        """The mean of every group of columns: (out, in) to (out, in / g)."""
+        return unflatten(W, 1, (-1, self.group_size)).mean(-1)
 
     def _spread(self, A: Tensor) -> Tensor:
-        """Every column g times: few numbers are copied, and x is multiplied by r rows as in LoRA."""
+        """Every column g times: A (r, in / g) to (r, in). It copies few numbers, and x meets r rows as in LoRA."""
         return A.unsqueeze(-1).expand(-1, -1, self.group_size).reshape(A.shape[0], -1)

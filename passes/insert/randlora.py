@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING
 
 from adaptc.methods.method import Alpha, Dropout, Rank, WeightMethod, method
 from adaptc.methods.param import Param
@@ -13,7 +13,7 @@ from adaptc.methods.peft_format import PeftFormat
 from adaptc.methods.site import MATRIX_KINDS
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Generator, Tensor
 
     from adaptc.methods.site import WeightSite
 
@@ -24,9 +24,9 @@ class Randlora(WeightMethod):
     """W' = W + (alpha / r) Σ_j B_j diag(l_j) A diag(g_j)        l (r, n)   g (n, min)
 
     Albert et al. 2025, equation 4; min and max are the sides of W, n = ⌈min / r⌉ makes the sum of full rank, and the
-    sum is turned where W has fewer rows than columns. A and B are drawn once for all layers (Kaiming-uniform at unit
-    deviation, or -1, 0, 1 with `sparse` and `very_sparse`). l starts at zero, g equal. PEFT pairs the terms of B and
-    A in another order, (j, r) with (r, j), which is kept.
+    sum is transposed where W has fewer rows than columns. A and B are drawn once for all layers (Kaiming-uniform at
+    unit deviation, or -1, 0, 1 with `sparse` and `very_sparse`). l starts at zero, all of g equal. PEFT pairs the terms
+    of B and A in another order than the paper, (j, r) with (r, j), and so does adaptc.
     """
 
     r: Rank = 32
@@ -37,10 +37,10 @@ class Randlora(WeightMethod):
     sparse: bool = False
     very_sparse: bool = False
 
-    kinds: ClassVar[frozenset[str]] = MATRIX_KINDS
-    small: ClassVar[Mapping[str, object]] = {"alpha": 20.0}  # for r of 4; the usual 640 goes with 32
-    aliases: ClassVar[Mapping[str, str]] = {"randlora_alpha": "alpha", "randlora_dropout": "dropout"}
-    peft: ClassVar[PeftFormat[Any] | None] = PeftFormat(
+    kinds = MATRIX_KINDS
+    small = {"alpha": 20.0}
+    aliases = {"randlora_alpha": "alpha", "randlora_dropout": "dropout"}
+    peft = PeftFormat(
         "RANDLORA",
         options={
             "alpha": "randlora_alpha",
@@ -63,16 +63,14 @@ class Randlora(WeightMethod):
         sides = [max(s.in_features for s in sites), max(s.out_features for s in sites)]
         short, long = sorted(sides)
         shapes = {"A": (self.r, 1, short), "B": (long, -(-short // self.r), self.r)}
-        return {
-            name: Param(
-                shape,
-                lambda *_, n=name: self._bases(shapes)[n],
-                f"randlora_{name}",
-                trained=False,
-                stored=self.save_projection,
-            )
-            for name, shape in shapes.items()
-        }
+
+        def base(name: str) -> Param:
+            def start(_: Tensor, __: Generator) -> Tensor:
+                return self._bases(shapes)[name]
+
+            return Param(shapes[name], start, f"randlora_{name}", trained=False, stored=self.save_projection)
+
+        return {name: base(name) for name in shapes}
 
     def weight(self, W: Tensor, *, l: Tensor, g: Tensor, A: Tensor, B: Tensor) -> Tensor:  # noqa: E741
         """W + (alpha / r) Σ_j B_j diag(l_j) A diag(g_j), of shape (out, in)."""
@@ -83,22 +81,24 @@ class Randlora(WeightMethod):
         return W + self.alpha / self.r * product
 
     def _bases(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        """A and B of these shapes, drawn from the seed, of unit deviation."""
         import torch
 
         generator = torch.Generator().manual_seed(self.projection_prng_key)
         if self.sparse or self.very_sparse:
             share = 1 / (2 * (math.sqrt(shapes["A"][2]) if self.very_sparse else 3))
             drawn = {name: torch.rand(shape, generator=generator) for name, shape in shapes.items()}
-            found = {name: (u > 1 - share).float() - (u < share).float() for name, u in drawn.items()}
+            bases = {name: (u > 1 - share).float() - (u < share).float() for name, u in drawn.items()}
         else:
 
-            def uniform(*shape: int) -> Tensor:  # in bfloat16, as PEFT draws them
+            def uniform(*shape: int) -> Tensor:
+                # In bfloat16, as PEFT draws them.
                 bound = math.prod(shape[1:]) ** -0.5
                 return torch.empty(shape, dtype=torch.bfloat16).uniform_(-bound, bound, generator=generator)
 
             long, n, r = shapes["B"]
-            found = {
+            bases = {
                 "A": uniform(*shapes["A"]),
                 "B": torch.cat([uniform(long, 1, r) for _ in range(n)], dim=1),
             }
-        return {name: (base / base.std()).float() for name, base in found.items()}
+        return {name: (base / base.std()).float() for name, base in bases.items()}

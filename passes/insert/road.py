@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
@@ -13,6 +13,7 @@ from adaptc.methods.method import WeightMethod, method
 from adaptc.methods.param import Param
 from adaptc.methods.peft_format import PeftFormat
 from adaptc.methods.site import MATRIX_KINDS
+from adaptc.methods.tensors import unflatten
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +29,7 @@ Group = Annotated[
 @method("road")
 @dataclass(frozen=True)
 class Road(WeightMethod):
-    """W' = R W,  b' = R b,  R turns outputs in pairs: [a cos t, -a sin t; a sin t, a cos t]        t, a (out / 2,)
+    """W' = R W,  b' = R b,  R rotates pairs of outputs: [a cos t, -a sin t; a sin t, a cos t]        t, a (out / 2,)
 
     Liao et al. 2024, equation 3. Each pair has one angle t and scale a (road_1), each output its own (road_2:
     (out,)), or each entry of the four (road_4: (2 out,)). Pairs lie half a `group_size` apart, as in PEFT. t starts
@@ -38,16 +39,16 @@ class Road(WeightMethod):
     variant: Variant = "road_1"
     group_size: Group = 64
 
-    kinds: ClassVar[frozenset[str]] = MATRIX_KINDS
-    small: ClassVar[Mapping[str, object]] = {"group_size": 2}
-    peft: ClassVar[PeftFormat[Any] | None] = PeftFormat(
+    kinds = MATRIX_KINDS
+    small = {"group_size": 2}
+    peft = PeftFormat(
         "ROAD",
         options={"variant": "variant", "group_size": "group_size"},
         layers=frozenset({"Linear"}),
     )
 
     def refuses(self, site: WeightSite) -> Fault | None:
-        """Groups must fit the outputs."""
+        """`group_size` must divide the outputs."""
         if site.rows_repeat:
             return Fault((), "a grouped transposed convolution's rows are not its outputs")
         if site.out_features % self.group_size:
@@ -64,31 +65,29 @@ class Road(WeightMethod):
 
     def weight(self, W: Tensor, *, t: Tensor, a: Tensor) -> Tensor:
         """R W, of shape (out, in)."""
-        kept, crossed = self._columns(t, a)
-        first, second = W.unflatten(0, (-1, 2, self.group_size // 2)).unbind(1)
-        return kept.unsqueeze(1) * W + crossed.unsqueeze(1) * _stack(-second, first).flatten(0, 2)
+        cosines, sines = self._scaled(t, a)
+        first, second = unflatten(W, 0, (-1, 2, self.group_size // 2)).unbind(1)
+        return cosines.unsqueeze(1) * W + sines.unsqueeze(1) * _stack(-second, first).flatten(0, 2)
 
     def bias(self, b: Tensor, *, t: Tensor, a: Tensor) -> Tensor:
         """R b, of shape (out,)."""
         return self.weight(b.unsqueeze(1), t=t, a=a).squeeze(1)
 
-    def _columns(self, t: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-        """What each output keeps, and takes of its partner: (out,) each."""
+    def _scaled(self, t: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors a cos t of each output, and a sin t of its partner: (out,) each."""
         if self.variant == "road_4":
-            t, a = t.unflatten(0, (-1, 2, self.group_size)), a.unflatten(0, (-1, 2, self.group_size))
-            return (a[:, 0] * t[:, 0].cos()).flatten(), (a[:, 1] * t[:, 1].sin()).flatten()
+            angles, scales = (unflatten(v, 0, (-1, 2, self.group_size)) for v in (t, a))
+            return (scales[:, 0] * angles[:, 0].cos()).flatten(), (
+                scales[:, 1] * angles[:, 1].sin()
+            ).flatten()
         if self.variant == "road_1":
-            t, a = (
-                _stack(v, v).flatten()
-                for v in (
-                    t.unflatten(0, (-1, self.group_size // 2)),
-                    a.unflatten(0, (-1, self.group_size // 2)),
-                )
-            )
+            pairs = [unflatten(v, 0, (-1, self.group_size // 2)) for v in (t, a)]
+            t, a = (_stack(v, v).flatten() for v in pairs)
         return a * t.cos(), a * t.sin()
 
 
 def _stack(first: Tensor, second: Tensor) -> Tensor:
+    """Two tensors along a new axis 1."""
     import torch
 
     return torch.stack([first, second], dim=1)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
@@ -25,7 +24,7 @@ Seed = Annotated[int | None, Field(description="of the entries that are chosen; 
 @method("shira")
 @dataclass(frozen=True)
 class Shira(WeightMethod):
-    """W' = W + S        S (out, in) sparse: r (in + out) entries s, at places drawn at random
+    """W' = W + S        S (out, in) sparse: r (in + out) entries s, at random positions
 
     Bhardwaj et al. 2024, section 3.1, with the random mask: as many entries as LoRA of rank r has. s starts at zero.
     """
@@ -33,9 +32,9 @@ class Shira(WeightMethod):
     r: Rank = 32
     random_seed: Seed = None
 
-    kinds: ClassVar[frozenset[str]] = MATRIX_KINDS
-    small: ClassVar[Mapping[str, object]] = {"r": 1}
-    peft: ClassVar[PeftFormat[Any] | None] = PeftFormat(
+    kinds = MATRIX_KINDS
+    small = {"r": 1}
+    peft = PeftFormat(
         "SHIRA",
         options={"r": "r", "random_seed": "random_seed"},
         ignored=frozenset({"mask_type"}),
@@ -43,7 +42,7 @@ class Shira(WeightMethod):
     )
 
     def refuses(self, site: WeightSite) -> Fault | None:
-        """No more entries than there are."""
+        """No more entries than the weight has."""
         count, most = self._count(site), site.out_features * site.in_features
         return None if count <= most else Fault(("r",), f"r makes {count} entries, and there are {most} here")
 
@@ -51,7 +50,7 @@ class Shira(WeightMethod):
         """s (k,) zero, and the rows and columns (2, k) of its entries."""
         count, (out, inner) = self._count(site), (site.out_features, site.in_features)
 
-        def places(_: Tensor, generator: Generator) -> Tensor:
+        def positions(_: Tensor, generator: Generator) -> Tensor:
             import torch
 
             if self.random_seed is not None:
@@ -61,7 +60,7 @@ class Shira(WeightMethod):
 
         return {
             "s": Param((count,), "zeros", "shira_weight"),
-            "at": Param((2, count), places, "shira_indices", trained=False, below=max(out, inner)),
+            "at": Param((2, count), positions, "shira_indices", trained=False, below=max(out, inner)),
         }
 
     def weight(self, W: Tensor, *, s: Tensor, at: Tensor) -> Tensor:

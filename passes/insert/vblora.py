@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
@@ -13,6 +13,7 @@ from adaptc.methods.method import Dropout, Rank, WeightMethod, method
 from adaptc.methods.param import Param
 from adaptc.methods.peft_format import PeftFormat
 from adaptc.methods.site import MATRIX_KINDS
+from adaptc.methods.tensors import unflatten
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,11 +41,11 @@ class Vblora(WeightMethod):
     init_vector_bank_bound: float = 0.02
     init_logits_std: float = 0.1
 
-    kinds: ClassVar[frozenset[str]] = MATRIX_KINDS
-    small: ClassVar[Mapping[str, object]] = {"vector_length": 2, "num_vectors": 12}
-    aliases: ClassVar[Mapping[str, str]] = {"vblora_dropout": "dropout"}
-    identity_at_init: ClassVar[bool] = False
-    peft: ClassVar[PeftFormat[Any] | None] = PeftFormat(
+    kinds = MATRIX_KINDS
+    small = {"vector_length": 2, "num_vectors": 12}
+    aliases = {"vblora_dropout": "dropout"}
+    identity_at_init = False
+    peft = PeftFormat(
         "VBLORA",
         options={
             "dropout": "vblora_dropout",
@@ -54,7 +55,7 @@ class Vblora(WeightMethod):
     )
 
     def refuses(self, site: WeightSite) -> Fault | None:
-        """The pieces must fit both sides, and not more be chosen than there are."""
+        """`vector_length` must divide both sides, and the bank must hold `topk` vectors."""
         if site.in_features % self.vector_length or site.out_features % self.vector_length:
             sides = f"{site.in_features} and {site.out_features}"
             return Fault(("vector_length",), f"vector_length must divide {sides}, got {self.vector_length}")
@@ -95,6 +96,7 @@ class Vblora(WeightMethod):
         return W + B @ A
 
     def _mixed(self, logits: Tensor, bank: Tensor) -> Tensor:
+        """The mixtures (…, …, v) that logits (…, …, n) choose from the bank."""
         top, at = logits.topk(self.topk, dim=-1)
-        chosen = bank.index_select(0, at.flatten()).unflatten(0, at.shape)
+        chosen = unflatten(bank.index_select(0, at.flatten()), 0, at.shape)
         return (top.softmax(-1).unsqueeze(-1) * chosen).sum(-2)

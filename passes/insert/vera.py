@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING
 
 from adaptc.methods.method import Dropout, Rank, WeightMethod, method
 from adaptc.methods.param import Param
@@ -34,9 +34,9 @@ class Vera(WeightMethod):
     projection_prng_key: int = 0
     save_projection: bool = True
 
-    kinds: ClassVar[frozenset[str]] = MATRIX_KINDS
-    aliases: ClassVar[Mapping[str, str]] = {"vera_dropout": "dropout"}
-    peft: ClassVar[PeftFormat[Any] | None] = PeftFormat(
+    kinds = MATRIX_KINDS
+    aliases = {"vera_dropout": "dropout"}
+    peft = PeftFormat(
         "VERA",
         options={
             "r": "r",
@@ -59,18 +59,16 @@ class Vera(WeightMethod):
         inner, outer = max(s.in_features for s in sites), max(s.out_features for s in sites)
         shapes = {"A": (self.r, inner), "B": (outer, self.r)}
 
-        def draw(name: str) -> Tensor:
-            import torch
+        def projection(name: str) -> Param:
+            def start(_: Tensor, __: Generator) -> Tensor:
+                import torch
 
-            generator = torch.Generator().manual_seed(self.projection_prng_key)
-            return {k: _uniform(torch.empty(shape), generator) for k, shape in shapes.items()}[name]
+                generator = torch.Generator().manual_seed(self.projection_prng_key)
+                return {k: _uniform(torch.empty(shape), generator) for k, shape in shapes.items()}[name]
 
-        return {
-            name: Param(
-                shape, lambda *_, n=name: draw(n), f"vera_{name}", trained=False, stored=self.save_projection
-            )
-            for name, shape in shapes.items()
-        }
+            return Param(shapes[name], start, f"vera_{name}", trained=False, stored=self.save_projection)
+
+        return {name: projection(name) for name in shapes}
 
     def weight(self, W: Tensor, *, d: Tensor, b: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """W + diag(b) B diag(d) A, of shape (out, in)."""
@@ -79,6 +77,6 @@ class Vera(WeightMethod):
 
 
 def _uniform(tensor: Tensor, generator: Generator) -> Tensor:
-    """Kaiming's bound for a ReLU: sqrt(6 / in)."""
+    """A tensor (out, in) filled within Kaiming's bound for a ReLU, sqrt(6 / in)."""
     bound = math.sqrt(6 / tensor.shape[1])
     return tensor.uniform_(-bound, bound, generator=generator)

@@ -1,4 +1,4 @@
-"""Gradient checkpointing: activations are computed again on the way back, in segments that the graph shows."""
+"""Gradient checkpointing: activations are computed again in the backward pass, in segments that the graph shows."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from adaptc.ir.nodes import ADAPTATION, CUT, memory_owner, writes_in_place
 from adaptc.rewriter.pipeline import Pass, graph_pass
 
 Segments = Annotated[
-    int | None, Field(gt=1, description="how many; those that need the least memory if left out")
+    int | None, Field(gt=1, description="how many; as many as need the least memory if left out")
 ]
 
 
 @graph_pass("gradient-checkpointing")
 @dataclass(frozen=True)
 class GradientCheckpointing(Pass):
-    """Mark where segments end: at values that are all that later operations need of what weights have made so far.
+    """Mark where segments end: at activations that are the only ones later operations need, a residual stream say.
 
-    Chen et al. 2016, section 4: only these values are kept for the gradient; what lies between them is computed
-    again, a segment at a time. Residual streams have such values behind every sub-layer. A value that was one
-    already may be needed longer, as an encoder's output is.
+    Chen et al. 2016, section 4: only the activations at the ends are kept for the gradient; those between them are
+    computed again, a segment at a time. A residual stream has such an activation after every sub-layer. An end may
+    also be needed later, as an encoder's output is.
     """
 
     segments: Segments = None
 
     def call(self, graph: Graph) -> bool:
-        """Mark the ends."""
+        """Mark the ends of segments."""
         cuts = _cuts(graph)
         chosen = self._chosen(graph, cuts)
         for node in chosen:
@@ -42,58 +42,59 @@ class GradientCheckpointing(Pass):
         return bool(chosen)
 
     def _chosen(self, graph: Graph, cuts: Sequence[fx.Node]) -> Sequence[fx.Node]:
-        """So many as asked for, evenly; else as many as keep the fewest numbers."""
+        """As many ends as asked for, evenly spaced; else as many as hold the fewest numbers at the peak."""
         if self.segments is not None:
             return _evenly(cuts, self.segments - 1)
         sizes = _sizes(graph)
-        return min((_evenly(cuts, n) for n in range(len(cuts) + 1)), key=lambda c: _kept(c, sizes))
+        return min((_evenly(cuts, n) for n in range(len(cuts) + 1)), key=lambda cuts: _peak(cuts, sizes))
 
 
 def _cuts(graph: Graph) -> list[fx.Node]:
-    """The values that are all that is needed behind them, but for earlier ones, of what weights have made."""
+    """The activations that are all that later operations need, besides earlier such ones."""
     order = {node: index for index, node in enumerate(graph.nodes)}
     last = {node: max((order[user] for user in node.users), default=-1) for node in order}
-    made: set[fx.Node] = set()
+    activations: set[fx.Node] = set()
     needed: set[fx.Node] = set()
-    found: list[fx.Node] = []
+    cuts: list[fx.Node] = []
     parameters = set(graph.weights) - graph.buffers
     for node in order:
         if node.op != "call_function":
             continue
         weighted = any(n.op == "get_attr" and n.target in parameters for n in node.all_input_nodes)
         value = node.meta.get("val")
-        active = isinstance(value, torch.Tensor) and value.dtype.is_floating_point
-        if active and (weighted or "quantized" in node.meta or made.intersection(node.all_input_nodes)):
-            made.add(node)
+        floating = isinstance(value, torch.Tensor) and value.dtype.is_floating_point
+        from_weights = weighted or "quantized" in node.meta or activations.intersection(node.all_input_nodes)
+        if floating and from_weights:
+            activations.add(node)
             needed.add(node)
         needed = {n for n in needed if last[n] > order[node]}
-        if node in needed and needed - set(found) == {node} and not _is_weight(node):
-            found.append(node)
+        if node in needed and needed - set(cuts) == {node} and not _is_weight(node):
+            cuts.append(node)
     written = _written(graph, order)
-    return [node for node in found if not any(first <= order[node] < last for first, last in written)]
+    return [node for node in cuts if not any(first <= order[node] < last for first, last in written)]
 
 
 def _written(graph: Graph, order: Mapping[fx.Node, int]) -> list[tuple[int, int]]:
-    """Where values are made that a later operation writes to, and where it does.
+    """The values that a later operation writes to, as pairs of positions: where each is made, and where it is written.
 
-    A segment that ended between would find its input written to already when it is computed again.
+    No segment may end between the two: computed again, it would start from what was written.
     """
-    found = []
+    written: list[tuple[int, int]] = []
     for node in graph.nodes:
         if node.op == "call_function" and writes_in_place(node.target):
             value = memory_owner(node)
             if value.op == "call_function":
-                found.append((order[value], order[node]))
-    return found
+                written.append((order[value], order[node]))
+    return written
 
 
 def _is_weight(node: fx.Node) -> bool:
-    """Whether this is an expression of weights, or what bits stand for: no activation."""
+    """Whether a node is an expression of weights, or dequantized, so no activation."""
     return node.meta.get(ADAPTATION) is not None or "quantized" in node.meta
 
 
 def _sizes(graph: Graph) -> dict[fx.Node, int]:
-    """Numbers in the value of every operation, in its order, for the example that plans count with."""
+    """Operation -> how many numbers its value has, for the example sizes that plans count with; as executed."""
     symbols = example_sizes(graph)
     return {
         node: math.prod(example_shape(node.meta["val"], symbols))
@@ -102,8 +103,8 @@ def _sizes(graph: Graph) -> dict[fx.Node, int]:
     }
 
 
-def _kept(cuts: Sequence[fx.Node], sizes: dict[fx.Node, int]) -> int:
-    """Numbers held at the peak: the ends of segments, and all of the largest segment."""
+def _peak(cuts: Sequence[fx.Node], sizes: dict[fx.Node, int]) -> int:
+    """How many numbers are held at the peak: those of the ends, and all of the largest segment."""
     ends, segment, largest = set(cuts), 0, 0
     for node, size in sizes.items():
         segment += size
@@ -114,7 +115,7 @@ def _kept(cuts: Sequence[fx.Node], sizes: dict[fx.Node, int]) -> int:
 
 
 def _evenly(cuts: Sequence[fx.Node], count: int) -> list[fx.Node]:
-    """So many of these, evenly taken."""
+    """As many of the cuts as `count`, evenly spaced; all where there are no more."""
     if count >= len(cuts):
         return list(cuts)
     return [cuts[round((i + 1) * (len(cuts) + 1) / (count + 1)) - 1] for i in range(count)]

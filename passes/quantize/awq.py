@@ -1,9 +1,9 @@
-"""AWQ: channels that matter are scaled up before they are rounded."""
+"""AWQ: columns that meet large activations are scaled up before they are rounded."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from pydantic import Field
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Steps = Annotated[int, Field(ge=1, description="exponents that are tried, from 0 to 1")]
+SMALLEST_MEAN = 1e-8
+"""The smallest mean of a column's inputs, so that a column without any divides by no zero."""
 
 
 @scheme("awq")
@@ -31,27 +33,29 @@ class Awq(CalibratedBlocks):
     steps: Steps = 20
 
     def stored(self, rows: int, columns: int) -> dict[str, StoredTensor]:
-        """What integers are, and what inputs are multiplied by."""
+        """What integers in blocks store, and `channels`: 1 / s, which inputs are multiplied by."""
         return super().stored(rows, columns) | {"channels": StoredTensor((columns,), "float32")}
 
     def quantize(self, W: Tensor, inputs: Tensor | None = None) -> dict[str, Tensor]:
-        """Try the exponents."""
+        """Round with each exponent, and take the one whose outputs change least on the inputs."""
         assert inputs is not None
-        size, want = inputs.abs().mean(0).clamp(min=1e-8), inputs @ W.t()
-        best, least = {}, float("inf")
+        rows, columns = W.shape
+        size, outputs = inputs.abs().mean(0).clamp(min=SMALLEST_MEAN), inputs @ W.t()
+        best: dict[str, Tensor] = {}
+        least = float("inf")
         for step in range(self.steps + 1):
             s = size ** (step / self.steps)
             s = s / (s.max() * s.min()).sqrt()
-            kept = {**super().quantize(W * s), "channels": 1 / s}
-            error = float((inputs @ self.dequantize(*W.shape, kept).t() - want).norm())
+            tensors = {**super().quantize(W * s), "channels": 1 / s}
+            error = float(cast("Any", inputs @ self.dequantize(rows, columns, tensors).t() - outputs).norm())
             if error < least:
-                best, least = kept, error
+                best, least = tensors, error
         return best
 
-    def entering(self, x: Tensor, tensors: Tensors) -> Tensor:
-        """x / s."""
+    def transformed_inputs(self, x: Tensor, tensors: Tensors) -> Tensor:
+        """`x / s`."""
         return x * tensors["channels"].to(x.dtype)
 
-    def leaving(self, W: Tensor, tensors: Tensors) -> Tensor:
-        """The columns divided by s."""
-        return W * tensors["channels"]
+    def restored(self, S: Tensor, tensors: Tensors) -> Tensor:
+        """The columns of S divided by s."""
+        return S * tensors["channels"]

@@ -1,4 +1,4 @@
-"""Dynamic INT8: 8-bit weights, and in ONNX 8-bit activations too."""
+"""Dynamic INT8: 8-bit weights, and 8-bit activations in an ONNX artifact."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from adaptc.quantization.scheme import scheme
 class DynamicInt8(IntegerBlocks):
     """y = x_scale scales ((x_codes - x_zero) (codes - 128)ᵀ)        8 bits, a scale for each row
 
-    In an ONNX program activations are rounded to 8 bits as they come, in one range for all of a product's (ONNX's
-    DynamicQuantizeLinear), and products are those of integers. In torch, which has no such product of floats, they
-    are not rounded.
+    An ONNX artifact rounds the activations x of each product to 8 bits, in one range that it finds at run time (ONNX's
+    DynamicQuantizeLinear), and multiplies integers. Torch has no such product, so there activations are not rounded.
     """
 
     width: ClassVar[int] = 8
@@ -27,7 +26,7 @@ class DynamicInt8(IntegerBlocks):
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "embedding"})
 
     def refuses(self, rows: int, columns: int) -> Fault | None:
-        """A scale for each row, of symmetric codes: what such a product can be factored by."""
+        """Refuse all but one scale for each row of symmetric codes: others are no factor of a product of integers."""
         if self.block_size is not None:
             return Fault(("block_size",), "a product of integers has one scale for each row: leave it out")
         if not self.symmetric:

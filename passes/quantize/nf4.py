@@ -14,8 +14,8 @@ from adaptc.quantization.scheme import scheme
 class Nf4(TableBlocks):
     """W = absmax table[codes]        codes 4 bits, blocks of `block_size` along the flattened weight
 
-    Dettmers et al. 2023 (QLoRA), section 3 and appendix E: each of the 16 values stands for as many weights, if these
-    are normally distributed. Stored bits, scales and results are bitsandbytes'.
+    Dettmers et al. 2023 (QLoRA), section 3 and appendix E: if weights are normally distributed, as many are rounded to
+    each of the 16 values. Stored codes, scales and results are bitsandbytes'.
     """
 
     values: ClassVar[tuple[float, ...]] = (

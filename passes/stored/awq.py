@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from adaptc.errors import WeightError
 from adaptc.quantization.integer import unpack
 from adaptc.quantization.packed import PackedMatrix
-from adaptc.quantization.readers import group_of, integer_bits, number, stored_by, words_of
+from adaptc.quantization.readers import group_size, integer_matrix, integer_option, packed_tensors, stored_by
 from adaptc.quantization.scheme import SCHEMES
 from adaptc.weights import Weight
 
@@ -16,23 +16,29 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BITS = 4
-PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Where in a word each of eight outputs stands."""
+ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
+"""The field of a word that holds each of its eight outputs."""
 
 
 @stored_by("awq")
-def awq(about: Mapping[str, Any], module: str, tensors: Mapping[str, Weight]) -> PackedMatrix | None:
-    """`qweight (in, out / 8)`, `qzeros (groups, out / 8)`, `scales (groups, out)`; inputs are scaled before."""
-    found = words_of(tensors, module)
-    if found is None:
+def awq(config: Mapping[str, Any], module: str, tensors: Mapping[str, Weight]) -> PackedMatrix | None:
+    """`qweight (in, out / 8)`, `qzeros (groups, out / 8)`, `scales (groups, out)`.
+
+    The scales of the inputs are no part of it: AutoAWQ folds them into the operation upstream.
+
+    Raises:
+        WeightError: a tensor is missing or has another size, or the format is not AutoAWQ's GEMM of 4 bits.
+    """
+    stored = packed_tensors(tensors, module)
+    if stored is None:
         return None
-    qweight, qzeros, scales = found
-    bits, group = number(about, "bits", BITS), group_of(about)
-    form = str(about.get("version", "gemm")).lower()
+    qweight, qzeros, scales = stored
+    bits, group = integer_option(config, "bits", BITS), group_size(config)
+    form = str(config.get("version", "gemm")).lower()
     if bits != BITS or form != "gemm":
         raise WeightError(f"{module}: {bits} bits in the format {form!r}; expected 4 in 'gemm'")
-    columns, rows = qweight.shape[0], qweight.shape[1] * len(PLACES)
-    options = {"block_size": group, "symmetric": not about.get("zero_point", True)}
+    columns, rows = qweight.shape[0], qweight.shape[1] * len(ORDER)
+    options = {"block_size": group, "symmetric": not config.get("zero_point", True)}
     scheme: Any = SCHEMES["int4"](**options)
 
     def codes() -> Tensor:
@@ -41,12 +47,12 @@ def awq(about: Mapping[str, Any], module: str, tensors: Mapping[str, Weight]) ->
     def zeros() -> Tensor:
         return _fields(qzeros.load()).t()
 
-    return integer_bits(scheme, rows, columns, codes, zeros, scales, module)
+    return integer_matrix(scheme, rows, columns, codes, zeros, scales, module)
 
 
 def _fields(words: Tensor) -> Tensor:
-    """The numbers of every word in their order: (n, 8 words)."""
+    """The eight numbers of each word, in the order of the outputs: int32 (n, words) as uint8 (n, 8 words)."""
     import torch
 
-    found = unpack(words.contiguous().view(torch.uint8), BITS).unflatten(-1, (-1, len(PLACES)))
-    return found[..., list(PLACES)].flatten(-2)
+    fields = torch.unflatten(unpack(words.contiguous().view(torch.uint8), BITS), -1, (-1, len(ORDER)))
+    return fields[..., list(ORDER)].flatten(-2)

@@ -12,14 +12,14 @@ from safetensors.torch import load_file
 
 from adaptc.checkpoints.shards import INDEX, check_safetensors, write_safetensors, write_shards
 from adaptc.errors import ProofError, WeightError
-from adaptc.weights import DTYPES, Deferred, Held, Weight
+from adaptc.weights import SAFETENSORS_DTYPES, Deferred, Held, Weight
 
 
 def tensors() -> dict[str, torch.Tensor]:
     """Every dtype, sizes that leave no alignment to chance, and shapes at the edges."""
     torch.manual_seed(0)
     found = {}
-    for code, dtype in DTYPES.items():
+    for code, dtype in SAFETENSORS_DTYPES.items():
         for shape in ((3,), (2, 5), (), (0, 4), (1, 1, 7)):
             value = torch.randn(shape) * 10
             found[f"{code}.{'x'.join(map(str, shape))}"] = value.abs().to(dtype)

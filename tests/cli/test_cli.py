@@ -212,7 +212,7 @@ def test_help_names_every_command(cli: Callable[..., Ran]) -> None:
 
 
 @pytest.mark.parametrize("command", ["inspect", "verify"])
-def test_help_names_what_looks_at_products(cli: Callable[..., Ran], command: str) -> None:
+def test_help_names_what_looks_at_artifacts(cli: Callable[..., Ran], command: str) -> None:
     assert re.search(rf"\b{command}\b", cli("--help").out)
 
 

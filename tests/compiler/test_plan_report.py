@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from adaptc.cli.console import Report
+from adaptc.cli.screen import Screen
 from adaptc.compiler.plan import make_plan
 from adaptc.compiler.plan_report import PlanReport, plan_report
 from adaptc.compiler.rewrite import rewrite
@@ -33,9 +33,9 @@ def planned(zoo: Zoo, spec: dict[str, Any], *overrides: str) -> tuple[PlanReport
 
 def printed(plan: PlanReport, capsys: pytest.CaptureFixture[str]) -> str:
     """What stands behind `passes:` where a plan is shown."""
-    report = Report()
-    report.out = Console(highlight=False, soft_wrap=True)
-    report.plan(plan)
+    screen = Screen()
+    screen.out = Console(highlight=False, soft_wrap=True)
+    screen.plan(plan)
     (line,) = re.findall(r"^passes: +(.*)$", capsys.readouterr().out, re.MULTILINE)
     return line
 

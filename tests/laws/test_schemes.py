@@ -275,7 +275,7 @@ def test_integers_in_other_columns_or_scales_are_plain_ones(scheme: Any) -> None
     plain = scheme.without_inputs()
     inner = plain.dequantize(12, 40, {key: held[key] for key in plain.stored(12, 40)})
     want = F.linear(x, scheme.dequantize(12, 40, held))
-    close(F.linear(scheme.entering(x, held), inner), want)
+    close(F.linear(scheme.transformed_inputs(x, held), inner), want)
     if set(held) != set(plain.stored(12, 40)):
         assert not torch.allclose(F.linear(x, inner), want, rtol=1e-3)
 

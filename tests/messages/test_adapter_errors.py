@@ -229,7 +229,7 @@ def test_extra_tensors(refused: Callable[..., str], tensors: Callable[..., None]
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_not_finite(refused: Callable[..., str], tensors: Callable[..., None], value: float) -> None:
     tensors(lambda values: values[QUERY][1].__setitem__(2, value))
-    assert f"tensor '{QUERY}' holds NaN or infinity" in refused()
+    assert f"tensor '{QUERY}' contains NaN or infinity" in refused()
 
 
 def test_dtype_that_is_not_read(refused: Callable[..., str], tensors: Callable[..., None]) -> None:

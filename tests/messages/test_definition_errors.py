@@ -124,7 +124,7 @@ MISTAKES: list[tuple[str, str, str, str]] = [
     ("gain: float", "model_size: float", "the option 'model_size' cannot be a key of a spec", "model_size"),
     ("gain: float = 1.0", "gain: float = 'x'", "the default of the option 'gain' is 'x'", "gain: float"),
     ("gain: float", "gain: 'Gain'", "the types of its options cannot be read: name 'Gain'", "gain: 'Gain'"),
-    ("gain: float", "gain: torch.Tensor", "the option 'gain' has a type that a spec cannot", "gain: torch"),
+    ("gain: float", "gain: torch.Tensor", "cannot be validated by the type of the option 'gain'", "gain: torch"),
     ("    kinds: ClassVar[frozenset[str]] =", "    kinds: frozenset =", "kinds is no option", "kinds: frozenset"),
     ('frozenset({"linear"})', '"linear"', "kinds is a set of names, got 'linear'", "kinds:"),
     ('{"linear"}', '{"Linear"}', "kinds: unknown 'Linear'; did you mean 'linear'?", "kinds:"),
@@ -182,7 +182,9 @@ def test_what_is_right_is_registered(tmp_path: Path) -> None:
 def test_fields_of_another_kind_of_aliases(tmp_path: Path) -> None:
     head = "    aliases: ClassVar = "
     message, line = told(tmp_path, METHOD.replace("    kinds", f"{head}{{'scale': 'gian'}}\n    kinds", 1))
-    assert "aliases: 'scale' stands for 'gian', which is no option; did you mean 'gain'?" in message
+    assert (
+        "aliases: 'scale' is another spelling of 'gian', which is no option; did you mean 'gain'?" in message
+    )
     assert line.startswith("aliases")
 
 

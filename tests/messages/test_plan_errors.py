@@ -280,7 +280,7 @@ def test_control_flow_on_data(refused: Callable[..., tuple[str, str]], models: P
 def test_a_named_dimension_that_is_fixed(refused: Callable[..., tuple[str, str]]) -> None:
     text, place = refused(base("fixed_batch") + lora(target="*"))
     assert place.startswith("3:")
-    assert "input x: dimension `batch` is fixed by the model, which computes otherwise at every size" in text
+    assert "input x: dimension `batch` is fixed by the model, which computes differently at each size" in text
     assert "(it was traced with 3): write the size you will run it with, such as float32[3, 16]" in text
 
 

@@ -83,7 +83,9 @@ def bottleneck(**options: Any) -> dict[str, Any]:
 
 def test_a_layer_without_a_residual_sum_is_no_silent_skip() -> None:
     found = words(Blend(), bottleneck())
-    assert "adapt.0.target: bottleneck: no residual sum was found behind out, at node linear_3" in found
+    assert (
+        "adapt.0.target: bottleneck: no residual sum was found downstream of out, at node linear_3" in found
+    )
     assert "from test_point_errors.py:" in found
     assert "name the point: target: {node: linear_3}, or leave it out with `exclude`" in found
 
@@ -128,7 +130,7 @@ def test_a_parallel_adapter_needs_an_input_of_the_same_shape() -> None:
     assert "its input softmax is" in found
     assert "its output linear_3" in found
     found = words(Blend(), {**parallel, "target": {"node": "linear_3", "input": "linear_5"}})
-    assert "its input linear_5 is computed behind linear_3" in found
+    assert "its input linear_5 is computed after linear_3" in found
 
 
 @pytest.mark.parametrize(
@@ -151,11 +153,11 @@ def test_options_that_make_no_sense(options: dict[str, Any], said: str) -> None:
 
 def test_an_attention_that_is_not_understood() -> None:
     found = words(Slopes(), {"method": "prefix"})
-    assert "it adds a bias that is computed from positions, and looked up in no table" in found
+    assert "it adds a bias that is computed from positions, and not looked up in a table" in found
     assert "from test_point_errors.py:" in found
     assert "leave it out with `exclude`" in found
     found = words(Powers(), {"method": "p-tuning-v2"})
-    assert "is not understood: pow is no operation on scores that is known" in found
+    assert "is not understood: pow is not a known operation on scores" in found
 
 
 def test_where_there_is_no_attention() -> None:

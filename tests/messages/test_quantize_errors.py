@@ -103,7 +103,7 @@ def test_weights_that_are_no_numbers(method: str, bad: float, tmp_path: Path) ->
         model.up.weight[3, 4] = bad
     with pytest.raises(WeightError) as error:
         made.emit("onnx", tmp_path / "m.onnx")
-    assert f"up.weight holds NaN or infinity, which no {method} code stands for" in str(error.value)
+    assert f"up.weight contains NaN or infinity, which {method} cannot store" in str(error.value)
     assert "`exclude`" in str(error.value)
     assert not (tmp_path / "m.onnx").exists()
     if bad != bad:  # infinity is one behind a tanh
@@ -150,8 +150,8 @@ def test_a_pipeline_without_quantize() -> None:
 
 def test_floats_come_before_products_with_bits() -> None:
     words = said(RefusedError, quantize=[NF4], passes=["quantize", "quantized-products", "dequantize"])
-    assert "up.weight, down.weight: products read the bits already" in words
-    assert "let `dequantize` stand in front" in words
+    assert "up.weight, down.weight: matrix products read the codes already" in words
+    assert "write `dequantize` before the pass that lowers them" in words
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_what_is_trained_keeps_its_floats(tmp_path: Path) -> None:
 
 def test_what_makes_up_for_nothing() -> None:
     words = said(SpecError, adapt=[{**LORA, "init_weights": "loftq"}])
-    assert "adapt.0: lora makes up for quantization, and no bits stand for up.weight here" in words
+    assert "adapt.0: lora compensates quantization, and up.weight is not quantized here" in words
     assert "passes: [quantize, insert]" in words
 
 
@@ -212,7 +212,8 @@ def test_what_is_made_up_for_twice_or_in_slices() -> None:
     start = {"init_weights": "loftq"}
     words = said(SpecError, quantize=[NF4], adapt=[{**LORA, **start}, {**LORA, **start, "name": "other"}])
     assert (
-        "adapt.1: lora makes up for quantization of up.weight, which an earlier entry does already" in words
+        "adapt.1: lora compensates quantization of up.weight, which an earlier entry compensates already"
+        in words
     )
     words = said(SpecError, quantize=[NF4], adapt=[{**LORA, "loftq_iter": 2}])
     assert "adapt.0.loftq_iter: lora: only `init_weights: loftq` quantizes again" in words
@@ -224,7 +225,7 @@ def test_bits_are_not_untied() -> None:
         quantize=[{"method": "int8", "target": "embed"}],
         adapt=[{**LORA, "target": "head", "on_alias": "untie"}],
     )
-    assert "are read elsewhere too, and cannot be untied" in words
+    assert "are read elsewhere too, so it cannot be untied" in words
     assert "passes: [insert, quantize]" in words
 
 

@@ -121,10 +121,18 @@ CASES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "Branch": ("Branch", "a branch depends on the values of a tensor", TORCH),
     "Choice": ("Choice", "a branch depends on the values of a tensor", TORCH),
     "Outer": ("Branch", "a branch depends on the values of a tensor", TORCH),
-    "Loop": ("Loop", "the number of turns of a loop depends on", ("a loop over shapes", "torch.where")),
-    "Until": ("Until", "the number of turns of a loop depends on", ("a loop over shapes", "torch.where")),
+    "Loop": ("Loop", "the number of iterations of a loop depends on", ("a loop over shapes", "torch.where")),
+    "Until": (
+        "Until",
+        "the number of iterations of a loop depends on",
+        ("a loop over shapes", "torch.where"),
+    ),
     "Cut": ("Cut", "a size depends on the values of a tensor", ("sizes that follow from the shapes", "mask")),
-    "Listed": ("Listed", "the number of turns of a loop depends on", ("a loop over shapes", "torch.where")),
+    "Listed": (
+        "Listed",
+        "the number of iterations of a loop depends on",
+        ("a loop over shapes", "torch.where"),
+    ),
     "Number": (
         "Number",
         "a number is taken out of a tensor",
@@ -139,7 +147,7 @@ CASES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "Misfit": ("Misfit", "The size of tensor a (16) must match", ("x of shape [3, 16]",)),
     "Long": (
         "Long",
-        "takes another way at batch=6 than at batch=3, where `batch <= 4`",
+        "takes another branch at batch=6 than at batch=3, where `batch <= 4`",
         ("x: float32[3, 16]",),
     ),
 }
@@ -322,7 +330,7 @@ class Bessel(nn.Module):
 def test_a_model_that_gives_back_its_cache() -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
     model, ids = MODELS["llama"].build(), torch.zeros(2, 5, dtype=torch.long)
-    with pytest.raises(TraceError, match=r"gives back a cache of keys and values(.|\n)*use_cache = False"):
+    with pytest.raises(TraceError, match=r"returns a cache of keys and values(.|\n)*use_cache = False"):
         adaptc.compile({}, model=model, example_inputs={"input_ids": ids})
 
 

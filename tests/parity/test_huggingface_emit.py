@@ -18,7 +18,7 @@ from torch import fx, nn
 
 import adaptc
 from adaptc.checkpoints import shards
-from adaptc.checkpoints.huggingface_layout import as_stored
+from adaptc.checkpoints.huggingface_layout import saved_weights
 from adaptc.cli.inspection import inspect, verify
 from adaptc.compiler.artifacts import emit_all
 from adaptc.compiler.compiled import Compiled
@@ -334,7 +334,7 @@ def test_a_fused_tensor_is_loaded_once(mixtral: Compiled) -> None:
             return torch.zeros(shape)
 
         weights[name] = Deferred(tuple(tensor.shape), torch.float32, make)
-    stored = as_stored(base, weights)
+    stored = saved_weights(base, weights)
     assert loads == []
     assert len(stored) > len(weights)
     for weight in stored.values():
@@ -474,8 +474,8 @@ def test_a_pass_that_changes_the_program(
 
 def test_a_name_that_is_forgotten(zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """from_pretrained would initialise it anew, and say so in a warning."""
-    real = huggingface.stored_names
-    monkeypatch.setattr(huggingface, "stored_names", lambda *args: real(*args)[:-1])
+    real = huggingface.saved_names
+    monkeypatch.setattr(huggingface, "saved_names", lambda *args: real(*args)[:-1])
     with pytest.raises(ProofError, match=r"missing_keys: classifier\.bias"):
         zoo.compiled("bert", []).emit("hf", tmp_path / "merged")
     assert not list(tmp_path.iterdir())
@@ -485,14 +485,14 @@ def test_weights_that_are_not_the_folded_ones(
     zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is loaded is held against the folded graph, not against what was written."""
-    real = huggingface.as_stored
+    real = huggingface.saved_weights
 
     def wrong(model: nn.Module, weights: Any) -> Any:
         stored = real(model, weights)
         name = "bert.encoder.layer.0.output.dense.weight"
         return stored | {name: Held(stored[name].load() * 1.01)}
 
-    monkeypatch.setattr(huggingface, "as_stored", wrong)
+    monkeypatch.setattr(huggingface, "saved_weights", wrong)
     with pytest.raises(ProofError, match="the proof failed: hf"):
         zoo.compiled("bert", []).emit("hf", tmp_path / "merged")
 

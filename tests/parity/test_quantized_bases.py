@@ -57,7 +57,7 @@ def test_weights_are_those_of_gptqmodel(name: str) -> None:
         assert ours.std() > 0.01
         assert torch.equal(ours.half(), theirs), key
     assert len(made.graph.quantized) == LAYERS
-    assert all(q.quantization.kept is not None for q in made.graph.quantized.values())
+    assert all(q.quantization.packed is not None for q in made.graph.quantized.values())
 
 
 @pytest.mark.parametrize("name", marked(BY_GPTQMODEL, ["gptq-asymmetric"]))
@@ -204,7 +204,7 @@ def test_weights_are_those_of_bitsandbytes(
     modules = dict(theirs.named_modules())
     assert len(made.graph.quantized) == (7 if model == "llama" else 4)
     for name, q in made.graph.quantized.items():
-        assert q.quantization.kept is not None
+        assert q.quantization.packed is not None
         weight = modules[name.removesuffix(".weight")].weight
         if "load_in_8bit" in options:
             want = weight.CB * (weight.SCB / 127).unsqueeze(1)
@@ -301,7 +301,7 @@ def test_scales_that_are_no_numbers(tmp_path: Path) -> None:
         held[f"{DOWN}.scales"][0, 0] = float("nan")
 
     made = compiled(broken(tmp_path, "gptq", spoil))
-    with pytest.raises(AdaptcError, match=rf"{DOWN}: its scales hold NaN or infinity"):
+    with pytest.raises(AdaptcError, match=rf"{DOWN}: its scales contain NaN or infinity"):
         _ = made.module
 
 
@@ -389,5 +389,5 @@ def test_floats_only(tmp_path: Path) -> None:
 
 
 def test_nothing_to_make_up_for() -> None:
-    with pytest.raises(AdaptcError, match=r"the base holds .* in bits only"):
+    with pytest.raises(AdaptcError, match=r"the base stores .* quantized, without the floats"):
         compiled(DATA / "gptq", [LORA | {"init_weights": "loftq"}])

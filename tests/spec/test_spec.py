@@ -259,7 +259,7 @@ def test_an_input_is_written_as_it_is_read(text: str) -> None:
 def test_reading_a_spec_imports_no_torch(whole: Path) -> None:
     code = (
         "import sys; from adaptc.spec.spec import dump, load, schema; dump(load(sys.argv[1])); schema();"
-        "print(*sorted({'torch', 'transformers', 'onnx'} & set(sys.modules)))"
+        " print(*sorted({'torch', 'transformers', 'onnx'} & set(sys.modules)))"
     )
     ran = subprocess.run([sys.executable, "-c", code, str(whole)], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == ""

@@ -1,10 +1,11 @@
-"""Insert an activation method: what it adds to a sub-layer's output goes in front of the residual sum."""
+"""Insert an activation method: its branch is added to a sub-layer's output before the residual sum."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -26,17 +27,17 @@ aten = torch.ops.aten
 
 
 class _Matrices(Method[WeightSite]):
-    """Stands for a method of all layers: which of them a target names."""
+    """A method that sits on all layers, to select the layers that a target names."""
 
     kinds = MATRIX_KINDS
 
 
 @dataclass(frozen=True)
-class InsertActivation(Insert[ActivationMethod], inserts=ActivationMethod):
-    """`x + h` becomes `x + (h + f(z))` at every sub-layer the target names, h its output."""
+class InsertActivation(Insert[ActivationMethod, SubLayer], inserts=ActivationMethod):
+    """`x + h` becomes `x + (h + f(z))` at every sub-layer the target names: h is its output, z its output or input."""
 
     def refused(self, site: SubLayer) -> Fault | None:
-        """The option at fault and why this cannot be inserted at a site; None if it can."""
+        """The option at fault and why the method cannot be inserted at a site; None if it can."""
         if self.method.reads == "input" and not site.reads:
             return Fault(
                 ("target",), "it reads the sub-layer's input: name that too, target: {node: ..., input: ...}"
@@ -48,26 +49,29 @@ class InsertActivation(Insert[ActivationMethod], inserts=ActivationMethod):
         return super().refused(site)
 
     def selection(self, graph: Graph) -> Selection[SubLayer]:
-        """What the target matches; lacking is a layer that ends a sub-layer, but has no residual sum behind it."""
-        found = super().selection(graph)
+        """The sub-layers that the target matches.
+
+        `lacking` says what to do about a layer that ends a sub-layer, but is followed by no residual sum.
+        """
+        selection = super().selection(graph)
         if isinstance(self.target, Mapping) and self.target.get("node"):
-            return found
-        known = {point.module for point in graph.points if point.kind == SUBLAYER}
-        named = select(graph, self.target, self.exclude, _Matrices())
-        ends = [s for s in named.sites if graph.roles.of.get(s.uses[0], set()) & {OUTPUT, OUT}]
-        lacking = [site for site in ends if site.module not in known]
+            return selection
+        with_sum = {point.module for point in graph.points if point.kind == SUBLAYER}
+        layers = select(graph, self.target, self.exclude, _Matrices())
+        ends = [s for s in layers.sites if graph.roles.of.get(s.uses[0], set()) & {OUTPUT, OUT}]
+        lacking = [site for site in ends if site.module not in with_sum]
         if not lacking:
-            return found
-        first = lacking[0]
-        words = (
-            f"no residual sum was found behind {first.module or 'the model itself'}, at node {first.uses[0].node}"
+            return selection
+        first, node = lacking[0], lacking[0].uses[0].node
+        lines = (
+            f"no residual sum was found downstream of {first.module or 'the model itself'}, at node {node}"
             + (f", from {first.source}" if first.source else ""),
-            f"name the point: target: {{node: {first.uses[0].node}}}, or leave it out with `exclude`",
+            f"name the point: target: {{node: {node}}}, or leave it out with `exclude`",
         )
-        return dataclasses.replace(found, lacking=(*words, *found.lacking))
+        return dataclasses.replace(selection, lacking=(*lines, *selection.lacking))
 
     def call(self, graph: Graph) -> bool:
-        """Splice the branch, and add it."""
+        """Splice the branch in at every site, and add its result."""
         sites = self.selection(graph).sites
         nodes = graph.by_name()
         for site in sites:
@@ -78,22 +82,22 @@ class InsertActivation(Insert[ActivationMethod], inserts=ActivationMethod):
         self, graph: Graph, site: SubLayer, nodes: dict[str, fx.Node], sites: tuple[SubLayer, ...]
     ) -> None:
         method = self.method.at(site)
-        named = self.tensors(site, sites)
-        theta = self.attached(graph, site, named, None)
-        mark = self.recorded(graph, site, named)
+        tensors = self.tensors(site, sites)
+        theta = self.attached(graph, site, tensors, None)
+        mark = self.recorded(graph, site, tensors)
         first, output = _entry(graph, site, nodes)
         users = list(output.users) if site.value else [nodes[use.node] for use in site.uses]
         read = nodes[site.reads] if method.reads == "input" else output
         order = {node: index for index, node in enumerate(graph.nodes)}
         if order[read] >= order[first]:
-            words = f"{method.name}: its input {read.name} is computed behind {site.node}"
-            raise RefusedError([Refusal(words, (read.name,), (f"site {site}",))], self)
+            reason = f"{method.name}: its input {read.name} is computed after {site.node}"
+            raise RefusedError([Refusal(reason, (read.name,), (f"site {site}",))], self)
         if str(read.meta["val"].shape) != str(output.meta["val"].shape):
             shapes = [list(node.meta["val"].shape) for node in (read, output)]
-            words = (
+            reason = (
                 f"{method.name}: its input {read.name} is {shapes[0]}, its output {output.name} {shapes[1]}"
             )
-            raise RefusedError([Refusal(words, (read.name,), (f"site {site}",))], self)
+            raise RefusedError([Refusal(reason, (read.name,), (f"site {site}",))], self)
         with graph.module.graph.inserting_before(first):
             z = read
             if method.dropout:
@@ -120,9 +124,14 @@ class InsertActivation(Insert[ActivationMethod], inserts=ActivationMethod):
 
 
 def _entry(graph: Graph, site: SubLayer, nodes: dict[str, fx.Node]) -> tuple[fx.Node, fx.Node]:
-    """In front of which node a branch stands, and what it is added to: as earlier entries have left it."""
+    """Where a branch goes, as earlier entries have left the graph.
+
+    Returns:
+        The node to insert it in front of, and the node whose value it is added to.
+    """
     if not site.value:
         use = site.uses[0]
-        return nodes[use.node], nodes[use.node].args[use.argument]  # type: ignore[return-value]
+        output: Any = nodes[use.node].args[use.argument]
+        return nodes[use.node], output
     output = nodes[graph.adapted_activations.get(site.value, site.value)]
     return output.next, output

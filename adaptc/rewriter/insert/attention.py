@@ -1,10 +1,10 @@
-"""Insert an attention method: keys and values in front of every attention's own."""
+"""Insert an attention method: keys and values are put in front of every attention's own."""
 
 from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -24,33 +24,34 @@ from adaptc.rewriter.insert.masks import Masks
 from adaptc.rewriter.insert.positions import move_positions
 
 aten = torch.ops.aten
+FLOOR_DIVIDE: Any = operator.floordiv  # pyright: ignore[reportUnknownMemberType] (typeshed leaves it untyped)
 
 
 @dataclass(frozen=True)
-class InsertAttention(Insert[AttentionMethod], inserts=AttentionMethod):
+class InsertAttention(Insert[AttentionMethod, AttentionSite], inserts=AttentionMethod):
     """`softmax(q K^T) V` becomes `softmax(q [P_k; K]^T) [P_v; V]` at every attention the target names."""
 
     def refused(self, site: AttentionSite) -> Fault | None:
-        """The option at fault and why this cannot be inserted at a site; None if it can."""
+        """The option at fault and why the method cannot be inserted at a site; None if it can."""
         if site.heads is None:
             return Fault(
-                (), "it cannot be told which axes of its keys and values are its heads, tokens and features"
+                (), "it is not clear which axes of its keys and values are heads, tokens and features"
             )
         return super().refused(site)
 
     def call(self, graph: Graph) -> bool:
-        """Put the tokens in front, let every mask show them, and move the positions that the model counts."""
+        """Put the virtual tokens in front, let every mask show them, and start counting positions after them."""
         sites = self.selection(graph).sites
         method = self.method
-        named = self.tensors(sites[0], sites)
-        theta = self.attached(graph, sites[0], named, None)
-        marks = [self.recorded(graph, site, named) for site in sites]
+        tensors = self.tensors(sites[0], sites)
+        theta = self.attached(graph, sites[0], tensors, None)
+        marks = [self.recorded(graph, site, tensors) for site in sites]
         values = {argument: node.meta["val"] for argument, node in theta.items()}
         with graph.fake_mode:
             traced = self.traced(method, "tokens", sites[0], method.tokens, [], values)
         first = next(node for node in graph.nodes if node.op == "call_function")
-        known = {attention.mixed.name: attention for attention in find_attentions(graph.nodes)}
-        attentions = [known[site.uses[1].node] for site in sites]
+        by_product = {attention.mixed.name: attention for attention in find_attentions(graph.nodes)}
+        attentions = [by_product[site.uses[1].node] for site in sites]
         tokens = splice(graph, traced, list(theta.values()), attentions[0].mixed, marks[0], before=first)
         move_positions(graph, attentions, method.num_virtual_tokens)
         masks = Masks(graph, method.num_virtual_tokens, self)
@@ -60,17 +61,20 @@ class InsertAttention(Insert[AttentionMethod], inserts=AttentionMethod):
             start = starts[number * method.num_transformer_submodules % len(starts)]
             heads = site.heads
             assert heads is not None
-            for own, size in ((keys_of(attention), heads.key), (values_of(attention), heads.value)):
-                assert own is not None
-                _put_in_front(graph, own, tokens, start, heads.count, size)
+            for real, size in ((keys_of(attention), heads.key), (values_of(attention), heads.value)):
+                assert real is not None
+                _put_in_front(graph, real, tokens, start, heads.count, size)
                 start += heads.count * size
         refresh(graph)
         return True
 
 
-def _put_in_front(graph: Graph, own: Tokens, tokens: fx.Node, start: int, heads: int, size: int) -> None:
-    """`[P; K]` along the axis of the tokens, P the columns from `start` on, the same for every row of the batch."""
-    node, user = own.node, own.user
+def _put_in_front(graph: Graph, real: Tokens, tokens: fx.Node, start: int, heads: int, size: int) -> None:
+    """Let an attention read `[P; K]` in place of its keys or values K, joined along the axis of the tokens.
+
+    P is `heads * size` columns of the virtual `tokens`, from `start` on, the same for each row of the batch.
+    """
+    node, user = real.node, real.user
     value = node.meta["val"]
     with graph.module.graph.inserting_before(user):
 
@@ -82,28 +86,28 @@ def _put_in_front(graph: Graph, own: Tokens, tokens: fx.Node, start: int, heads:
         batch: Any = value.shape[0]
         if isinstance(batch, torch.SymInt):
             batch = call(aten.sym_size.int, node, 0)
-        if own.heads is None and heads > 1:
-            batch = call(operator.floordiv, batch, heads) if isinstance(batch, fx.Node) else batch // heads
+        if real.heads is None and heads > 1:
+            batch = call(FLOOR_DIVIDE, batch, heads) if isinstance(batch, fx.Node) else batch // heads
         part = call(aten.expand.default, call(aten.unsqueeze.default, part, 0), [batch, -1, -1, -1])
-        if own.heads is None:
+        if real.heads is None:
             part = call(aten.flatten.using_ints, part, 0, 1)
-            order = sorted(range(3), key=[0, own.sequence, own.features].__getitem__)
+            order = sorted(range(3), key=[0, real.sequence, real.features].__getitem__)
         else:
-            order = sorted(range(4), key=[0, own.heads, own.sequence, own.features].__getitem__)
+            order = sorted(range(4), key=[0, real.heads, real.sequence, real.features].__getitem__)
         if order != sorted(order):
             part = call(aten.permute.default, part, order)
         if part.meta["val"].dtype != value.dtype:
             part = call(aten.to.dtype, part, value.dtype)
-        joined = call(aten.cat.default, [part, node], own.sequence)
-    replace_operand(user, own.argument, joined)
+        joined = call(aten.cat.default, [part, node], real.sequence)
+    replace_operand(user, real.argument, joined)
     _resize(graph, user)
 
 
 def _resize(graph: Graph, node: fx.Node) -> None:
-    """Views of keys or values that name the number of tokens, on their last axis but one, name the larger one."""
+    """Let views of keys or values that name the number of tokens, on their last axis but one, name the larger one."""
     while operation(node) in VIEWS:
         if operation(node) in ("expand", "reshape", "view"):
-            sizes = list(node.args[1])  # type: ignore[arg-type]
+            sizes: list[Any] = list(cast("Any", node.args[1]))
             with graph.module.graph.inserting_before(node):
                 sizes[-2] = graph.call(aten.sym_size.int, node.args[0], -2, like=node)
             node.update_arg(1, sizes)

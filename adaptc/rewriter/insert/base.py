@@ -1,4 +1,4 @@
-"""Insert any method: what all kinds of it have in common. Each kind has a pass class of its own."""
+"""Insert any method: what the engines for the kinds of method have in common."""
 
 from __future__ import annotations
 
@@ -27,28 +27,36 @@ from adaptc.rewriter.pipeline import Pass, changed_options
 from adaptc.weights import Deferred, Weight, initial, seeded
 
 M = TypeVar("M", bound=Method[Any])
+"""The kind of method that an engine inserts."""
+S = TypeVar("S", bound=Site)
+"""The kind of site that such a method sits on."""
+
+_engines: dict[type[Method[Any]], type[Insert[Any, Any]]] = {}
+"""Kind of method -> its engine, the subclass of `Insert` that inserts it. Each engine enters itself when its module is
+imported: `Insert` cannot name them, since their modules import this one. `catalog` imports them all."""
 
 
 @dataclass(frozen=True)
-class Insert(Pass, Generic[M]):
-    """Put a method in at every site the target names: `Insert(method, target="*.query")`.
+class Insert(Pass, Generic[M, S]):
+    """Insert a method at every site the target names: `Insert(method, target="*.query")`.
 
-    What is made is of the subclass for the method's kind, which says how.
+    The object is of the engine for the method's kind, one of the subclasses, which knows how to insert it.
 
     Attributes:
         method: the method, with its options.
         target: which sites, as in a spec.
         exclude: patterns of modules to leave out.
         adapter: the adapter's name.
-        entry: the number of the entry of the spec that it comes from.
-        seed: what random numbers it starts from depend on.
-        on_alias: what to do where the weight is used elsewhere too: give the site its own, stay live when the rest is
-            folded, change it everywhere, or refuse to fold.
+        entry: the number of the spec's entry that it comes from.
+        seed: of the random numbers that its tensors start with.
+        on_alias: what to do where the weight is used elsewhere too: `untie` gives the site a weight of its own, `live`
+            leaves it out of a fold, `share` changes it everywhere, `refuse` refuses to fold.
         as_stored: parameters named by themselves are (out, in) as they are stored, however the model multiplies.
-        trained: it comes from a checkpoint, and is taken as it is: a rank above the layer's size wastes, but is right.
+        trained: it comes from a checkpoint, so what makes no sense to train, such as a rank above the layer's size, is
+            taken as it is.
 
     Raises:
-        TypeError: the method is none, or is not registered.
+        TypeError: this is not a method, or its class is not registered.
         DefinitionError: the method was registered before torch was imported, and has a mistake.
     """
 
@@ -67,12 +75,12 @@ class Insert(Pass, Generic[M]):
     changes_results: ClassVar[bool] = True
 
     def __init_subclass__(cls, inserts: type[Method[Any]]) -> None:
-        """A class for a kind of method."""
+        """Enter an engine for a kind of method."""
         super().__init_subclass__()
         _engines[inserts] = cls
 
     def __new__(cls, method: M | None = None, *_: Any, **__: Any) -> Self:
-        """The pass of the class for the method's kind."""
+        """An object of the engine for the method's kind."""
         if cls is not Insert:
             return super().__new__(cls)
         engine: Any = next((engine for kind, engine in _engines.items() if isinstance(method, kind)), None)
@@ -96,20 +104,20 @@ class Insert(Pass, Generic[M]):
         options = {name: value for name, value in changed_options(self).items() if name != "method"}
         return options | changed_options(self.method)
 
-    def selection(self, graph: Graph) -> Selection[Any]:
-        """What the target matches in this graph."""
-        found = select(graph, self.target, self.exclude, self.method)
+    def selection(self, graph: Graph) -> Selection[S]:
+        """The sites that the target matches in this graph."""
+        selection = select(graph, self.target, self.exclude, self.method)
         if not self.as_stored:
-            return found
-        sites = (as_stored(s, graph) if isinstance(s, WeightSite) else s for s in found.sites)
-        return dataclasses.replace(found, sites=tuple(sites))
+            return selection
+        sites = (as_stored(s, graph) if isinstance(s, WeightSite) else s for s in selection.sites)
+        return dataclasses.replace(selection, sites=tuple(sites))
 
-    def refused(self, site: Any) -> Fault | None:
-        """The option at fault and why this cannot be inserted at a site; None if it can."""
+    def refused(self, site: S) -> Fault | None:
+        """The option at fault and why the method cannot be inserted at a site; None if it can."""
         fault = self._called("refuses", site)
         return fault or (None if self.trained else self._called("refuses_to_train", site))
 
-    def _called(self, hook: str, site: Site) -> Fault | None:
+    def _called(self, hook: str, site: S) -> Fault | None:
         function = getattr(self.method, hook)
         with blamed("method", self.method.name, function, hook, str(site)):
             fault = function(site)
@@ -121,53 +129,55 @@ class Insert(Pass, Generic[M]):
         return fault
 
     def requires(self, graph: Graph) -> list[Refusal]:
-        """The target matches, the method can sit there, and the adapter's names are free."""
+        """The target matches, the method can sit on every site, and the names of its tensors are free."""
         method, selection = self.method, self.selection(graph)
         if not selection.sites:
             near = f"; near: {', '.join(selection.near)}" if selection.near else ""
             return [Refusal(f"{self.name}: the target {self.target!r} matches no site{near}")]
-        refusals = []
+        refusals: list[Refusal] = []
         for site in selection.sites:
-            reason = self.refused(site)
-            if reason:
-                refusals.append(Refusal(f"{method.name}: {reason.reason}", (site.node,), (f"site {site}",)))
+            fault = self.refused(site)
+            if fault:
+                refusals.append(Refusal(f"{method.name}: {fault.reason}", (site.node,), (f"site {site}",)))
                 continue
             if any(name in graph.weights for name, _ in self.tensors(site, selection.sites).values()):
-                refusals.append(
-                    Refusal(
-                        f"{method.name}: the adapter {self.adapter!r} sits on {site.module} already; "
-                        "give this entry another `name`",
-                        (site.node,),
-                    )
+                reason = (
+                    f"{method.name}: the adapter {self.adapter!r} sits on {site.module} already; "
+                    "give this entry another `name`"
                 )
+                refusals.append(Refusal(reason, (site.node,)))
         return refusals
 
-    def tensors(self, site: Site, sites: Sequence[Site]) -> dict[str, tuple[str, Param]]:
-        """Argument of the expression -> name in the graph and tensor: a site's own, and what all sites share."""
+    def tensors(self, site: S, sites: Sequence[S]) -> dict[str, tuple[str, Param]]:
+        """The tensors of a site, its own and those that all `sites` share.
+
+        Returns:
+            Argument of the method's expression -> (name in the graph, the parameter as the method states it).
+        """
         with blamed("method", self.method.name, self.method.at, "at", str(site)):
             method = self.method.at(site)
         with blamed("method", method.name, method.params, "params", str(site)):
-            own = method.stored(site)
+            params = method.stored(site)
         with blamed("method", method.name, method.shared, "shared"):
             shared = method.shared(sites)
-        named = {k: (parameter_name(site, method, self.adapter, p), p) for k, p in own.items()}
-        return named | {k: (shared_name(self.adapter, p.key), p) for k, p in shared.items()}
+        tensors = {k: (parameter_name(site, method, self.adapter, p), p) for k, p in params.items()}
+        return tensors | {k: (shared_name(self.adapter, p.key), p) for k, p in shared.items()}
 
     def ensures(self, graph: Graph) -> str | None:
         """Every planned site was rewritten."""
         planned = {str(site) for site in self.selection(graph).sites}
         rewritten = {str(a.site) for a in graph.adaptations if a.entry == self.entry}
-        left = planned - rewritten
-        return f"{self.name} planned {', '.join(sorted(left))}, but did not rewrite it" if left else None
+        remaining = sorted(planned - rewritten)
+        return f"{self.name} planned {', '.join(remaining)}, but did not rewrite it" if remaining else None
 
     def traced(
-        self, method: M, hook: str, site: Site, expression: Callable[..., torch.Tensor], operands: Sequence[Any],
+        self, method: M, hook: str, site: S, expression: Callable[..., torch.Tensor], operands: Sequence[Any],
         theta: Mapping[str, Any], whole: bool = False,
     ) -> fx.Graph:  # fmt: skip
-        """A method's expression as a graph; `expression` calls the method's `hook`, which must not write to anything.
+        """A method's expression as a graph; `expression` calls the method's `hook`, which may not write to arguments.
 
         Raises:
-            DefinitionError: it cannot be traced, or changes what it is given in place; names the author's line.
+            DefinitionError: it cannot be traced, or writes to its arguments; names the author's line.
         """
         names = type(method).expressions[hook]
 
@@ -178,31 +188,42 @@ class Insert(Pass, Generic[M]):
             return trace_expression(guarded, operands, theta, whole)
 
     def attached(
-        self, graph: Graph, site: Site, named: Mapping[str, tuple[str, Param]], value: fx.Node | None
+        self, graph: Graph, site: S, tensors: Mapping[str, tuple[str, Param]], value: fx.Node | None
     ) -> dict[str, fx.Node]:
-        """The nodes of a site's tensors by argument; what is not there yet is made, from the weight so far."""
-        own = self.method.at(site).stored(site)
-        for argument, (name, param) in named.items():
-            if name not in graph.weights:  # of what sites share, the first makes it
-                weight = self._initial(graph, name, param, site, value, argument in own)
+        """Attach a site's tensors to the graph; one that all sites share is attached with the first of them.
+
+        Args:
+            graph: the host.
+            site: the site.
+            tensors: as `Insert.tensors` gives them.
+            value: the node of the weight, which initial values may depend on; None at a site without one.
+
+        Returns:
+            Argument of the method's expression -> the node that reads the tensor.
+        """
+        params = self.method.at(site).stored(site)
+        for argument, (name, param) in tensors.items():
+            if name not in graph.weights:
+                weight = self._initial(graph, name, param, site, value, argument not in params)
                 graph.attach(name, weight, param.trained, param.stored)
-        return {argument: graph.parameter_node(name) for argument, (name, _) in named.items()}
+        return {argument: graph.parameter_node(name) for argument, (name, _) in tensors.items()}
 
     def recorded(
-        self, graph: Graph, site: Site, named: Mapping[str, tuple[str, Param]]
+        self, graph: Graph, site: S, tensors: Mapping[str, tuple[str, Param]]
     ) -> dict[str, Adaptation]:
-        """Note that a site is adapted; gives the mark that the nodes made for it carry."""
+        """Record that a site is adapted; gives what the meta of each node inserted for it holds."""
         method = self.method.at(site)
-        adaptation = Adaptation(site, method, self.method, self.adapter, self.entry, named, self.on_alias)
+        adaptation = Adaptation(site, method, self.method, self.adapter, self.entry, tensors, self.on_alias)
         graph.adaptations.append(adaptation)
         return {ADAPTATION: adaptation}
 
     def _initial(
-        self, graph: Graph, name: str, param: Param, site: Site, value: fx.Node | None, own: bool
+        self, graph: Graph, name: str, param: Param, site: S, value: fx.Node | None, shared: bool
     ) -> Weight:
-        init, seed, batch = param.init, self.seed, site.batch if own else None
+        """The initial value of a tensor; where the site holds several matrices, one for each unless it is shared."""
+        init, seed, batch = param.init, self.seed, None if shared else site.batch
         each = param.shape[1:] if batch is not None and param.unpack is None else param.shape
-        so_far = None if isinstance(init, str) or value is None else self._starting_point(graph, site, value)
+        argument = None if isinstance(init, str) or value is None else self._init_argument(graph, site, value)
         dtype = site.dtype if param.below is None else torch.int64
 
         def one(W: torch.Tensor | None, generator: torch.Generator) -> torch.Tensor:
@@ -213,21 +234,24 @@ class Insert(Pass, Generic[M]):
 
         def make() -> torch.Tensor:
             generator = seeded(seed, name)
-            W = so_far() if so_far is not None else None
-            if W is not None and isinstance(site, WeightSite):
-                W = site.matrix(W)
+            tensor = argument() if argument is not None else None
+            W = site.matrix(tensor) if tensor is not None and isinstance(site, WeightSite) else tensor
             if each == param.shape:
-                made = one(W, generator)
+                result = one(W, generator)
             else:
-                made = torch.stack([one(None if W is None else W[i], generator) for i in range(batch or 0)])
-            return made.to(dtype).clone()
+                result = torch.stack([one(None if W is None else W[i], generator) for i in range(batch or 0)])
+            return result.to(dtype).clone()
 
         return Deferred(param.shape, dtype, make)
 
-    def _starting_point(self, graph: Graph, site: Site, value: fx.Node) -> Callable[[], torch.Tensor]:
-        """What functions that initialise get: the weight so far, its Fisher information, or what it has lost."""
+    def _init_argument(self, graph: Graph, site: S, value: fx.Node) -> Callable[[], torch.Tensor]:
+        """Gives what the method's initialisation depends on, in the weight's shape.
+
+        That is the weight with earlier entries applied, its Fisher information where the method is `calibrated`, or
+        the residual of its quantization where the method `compensates`.
+        """
         if self.method.compensates:
-            return graph.quantized[site.parameter].quantization.lost
+            return graph.quantized[site.parameter].quantization.residual
         if not self.method.calibrated:
             return extract_expression(graph, value).evaluate
 
@@ -239,11 +263,11 @@ class Insert(Pass, Generic[M]):
         return estimated
 
 
-_engines: dict[type[Method[Any]], type[Insert[Any]]] = {}
+def parameter_name(site: Site, method: Method[Any], adapter: str, param: Param) -> str:
+    """The full name of a parameter: PEFT's own, `module.lora_A.default.weight`.
 
-
-def parameter_name(site: Site, method: Method, adapter: str, param: Param) -> str:
-    """The full name of a parameter: PEFT's own, `module.lora_A.default.weight`, where its key is free."""
+    A key that begins with the name of the site's weight would hide it: then the method's name goes in front.
+    """
     first, dot, rest = param.key.partition(".")
     if isinstance(site, WeightSite | InputSite) and first == site.leaf:
         first, dot, rest = method.name.replace("-", "_"), ".", param.key

@@ -26,18 +26,18 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class InsertInput(Insert[InputMethod], inserts=InputMethod):
-    """`E(ids)` becomes `[P; E(ids)]`; masks, types and labels are as long; outputs are those of the real tokens.
+class InsertInput(Insert[InputMethod, InputSite], inserts=InputMethod):
+    """`E(ids)` becomes `[P; E(ids)]`; masks, types and labels grow too; outputs are those of the real tokens.
 
-    Every input with the same dynamic dimension is made longer where it enters the graph, so that whatever the model
-    computes from their sizes follows: positions, masks, views.
+    Every input with the dynamic dimension of the sequence is made longer where it enters the graph, so that all that
+    the model computes from its size grows too: positions, masks, views.
     """
 
     def requires(self, graph: Graph) -> list[Refusal]:
-        """One sequence of a dynamic length, beside inputs whose meaning is known."""
-        found = super().requires(graph)
-        if found:
-            return found
+        """The target names one sequence of dynamic length, and inputs of that length are known by their names."""
+        refusals = super().requires(graph)
+        if refusals:
+            return refusals
         sites = list(self.selection(graph).sites)
         if len(sites) > 1:
             names = ", ".join(site.module for site in sites)
@@ -46,31 +46,31 @@ class InsertInput(Insert[InputMethod], inserts=InputMethod):
             ]
         ids = graph.by_name()[sites[0].ids]
         if not isinstance(ids.meta["val"].shape[1], torch.SymInt):
-            words = f"{self.name}: the length of {ids.target} is fixed, so nothing can be put in front"
+            reason = f"{self.name}: the length of {ids.target} is fixed, so nothing can be put in front"
             spec = next(spec for spec in graph.inputs if spec.name == ids.target)
             dims = ", ".join(map(str, (*spec.dims[:1], "seq")))
             return [
-                Refusal(f"{words}: make it dynamic, such as {ids.target}: {spec.dtype}[{dims}]", (ids.name,))
+                Refusal(f"{reason}: make it dynamic, such as {ids.target}: {spec.dtype}[{dims}]", (ids.name,))
             ]
-        unknown = [str(n.target) for n, _ in _beside(graph, ids) if _filler(graph, n, ids) is None]
+        unknown = [str(n.target) for n, _ in _sequences(graph, ids) if _filler(graph, n, ids) is None]
         if unknown:
-            words = f"{self.name}: it is not known what the input {unknown[0]!r} is for a virtual token"
-            known = (
-                "inputs of that length are known by their names: token_type_ids, labels, *position*, *mask*"
+            reason = f"{self.name}: it is not known what the input {unknown[0]!r} is for a virtual token"
+            note = (
+                "inputs of that length are known by their names: token_type_ids, labels, *position*, *mask* "
+                "(of integers or booleans)"
             )
-            known += " (of integers or booleans)"
-            return [Refusal(words, (unknown[0],), (known,))]
+            return [Refusal(reason, (unknown[0],), (note,))]
         return []
 
     def call(self, graph: Graph) -> bool:
-        """Make the inputs longer, put the tokens in, and take their places out of the outputs again."""
+        """Make the inputs longer, put the virtual tokens in, and cut the outputs to the real tokens."""
         sites = self.selection(graph).sites
         (site,) = sites
         method = self.method
         nodes = graph.by_name()
-        named = self.tensors(site, sites)
-        theta = self.attached(graph, site, named, graph.base_value(site.parameter))
-        mark = self.recorded(graph, site, named)
+        tensors = self.tensors(site, sites)
+        theta = self.attached(graph, site, tensors, graph.base_value(site.parameter))
+        mark = self.recorded(graph, site, tensors)
         values = {k: node.meta["val"] for k, node in theta.items()}
 
         def tokens_of(**theta: torch.Tensor) -> torch.Tensor:
@@ -81,32 +81,31 @@ class InsertInput(Insert[InputMethod], inserts=InputMethod):
         embedding, ids = nodes[site.node], nodes[site.ids]
         first = next(node for node in graph.nodes if node.op == "call_function")
         tokens = splice(graph, traced, list(theta.values()), embedding, mark, before=first)
-        places = TokenPlacement(
-            graph, method.num_virtual_tokens, ids, embedding, self._positions(graph, method)
-        )
-        for node, axis in _beside(graph, ids):
-            places.lengthen(node, axis, _filler(graph, node, ids), first)
+        positions = self._positions(graph, method)
+        placement = TokenPlacement(graph, method.num_virtual_tokens, ids, embedding, positions)
+        for node, axis in _sequences(graph, ids):
+            placement.lengthen(node, axis, _filler(graph, node, ids), first)
         refresh(graph)
-        places.put(tokens, _end_of_module(embedding))
+        placement.put(tokens, _end_of_module(embedding))
         refresh(graph)
         try:
-            places.restore_outputs()
+            placement.restore_outputs()
         except ValueError as error:
-            words = f"{self.name}: an output cannot be cut to the real tokens: {error}"
-            raise RefusedError([Refusal(words, (embedding.name,))], self) from error
+            reason = f"{self.name}: an output cannot be cut to the real tokens: {error}"
+            raise RefusedError([Refusal(reason, (embedding.name,))], self) from error
         return True
 
     def selection(self, graph: Graph) -> Selection[InputSite]:
-        """What the target matches: of several sequences the first input's, where all are meant."""
-        found = super().selection(graph)
-        if list(self.target) != ["*"] or len(found.sites) < 2:
-            return found
+        """The sequences that the target matches; of several that `*` matches, the one of the first input."""
+        selection = super().selection(graph)
+        if list(self.target) != ["*"] or len(selection.sites) < 2:
+            return selection
         names = [spec.name for spec in graph.inputs]
-        first = min(found.sites, key=lambda site: names.index(site.ids))
-        return dataclasses.replace(found, sites=(first,))
+        first = min(selection.sites, key=lambda site: names.index(site.ids))
+        return dataclasses.replace(selection, sites=(first,))
 
     def _positions(self, graph: Graph, method: InputMethod) -> fx.Node | None:
-        """The node of the places that are given."""
+        """The node of the positions that the method's options give its virtual tokens; None where they go in front."""
         if not method.positions:
             return None
         name = f"{method.name.replace('-', '_')}_positions.{self.adapter}"
@@ -114,18 +113,20 @@ class InsertInput(Insert[InputMethod], inserts=InputMethod):
         return graph.parameter_node(name)
 
 
-def _beside(graph: Graph, ids: fx.Node) -> list[tuple[fx.Node, int]]:
-    """The inputs that have the dimension of a sequence, that itself among them, and which of theirs it is."""
+def _sequences(graph: Graph, ids: fx.Node) -> list[tuple[fx.Node, int]]:
+    """The inputs that have the dynamic dimension of `ids`, itself among them, each with the axis of that dimension."""
     dims = {spec.name: spec.dims for spec in graph.inputs}
     length = dims[str(ids.target)][1]
-    held = [(node, dims[str(node.target)]) for node in graph.placeholders]
-    return [(node, own.index(length)) for node, own in held if length in own]
+    inputs = [(node, dims[str(node.target)]) for node in graph.placeholders]
+    return [(node, sizes.index(length)) for node, sizes in inputs if length in sizes]
 
 
 def _filler(graph: Graph, node: fx.Node, ids: fx.Node) -> int | str | None:
-    """What an input is for a virtual token; "position" where it goes on counting."""
+    """The value of an input for a virtual token; "position" where it counts tokens; None where that is not known."""
     name = str(node.target)
-    if node is ids:  # never looked up, and no padding
+    if (
+        node is ids
+    ):  # its embedding is never read, but a mask may be computed from it: any id that is not padding
         config = getattr(graph.source.pretrained, "config", None)
         return 1 if getattr(config, "pad_token_id", 0) != 1 else 0
     if name == LABELS:
@@ -133,16 +134,16 @@ def _filler(graph: Graph, node: fx.Node, ids: fx.Node) -> int | str | None:
     dtype = node.meta["val"].dtype
     if (
         "mask" in name and dtype.is_floating_point
-    ):  # 1 where a token counts, or 0 where nothing is subtracted?
+    ):  # a token is 1 in a mask that multiplies, 0 in one that is added
         return None
-    if "padding_mask" in name and dtype == torch.bool:  # torch's own: true where a token is none
+    if "padding_mask" in name and dtype == torch.bool:  # torch's own: true where a token is padding
         return 0
     fillers: Mapping[str, int | str] = {"position": "position", "mask": 1, "token_type_ids": 0}
     return next((filler for part, filler in fillers.items() if part in name), None)
 
 
 def _end_of_module(embedding: fx.Node) -> fx.Node:
-    """The last operation of an embedding's module, which may scale what it looked up."""
+    """The last operation of an embedding's module, which may scale the rows that it looked up."""
     node, module = embedding, module_of(embedding)[0]
     while len(node.users) == 1 and module and module_of(next(iter(node.users)))[0] == module:
         node = next(iter(node.users))

@@ -1,9 +1,9 @@
-"""Masks and biases of attentions, made wider for tokens in front that everything sees."""
+"""Masks and biases of attentions, made wider for virtual tokens in front, which every query sees."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -13,7 +13,7 @@ from adaptc.ir.analysis.attention import Attention
 from adaptc.ir.analysis.dataflow import ancestors, walk
 from adaptc.ir.graph import Graph
 from adaptc.ir.nodes import operation, provenance
-from adaptc.rewriter.insert.relative_bias import Distances, numbers_behind, table_behind
+from adaptc.rewriter.insert.relative_bias import RelativeBias, bias_table, numeric_ancestors
 from adaptc.rewriter.pipeline import Pass
 
 aten = torch.ops.aten
@@ -21,20 +21,31 @@ NEUTRAL: Mapping[str, float] = {
     **dict.fromkeys(("add", "add_", "sub", "sub_", "masked_fill", "masked_fill_"), 0.0),
     **dict.fromkeys(("mul", "mul_", "div", "div_", "where"), 1.0),
 }
-"""Operations on scores -> what their other operand is for a score that they leave as it is."""
+"""Operation on scores -> the value of its other operand that leaves a score as it is."""
 SIZED = frozenset({"view", "reshape", "expand"})
+"""Views that name the sizes of their result."""
 
 
 class Masks:
-    """The operands beside the scores of attentions, `count` tokens wider in front."""
+    """Makes the masks and biases of attentions `count` columns wider in front.
+
+    Args:
+        graph: the host.
+        count: how many virtual tokens.
+        source: the pass that asks, which refusals name.
+    """
 
     def __init__(self, graph: Graph, count: int, source: Pass):
         self.graph, self.count, self.source = graph, count, source
         self._padded: dict[tuple[fx.Node, float], fx.Node] = {}
-        self._distances = Distances(graph, count, self._padded_to)
+        self._relative = RelativeBias(graph, count, self._padded_to)
 
     def widen(self, attention: Attention) -> None:
-        """Let an attention see the tokens in front from everywhere; its keys are as they were."""
+        """Let every query of an attention see the virtual tokens in front; the keys are put there by the caller.
+
+        Raises:
+            RefusedError: something is computed from the scores that is not followed.
+        """
         if attention.fused:
             self._fused(attention.mixed)
         else:
@@ -50,21 +61,23 @@ class Masks:
         node.args = tuple(args)
 
     def _causal(self, node: fx.Node) -> fx.Node:
-        """Which keys a query sees: those up to its own place."""
+        """A causal mask: a query sees the keys up to its own position."""
         query: Any = node.args[0]
         with self.graph.module.graph.inserting_before(node):
-            length = self._call(aten.sym_size.int, query, -2, like=node)  # of the keys too: they are its own
-            whole = self._call(aten.new_ones.default, query, [length, length], like=node)
-            return self._call(
-                aten.to.dtype, self._call(aten.tril.default, whole, like=node), torch.bool, like=node
-            )
+            length = self._call(
+                aten.sym_size.int, query, -2, like=node
+            )  # of the keys too: this is self-attention
+            ones = self._call(aten.new_ones.default, query, [length, length], like=node)
+            lower = self._call(aten.tril.default, ones, like=node)
+            return self._call(aten.to.dtype, lower, torch.bool, like=node)
 
     def _written_out(self, attention: Attention) -> None:
-        """From the product of query and key to that with the values: all that meets the scores on the way."""
+        """Widen the operands of everything between the product of query and key and the product with the values."""
         path = set(walk([attention.scores], lambda n: [u for u in n.users if u is not attention.mixed]))
         scores, before = attention.scores, ancestors(attention.mixed)
-        if operation(scores) == "baddbmm" and _is_wide(scores.args[0]):  # type: ignore[arg-type]
-            scores.update_arg(0, self._wider(scores.args[0], 0.0, scores))  # type: ignore[arg-type]
+        added: Any = scores.args[0]
+        if operation(scores) == "baddbmm" and _is_wide(added):
+            scores.update_arg(0, self._wider(added, 0.0, scores))
         length = scores.meta["val"].shape[-1]
         for node in [n for n in self.graph.nodes if n in path and n in before and n is not scores]:
             if operation(node) in SIZED:
@@ -74,17 +87,18 @@ class Masks:
                     node.update_arg(index, self._beside(node, index, argument, path))
 
     def _beside(self, node: fx.Node, index: int, argument: fx.Node, path: set[fx.Node]) -> fx.Node:
+        """The other operand of an operation on scores, made wider."""
         name = operation(node)
         if name not in NEUTRAL or (name == "where" and index != 0):
-            raise self._not_understood(node, f"{name} is no operation on scores that is known")
-        kept = NEUTRAL[name]
-        if name == "where" and node.args[1] not in path:  # the scores are where it is false
-            kept = 0.0
-        return self._wider(argument, kept, node)
+            raise self._not_understood(node, f"{name} is not a known operation on scores")
+        neutral = NEUTRAL[name]
+        if name == "where" and node.args[1] not in path:  # the scores are chosen where the condition is false
+            neutral = 0.0
+        return self._wider(argument, neutral, node)
 
     def _resize(self, node: fx.Node, length: Any) -> None:
-        """A view that names the number of keys names the larger one."""
-        sizes = list(node.args[1])  # type: ignore[arg-type]
+        """Let a view that names the number of keys name the larger number."""
+        sizes: list[Any] = list(cast("Any", node.args[1]))
         last = sizes[-1]
         if isinstance(last, fx.Node):
             with self.graph.module.graph.inserting_before(node):
@@ -93,27 +107,34 @@ class Masks:
             sizes[-1] = last + self.count
         node.update_arg(1, sizes)
 
-    def _wider(self, mask: fx.Node, kept: float, node: fx.Node) -> fx.Node:
-        """A mask with `count` columns in front that change nothing; a bias that depends on positions grows there."""
+    def _wider(self, mask: fx.Node, neutral: float, node: fx.Node) -> fx.Node:
+        """A mask with `count` neutral columns in front; a bias that depends on positions is computed for those too.
+
+        Args:
+            mask: an operand of an operation on scores; one without a column for each key stays as it is.
+            neutral: the value that leaves a score as it is.
+            node: the operation, for messages.
+        """
         if not _is_wide(mask):
             return mask
-        if table_behind(mask) is not None:
+        if bias_table(mask) is not None:
             try:
-                return self._distances.longer(mask, mask.meta["val"].dim() - 1)
+                return self._relative.extended(mask, mask.meta["val"].dim() - 1)
             except ValueError as error:
                 raise self._not_understood(node, str(error)) from error
-        if any(operation(found) in ("arange", "cumsum") for found in numbers_behind(mask)):
-            words = "it adds a bias that is computed from positions, and looked up in no table"
-            raise self._not_understood(node, words)
-        return self._padded_to(mask, kept)
+        if any(operation(source) in ("arange", "cumsum") for source in numeric_ancestors(mask)):
+            why = "it adds a bias that is computed from positions, and not looked up in a table"
+            raise self._not_understood(node, why)
+        return self._padded_to(mask, neutral)
 
-    def _padded_to(self, mask: fx.Node, kept: float) -> fx.Node:
-        if (mask, kept) not in self._padded:
+    def _padded_to(self, mask: fx.Node, neutral: float) -> fx.Node:
+        """A mask with `count` columns of a value in front; the same node each time it is asked for."""
+        if (mask, neutral) not in self._padded:
             with self.graph.module.graph.inserting_after(mask):
-                value = bool(kept) if mask.meta["val"].dtype == torch.bool else kept
+                value = bool(neutral) if mask.meta["val"].dtype == torch.bool else neutral
                 padded = self._call(aten.constant_pad_nd.default, mask, [self.count, 0], value, like=mask)
-            self._padded[mask, kept] = padded
-        return self._padded[mask, kept]
+            self._padded[mask, neutral] = padded
+        return self._padded[mask, neutral]
 
     def _call(self, target: Any, *args: Any, like: fx.Node) -> fx.Node:
         return self.graph.call(target, *args, like=like)

@@ -1,4 +1,4 @@
-"""Positions that a model counts for its tokens: found in the graph, and moved."""
+"""Positions that a model counts for its tokens: found in the graph, and shifted."""
 
 from __future__ import annotations
 
@@ -14,38 +14,43 @@ from adaptc.ir.graph import Graph
 from adaptc.ir.nodes import operation
 
 aten = torch.ops.aten
-Place = tuple[fx.Node, int | tuple[int, int]]
-"""A node, and the argument where it reads positions."""
+Argument = int | tuple[int, int]
+"""Which argument of a node: its index, or inside a list of nodes (the list's index, the index in it)."""
+PositionUse = tuple[fx.Node, Argument]
+"""A node that reads positions, and the argument where it reads them."""
 LOOKUPS = frozenset({"embedding", "index", "index_select"})
+"""Operations that look up rows of a table."""
 
 
 def move_positions(graph: Graph, attentions: Sequence[Attention], count: int) -> None:
-    """Let the model count its tokens from `count` on, where these attentions are the first to see them.
+    """Let the model count the tokens that these attentions see from `count` on.
 
-    Two ways of counting are known: angles of rotary embeddings, and positions that a table is looked up at. A table
-    that is added whole, or has no row left, stays where it is.
+    Two uses of positions are known: angles of rotary embeddings, and rows of a table that are looked up. A table that
+    is added as a whole, or has no further row, is left as it is.
     """
     nodes = list(graph.nodes)
-    moved: dict[fx.Node, fx.Node] = {}
+    shifted: dict[fx.Node, fx.Node] = {}
     for user, argument in dict.fromkeys([*_rotary(attentions), *_looked_up(graph, nodes, attentions, count)]):
         positions = operand(user, argument)
-        if positions not in moved:
+        if positions not in shifted:
             with graph.module.graph.inserting_after(positions):
-                moved[positions] = graph.call(aten.add.Tensor, positions, count, like=user)
-        replace_operand(user, argument, moved[positions])
+                shifted[positions] = graph.call(aten.add.Tensor, positions, count, like=user)
+        replace_operand(user, argument, shifted[positions])
 
 
-def _rotary(attentions: Iterable[Attention]) -> Iterator[Place]:
-    """Where frequencies are multiplied with positions, or a table of angles is read, on the way to these attentions."""
+def _rotary(attentions: Iterable[Attention]) -> Iterator[PositionUse]:
+    """Where frequencies are multiplied by positions, or a table of angles is read, upstream of these attentions."""
     for attention in attentions:
         for node in upstream([attention.query, attention.key]):
             if operation(node) in ("cos", "sin"):
                 yield from _angles(node)
-            elif operation(node) in LOOKUPS and is_weight(node.args[0]):  # type: ignore[arg-type]
+            elif _reads_table(node):
                 yield node, _indices(node)
 
 
-def _angles(node: fx.Node) -> Iterator[Place]:
+def _angles(node: fx.Node) -> Iterator[PositionUse]:
+    """Where the angles of a cosine or sine are multiplied: frequencies by positions."""
+
     def active(node: fx.Node) -> list[fx.Node]:
         return [n for n in node.all_input_nodes if unviewed(n).op != "get_attr"]
 
@@ -53,41 +58,52 @@ def _angles(node: fx.Node) -> Iterator[Place]:
         return operation(node) in ("mul", "matmul", "bmm", "einsum", "outer") and len(active(node)) == 1
 
     for current in filter(multiplies, walk([node], active, multiplies)):
-        places = [0, 1, (1, 0), (1, 1)]
-        yield current, next(p for p in places if _at(current, p) is active(current)[0])
+        arguments: list[Argument] = [0, 1, (1, 0), (1, 1)]
+        yield current, next(a for a in arguments if _operand_at(current, a) is active(current)[0])
 
 
-def _at(node: fx.Node, place: Any) -> Any:
-    found = node.args[place[0]] if isinstance(place, tuple) else node.args[place]
-    return found[place[1]] if isinstance(place, tuple) and isinstance(found, (list, tuple)) else found
+def _operand_at(node: fx.Node, argument: Argument) -> Any:
+    """An operand of a node; that which is no list of nodes is taken as it is."""
+    first, second = argument if isinstance(argument, tuple) else (argument, None)
+    value = node.args[first]
+    return value[second] if second is not None and isinstance(value, (list, tuple)) else value
+
+
+def _reads_table(node: fx.Node) -> bool:
+    """Whether a node looks up rows of a weight."""
+    table = node.args[0] if operation(node) in LOOKUPS else None
+    return isinstance(table, fx.Node) and is_weight(table)
 
 
 def _looked_up(
     graph: Graph, nodes: Sequence[fx.Node], attentions: Sequence[Attention], count: int
-) -> Iterator[Place]:
-    """Where the rows of a table of positions are read, for tokens that one of these attentions sees first."""
+) -> Iterator[PositionUse]:
+    """Where rows of a table of positions are looked up, for tokens that one of these attentions is the first to see."""
     every = list(find_attentions(nodes))
     masks = {node for attention in every for node in upstream(attention.biases)}
     order = {node: index for index, node in enumerate(nodes)}
     wanted = {attention.mixed for attention in attentions}
     for node in nodes:
-        if operation(node) not in LOOKUPS or node in masks or not is_weight(node.args[0]):  # type: ignore[arg-type]
+        if node in masks or not _reads_table(node):
             continue
-        place = _indices(node)
-        positions = operand(node, place)
+        argument = _indices(node)
+        positions = operand(node, argument)
         if not isinstance(positions, fx.Node) or not _counts(graph, positions):
             continue
         first = next((a.mixed for a in every if _reaches(node, a.mixed, order)), None)
         if first in wanted and _has_room(node, positions, count):
-            yield node, place
+            yield node, argument
 
 
-def _indices(node: fx.Node) -> int | tuple[int, int]:
+def _indices(node: fx.Node) -> Argument:
+    """The argument of a lookup that says which rows."""
     return {"embedding": 1, "index_select": 2}.get(operation(node), (1, 0))
 
 
 def _counts(graph: Graph, positions: fx.Node) -> bool:
-    """Whether a value counts tokens: 0, 1, 2, … by their place, or by a mask summed up; or an input of that name."""
+    """Whether a value counts tokens: it comes from 0, 1, 2, …, from the running sum of a mask, or from an input of
+    positions.
+    """
 
     def counted_from(node: fx.Node) -> list[fx.Node]:
         inner = [node.args[0]] if operation(node) in ("gather", *LOOKUPS) else node.all_input_nodes
@@ -99,16 +115,18 @@ def _counts(graph: Graph, positions: fx.Node) -> bool:
             return True
         if node.op == "get_attr" and not node.meta["val"].dtype.is_floating_point:
             stored = graph.weights[str(node.target)].load().flatten()
-            if len(stored) > 1 and bool((stored.diff() == 1).all()):
+            if len(stored) > 1 and bool(torch.all(stored.diff() == 1)):
                 return True
     return False
 
 
 def _has_room(node: fx.Node, positions: fx.Node, count: int) -> bool:
-    """Whether a table has rows beyond those of a sequence of fixed length."""
-    rows, length = node.args[0].meta["val"].shape[0], positions.meta["val"].shape[-1]  # type: ignore[union-attr]
+    """Whether a table has `count` rows more than a sequence of fixed length reads."""
+    table: Any = node.args[0]
+    rows, length = table.meta["val"].shape[0], positions.meta["val"].shape[-1]
     return not isinstance(length, int) or length + count <= rows
 
 
 def _reaches(start: fx.Node, end: fx.Node, order: dict[fx.Node, int]) -> bool:
+    """Whether `end` is computed from `start`."""
     return end in walk([start], lambda node: [user for user in node.users if order[user] <= order[end]])

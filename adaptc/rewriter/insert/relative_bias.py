@@ -1,4 +1,4 @@
-"""Biases that are looked up by the distance of a query and a key, such as T5's."""
+"""Relative position biases: looked up in a table by the distance of a query and a key, such as T5's."""
 
 from __future__ import annotations
 
@@ -24,47 +24,49 @@ POINTWISE = frozenset({"where", "min", "max"})
 """Operations on single numbers that torch does not mark as such."""
 
 
-class Distances:
-    """The same computation for keys that start `count` places earlier.
+class RelativeBias:
+    """Computes a relative position bias again for `count` more keys in front, at the positions before the first.
 
     Args:
         graph: the host.
-        count: how many places.
-        pad: makes a mask beside such a bias wider; given what it is where it changes nothing.
+        count: how many keys.
+        pad: makes a mask that is combined with such a bias wider: called with its node and its neutral value.
     """
 
     def __init__(self, graph: Graph, count: int, pad: Callable[[fx.Node, float], fx.Node]):
         self.graph, self.count, self.pad = graph, count, pad
-        self._longer: dict[tuple[fx.Node, int], fx.Node] = {}
+        self._extended: dict[tuple[fx.Node, int], fx.Node] = {}
 
-    def longer(self, node: fx.Node, axis: int) -> fx.Node:
-        """A value whose keys along an axis start earlier; itself where it does not depend on them.
+    def extended(self, node: fx.Node, axis: int) -> fx.Node:
+        """A value with the further keys in front along an axis; the value itself where it does not depend on keys.
 
         Raises:
-            ValueError: it comes through an operation that is not followed.
+            ValueError: the value is computed by an operation that is not followed.
         """
         value, key = node.meta["val"], (node, axis)
-        if key in self._longer:
-            return self._longer[key]
+        if key in self._extended:
+            return self._extended[key]
         if axis < 0 or not isinstance(value, torch.Tensor) or value.shape[axis] == 1:
             return node
         target: Any = aten.arange.start if operation(node) == "arange" else node.target
         args = self._operands(node, axis)
-        after = {node, *(a for a in args if isinstance(a, fx.Node))}
-        last = [n for n in self.graph.nodes if n in after][-1]
+        upstream = {node, *(a for a in args if isinstance(a, fx.Node))}
+        last = [n for n in self.graph.nodes if n in upstream][-1]
         with self.graph.module.graph.inserting_after(last):
-            made = self.graph.module.graph.call_function(target, tuple(args), dict(node.kwargs))
-        made.meta = {k: v for k, v in node.meta.items() if k in PROVENANCE}
+            copy = self.graph.module.graph.call_function(target, tuple(args), dict(node.kwargs))
+        copy.meta = {k: v for k, v in node.meta.items() if k in PROVENANCE}
         with self.graph.fake_mode, torch.no_grad():
-            made.meta["val"] = evaluated(made)
-        self._longer[key] = made
-        return made
+            copy.meta["val"] = evaluated(copy)
+        self._extended[key] = copy
+        return copy
 
     def _operands(self, node: fx.Node, axis: int) -> list[Any]:
-        name, args = operation(node), list(node.args)
+        """The operands that compute a node's value with the further keys along an axis."""
+        name = operation(node)
+        args: list[Any] = list(node.args)
         rank = node.meta["val"].dim()
         if name == "embedding":
-            return [args[0], self.longer(args[1], axis), *args[2:]]  # type: ignore[arg-type]
+            return [args[0], self.extended(args[1], axis), *args[2:]]
         if name == "arange":
             start, end = (0, *args)[-2:]
             if not isinstance(start, int) or len(args) > 2:
@@ -72,38 +74,39 @@ class Distances:
             return [start - self.count, end]
         if name in POINTWISE or torch.Tag.pointwise in getattr(node.target, "tags", ()):
             return [self._term(node, i, a, axis) for i, a in enumerate(args)]
-        inner: Any = axis
+        inner = axis
         if name == "unsqueeze":
-            inner -= int(args[1] % rank < axis)  # type: ignore[operator]
+            inner -= int(args[1] % rank < axis)
         elif name == "permute":
-            inner = args[1][axis]  # type: ignore[index]
+            inner = args[1][axis]
         elif name not in PASSED and not (name == "slice" and keeps_shape(node)):
             raise ValueError(f"its bias comes through {name}, which is not followed")
-        return [self.longer(args[0], inner), *args[1:]]  # type: ignore[arg-type]
+        return [self.extended(args[0], inner), *args[1:]]
 
     def _term(self, node: fx.Node, index: int, argument: Any, axis: int) -> Any:
-        """An operand: what knows positions starts earlier, a mask beside it is padded."""
+        """An operand of an operation on single numbers: extended where it depends on positions; a mask is padded."""
         if not isinstance(argument, fx.Node) or not isinstance(argument.meta.get("val"), torch.Tensor):
             return argument
         inner = axis - (node.meta["val"].dim() - argument.meta["val"].dim())
         if inner < 0 or argument.meta["val"].shape[inner] == 1:
             return argument
-        counted = table_behind(argument) is not None or table_behind(node) is None
-        if counted or inner != argument.meta["val"].dim() - 1:
-            return self.longer(argument, inner)
+        positional = bias_table(argument) is not None or bias_table(node) is None
+        if positional or inner != argument.meta["val"].dim() - 1:
+            return self.extended(argument, inner)
         return self.pad(argument, float(operation(node) == "where" and index == 0))
 
 
-def table_behind(node: fx.Node) -> fx.Node | None:
-    """The table that a bias is looked up in, if it is."""
-    for found in numbers_behind(node):
-        if operation(found) == "embedding" and is_weight(found.args[0]):  # type: ignore[arg-type]
-            return found
+def bias_table(node: fx.Node) -> fx.Node | None:
+    """The lookup in a table that a bias comes from; None if it comes from none."""
+    for source in numeric_ancestors(node):
+        table = source.args[0] if operation(source) == "embedding" else None
+        if isinstance(table, fx.Node) and is_weight(table):
+            return source
     return None
 
 
-def numbers_behind(node: fx.Node) -> list[fx.Node]:
-    """What a value is made from as numbers: behind a comparison they only say what is seen."""
+def numeric_ancestors(node: fx.Node) -> list[fx.Node]:
+    """A node and the nodes it is computed from, but not through booleans: those only say which keys are seen."""
 
     def numbers(nodes: Iterable[fx.Node]) -> list[fx.Node]:
         values = [(n, n.meta.get("val")) for n in nodes]

@@ -1,10 +1,9 @@
-"""Virtual tokens among real ones: inputs made longer, tokens put in, outputs put right."""
+"""Virtual tokens among real ones: inputs are made longer, tokens put in, and outputs cut to the real tokens."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
 
@@ -15,34 +14,52 @@ aten = torch.ops.aten
 
 
 class TokenPlacement:
-    """Where virtual and real tokens stand in the longer sequence: in front, or at given positions."""
+    """Where virtual and real tokens are in the longer sequence: in front, or at given positions.
+
+    Args:
+        graph: the host.
+        count: how many virtual tokens.
+        ids: the input of the real tokens, `(batch, seq)`.
+        like: the node that inserted operations take their origin from.
+        positions: the node of the virtual tokens' positions `(count,)`; None to put them in front.
+    """
 
     def __init__(self, graph: Graph, count: int, ids: fx.Node, like: fx.Node, positions: fx.Node | None):
         self.graph, self.count, self.ids, self.like = graph, count, ids, like
-        self.before = {n: n.meta["val"] for n in graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)}
+        self.original_values = {
+            n: n.meta["val"] for n in graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)
+        }
         self.order = self.real = None
         if positions is not None:
             with graph.module.graph.inserting_before(next(n for n in graph.nodes if n.op == "call_function")):
                 self._arrange(positions)
 
     def _arrange(self, positions: fx.Node) -> None:
-        """`order`: which of [virtual; real] stands where; `real`: where the real tokens stand.
+        """Compute `order`, the index in [virtual; real] of each token, and `real`, the positions of the real tokens.
 
-        A virtual token whose place lies behind the end of a short sequence comes at its end.
+        A virtual token whose position is beyond the end of a short sequence goes to its end.
         """
         length = self._call(aten.sym_size.int, self.ids, 1)
-        own = self._call(aten.arange.default, self.count)
-        at = self._call(aten.minimum.default, positions, self._call(aten.add.Tensor, own, length))
-        free = self._call(aten.sub.Tensor, at, own)  # how many real tokens stand before each virtual one
+        numbers = self._call(aten.arange.default, self.count)
+        last = self._call(aten.add.Tensor, numbers, length)
+        virtual = self._call(aten.minimum.default, positions, last)
+        real_before = self._call(aten.sub.Tensor, virtual, numbers)  # each virtual token
         real = self._call(aten.arange.default, length)
-        passed = self._call(aten.le.Tensor, free, self._call(aten.unsqueeze.default, real, 1))
-        self.real = self._call(aten.add.Tensor, real, self._call(aten.sum.dim_IntList, passed, [1]))
-        self.order = self._call(aten.argsort.default, self._call(aten.cat.default, [at, self.real]))
+        virtual_before = self._call(aten.le.Tensor, real_before, self._call(aten.unsqueeze.default, real, 1))
+        self.real = self._call(aten.add.Tensor, real, self._call(aten.sum.dim_IntList, virtual_before, [1]))
+        self.order = self._call(aten.argsort.default, self._call(aten.cat.default, [virtual, self.real]))
 
     def lengthen(self, node: fx.Node, axis: int, filler: int | str | None, first: fx.Node) -> None:
-        """Let all that reads an input read a longer one."""
+        """Let all that reads an input read a longer one.
+
+        Args:
+            node: the input.
+            axis: the axis of its tokens.
+            filler: the value for a virtual token; "position" to count virtual tokens first, and real ones after them.
+            first: the node to insert operations in front of.
+        """
         users = [user for user in node.users if user.op != "output"]
-        mine = set() if self.order is None else {n for n in self.graph.nodes if n in ancestors(self.order)}
+        order = set[fx.Node]() if self.order is None else ancestors(self.order)
         with self.graph.module.graph.inserting_before(first):
             real = node
             if filler == "position":
@@ -59,11 +76,16 @@ class TokenPlacement:
                 virtual = self._call(aten.expand.default, full, sizes)
             longer = self.joined(virtual, real, axis)
         for user in users:
-            if user not in mine:
+            if user not in order:
                 user.replace_input_with(node, longer)
 
     def put(self, tokens: fx.Node, embedded: fx.Node) -> None:
-        """The virtual tokens in their places among the embedded ones."""
+        """Let all that reads the embedded tokens read them with the virtual tokens among them.
+
+        Args:
+            tokens: the virtual tokens, `(count, features)`.
+            embedded: the embedded tokens of the longer sequence, `(batch, count + seq, features)`.
+        """
         users = list(embedded.users)
         following = embedded.next
         with self.graph.module.graph.inserting_before(following):
@@ -79,25 +101,27 @@ class TokenPlacement:
             user.replace_input_with(embedded, joined)
 
     def joined(self, virtual: fx.Node, real: fx.Node, axis: int) -> fx.Node:
-        """Both in their places."""
-        whole = self._call(aten.cat.default, [virtual, real], axis)
-        return whole if self.order is None else self._call(aten.index_select.default, whole, axis, self.order)
+        """The values of virtual and of real tokens as one sequence along an axis."""
+        joined = self._call(aten.cat.default, [virtual, real], axis)
+        return (
+            joined if self.order is None else self._call(aten.index_select.default, joined, axis, self.order)
+        )
 
     def without(self, node: fx.Node, axis: int) -> fx.Node:
-        """The real tokens of a value."""
+        """The values of the real tokens along an axis."""
         if self.real is not None:
             return self._call(aten.index_select.default, node, axis, self.real)
         return self._call(aten.slice.Tensor, node, axis, self.count, 2**63 - 1)
 
     def restore_outputs(self) -> None:
-        """Outputs of the real tokens only: on every axis that the virtual ones have made longer.
+        """Cut outputs to the real tokens, on every axis that the virtual tokens have made longer.
 
         Raises:
-            ValueError: an output has another length than the tokens, which depends on theirs.
+            ValueError: an axis has grown by another number than that of the virtual tokens.
         """
         output = next(node for node in self.graph.nodes if node.op == "output")
         for node in list(output.all_input_nodes):
-            before, now = self.before.get(node), node.meta.get("val")
+            before, now = self.original_values.get(node), node.meta.get("val")
             if before is None or not isinstance(now, torch.Tensor):
                 continue
             result = node
@@ -106,7 +130,7 @@ class TokenPlacement:
                     if str(old) == str(new):
                         continue
                     grown: Any = new - old
-                    if sympy.simplify(grown.node.expr) != self.count:
+                    if grown.node.expr.simplify() != self.count:
                         raise ValueError(f"{node.name} has a length of {old}, which would be {new}")
                     result = self.without(result, axis)
             output.replace_input_with(node, result)

@@ -24,11 +24,11 @@ from adaptc.rewriter.insert.base import Insert
 
 
 @dataclass(frozen=True)
-class InsertWeight(Insert[WeightMethod], inserts=WeightMethod):
+class InsertWeight(Insert[WeightMethod, WeightSite], inserts=WeightMethod):
     """`linear(x, W, b)` becomes `linear(x, E(W, θ), E(b, θ))` at every site the target names."""
 
     def refused(self, site: WeightSite) -> Fault | None:
-        """The option at fault and why this cannot be inserted at a site; None if it can."""
+        """The option at fault and why the method cannot be inserted at a site; None if it can."""
         if site.computed_bias and self.method.at(site).adapts_bias():
             return Fault(
                 (), "the bias here is computed from other parameters, so it cannot be adapted with the weight"
@@ -36,45 +36,49 @@ class InsertWeight(Insert[WeightMethod], inserts=WeightMethod):
         return super().refused(site)
 
     def selection(self, graph: Graph) -> Selection[WeightSite]:
-        """What the target matches; of sites that share a tensor and change together, the first."""
-        found = super().selection(graph)
+        """The sites that the target matches; with `on_alias: share`, of those with the same tensor the first."""
+        selection = super().selection(graph)
         if self.on_alias != "share":
-            return found
-        first = {(graph.aliases[site.parameter], site.rows): site for site in reversed(found.sites)}
-        return replace(found, sites=tuple(site for site in found.sites if site in first.values()))
+            return selection
+        first = {(graph.aliases[site.parameter], site.rows): site for site in reversed(selection.sites)}
+        return replace(selection, sites=tuple(site for site in selection.sites if site in first.values()))
 
     def requires(self, graph: Graph) -> list[Refusal]:
-        """Besides: what makes up for quantization finds some, and no bits are untied."""
+        """The target matches, names are free, a compensating method has a residual, no quantized weight is untied."""
         refusals = super().requires(graph)
         for site in self.selection(graph).sites:
             quantized = graph.quantized.get(site.parameter)
-            reason = self._not_compensated(graph, site, quantized) if self.method.compensates else None
+            if self.method.compensates:
+                refusals += self._not_compensated(graph, site, quantized)
             if self.on_alias == "untie" and quantized is not None and used_elsewhere(graph, site):
-                words = f"the bits of {site.name} are read elsewhere too, and cannot be untied"
-                reason = (words, "untie it before it is quantized: `passes: [insert, quantize]`")
-            if reason is not None:
-                refusals.append(Refusal(reason[0], (site.node,), reason[1:]))
+                reason = f"the codes of {site.name} are read elsewhere too, so it cannot be untied"
+                advice = "untie it before it is quantized: `passes: [insert, quantize]`"
+                refusals.append(Refusal(reason, (site.node,), (advice,)))
         return refusals
 
     def _not_compensated(
         self, graph: Graph, site: WeightSite, quantized: QuantizedLeaf | None
-    ) -> tuple[str, str] | None:
-        """Why the method cannot make up for what quantization loses, and what to do; None if it can."""
-        what, otherwise = f"{self.method.name} makes up for quantization", "or start the adapter otherwise"
+    ) -> list[Refusal]:
+        """Why the method cannot compensate quantization at a site; empty if it can."""
+        start = f"{self.method.name} compensates quantization"
+        otherwise = "or start the adapter otherwise"
         if quantized is None:
-            way = f"write `passes: [quantize, insert]`, name it in `quantize`, {otherwise}"
-            return f"{what}, and no bits stand for {site.name} here", way
-        if quantized.quantization.kept is not None:
-            way = f"start from the float checkpoint and `quantize` it, {otherwise}"
-            return f"{what}, and the base holds {site.name} in bits only", way
-        if any(a.method.compensates and a.site.parameter == site.parameter for a in graph.adaptations):
-            return f"{what} of {site.name}, which an earlier entry does already", f"take one, {otherwise}"
-        if self.method.compensation_rounds > 1 and (site.rows or quantized.site.rows):
-            return f"{what} of slices of {site.name} once only", "leave `loftq_iter` out"
-        return None
+            reason = f"{start}, and {site.name} is not quantized here"
+            advice = f"write `passes: [quantize, insert]`, name it in `quantize`, {otherwise}"
+        elif quantized.quantization.packed is not None:
+            reason = f"{start}, and the base stores {site.name} quantized, without the floats"
+            advice = f"start from the float checkpoint and `quantize` it, {otherwise}"
+        elif any(a.method.compensates and a.site.parameter == site.parameter for a in graph.adaptations):
+            reason = f"{start} of {site.name}, which an earlier entry compensates already"
+            advice = f"take one, {otherwise}"
+        elif self.method.compensation_rounds > 1 and (site.rows or quantized.site.rows):
+            reason, advice = f"{start} of slices of {site.name} once only", "leave `loftq_iter` out"
+        else:
+            return []
+        return [Refusal(reason, (site.node,), (advice,))]
 
     def call(self, graph: Graph) -> bool:
-        """Splice the expression at every site."""
+        """Splice the expression in at every site."""
         method, sites = self.method, self.selection(graph).sites
         traced: dict[Any, fx.Graph] = {}
         nodes = graph.by_name()
@@ -87,7 +91,7 @@ class InsertWeight(Insert[WeightMethod], inserts=WeightMethod):
         graph: Graph,
         site: WeightSite,
         method: WeightMethod,
-        named: dict[str, tuple[str, Param]],
+        tensors: dict[str, tuple[str, Param]],
         traced: dict[Any, fx.Graph],
         nodes: dict[str, fx.Node],
     ) -> None:
@@ -95,20 +99,19 @@ class InsertWeight(Insert[WeightMethod], inserts=WeightMethod):
             site = untie(graph, site, nodes, bias=method.adapts_bias())
         if self.on_alias == "share":
             site = with_all_uses(graph, site)
-        own = method.stored(site)
-        derived = any(not param.stored for _, param in named.values())
-        # What is computed again on loading starts from the base, whatever earlier entries will have learned.
+        derived = any(not param.stored for _, param in tensors.values())
+        # What is computed again on loading starts from the base, whatever earlier entries have learned by then.
         value = (
             graph.base_value(site.parameter)
             if derived
             else graph.current_value(site.parameter, site.uses, nodes)
         )
-        theta = self.attached(graph, site, named, value)
-        params = {argument: param for argument, (_, param) in named.items()}
-        mark = self.recorded(graph, site, named)
+        theta = self.attached(graph, site, tensors, value)
+        params = {argument: param for argument, (_, param) in tensors.items()}
+        mark = self.recorded(graph, site, tensors)
         if method.compensates:
-            _quantize_without(graph.quantized[site.parameter].quantization, method)
-        targets = [(site.uses, _weight_of(method, site, params, own), site.parameter)]
+            _compensate(graph.quantized[site.parameter].quantization, method)
+        targets = [(site.uses, _weight_of(method, site, params, method.stored(site)), site.parameter)]
         if site.bias is not None and method.adapts_bias():
             targets.append((site.bias_uses, _bias_of(method, site, params), site.bias))
         for uses, function, parameter in targets:
@@ -130,9 +133,9 @@ class InsertWeight(Insert[WeightMethod], inserts=WeightMethod):
                     place_of_function(getattr(method, function.__name__)),
                 )
             if (parameter, uses[0].node) in graph.adapted_weights and before not in ancestors(result):
-                words = f"{method.name} replaces what an earlier entry does to {site.module}; write it first"
-                raise RefusedError([Refusal(words, (uses[0].node,))], self)
-            if got.stride() == want.stride():  # then what reads it needs no other check than before
+                reason = f"{method.name} replaces what an earlier entry does to {site.module}; write it first"
+                raise RefusedError([Refusal(reason, (uses[0].node,))], self)
+            if got.stride() == want.stride():  # the same value, so that its users need not be verified again
                 result.meta["val"] = want
             for use in uses:
                 nodes[use.node].replace_input_with(before, result)
@@ -152,7 +155,10 @@ def _unpacked(params: Mapping[str, Param], values: Mapping[str, torch.Tensor]) -
 def _weight_of(
     method: WeightMethod, site: WeightSite, params: Mapping[str, Param], own: Collection[str]
 ) -> Callable[..., torch.Tensor]:
-    """The method's expression on the stored weight: each of its matrices in turn, or the rows of a slice."""
+    """The method's expression on the stored weight: on each of its matrices, or the rows of a slice.
+
+    `own` are the arguments that a site has for itself; where it holds several matrices, one for each.
+    """
 
     def one(W: torch.Tensor, theta: dict[str, torch.Tensor]) -> torch.Tensor:
         return method.weight(W, **theta)
@@ -169,17 +175,19 @@ def _weight_of(
 def _bias_of(
     method: WeightMethod, site: WeightSite, params: Mapping[str, Param]
 ) -> Callable[..., torch.Tensor]:
+    """The method's expression on the stored bias, or on the numbers of a slice."""
+
     def bias(b: torch.Tensor, **values: torch.Tensor) -> torch.Tensor:
         return site.bias_restored(method.bias(site.bias_of(b), **_unpacked(params, values)), b)
 
     return bias
 
 
-def _quantize_without(quantization: Quantization, method: WeightMethod) -> None:
-    """Let a weight be quantized without what an adapter on all of it makes up for."""
+def _compensate(quantization: Quantization, method: WeightMethod) -> None:
+    """Let a weight be quantized in as many rounds as the method asks for, less what its adapter compensates."""
     flipped = quantization.site.kind == "embedding"
 
-    def compensation(lost: torch.Tensor) -> torch.Tensor:
-        return method.compensation(lost.t()).t() if flipped else method.compensation(lost)
+    def compensation(residual: torch.Tensor) -> torch.Tensor:
+        return method.compensation(residual.t()).t() if flipped else method.compensation(residual)
 
     quantization.compensation_rounds, quantization.compensation = method.compensation_rounds, compensation

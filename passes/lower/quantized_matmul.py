@@ -1,4 +1,4 @@
-"""Quantized products: a product with what bits stand for becomes one operation, which keeps no weight."""
+"""Quantized matrix products: a product with a dequantized weight becomes one operation, which keeps no such weight."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ aten = torch.ops.aten
 class QuantizedProducts(Pass):
     """linear(x, dequantize(q), b) = quantized_linear(x, q, b), whatever layout the weight was stored in; lookups too.
 
-    Torch would keep every dequantized weight for the gradient: a model of 4 bits would train in the memory of a whole.
+    Torch would keep every dequantized weight for the gradient: a model of 4 bits would need the memory of its floats to
+    train.
     """
 
     def call(self, graph: Graph) -> bool:
-        """Rewrite every product with a quantized matrix, or with one of which rows are."""
+        """Rewrite every matrix product and lookup whose weight is quantized, as a whole or some of its rows."""
         changed = False
         for node in list(graph.nodes):
             read = as_affine_map(node) if node.op == "call_function" else None
@@ -44,14 +45,14 @@ class QuantizedProducts(Pass):
 
 
 def _looked_up(graph: Graph, node: fx.Node, ids: fx.Node, E: Any) -> fx.Node | None:
-    """Rows of E; None if no bits stand for it."""
+    """The lookup of `ids` in E (entries, features); None if E is not a dequantized matrix."""
     if E.target is not DEQUANTIZE:
         return None
     return graph.call(EMBEDDING, ids, *E.args, like=node)
 
 
 def _apply(graph: Graph, node: fx.Node, x: fx.Node, E: Any, flipped: bool, bias: Any) -> fx.Node | None:
-    """`E x + bias` for E (out, in), or stored (in, out): `flipped`; None if no bits stand for E."""
+    """`E x + bias` for E (out, in), or (in, out) where it is `flipped`; None if no part of E is dequantized."""
     args: Any = E.args
     if E.target is DEQUANTIZE and not flipped:
         tensors, text, rows, columns, _ = args
@@ -62,10 +63,10 @@ def _apply(graph: Graph, node: fx.Node, x: fx.Node, E: Any, flipped: bool, bias:
         return _apply(graph, node, x, args[0], not flipped, bias)
     if E.target is aten.cat.default and not flipped and (len(args) < 2 or args[1] == 0):
         pieces = [_apply(graph, node, x, piece, False, None) for piece in args[0]]
-        made = [
-            p if p is not None else graph.call(aten.linear.default, x, e, like=node)
-            for p, e in zip(pieces, args[0], strict=True)
+        parts = [
+            result if result is not None else graph.call(aten.linear.default, x, rows, like=node)
+            for result, rows in zip(pieces, args[0], strict=True)
         ]
-        whole = graph.call(aten.cat.default, made, -1, like=node)
-        return whole if bias is None else graph.call(aten.add.Tensor, whole, bias, like=node)
+        y = graph.call(aten.cat.default, parts, -1, like=node)
+        return y if bias is None else graph.call(aten.add.Tensor, y, bias, like=node)
     return None

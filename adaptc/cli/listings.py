@@ -1,4 +1,4 @@
-"""The registries as rows, for the command line and the docs."""
+"""The registries as rows: what `adaptc methods`, `schemes` and `passes` print."""
 
 from __future__ import annotations
 
@@ -8,16 +8,21 @@ from typing import Any
 from adaptc.methods.method import METHODS, summary
 from adaptc.quantization.scheme import SCHEMES
 from adaptc.rewriter.catalog import load_passes
+from adaptc.spec.part import option_names
 
 
 def method_rows() -> list[dict[str, Any]]:
-    """A row a method: name, equation, the sites it sits on, its options, PEFT's name for it."""
+    """One row for each method.
+
+    Returns:
+        Rows with the keys `method`, `equation`, `sits on` (kinds of site), `options` and `PEFT` (PEFT's name for it).
+    """
     return [
         {
             "method": name,
             "equation": summary(cls),
             "sits on": ", ".join(sorted(cls.kinds)),
-            "options": ", ".join(f.name for f in dataclasses.fields(cls)) or "none",  # type: ignore[arg-type]
+            "options": ", ".join(option_names(cls)) or "none",
             "PEFT": (cls.peft.type or cls.peft.joins or "") if cls.peft else "",
         }
         for name, cls in sorted(METHODS.items())
@@ -25,7 +30,12 @@ def method_rows() -> list[dict[str, Any]]:
 
 
 def scheme_rows() -> list[dict[str, Any]]:
-    """A row a scheme: name, equation, the sites whose weights it stores, its options with their defaults."""
+    """One row for each scheme.
+
+    Returns:
+        Rows with the keys `scheme`, `equation`, `stores` (kinds of site), `options` with their defaults, and `chooses
+        by`, what decides the codes.
+    """
     return [
         {
             "scheme": name,
@@ -39,7 +49,11 @@ def scheme_rows() -> list[dict[str, Any]]:
 
 
 def pass_rows() -> list[dict[str, Any]]:
-    """A row a pass: name, what it does, the stages it takes, the stage it leaves."""
+    """One row for each pass.
+
+    Returns:
+        Rows with the keys `pass`, `does`, `takes` (the stages of graphs it accepts) and `leaves` (the stage after it).
+    """
     return [
         {
             "pass": name,

@@ -1,4 +1,4 @@
-"""Why a model could not be traced, in words that show its author's own line."""
+"""Why a model could not be traced: the error shows the author's own line, what was expected there, and what helps."""
 
 from __future__ import annotations
 
@@ -21,26 +21,34 @@ LIBRARIES = (
     str(Path(__file__).parent.parent),
     str(Path(sysconfig.get_path("stdlib"))),
 )
-"""Where a line is not the model author's, except below site-packages."""
+"""The folders of torch, adaptc and the standard library: their lines are not the model author's."""
 INSTALLED = "site-packages"
-"""Where a line is a library's."""
+"""The folder of other libraries; it may lie inside the standard library's."""
 ON_VALUES = r"data-dependent|DataDependent|guard on"
 """How torch says that something depends on the values of a tensor."""
 
 
 @dataclass(frozen=True)
 class Reason:
-    """One way in which a forward cannot be traced: how torch's words and the source line show it, and what helps."""
+    """One way in which a forward cannot be traced.
 
-    words: str
+    Attributes:
+        error: a regex on torch's error text.
+        source: a regex on the author's source line.
+        message: what is wrong, for the author.
+        expected: what a forward must do instead.
+        advice: how to change it.
+    """
+
+    error: str
     source: str
-    what: str
+    message: str
     expected: str
     advice: str
 
-    def fits(self, words: str, source: str) -> bool:
-        """Whether this is the reason."""
-        return bool(re.search(self.words, words) and re.search(self.source, source))
+    def fits(self, error: str, source: str) -> bool:
+        """Whether this reason explains an error text at a source line."""
+        return bool(re.search(self.error, error) and re.search(self.source, source))
 
 
 REASONS = (
@@ -61,7 +69,7 @@ REASONS = (
     Reason(
         r"Found <class '[\w.]*Cache'> in output",
         r"",
-        "the model gives back a cache of keys and values",
+        "the model returns a cache of keys and values",
         "outputs that are tensors; a graph has no cache yet",
         "write model.config.use_cache = False before it is compiled",
     ),
@@ -75,9 +83,9 @@ REASONS = (
     Reason(
         ON_VALUES,
         r"^(for|while)\b|\brange\(",
-        "the number of turns of a loop depends on the values of a tensor",
+        "the number of iterations of a loop depends on the values of a tensor",
         "a loop over shapes, or over numbers known before the call",
-        "run as many turns as there can be and keep what counts by torch.where, or move the loop out of forward",
+        "run the largest number of iterations and select by torch.where, or move the loop out of forward",
     ),
     Reason(
         ON_VALUES,
@@ -91,7 +99,7 @@ REASONS = (
         r"\bint\(|\.tolist\(|\[.*:.*\]|\b(arange|zeros|ones|full|empty|expand|view|reshape|narrow|split)\(",
         "a size depends on the values of a tensor",
         "sizes that follow from the shapes of the inputs",
-        "keep the whole tensor and mask by torch.where what should be cut off, or compute the size before the model "
+        "keep the whole tensor and mask by torch.where what would be cut off, or compute the size before the model "
         "is called",
     ),
     Reason(
@@ -109,21 +117,23 @@ REASONS = (
         "use torch.where or torch.cond there, or move it out of forward",
     ),
 )
-"""The reasons that are known; the first that fits is told."""
+"""The reasons that are recognised; the first that fits is reported."""
 
 
 def check_signature(model: nn.Module, inputs: Sequence[InputSpec]) -> None:
     """Check that forward takes these inputs by name.
 
     Raises:
-        InputError: says what it takes.
+        InputError: it does not; the message says which parameters it has.
     """
     signature = inspect.signature(model.forward)
-    taken = [name for name, p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD]
-    misspelt = next((s.name for s in inputs if s.name not in taken and nearest(s.name, taken, 1, 0.75)), None)
+    parameters = [name for name, p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD]
+    misspelt = next(
+        (s.name for s in inputs if s.name not in parameters and nearest(s.name, parameters, 1, 0.75)), None
+    )
     if misspelt is not None:
         raise InputError(
-            f"{type(model).__name__}.forward takes no {misspelt!r}{did_you_mean(misspelt, taken)}"
+            f"{type(model).__name__}.forward takes no {misspelt!r}{did_you_mean(misspelt, parameters)}"
         )
     try:
         signature.bind(**{spec.name: None for spec in inputs})
@@ -136,62 +146,77 @@ def check_signature(model: nn.Module, inputs: Sequence[InputSpec]) -> None:
 
 
 def fixed_dimension(inputs: Sequence[InputSpec], sizes: Mapping[str, int], text: str) -> str | None:
-    """Words for a dimension that `inputs` names but the model fixes, if that is what torch.export says."""
-    found = re.search(r"Constraints violated.*?L\['(\w+)'\].*?size\(\)\[(\d+)\]", text, re.DOTALL)
-    spec = next((spec for spec in inputs if found and spec.name == found[1]), None)
-    if found is None or spec is None:
+    """The message for a dimension that `inputs` names but the model fixes.
+
+    Args:
+        inputs: the inputs as specified.
+        sizes: name of a dimension -> the size it was traced with.
+        text: the error text of torch.export.
+
+    Returns:
+        The message, or None where the error text says something else.
+    """
+    match = re.search(r"Constraints violated.*?L\['(\w+)'\].*?size\(\)\[(\d+)\]", text, re.DOTALL)
+    spec = next((spec for spec in inputs if match and spec.name == match[1]), None)
+    if match is None or spec is None:
         return None
-    index = int(found[2])
+    index = int(match[2])
     size = sizes.get(str(spec.dims[index]))
     dims = ", ".join(str(size if i == index else dim) for i, dim in enumerate(spec.dims))
     return (
-        f"input {spec.name}: dimension `{spec.dims[index]}` is fixed by the model, which computes otherwise at every "
+        f"input {spec.name}: dimension `{spec.dims[index]}` is fixed by the model, which computes differently at each "
         f"size (it was traced with {size}): write the size you will run it with, such as {spec.dtype}[{dims}]"
     )
 
 
 def explain(model: nn.Module, error: Exception, examples: Mapping[str, torch.Tensor]) -> TraceError:
-    """The error that says what cannot be traced, at the author's own line; what was expected there, and what to do."""
-    words = str(error).strip()
-    first = next((line.strip() for line in words.splitlines() if line.strip()), type(error).__name__)
-    places = _places(error, words)
-    source = linecache.getline(*places[-1]).strip() if places else ""
-    reason = next((reason for reason in REASONS if reason.fits(words, source)), None)
-    message = f"{type(model).__name__} could not be traced: {reason.what if reason else first}"
-    notes = [f"at {place(path, line)}" for path, line in _innermost(places)]
+    """The error for a model that cannot be traced: the author's own line, what was expected there, what to do.
+
+    Args:
+        model: the model.
+        error: what torch.export raised.
+        examples: the example inputs by name.
+    """
+    text = str(error).strip()
+    first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    frames = _model_frames(error, text)
+    source = linecache.getline(*frames[-1]).strip() if frames else ""
+    reason = next((reason for reason in REASONS if reason.fits(text, source)), None)
+    message = f"{type(model).__name__} could not be traced: {reason.message if reason else first}"
+    notes = [f"at {source_line(path, line)}" for path, line in _innermost(frames)]
     if reason is None:
         shapes = ", ".join(f"{name} of shape {list(value.shape)}" for name, value in examples.items())
         return TraceError(message, *notes, f"{type(error).__name__}, with {shapes}")
     notes += [f"expected {reason.expected}", reason.advice]
-    if places and INSTALLED in places[-1][0]:
+    if frames and INSTALLED in frames[-1][0]:
         notes.append("that line is a library's: a setting in base.config or another base.dtype may avoid it")
     return TraceError(message, *notes, f"torch.export says: {first}")
 
 
-def place(path: str, line: int) -> str:
-    """A line of source as people are shown it."""
+def source_line(path: str, line: int) -> str:
+    """A line of source as messages show it: `path:line    text`."""
     return f"{path}:{line}    {linecache.getline(path, line).strip()}".rstrip()
 
 
-def _places(error: Exception, words: str) -> list[tuple[str, int]]:
+def _model_frames(error: Exception, text: str) -> list[tuple[str, int]]:
     """File and line of every frame of the model and of what it calls outside of torch, outermost first."""
-    frames = [(path, int(line)) for path, line in re.findall(r'File "([^"]+)", line (\d+), in \S+', words)]
+    frames = [(path, int(line)) for path, line in re.findall(r'File "([^"]+)", line (\d+), in \S+', text)]
     trace = error.__traceback__
     while trace is not None:
         frames.append((trace.tb_frame.f_code.co_filename, trace.tb_lineno))
         trace = trace.tb_next
-    return [(path, line) for path, line in frames if is_authors(path)]
+    return [(path, line) for path, line in frames if is_model_code(path)]
 
 
-def _innermost(places: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
+def _innermost(frames: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
     """The innermost line; where that is a library's, the innermost one of the author's own too."""
-    own = [(path, line) for path, line in places if INSTALLED not in path]
-    return list(dict.fromkeys([*places[-1:], *own[-1:]]))
+    authors = [(path, line) for path, line in frames if INSTALLED not in path]
+    return list(dict.fromkeys([*frames[-1:], *authors[-1:]]))
 
 
-def is_authors(path: str) -> bool:
-    """Whether a file is the model author's or a library's, not torch's or ours."""
-    torch_home, own_home, stdlib = LIBRARIES
-    if path.startswith(("<", torch_home, own_home)):
+def is_model_code(path: str) -> bool:
+    """Whether a file belongs to the model's author or to a library, not to torch, adaptc or Python."""
+    torch_home, adaptc_home, standard_library = LIBRARIES
+    if path.startswith(("<", torch_home, adaptc_home)):
         return False
-    return INSTALLED in path or not path.startswith(stdlib)
+    return INSTALLED in path or not path.startswith(standard_library)

@@ -1,4 +1,4 @@
-"""The torch artifact: a `torch.export` program and what makes it a trainable module again."""
+"""The adapters of a compiled module: their records, loaded from and saved to checkpoints."""
 
 from __future__ import annotations
 
@@ -9,44 +9,49 @@ from torch import fx, nn
 
 from adaptc.checkpoints.adapter import directories, read
 from adaptc.checkpoints.adapter_checks import check_base
+from adaptc.checkpoints.compaction import compacted
 from adaptc.checkpoints.peft_config import check_options
 from adaptc.checkpoints.peft_write import save
-from adaptc.checkpoints.records import AdapterRecord, assign, compacted, group
+from adaptc.checkpoints.records import AdapterRecord, assign, group
 from adaptc.errors import WeightError
 
 META = "adaptc"
-"""The key of a module's `meta` under which adaptc keeps what it knows of it."""
+"""The key in a module's `meta` under which adaptc stores its records of the adapters and the base."""
 
 
 def records(module: fx.GraphModule) -> list[AdapterRecord]:
-    """The adapters of a module that adaptc made.
+    """The records of the adapters in a module that adaptc compiled.
 
     Raises:
-        WeightError: adaptc did not make it.
+        WeightError: adaptc did not compile it.
     """
-    about = getattr(module, "meta", {}).get(META)
-    if about is None:
+    stored = getattr(module, "meta", {}).get(META)
+    if stored is None:
         raise WeightError(
             f"{type(module).__name__} was not made by adaptc: it holds no record of its adapters"
         )
-    return [AdapterRecord.from_json(record) for record in about["adapters"]]
+    return [AdapterRecord.from_json(record) for record in stored["adapters"]]
 
 
 def load_adapter_into(module: fx.GraphModule, directory: Path) -> None:
-    """Copy a checkpoint's tensors into a module's adapters; nothing is changed if they do not fit.
+    """Copy the tensors of checkpoints into a module's adapters; nothing is changed if they do not fit.
+
+    Args:
+        module: a module that adaptc compiled.
+        directory: one checkpoint, or several with their order.
 
     Raises:
-        WeightError: the checkpoint does not fit the module's adapters.
+        WeightError: a checkpoint does not fit the module's adapters or its base.
     """
     base = module.meta[META]["base"]["sha256"]
-    found = [read(path) for path in directories(directory)]
+    checkpoints = [read(path) for path in directories(directory)]
     groups = group(records(module))
-    if len(found) != len(groups):
+    if len(checkpoints) != len(groups):
         raise WeightError(
-            f"{directory}: {len(found)} checkpoints there, but the module holds {len(groups)} adapters"
+            f"{directory}: {len(checkpoints)} checkpoints there, but the module holds {len(groups)} adapters"
         )
     values: dict[str, torch.Tensor] = {}
-    for checkpoint, members in zip(found, groups, strict=True):
+    for checkpoint, members in zip(checkpoints, groups, strict=True):
         check_base(checkpoint, base)
         check_options(checkpoint, members[0])
         values |= assign(checkpoint, members)
@@ -57,7 +62,11 @@ def load_adapter_into(module: fx.GraphModule, directory: Path) -> None:
 
 
 def save_adapter_of(module: fx.GraphModule, directory: Path) -> None:
-    """Write a module's adapters as PEFT checkpoints."""
+    """Write a module's adapters as PEFT checkpoints: one in `directory`, or several below it with their order.
+
+    Raises:
+        WeightError: adaptc did not compile the module, or it has no adapter.
+    """
     save(*compacted(records(module), tensors_of(module)), directory, module.meta[META]["base"])
 
 

@@ -1,85 +1,103 @@
-"""A trace follows one way through the model; it must be the way of every size of a named dimension."""
+"""Check that a trace holds for every size of a named dimension: the model must not branch on its shapes."""
+
+# torch gives its symbolic sizes and a module's buffers under private names only.
+# pyright: reportPrivateUsage=false
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from traceback import FrameSummary
-from typing import Any
+from typing import Any, cast
 
 import torch
-from sympy import false
+from sympy import false  # pyright: ignore[reportMissingTypeStubs]
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from adaptc.errors import TraceError
 from adaptc.inputs import InputSpec
-from adaptc.tracing.explain import is_authors, place
+from adaptc.tracing.trace_errors import is_model_code, source_line
 
 FACTORS = (2, 40, 1000)
-"""How much longer than traced each named dimension is thought to be: its parity changes, and limits are passed."""
+"""How much longer than traced each named dimension is assumed to be.
+
+Chosen so that an odd size becomes even, and that usual limits (a window, a table of positions) are exceeded.
+"""
 
 
 def check_sizes(
-    model: nn.Module, program: Any, inputs: Sequence[InputSpec], sizes: Mapping[str, int]
+    model: nn.Module,
+    program: torch.export.ExportedProgram,
+    inputs: Sequence[InputSpec],
+    sizes: Mapping[str, int],
 ) -> None:
-    """Check that no condition on a named dimension, under which the model was traced, fails at a larger size.
+    """Check that every condition on a named dimension under which the model was traced holds at larger sizes.
 
-    A condition may fail where the model itself refuses that size, such as positions beyond its table; that is
-    tried on tensors without values.
+    A condition may fail where the model itself refuses that size, such as positions beyond its table. Whether it
+    does is tried on fake tensors.
+
+    Args:
+        model: the model.
+        program: its trace.
+        inputs: the inputs as specified.
+        sizes: name of a dimension -> the size it was traced with.
 
     Raises:
-        TraceError: the model runs there, but another way.
+        TraceError: the model runs at a larger size, but takes another branch there.
     """
     symbols = _symbols(program, inputs)
     values = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"]
     mode = next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
     guards = mode.shape_env.guards if mode is not None and mode.shape_env is not None else []
     for name, larger in _larger(sizes, _longest(model)):
-        known = {symbol: larger[dim] for symbol, dim in symbols.items()}
-        failed = next((guard for guard in guards if guard.expr.subs(known) is false), None)
+        values_of = {symbol: larger[dim] for symbol, dim in symbols.items()}
+        failed = next((guard for guard in guards if guard.expr.subs(values_of) is false), None)
         if failed is None or not _runs(model, inputs, larger):
             continue
         spec = next(spec for spec in inputs if name in spec.dims)
         fixed = ", ".join(str(sizes[name] if dim == name else dim) for dim in spec.dims)
         raise TraceError(
-            f"{type(model).__name__} could not be traced: it takes another way at {name}={larger[name]} than at "
+            f"{type(model).__name__} could not be traced: it takes another branch at {name}={larger[name]} than at "
             f"{name}={sizes[name]}, where `{failed.expr.subs(symbols)}`",
-            *_where(failed.sloc),
+            *_location(failed.sloc),
             "expected the same operations for every size of a named dimension",
             f"fix that dimension by a number, such as {spec.name}: {spec.dtype}[{fixed}], or move the choice out of "
             "forward",
         )
 
 
-def _symbols(program: Any, inputs: Sequence[InputSpec]) -> dict[Any, str]:
+def _symbols(program: torch.export.ExportedProgram, inputs: Sequence[InputSpec]) -> dict[Any, str]:
     """torch's symbol of each size -> the name of the dimension."""
     specs = {spec.name: spec for spec in inputs}
-    found: dict[Any, str] = {}
+    symbols: dict[Any, str] = {}
     for node in program.graph.nodes:
         spec = specs.get(str(node.target)) if node.op == "placeholder" else None
         for size, dim in zip(node.meta["val"].shape, spec.dims, strict=True) if spec else ():
             if isinstance(size, torch.SymInt) and isinstance(dim, str):
-                found |= {symbol: dim for symbol in (size.node._expr, size.node.expr) if symbol.is_Symbol}
-    return found
+                expression = cast(Any, size).node
+                symbols |= {s: dim for s in (expression._expr, expression.expr) if s.is_Symbol}
+    return symbols
 
 
 def _larger(sizes: Mapping[str, int], longest: int) -> Iterator[tuple[str, dict[str, int]]]:
+    """Each dimension, and the sizes with that one made larger, up to `longest`."""
     for factor in FACTORS:
         for name, size in sizes.items():
             yield name, {**sizes, name: max(size, min(size * factor, longest))}
 
 
 def _longest(model: nn.Module) -> int:
-    """The longest sequence that a Hugging Face configuration is meant for; some models make larger tables beyond."""
-    found = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    return found if isinstance(found, int) else sys.maxsize
+    """The longest sequence that a Hugging Face configuration allows; beyond it some models make larger tables."""
+    length = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return length if isinstance(length, int) else sys.maxsize
 
 
 def _runs(model: nn.Module, inputs: Sequence[InputSpec], sizes: Mapping[str, int]) -> bool:
+    """Whether a model runs at these sizes, on fake tensors; its buffers stay as they are."""
     fake = (tensor for tensor in model.parameters() if isinstance(tensor, FakeTensor))
     mode = next((tensor.fake_mode for tensor in fake), None) or FakeTensorMode(allow_non_fake_inputs=True)
-    buffers = {part: dict(part._buffers) for part in model.modules()}
+    buffers = {module: dict(module._buffers) for module in model.modules()}
     with mode, torch.no_grad():
         examples = {
             spec.name: torch.empty(
@@ -93,12 +111,14 @@ def _runs(model: nn.Module, inputs: Sequence[InputSpec], sizes: Mapping[str, int
         except Exception:  # the model's own limit, whatever it raises
             return False
         finally:
-            for part, own in buffers.items():
-                part._buffers.update(own)
+            for module, tensors in buffers.items():
+                module._buffers.update(tensors)
     return True
 
 
-def _where(source: Any) -> list[str]:
+def _location(source: Any) -> list[str]:
+    """The note that names the line of the model where a condition arose; none where it is torch's own line."""
     frame = source.framework_loc
-    own = isinstance(frame, FrameSummary) and is_authors(frame.filename)
-    return [f"at {place(frame.filename, frame.lineno or 0)}"] if own else []
+    if not isinstance(frame, FrameSummary) or not is_model_code(frame.filename):
+        return []
+    return [f"at {source_line(frame.filename, frame.lineno or 0)}"]

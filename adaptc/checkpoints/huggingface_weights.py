@@ -1,4 +1,4 @@
-"""The tensors of a Hugging Face directory under a model's own names, none of them read."""
+"""The weights of a Hugging Face directory under a model's own names; their data is not read."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -18,46 +18,51 @@ from adaptc.weights import Held, Stored, Weight, read_safetensors
 
 CONFIG = "config.json"
 QUANTIZED_KEYS = (".qweight", ".SCB", ".absmax")
-"""How keys end that only quantized checkpoints have."""
+"""The endings of keys that only quantized checkpoints have."""
 
 
 def first_names(model: nn.Module) -> dict[str, str]:
     """Every name of a parameter or buffer -> the first name of the same tensor."""
-    seen: dict[int, str] = {}
-    both = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return {name: seen.setdefault(id(tensor), name) for name, tensor in both}
+    firsts: dict[int, str] = {}
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name: firsts.setdefault(id(tensor), name) for name, tensor in tensors}
 
 
 def stored_weights(
-    model: nn.Module, directory: Path, known: Mapping[str, Weight]
+    model: nn.Module, directory: Path, given: Mapping[str, Weight]
 ) -> dict[str, Weight] | None:
-    """The checkpoint's tensors under the model's names, or None where transformers must convert or initialise.
+    """Find the weights of a model in a checkpoint.
 
     Args:
-        model: whose parameters are fake.
+        model: the model; its parameters are fake.
         directory: the checkpoint.
-        known: weights that are not looked for there.
+        given: weights by the model's names that are not looked for in the checkpoint.
+
+    Returns:
+        Name -> weight, for every parameter and buffer; None where transformers must convert tensors of the
+        checkpoint, or initialise tensors that it does not hold.
 
     Raises:
-        WeightError: a file is broken, missing, or a tensor has another shape than the configuration says.
+        WeightError: a file is missing or broken, a tensor has another shape than the configuration says, or the
+            checkpoint is quantized and the configuration does not say how.
     """
-    stored = tensors_of(directory)
-    if converted(model, stored):
-        _check_no_bits(stored, directory)
+    stored = stored_tensors(directory)
+    if is_converted(model, stored):
+        _check_floats(stored, directory)
         return None
     buffers = dict(model.named_buffers(remove_duplicate=False))
-    found: dict[str, Weight] = {}
+    weights: dict[str, Weight] = {}
     for name, keys in spellings(model).items():
         tensor = model.get_parameter(name) if name not in buffers else buffers[name]
         if name in buffers and not isinstance(tensor, FakeTensor):
-            found[name] = Held(tensor)
+            weights[name] = Held(tensor)
             continue
-        if name in known:
-            found[name] = known[name]
+        if name in given:
+            weights[name] = given[name]
             continue
         source = next((stored[key] for key in keys if key in stored), None)
         if source is None:
-            _check_no_bits(stored, directory)
+            _check_floats(stored, directory)
             return None
         if source.shape != tuple(tensor.shape):
             raise WeightError(
@@ -69,23 +74,27 @@ def stored_weights(
                 f"{source.file}: tensor {source.key!r} holds {source.dtype}, not the floats of {name}: the checkpoint "
                 f"is quantized, and {CONFIG} has no quantization_config that says how"
             )
-        target = tensor.dtype if tensor.dtype.is_floating_point else source.dtype
-        found[name] = Stored(source.file, source.key, source.shape, target)
-    return found
+        dtype = tensor.dtype if tensor.dtype.is_floating_point else source.dtype
+        weights[name] = Stored(source.file, source.key, source.shape, dtype)
+    return weights
 
 
 def spellings(model: nn.Module) -> dict[str, list[str]]:
     """Every name of a parameter or buffer -> its keys in a checkpoint: any alias, with the base's prefix or without."""
     prefix = getattr(model, "base_model_prefix", "") + "."
     firsts = first_names(model)
-    of: dict[str, list[str]] = {}
+    keys: dict[str, list[str]] = {}
     for name, first in firsts.items():
-        of.setdefault(first, []).extend((name, name.removeprefix(prefix), prefix + name))
-    return {name: list(dict.fromkeys([name, *of[first]])) for name, first in firsts.items()}
+        keys.setdefault(first, []).extend((name, name.removeprefix(prefix), prefix + name))
+    return {name: list(dict.fromkeys([name, *keys[first]])) for name, first in firsts.items()}
 
 
-def _check_no_bits(stored: Iterable[str], directory: Path) -> None:
-    """What transformers is left to load holds floats: it would make up what is stored in bits."""
+def _check_floats(stored: Iterable[str], directory: Path) -> None:
+    """Check that a checkpoint which transformers loads is not quantized: it would initialise those weights anew.
+
+    Raises:
+        WeightError: it holds part of a quantized weight.
+    """
     packed = next((key for key in stored if key.endswith(QUANTIZED_KEYS)), None)
     if packed is not None:
         raise WeightError(
@@ -94,6 +103,11 @@ def _check_no_bits(stored: Iterable[str], directory: Path) -> None:
 
 
 def _shards(index: Path) -> list[str]:
+    """The file names in an index.
+
+    Raises:
+        WeightError: the index is broken.
+    """
     try:
         names = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -104,19 +118,21 @@ def _shards(index: Path) -> list[str]:
 def untie_as_stored(model: nn.Module, directory: Path) -> list[str]:
     """Give tied parameters tensors of their own where the checkpoint holds different values for them.
 
-    transformers' `from_pretrained` does the same: there the configuration is wrong, not the checkpoint. Gives a note
-    for each.
+    transformers' `from_pretrained` does the same: there the configuration is wrong, not the checkpoint.
+
+    Returns:
+        A note for each parameter that is no longer tied.
     """
     notes: list[str] = []
     try:
-        stored = tensors_of(directory)
+        stored = stored_tensors(directory)
     except WeightError:
-        return notes  # a plan needs no weights; whoever reads them is told
+        return notes  # a plan needs no weights; the error is raised when they are loaded
     for name, first in first_names(model).items():
         if name == first or name not in stored or first not in stored:
             continue
-        ours, theirs = stored[first], stored[name]
-        if ours.shape != theirs.shape or not torch.equal(ours.load(), theirs.load()):
+        tied, other = stored[first], stored[name]
+        if tied.shape != other.shape or not torch.equal(tied.load(), other.load()):
             set_tensor(model, name, nn.Parameter(torch.empty_like(model.get_parameter(first))))
             notes.append(
                 f"{name} is not tied to {first}, as the configuration says: the checkpoint holds both"
@@ -124,8 +140,12 @@ def untie_as_stored(model: nn.Module, directory: Path) -> list[str]:
     return notes
 
 
-def tensors_of(directory: Path) -> dict[str, Stored]:
-    """Every tensor of a checkpoint by its key, in one file or several."""
+def stored_tensors(directory: Path) -> dict[str, Stored]:
+    """Every tensor of a checkpoint by its key, from one file or several shards.
+
+    Raises:
+        WeightError: a file or the index is missing or broken.
+    """
     index = directory / "model.safetensors.index.json"
     if index.is_file():
         names = _shards(index)
@@ -137,14 +157,15 @@ def tensors_of(directory: Path) -> dict[str, Stored]:
     return stored
 
 
-def converted(model: Any, stored: Iterable[str]) -> bool:
+def is_converted(model: Any, stored: Iterable[str]) -> bool:
     """Whether transformers computes some of a model's tensors from the checkpoint's, beyond giving them other names."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter
 
+    conversions = cast(Iterable[object], get_model_conversion_mapping(model, add_legacy=False))
     patterns = [
         pattern
-        for conversion in get_model_conversion_mapping(model, add_legacy=False)
+        for conversion in conversions
         if isinstance(conversion, WeightConverter)
         for pattern in conversion.source_patterns
     ]

@@ -1,4 +1,4 @@
-"""Opening a saved `torch.export` program without running anything that stands in it."""
+"""Open a saved `torch.export` program without running any code that it holds."""
 
 from __future__ import annotations
 
@@ -10,29 +10,28 @@ import re
 import warnings
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from adaptc.errors import WeightError
 
-KNOWN = re.compile(
+FILES = re.compile(
     r"[^/]+/(archive_format|archive_version|byteorder|version|\.format_version|\.data/\w+|models/\w+\.json"
     r"|data/(weights|constants)/[\w.]+|data/sample_inputs/\w+\.pt)"
 )
-"""What a program holds: its graph, raw tensors, and one file of example tensors."""
+"""The files of a program: its graph, raw tensors, and one file of example tensors."""
 OPERATORS = {"transformers": "transformers.integrations.moe", "adaptc": "adaptc.quantization.operators"}
-"""A namespace of operators outside of torch -> the module that registers them."""
+"""Namespace of operators that are not torch's -> the module that registers them."""
 
 
 def load_program(path: Path) -> torch.export.ExportedProgram:
-    """Load a program.
+    """Load a program saved by `torch.export.save`.
 
-    torch.export.load unpickles what an archive asks it to; so everything in it that could be a pickle is
-    refused first, unless it holds tensors only.
+    `torch.export.load` unpickles any file that the archive marks as a pickle. So every file of the archive is
+    checked first: one that could be a pickle is refused, unless it holds tensors only.
 
     Raises:
-        WeightError: the file is broken, truncated, or holds something else than a graph and tensors.
+        WeightError: the file is broken or truncated, or holds more than a graph and tensors.
     """
     try:
         _check(path)
@@ -50,7 +49,7 @@ def load_program(path: Path) -> torch.export.ExportedProgram:
 def _check(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         for name in archive.namelist():
-            if not KNOWN.fullmatch(name):
+            if not FILES.fullmatch(name):
                 raise WeightError(f"{path}: holds {name!r}, which no plain program does; it is refused")
             if name.endswith("_config.json"):
                 _check_config(path, name, json.loads(archive.read(name)))
@@ -59,15 +58,15 @@ def _check(path: Path) -> None:
 
 
 def _register_operators(path: Path) -> None:
-    """Import what a graph's operators come from, where it is known; torch names any other one in its error."""
+    """Import the modules of `OPERATORS` that the graph needs; torch names any other operator in its error."""
     with zipfile.ZipFile(path) as archive:
         graphs = [archive.read(n) for n in archive.namelist() if re.search(r"/models/\w+\.json$", n)]
-    for namespace, home in OPERATORS.items():
+    for namespace, module in OPERATORS.items():
         if any(f'"torch.ops.{namespace}.'.encode() in graph for graph in graphs):
-            importlib.import_module(home)
+            importlib.import_module(module)
 
 
-def _check_config(path: Path, name: str, config: Any) -> None:
+def _check_config(path: Path, name: str, config: object) -> None:
     if '"use_pickle": true' in json.dumps(config):
         raise WeightError(f"{path}: {name} asks for a pickle, which can run code; it is refused")
 

@@ -1,8 +1,9 @@
-"""One graph for both modes: a trace in training mode merged into the trace in evaluation mode."""
+"""Merge a trace in training mode into the trace in evaluation mode: one graph for both modes."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NoReturn, TypeGuard, cast
 
 import torch
 from torch import fx
@@ -11,40 +12,46 @@ from torch.utils import _pytree as pytree
 from adaptc.errors import TraceError
 from adaptc.ir.nodes import get_tensor, source_of, writes_in_place
 from adaptc.ir.training_mode import scaled_by_training, training_node
-from adaptc.tracing.noise import IDENTITIES, Noise, bare, is_size
+from adaptc.tracing.training_noise import IDENTITIES, Noise, bare, is_size
 
 aten = torch.ops.aten
 
 
-def follow_training(module: fx.GraphModule, other: fx.GraphModule) -> None:
+def follow_training(module: fx.GraphModule, training: fx.GraphModule) -> None:
     """Merge a trace in training mode into the trace in evaluation mode, in place.
 
-    Both are walked side by side. Where they differ in a literal, the literal becomes a node: `False`/`True` the
+    Both traces are walked side by side. Where they differ in a literal, it becomes a node: `False`/`True` the
     module's `training`, `0`/`p` the product `p * training`. Dropout, other noise and the counter of batch norm,
     which only run in training, are inserted. Sizes are compared by value, wherever a trace computes them.
 
+    Args:
+        module: the trace in evaluation mode.
+        training: the trace of the same model in training mode.
+
     Raises:
-        TraceError: the model computes something else in training.
+        TraceError: the model computes differently in training, beyond dropout, other noise and batch norm.
     """
-    _Merge(module, other).run()
+    _Merge(module, training).run()
 
 
 class _Merge:
-    def __init__(self, module: fx.GraphModule, other: fx.GraphModule):
-        self.graph, self.other = module.graph, other
+    """The walk through both traces: `ours` is a node in evaluation mode, `theirs` one in training mode."""
+
+    def __init__(self, module: fx.GraphModule, training: fx.GraphModule):
+        self.graph, self.training = module.graph, training
         mode = next(n.meta["val"].fake_mode for n in self.graph.nodes if n.op == "placeholder")
         self.noise = Noise(self.graph, mode)
         self.pairs = _Pairs()
         self.unexplained: list[fx.Node] = []
-        """Operations of training only whose value has not taken the place of one of ours yet."""
+        """Operations of training only whose value has not replaced one of ours yet."""
 
     def run(self) -> None:
-        here = [
+        evaluation = [
             n for n in self.graph.nodes if not (n.op == "get_attr" or n.target in IDENTITIES or is_size(n))
         ]
         position = 0
-        for theirs in self.other.graph.nodes:
-            ours = here[position] if position < len(here) else None
+        for theirs in self.training.graph.nodes:
+            ours = evaluation[position] if position < len(evaluation) else None
             if theirs.op == "get_attr":
                 self.pairs[theirs] = self._same_weight(theirs)
             elif theirs.target in IDENTITIES:
@@ -59,17 +66,17 @@ class _Merge:
                 self._insert_count(theirs, ours)
             else:
                 self._insert(theirs, ours)
-        if position < len(here):
-            self._differs(here[position])
+        if position < len(evaluation):
+            self._differs(evaluation[position])
         self.noise.clean()
         self.graph.lint()
 
     def _same_weight(self, theirs: fx.Node) -> fx.Node | None:
-        """The node here that reads the same weight, or constant of the same value; None if nothing does."""
-        for node in self.graph.find_nodes(op="get_attr", target=theirs.target):
-            constant = node.meta.get("constant")  # of the graph itself, which carries its value
-            if constant is None or torch.equal(constant, get_tensor(self.other, str(theirs.target))):
-                return node
+        """Our node that reads the same weight, or a constant of the same value; None if there is none."""
+        for ours in self.graph.find_nodes(op="get_attr", target=str(theirs.target)):
+            constant = ours.meta.get("constant")  # the value, where it is a constant of the graph itself
+            if constant is None or torch.equal(constant, get_tensor(self.training, str(theirs.target))):
+                return ours
         return None
 
     def _corresponds(self, ours: fx.Node, theirs: fx.Node) -> bool:
@@ -105,15 +112,17 @@ class _Merge:
             for key in {**ours.kwargs, **theirs.kwargs}
         }
 
-    def _merged(self, node: fx.Node, ours: Any, theirs: Any) -> Any:
+    def _merged(self, node: fx.Node, ours: object, theirs: object) -> Any:
+        """The argument of a node for both modes."""
         if isinstance(ours, fx.Node) and isinstance(theirs, fx.Node):
             mapped = self.pairs[theirs]
-            if mapped not in self.noise:
+            if mapped is None or mapped not in self.noise:
                 return ours
             self.unexplained.clear()
             return self.noise.select(mapped, ours, before=node)
-        if isinstance(ours, (list, tuple)) and isinstance(theirs, (list, tuple)) and len(ours) == len(theirs):
-            return type(ours)([self._merged(node, a, b) for a, b in zip(ours, theirs, strict=True)])
+        if _is_sequence(ours) and _is_sequence(theirs) and len(ours) == len(theirs):
+            merged = [self._merged(node, a, b) for a, b in zip(ours, theirs, strict=True)]
+            return merged if isinstance(ours, list) else tuple(merged)
         if type(ours) is type(theirs) and ours == theirs:
             return ours
         if ours is False and theirs is True:
@@ -124,8 +133,8 @@ class _Merge:
 
     def _insert(self, theirs: fx.Node, before: fx.Node) -> None:
         def operand(node: fx.Node) -> fx.Node:
-            found = self.pairs[node]
-            return self._differs(theirs) if found is None else found
+            ours = self.pairs[node]
+            return self._differs(theirs) if ours is None else ours
 
         if theirs.op != "call_function" or _writes_to_a_view(theirs):
             self._differs(theirs)
@@ -145,7 +154,7 @@ class _Merge:
             ours.meta["val"] = buffer.meta["val"]
             self.pairs[theirs] = self.graph.call_function(aten.add_.Tensor, (ours, flag))
 
-    def _differs(self, node: fx.Node) -> Any:
+    def _differs(self, node: fx.Node) -> NoReturn:
         first = next(iter(self.unexplained), node)
         raise TraceError(
             "the model computes differently in training, beyond dropout, other noise and batch norm: "
@@ -155,21 +164,27 @@ class _Merge:
         )
 
 
-class _Pairs(dict[Any, Any]):
-    """A node of the training trace -> what stands for it here."""
+class _Pairs(dict[object, fx.Node | None]):
+    """A node of the training trace -> our node of the same value; None where nothing here computes it."""
 
-    def __missing__(self, key: Any) -> Any:
+    def __missing__(self, key: object) -> NoReturn:
         raise TraceError(f"the model reads {key} in training only, which adaptc cannot follow")
 
 
+def _is_sequence(value: object) -> TypeGuard[Sequence[object]]:
+    """Whether an argument is a list or a tuple of arguments."""
+    return isinstance(value, (list, tuple))
+
+
 def _argument(node: fx.Node, index: int) -> Any:
+    """An argument of an operation by its position; its default where it is left out."""
     if index < len(node.args):
         return node.args[index]
-    return node.target._schema.arguments[index].default_value  # type: ignore[union-attr]
+    return cast(Any, node.target)._schema.arguments[index].default_value
 
 
 def _writes_to_a_view(node: fx.Node) -> bool:
-    """Whether an operation such as `mul_` changes more values than its operand."""
+    """Whether an in-place operation such as `mul_` changes more values than its operand, through a view."""
     if not writes_in_place(node.target):
         return False
     written = node.args[0]
@@ -178,11 +193,15 @@ def _writes_to_a_view(node: fx.Node) -> bool:
 
 
 def _counter(node: fx.Node) -> fx.Node | None:
-    """The counter of a batch norm, `num_batches_tracked.add_(1)`, where a node is that; it may count several times."""
+    """The counter that a node increments, such as `num_batches_tracked.add_(1)` of a batch norm, once or repeatedly.
+
+    Returns:
+        The node that reads the counter; None for any other node.
+    """
     while node.target is aten.add_.Tensor and not node.kwargs and node.args[1] == 1:
-        before = node.args[0]
-        assert isinstance(before, fx.Node)
-        if before.op == "get_attr":
-            return before
-        node = before
+        operand = node.args[0]
+        assert isinstance(operand, fx.Node)
+        if operand.op == "get_attr":
+            return operand
+        node = operand
     return None

@@ -1,0 +1,103 @@
+"""A plan on the screen: a table for each entry of the spec, and lines for what the model costs."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+
+from rich.markup import escape
+from rich.table import Table
+
+from adaptc.compiler.plan_adapters import PlannedInsertion
+from adaptc.compiler.plan_quantization import PlannedQuantization, expected_error
+from adaptc.ir.cost import Cost
+from adaptc.methods.point_sites import Site
+from adaptc.methods.site import POINTS, WeightSite
+from adaptc.quantization.quantized_weight import bytes_of, matrix_size
+
+
+def insertion_table(planned: PlannedInsertion) -> Table:
+    """The sites of one entry of `adapt`. Sites that differ in the number of their layer alone share a row."""
+    method, selection = planned.insert.method, planned.selection
+    source = f", from {planned.checkpoint.path}" if planned.checkpoint else ""
+    title = f"adapt.{planned.entry}: {method.name} {planned.insert.adapter!r}{source}"
+    rows: Counter[tuple[str, ...]] = Counter()
+    for site in selection.sites:
+        trained = sum(math.prod(p.shape) for p in method.at(site).stored(site).values() if p.trained)
+        each = f"{trained:,}" if trained or not method.shared(selection.sites) else "shared"
+        shape = " x ".join(map(str, site.shape))
+        if site.piece:
+            shape = f"{site.out_features} x {site.in_features} of {shape}"
+        kind = site.kind if site.kind in POINTS else site.type or site.kind
+        rows[(_pattern(site), kind, shape, each, site.source)] += 1
+    table = _table(title, ("site", "times", "kind", "shape", "trained each", "source"), rows)
+    if selection.unused and planned.checkpoint is None:
+        table.caption = (
+            f"matches nothing: {', '.join(selection.unused)}; near: {', '.join(selection.near) or 'none'}"
+        )
+    return table
+
+
+def quantization_table(planned: PlannedQuantization, growth: float) -> Table:
+    """The sites of one entry of `quantize`, or of the weights that the base stores in few bits already.
+
+    Args:
+        planned: the entry.
+        growth: the outputs' error over that of one layer, at most, as `PlanReport.growth` estimates it.
+    """
+    scheme, selection = planned.item.scheme, planned.selection
+    entry = "base, stored as" if planned.entry is None else f"quantize.{planned.entry}:"
+    rows: Counter[tuple[str, ...]] = Counter()
+    for site in selection.sites:
+        size = matrix_size(site)
+        error = "0" if planned.entry is None else f"{expected_error(scheme, size[1]):.3f}"
+        kind, each = site.type or site.kind, shown_bytes(bytes_of(scheme, *size))
+        rows[(_pattern(site), kind, " x ".join(map(str, size)), each, error, site.source)] += 1
+    columns = ("site", "times", "kind", "shape", "bytes each", "error", "source")
+    table = _table(f"{entry} {scheme.text}", columns, rows)
+    orders = "; ".join(
+        f"[{order}] {error:.3f} ({growth * error:.2f})" for order, error in planned.expected().items()
+    )
+    caption = "expected relative error of a layer (and an upper estimate for the outputs)"
+    table.caption = escape(f"{planned.bits:.2f} bits a weight; {caption}: {orders}")
+    return table
+
+
+def cost_lines(cost: Cost) -> str:
+    """The parameters, memory and operations of an adapted model, a line each."""
+    added = f"{cost.added_flops:,} ({cost.added_flops / max(1, cost.base_flops):.2%})"
+    folded = f"{cost.folded_flops:,} ({cost.folded_flops / max(1, cost.base_flops):.2%})"
+    return (
+        f"parameters  {cost.parameters:,} in the base, {cost.trainable:,} trainable ({cost.share:.3%})\n"
+        f"memory      {shown_bytes(cost.run_bytes)} to run, {shown_bytes(cost.train_bytes)} to train "
+        "(weights, gradients, Adam; no activations)\n"
+        f"operations  {cost.base_flops:,} for {cost.example} (matrix products, convolutions, attention); "
+        f"live adapters add {added}, folded ones {folded if cost.folded_flops else 'none'}"
+    )
+
+
+def shown_bytes(count: float) -> str:
+    """A size in bytes with three digits and a unit: `1.23 MB`, a million bytes each."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def _table(title: str, columns: tuple[str, ...], rows: Counter[tuple[str, ...]]) -> Table:
+    """A table of rows, each with the number of its occurrences in the second column."""
+    table = Table(title=escape(title), title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for (first, *others), times in rows.items():
+        table.add_row(first, str(times), *others)
+    return table
+
+
+def _pattern(site: Site) -> str:
+    """The name of a site with `*` for the numbers in it."""
+    plain = isinstance(site, WeightSite) and site.kind == "linear" and site.module and not site.shared
+    name = (site.module if plain else site.name) + (f"[{site.piece}]" if site.piece else "")
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)

@@ -1,0 +1,168 @@
+"""The screen: the plan, the progress of a compile, and tables.
+
+What a command was asked for goes to standard output, progress to standard error.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+from adaptc.cli.plan_tables import cost_lines, insertion_table, quantization_table, shown_bytes
+from adaptc.compiler.plan_report import PlanReport
+from adaptc.compiler.proof import Proof
+from adaptc.compiler.quantization_error import QuantizationErrors
+from adaptc.spec.yaml_text import flow
+
+COLUMNS = (
+    TextColumn("{task.description}"),
+    BarColumn(),
+    DownloadColumn(),
+    TransferSpeedColumn(),
+    TimeRemainingColumn(),
+)
+"""The columns of the progress bar: bytes, their rate, and the time left."""
+WORST = 3
+"""How many quantized layers are shown, those with the largest error first."""
+SECONDS_BETWEEN_LINES = 10
+"""How often the bytes written are printed where there is no terminal to draw a bar on."""
+
+
+class Screen:
+    """Prints for a person.
+
+    Args:
+        quiet: print nothing on standard output, which then holds one JSON document.
+    """
+
+    def __init__(self, quiet: bool = False):
+        self.out = Console(quiet=quiet, highlight=False, soft_wrap=True)
+        self.err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def working(self, activity: str) -> Generator[None]:
+        """Show a spinner, with a text, while the block runs."""
+        with self.err.status(activity):
+            yield
+
+    def graph(self, name: str, text: str) -> None:
+        """Print a graph as it is after a pass, on standard error."""
+        self.err.print(f"after {name}:", markup=False)
+        self.err.print(text, markup=False)
+
+    def message(self, text: str) -> None:
+        """Print a line on standard error."""
+        self.err.print(text, markup=False)
+
+    def plan(self, plan: PlanReport) -> None:
+        """Print a plan: the sites of each entry, the cost, the pipeline, the notes."""
+        for planned in plan.entries:
+            self.out.print(insertion_table(planned))
+        for quantized, growth in zip(plan.quantized, plan.growth, strict=True):
+            self.out.print(quantization_table(quantized, growth))
+        self.out.print(
+            f"{cost_lines(plan.budget)}\n"
+            f"pipeline    {' > '.join(plan.pipeline) or 'none'}, then factor (trainable, live) or fold (folded)"
+        )
+        self.out.print(f"passes:     {flow(plan.stated)}", markup=False)
+        for note in plan.notes:
+            self.out.print(f"note        {note}", markup=False)
+
+    @contextmanager
+    def emitting(self) -> Generator[EmitProgress]:
+        """Show the progress of writing and proving artifacts: a line for each, and on a terminal a bar."""
+        bar = Progress(*COLUMNS, console=self.err, transient=True, disable=not self.err.is_terminal)
+        with bar:
+            yield EmitProgress(self.err, bar)
+
+    def done(self, paths: Sequence[Path]) -> None:
+        """Print the path and size of each artifact written."""
+        for path in paths:
+            self.out.print(f"wrote {path} ({shown_bytes(_size(path))})", markup=False)
+
+    def table(self, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Print rows as a table. Their keys, which are the same in each, are its columns."""
+        table = Table(title=title, show_lines=False)
+        for column in rows[0]:
+            table.add_column(column, overflow="fold")
+        for row in rows:
+            table.add_row(*(escape(str(value)) for value in row.values()))
+        Console(highlight=False).print(table)
+
+
+@dataclass
+class EmitProgress:
+    """Prints what happens while artifacts are written and proved; an `Observer` of `emit_all`.
+
+    Attributes:
+        console: where lines are printed.
+        bar: the progress bar, disabled where there is no terminal.
+        task: the artifact on the bar; None between artifacts.
+        last_line: when the bytes written were last printed, in seconds of the monotonic clock.
+    """
+
+    console: Console
+    bar: Progress
+    task: TaskID | None = None
+    last_line: float = 0.0
+
+    def writing(self, what: str) -> None:
+        """Print the format and path of the artifact that is being made."""
+        self.console.print(f"writing {what}", markup=False)
+
+    def wrote(self, done: int, total: int) -> None:
+        """Show how many of an artifact's bytes are written: on the bar, or as a line now and then."""
+        if self.task is None:
+            self.task = self.bar.add_task("writing", total=total)
+            self.last_line = time.monotonic()
+        self.bar.update(self.task, completed=done, total=total)
+        if self.bar.disable and time.monotonic() - self.last_line > SECONDS_BETWEEN_LINES:
+            self.last_line = time.monotonic()
+            self.console.print(f"  {shown_bytes(done)} of {shown_bytes(total)}", markup=False)
+        if done >= total:
+            self.bar.remove_task(self.task)
+            self.task = None
+
+    def measured(self, errors: QuantizationErrors) -> None:
+        """Print what quantization costs: the error of the outputs, and the layers with the largest errors."""
+        outputs = _shown_errors(errors.outputs)
+        if errors.rounded:
+            outputs += (
+                f"; with activations rounded to 8 bits, as this program does: {_shown_errors(errors.rounded)}"
+            )
+        result = f"quantized {len(errors.layers)} weights to {errors.share:.3f} of their bytes in float32"
+        result = result if errors.layers else "the base's quantized weights are unchanged"
+        self.console.print(f"{result}; relative error on {errors.inputs}: {outputs}", markup=False)
+        for layer in errors.layers[:WORST]:
+            numbers = f"{layer.bits:.2f} bits, weight {layer.weight:.3g}, output {layer.error:.3g}"
+            self.console.print(f"  {layer.module}: {layer.scheme}, {numbers}", markup=False)
+
+    def proved(self, proof: Proof) -> None:
+        """Print a proof that held."""
+        self.console.print(f"proved  {proof}", markup=False)
+
+
+def _shown_errors(errors: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {error:.3g}" for name, error in errors.items())
+
+
+def _size(path: Path) -> int:
+    files = [path] if path.is_file() else path.rglob("*")
+    return sum(file.stat().st_size for file in files if file.is_file())

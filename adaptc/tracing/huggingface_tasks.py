@@ -1,0 +1,40 @@
+"""The tasks of a Hugging Face base: one for each Auto class of transformers, spelled as its name."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from typing import Any
+
+from adaptc.errors import unknown
+
+
+@cache
+def tasks() -> dict[str, str]:
+    """Task name -> Auto class, for every Auto class transformers has: `causal-lm` -> `AutoModelForCausalLM`."""
+    import transformers
+
+    autos = {"feature-extraction": "AutoModel"}
+    for name in dir(transformers):
+        if name.startswith("AutoModelFor"):
+            dashed = re.sub(
+                r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", name.removeprefix("AutoModelFor")
+            )
+            autos[dashed.lower().replace("seq2-seq", "seq2seq")] = name
+    return dict(sorted(autos.items()))
+
+
+def unknown_task(task: str) -> str | None:
+    """The message for a task that no Auto class has; None for a task that one has."""
+    if task in tasks():
+        return None
+    return unknown("task", task, tasks(), close=_of_hub_task(task))
+
+
+def _of_hub_task(task: str) -> list[str]:
+    """Our tasks for one that the hub calls by another name, such as text-generation."""
+    from transformers.pipelines import SUPPORTED_TASKS
+
+    pipelines: dict[str, dict[str, Any]] = SUPPORTED_TASKS
+    autos = {auto.__name__ for auto in pipelines.get(task, {}).get("pt", ())}
+    return [name for name, auto in tasks().items() if auto in autos]
