@@ -391,6 +391,21 @@ def test_nothing_is_printed_and_no_code_is_run_from_data() -> None:
     assert not breaches
 
 
+THEMES = {"laws", "parity", "golden", "messages", "replay", "plugin", "docs", "data"}
+"""What tests are about that no room is about by itself; `laws` hold over a whole registry."""
+
+
+def test_tests_lie_where_what_they_test_lies() -> None:
+    rooms = {path.parent.name for path in (ROOT / "adaptc").glob("*/__init__.py")} | {"passes"}
+    folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name[0] != "_"}
+    assert folders <= rooms | THEMES
+    for room in folders & rooms:
+        source = ROOT / ("passes" if room == "passes" else f"adaptc/{room}")
+        below = {path.name for path in source.rglob("*") if path.is_dir()}
+        parts = {part.name for part in (ROOT / "tests" / room).rglob("*") if part.is_dir()}
+        assert parts - {"__pycache__"} <= below, f"tests/{room} has folders that {shown(source)} has not"
+
+
 def test_every_method_has_a_file_and_a_spec() -> None:
     known = {**METHODS, **SCHEMES}
     for name, cls in known.items():
