@@ -376,9 +376,8 @@ def test_step_with_torch_compile() -> None:
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize(
-    "method", ["adalora", *(pytest.param(m, marks=pytest.mark.slow) for m in ("dylora", "child-tuning"))]
-)
+@pytest.mark.slow  # `tests/test_training.py` trains with a Trainer, the tests above make the steps
+@pytest.mark.parametrize("method", ["adalora", "dylora", "child-tuning"])
 def test_trainer_makes_the_steps(zoo: Zoo, method: str, tmp_path: Path) -> None:
     from transformers import Trainer, TrainingArguments
 
