@@ -37,8 +37,7 @@ OURS: dict[str, dict[str, Any]] = {
     "mlp": {"method": "p-tuning", "encoder_hidden_size": 12},
     "lstm": {"method": "p-tuning", "encoder_hidden_size": 12, "encoder_reparameterization_type": "LSTM"},
 }
-QUICK = {("prefix", "llama"), ("prompt", "bert"), ("mlp", "llama"), ("lstm", "bert")}
-"""Each kind once; the laws run them on an encoder and a decoder (t5) too."""
+QUICK = {("prefix", "llama"), ("prefix", "t5"), ("prompt", "bert"), ("mlp", "llama"), ("lstm", "bert")}
 CASES = [
     pytest.param(kind, name, marks=[pytest.mark.slow] * ((kind, name) not in QUICK))
     for kind in KINDS
