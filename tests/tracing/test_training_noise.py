@@ -114,5 +114,5 @@ def test_noise_follows_the_mode(model: type[Noisy], tmp_path: Path) -> None:
 @pytest.mark.parametrize("model", [OfAnother, WithAWeight, WithoutADraw, IntoAView])
 def test_anything_else_in_training_is_an_error_at_its_line(model: type[Noisy]) -> None:
     made, _ = compiled(model)
-    with pytest.raises(TraceError, match=r"differently in training.*\n  at test_noise\.py:\d+"):
+    with pytest.raises(TraceError, match=r"differently in training.*\n  at test_training_noise\.py:\d+"):
         _ = made.module
