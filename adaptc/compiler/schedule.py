@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from adaptc.errors import Refusal, unknown
 from adaptc.ir.graph import Graph
 from adaptc.rewriter.catalog import AnyPass, PassFactory, load_passes
-from adaptc.rewriter.pipeline import PASSES, Pass, check_order
+from adaptc.rewriter.pipeline import PASSES, Pass, check_order, run
 from adaptc.rewriter.quantize import Quantize
 from adaptc.spec.spec import Spec
 
@@ -169,10 +169,15 @@ def bits_in_checkpoint(adapted: Graph, closing: Sequence[Pass]) -> Refusal | Non
 
 
 def lowering(adapted: Graph) -> list[Pass]:
-    """What the live and trainable graphs have besides."""
+    """The passes between an adapted graph and one that is trained or run live."""
     factor = PASSES["factor"]()
-    factors = [factor] if adapted.stage in factor.takes else []
-    return factors + ([PASSES["quantized-products"]()] if adapted.quantized else [])
+    passes: list[Pass] = [factor] if adapted.stage in factor.takes else []
+    return [*passes, PASSES["quantized-products"]()] if adapted.quantized else passes
+
+
+def lower(graph: Graph) -> Graph:
+    """A graph as it is trained and run live: factored, and quantized matrix products read the codes."""
+    return run(graph, lowering(graph))
 
 
 def folds_into_bits(adapted: Graph) -> Refusal | None:

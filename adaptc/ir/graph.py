@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class Importance(Protocol):
-    """How much each entry of a weight matters for the loss, estimated from data; see `calibration.Information`."""
+    """How much each entry of a weight matters for the loss, estimated from data; see `fisher.FisherInformation`."""
 
     def __call__(self, name: str) -> torch.Tensor:
         """Of one weight, in its shape."""

@@ -106,6 +106,10 @@ def _results(output: fx.Node) -> list[Any]:
     return list(results) if isinstance(results, (list, tuple)) else [results]
 
 
-def inference_graph(graph: Graph) -> Graph:
-    """A copy that only evaluates, as an exporter wants it: integers are plain, and see `Evaluate`."""
+def evaluate(graph: Graph) -> Graph:
+    """A copy of a graph ready to be written as ONNX: integers are plain, and what only training needs is left out.
+
+    Raises:
+        RefusedError: an operation writes to a weight in evaluation mode.
+    """
     return run(graph, [PASSES["plain-integers"](), Evaluate()])

@@ -53,7 +53,7 @@ def export_onnx(
     runtime: str = "onnxruntime",
     exact: bool = False,
 ) -> Written:
-    """Write a graph that only evaluates (`inference_graph`) as an ONNX program.
+    """Write a graph that only evaluates (see `evaluate`) as an ONNX program.
 
     Inputs, outputs and weights keep the model's names; named dimensions keep the spec's. What a bfloat16 model
     computes is computed in float32, from weights stored in bfloat16. Past `INLINE_LIMIT` the

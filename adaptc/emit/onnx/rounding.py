@@ -13,7 +13,7 @@ from adaptc.quantization.integer import IntegerBlocks
 from adaptc.quantization.operators import LINEAR
 from adaptc.quantization.scheme import scheme_of
 from adaptc.rewriter.expression import splice, trace_expression
-from adaptc.rewriter.pipeline import Pass, run
+from adaptc.rewriter.pipeline import Pass
 
 EXACT = {(2, 16), (2, 256)}
 """Bits and blocks that MatMulNBits has no product of integers for."""
@@ -41,11 +41,6 @@ class RoundActivations(Pass):
                 traced = trace_expression(lambda x, block=block: rounded(x, block), [x.meta["val"]], {})
             node.update_arg(0, splice(graph, traced, [x], node, {}))
         return bool(products)
-
-
-def with_rounding(graph: Graph) -> Graph:
-    """A copy that rounds activations as ONNX Runtime does."""
-    return run(graph, [RoundActivations()])
 
 
 def rounded(x: torch.Tensor, block: int) -> torch.Tensor:
