@@ -42,7 +42,7 @@ def snapshot(graph: Graph) -> tuple[Any, ...]:
         dict(graph.weights),
         dict(graph.aliases),
         list(graph.adaptations),
-        dict(graph.adapted),
+        dict(graph.adapted_weights),
         [n for n, _ in graph.module.named_parameters()],
         [dict(node.meta) for node in graph.nodes],
     )
