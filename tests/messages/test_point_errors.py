@@ -211,7 +211,7 @@ def test_virtual_tokens_in_a_sequence_of_fixed_length() -> None:
     ("options", "said"),
     [
         ({"positions": [3, 1]}, "in rising order, each once, got [3, 1]"),
-        ({"positions": [1, 2]}, "expected 20 places from 0 on in rising order"),
+        ({"positions": [1, 2]}, "expected 20 positions from 0 on in rising order"),
         ({"init": "TEXT"}, "TEXT starts from init_text, which is not given"),
         ({"init": "TEXT", "init_text": "good"}, "starts from words, and"),
     ],
