@@ -280,7 +280,7 @@ def stop(source, target):
 
 staging.os.replace = stop
 sys.argv = ["adaptc", "compile", sys.argv[1], "--set", "adapt.0.r=4"]
-from adaptc.cli import main
+from adaptc.cli.app import main
 main()
 """
 
