@@ -9,8 +9,9 @@ from typing import Any
 from adaptc.checkpoints.adapter import ROOT, Checkpoint, directories, read, why_missing
 from adaptc.checkpoints.adapter_checks import match
 from adaptc.checkpoints.graph_records import weight_order
-from adaptc.checkpoints.peft_config import declared, named_modules
+from adaptc.checkpoints.peft_config import declared
 from adaptc.checkpoints.peft_keys import PeftLayout
+from adaptc.checkpoints.peft_targets import named_modules
 from adaptc.errors import InputError, WeightError
 from adaptc.ir.adaptation import OnAlias
 from adaptc.ir.base import Pretrained
