@@ -148,5 +148,5 @@ def output_errors(reference: Run, candidate: Graph) -> dict[str, float]:
 
 def relative(value: torch.Tensor, reference: torch.Tensor) -> float:
     """‖value - reference‖ / ‖reference‖."""
-    norm = torch.linalg.vector_norm
+    norm: Any = torch.linalg.vector_norm
     return float(norm(value - reference) / norm(reference).clamp(min=1e-30))
