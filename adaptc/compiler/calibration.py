@@ -102,7 +102,8 @@ def _checked(batch: Any, inputs: Sequence[InputSpec], first: int) -> dict[str, t
     expected = ", ".join(f"{spec.name}: {spec}" for spec in inputs)
     values = cast("Mapping[str, Any]", batch) if isinstance(batch, Mapping) else None
     if values is None or set(values) != {spec.name for spec in inputs}:
-        names = type(batch).__name__ if values is None else ", ".join(sorted(map(str, values)))
+        kind: type = type(cast("object", batch))
+        names = kind.__name__ if values is None else ", ".join(sorted(map(str, values)))
         raise InputError(f"row {first} has {names or 'nothing'}, expected {expected}")
     tensors: dict[str, torch.Tensor] = {}
     sizes: dict[str, int] = {}
