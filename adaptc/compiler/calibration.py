@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -77,14 +77,14 @@ def read_rows(path: Path, inputs: Sequence[InputSpec]) -> list[Batch]:
 def _row(path: Path, number: int, line: str, inputs: Sequence[InputSpec]) -> Batch:
     """One line of a .jsonl file as a batch of one."""
     try:
-        row: Any = json.loads(line)
+        value: Any = json.loads(line)
     except json.JSONDecodeError as error:
         raise InputError(f"{path}:{number}: not JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise InputError(f"{path}:{number}: expected an object of inputs, got {type(row).__name__}")
+    if not isinstance(value, dict):
+        raise InputError(f"{path}:{number}: expected an object of inputs, got {type(value).__name__}")
+    row = cast("dict[str, Any]", value)
     tensors: dict[str, torch.Tensor] = {}
-    items: Iterable[tuple[str, Any]] = row.items()
-    for name, value in items:
+    for name, value in row.items():
         try:
             tensors[name] = torch.tensor(value)
         except (TypeError, ValueError, RuntimeError):
@@ -100,9 +100,10 @@ def _row(path: Path, number: int, line: str, inputs: Sequence[InputSpec]) -> Bat
 def _checked(batch: Any, inputs: Sequence[InputSpec], first: int) -> dict[str, torch.Tensor]:
     """A user's batch in the dtypes of the inputs; `first` is the number of its first row, for errors."""
     expected = ", ".join(f"{spec.name}: {spec}" for spec in inputs)
-    values: Mapping[Any, Any] | None = batch if isinstance(batch, Mapping) else None
+    values = cast("Mapping[str, Any]", batch) if isinstance(batch, Mapping) else None
     if values is None or set(values) != {spec.name for spec in inputs}:
-        names = type(batch).__name__ if values is None else ", ".join(sorted(map(str, values)))
+        kind: type = type(cast("object", batch))
+        names = kind.__name__ if values is None else ", ".join(sorted(map(str, values)))
         raise InputError(f"row {first} has {names or 'nothing'}, expected {expected}")
     tensors: dict[str, torch.Tensor] = {}
     sizes: dict[str, int] = {}

@@ -151,10 +151,11 @@ def _from_checkpoint(
     ):
         assert cls.peft is not None
         item = replace(item, method=cls(**cls.peft.computed(options, named_modules(checkpoint))))
-    whole: Method[Any] | None = item.method if rank is not None else None
-    if whole is not None and rank is not None:
+    whole: Method[Any] = item.method
+    if rank is not None:
         item = replace(item, method=_cut(whole, rank))
-    first = PlannedInsertion(common.entry, item, item.selection(graph), checkpoint, whole)
+    stored = whole if rank is not None else None
+    first = PlannedInsertion(common.entry, item, item.selection(graph), checkpoint, stored)
     grouped = [
         s
         for s in first.selection.sites

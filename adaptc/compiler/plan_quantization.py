@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from adaptc.compiler.mixed_precision import choose
+from adaptc.compiler.quantization_error import relative
 from adaptc.errors import InputError, Problem
 from adaptc.ir.aliases import module_names, used_elsewhere
 from adaptc.ir.graph import Graph
@@ -95,8 +96,7 @@ def expected_error(scheme: Scheme, columns: int) -> float:
     W = torch.randn((rows, columns), generator=torch.Generator().manual_seed(0))
     plain = scheme.without_inputs()
     tensors = {**plain.constants(), **plain.quantize(W)}
-    norm = torch.linalg.vector_norm
-    return float(norm(plain.dequantize(rows, columns, tensors) - W) / norm(W))
+    return relative(plain.dequantize(rows, columns, tensors), W)
 
 
 def quantizations_of(spec: Spec, graph: Graph) -> list[PlannedQuantization]:

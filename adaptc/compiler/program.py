@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -97,8 +98,9 @@ class Program:
             return self.live_graph()
         passes: list[Pass] = []
         for item in self.plan.opening:
-            new = pruned.get((item.entry, item.method.name)) if isinstance(item, Insert) else None
-            passes.append(item if new is None else replace(item, method=new.instance))  # type: ignore[type-var]
+            insert = _insert(item)
+            new = pruned.get((insert.entry, insert.method.name)) if insert else None
+            passes.append(replace(insert, method=new.instance) if insert and new else item)
         graph = self._with_bits(run(self.base, passes))
         for name, param in graph.inserted.items():
             if param.stored:
@@ -113,7 +115,7 @@ class Program:
     def float_graph(self) -> Graph:
         """The model in floats with its adapters, without those that compensate for the error of quantization."""
         passes = [item for item in self.plan.opening if not isinstance(item, Quantize)]
-        return self._adapted_by([p for p in passes if not (isinstance(p, Insert) and p.method.compensates)])
+        return self._adapted_by([p for p in passes if not ((i := _insert(p)) and i.method.compensates)])
 
     def bits_graph(self) -> Graph:
         """The adapted graph as it was before any pass dequantized it."""
@@ -198,3 +200,8 @@ class Program:
             "sha256": self.base_sha256,
             "task": getattr(self.spec.base, "task", None) or "",
         }
+
+
+def _insert(item: Pass) -> Insert[Any, Any] | None:
+    """A pass that inserts a method, as such; None for any other."""
+    return cast("Insert[Any, Any]", item) if isinstance(item, Insert) else None

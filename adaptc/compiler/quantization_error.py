@@ -148,5 +148,6 @@ def output_errors(reference: Run, candidate: Graph) -> dict[str, float]:
 
 def relative(value: torch.Tensor, reference: torch.Tensor) -> float:
     """‖value - reference‖ / ‖reference‖."""
-    norm = torch.linalg.vector_norm
-    return float(norm(value - reference) / norm(reference).clamp(min=1e-30))
+    linalg: Any = torch.linalg
+    size = linalg.vector_norm(reference).clamp(min=1e-30)
+    return float(linalg.vector_norm(value - reference) / size)

@@ -62,10 +62,10 @@ def rewrite(
         if plan.closing:  # checks that it can run; artifacts run it again with the adapters as trained
             run(adapted, plan.closing, records, after, compare)
     except RefusedError as error:
-        source: Any = error.source
-        if not isinstance(source, Insert | Quantize):
+        place = _place_of(error.source)
+        if place is None:
             raise
-        raise spec.error(_place_of(source), error.message, *error.notes) from error
+        raise spec.error(place, error.message, *error.notes) from error
     refusals = _fold_refusals(adapted, plan)
     fold = PASSES["fold"]()
     stays = adapted.staying and adapted.stage in fold.takes and not refusals
@@ -80,7 +80,10 @@ def _fold_refusals(adapted: Graph, plan: Plan) -> list[Refusal]:
     return refusals or ([into_bits] if into_bits else [])
 
 
-def _place_of(item: Insert[Any, Any] | Quantize) -> Loc:
+def _place_of(source: object) -> Loc | None:
     """The place of a spec that asks for a pass: its entry, or `base` for what the base stores in few bits."""
-    key = "adapt" if isinstance(item, Insert) else "quantize"
-    return ("base",) if item.entry is None else (key, item.entry)
+    if isinstance(source, Insert):
+        return ("adapt", source.entry)
+    if isinstance(source, Quantize):
+        return ("base",) if source.entry is None else ("quantize", source.entry)
+    return None

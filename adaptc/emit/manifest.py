@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from adaptc.weights import sha256_of_files
 
@@ -73,4 +73,4 @@ def _artifacts(manifest: Path) -> dict[str, Any]:
         artifacts: Any = json.loads(manifest.read_text(encoding="utf-8"))["products"]
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-    return dict[str, Any](artifacts) if isinstance(artifacts, dict) else {}
+    return cast("dict[str, Any]", artifacts) if isinstance(artifacts, dict) else {}

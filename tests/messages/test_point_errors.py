@@ -226,7 +226,7 @@ def test_what_stays_has_no_place_in_a_hugging_face_checkpoint(zoo: Zoo) -> None:
     with pytest.raises(adaptc.SpecError, match="bottleneck cannot be folded into weights") as caught:
         zoo.compiled("bert", [bottleneck()], emit=emit)
     assert "emit.0.format" in str(caught.value)
-    assert "emit onnx or torch; the adapter by itself as peft" in str(caught.value)
+    assert "emit onnx or torch; or emit the adapter alone, as peft" in str(caught.value)
     with pytest.raises(adaptc.AdaptcError, match="bottleneck cannot be folded into weights"):
         zoo.compiled("bert", [bottleneck()]).emit("hf", "/nowhere/merged")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import fx
@@ -106,7 +106,7 @@ def _outputs_without_losses(graph: Graph) -> list[int]:
 def _results(output: fx.Node) -> list[Any]:
     """The operands of an output node."""
     results: Any = output.args[0]
-    return list(results) if isinstance(results, (list, tuple)) else [results]
+    return list(cast("Sequence[Any]", results)) if isinstance(results, (list, tuple)) else [results]
 
 
 def evaluate(graph: Graph) -> Graph:

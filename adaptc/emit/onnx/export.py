@@ -111,9 +111,9 @@ def _bytes(model: Any) -> bytes:
     """
     import onnx_ir as ir
 
+    untyped: Any = ir
     try:
-        proto: Any = ir.to_proto(model)
-        return proto.SerializeToString()
+        return untyped.to_proto(model).SerializeToString()
     except ir.serde.SerdeError as error:  # it hides why a weight could not be loaded
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, AdaptcError):

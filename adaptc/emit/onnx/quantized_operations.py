@@ -161,7 +161,7 @@ def ir_version_needed(bits: int) -> int:
 
 
 library: Any = torch.library.Library("adaptc_onnx", "DEF")
-register_fake: Any = torch.library.register_fake
+untyped: Any = torch.library
 library.define(
     "matmul_nbits(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, "
     "int rows, int columns, int bits, int block, int accuracy) -> Tensor"
@@ -185,26 +185,26 @@ def _rows_by(x: torch.Tensor, rows: int) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], rows))
 
 
-@register_fake("adaptc_onnx::matmul_nbits")
+@untyped.register_fake("adaptc_onnx::matmul_nbits")
 def _(x: Any, codes: Any, scales: Any, zeros: Any, bias: Any, rows: int, *sizes: int) -> torch.Tensor:
     return _rows_by(x, rows)
 
 
-@register_fake("adaptc_onnx::matmul_bnb4")
+@untyped.register_fake("adaptc_onnx::matmul_bnb4")
 def _(x: Any, codes: Any, absmax: Any, rows: int, *sizes: int) -> torch.Tensor:
     return _rows_by(x, rows)
 
 
-@register_fake("adaptc_onnx::matmul_dequantized")
+@untyped.register_fake("adaptc_onnx::matmul_dequantized")
 def _(x: Any, codes: Any, scales: Any, zeros: Any, rows: int, block: int) -> torch.Tensor:
     return _rows_by(x, rows)
 
 
-@register_fake("adaptc_onnx::matmul_integer")
+@untyped.register_fake("adaptc_onnx::matmul_integer")
 def _(x: Any, codes: Any, scales: Any) -> torch.Tensor:
     return _rows_by(x, codes.shape[1])
 
 
-@register_fake("adaptc_onnx::gather_blocks")
+@untyped.register_fake("adaptc_onnx::gather_blocks")
 def _(ids: Any, codes: Any, scales: Any, zeros: Any, bits: int, block: int) -> torch.Tensor:
     return scales.new_empty((*ids.shape, codes.shape[1] * 8 // bits))

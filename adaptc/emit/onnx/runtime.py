@@ -66,7 +66,8 @@ def open_session(
     """
     import onnxruntime
 
-    options: Any = onnxruntime.SessionOptions()
+    untyped: Any = onnxruntime
+    options = untyped.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -80,7 +81,7 @@ def open_session(
         disabled = ["ConstantFolding"]  # it would hold a weight and its transpose
     given = str(model) if isinstance(model, Path) else model
     try:
-        return onnxruntime.InferenceSession(
+        return untyped.InferenceSession(
             given, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
         )
     except Exception as error:
