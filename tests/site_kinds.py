@@ -14,6 +14,9 @@ from torch.nn import functional as F
 
 from adaptc.compiler.compiled import Compiled
 from adaptc.compiler.plan import make_plan
+from adaptc.compiler.plan_report import plan_report
+from adaptc.compiler.program import Program
+from adaptc.compiler.rewrite import rewrite
 from adaptc.ir.graph import Graph
 from adaptc.methods.method import METHODS
 from adaptc.spec.spec import load
@@ -387,4 +390,5 @@ class Museums:
         spec = load({"adapt": list(adapt)})
         graph = self.graph(*names)
         plan = make_plan(spec, graph)
-        return Compiled(spec, plan, graph, list(plan.records))
+        rewritten = rewrite(spec, graph, plan)
+        return Compiled(Program(spec, plan_report(spec, graph, plan, rewritten), graph, rewritten))

@@ -12,8 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-
-import pytest
+from typing import TypeVar
 
 import adaptc
 from adaptc.methods.method import METHODS
@@ -24,6 +23,7 @@ CORE = sorted(p for p in (ROOT / "adaptc").rglob("*.py") if "passes" not in p.re
 PASSES = sorted((ROOT / "passes").rglob("*.py"))
 ALL = [*CORE, *PASSES]
 MAY_NAME_METHODS = {"starter.py": "it writes an example spec, which needs a method"}
+Node = TypeVar("Node", bound=ast.AST)
 ENGLISH = {"full", "reward", "probe", "parallel", "prefix", "prompt", "bottleneck"}
 """Methods whose names are words: only a literal that is nothing but the name counts, and no variable."""
 
@@ -195,31 +195,36 @@ def test_analysis_reads_nodes_and_no_graph() -> None:
             assert set(parts[1:]) <= {*allowed, "__init__"}, f"{module} imports {parts[1:]}"
 
 
-@pytest.mark.parametrize("folder", PASSES_MAY_IMPORT)
-def test_passes_by_folder(folder: str) -> None:
+def test_passes_by_folder() -> None:
+    breaches = []
     for module, others in needs().items():
-        if not module.startswith(f"adaptc.passes.{folder}."):
-            continue
-        rooms = {room(other) for other in others} - {"__init__"}
-        assert rooms <= PASSES_MAY_IMPORT[folder], f"{module} imports {rooms - PASSES_MAY_IMPORT[folder]}"
+        folder = module.removeprefix("adaptc.passes.").partition(".")[0]
+        if folder in PASSES_MAY_IMPORT and module.count(".") > 2:
+            rooms = {room(other) for other in others} - {"__init__"}
+            breaches += [f"{module} imports {name}" for name in rooms - PASSES_MAY_IMPORT[folder]]
+    assert not breaches
 
 
-@pytest.mark.parametrize("path", CORE, ids=shown)
-def test_the_compiler_imports_no_pass(path: Path) -> None:
-    if shown(path) == "adaptc/__init__.py":
-        return
-    found = [(name, line) for name, line in imported(path) if re.match(r"(adaptc\.)?passes(\.|$)", name)]
-    assert not found, f"{shown(path)} imports {found}; ask the registry for it"
+def imports_like(paths: Iterable[Path], pattern: str) -> list[str]:
+    """The imports whose names start as the pattern says, by file and line."""
+    return [
+        f"{shown(path)}:{line} imports {name}"
+        for path in paths
+        for name, line in imported(path)
+        if re.match(pattern, name)
+    ]
 
 
-@pytest.mark.parametrize("path", PASSES, ids=shown)
-def test_passes_import_the_compiler_only(path: Path) -> None:
-    names = list(imported(path))
-    assert not [n for n in names if n[0].startswith(".")], "relative imports"
-    assert not [n for n in names if re.match(r"passes(\.|$)", n[0])], "passes are imported as adaptc.passes"
-    if path.name != "__init__.py":
-        found = [n for n in names if n[0].startswith("adaptc.passes")]
-        assert not found, f"a pass imports another: {found}; what they share belongs to adaptc"
+def test_the_compiler_imports_no_pass() -> None:
+    compiler = [path for path in CORE if shown(path) != "adaptc/__init__.py"]
+    assert not imports_like(compiler, r"(adaptc\.)?passes(\.|$)"), "ask the registry for it"
+
+
+def test_passes_import_the_compiler_only() -> None:
+    assert not imports_like(PASSES, r"\."), "relative imports"
+    assert not imports_like(PASSES, r"passes(\.|$)"), "passes are imported as adaptc.passes"
+    files = [path for path in PASSES if path.name != "__init__.py"]
+    assert not imports_like(files, r"adaptc\.passes"), "what passes share belongs to adaptc"
 
 
 HEAVY = {"torch", "transformers", "onnx", "onnxscript", "onnxruntime", "onnx_ir", "safetensors", "peft"}
@@ -241,12 +246,13 @@ def heavy_imports(module: str, seen: set[str]) -> Iterator[str]:
             yield from (f"{module}:{line}, {chain}" for chain in heavy_imports(name, seen))
 
 
-@pytest.mark.parametrize("pattern", LIGHT)
-def test_no_torch_before_it_is_needed(pattern: str) -> None:
-    matched = [name for name in modules() if fnmatch.fnmatchcase(name, pattern)]
-    assert matched, f"{pattern} matches nothing: take it off the list"
-    for module in matched:
-        assert not list(heavy_imports(module, set()))
+def test_no_torch_before_it_is_needed() -> None:
+    chains = []
+    for pattern in LIGHT:
+        matched = [name for name in modules() if fnmatch.fnmatchcase(name, pattern)]
+        assert matched, f"{pattern} matches nothing: take it off the list"
+        chains += [chain for module in matched for chain in heavy_imports(module, set())]
+    assert not chains
 
 
 def test_adaptc_passes_is_a_link() -> None:
@@ -301,12 +307,14 @@ def names_of_methods(path: Path, methods: set[str]) -> Iterator[str]:
             yield f"line {node.lineno}: {word!r}"  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("path", CORE, ids=shown)
-def test_the_compiler_knows_no_method_by_name(path: Path) -> None:
-    if path.name in MAY_NAME_METHODS:
-        return
-    found = list(names_of_methods(path, {*METHODS, *SCHEMES}))
-    assert not found, f"{shown(path)} names methods: {found}"
+def test_the_compiler_knows_no_method_by_name() -> None:
+    named = [
+        f"{shown(path)}, {place}"
+        for path in CORE
+        if path.name not in MAY_NAME_METHODS
+        for place in names_of_methods(path, {*METHODS, *SCHEMES})
+    ]
+    assert not named
 
 
 def test_the_check_of_names_finds_some(tmp_path: Path) -> None:
@@ -346,40 +354,56 @@ def undocumented(node: ast.AST, prefix: str = "") -> Iterator[str]:
             yield from undocumented(child, f"{child.name}.")
 
 
-@pytest.mark.parametrize("path", ALL, ids=shown)
-def test_what_is_public_is_documented(path: Path) -> None:
-    assert ast.get_docstring(tree(path)), f"{shown(path)} has no docstring"
-    assert not list(undocumented(tree(path)))
+def test_what_is_public_is_documented() -> None:
+    missing = [shown(path) for path in ALL if not ast.get_docstring(tree(path))]
+    missing += [f"{shown(path)}, {definition}" for path in ALL for definition in undocumented(tree(path))]
+    assert not missing
 
 
-@pytest.mark.parametrize("path", ALL, ids=shown)
-def test_no_error_is_swallowed(path: Path) -> None:
-    for node in ast.walk(tree(path)):
-        if isinstance(node, ast.ExceptHandler):
-            assert node.type is not None, f"{shown(path)}:{node.lineno}: a bare except"
-            silent = all(
-                isinstance(s, ast.Pass) or (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))
-                for s in node.body
-            )
-            assert not silent, f"{shown(path)}:{node.lineno}: an error is swallowed"
+def nodes_of(kind: type[Node]) -> Iterator[tuple[str, Node]]:
+    """Every node of a kind in the source, and its file and line."""
+    for path in ALL:
+        for node in ast.walk(tree(path)):
+            if isinstance(node, kind):
+                yield f"{shown(path)}:{node.lineno}", node  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("path", ALL, ids=shown)
-def test_errors_are_adaptcs_own(path: Path) -> None:
-    """Nothing is printed, and no code from data is run, outside of the command line."""
-    for node in ast.walk(tree(path)):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            assert node.func.id not in ("print", "eval", "exec"), (
-                f"{shown(path)}:{node.lineno}: {node.func.id}"
-            )
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "load":
-            owner = ast.unparse(node.func.value)
-            if owner in ("torch", "pickle", "yaml"):
-                given = {k.arg: ast.unparse(k.value) for k in node.keywords}
-                assert owner == "torch", f"{shown(path)}:{node.lineno}: {owner}.load"
-                assert given.get("weights_only") == "True", (
-                    f"{shown(path)}:{node.lineno}: an unsafe torch.load"
-                )
+def test_no_error_is_swallowed() -> None:
+    breaches = []
+    for place, handler in nodes_of(ast.ExceptHandler):
+        silent = all(
+            isinstance(s, ast.Pass) or (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))
+            for s in handler.body
+        )
+        if handler.type is None or silent:
+            breaches.append(place)
+    assert not breaches
+
+
+def test_nothing_is_printed_and_no_code_is_run_from_data() -> None:
+    breaches = []
+    for place, call in nodes_of(ast.Call):
+        function = ast.unparse(call.func)
+        given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        unsafe = function in ("print", "eval", "exec", "pickle.load", "yaml.load")
+        if unsafe or (function == "torch.load" and given.get("weights_only") != "True"):
+            breaches.append(f"{place}: {function}")
+    assert not breaches
+
+
+THEMES = {"laws", "parity", "golden", "messages", "replay", "plugin", "docs", "data"}
+"""What tests are about that no room is about by itself; `laws` hold over a whole registry."""
+
+
+def test_tests_lie_where_what_they_test_lies() -> None:
+    rooms = {path.parent.name for path in (ROOT / "adaptc").glob("*/__init__.py")} | {"passes"}
+    folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name[0] != "_"}
+    assert folders <= rooms | THEMES
+    for room in folders & rooms:
+        source = ROOT / ("passes" if room == "passes" else f"adaptc/{room}")
+        below = {path.name for path in source.rglob("*") if path.is_dir()}
+        parts = {part.name for part in (ROOT / "tests" / room).rglob("*") if part.is_dir()}
+        assert parts - {"__pycache__"} <= below, f"tests/{room} has folders that {shown(source)} has not"
 
 
 def test_every_method_has_a_file_and_a_spec() -> None:

@@ -204,7 +204,7 @@ def test_training_lowers_the_loss(zoo: Zoo, method: str, name: str) -> None:
         loss = F.mse_loss(outputs(module, tensors, [key])[key], goal)
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < losses[0], losses
     for n, parameter in module.named_parameters():
         if n in frozen:

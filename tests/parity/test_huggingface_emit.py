@@ -342,7 +342,7 @@ def test_a_fused_tensor_is_loaded_once(mixtral: Compiled) -> None:
     assert sorted(loads) == sorted(weights)
 
 
-@pytest.mark.parametrize("name", ["tied llama", "gpt2", pytest.param("t5", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", marked(["tied llama", "gpt2", "t5"], ["gpt2"]))
 def test_a_head_that_was_untied(merged: Callable[[str], Merged], name: str, tmp_path: Path) -> None:
     """Both tensors are written, and the configuration says that they are two."""
     adapt = [{"method": "lora", "target": "lm_head", "r": 2, "on_alias": "untie"}]

@@ -256,7 +256,7 @@ def test_initial_values_are_pefts(zoo: Zoo, method: str) -> None:
         elif "magnitude" in key:
             close(ours, value, 8)
         else:
-            assert 0.7 < float(ours.std() / value.std()) < 1.4, key
+            assert 0.7 < (ours.std() / value.std()).item() < 1.4, key
 
 
 def test_adapter_name_and_load_into_a_module(zoo: Zoo, pairs: Any, tmp_path: Path) -> None:
