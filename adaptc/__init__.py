@@ -1,6 +1,6 @@
 """adaptc: a declarative graph-compiler for adapted models.
 
-Everything public is here, and imported when first used, so that `import adaptc` does not import torch.
+The public names. Each is imported when it is first used, so that `import adaptc` does not import torch.
 """
 
 from __future__ import annotations

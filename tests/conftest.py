@@ -24,7 +24,7 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zoo]:
     made = Zoo(root)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "adaptc.compiler.program.export", made.export
+            "adaptc.compiler.trainable.export", made.export
         )  # each base is traced in training mode once
         yield made
 

@@ -16,8 +16,8 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from adaptc.compiler.base import make_base
 from adaptc.compiler.compiled import Compiled
-from adaptc.compiler.driver import make_base
 from adaptc.compiler.plan import make_plan
 from adaptc.compiler.plan_report import plan_report
 from adaptc.compiler.program import Program

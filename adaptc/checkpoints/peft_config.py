@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 from pydantic import TypeAdapter, ValidationError
 
-from adaptc.checkpoints.adapter import CONFIG, Checkpoint, list_of
+from adaptc.checkpoints.adapter import CONFIG, Checkpoint
+from adaptc.checkpoints.peft_targets import module_patterns, named_modules, target_of, with_output_projections
 from adaptc.checkpoints.records import AdapterRecord
 from adaptc.errors import WeightError
-from adaptc.ir.selection import ALL_LINEAR
 from adaptc.methods.method import METHODS, Method, options_of
 from adaptc.methods.peft_format import PeftFormat
-from adaptc.methods.site import OUT_PROJECTION
 
 DESCRIPTIVE = frozenset(
     {
@@ -86,10 +84,10 @@ def declared(checkpoint: Checkpoint, prefer: str = "") -> Declared:
     _check_other_keys(checkpoint, cls)
     options = {ours: config[theirs] for ours, theirs in format.options.items() if theirs in config}
     for name in format.modules:
-        options[name] = tuple(_patterns(checkpoint, format.options[name]))
+        options[name] = tuple(module_patterns(checkpoint, format.options[name]))
     saved = [p for m in checkpoint.saved_modules for p in (m, f"*.{m}", f"{m}.*", f"*.{m}.*")]
-    exclude = (*_with_output_projections(_patterns(checkpoint, "exclude_modules")), *saved)
-    target = ["*"] if cls.everywhere else _target(checkpoint)
+    exclude = (*with_output_projections(module_patterns(checkpoint, "exclude_modules")), *saved)
+    target = ["*"] if cls.everywhere else target_of(checkpoint)
     options = _checked(checkpoint, cls, cls.trained_options(format.read(options)))
     return Declared(cls, options, target, exclude, as_stored=bool(config.get("target_parameters")))
 
@@ -127,11 +125,6 @@ def check_options(checkpoint: Checkpoint, record: AdapterRecord) -> None:
             f"{checkpoint.path}: {key} is {entry.options[key]!r} there, but the module was compiled with "
             f"{record.options.get(key)!r}; compile it with that option, or with `adapter: {checkpoint.path}`"
         )
-
-
-def named_modules(checkpoint: Checkpoint) -> list[str]:
-    """Regexes of the modules in a checkpoint's `target_modules`."""
-    return [pattern.removeprefix("re:") for pattern in _patterns(checkpoint, "target_modules")]
 
 
 def _differing(method: type[Method[Any]], options: Mapping[str, Any], record: AdapterRecord) -> str:
@@ -203,76 +196,3 @@ def _checked(checkpoint: Checkpoint, cls: type[Method[Any]], options: dict[str, 
         path = ".".join([key, *map(str, first["loc"][1:])])
         message = first["msg"].lower().replace("input should", "it should")
         raise WeightError(f"{checkpoint.path / CONFIG}: {path}: {message}, got {first['input']!r}") from None
-
-
-def _patterns(checkpoint: Checkpoint, key: str) -> list[str]:
-    """Patterns for a key by which PEFT names modules: text is a regex on the full name, a list holds endings of names.
-
-    Raises:
-        WeightError: the value is no regular expression and no list of names.
-    """
-    value: object = checkpoint.config.get(key)
-    if isinstance(value, str):
-        try:
-            re.compile(value)
-        except re.error as error:
-            raise WeightError(
-                f"{checkpoint.path / CONFIG}: {key}: {value!r} is not a regular expression: {error}"
-            ) from None
-        return [value if value == ALL_LINEAR else f"re:{value}"]
-    if value is None:
-        return []
-    names = list_of(str, value)
-    if names is None:
-        raise WeightError(
-            f"{checkpoint.path / CONFIG}: {key}: expected text or a list of names, got {value!r}"
-        )
-    return [f"re:(.*\\.)?{re.escape(name)}" for name in names]
-
-
-def _with_output_projections(patterns: list[str]) -> list[str]:
-    """The patterns, and those of output projections: PEFT adapts an nn.MultiheadAttention with its projection."""
-    regexes = [p.removeprefix("re:") for p in patterns if p != ALL_LINEAR]
-    return patterns + [f"re:(?:{regex}){re.escape(OUT_PROJECTION)}" for regex in regexes]
-
-
-def _target(checkpoint: Checkpoint) -> list[str]:
-    """The patterns of the modules and parameters that a configuration targets.
-
-    Raises:
-        WeightError: it targets none, or a key has no value that PEFT takes.
-    """
-    named = _patterns(checkpoint, "target_modules")
-    if isinstance(checkpoint.config.get("target_modules"), list):
-        named = _in_layers(checkpoint, named)
-    patterns = _with_output_projections(named) + _patterns(checkpoint, "target_parameters")
-    if not patterns:
-        raise WeightError(f"{checkpoint.path / CONFIG}: its configuration names no target_modules")
-    return patterns
-
-
-def _in_layers(checkpoint: Checkpoint, patterns: list[str]) -> list[str]:
-    """The patterns of `target_modules` limited to `layers_to_transform`; full names are taken as they are.
-
-    A layer's number is the first numbered part of a name after two other parts, or after one in `layers_pattern`.
-
-    Raises:
-        WeightError: one of the two keys has no value that PEFT takes.
-    """
-    layers: object = checkpoint.config.get("layers_to_transform")
-    layer_lists: object = checkpoint.config.get("layers_pattern")
-    if layers is None or layers == []:
-        return patterns
-    numbers = list_of(int, [layers] if isinstance(layers, int) else layers)
-    if numbers is None:
-        raise WeightError(
-            f"{checkpoint.path / CONFIG}: layers_to_transform: expected layer numbers, got {layers!r}"
-        )
-    number = f"(?:{'|'.join(map(str, numbers))})"
-    names = list_of(str, [layer_lists] if isinstance(layer_lists, str) and layer_lists else layer_lists or [])
-    if names is None:
-        raise WeightError(f"{checkpoint.path / CONFIG}: layers_pattern: expected names, got {layer_lists!r}")
-    after_name = [rf"(?:(?!(?:{name})\.\d+\.)[^.]*\.)*(?:{name})\.{number}\." for name in names]
-    prefix = "|".join(after_name) or rf"[^.]*\.[^.]*\.(?:(?!\d+\.)[^.]*\.)*{number}\."
-    endings = (pattern.removeprefix("re:(.*\\.)?") for pattern in patterns)
-    return [rf"re:(?:{ending}|(?={prefix}).*\.{ending})" for ending in endings]

@@ -1,4 +1,4 @@
-"""The driver: spec, base, trace, plan, rewrite, program, artifacts, each proved.
+"""The compile: from a spec to a base, its trace, a plan, the rewritten graph, a program and proved artifacts.
 
-Imports every room below. `driver` is the straight line to read first.
+Imports every room below. Read `driver` first: it is the compile as a straight line.
 """

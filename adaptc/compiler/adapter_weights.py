@@ -24,17 +24,17 @@ def load_checkpoints(
     adapted: Graph,
     base_sha256: Callable[[], str],
 ) -> None:
-    """Let the adapters of a graph be what the checkpoints of the spec hold.
+    """Give the adapters of a graph the weights of the checkpoints that the spec names.
 
     Args:
-        spec: says where, in errors.
+        spec: the spec, whose lines errors quote.
         entries: what was inserted, and from which checkpoint.
         base: the traced graph.
         adapted: the adapted graph, whose weights are set.
-        base_sha256: gives the base's SHA-256; asked only where a checkpoint names the base it was trained on.
+        base_sha256: computes the base's SHA-256; called only where a checkpoint names the base it was trained on.
 
     Raises:
-        WeightError: they do not fit the model or its base.
+        WeightError: a checkpoint does not fit the model, or was trained on another base.
     """
     inserted = records_of(adapted)
     by_path: dict[Path, list[PlannedInsertion]] = {}
@@ -55,28 +55,28 @@ def load_checkpoints(
             raise spec.weight_error(("adapt", members[0].entry, "adapter"), error) from None
         for record, planned in records:
             if planned.whole is not None:
-                at = planned.insert.method
-                cut = {site: at.cut_tensors(theta) for site, theta in record.sites(values).items()}
+                method = planned.insert.method
+                cut = {site: method.cut_tensors(theta) for site, theta in record.sites(values).items()}
                 values |= record.by_name(cut)
         for name, value in values.items():
             put_weight(adapted.weights[name], value.detach)
 
 
 def _as_stored(adapted: Graph, record: AdapterRecord, planned: PlannedInsertion) -> AdapterRecord:
-    """A record with the shapes that its checkpoint has, where it is inserted at a smaller rank."""
+    """A record with its checkpoint's shapes, which are larger where it is inserted at a smaller rank."""
     whole = planned.whole
     if whole is None:
         return record
-    own = [a for a in adapted.adaptations if (a.entry, a.method.name) == (record.entry, record.method)]
+    members = [a for a in adapted.adaptations if (a.entry, a.method.name) == (record.entry, record.method)]
     shapes = {
         name: whole.at(a.site).stored(a.site)[argument].shape
-        for a in own
+        for a in members
         for argument, (name, _) in a.params.items()
     }
     return record.with_shapes(shapes)
 
 
 def put_weight(weight: Weight, value: Callable[[], torch.Tensor]) -> None:
-    """Let an adapter's weight be what this gives."""
+    """Let an adapter's weight be loaded by calling `value`."""
     assert isinstance(weight, Deferred)
     weight.put(value)

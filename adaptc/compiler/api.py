@@ -15,7 +15,7 @@ from adaptc.ir.graph import Graph
 from adaptc.rewriter.pipeline import Pass
 from adaptc.rewriter.pipeline import run as run_passes
 from adaptc.tracing.module import from_module, inputs_from_examples
-from adaptc.tracing.trace import trace_base as trace_base
+from adaptc.tracing.trace import trace_base
 
 
 def trace(
@@ -29,30 +29,48 @@ def trace(
         model: the module.
         example_inputs: tensors, by position or by name.
         dynamic: `{"x": {0: "batch"}}`, the dimensions that vary.
+
+    Raises:
+        TraceError: the module cannot be traced.
+        InputError: the examples are not what its `forward` takes.
     """
     return trace_base(from_module(model, inputs_from_examples(model, example_inputs, dynamic)))
 
 
 def run(graph: Graph, passes: Sequence[Pass]) -> Graph:
-    """Run passes in the order written, each checked; the graph given is left as it is.
+    """Run passes on a copy of a graph, in the order written, each checked.
+
+    A pass that is not adaptc's own is run on random inputs too, to measure whether it changes results.
 
     Raises:
-        RefusedError: a pass refuses the graph, or changes what it computes and does not say so.
+        RefusedError: a pass refuses the graph, or changes results without declaring `changes_results`.
         VerifyError: a pass left a graph that is not legal.
     """
     return run_passes(graph, passes, compare=comparison())
 
 
 def load(path: str | Path) -> fx.GraphModule:
-    """Bring a torch artifact back as a trainable module."""
+    """Load a torch artifact as a trainable module.
+
+    Raises:
+        WeightError: it is no torch artifact, or broken.
+    """
     return load_torch(Path(path))
 
 
 def save_adapter(module: fx.GraphModule, directory: str | Path) -> None:
-    """Write the adapters of a module that adaptc made, as PEFT checkpoints."""
+    """Write the adapters of a module that adaptc compiled as PEFT checkpoints.
+
+    Raises:
+        WeightError: the module is not one that adaptc compiled.
+    """
     save_adapter_of(module, Path(directory))
 
 
 def load_adapter(module: fx.GraphModule, directory: str | Path) -> None:
-    """Replace the adapters' weights of a module by those of a checkpoint; all or nothing."""
+    """Replace the weights of a module's adapters by those of a checkpoint: all of them, or none after an error.
+
+    Raises:
+        WeightError: the checkpoint does not fit what was inserted.
+    """
     load_adapter_into(module, Path(directory))

@@ -1,4 +1,4 @@
-"""The artifacts of a compile: written in a staging folder, proved from their files, and put in place together."""
+"""The artifacts of a compile: written to a staging folder, proved from their files, and put in place together."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from adaptc.checkpoints.graph_records import records_of
 from adaptc.checkpoints.module_adapters import META
 from adaptc.checkpoints.peft_write import save
 from adaptc.checkpoints.records import assign, group
+from adaptc.compiler.folding import fold, prove_fold
 from adaptc.compiler.onnx_artifact import prove_onnx, write_onnx
 from adaptc.compiler.output_paths import output_paths
 from adaptc.compiler.plan_report import site_json
@@ -24,6 +25,7 @@ from adaptc.compiler.proofs import check_finite, check_gradients
 from adaptc.compiler.quantization_error import QuantizationErrors
 from adaptc.compiler.reference import recorded
 from adaptc.compiler.schedule import bits_in_checkpoint
+from adaptc.compiler.trainable import reset_derived
 from adaptc.emit.huggingface import LOADED_SHARE, fits_in_memory, load_checkpoint, save_checkpoint
 from adaptc.emit.manifest import MANIFEST, versions, write_manifest
 from adaptc.emit.staging import Staging
@@ -31,7 +33,7 @@ from adaptc.emit.torch import PROGRAM, load_torch, save_torch
 from adaptc.errors import ProofError, RefusedError
 from adaptc.ir.graph import Graph
 from adaptc.ir.interpreter import Run
-from adaptc.rewriter.expression import FoldedWeight as FoldedWeight
+from adaptc.rewriter.expression import FoldedWeight
 from adaptc.spec.emit import EmitEntry, HfEmit, OnnxEmit, PeftEmit, TorchEmit
 from adaptc.spec.spec import dump
 from adaptc.weights import Weight
@@ -39,10 +41,10 @@ from adaptc.weights import Weight
 
 @dataclass(frozen=True)
 class Artifact:
-    """What was written for one `emit` entry.
+    """One artifact that was written.
 
     Attributes:
-        path: where it stands.
+        path: its file or folder.
         errors: what quantization costs it; None where nothing is quantized.
     """
 
@@ -51,19 +53,19 @@ class Artifact:
 
 
 class Observer(Protocol):
-    """Told of what happens while artifacts are written."""
+    """Called while artifacts are written and proved."""
 
     def writing(self, what: str) -> None:
-        """An artifact is being made."""
+        """Called before an artifact is made, with its format and path."""
 
     def wrote(self, done: int, total: int) -> None:
-        """So many bytes of an artifact are written, of so many."""
+        """Called while an artifact is written: `done` of its `total` bytes are."""
 
     def measured(self, errors: QuantizationErrors) -> None:
-        """What quantization costs an artifact."""
+        """Called with what quantization costs an artifact."""
 
     def proved(self, proof: Proof) -> None:
-        """A proof held."""
+        """Called with each new proof that held."""
 
 
 def emit_all(
@@ -74,11 +76,18 @@ def emit_all(
     Args:
         program: the compiled program.
         entries: validated entries.
-        observe: told of each artifact, its bytes and proofs.
+        observe: called with each artifact, its bytes and proofs.
         into: a directory that replaces the spec's own folder.
+
+    Returns:
+        The artifacts, in the order of the entries.
+
+    Raises:
+        SpecError: a path would replace something that adaptc did not write.
+        AdaptcError: an artifact cannot be made or written, or its proof failed.
     """
     paths = output_paths(program.spec, entries, into)
-    artifacts = []
+    artifacts: list[Artifact] = []
     with Staging(observe.wrote if observe else None) as staging:
         for entry, final in zip(entries, paths, strict=True):
             if observe:
@@ -99,7 +108,7 @@ def _torch(program: Program, entry: TorchEmit, staging: Staging, final: Path) ->
         check_gradients(program.trainable_graph())
     directory = staging.path(final)
     module = program.module
-    program.reset()
+    reset_derived(program.graph, module)
     save_torch(module, directory)
     files, manifest, common = [directory / PROGRAM], directory / MANIFEST, _common(program)
     artifact: dict[str, Any] = {"name": PROGRAM, "format": "torch", "module": module.meta[META]}
@@ -115,19 +124,20 @@ def _torch(program: Program, entry: TorchEmit, staging: Staging, final: Path) ->
 
 
 def _onnx(program: Program, entry: OnnxEmit, staging: Staging, final: Path) -> QuantizationErrors | None:
-    folded = program.folded() if entry.adapters == "folded" else None
-    graph = folded.graph if folded is not None else _unfolded(program, entry.adapters)
+    graphs = fold(program) if entry.adapters == "folded" else None
+    graph = graphs.written if graphs is not None else _unfolded(program, entry.adapters)
 
     file = write_onnx(program, graph, entry, staging, final)
     losses = _losses(graph.weights)
     graph.weights.update({n: w for n, w in file.weights.items() if n in graph.weights})
 
-    merged = program.prove_fold(folded) if folded is not None else None  # of the weights that were written
-    proof, reference, rounded = prove_onnx(program, graph, merged, file)
+    folded = prove_fold(program, graphs) if graphs is not None else None  # of the weights that were written
+    proof, reference, rounded = prove_onnx(program, graph, folded, file)
 
-    errors = program.quantization_errors(folded, rounded) if entry.adapters != "none" else None
+    quantized = graphs.quantized if graphs is not None else None
+    errors = program.quantization_errors(quantized, rounded) if entry.adapters != "none" else None
     artifact = {"name": final.name, "format": "onnx", "adapters": entry.adapters, **file.about}
-    if folded is not None:
+    if graphs is not None:
         operations = {"base": len(program.base.operations), "folded": len(graph.operations)}
         artifact |= {"rounding": losses, "operations": operations}
     artifact |= _proved(program, proof, reference) | _errors(errors)
@@ -159,20 +169,20 @@ def _huggingface(program: Program, entry: HfEmit, staging: Staging, final: Path)
     if refusal:
         raise RefusedError([refusal])
     directory = staging.path(final)
-    folded = program.folded(floats=True)
-    graph, weights = folded.graph, dict(folded.graph.weights)
+    graphs = fold(program, floats=True)
+    graph, weights = graphs.written, dict(graphs.written.weights)
 
     about = save_checkpoint(graph, program.base, directory, entry.max_shard_size)
     artifact = {"name": "checkpoint", "format": "hf", **about, "rounding": _losses(weights)}
 
-    merged = program.prove_fold(folded)  # from the weights that were written
-    errors = program.quantization_errors(folded)
+    folded = prove_fold(program, graphs)  # of the weights that were written
+    errors = program.quantization_errors(graphs.quantized)
     artifact |= _errors(errors)
     if fits_in_memory(graph):
         origin = program.base.source.pretrained
         assert origin is not None
         loaded = load_checkpoint(origin.auto, origin.trust_remote_code, directory)
-        reference = program.reference(graph, merged)
+        reference = program.reference(graph, folded)
         candidate = BatchRunner(module_call(loaded)).on(reference.taken)
         proof = program.proofs.prove("hf", graph, reference, candidate)
         artifact |= _proved(program, proof, reference)
@@ -190,7 +200,7 @@ WRITERS: dict[str, Callable[[Program, Any, Staging, Path], QuantizationErrors | 
     "peft": _peft,
     "hf": _huggingface,
 }
-"""What writes an entry of a format and proves it; gives what quantization costs it."""
+"""Format -> the function that writes an artifact of it and proves it; returns what quantization costs."""
 
 
 def _files_in(directory: Path) -> list[Path]:
@@ -198,18 +208,18 @@ def _files_in(directory: Path) -> list[Path]:
 
 
 def _proved(program: Program, proof: Proof, reference: Run) -> dict[str, Any]:
-    """An artifact's `proof`, and the `reference` that it takes to prove it again."""
+    """An artifact's `proof`, and the `reference` values that prove it again later."""
     values = recorded(reference, program.base.inputs, program.spec.seed, proof.tolerance)
     return {"proof": asdict(proof), "reference": values}
 
 
 def _errors(errors: QuantizationErrors | None) -> dict[str, Any]:
-    """What quantization costs an artifact, under `quantization`, where anything is quantized."""
+    """What quantization costs an artifact, as `quantization`; empty where nothing is quantized."""
     return {"quantization": errors.to_json()} if errors else {}
 
 
 def _losses(weights: Mapping[str, Weight]) -> dict[str, float]:
-    """What rounding to the storage dtype cost each folded weight, relative to its largest value."""
+    """Each folded weight -> the error of rounding it to the storage dtype, relative to its largest value."""
     folded = {name: weight for name, weight in weights.items() if isinstance(weight, FoldedWeight)}
     return {name: weight.rounding for name, weight in folded.items() if weight.rounding is not None}
 
@@ -217,14 +227,14 @@ def _losses(weights: Mapping[str, Weight]) -> dict[str, float]:
 def _manifest_beside(
     program: Program, staging: Staging, final: Path, artifact: dict[str, Any], files: list[Path]
 ) -> None:
-    """Add an artifact that is no folder to the manifest of its folder."""
+    """Add an artifact that is a file to the manifest of its folder."""
     manifest = final.parent / MANIFEST
     earlier = staging.staged(manifest)
     write_manifest(staging.path(manifest), _common(program), artifact, files, old=earlier or manifest)
 
 
 def _common(program: Program) -> dict[str, Any]:
-    """What the manifest of every artifact says of its compile."""
+    """What the manifest of every artifact says of its compile, see `write_manifest`."""
     source = program.base.source
     sites: dict[str, dict[str, Any]] = {}
     for planned in program.plan.entries:
@@ -240,7 +250,7 @@ def _common(program: Program) -> dict[str, Any]:
             "sha256": program.base_sha256,
             "notes": [*source.notes, *source.bound.notes],
         },
-        "adapters": [{"path": str(path), "sha256": found.sha256} for path, found in checkpoints.items()],
+        "adapters": [{"path": str(path), "sha256": c.sha256} for path, c in checkpoints.items()],
         "sites": list(sites.values()),
         "passes": [asdict(record) for record in program.records],
         "proofs": [asdict(proof) for proof in program.proofs.held],

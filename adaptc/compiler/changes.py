@@ -1,4 +1,4 @@
-"""What a pass of a user's own changes: measured beside the graph before it, and refused unless the pass says so."""
+"""Whether a user's pass changes results: measured against the graph before it, and refused if not declared."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ from adaptc.rewriter.pipeline import Compare, Pass, run
 
 
 def comparison(seed: int = 0) -> Compare:
-    """What holds a pass against the graph before it, on a proof's random inputs; adapters are random too.
+    """Make the function that runs a graph before and after a pass, and measures how far the outputs differ.
+
+    It runs both on the random inputs of a proof, with random adapters.
 
     Args:
-        seed: of the inputs and adapters.
+        seed: the seed of the inputs and adapters.
     """
 
     def compare(item: Pass, before: Graph) -> str:
-        """By how much the pass changes results, in words; "" where that is rounding.
+        """By how much the pass changes results, in words; "" where rounding explains the difference.
 
         Raises:
-            RefusedError: it changes them, and does not say that it does.
+            RefusedError: it changes them without declaring `changes_results`.
         """
         change = _change(item, randomised(before, seed), seed)
         if change and not item.changes_results:
@@ -38,16 +40,17 @@ def comparison(seed: int = 0) -> Compare:
 
 
 def _change(item: Pass, before: Graph, seed: int) -> str:
+    """By how much a pass changes the outputs of a graph, in words; "" where rounding explains the difference."""
     allowed = tolerance(before)
     reference = Interpreter(before, wide=True).on(batches(before.inputs, seed))
     rewritten = Interpreter(run(before, [item]), wide=True)
     candidate = rewritten.on(reference.taken, follows=reference, near=allowed)
     try:
-        found = prove(item.name, reference, candidate, inf)
+        proof = prove(item.name, reference, candidate, inf)
     except ProofError as error:
         return str(error).removeprefix(f"{item.name}: ")
-    if found.relative <= allowed:
+    if proof.relative <= allowed:
         return ""
-    if isinf(found.relative):
+    if isinf(proof.relative):
         return "outputs are not finite where they were, or of another dtype"
-    return f"outputs differ by up to {found.relative:.1e} of the largest, and rounding explains {allowed:.1e}"
+    return f"outputs differ by up to {proof.relative:.1e} of the largest, and rounding explains {allowed:.1e}"

@@ -1,4 +1,4 @@
-"""What `adaptc.compile` gives back: the trainable module, the plan, and the artifacts that can be written."""
+"""The result of `adaptc.compile`: the plan, the trainable module, and the artifacts that can be written."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from torch import fx
 
 from adaptc.checkpoints.module_adapters import META, load_adapter_into
 from adaptc.compiler.artifacts import emit_all
+from adaptc.compiler.folding import fold, prove_fold
 from adaptc.compiler.output_paths import output_paths
 from adaptc.compiler.plan_report import PlanReport
 from adaptc.compiler.program import Program
 from adaptc.compiler.proof import BatchRunner, Proof, module_call
 from adaptc.compiler.proofs import check_gradients
 from adaptc.compiler.quantization_error import QuantizationErrors
+from adaptc.compiler.trainable import module_record
 from adaptc.errors import RefusedError
 from adaptc.ir.graph import Graph
 from adaptc.ir.module import bind
@@ -43,7 +45,7 @@ class Compiled:
 
     @property
     def plan(self) -> PlanReport:
-        """Sites, budget and pipeline."""
+        """The sites, what the plan costs, and the pipeline."""
         return self.program.plan
 
     @property
@@ -87,9 +89,9 @@ class Compiled:
             RefusedError: a weight cannot be folded into, or the spec's own passes leave nothing to fold.
             ProofError: the folded graph has other operations than the base, or computes something else.
         """
-        folded = self.program.folded()
-        self.program.prove_fold(folded)
-        return folded.graph
+        graphs = fold(self.program)
+        prove_fold(self.program, graphs)
+        return graphs.written
 
     def fold(self) -> fx.GraphModule:
         """A module with the base's operations and names, and no adaptation left.
@@ -99,15 +101,15 @@ class Compiled:
             ProofError: the folded module computes something else.
         """
         module = bind(self.folded_graph())
-        module.meta[META] = self.program.about(self.base)
+        module.meta[META] = module_record(self.base, self.program.base_record)
         return module.eval()
 
     def inference(self, tokens: int = 1, device: str = "cpu") -> fx.GraphModule:
-        """The folded module with kernels that read quantized weights as they are stored, where faster ones exist.
+        """The folded module, with the device's kernels for quantized weights where these are faster.
 
         Args:
-            tokens: rows of a product at a time: one where a model generates for one reader.
-            device: where it will run, such as "cuda"; it is proved there.
+            tokens: rows of a matrix product at a time: one where a model generates for one reader.
+            device: where it will run and is proved, such as "cuda".
 
         Raises:
             RefusedError: it cannot be folded as the spec stands, or torch does not reach the device.
@@ -118,11 +120,11 @@ class Compiled:
         refusals = kernels.requires(self.graph)
         if refusals:
             raise RefusedError(refusals)
-        folded = self.program.folded()
-        merged = self.program.prove_fold(folded)
-        graph = run(folded.graph, [passes["plain-integers"](), kernels])
+        graphs = fold(self.program)
+        folded = prove_fold(self.program, graphs)
+        graph = run(graphs.written, [passes["plain-integers"](), kernels])
         module = bind(graph).eval().to(device)
-        reference = self.program.reference(folded.graph, merged)
+        reference = self.program.reference(graphs.written, folded)
         # A GPU's convolutions round float32 to 10 bits unless told otherwise, which no proof allows.
         with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
             candidate = BatchRunner(module_call(module, device)).on(reference.taken)
@@ -130,7 +132,7 @@ class Compiled:
         return module
 
     def check_gradients(self) -> None:
-        """Every trained parameter gets a gradient, and nothing else does.
+        """Check with random inputs and adapters that every trained parameter gets a gradient.
 
         Raises:
             ProofError: names what does not.
@@ -138,13 +140,16 @@ class Compiled:
         check_gradients(self.program.trainable_graph())
 
     def quantization_errors(self, adapters: str = "live") -> QuantizationErrors | None:
-        """What quantization costs, against the float model with the same adapters; None where nothing is quantized.
+        """What quantization costs, against the float model with the same adapters.
 
         Args:
-            adapters: of the model as it is `live`, or `folded` by the spec's own passes.
+            adapters: measure the model with `live` adapters, or `folded` by the spec's own passes.
+
+        Returns:
+            The errors; None where nothing is quantized.
         """
-        quantized_after = adapters == "folded" and bool(self.plan.closing[1:])
-        return self.program.quantization_errors(self.program.folded() if quantized_after else None)
+        requantized = adapters == "folded" and bool(self.plan.closing[1:])
+        return self.program.quantization_errors(fold(self.program).quantized if requantized else None)
 
     def emit(self, format: str, path: str | Path, **options: Any) -> None:
         """Write one artifact, as an `emit` entry of a spec would: `emit("onnx", path, adapters="folded")`.
@@ -153,9 +158,9 @@ class Compiled:
             SpecError: the format or an option is unknown.
             AdaptcError: it cannot be made, or its proof failed; nothing is left at `path`.
         """
-        checked = load({"emit": [{"format": format, **options, "path": str(Path(path).absolute())}]})
-        output_paths(checked, checked.emit)
-        (artifact,) = emit_all(self.program, checked.emit)
+        spec = load({"emit": [{"format": format, **options, "path": str(Path(path).absolute())}]})
+        output_paths(spec, spec.emit)
+        (artifact,) = emit_all(self.program, spec.emit)
         self.errors = artifact.errors
 
     def save_adapter(self, directory: str | Path) -> None:

@@ -14,10 +14,12 @@ from adaptc.tracing.merge_training import follow_training
 
 @dataclass(frozen=True)
 class FollowTraining(Pass):
-    """Two traces of a model, one a mode, become one graph that reads the module's mode; in evaluation it is as it was.
+    """Two traces of a model, one in each mode, become one graph that reads the module's mode.
+
+    In evaluation mode the graph computes what it did before.
 
     Attributes:
-        training: the trace in training mode. It is used up.
+        training: the trace in training mode. Merging consumes it.
     """
 
     training: fx.GraphModule
@@ -26,7 +28,7 @@ class FollowTraining(Pass):
     takes: ClassVar[frozenset[str]] = frozenset({"traced"})
 
     def call(self, graph: Graph) -> bool:
-        """Merge it into the graph.
+        """Merge the trace in training mode into the graph.
 
         Raises:
             TraceError: the model computes something else in training than dropout and the like.

@@ -1,4 +1,4 @@
-"""Mixed precision: how many bits each layer gets, by what its output loses, within a budget of size or error."""
+"""Mixed precision: the bits of each layer, chosen by the error that fewer bits cause, within a budget."""
 
 from __future__ import annotations
 
@@ -26,7 +26,13 @@ Rows = Sequence[Batch]
 
 @dataclass(frozen=True)
 class Choice:
-    """A way to store a layer: None for floats."""
+    """A way to store a layer.
+
+    Attributes:
+        scheme: the quantization scheme; None for floats.
+        bytes: the bytes of the layer's matrix as stored.
+        error: the largest relative error of the model's outputs that it causes.
+    """
 
     scheme: Scheme | None
     bytes: int
@@ -35,25 +41,50 @@ class Choice:
 
 @dataclass
 class Layer:
-    """A layer and its ways, from the fewest bytes on; `at` is the one in force."""
+    """A layer and the ways to store it.
+
+    Attributes:
+        site: where its weight is read.
+        entry: the number of the entry of `quantize` that names it.
+        choices: the ways to store it, from the fewest bytes to the most.
+        at: the index of the way that is chosen so far.
+    """
 
     site: WeightSite
     entry: int | None
-    ways: list[Choice]
+    choices: list[Choice]
     at: int = 0
 
     @property
+    def chosen(self) -> Choice:
+        """The way that is chosen so far."""
+        return self.choices[self.at]
+
+    @property
+    def following(self) -> Choice:
+        """The way with the next more bytes."""
+        return self.choices[self.at + 1]
+
+    @property
     def gain(self) -> float:
-        """How much of the squared error the next way takes away, a byte."""
-        now, then = self.ways[self.at], self.ways[self.at + 1]
-        return (now.error**2 - then.error**2) / max(1, then.bytes - now.bytes)
+        """By how much the squared error falls for each byte more, if the next way is taken."""
+        more = self.following.bytes - self.chosen.bytes
+        return (self.chosen.error**2 - self.following.error**2) / max(1, more)
 
 
 def choose(graph: Graph, items: Sequence[Quantize], budget: QuantizeBudget) -> list[Quantize]:
-    """The passes that quantize within a budget, in place of these.
+    """Choose bits for each layer within a budget.
 
-    Every layer starts with the fewest bits; as long as the budget lets it, the layer gets more whose part of the
-    outputs' squared error falls most a byte. A budget of error is held against the model's outputs as they are.
+    Every layer starts with the fewest bits. At each step the layer gets more bits whose squared output error falls
+    most for each byte, until the size is used up, or the measured error of the model's outputs is small enough.
+
+    Args:
+        graph: the traced graph; its calibration rows are used, or random inputs if there are none.
+        items: the passes that quantize, with the schemes that the spec names.
+        budget: the limit of size or error.
+
+    Returns:
+        The passes to run in place of `items`: one for each entry and chosen scheme.
 
     Raises:
         InputError: a budget of size is too small for the fewest bits.
@@ -64,13 +95,13 @@ def choose(graph: Graph, items: Sequence[Quantize], budget: QuantizeBudget) -> l
     floats = sum(4 * matrix_size(layer.site)[0] * matrix_size(layer.site)[1] for layer in layers)
     steps = _steps(layers)
     if budget.size is not None:
-        spent, allowed = sum(layer.ways[0].bytes for layer in layers), budget.size * floats
+        spent, allowed = sum(layer.chosen.bytes for layer in layers), budget.size * floats
         if spent > allowed:
             raise InputError(
                 f"budget.size: the fewest bits take {spent / floats:.3f} of float32's bytes, more than {budget.size}"
             )
         for layer in steps:
-            more = layer.ways[layer.at + 1].bytes - layer.ways[layer.at].bytes
+            more = layer.following.bytes - layer.chosen.bytes
             if spent + more > allowed:
                 break
             spent, layer.at = spent + more, layer.at + 1
@@ -89,36 +120,41 @@ def choose(graph: Graph, items: Sequence[Quantize], budget: QuantizeBudget) -> l
 
 
 def _layers(graph: Graph, reference: Run, item: Quantize, rows: Rows) -> list[Layer]:
+    """The layers that a pass would quantize, with every way to store them and its error."""
     sites = item.selection(graph).sites
     inputs = LayerInputs(graph, sites, rows, TOKENS)
-    found = []
+    layers: list[Layer] = []
     for site in sites:
         x, size = inputs.of(site)(), matrix_size(site)
-        ways = []
+        choices: list[Choice] = []
         for scheme in alternatives(item.scheme):
             given = (lambda x=x: x) if scheme.calibrated else None
             q = Quantization(scheme, site, graph.weights[site.parameter], given)
             W, computed = q.matrix(), q.dequantized()
             error = relative(computed, W) if x is None else relative(F.linear(x, computed), F.linear(x, W))
-            ways.append(Choice(scheme, bytes_of(scheme, *size), error))
-        ways.append(Choice(None, size[0] * size[1] * site.dtype.itemsize, 0.0))
-        found.append(_weighed(graph, reference, Layer(site, item.entry, ways), item))
-    return found
+            choices.append(Choice(scheme, bytes_of(scheme, *size), error))
+        choices.append(Choice(None, size[0] * size[1] * site.dtype.itemsize, 0.0))
+        layers.append(_with_output_errors(graph, reference, Layer(site, item.entry, choices), item))
+    return layers
 
 
-def _weighed(graph: Graph, reference: Run, layer: Layer, item: Quantize) -> Layer:
-    """The layer with errors of the model's outputs in place of its own: a layer's output may matter little, or all.
+def _with_output_errors(graph: Graph, reference: Run, layer: Layer, item: Quantize) -> Layer:
+    """The layer with the error of the model's outputs in place of the layer's own, since layers matter differently.
 
-    Measured for the fewest bits, with all other layers in floats; those of more bits go by the layer's own.
+    The model's error is measured for the fewest bits, with all other layers in floats. For more bits it is assumed to
+    fall as the layer's own error does.
     """
-    first = layer.ways[0].error
+    first = layer.choices[0].error
     effect = _error(graph, reference, _passes([layer], [item]))
-    ways = [Choice(w.scheme, w.bytes, effect * w.error / max(first, 1e-30)) for w in layer.ways]
-    return Layer(layer.site, layer.entry, ways)
+    choices = [Choice(c.scheme, c.bytes, effect * c.error / max(first, 1e-30)) for c in layer.choices]
+    return Layer(layer.site, layer.entry, choices)
 
 
 def alternatives(scheme: Scheme) -> list[Scheme]:
-    """The same scheme in other bits, from the fewest on; what has one width only, and 8 bits."""
+    """The scheme in every number of bits that it has, from the fewest to the most.
+
+    A scheme of one width that is no integer scheme is followed by integers of 8 bits.
+    """
     if isinstance(scheme, CalibratedBlocks):
         return [dataclasses.replace(scheme, bits=bits) for bits in (2, 4, 8)]
     plain = plain_integers()
@@ -129,36 +165,37 @@ def alternatives(scheme: Scheme) -> list[Scheme]:
 
 
 def _steps(layers: Sequence[Layer]) -> list[Layer]:
-    """Which layer gets more at each step, until all are floats."""
-    found = []
-    for layer in layers:
-        layer.at = 0
-    while left := [layer for layer in layers if layer.at + 1 < len(layer.ways)]:
-        best = max(left, key=lambda layer: layer.gain)
-        best.at += 1
-        found.append(best)
+    """The layer that gets more bits at each step, from the fewest bits until all are floats."""
+    steps: list[Layer] = []
     _take(layers, [])
-    return found
+    while growing := [layer for layer in layers if layer.at + 1 < len(layer.choices)]:
+        best = max(growing, key=lambda layer: layer.gain)
+        best.at += 1
+        steps.append(best)
+    _take(layers, [])
+    return steps
 
 
 def _take(layers: Sequence[Layer], steps: Sequence[Layer]) -> None:
+    """Let each layer be at the way that these steps lead to."""
     for layer in layers:
         layer.at = sum(step is layer for step in steps)
 
 
 def _passes(layers: Sequence[Layer], items: Sequence[Quantize]) -> list[Quantize]:
-    """A pass for every scheme that some layers of an entry have."""
-    found = []
+    """A pass for each scheme that layers of an entry have."""
+    passes: list[Quantize] = []
     for item in items:
-        of: dict[Scheme, list[str]] = {}
+        targets: dict[Scheme, list[str]] = {}
         for layer in layers:
-            scheme = layer.ways[layer.at].scheme
+            scheme = layer.chosen.scheme
             if layer.entry == item.entry and scheme is not None:
-                of.setdefault(scheme, []).append(layer.site.pattern)
-        for scheme, target in of.items():
-            found.append(Quantize(scheme, target=tuple(target), entry=item.entry))
-    return found
+                targets.setdefault(scheme, []).append(layer.site.pattern)
+        for scheme, target in targets.items():
+            passes.append(Quantize(scheme, target=tuple(target), entry=item.entry))
+    return passes
 
 
 def _error(graph: Graph, reference: Run, passes: Sequence[Quantize]) -> float:
+    """The largest relative error of an output, after these passes."""
     return max(output_errors(reference, run(graph, passes)).values(), default=0.0)

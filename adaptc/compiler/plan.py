@@ -1,4 +1,4 @@
-"""The plan: which site gets what, and by which passes. No weight is read, and nothing rewritten."""
+"""The plan: which site gets which adapter or scheme, and by which passes. Nothing is rewritten."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from adaptc.spec.spec import Spec
 
 @dataclass
 class Plan:
-    """What goes where, and by which passes. Nothing is rewritten yet.
+    """What is inserted and quantized at which sites, and by which passes.
 
     Attributes:
         entries: what is inserted, in order.
         quantized: what is stored in few bits, in order.
-        passes: the pipeline as the spec states it.
-        closing: of it what folded artifacts have besides: from the pass on that folds.
-        choice: which bits a budget chose, in words; "" where there is no budget.
+        passes: the pipeline, in order.
+        closing: the end of the pipeline that only folded artifacts have: the pass that folds, and all after it.
+        choice: the bits that were chosen within the spec's budget, in words; "" where there is no budget.
     """
 
     entries: list[PlannedInsertion]
@@ -64,7 +64,7 @@ class Plan:
 
     @property
     def stated(self) -> list[str | dict[str, Any]]:
-        """The pipeline as `passes` of a spec would state it."""
+        """The pipeline as a spec's `passes` would state it."""
         inserts = [planned.insert for planned in self.entries]
         return as_written(self.passes, inserts, [planned.item for planned in self.quantized])
 
@@ -72,11 +72,14 @@ class Plan:
 def make_plan(spec: Spec, graph: Graph, weighed: bool = False) -> Plan:
     """Match every entry with the graph, check that each can be done, and put the passes in order.
 
-    With `weighed` weights are read where the spec has a budget, and bits chosen within it.
+    Args:
+        spec: the spec.
+        graph: the traced graph.
+        weighed: read weights to choose bits, where the spec has a budget; without it no weight is read.
 
     Raises:
-        SpecError: a target matches nothing, a method cannot sit on a layer, a name is taken, a layer has no
-            path to the output, or the passes stand in an impossible order. All problems at once.
+        SpecError: a target matches nothing, a method cannot adapt a layer, a name is taken, a layer has no
+            path to the output, or the order of the passes is impossible. All problems at once.
         WeightError: an adapter's checkpoint cannot be read.
     """
     entries = [planned for index in range(len(spec.adapt)) for planned in entries_of(spec, graph, index)]
@@ -96,19 +99,20 @@ def make_plan(spec: Spec, graph: Graph, weighed: bool = False) -> Plan:
 
 
 def _problems(spec: Spec, graph: Graph, planned: PlannedInsertion) -> list[Problem]:
+    """Why an entry cannot be done: its target matches nothing, or sites that the method cannot adapt."""
     method, selection = planned.insert.method, planned.selection
     key = "adapter" if planned.checkpoint is not None else "target"
     if not selection.sites:
-        words = no_match(graph, method, selection, planned.checkpoint is not None)
-        return [spec.source.problem(("adapt", planned.entry, key), *words)]
+        lines = no_match(graph, method, selection, planned.checkpoint is not None)
+        return [spec.source.problem(("adapt", planned.entry, key), *lines)]
     if selection.lacking:
-        words = (f"{method.name}: {selection.lacking[0]}", *selection.lacking[1:])
-        return [spec.source.problem(("adapt", planned.entry, key), *words)]
-    found: dict[Any, Problem] = {}
+        message, notes = selection.lacking[0], selection.lacking[1:]
+        return [spec.source.problem(("adapt", planned.entry, key), f"{method.name}: {message}", *notes)]
+    problems: dict[Any, Problem] = {}  # one for each option at fault, and for each module on no path
     for site in selection.sites:
         refused = planned.insert.refused(site)
         if refused:
-            found.setdefault(
+            problems.setdefault(
                 refused.option,
                 spec.source.problem(
                     ("adapt", planned.entry, *refused.option),
@@ -117,7 +121,7 @@ def _problems(spec: Spec, graph: Graph, planned: PlannedInsertion) -> list[Probl
                 ),
             )
         elif not reaches_output(graph, site):
-            found.setdefault(
+            problems.setdefault(
                 site.module,
                 spec.source.problem(
                     ("adapt", planned.entry, key),
@@ -126,11 +130,11 @@ def _problems(spec: Spec, graph: Graph, planned: PlannedInsertion) -> list[Probl
                     "leave it out with `exclude`",
                 ),
             )
-    return list(found.values())
+    return list(problems.values())
 
 
 def reaches_output(graph: Graph, site: Site) -> bool:
-    """Whether a change of this site's weight can reach the output, and a gradient come back."""
+    """Whether the site has a path to the output along which gradients flow back."""
     detach = torch.ops.aten.detach.default
     nodes = graph.by_name()
 
@@ -146,13 +150,14 @@ def reaches_output(graph: Graph, site: Site) -> bool:
 
 
 def _name_clashes(spec: Spec, entries: Sequence[PlannedInsertion]) -> list[Problem]:
+    """Why a site cannot hold all its adapters: two entries give it tensors of the same name."""
     taken: dict[str, PlannedInsertion] = {}
-    problems = []
+    problems: list[Problem] = []
     for planned in entries:
         for site in planned.selection.sites:
             method = planned.insert.method
             names = [name for name, _ in planned.insert.tensors(site, planned.selection.sites).values()]
-            if isinstance(method, PromptMethod):  # what makes them is dropped when they are saved
+            if isinstance(method, PromptMethod):  # a checkpoint holds the tokens alone, under this name
                 names.append(shared_name(planned.insert.adapter, PROMPT_KEY))
             clash = next((n for n in names if taken.get(n, planned) is not planned), None)
             if clash:

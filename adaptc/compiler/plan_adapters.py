@@ -1,4 +1,4 @@
-"""From the entries of a spec to what is inserted: methods on sites, and the checkpoints of trained ones."""
+"""The adapters of a plan: from the entries of `adapt` to methods on sites, with the checkpoints of trained ones."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from typing import Any
 from adaptc.checkpoints.adapter import ROOT, Checkpoint, directories, read, why_missing
 from adaptc.checkpoints.adapter_checks import match
 from adaptc.checkpoints.graph_records import weight_order
-from adaptc.checkpoints.peft_config import declared, named_modules
+from adaptc.checkpoints.peft_config import declared
 from adaptc.checkpoints.peft_keys import PeftLayout
+from adaptc.checkpoints.peft_targets import named_modules
 from adaptc.errors import InputError, WeightError
+from adaptc.ir.adaptation import OnAlias
+from adaptc.ir.base import Pretrained
 from adaptc.ir.graph import Graph
-from adaptc.ir.selection import Selection
+from adaptc.ir.selection import Selection, Target
 from adaptc.methods.method import METHODS, Method
 from adaptc.methods.param import Param
 from adaptc.methods.site import ATTENTION, WeightSite
@@ -25,92 +28,134 @@ from adaptc.spec.spec import Spec, resolve_path
 
 @dataclass(frozen=True)
 class PlannedInsertion:
-    """One thing to insert: from an entry of the spec, or from a checkpoint that an entry names."""
+    """One method to insert, from an entry of the spec or from a checkpoint that an entry names.
+
+    Attributes:
+        entry: the number of the entry.
+        insert: the pass that inserts it.
+        selection: the sites that its target matches.
+        checkpoint: the checkpoint that holds its weights, if it is trained.
+        whole: the method at the checkpoint's rank, where it is inserted at a smaller one.
+    """
 
     entry: int
-    insert: Insert
+    insert: Insert[Any, Any]
     selection: Selection[Any]
     checkpoint: Checkpoint | None = None
-    whole: Method | None = None
-    """The method at the rank its checkpoint has, where it is inserted at a smaller one."""
+    whole: Method[Any] | None = None
 
     @property
-    def stored_as(self) -> Method:
-        """The method as the checkpoint holds it."""
+    def stored_as(self) -> Method[Any]:
+        """The method at the rank that the checkpoint has."""
         return self.whole or self.insert.method
 
 
+@dataclass(frozen=True)
+class _Common:
+    """The options of `Insert` that all methods of one entry share."""
+
+    adapter: str
+    entry: int
+    seed: int
+    on_alias: OnAlias
+
+    def insert(self, method: Method[Any], target: Target, **options: Any) -> Insert[Any, Any]:
+        """The pass that inserts a method with these options."""
+        return Insert(method, target=target, **vars(self), **options)
+
+
 def entries_of(spec: Spec, graph: Graph, index: int) -> list[PlannedInsertion]:
-    """What one entry of `adapt` inserts.
+    """The methods that one entry of `adapt` inserts.
 
     Raises:
-        SpecError: there is no checkpoint where it says.
+        SpecError: there is no checkpoint at its path, or no calibration data for a method that chooses by data.
         WeightError: the checkpoint cannot be read.
     """
     entry = spec.adapt[index]
     if isinstance(entry, AdapterEntry):
         return _trained(spec, graph, index, entry)
-    common = {"adapter": entry.name, "entry": index, "seed": spec.seed, "on_alias": entry.on_alias}
-    item = Insert(entry.build(), target=entry.target, exclude=entry.exclude, **common)
+    common = _Common(entry.name, index, spec.seed, entry.on_alias)
+    item = common.insert(entry.build(), entry.target, exclude=entry.exclude)
     if item.method.calibrated:
         item = _calibrated(spec, graph, index, item)
-    item = with_words(spec, graph, index, item)
+    item = _tokenized(spec, graph, index, item)
     first = PlannedInsertion(index, item, item.selection(graph))
     return [first, *_biases(graph, first, common)]
 
 
-def _calibrated(spec: Spec, graph: Graph, index: int, item: Insert) -> Insert:
-    """What is inserted, with what data decides decided; a plan alone reads none."""
+def _calibrated(spec: Spec, graph: Graph, index: int, item: Insert[Any, Any]) -> Insert[Any, Any]:
+    """The pass with its method's choices made by the graph's Fisher information; a plan alone makes none.
+
+    Raises:
+        SpecError: there is no calibration data.
+    """
     if graph.fisher_information is None:
         if spec.calibration is None:
-            words = f"{item.method.name} chooses by data, and there is none"
-            raise spec.error(
-                ("adapt", index), words, "name some: `calibration: rows.jsonl`, inputs with labels"
-            )
+            message = f"{item.method.name} chooses by data, and there is none"
+            advice = "name some: `calibration: rows.jsonl`, inputs with labels"
+            raise spec.error(("adapt", index), message, advice)
         return item
-    found = graph.fisher_information.of(site.parameter for site in item.selection(graph).sites)
-    by_site = {site.name: found[site.parameter] for site in item.selection(graph).sites}
+    sites = item.selection(graph).sites
+    information = graph.fisher_information.of(site.parameter for site in sites)
+    by_site = {site.name: information[site.parameter] for site in sites}
     return replace(item, method=item.method.calibrate(by_site))
 
 
 def _trained(spec: Spec, graph: Graph, index: int, entry: AdapterEntry) -> list[PlannedInsertion]:
+    """The methods that an entry's checkpoints declare.
+
+    Raises:
+        SpecError: there is no checkpoint at its path, or its rank cannot be cut.
+        WeightError: a checkpoint cannot be read.
+    """
     place, path = ("adapt", index, "adapter"), resolve_path(spec, entry.adapter)
     absent = why_missing(path)
     if absent:
         raise spec.error(place, absent)
-    found: list[PlannedInsertion] = []
+    planned: list[PlannedInsertion] = []
     try:
         for directory in directories(path):
             checkpoint = read(directory, entry.allow_pickle)
             name = entry.name or (directory.name if directory != path else "default")
-            common = {"adapter": name, "entry": index, "seed": spec.seed, "on_alias": entry.on_alias}
-            found += _from_checkpoint(graph, checkpoint, common, entry.r)
+            common = _Common(name, index, spec.seed, entry.on_alias)
+            planned += _from_checkpoint(graph, checkpoint, common, entry.r)
     except WeightError as error:
         raise spec.weight_error(place, error) from None
     except InputError as error:
-        raise spec.error((*place[:2], "r"), str(error)) from None
-    return found
+        raise spec.error((*place[:2], "r"), error.message, *error.notes) from None
+    return planned
 
 
 def _from_checkpoint(
-    graph: Graph, checkpoint: Checkpoint, common: dict[str, Any], rank: int | None
+    graph: Graph, checkpoint: Checkpoint, common: _Common, rank: int | None
 ) -> list[PlannedInsertion]:
-    what = declared(checkpoint)
-    if what.method.peft is not None and what.method.peft.tied and common["on_alias"] == "refuse":
-        common = common | {"on_alias": "share"}
-    chosen = {"target": what.target, "exclude": what.exclude, "as_stored": what.as_stored, "trained": True}
-    item = Insert(what.method(**what.options), **common, **chosen)
+    """The method that a checkpoint declares, and the parameters that it holds whole.
+
+    Raises:
+        InputError: the method cannot be cut to `rank`.
+        WeightError: the checkpoint cannot be read, or holds what no change of a layer's own weight computes.
+    """
+    declaration = declared(checkpoint)
+    cls, options = declaration.method, declaration.options
+    if cls.peft is not None and cls.peft.tied and common.on_alias == "refuse":
+        common = replace(common, on_alias="share")
+    item = common.insert(
+        cls(**options),
+        declaration.target,
+        exclude=declaration.exclude,
+        as_stored=declaration.as_stored,
+        trained=True,
+    )
     if not checkpoint.in_adaptc_format and any(
         site.type == ATTENTION for site in item.selection(graph).sites
     ):
-        assert what.method.peft is not None
-        options = what.method.peft.computed(what.options, named_modules(checkpoint))
-        item = replace(item, method=what.method(**options))
-    whole = None
+        assert cls.peft is not None
+        item = replace(item, method=cls(**cls.peft.computed(options, named_modules(checkpoint))))
+    whole: Method[Any] = item.method
     if rank is not None:
-        whole = item.method
         item = replace(item, method=_cut(whole, rank))
-    first = PlannedInsertion(common["entry"], item, item.selection(graph), checkpoint, whole)
+    stored = whole if rank is not None else None
+    first = PlannedInsertion(common.entry, item, item.selection(graph), checkpoint, stored)
     grouped = [
         s
         for s in first.selection.sites
@@ -121,18 +166,18 @@ def _from_checkpoint(
             f"{checkpoint.path}: PEFT's {item.method.name} on the grouped convolution {grouped[0].module} reaches "
             "across groups, which no change of that layer's own weight does; train it without that layer, or by adaptc"
         )
-    joined = []
+    joined: list[PlannedInsertion] = []
     if checkpoint.saved_modules:
         target = [pattern for module in checkpoint.saved_modules for pattern in (module, f"*.{module}")]
         joined.append(_whole(graph, first, target, common))
     return [first, *_biases(graph, first, common), *joined]
 
 
-def _cut(method: Method, rank: int) -> Method:
+def _cut(method: Method[Any], rank: int) -> Method[Any]:
     """The method at a smaller rank.
 
     Raises:
-        InputError: its ranks are not nested, or there are fewer.
+        InputError: its ranks are not nested, or it has no more ranks than asked for.
     """
     largest: int | None = getattr(method, "r", None)
     cut = method.cut(rank)
@@ -147,26 +192,31 @@ def _cut(method: Method, rank: int) -> Method:
 
 
 def _whole(
-    graph: Graph, host: PlannedInsertion, target: Any, common: dict[str, Any], **options: Any
+    graph: Graph, host: PlannedInsertion, target: Target, common: _Common, **options: Any
 ) -> PlannedInsertion:
     """Parameters trained whole beside a method: PEFT's `modules_to_save`, and the biases of `bias`."""
     cls = next(c for c in METHODS.values() if c.peft is not None and c.peft.joins == "modules_to_save")
-    item = Insert(cls(**options), target=target, **common)
+    item = common.insert(cls(**options), target)
     return PlannedInsertion(host.entry, item, item.selection(graph), host.checkpoint)
 
 
-def _biases(graph: Graph, host: PlannedInsertion, common: dict[str, Any]) -> list[PlannedInsertion]:
-    """The biases that a low-rank method's option `bias` trains: of the layers it adapts, or all."""
+def _biases(graph: Graph, host: PlannedInsertion, common: _Common) -> list[PlannedInsertion]:
+    """The biases that a low-rank method's option `bias` trains: those of the layers it adapts, or all."""
     which = getattr(host.insert.method, "biases", "none")
     if which == "none":
         return []
     adapted = tuple(dict.fromkeys(site.module for site in host.selection.sites))
-    found = _whole(graph, host, adapted if which == "lora_only" else "*", common, parameters=("bias",))
-    return [found] if found.selection.sites else []
+    target = adapted if which == "lora_only" else ("*",)
+    biases = _whole(graph, host, target, common, parameters=("bias",))
+    return [biases] if biases.selection.sites else []
 
 
 def match_checkpoints(spec: Spec, graph: Graph, entries: Sequence[PlannedInsertion]) -> None:
-    """Hold the keys and shapes of every checkpoint against what will be inserted for it."""
+    """Check the keys and shapes of every checkpoint against the parameters that will be inserted for it.
+
+    Raises:
+        WeightError: they do not match.
+    """
     for path in dict.fromkeys(p.checkpoint.path for p in entries if p.checkpoint is not None):
         members = [p for p in entries if p.checkpoint is not None and p.checkpoint.path == path]
         checkpoint = members[0].checkpoint
@@ -188,8 +238,8 @@ def match_checkpoints(spec: Spec, graph: Graph, entries: Sequence[PlannedInserti
             raise spec.weight_error(("adapt", members[0].entry, "adapter"), error) from None
 
 
-def with_words(spec: Spec, graph: Graph, index: int, item: Insert[Any]) -> Insert[Any]:
-    """What is inserted, with its words as numbers of tokens.
+def _tokenized(spec: Spec, graph: Graph, index: int, item: Insert[Any, Any]) -> Insert[Any, Any]:
+    """The pass with its method's texts as numbers of tokens, where the method starts from texts.
 
     Raises:
         SpecError: the base has no tokenizer.
@@ -200,21 +250,25 @@ def with_words(spec: Spec, graph: Graph, index: int, item: Insert[Any]) -> Inser
     origin = graph.source.pretrained
     tokenize = _tokenizer(origin) if origin is not None else None
     if origin is None or tokenize is None:
-        words = f"{method.name} starts from words, and {graph.source.describe} has no tokenizer"
-        raise spec.error(
-            ("adapt", index),
-            words,
-            "save one beside the model, or give the numbers: init_tokens: [[7], [12]]",
-        )
-    labels = [str(name) for _, name in sorted((getattr(origin.config, "id2label", None) or {}).items())]
+        message = f"{method.name} starts from words, and {graph.source.describe} has no tokenizer"
+        advice = "save one beside the model, or give the numbers: init_tokens: [[7], [12]]"
+        raise spec.error(("adapt", index), message, advice)
+    by_number: dict[int, Any] = getattr(origin.config, "id2label", None) or {}
+    labels = [str(by_number[number]) for number in sorted(by_number)]
     return replace(item, method=method.tokenized(tokenize, labels))
 
 
-def _tokenizer(origin: Any) -> Callable[[str, bool], Sequence[int]] | None:
+def _tokenizer(origin: Pretrained) -> Callable[[str, bool], Sequence[int]] | None:
+    """The model's tokenizer, called with a text and whether to add special tokens; None if it has none."""
     from transformers import AutoTokenizer
 
+    auto: Any = AutoTokenizer
     try:
-        found = AutoTokenizer.from_pretrained(origin.name, trust_remote_code=origin.trust_remote_code)
+        tokenizer: Any = auto.from_pretrained(origin.name, trust_remote_code=origin.trust_remote_code)
     except (OSError, ValueError, ImportError, KeyError):
         return None
-    return lambda text, special: found(text, add_special_tokens=special)["input_ids"]
+
+    def tokenize(text: str, special: bool) -> Sequence[int]:
+        return tokenizer(text, add_special_tokens=special)["input_ids"]
+
+    return tokenize

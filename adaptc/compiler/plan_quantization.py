@@ -1,4 +1,4 @@
-"""From the entries of `quantize` to what is stored in few bits."""
+"""The quantization of a plan: from the entries of `quantize`, and the base's own bits, to schemes on sites."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
+from torch import fx
 
+from adaptc.compiler.mixed_precision import choose
+from adaptc.compiler.quantization_error import relative
 from adaptc.errors import InputError, Problem
 from adaptc.ir.aliases import module_names, used_elsewhere
 from adaptc.ir.graph import Graph
@@ -21,12 +23,18 @@ from adaptc.rewriter.quantize import Quantize
 from adaptc.spec.spec import QuantizeBudget, Spec
 
 SAMPLE = 2**16
-"""Numbers that the expected error is found with."""
+"""How many random weights the expected error of a scheme is measured on."""
 
 
 @dataclass(frozen=True)
 class PlannedQuantization:
-    """Weights to store in few bits: an entry of `quantize`, or None for those that the base has in bits already."""
+    """Weights to store in few bits.
+
+    Attributes:
+        entry: the number of the entry of `quantize`; None for weights that the base stores in few bits already.
+        item: the pass that quantizes them.
+        selection: the sites that its target matches.
+    """
 
     entry: int | None
     item: Quantize
@@ -34,23 +42,26 @@ class PlannedQuantization:
 
     @property
     def stored(self) -> int:
-        """Bytes of all its matrices."""
+        """The bytes of all its matrices as stored, scales included."""
         return sum(bytes_of(self.item.scheme, *matrix_size(site)) for site in self.selection.sites)
 
     @property
     def bits(self) -> float:
-        """Bits a weight, scales and all."""
+        """Bits for each weight, scales included."""
         return 8 * self.stored / max(1, self.numbers)
 
     @property
     def numbers(self) -> int:
-        """How many weights."""
+        """How many numbers its matrices have."""
         return sum(math.prod(matrix_size(site)) for site in self.selection.sites)
 
     def expected(self) -> dict[str, float]:
-        """Relative error of each order of fold and quantize: of the weights, were they normally distributed.
+        """The relative error ‖Ŵ - W‖ / ‖W‖ to expect of the weights, were they normally distributed.
 
-        A layer's output is off by about as much. The model's outputs are by at most about `outputs` times as much.
+        A layer's output has about the same error. The model's outputs have at most about `growth` times as much.
+
+        Returns:
+            Each order of insert, fold and quantize -> its error.
         """
         sizes = [matrix_size(site) for site in self.selection.sites]
         errors = [expected_error(self.item.scheme, columns) for _, columns in sizes]
@@ -65,54 +76,55 @@ class PlannedQuantization:
             "quantize, insert, fold, quantize": once * 2**0.5,
         }
 
-    def outputs(self, graph: Graph) -> float:
-        """How many layers' errors add up in the model's outputs: the root of the products in a row.
+    def growth(self, graph: Graph) -> float:
+        """By how much the error of one layer grows in the model's outputs, at most: √n for n quantized layers in a row.
 
-        Independent errors add up by their squares; behind a residual stream or a norm less of each is left.
+        Independent errors add up by their squares. A residual stream or a norm makes each smaller downstream.
         """
-        mine = {use.node for site in self.selection.sites for use in site.uses}
-        behind: dict[Any, int] = {}
+        quantized = {use.node for site in self.selection.sites for use in site.uses}
+        upstream: dict[fx.Node, int] = {}
         for node in graph.nodes:
-            before = max((behind[operand] for operand in node.all_input_nodes), default=0)
-            behind[node] = before + (node.name in mine)
-        return max(behind.values(), default=0) ** 0.5
+            most = max((upstream[operand] for operand in node.all_input_nodes), default=0)
+            upstream[node] = most + (node.name in quantized)
+        return max(upstream.values(), default=0) ** 0.5
 
 
 @cache
 def expected_error(scheme: Scheme, columns: int) -> float:
-    """‖Ŵ - W‖ / ‖W‖ of some rows of normally distributed weights."""
+    """‖Ŵ - W‖ / ‖W‖ of normally distributed weights: of about `SAMPLE`, in rows of so many columns."""
     rows = max(SAMPLE // columns, 1)
     W = torch.randn((rows, columns), generator=torch.Generator().manual_seed(0))
     plain = scheme.without_inputs()
-    held = {**plain.constants(), **plain.quantize(W)}
-    return float((plain.dequantize(rows, columns, held) - W).norm() / W.norm())
+    tensors = {**plain.constants(), **plain.quantize(W)}
+    return relative(plain.dequantize(rows, columns, tensors), W)
 
 
 def quantizations_of(spec: Spec, graph: Graph) -> list[PlannedQuantization]:
-    """What the base has in bits, and what the entries of `quantize` store in few; what these name is theirs."""
-    found: list[PlannedQuantization] = []
+    """The weights that the base stores in few bits, then those of the entries of `quantize`.
+
+    A weight of the base that an entry names too belongs to the entry.
+    """
+    planned: list[PlannedQuantization] = []
     for index, entry in enumerate(spec.quantize):
         item = Quantize(entry.build(), target=entry.target, exclude=entry.exclude, entry=index)
-        found.append(PlannedQuantization(index, item, item.selection(graph)))
-    taken = {site.parameter for planned in found for site in planned.selection.sites}
-    return [*_of_base(graph, taken), *found]
+        planned.append(PlannedQuantization(index, item, item.selection(graph)))
+    taken = {site.parameter for entry in planned for site in entry.selection.sites}
+    return [*_of_base(graph, taken), *planned]
 
 
 def _of_base(graph: Graph, taken: set[str]) -> list[PlannedQuantization]:
-    of: dict[Scheme, list[str]] = {}
+    """The weights that the base stores in few bits and that are not `taken`, by their scheme."""
+    targets: dict[Scheme, list[str]] = {}
     for site in graph.sites:
-        known = graph.source.packed.get(site.parameter)
-        if known is not None and site.parameter not in taken:
-            of.setdefault(known.matrix.scheme, []).append(site.pattern)
-    found = []
-    for scheme, target in of.items():
-        item = Quantize(scheme, target=tuple(target), entry=None)
-        found.append(PlannedQuantization(None, item, item.selection(graph)))
-    return found
+        packed = graph.source.packed.get(site.parameter)
+        if packed is not None and site.parameter not in taken:
+            targets.setdefault(packed.matrix.scheme, []).append(site.pattern)
+    items = [Quantize(scheme, target=tuple(target), entry=None) for scheme, target in targets.items()]
+    return [PlannedQuantization(None, item, item.selection(graph)) for item in items]
 
 
 def quantize_problems(spec: Spec, graph: Graph, planned: PlannedQuantization) -> list[Problem]:
-    """Why an entry cannot be done: its target matches nothing, or matrices that the scheme does not take."""
+    """Why an entry cannot be done: its target matches nothing, or matrices that the scheme cannot store."""
     if planned.entry is None:
         return []
     item, place = planned.item, ("quantize", planned.entry)
@@ -120,67 +132,69 @@ def quantize_problems(spec: Spec, graph: Graph, planned: PlannedQuantization) ->
     if not planned.selection.sites:
         return [spec.source.problem((*place, "target"), *no_match(graph, scheme, planned.selection, False))]
     if scheme.calibrated and spec.calibration is None and not graph.calibration_rows:
-        words = f"{scheme.name} chooses by the layers' inputs, and there are none"
-        return [spec.source.problem(place, words, "name some rows: `calibration: rows.jsonl`")]
-    found: dict[Any, Problem] = {}
+        message = f"{scheme.name} chooses by the layers' inputs, and there are none"
+        return [spec.source.problem(place, message, "name some rows: `calibration: rows.jsonl`")]
+    problems: dict[tuple[str, ...], Problem] = {}
     for site in planned.selection.sites:
         refused = item.refused(graph, site)
         if refused:
-            words = f"{scheme.name}: {refused.reason}"
-            found.setdefault(
-                refused.option, spec.source.problem((*place, *refused.option), words, f"site {site}")
-            )
-    return list(found.values())
+            message = f"{scheme.name}: {refused.reason}"
+            problem = spec.source.problem((*place, *refused.option), message, f"site {site}")
+            problems.setdefault(refused.option, problem)
+    return list(problems.values())
 
 
 def named_twice(spec: Spec, planned: Sequence[PlannedQuantization]) -> list[Problem]:
-    """Weights that two entries store."""
-    taken: dict[str, int] = {}
-    problems = []
-    for found in planned:
-        if found.entry is None:
+    """Why the entries cannot be done together: two of them quantize one weight."""
+    first: dict[str, int] = {}
+    problems: list[Problem] = []
+    for entry in planned:
+        if entry.entry is None:
             continue
-        twice = next((s for s in found.selection.sites if s.parameter in taken), None)
+        twice = next((s for s in entry.selection.sites if s.parameter in first), None)
         if twice is not None:
-            words = (
-                f"{found.item.scheme.name}: quantize.{taken[twice.parameter]} stores {twice.module} already"
-            )
-            place = ("quantize", found.entry, "target")
-            problems.append(spec.source.problem(place, words, "leave it out of one of them with `exclude`"))
-        taken |= {site.parameter: found.entry for site in found.selection.sites}
+            other = f"quantize.{first[twice.parameter]}"
+            message = f"{entry.item.scheme.name}: {other} quantizes {twice.module} already"
+            place = ("quantize", entry.entry, "target")
+            problems.append(spec.source.problem(place, message, "leave it out of one of them with `exclude`"))
+        first |= {site.parameter: entry.entry for site in entry.selection.sites}
     return problems
 
 
 def quantize_notes(graph: Graph, planned: Sequence[PlannedQuantization]) -> list[str]:
-    """What the person should know: patterns without a match, heads left out, tensors that are used elsewhere too."""
-    notes = []
-    for found in planned:
-        if found.entry is None:
+    """A note on each pattern without a match, head left out, and tensor that is used elsewhere too."""
+    notes: list[str] = []
+    for entry in planned:
+        if entry.entry is None:
             continue
-        where = f"quantize.{found.entry}"
-        again = sum(site.parameter in graph.source.packed for site in found.selection.sites)
+        place, selection = f"quantize.{entry.entry}", entry.selection
+        again = sum(site.parameter in graph.source.packed for site in selection.sites)
         if again:
-            notes.append(
-                f"{where}: {again} weights of the base are quantized anew, from what its bits stand for"
-            )
-        notes += [f"{where}: pattern {pattern!r} matches nothing" for pattern in found.selection.unused]
-        if found.selection.heads:
-            notes.append(f"{where}: all-linear leaves out the output head {', '.join(found.selection.heads)}")
-        for site in found.selection.sites:
+            notes.append(f"{place}: {again} weights of the base are dequantized and quantized again")
+        notes += [f"{place}: pattern {pattern!r} matches nothing" for pattern in selection.unused]
+        if selection.heads:
+            notes.append(f"{place}: all-linear leaves out the output head {', '.join(selection.heads)}")
+        for site in selection.sites:
             others = used_elsewhere(graph, site)
             if others:
-                notes.append(
-                    f"{where}: {site.name} is also used by {module_names(others)}, which read the same bits"
-                )
+                users = module_names(others)
+                notes.append(f"{place}: {site.name} is also used by {users}, which read the same bits")
     return notes
 
 
 def within_budget(
     spec: Spec, graph: Graph, planned: list[PlannedQuantization], weighed: bool
 ) -> tuple[list[PlannedQuantization], str]:
-    """The entries with bits chosen for each layer within the spec's budget, and the choice in words.
+    """Choose the bits of each layer within the spec's budget, if it has one.
 
-    Where there is no budget the entries as they are, and "". Without `weighed` no weight is read, and nothing chosen.
+    Args:
+        spec: the spec.
+        graph: the traced graph.
+        planned: the entries before the choice.
+        weighed: read weights and choose; without it the entries stay as they are.
+
+    Returns:
+        The entries after the choice, and the choice in words ("" where there is no budget).
 
     Raises:
         SpecError: the budget is too small, or nothing is quantized.
@@ -188,42 +202,42 @@ def within_budget(
     if spec.budget is None:
         return planned, ""
     if not spec.quantize:
-        raise spec.error(("budget",), "chooses the bits of what `quantize` names, and that is nothing")
+        raise spec.error(
+            ("budget",), "chooses the bits of the layers that `quantize` names, and there is no `quantize`"
+        )
     if not weighed:
-        return planned, "budget: bits are chosen when weights are read, by `adaptc compile`"
+        return planned, "budget: `adaptc compile` chooses the bits, since that needs the weights"
     chosen = _weighed_within(spec, graph, planned, spec.budget)
-    return chosen, _suggestion(spec.budget, planned, chosen)
+    return chosen, _choice(spec.budget, planned, chosen)
 
 
 def _weighed_within(
     spec: Spec, graph: Graph, planned: Sequence[PlannedQuantization], budget: QuantizeBudget
 ) -> list[PlannedQuantization]:
-    """The entries with bits chosen for each layer, within the spec's budget; what the base has in bits stays.
+    """The entries with bits chosen for each layer; weights that the base stores in few bits keep theirs.
 
     Raises:
-        SpecError: it is too small.
+        SpecError: the budget is too small.
     """
-    from adaptc.compiler.mixed_precision import choose
-
+    of_base = [entry for entry in planned if entry.entry is None]
     try:
-        items = choose(graph, [found.item for found in planned if found.entry is not None], budget)
+        items = choose(graph, [entry.item for entry in planned if entry.entry is not None], budget)
     except InputError as error:
-        raise spec.error(("budget",), str(error)) from error
-    chosen = [PlannedQuantization(item.entry, item, item.selection(graph)) for item in items]
-    return [*(found for found in planned if found.entry is None), *chosen]
+        raise spec.error(("budget",), error.message, *error.notes) from error
+    return [*of_base, *(PlannedQuantization(item.entry, item, item.selection(graph)) for item in items)]
 
 
-def _suggestion(
+def _choice(
     budget: QuantizeBudget, before: Sequence[PlannedQuantization], after: Sequence[PlannedQuantization]
 ) -> str:
-    """What a budget has chosen, in words: how many weights get which scheme, and which are left out."""
+    """The choice within a budget in words: how many weights get which scheme, and which stay floats."""
     counts = {
-        found.item.scheme.text: len(found.selection.sites) for found in after if found.entry is not None
+        entry.item.scheme.text: len(entry.selection.sites) for entry in after if entry.entry is not None
     }
-    kept = {site.parameter for found in after for site in found.selection.sites}
-    left = [s.module for found in before for s in found.selection.sites if s.parameter not in kept]
-    words = [f"{text} for {count} weights" for text, count in counts.items()]
-    if left:
-        words.append(f"floats (`exclude`) for {', '.join(left)}")
-    given = ", ".join(f"{key} {value}" for key, value in budget.model_dump().items() if value is not None)
-    return f"budget, {given}: {'; '.join(words)}"
+    quantized = {site.parameter for entry in after for site in entry.selection.sites}
+    floats = [s.module for entry in before for s in entry.selection.sites if s.parameter not in quantized]
+    parts = [f"{text} for {count} weights" for text, count in counts.items()]
+    if floats:
+        parts.append(f"floats (`exclude`) for {', '.join(floats)}")
+    limit = ", ".join(f"{key} {value}" for key, value in budget.model_dump().items() if value is not None)
+    return f"budget, {limit}: {'; '.join(parts)}"

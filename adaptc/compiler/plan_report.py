@@ -1,4 +1,4 @@
-"""A plan as a person sees it: what it costs, what there is to know, and all of it as plain data."""
+"""The report of a plan: its cost, notes for the user, and all of it as plain data."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from adaptc.spec.spec import Spec
 
 @dataclass
 class PlanReport(Plan):
-    """A plan with what it costs and what the person should know.
+    """A plan with its cost and notes for the user.
 
     Attributes:
-        budget: parameters, memory and operations.
-        notes: patterns without a match, excluded heads, what cannot fold.
-        growth: of each of `quantized` how many layers' errors add up in the model's outputs.
+        budget: the cost: parameters, memory and operations.
+        notes: patterns without a match, excluded heads, what cannot be folded, and the like; a line each.
+        growth: for each of `quantized`, by how much a layer's error grows in the model's outputs at most.
     """
 
     budget: Cost = field(kw_only=True)
@@ -61,9 +61,9 @@ def plan_report(
     Args:
         spec: the spec.
         graph: the traced graph.
-        plan: what goes where.
-        rewritten: what its passes made of the graph.
-        bound: notes on the weights of the base, where these have been found.
+        plan: the plan.
+        rewritten: the graph after its passes.
+        bound: notes on the weights of the base, where they were bound.
     """
     notes = [*graph.source.notes, *_entry_notes(plan.entries), *_alias_notes(graph, plan.entries)]
     notes += [plan.choice] if plan.choice else []
@@ -76,28 +76,28 @@ def plan_report(
         **vars(plan),
         budget=cost_of(graph, rewritten.adapted, rewritten.factored, rewritten.folded),
         notes=notes,
-        growth=[planned.outputs(rewritten.adapted) for planned in plan.quantized],
+        growth=[planned.growth(rewritten.adapted) for planned in plan.quantized],
     )
 
 
 def _fold_notes(spec: Spec, plan: Plan, rewritten: Rewritten) -> list[str]:
-    """What cannot be folded, what stays when the rest is, and what is quantized only after it."""
+    """What cannot be folded, which adapters stay in a folded graph, and what is quantized only after `fold`."""
     notes = [f"cannot be folded: {refusal}" for refusal in rewritten.refusals]
     if any(isinstance(item, Quantize) for item in plan.closing):
         notes += [
-            f"emit.{index}: what is trained keeps its weights as they are: `quantize` stands behind `fold`"
+            f"emit.{index}: the trainable module keeps its weights in floats: `quantize` comes after `fold`"
             for index, entry in enumerate(spec.emit)
             if entry.format == "torch"
         ]
     stays = rewritten.adapted.staying
     return notes + (
-        [f"{stays} stays when the rest is folded, and is paid for in every product"] if stays else []
+        [f"{stays} cannot be folded: it stays in every artifact and adds operations there"] if stays else []
     )
 
 
 def _entry_notes(entries: Sequence[PlannedInsertion]) -> list[str]:
     """Patterns without a match, heads left out, and methods that change the model before any training."""
-    notes = []
+    notes: list[str] = []
     for planned in entries:
         where, selection = f"adapt.{planned.entry}", planned.selection
         if planned.checkpoint is None:
@@ -106,11 +106,11 @@ def _entry_notes(entries: Sequence[PlannedInsertion]) -> list[str]:
         if isinstance(method, PromptMethod):
             count = method.num_virtual_tokens
             notes.append(
-                f"{where}: tokens count on behind {count} virtual ones: the longest sequence is shorter by these"
+                f"{where}: positions start after {count} virtual tokens, so the longest sequence is {count} shorter"
             )
         if planned.checkpoint is None and not planned.insert.method.identity_at_init:
             notes.append(
-                f"{where}: {planned.insert.method.name} starts elsewhere than the base, before any training"
+                f"{where}: {planned.insert.method.name} changes the base's outputs before any training"
             )
         if selection.heads:
             notes.append(f"{where}: all-linear leaves out the output head {', '.join(selection.heads)}")
@@ -118,12 +118,12 @@ def _entry_notes(entries: Sequence[PlannedInsertion]) -> list[str]:
 
 
 def _alias_notes(graph: Graph, entries: Sequence[PlannedInsertion]) -> list[str]:
-    """What becomes of adapted tensors that are used elsewhere too; those that refuse say so when folded."""
-    notes = []
+    """What becomes of adapted tensors that are used elsewhere too; `refuse` is an error when they are folded."""
+    notes: list[str] = []
     outcomes = {
         "untie": "untied: both are written, each with its own values",
         "share": "shared: the others change with it",
-        "live": "kept live: its adapter stays in what is folded, computed when the program is loaded",
+        "live": "kept live: its adapter stays in the folded artifact, computed when the program is loaded",
     }
     for planned in entries:
         for site in planned.selection.sites:
@@ -134,12 +134,13 @@ def _alias_notes(graph: Graph, entries: Sequence[PlannedInsertion]) -> list[str]
             for name, bias in ((site.name, False), *([(str(site.bias), True)] if beside else [])):
                 others = used_elsewhere(graph, site, bias)
                 if others:
-                    what = f"adapt.{planned.entry}: {name} is also used by {module_names(others)}"
-                    notes.append(f"{what}; it is {outcomes[planned.insert.on_alias]}")
+                    use = f"adapt.{planned.entry}: {name} is also used by {module_names(others)}"
+                    notes.append(f"{use}; it is {outcomes[planned.insert.on_alias]}")
     return notes
 
 
 def _entry_json(planned: PlannedInsertion) -> dict[str, Any]:
+    """An entry of `adapt` as plain data."""
     selection = planned.selection
     return {
         "entry": planned.entry,
@@ -154,6 +155,7 @@ def _entry_json(planned: PlannedInsertion) -> dict[str, Any]:
 
 
 def _quantized_json(planned: PlannedQuantization, growth: float) -> dict[str, Any]:
+    """An entry of `quantize` as plain data, with the errors to expect of weights and of the model's outputs."""
     expected = planned.expected()
     scheme = planned.item.scheme
     return {
@@ -173,7 +175,7 @@ def _quantized_json(planned: PlannedQuantization, growth: float) -> dict[str, An
 
 
 def site_json(site: Site) -> dict[str, Any]:
-    """A site as plain data."""
+    """A site as plain data: its module, type, kind, parameter, shape, dtype, source line, operation and slice."""
     return {
         "module": site.module,
         "type": site.type,

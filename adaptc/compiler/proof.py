@@ -1,11 +1,11 @@
-"""Proofs: both sides of a rewrite run on the same fresh inputs, and the error is held against a tolerance."""
+"""A proof: both sides of a rewrite run on the same random inputs, and the error is compared with a tolerance."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch.utils import _pytree as pytree
@@ -18,17 +18,19 @@ from adaptc.ir.interpreter import Batch, Batches, Outcome, Run
 from adaptc.weights import Held, seeded
 
 EPSILONS = 512
-"""Tolerated error, in units of the dtype's machine epsilon, relative to the largest output: rounding of some
-hundred operations in another order, and far below what a wrong rewrite makes."""
+"""Tolerated error relative to the largest output, in machine epsilons of a float32 or float64 dtype: 6.1e-05 for
+float32. No family of docs/families.md reaches it by rounding alone; a wrong rewrite is off by far more."""
 HALF_EPSILONS = 8
-"""The same for float16 and bfloat16, whose products are summed in float32."""
+"""Tolerated error in machine epsilons of float16 or bfloat16, whose matrix products are summed in float32. Chosen as
+a few roundings of the output."""
 MASKED = 1e3
-"""How far beyond all other values a constant is that stands for "not this one"."""
+"""How many times larger than all other values a constant must be to count as a mask, such as `finfo.min`. Chosen far
+above the spread of a model's outputs."""
 SIZES = ((2, 5, 4, 3, 6, 7, 8), (1, 1, 1, 1, 1, 1, 1), EXAMPLE_SIZES)
-"""Sizes of the named dimensions: small and other than those traced, one of each, and those traced."""
+"""Sizes of the named dimensions: small ones that were not traced, all 1, and those traced."""
 TRIES, FEW_TRIES, MORE_ROWS = 16, 3, 16
-"""Random inputs on which a trained parameter must get a gradient once. After a few of the traced sizes, the first
-dimension is 16 times longer: some 10,000 tokens of a language model in all."""
+"""A trained parameter must get a gradient on one of `TRIES` random inputs. After the first `FEW_TRIES` of the traced
+sizes, the first dimension is `MORE_ROWS` times longer: some 10,000 tokens of a language model in all."""
 Call = Callable[[Batch], Sequence[torch.Tensor]]
 
 
@@ -42,7 +44,11 @@ class Runner(Protocol):
 
 @dataclass(frozen=True)
 class BatchRunner:
-    """A runner of something in memory, which takes one batch after the other."""
+    """A runner that calls a function on one batch after the other; an exception is that batch's outcome.
+
+    Attributes:
+        call: gives the outputs of a batch.
+    """
 
     call: Call
 
@@ -58,20 +64,18 @@ class BatchRunner:
 
 
 def check_weights(graph: Graph) -> None:
-    """Every weight of a graph is a number: what is looked at where a proof has failed.
+    """Check that every weight of a graph is finite, after a proof has failed.
 
     Raises:
         WeightError: names the first that is not.
     """
     for name in [name for name in graph.weights if name not in graph.buffers]:
         if not torch.isfinite(graph.weights[name].load()).all():
-            raise WeightError(
-                f"{name} holds NaN or infinity, so that the model computes nothing", "mend the checkpoint"
-            )
+            raise WeightError(f"{name} contains NaN or infinity (non-finite)", "load an intact checkpoint")
 
 
 def tolerance(graph: Graph) -> float:
-    """The tolerated relative error, by the narrowest dtype of the parameters."""
+    """The tolerated relative error: `EPSILONS` or `HALF_EPSILONS` of the narrowest dtype of the parameters."""
     parameters = [w for name, w in graph.weights.items() if name not in graph.buffers]
     kinds = [w.dtype for w in parameters if w.dtype.is_floating_point] or [torch.float32]
     epsilon = max(torch.finfo(kind).eps for kind in kinds)
@@ -80,10 +84,15 @@ def tolerance(graph: Graph) -> float:
 
 @dataclass(frozen=True)
 class Proof:
-    """What was compared, on which shapes, and how far apart it was.
+    """The result of a comparison.
 
-    `absolute` and `relative` are the largest over all outputs and shapes; `relative` is over the largest
-    reference value of that output. `coverage` says how the sides ran where memory held only a part of them.
+    Attributes:
+        name: what is proved.
+        absolute: the largest difference over all outputs and shapes.
+        relative: the largest difference over the largest reference value of its output.
+        tolerance: the relative error that was allowed.
+        shapes: the labels of the batches that were compared.
+        coverage: how the sides ran where memory held only a part of them; "" where they ran as a whole.
     """
 
     name: str
@@ -100,13 +109,16 @@ class Proof:
 
 
 def prove(name: str, reference: Run, candidate: Run, allowed: float) -> Proof:
-    """Hold two runs against one another, on the batches that the reference takes.
+    """Compare two runs on the batches that the reference takes.
 
     Args:
         name: what is proved.
-        reference: what must come out, on fresh random inputs of several shapes, padded rows among them.
-        candidate: what came out of the other side, at least for the batches that the reference takes.
+        reference: the run with the expected outputs, on the inputs of `batches`.
+        candidate: the other run, of at least the batches that the reference takes.
         allowed: the relative error tolerated.
+
+    Returns:
+        The proof, which held.
 
     Raises:
         ProofError: the runs differ by more than that, or one is not finite where the other is; or the reference
@@ -146,55 +158,63 @@ def prove(name: str, reference: Run, candidate: Run, allowed: float) -> Proof:
 
 
 def batches(inputs: Sequence[InputSpec], seed: int = 0) -> Batches:
-    """Fresh random inputs of every shape a proof runs on, padded rows among them, by what the shape is called."""
-    found: dict[str, dict[str, torch.Tensor]] = {}
-    for number, among in enumerate(SIZES):
-        sizes = example_sizes(inputs, among)
+    """Random inputs of every shape that a proof runs on, padded rows among them.
+
+    Returns:
+        A label of the sizes, such as `batch=2 seq=5` -> the batch.
+    """
+    by_label: dict[str, Batch] = {}
+    for number, candidates in enumerate(SIZES):
+        sizes = example_sizes(inputs, candidates)
         label = " ".join(f"{k}={v}" for k, v in sizes.items()) or "fixed sizes"
-        if label not in found:
-            found[label] = example_tensors(inputs, sizes, seed=seed + number, pad=True)
-    return found
+        if label not in by_label:
+            by_label[label] = example_tensors(inputs, sizes, seed=seed + number, pad=True)
+    return by_label
 
 
 def _undefined(value: torch.Tensor) -> bool:
-    """Whether an output has no value on inputs of this shape, as the loss of one token that predicts none."""
+    """Whether an output is undefined for this shape, as the loss of a single token, which predicts none."""
     return value.dim() == 0 and bool(value.isnan())
 
 
 def _error(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:
-    """The largest error, and the largest value it is held against; infinite where the two are of other kinds."""
+    """The largest difference between expected `a` and `b`, and the largest expected value.
+
+    The difference is infinite where the dtypes are of other kinds, or where one is finite and the other is not.
+    """
     if a.is_complex() != b.is_complex() or a.is_floating_point() != b.is_floating_point():
         return float("inf"), 1.0
     a, b = (torch.view_as_real(t) if t.is_complex() else t for t in (a.detach(), b.detach()))
     a, b = a.double().flatten(), b.double().flatten()
-    odd = ~torch.isfinite(a)
-    if a.isnan().any() or not torch.equal(a[odd], b[odd]) or not torch.isfinite(b[~odd]).all():
+    nonfinite = ~torch.isfinite(a)
+    same_infinities = torch.equal(a[nonfinite], b[nonfinite])
+    if a.isnan().any() or not same_infinities or not torch.isfinite(b[~nonfinite]).all():
         return float("inf"), 1.0
-    a, b = a[~odd], b[~odd]
+    a, b = a[~nonfinite], b[~nonfinite]
     if not len(a):
         return 0.0, 1.0
     return float((a - b).abs().max()), max(scale(a[~_masked(a) | (a != b)]), 1e-12)
 
 
 def scale(values: torch.Tensor) -> float:
-    """The largest finite value, but for one number that masks: it is a constant, and far beyond all others."""
+    """The largest absolute value that is finite and no mask; 0 if there is none."""
     finite = values[torch.isfinite(values)]
-    rest = finite[~_masked(finite)]
-    return float(rest.abs().max()) if len(rest) else 0.0
+    unmasked = finite[~_masked(finite)]
+    return float(unmasked.abs().max()) if len(unmasked) else 0.0
 
 
 def _masked(values: torch.Tensor) -> torch.Tensor:
-    """Where the smallest value stands, if it is `MASKED` times beyond all others: `masked_fill(..., finfo.min)`."""
+    """Where the smallest value is, if it is `MASKED` times larger than all others: `masked_fill(..., finfo.min)`."""
     if not len(values):
         return torch.zeros_like(values, dtype=torch.bool)
-    found = values == values.min()
-    rest = values[~found]
+    smallest = values == values.min()
+    rest = values[~smallest]
     far = len(rest) > 0 and float(values.min().abs()) > MASKED * float(rest.abs().max()) > 0
-    return found if far else torch.zeros_like(found)
+    return smallest if far else torch.zeros_like(smallest)
 
 
 def module_call(module: torch.nn.Module, device: str = "cpu") -> Call:
-    """Run a module on the device that it is on, in evaluation mode, and flatten its outputs."""
+    """A function that runs a module in evaluation mode on its `device`, and gives its output tensors on the CPU."""
 
     def call(tensors: Batch) -> list[torch.Tensor]:
         with evaluating(module), torch.no_grad():
@@ -205,8 +225,8 @@ def module_call(module: torch.nn.Module, device: str = "cpu") -> Call:
 
 
 @contextmanager
-def evaluating(module: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; every submodule then has its own mode again."""
+def evaluating(module: torch.nn.Module) -> Generator[None]:
+    """A context in evaluation mode; afterwards every submodule has its earlier mode again."""
     modes = {part: part.training for part in module.modules()}
     module.eval()
     try:
@@ -217,7 +237,11 @@ def evaluating(module: torch.nn.Module) -> Iterator[None]:
 
 
 def randomised(graph: Graph, seed: int = 0, strength: float = 1.0) -> Graph:
-    """The graph with noise added to every inserted parameter, so that no zero hides a mistake."""
+    """A copy of the graph with noise added to every inserted parameter, so that no zero hides a mistake.
+
+    The noise has a tenth of the parameter's spread, plus 0.02 for parameters that start at zero: chosen to change the
+    outputs visibly and leave them of their usual size. `strength` multiplies it.
+    """
     copied = graph.copy()
     for name in copied.adapter_names:
         value = copied.weights[name].load().float()
@@ -229,10 +253,7 @@ def randomised(graph: Graph, seed: int = 0, strength: float = 1.0) -> Graph:
 
 
 def effect(reference: Run, candidate: Run) -> float:
-    """How far apart two runs are, relative to the largest value, on the batches that both took.
-
-    Gives 0 where they share none.
-    """
+    """The largest relative difference of two runs, on the batches that both took; 0 where they share none."""
     largest = 0.0
     for name in reference.taken.keys() & candidate.taken.keys():
         expected, got = reference.outcomes[name], candidate.outcomes[name]
@@ -245,36 +266,46 @@ def effect(reference: Run, candidate: Run) -> float:
 
 
 def gradients(module: torch.nn.Module, graph: Graph, names: Sequence[str]) -> None:
-    """Check that with random adapters every trained parameter gets a gradient, on one of `TRIES` random inputs.
+    """Check that every trained parameter gets a gradient on one of `TRIES` random inputs.
 
-    More inputs are drawn only while a gradient is zero, since an expert may not be routed to; a parameter that no
-    path leads to has no gradient on any input.
+    More inputs are drawn only while a gradient is zero, since an expert may not be routed to. A parameter on no path
+    to the output has no gradient (None) on any input.
+
+    Args:
+        module: the trainable module, with random adapters.
+        graph: its graph.
+        names: the trained parameters.
 
     Raises:
         ProofError: names what got none.
     """
-    left, unreachable = set(names), set[str]()
+    pending, unreachable = set(names), set[str]()
     parameters = dict(module.named_parameters())
     sizes = example_sizes(graph.inputs)
     for seed in range(1, 1 + TRIES):
         if seed == 1 + FEW_TRIES:
             sizes |= {name: size * MORE_ROWS for name, size in list(sizes.items())[:1]}
         _backward(module, example_tensors(graph.inputs, sizes, seed=seed), seed)
-        grads = {name: parameters[name].grad for name in left}
+        grads = {name: parameters[name].grad for name in pending}
         unreachable = {name for name, grad in grads.items() if grad is None}
-        left = {name for name, grad in grads.items() if grad is None or not grad.any()}
-        if not left:
+        pending = {name for name, grad in grads.items() if grad is None or not grad.any()}
+        if not pending:
             return
         if unreachable:
             break
     where = "the output" if unreachable else f"the output of any of {TRIES} random inputs"
     raise ProofError(
-        f"{len(left)} trained parameters get no gradient, such as {min(unreachable or left)}: that layer has no "
+        f"{len(pending)} trained parameters get no gradient, such as {min(unreachable or pending)}: that layer has no "
         f"effect on {where}; leave it out with `exclude`"
     )
 
 
 def _backward(module: torch.nn.Module, tensors: Batch, seed: int) -> None:
+    """Run a module, and add the gradients of a random sum of its outputs to its parameters.
+
+    Raises:
+        ProofError: it does not run, or no output depends on a trained parameter.
+    """
     try:
         with evaluating(module):
             leaves = [
@@ -284,10 +315,8 @@ def _backward(module: torch.nn.Module, tensors: Batch, seed: int) -> None:
         raise ProofError(f"the model does not run on its own inputs: {error}") from error
     # Random weights on the outputs: a plain sum has no gradient through a softmax or a layer norm.
     generator = torch.Generator().manual_seed(seed)
-    grown = [leaf for leaf in leaves if leaf.requires_grad]
-    total: Any = sum(
-        (leaf * torch.randn(leaf.shape, generator=generator).to(leaf.dtype)).sum() for leaf in grown
-    )
-    if not isinstance(total, torch.Tensor):
-        raise ProofError("no output depends on anything trained")
-    total.backward()
+    trained = [leaf for leaf in leaves if leaf.requires_grad]
+    terms = [(leaf * torch.randn(leaf.shape, generator=generator).to(leaf.dtype)).sum() for leaf in trained]
+    if not terms:
+        raise ProofError("no output depends on a trained parameter")
+    torch.autograd.backward(sum(terms[1:], terms[0]))

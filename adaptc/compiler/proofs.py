@@ -1,4 +1,4 @@
-"""The proofs of one compile: what was held against what, on which inputs, and with which result."""
+"""The proofs of one compile: what was compared, on which inputs, and with which result."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from adaptc.ir.module import bind
 from adaptc.ir.nodes import writes_in_place
 
 STRENGTHS = (1.0, 8.0, 64.0)
-"""How strong random adapters are made, one after the other, until their effect shows."""
+"""Strengths of random adapters, tried in order until their effect shows in the outputs."""
 
 
 class Proofs:
-    """What was proved so far, and what it takes to prove more: all sides run on the same random inputs.
+    """The proofs that held so far, and the random inputs that all of them run on.
 
     Attributes:
         base: the traced graph.
-        seed: of the random inputs, and of random adapters.
+        seed: the seed of random inputs and adapters.
         held: the proofs that held, each name once.
     """
 
@@ -55,18 +55,18 @@ class Proofs:
     def prove(
         self, name: str, graph: Graph, reference: Run, candidate: Run, allowed: float | None = None
     ) -> Proof:
-        """Hold two runs against one another and keep the proof; an earlier one of this name is replaced.
+        """Compare two runs and keep the proof, in place of an earlier one of this name.
 
         Args:
             name: what is proved.
-            graph: the dtype of its weights says what error is tolerated.
-            reference: what must come out, of `batches`.
-            candidate: what came out of the other side, of those that the reference takes.
-            allowed: the relative error that is tolerated in place of the dtype's.
+            graph: the graph whose dtypes set the tolerance.
+            reference: the run with the expected outputs, on `batches`.
+            candidate: the other run, of the batches that the reference takes.
+            allowed: a relative error to tolerate in place of the dtype's.
 
         Raises:
             ProofError: they differ.
-            WeightError: the base holds a weight that is no number.
+            WeightError: they differ, and a weight of the base contains NaN or infinity.
         """
         try:
             proof = prove(name, reference, candidate, tolerance(graph) if allowed is None else allowed)
@@ -77,40 +77,43 @@ class Proofs:
         return proof
 
     def run(self, graph: Graph) -> Run:
-        """What a graph gives, computed in float32 at least."""
+        """One run of a graph on every batch, in float32 or wider."""
         return Interpreter(graph, wide=True).on(self.batches)
 
     def run_like(self, reference: Run, graph: Graph) -> Run:
-        """What a graph gives with the reference's choices between near equals, on the batches that it takes."""
+        """One run of a graph on the batches that the reference takes, with its choices between near ties."""
         interpreter = Interpreter(graph, wide=True)
         return interpreter.on(reference.taken, follows=reference, near=tolerance(graph))
 
     def trace(self, model: nn.Module) -> Proof:
-        """The traced graph computes what the model does.
+        """Prove that the traced graph computes what the model does.
 
         Raises:
-            WeightError: a weight is no number.
-            TraceError: no two runs of the model itself agree.
+            WeightError: a weight contains NaN or infinity.
+            TraceError: two runs of the model itself give different outputs.
             ProofError: they differ.
         """
-        changes = any(
-            writes_in_place(node.target) for node in self.base.nodes
-        )  # such as an embedding with `max_norm`
-        eager = BatchRunner(module_call(copy.deepcopy(model) if changes else model))
+        # A copy where the model writes to its own weights, such as an embedding with `max_norm`.
+        writes = any(writes_in_place(node.target) for node in self.base.nodes)
+        eager = BatchRunner(module_call(copy.deepcopy(model) if writes else model))
         first = eager.on(self.batches)
         try:
             return self.prove("trace", self.base, first, Interpreter(self.base).on(first.taken))
         except ProofError:
             if not _equal(first, eager.on(self.batches)):
                 raise TraceError(
-                    f"{type(model).__name__} draws random numbers in evaluation mode too, so that no two runs agree",
+                    f"two runs of {type(model).__name__} on the same inputs in evaluation mode gave different outputs",
                     "expected a model that is random in training only",
                     "let it depend on self.training, as nn.Dropout and F.dropout(x, p, self.training) do",
                 ) from None
             raise
 
     def randomised(self, adapted: Graph) -> tuple[Graph, Run]:
-        """The adapted graph with random adapters whose effect a proof could not miss, and what it gives."""
+        """The adapted graph with random adapters whose effect a proof cannot miss, and a run of it.
+
+        Returns:
+            The graph, and its run on every batch.
+        """
         weakest, *stronger = STRENGTHS
         graph = randomised(adapted, self.seed, weakest)
         run = self.run(graph)
@@ -123,30 +126,30 @@ class Proofs:
         return graph, run
 
     def shows(self, run: Run, adapted: Graph) -> bool:
-        """Whether adapters change the base's outputs so much that no proof could miss it."""
+        """Whether a run's adapters change the base's outputs by more than ten times the tolerance."""
         return _shows(self._base_on_first(run), run, adapted)
 
     def _base_on_first(self, run: Run) -> Run:
-        """What the base gives for the first batch that another run took."""
+        """A run of the base on the first batch that another run took."""
         return Interpreter(self.base, wide=True).on(dict(list(run.taken.items())[:1]))
 
 
 def check_finite(graph: Graph) -> None:
-    """No adapter holds NaN or infinity.
+    """Check that every parameter of the adapters is finite.
 
     Raises:
-        ProofError: names the first that does.
+        ProofError: names the first that is not.
     """
     for name in graph.adapter_names:
         if not torch.isfinite(graph.weights[name].load()).all():
-            raise ProofError(f"{name} holds NaN or infinity: the training diverged")
+            raise ProofError(f"{name} contains NaN or infinity (non-finite): the training diverged")
 
 
 def check_gradients(trainable: Graph) -> None:
-    """Every trained parameter of a graph gets a gradient, and nothing else does.
+    """Check that every trained parameter of a graph gets a gradient, with random adapters and inputs.
 
     Raises:
-        ProofError: names what does not.
+        ProofError: a parameter gets none, or is not finite.
     """
     check_finite(trainable)
     graph = randomised(trainable)
@@ -154,11 +157,12 @@ def check_gradients(trainable: Graph) -> None:
 
 
 def _shows(base: Run, run: Run, adapted: Graph) -> bool:
+    """Whether two runs differ by ten times the tolerance: chosen so that a missing adapter fails a proof clearly."""
     return effect(base, run) > 10 * tolerance(adapted)
 
 
 def _equal(first: Run, second: Run) -> bool:
-    """Whether two runs gave the same values, bit by bit, wherever both gave any."""
+    """Whether two runs gave the same values, bit by bit, on the batches that both took."""
     for name in first.taken.keys() & second.taken.keys():
         a, b = first.outcomes[name], second.outcomes[name]
         if isinstance(a, list) and isinstance(b, list) and not all(map(torch.equal, a, b)):

@@ -1,4 +1,4 @@
-"""What quantization costs: of every layer its bits, and how far its weight and output are from the float model's."""
+"""The errors of quantization: of each layer's weight and output, and of the model's outputs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from adaptc.quantization.quantized_weight import QuantizedLeaf, matrix_of, store
 from adaptc.rewriter.expression import extract_expression
 
 TOKENS = 256
-"""Rows of a layer's inputs that its output error is measured on."""
+"""How many rows of a layer's inputs its output error is measured on."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,12 @@ class LayerError:
     """One quantized layer.
 
     Attributes:
-        module: its name, with the slice where only that is stored so.
-        scheme: as a spec writes it.
-        bits: stored, a weight, scales and all.
-        bytes: stored.
-        weight: ‖Ŵ - W‖ / ‖W‖, W the float model's weight with its adapters, Ŵ what is computed with.
-        output: ‖x (Ŵ - W)ᵀ‖ / ‖x Wᵀ‖ on the float model's own inputs of the layer; None where it multiplies none.
+        module: its name, with the slice where only a slice is quantized.
+        scheme: the scheme as a spec writes it.
+        bits: bits for each weight as stored, scales included.
+        bytes: the bytes of the layer's weight as stored.
+        weight: ‖Ŵ - W‖ / ‖W‖, with W the float model's weight with its adapters, Ŵ the dequantized one.
+        output: ‖x (Ŵ - W)ᵀ‖ / ‖x Wᵀ‖ on the float model's inputs x of the layer; None where it takes none.
     """
 
     module: str
@@ -43,63 +43,65 @@ class LayerError:
 
     @property
     def error(self) -> float:
-        """The output's error, or the weight's where there is none."""
+        """The output's error, or the weight's where the output has none."""
         return self.weight if self.output is None else self.output
 
 
 @dataclass(frozen=True)
 class QuantizationErrors:
-    """What quantization costs a model, against the float model with the same adapters.
+    """The errors of a quantized model against the float model with the same adapters.
 
     Attributes:
-        layers: the worst first.
-        outputs: of each output of the model ‖ŷ - y‖ / ‖y‖.
-        rounded: the same in a program that rounds activations too; empty for one that does not.
-        inputs: what was measured on.
-        share: bytes of the quantized weights over what they take in float32.
+        layers: its quantized layers, the worst first.
+        outputs: each output of the model -> ‖ŷ - y‖ / ‖y‖.
+        inputs: which inputs the errors were measured on.
+        share: bytes of the quantized weights over their bytes in float32.
+        rounded: each output -> its error in a program that rounds activations too; empty for one that does not.
     """
 
     layers: tuple[LayerError, ...]
     outputs: Mapping[str, float]
     inputs: str
     share: float
-    rounded: Mapping[str, float] = field(default_factory=dict)
+    rounded: Mapping[str, float] = field(default_factory=dict[str, float])
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data."""
+        """The errors as plain data, under the names of the attributes."""
         return asdict(self)
 
 
 def measure(
     reference: Graph, candidate: Graph, seed: int = 0, rounding: Graph | None = None
 ) -> QuantizationErrors | None:
-    """Hold a quantized model against the float one, on the calibration rows or, if there are none, on random inputs.
-
-    None where nothing costs anything: what the base has in bits is what it is.
+    """Compare a quantized model with the float one, on the calibration rows or, if there are none, on random inputs.
 
     Args:
         reference: the float model with its adapters in place, not factored.
-        candidate: the quantized one, not factored.
-        seed: of random inputs.
-        rounding: the quantized one with activations rounded as a program does, if one does.
+        candidate: the quantized model, not factored.
+        seed: the seed of random inputs.
+        rounding: the quantized model with activations rounded as the artifact does, if the artifact does.
+
+    Returns:
+        The errors; None where there are none, since all codes are the base's own and no activation is rounded.
     """
     rows = rows_of(reference, seed)
-    what = f"{len(rows)} calibration rows" if reference.rows else "random inputs"
-    known = [q for q in candidate.quantized.values() if q.quantization.packed is None]
-    if not known and rounding is None:
+    description = f"{len(rows)} calibration rows" if reference.calibration_rows else "random inputs"
+    leaves = [q for q in candidate.quantized.values() if q.quantization.packed is None]
+    if not leaves and rounding is None:
         return None
-    inputs = LayerInputs(reference, [q.site for q in known], rows, TOKENS)
-    layers = [_layer(reference, candidate, q, inputs) for q in known]
+    inputs = LayerInputs(reference, [q.site for q in leaves], rows, TOKENS)
+    layers = [_layer(reference, candidate, q, inputs) for q in leaves]
     floats = Interpreter(reference).on(numbered(rows))
     outputs = output_errors(floats, candidate)
-    numbers = sum(q.quantization.size[0] * q.quantization.size[1] for q in known)
-    share = stored_bytes(known) / max(1, 4 * numbers)
+    numbers = sum(q.quantization.size[0] * q.quantization.size[1] for q in leaves)
+    share = stored_bytes(leaves) / max(1, 4 * numbers)
     worst = sorted(layers, key=lambda layer: -layer.error)
     rounded = output_errors(floats, rounding) if rounding is not None else {}
-    return QuantizationErrors(tuple(worst), outputs, what, share, rounded)
+    return QuantizationErrors(tuple(worst), outputs, description, share, rounded)
 
 
 def _layer(reference: Graph, candidate: Graph, q: QuantizedLeaf, inputs: LayerInputs) -> LayerError:
+    """The errors of one layer: of its weight, and of its output where it is a matrix product."""
     W, computed = (_matrix(graph, q.site) for graph in (reference, candidate))
     x = inputs.of(q.site)()
     output = None if x is None else relative(F.linear(x, computed), F.linear(x, W))
@@ -110,6 +112,7 @@ def _layer(reference: Graph, candidate: Graph, q: QuantizedLeaf, inputs: LayerIn
 
 
 def _matrix(graph: Graph, site: WeightSite) -> torch.Tensor:
+    """The matrix (out, in) that a graph computes with at a site, in float32."""
     value = graph.current_value(site.parameter, site.uses, graph.by_name())
     return matrix_of(site, extract_expression(graph, value).evaluate()).float()
 
@@ -120,7 +123,7 @@ def rows_of(graph: Graph, seed: int = 0) -> list[Any]:
 
 
 def output_errors(reference: Run, candidate: Graph) -> dict[str, float]:
-    """Of each output that a candidate has ‖ŷ - y‖ / ‖y‖, over all batches of the reference that both take."""
+    """Each output that a candidate has -> ‖ŷ - y‖ / ‖y‖, over all batches of the reference that both take."""
     error: dict[str, float] = {}
     scale: dict[str, float] = {}
     taken = {spec.name for spec in candidate.inputs}
@@ -145,4 +148,6 @@ def output_errors(reference: Run, candidate: Graph) -> dict[str, float]:
 
 def relative(value: torch.Tensor, reference: torch.Tensor) -> float:
     """‖value - reference‖ / ‖reference‖."""
-    return float((value - reference).norm() / reference.norm().clamp(min=1e-30))
+    linalg: Any = torch.linalg
+    size = linalg.vector_norm(reference).clamp(min=1e-30)
+    return float(linalg.vector_norm(value - reference) / size)

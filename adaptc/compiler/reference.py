@@ -1,4 +1,4 @@
-"""What an artifact must compute: a few of its values, kept in the manifest, so that it can be proved again."""
+"""Reference values of an artifact: a few of its outputs, kept in the manifest, which prove it again later."""
 
 from __future__ import annotations
 
@@ -14,17 +14,21 @@ from adaptc.inputs import InputSpec
 from adaptc.ir.interpreter import Run
 
 SAMPLES = 64
-"""How many values of each output are kept, evenly spaced."""
+"""How many values of each output the manifest keeps, evenly spaced."""
 
 
 def recorded(reference: Run, inputs: Sequence[InputSpec], seed: int, tolerance: float) -> dict[str, Any]:
-    """The values that a graph gave for random inputs of every proof's shape that it takes.
+    """The reference values of a run, as plain data for the manifest.
 
     Args:
-        reference: the run of the graph that the artifact was proved against, on `batches(inputs, seed)`.
+        reference: the run that the artifact was proved against, on `batches(inputs, seed)`.
         inputs: the graph's inputs.
-        seed: of the random inputs, which a later check draws again.
-        tolerance: the relative error allowed to whoever must give the same.
+        seed: the seed of the random inputs, which a later check draws again.
+        tolerance: the relative error that a later check allows.
+
+    Returns:
+        `inputs`, `seed`, `tolerance`, and `values`: the label of each batch -> for each output its `shape`, its
+        `largest` value and a sample of its `values`.
     """
     return {
         "inputs": [asdict(spec) for spec in inputs],
@@ -38,55 +42,67 @@ def recorded(reference: Run, inputs: Sequence[InputSpec], seed: int, tolerance: 
     }
 
 
-def proved_again(known: Mapping[str, Any], candidate: Runner) -> str:
-    """Hold an artifact against the values that were kept of its graph; gives what was found, in words.
+def proved_again(reference: Mapping[str, Any], candidate: Runner) -> str:
+    """Compare an artifact with its reference values.
+
+    Args:
+        reference: what `recorded` gave when the artifact was written.
+        candidate: runs the artifact.
+
+    Returns:
+        The result in words.
 
     Raises:
-        ProofError: it gives something else, or does not run.
+        ProofError: it gives other values, or does not run.
     """
-    inputs = [InputSpec.from_json(spec) for spec in known["inputs"]]
-    drawn = batches(inputs, known["seed"])
-    run = candidate.on({label: batch for label, batch in drawn.items() if label in known["values"]})
+    inputs = [InputSpec.from_json(spec) for spec in reference["inputs"]]
+    drawn = batches(inputs, reference["seed"])
+    run = candidate.on({label: batch for label, batch in drawn.items() if label in reference["values"]})
     worst = 0.0
     for label, outcome in run.outcomes.items():
         if isinstance(outcome, Exception):
             raise ProofError(f"it does not run ({label}): {outcome}") from outcome
-        expected = known["values"][label]
+        expected = reference["values"][label]
         if len(outcome) != len(expected):
             raise ProofError(f"it gives {len(outcome)} outputs, its graph gave {len(expected)} ({label})")
-        for index, (output, kept) in enumerate(zip(outcome, expected, strict=True)):
-            worst = max(worst, _error(output, kept, f"output {index}, {label}"))
-    if not worst <= known["tolerance"]:
-        raise ProofError(
-            f"it no longer computes what its graph did: largest error {worst:.1e} of {known['tolerance']:.1e} allowed"
-        )
+        for index, (output, sample) in enumerate(zip(outcome, expected, strict=True)):
+            worst = max(worst, _error(output, sample, f"output {index}, {label}"))
+    error = f"largest error {worst:.1e} of {reference['tolerance']:.1e} allowed"
+    if not worst <= reference["tolerance"]:
+        raise ProofError(f"it no longer computes what its graph did: {error}")
     how = f" ({', '.join(run.coverage)})" if run.coverage else ""
-    held = f"largest error {worst:.1e} of {known['tolerance']:.1e} allowed"
-    return f"computes what its graph did: {held}, on {', '.join(run.batches)}{how}"
+    return f"computes what its graph did: {error}, on {', '.join(run.batches)}{how}"
 
 
 def _sample(output: torch.Tensor) -> dict[str, Any]:
+    """An output's `shape`, `largest` value and some of its `values`, as text that keeps every digit."""
     flat = output.detach().double().flatten()
     return {
         "shape": list(output.shape),
         "largest": scale(flat),
-        "values": [str(value) for value in flat[_places(len(flat))].tolist()],
+        "values": [str(float(value)) for value in flat[_sampled(len(flat))]],
     }
 
 
-def _places(count: int) -> torch.Tensor:
-    kept = min(count, SAMPLES)
-    return torch.arange(kept) * (count - 1) // max(kept - 1, 1)
+def _sampled(count: int) -> torch.Tensor:
+    """The indices of at most `SAMPLES` of so many values, evenly spaced from the first to the last."""
+    samples = min(count, SAMPLES)
+    return torch.arange(samples) * (count - 1) // max(samples - 1, 1)
 
 
-def _error(output: torch.Tensor, kept: Mapping[str, Any], where: str) -> float:
-    """The largest error over the largest value of that output."""
-    if list(output.shape) != kept["shape"]:
-        raise ProofError(f"it gives {list(output.shape)}, its graph gave {kept['shape']} ({where})")
-    got = output.detach().double().flatten()[_places(output.numel())]
-    want = torch.tensor([float(value) for value in kept["values"]], dtype=torch.float64)
-    odd = ~torch.isfinite(want)
-    if not torch.allclose(got[odd], want[odd], equal_nan=True) or not torch.isfinite(got[~odd]).all():
+def _error(output: torch.Tensor, sample: Mapping[str, Any], place: str) -> float:
+    """The largest difference from a sample over the largest value of that output; infinite where one is not finite.
+
+    Raises:
+        ProofError: the output has another shape.
+    """
+    if list(output.shape) != sample["shape"]:
+        raise ProofError(f"it gives {list(output.shape)}, its graph gave {sample['shape']} ({place})")
+    got = output.detach().double().flatten()[_sampled(output.numel())]
+    want = torch.tensor([float(value) for value in sample["values"]], dtype=torch.float64)
+    nonfinite = ~torch.isfinite(want)
+    same = torch.allclose(got[nonfinite], want[nonfinite], equal_nan=True)
+    if not same or not torch.isfinite(got[~nonfinite]).all():
         return float("inf")
-    difference = (got - want)[~odd].abs()
-    return float(difference.max()) / max(kept["largest"], 1e-12) if difference.numel() else 0.0
+    difference = (got - want)[~nonfinite].abs()
+    return float(difference.max()) / max(sample["largest"], 1e-12) if difference.numel() else 0.0

@@ -17,18 +17,18 @@ from adaptc.spec.spec import Spec
 from adaptc.spec.yaml_text import Loc
 
 After = Callable[[str, Graph], Any]
-"""Told of a pass's name and the graph after it."""
+"""Called with a pass's name and the graph after it."""
 
 
 @dataclass(frozen=True)
 class Rewritten:
-    """What a plan's passes make of the traced graph; adapter weights are not loaded.
+    """The graphs that a plan's passes make of the traced graph; adapter weights are not loaded.
 
     Attributes:
-        adapted: after the passes that every artifact starts with.
-        factored: the same as it is trained and run live.
-        folded: what stays when it is folded; None where that is the base, or it cannot be folded.
-        refusals: why it cannot be folded; empty if it can.
+        adapted: the graph after the passes that every artifact starts with.
+        factored: the adapted graph as it is trained and run live.
+        folded: the folded graph, where adapters stay in it; None where it is the base, or cannot be folded.
+        refusals: why the adapted graph cannot be folded; empty if it can.
         records: what each pass did.
     """
 
@@ -48,23 +48,24 @@ def rewrite(
         spec: the spec.
         graph: the traced graph.
         plan: what goes where.
-        after: told of each pass.
-        compare: measures what a pass of a user's own changes; None where weights are not to be read.
+        after: called after each pass.
+        compare: measures whether a user's pass changes results; None where weights are not to be read.
 
     Raises:
         SpecError: a pass that an entry asks for refuses the graph.
-        RefusedError: another pass of the spec does.
+        RefusedError: another pass of the spec refuses it.
     """
     records: list[PassRecord] = []
     try:
         adapted = run(graph, plan.opening, records, after, compare)
         factored = run(adapted, lowering(adapted), records, after)
-        if plan.closing:  # it is run again with the adapters as trained; here it shows that it can be
+        if plan.closing:  # checks that it can run; artifacts run it again with the adapters as trained
             run(adapted, plan.closing, records, after, compare)
     except RefusedError as error:
-        if not isinstance(error.source, Insert | Quantize):
+        place = _place_of(error.source)
+        if place is None:
             raise
-        raise spec.error(_place_of(error.source), error.message, *error.notes) from error
+        raise spec.error(place, error.message, *error.notes) from error
     refusals = _fold_refusals(adapted, plan)
     fold = PASSES["fold"]()
     stays = adapted.staying and adapted.stage in fold.takes and not refusals
@@ -72,13 +73,17 @@ def rewrite(
 
 
 def _fold_refusals(adapted: Graph, plan: Plan) -> list[Refusal]:
+    """Why the adapted graph cannot be folded; empty if it can."""
     fold = PASSES["fold"]()
     refusals = fold.requires(adapted) if adapted.stage in fold.takes else []
     into_bits = None if plan.closing else folds_into_bits(adapted)
     return refusals or ([into_bits] if into_bits else [])
 
 
-def _place_of(item: Insert | Quantize) -> Loc:
-    """Where a spec asks for a pass: an entry; of what quantizes the base's own bits the base."""
-    key = "adapt" if isinstance(item, Insert) else "quantize"
-    return ("base",) if item.entry is None else (key, item.entry)
+def _place_of(source: object) -> Loc | None:
+    """The place of a spec that asks for a pass: its entry, or `base` for what the base stores in few bits."""
+    if isinstance(source, Insert):
+        return ("adapt", source.entry)
+    if isinstance(source, Quantize):
+        return ("base",) if source.entry is None else ("quantize", source.entry)
+    return None

@@ -1,4 +1,4 @@
-"""Writers of artifacts: torch and ONNX programs, Hugging Face directories, the manifest; all put in place at once.
+"""Writers of artifacts: torch and ONNX programs, Hugging Face directories, the manifest; all put in place together.
 
-Imports the graph and the rewriter. What to write, and how it is proved, is the compiler's.
+Imports the graph and the rewriter. The compiler decides what to write, and proves it.
 """

@@ -1,4 +1,4 @@
-"""A folded Hugging Face checkpoint: the base's directory again, with the folded weights in place of its own."""
+"""A folded Hugging Face checkpoint: a copy of the base's directory with the folded weights."""
 
 from __future__ import annotations
 
@@ -28,18 +28,27 @@ WEIGHTS = (
     *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.ot", "*.npz", "*.gguf"),
     *("*.onnx", "*.onnx_data", "*.onnx.data", "*.tflite", "*.mlmodel", "*.index.json"),
 )
-"""Files of weights, which would be the base's own, in whatever format."""
+"""Patterns of files that hold the base's weights, in any format: these are not copied."""
 REPLACED = frozenset({CONFIG, MANIFEST, "adapter_config.json", "quantize_config.json", "quant_config.json"})
-"""Files that are written anew, or would make transformers look for an adapter or for bits."""
+"""Files that are not copied: they are written anew, or make transformers load an adapter or quantized weights."""
 LOADED_SHARE = 4
-"""A checkpoint is loaded for its proof if it fits this many times into memory: the proof holds it twice."""
+"""A checkpoint is loaded for its proof if memory holds it this many times. Chosen as twice what the proof needs."""
 
 
 def save_checkpoint(folded: Graph, base: Graph, directory: Path, max_shard_size: str) -> dict[str, Any]:
-    """Write a directory that `from_pretrained` loads; gives the model's class, dtype and what was left out.
+    """Write a directory that `from_pretrained` loads.
 
-    The graph reads its weights from there afterwards, those that stand in the files as they are, so that what is
-    proved is what was written and no weight is folded twice.
+    Afterwards the graph reads the weights that are in the files as they are from there, so that the proof is of what
+    was written, and no weight is folded twice.
+
+    Args:
+        folded: the folded graph, whose weights are written.
+        base: the traced graph.
+        directory: the directory to write.
+        max_shard_size: the size of one file of weights, such as "5GB".
+
+    Returns:
+        `class` and `dtype` of the model, and `left_out`: the files of the base that were not copied.
 
     Raises:
         AdaptcError: the base is no Hugging Face model, or its files cannot be read.
@@ -48,22 +57,18 @@ def save_checkpoint(folded: Graph, base: Graph, directory: Path, max_shard_size:
     """
     pretrained = base.source.pretrained
     if pretrained is None:
-        raise AdaptcError(
-            f"a Hugging Face checkpoint needs a Hugging Face base, and {base.source.describe} is none"
-        )
+        raise AdaptcError(f"a Hugging Face checkpoint needs a Hugging Face base, got {base.source.describe}")
     if folded.staying:
         reason = f"{folded.staying} cannot be folded into weights, and a Hugging Face checkpoint holds nothing else"
         raise RefusedError(
-            [Refusal(reason, notes=("emit it as onnx or torch; the adapter by itself as peft",))]
+            [Refusal(reason, notes=("emit onnx or torch; or emit the adapter alone, as peft",))]
         )
     config = copy.deepcopy(pretrained.config)
     model = _model_of(pretrained, config, folded)
-    own = {name for name in folded.weights if name not in folded.transient}
-    if own != set(model.state_dict()) or _program(folded, base) != _program(base, base):
-        reason = (
-            f"`passes` make another program of the model, which no checkpoint of {type(model).__name__} holds"
-        )
-        raise RefusedError([Refusal(reason, notes=("emit it as onnx, or leave the pass out",))])
+    persistent = {name for name in folded.weights if name not in folded.transient}
+    if persistent != set(model.state_dict()) or _program(folded, base) != _program(base, base):
+        reason = f"`passes` change the model's operations, which a checkpoint of {type(model).__name__} cannot hold"
+        raise RefusedError([Refusal(reason, notes=("emit onnx, or leave the pass out",))])
     directory.mkdir(parents=True, exist_ok=True)
     source = _files_of(pretrained)
     left_out = carry_over(source, directory)
@@ -76,45 +81,54 @@ def save_checkpoint(folded: Graph, base: Graph, directory: Path, max_shard_size:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     stored = saved_weights(model, weights)
     written = write_shards(directory, stored, max_shard_size, parameters)
-    places = {id(weight): written[name] for name, weight in stored.items()}
-    folded.weights.update({n: places[id(w)] for n, w in folded.weights.items() if id(w) in places})
+    from_file = {id(weight): written[name] for name, weight in stored.items()}
+    folded.weights.update({n: from_file[id(w)] for n, w in folded.weights.items() if id(w) in from_file})
     kind = str(config.dtype).removeprefix("torch.")
     return {"class": type(model).__name__, "dtype": kind, "left_out": left_out}
 
 
 def load_checkpoint(auto: Any, trust: bool, directory: Path) -> nn.Module:
-    """What transformers' own `from_pretrained` makes of a directory, without a cache of keys and values.
+    """The model that transformers' own `from_pretrained` loads from a directory, without a cache of keys and values.
+
+    Args:
+        auto: the Auto class of the model's task.
+        trust: whether code in the directory may be run.
+        directory: the checkpoint.
 
     Raises:
         ProofError: it cannot be loaded, or keys are missing or unknown.
     """
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=trust)
+    auto_config: Any = AutoConfig
+    config: Any = auto_config.from_pretrained(directory, trust_remote_code=trust)
     set_for_tracing(config)
     try:
         model, info = load_pretrained(Pretrained(str(directory), auto, config, trust))
     except WeightError as error:  # the directory is a temporary one, which will be gone
         raise ProofError(str(error).replace(str(directory), directory.name)) from error
-    wrong = [f"{what}: {', '.join(map(str, found))}" for what, found in info.items() if found]
+    wrong = [f"{kind}: {', '.join(map(str, keys))}" for kind, keys in info.items() if keys]
     if wrong:
         raise ProofError(f"from_pretrained finds other keys than it expects; {'; '.join(wrong)}")
     return model
 
 
 def fits_in_memory(graph: Graph) -> bool:
-    """Whether there is memory to load the checkpoint beside the graph that it is held against."""
+    """Whether there is memory to load the checkpoint beside the graph that it is compared with."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    own = sum(weight.nbytes for name, weight in graph.weights.items() if graph.aliases[name] == name)
-    return own * LOADED_SHARE <= memory
+    size = sum(weight.nbytes for name, weight in graph.weights.items() if graph.aliases[name] == name)
+    return size * LOADED_SHARE <= memory
 
 
 def carry_over(source: Path, directory: Path) -> list[str]:
-    """Copy the tokenizer, the licence and whatever else stands beside the weights; gives what was left out.
+    """Copy the tokenizer, the licence and all other files of the base but its weights.
 
-    Hidden folders are caches and histories; weights of any format are the base's own, which are out of date now.
+    Hidden folders are left out too: they are caches and histories.
+
+    Returns:
+        The files of weights that were left out, relative to `source`.
     """
-    left_out = []
+    left_out: list[str] = []
     for file in sorted(path for path in source.rglob("*") if path.is_file()):
         name = file.relative_to(source)
         if str(name) in REPLACED or any(part.startswith(".") for part in name.parent.parts):
@@ -128,7 +142,7 @@ def carry_over(source: Path, directory: Path) -> list[str]:
 
 
 def _model_of(pretrained: Pretrained, config: Any, graph: Graph) -> nn.Module:
-    """The class of the checkpoint, without weights; where the graph has untied weights, `config` says so too."""
+    """The checkpoint's model without weights; `config` says that weights are untied where the graph has untied them."""
     with torch.device("meta"):
         model = pretrained.auto.from_config(config, trust_remote_code=pretrained.trust_remote_code)
         names = first_names(model)
@@ -141,7 +155,7 @@ def _model_of(pretrained: Pretrained, config: Any, graph: Graph) -> nn.Module:
 
 
 def _program(graph: Graph, base: Graph) -> list[str]:
-    """The operations and their operands, whatever the nodes are called."""
+    """A graph's operations with their operands, by number instead of name, to compare two graphs."""
     lines: list[str] = []
     shown: dict[Any, Any] = {}
     for node in graph.nodes:
@@ -150,29 +164,35 @@ def _program(graph: Graph, base: Graph) -> list[str]:
         elif node.op == "placeholder":
             shown[node] = node.target
         else:
-            operands = map_arg((node.args, dict(node.kwargs)), shown.__getitem__)  # type: ignore[arg-type]
+            operands = map_arg((node.args, dict(node.kwargs)), shown.__getitem__)
             lines.append(f"{node.target} {operands}")
             shown[node] = f"%{len(lines)}"
     return lines
 
 
 def _files_of(pretrained: Pretrained) -> Path:
-    """The base's directory; of a hub id, the one in the cache, with what belongs to it beside the weights."""
+    """The base's directory; for a hub id, the cached one, with all files but the weights.
+
+    Raises:
+        AdaptcError: the files cannot be downloaded.
+    """
     if Path(pretrained.name).is_dir():
         return Path(pretrained.name)
-    from huggingface_hub import snapshot_download
+    import huggingface_hub
 
+    hub: Any = huggingface_hub
     commit = getattr(pretrained.config, "_commit_hash", None)
     try:
-        return Path(snapshot_download(pretrained.name, revision=commit, ignore_patterns=list(WEIGHTS)))
+        return Path(hub.snapshot_download(pretrained.name, revision=commit, ignore_patterns=list(WEIGHTS)))
     except (OSError, ValueError) as error:
-        raise AdaptcError(f"{pretrained.name}: its files cannot be had: {error}") from error
+        raise AdaptcError(f"{pretrained.name}: cannot download its files: {error}") from error
 
 
 def _keep_generation(source: Path, model: Any, directory: Path) -> None:
-    """How to generate: older checkpoints say it in their config.json, where it is not written any more."""
+    """Write the generation settings of older checkpoints, which have them in a config.json that is not copied."""
     from transformers import GenerationConfig
 
+    config: Any = GenerationConfig
     if model.can_generate() and not (directory / GENERATION).exists():
-        found = GenerationConfig.from_pretrained(source, config_file_name=CONFIG, _from_model_config=True)
-        found.to_json_file(directory / GENERATION)
+        settings = config.from_pretrained(source, config_file_name=CONFIG, _from_model_config=True)
+        settings.to_json_file(directory / GENERATION)

@@ -1,4 +1,4 @@
-"""The manifest: what was compiled from what, what each pass did, and every proof."""
+"""The manifest: the artifacts of a folder, what they were compiled from, what each pass did, and every proof."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from adaptc.weights import sha256_of_files
 
@@ -16,59 +16,61 @@ PACKAGES = ("adaptc", "torch", "onnx", "onnxruntime", "onnxscript", "transformer
 
 
 def versions() -> dict[str, str]:
-    """The versions of what took part; packages that are not installed are left out."""
-    found = {}
+    """Package -> its version, of those packages that take part in a compile and are installed."""
+    installed: dict[str, str] = {}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def write_manifest(
-    path: Path, common: dict[str, Any], product: dict[str, Any], files: list[Path], old: Path | None = None
+    path: Path, common: dict[str, Any], artifact: dict[str, Any], files: list[Path], old: Path | None = None
 ) -> None:
-    """Write `manifest.json` for one product, keeping the entries of other products in the same folder.
+    """Write `manifest.json` for one artifact, keeping the entries of other artifacts in the same folder.
 
     Args:
         path: the manifest to write.
-        common: what all products of the compile share.
-        product: what is true of this one: `name`, its proofs.
+        common: what all artifacts of the compile share: `versions`, `spec`, `base`, `adapters`, `sites`, `passes` and
+            `proofs`.
+        artifact: what belongs to this one: its `name`, `format`, `proof` and so on.
         files: its files, whose hashes are recorded.
         old: the manifest now in that folder, if any.
     """
     hashes = {
         _name(file, path): {"bytes": file.stat().st_size, "sha256": sha256_of_files([file])} for file in files
     }
-    products = _products(old) if old is not None else {}
-    products[product["name"]] = {**product, "files": hashes}
-    manifest = json.loads(json.dumps({**common, "products": products}, default=str))
+    artifacts = _artifacts(old) if old is not None else {}
+    artifacts[artifact["name"]] = {**artifact, "files": hashes}
+    manifest = json.loads(json.dumps({**common, "products": artifacts}, default=str))
     path.write_text(_text(manifest), encoding="utf-8")
 
 
 def is_unmodified(path: Path) -> bool:
-    """Whether a manifest is, byte for byte, what was written."""
+    """Whether a manifest is byte for byte as it was written."""
     text = path.read_text(encoding="utf-8")
     return text == _text(json.loads(text))
 
 
 def _text(manifest: Mapping[str, Any]) -> str:
-    """The manifest as it is written, with the SHA-256 of all it says."""
-    said = {key: value for key, value in manifest.items() if key != "sha256"}
-    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-    return json.dumps(said | {"sha256": digest}, indent=2) + "\n"
+    """The manifest as it is written, with the SHA-256 of its content under `sha256`."""
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json.dumps(content | {"sha256": digest}, indent=2) + "\n"
 
 
 def _name(file: Path, manifest: Path) -> str:
+    """A file's path relative to the manifest's folder; its name alone where it is elsewhere, as while it is staged."""
     folder = manifest.parent
     return str(file.relative_to(folder)) if file.is_relative_to(folder) else file.name
 
 
-def _products(manifest: Path) -> dict[str, Any]:
-    """The products that a manifest names; none where it is missing or broken."""
+def _artifacts(manifest: Path) -> dict[str, Any]:
+    """The artifacts that a manifest lists under `products`; none where it is missing or broken."""
     try:
-        products = json.loads(manifest.read_text(encoding="utf-8"))["products"]
+        artifacts: Any = json.loads(manifest.read_text(encoding="utf-8"))["products"]
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-    return products if isinstance(products, dict) else {}
+    return cast("dict[str, Any]", artifacts) if isinstance(artifacts, dict) else {}

@@ -1,4 +1,4 @@
-"""Atomic writes: everything is written beside its place, proved there, and renamed into it at the end."""
+"""Atomic writes: an output is written and proved beside its final path, and renamed to it at the end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Self
 from adaptc.errors import AdaptcError
 
 OLD = "old"
-"""What an output that is being replaced is called meanwhile, beside the new one."""
+"""The name in the staging folder of an output that is being replaced."""
 
 _LIVE: set[Path] = set()
 """The staging folders of this process."""
@@ -23,22 +23,23 @@ _LIVE: set[Path] = set()
 class Staging:
     """A context in which outputs are staged. Leaving it without an error puts all of them in place, or none.
 
-    After an error, or a kill, the old outputs are whole: what a killed run had moved away or left behind is put
-    back or removed by the next run that writes there.
+    After an error, or a kill, the old outputs are intact: the next run that writes to the same path puts back what a
+    killed run had moved away, and removes what it left.
 
-    `wrote`, where it is given, is to be told of the bytes written, of how many.
+    Args:
+        wrote: called with the bytes written of an output, and of how many; for whoever writes to report to.
     """
 
     def __init__(self, wrote: Callable[[int, int], None] | None = None) -> None:
         self.wrote = wrote
         self._staged: list[tuple[Path, Path]] = []
-        self._made: list[Path] = []
+        self._new_folders: list[Path] = []
 
     def __enter__(self) -> Self:
         return self
 
     def path(self, final: Path) -> Path:
-        """A place to write what will become `final`, on the same file system; the same one when asked again.
+        """A path on the same file system where what will become `final` is written; the same path when asked again.
 
         Raises:
             AdaptcError: its folder cannot be written to.
@@ -57,7 +58,7 @@ class Staging:
         return folder / final.name
 
     def staged(self, final: Path) -> Path | None:
-        """Where an earlier output of this run waits to become `final`, if one does."""
+        """The path of an output of this run that will become `final`, if there is one."""
         return next((staged for staged, other in self._staged if other == final), None)
 
     def __exit__(
@@ -68,20 +69,20 @@ class Staging:
                 self._put_in_place()
             elif isinstance(error, OSError):
                 raise AdaptcError(
-                    f"cannot write: {error.strerror or error}; every earlier output is as it was"
+                    f"cannot write: {error.strerror or error}; every earlier output is unchanged"
                 ) from error
         finally:
             for staged, _ in self._staged:
                 shutil.rmtree(staged.parent, ignore_errors=True)
                 _LIVE.discard(staged.parent)
-            for folder in reversed(self._made):
+            for folder in reversed(self._new_folders):
                 if folder.is_dir() and not any(folder.iterdir()):
                     folder.rmdir()
 
     def _make_parents(self, folder: Path) -> None:
         missing = [p for p in (folder, *folder.parents) if not p.exists()]
         folder.mkdir(parents=True, exist_ok=True)
-        self._made += reversed(missing)
+        self._new_folders += reversed(missing)
 
     def _put_in_place(self) -> None:
         done: list[tuple[Path, Path]] = []
@@ -95,12 +96,12 @@ class Staging:
             if not isinstance(error, OSError):
                 raise
             raise AdaptcError(
-                f"cannot write {done[-1][1]}: {error.strerror or error}; every earlier output is as it was"
+                f"cannot write {done[-1][1]}: {error.strerror or error}; every earlier output is unchanged"
             ) from error
 
 
 def _replace(staged: Path, final: Path) -> None:
-    """Put the new output in place, keeping the old one beside it until all are."""
+    """Put a new output in place, and keep the old one in the staging folder until all are in place."""
     old = staged.parent / OLD
     if final.is_file() and staged.is_file():
         try:
@@ -113,6 +114,7 @@ def _replace(staged: Path, final: Path) -> None:
 
 
 def _put_back(staged: Path, final: Path) -> None:
+    """Take a new output out of its place again, and put the old one back."""
     old = staged.parent / OLD
     if not staged.exists() and final.exists():
         os.replace(final, staged)
@@ -121,7 +123,7 @@ def _put_back(staged: Path, final: Path) -> None:
 
 
 def _sweep(final: Path) -> None:
-    """Remove what an earlier run that was killed left; put back an old output it had moved away."""
+    """Remove the staging folders of killed runs; put back an old output that one had moved away."""
     for folder in final.parent.glob(f".{glob.escape(final.name)}.adaptc-*"):
         owner = folder.name.rpartition(".adaptc-")[2].partition("-")[0]
         if folder in _LIVE or (owner.isdecimal() and _alive(int(owner))):
@@ -132,7 +134,7 @@ def _sweep(final: Path) -> None:
 
 
 def _alive(process: int) -> bool:
-    """Whether another process runs under this number; our own number is an earlier run's here."""
+    """Whether another process runs under this number; our own number is an earlier run's, since `_LIVE` lists ours."""
     if process == os.getpid():
         return False
     try:

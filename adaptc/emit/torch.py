@@ -1,4 +1,4 @@
-"""The torch artifact: a `torch.export` program and what makes it a trainable module again."""
+"""The torch artifact: a `torch.export` program, and how it becomes a trainable module again."""
 
 from __future__ import annotations
 
@@ -28,16 +28,22 @@ PROGRAM = "program.pt2"
 
 
 def save_torch(module: fx.GraphModule, directory: Path) -> None:
-    """Write a trainable module: no pickle, no need of the base's files.
+    """Write a trainable module as a program that loads without pickle and without the base's files.
 
-    The program is traced in training mode, whose literals become the module's mode again on loading.
+    The program is traced in training mode; `load_torch` makes its literals follow the module's mode again.
+
+    Raises:
+        OSError: the file cannot be written.
     """
     about = module.meta[META]
     inputs = [InputSpec.from_json(spec) for spec in about["inputs"]]
     examples = example_tensors(inputs, example_sizes(inputs))
-    was, hooks = module.training, dict(module._forward_pre_hooks)
+    training: bool = module.training
+    untyped: Any = module
+    registered: dict[int, Any] = untyped._forward_pre_hooks
+    hooks = dict(registered)
     module.train()
-    module._forward_pre_hooks.clear()  # what a training does around the module is no part of it
+    registered.clear()  # hooks of a training loop are no part of the program
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     try:
         with warnings.catch_warnings(), kept_activations(module):
@@ -51,31 +57,31 @@ def save_torch(module: fx.GraphModule, directory: Path) -> None:
             if file.error is not None:
                 raise file.error
     finally:
-        module.train(was)
-        module._forward_pre_hooks.update(hooks)
+        module.train(training)
+        registered.update(hooks)
         with torch.no_grad():
             for name, buffer in module.named_buffers():
                 buffer.copy_(buffers[name])
 
 
 class _Deferring(io.FileIO):
-    """A file that keeps its first error for later: torch's writer ends the whole process where a write fails."""
+    """A file that keeps its first error for later: torch's writer aborts the process where a write fails."""
 
     error: OSError | None = None
 
     def write(self, data: Any) -> int:
-        """Write, unless that failed before; gives the number of bytes either way."""
-        left = memoryview(data)
-        while left and self.error is None:
+        """Write, unless an earlier write failed; gives the number of bytes in either case."""
+        remaining = memoryview(data)
+        while remaining and self.error is None:
             try:
-                left = left[super().write(left) :]
+                remaining = remaining[super().write(remaining) :]
             except OSError as error:
                 self.error = error
         return len(data)
 
 
 def load_torch(directory: Path) -> fx.GraphModule:
-    """Bring a torch artifact back as a trainable module.
+    """Load a torch artifact as a trainable module.
 
     Raises:
         WeightError: it is no such artifact, or broken.
@@ -100,33 +106,40 @@ def load_torch(directory: Path) -> fx.GraphModule:
 
 
 def _restore(module: fx.GraphModule, about: Mapping[str, Any]) -> fx.GraphModule:
-    """Tie what was tied, in the base's order, and let only the adaptation require grad."""
+    """The module with the tensors of the program under the base's names, in its order, tied tensors as one.
+
+    Only the adaptation requires grad.
+
+    Raises:
+        WeightError: the program lacks a tensor that the manifest names.
+    """
     trainable = set(about["trainable"])
-    found: dict[str, torch.Tensor] = {}
-    made = fx.GraphModule(nn.Module(), fx.Graph())
+    restored: dict[str, torch.Tensor] = {}
+    result = fx.GraphModule(nn.Module(), fx.Graph())
     tensors = {
         **dict(module.named_parameters(remove_duplicate=False)),
         **dict(module.named_buffers(remove_duplicate=False)),
     }
     for name, first in about["names"].items():
-        if first not in found:
-            spelled = next((n for n in (first, *_others(about["names"], first)) if n in tensors), None)
+        if first not in restored:
+            spelled = next((n for n in (first, *_aliases(about["names"], first)) if n in tensors), None)
             if spelled is None:
                 raise WeightError(f"the program holds no tensor {first!r}, which the manifest names")
             tensor = tensors[spelled]
-            found[first] = (
+            restored[first] = (
                 tensor.detach()
                 if first in about["buffers"]
                 else nn.Parameter(tensor.detach(), first in trainable)
             )
-        set_tensor(made, name, found[first], persistent=name not in about["transient"])
+        set_tensor(result, name, restored[first], persistent=name not in about["transient"])
     for name, tensor in tensors.items():  # constants of the graph itself
         if name not in about["names"]:
-            set_tensor(made, name, tensor.detach(), persistent=False)
-    made.graph = module.graph
-    made.meta[META] = dict(about)
-    return made.train()
+            set_tensor(result, name, tensor.detach(), persistent=False)
+    result.graph = module.graph
+    result.meta[META] = dict(about)
+    return result.train()
 
 
-def _others(names: Mapping[str, str], first: str) -> list[str]:
-    return [name for name, same in names.items() if same == first]
+def _aliases(names: Mapping[str, str], first: str) -> list[str]:
+    """The names of the tensor whose first name is this."""
+    return [name for name, other in names.items() if other == first]

@@ -1,4 +1,4 @@
-"""Adapters that are a small feed-forward: their options, their tensors, and the maths of the plain one."""
+"""Methods that add to a sub-layer's output, and the small feed-forward that most of them add."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ Start = Annotated[
     ),
 ]
 ACTIVATIONS = ("relu", "gelu", "silu", "tanh", "mish", "leaky_relu", "elu", "hardswish")
-"""Some of torch's, for messages."""
+"""Some of torch's activations, which messages list."""
 
 
 class ActivationMethod(Method[SubLayer]):
     """A method that adds to a sub-layer's output: `h' = h + f(z)`, before the residual sum.
 
-    h `(..., d)` is the output of an attention or a feed-forward, z is h too, or where `reads` says so the
-    sub-layer's input x: what its first product reads. A field named `dropout` is applied to z in training.
+    h `(..., d)` is the output of an attention or a feed-forward. z is h, or with `reads = "input"` the sub-layer's
+    input x, which its first matrix product reads. An option named `dropout` acts on z in training.
     """
 
     expressions: ClassVar[Mapping[str, tuple[str, ...]]] = {"branch": ("z",)}
@@ -54,7 +54,7 @@ class ActivationMethod(Method[SubLayer]):
 
 @dataclass(frozen=True)
 class SmallFeedForward(ActivationMethod):
-    """Options of `s (W_up σ(W_down z + b_down) + b_up)`, W_down `(r, d)`, W_up `(d, r)`."""
+    """The options and maths of `f(z) = s (W_up σ(W_down z + b_down) + b_up)`, W_down `(r, d)`, W_up `(d, r)`."""
 
     r: Width = 16
     activation: Activation = "relu"
@@ -67,7 +67,7 @@ class SmallFeedForward(ActivationMethod):
     fast = frozenset({"up"})
 
     def refuses(self, site: SubLayer) -> Fault | None:
-        """A function of one tensor, that torch has."""
+        """The activation must be a function of one tensor in torch.nn.functional."""
         from torch import ones
         from torch.nn import functional
 
@@ -81,13 +81,13 @@ class SmallFeedForward(ActivationMethod):
         return None if usable else Fault(("activation",), reason)
 
     def refuses_to_train(self, site: SubLayer) -> Fault | None:
-        """A bottleneck is narrower than what it is put in."""
+        """A bottleneck must not be wider than the features of the sub-layer."""
         if site.width is None or self.r <= site.width:
             return None
         return Fault(("r",), f"r={self.r} is wider than the {site.width} features here")
 
     def params(self, site: SubLayer) -> dict[str, Param]:
-        """The two matrices `(out, in)` and their biases."""
+        """W_down `(r, d)` and W_up `(d, r)`, and their biases `(r,)` and `(d,)`."""
         (d,), key = site.shape, self.name.replace("-", "_")
         zero = self.init_weights == "zero"
         return {
@@ -98,14 +98,14 @@ class SmallFeedForward(ActivationMethod):
         }
 
     def activated(self, x: Tensor) -> Tensor:
-        """σ(x)."""
+        """σ(x), of x's shape: the function of torch that `activation` names."""
         from torch.nn import functional
 
         function: Any = getattr(functional, self.activation)
         return function(x)
 
     def branch(self, z: Tensor, **theta: Tensor) -> Tensor:
-        """`s (W_up σ(W_down z + b_down) + b_up)`."""
+        """`s (W_up σ(W_down z + b_down) + b_up)`, of z's shape `(..., d)`."""
         from torch.nn.functional import linear
 
         narrow = self.activated(linear(z, theta["down"], theta["down_bias"]))

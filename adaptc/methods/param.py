@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, cast, get_args
 
-from adaptc.errors import DefinitionError, nearest
+from adaptc.errors import DefinitionError, did_you_mean
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -49,8 +49,7 @@ class Param:
             raise _mistake(f"the shape of a Param is a tuple of whole numbers, got {self.shape!r}")
         names = get_args(Init)
         if not callable(self.init) and self.init not in names:
-            near = nearest(str(self.init), names, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(str(self.init), names)
             raise _mistake(
                 f"the init of a Param is one of {', '.join(names)}, or a function of the weight and a generator, "
                 f"got {self.init!r}{hint}"

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 from adaptc.methods.site import ATTENTION, IN_PROJECTION, Place, WeightSite
 
 M = TypeVar("M")
-"""The method."""
+"""The class of the method that a format spells."""
 LINEAR = frozenset({"Linear", "Conv1D"})
 """Layers that multiply by a matrix, as PEFT knows them; `Conv1D` is GPT-2's, stored (in, out)."""
 
@@ -19,25 +19,25 @@ LINEAR = frozenset({"Linear", "Conv1D"})
 class PeftFormat(Generic[M]):
     """How PEFT's `adapter_config.json` spells a method, and where PEFT has it.
 
-    A method whose values or layers differ otherwise in PEFT has a subclass of this one beside it.
+    Where the attributes do not say enough, a subclass overrides `read`, `write`, `computed`, `sizes` or `covers`.
 
     Attributes:
-        type: PEFT's `peft_type`.
+        type: PEFT's `peft_type`; None for a method that `joins` another's checkpoint.
         options: our option's name -> PEFT's key.
         fixed: keys that must have, and are written with, this value (`use_dora: true`).
         ignored: keys that do not change what the adapted model computes.
-        changes_base: beginnings of initialisations that change the base's weights too, which no checkpoint holds.
-        modules: options that are patterns here and lists of module names there.
+        changes_base: beginnings of names of initialisations that change the base too, which no checkpoint holds.
+        modules: options that are patterns here and lists of module names in PEFT.
         joins: the list in another method's configuration that holds this method's modules, for a method that
             has no checkpoint of its own (`modules_to_save`).
         by_parameter: it can sit on a parameter that is no module's `weight` (`target_parameters`).
         layers: the classes of layers that PEFT has the method for.
-        square: of convolutions it has those with square kernels only.
-        grouped: it has grouped convolutions too.
-        tied: PEFT changes a tied output head with its embedding.
-        hosts: another method's modules can join this configuration.
-        heads: where `hosts` is False, modules that PEFT joins of its own accord.
-        bare: keys have no `model.` in front, and what belongs to no module has nothing in front.
+        square: whether PEFT has convolutions with square kernels only.
+        grouped: whether PEFT has grouped convolutions.
+        tied: whether PEFT changes a tied output head with its embedding.
+        hosts: whether another method's modules can join this configuration.
+        heads: where `hosts` is False, modules that PEFT adds itself.
+        bare: whether keys have no `model.` in front, and keys of tensors of no module nothing at all.
     """
 
     type: str | None
@@ -57,15 +57,23 @@ class PeftFormat(Generic[M]):
     bare: bool = False
 
     def read(self, options: dict[str, Any]) -> dict[str, Any]:
-        """Options as PEFT's configuration has them, in the values that the method takes."""
+        """Options of PEFT's configuration, by our names, in the values that the method takes.
+
+        Args:
+            options: our name -> PEFT's value.
+        """
         return options
 
     def write(self, options: dict[str, Any]) -> dict[str, Any]:
-        """Options of the method, in the values that PEFT's configuration has: the inverse of `read`."""
+        """Options of the method, by our names, in the values that PEFT's configuration has: the inverse of `read`.
+
+        Args:
+            options: our name -> our value.
+        """
         return options
 
     def computed(self, options: dict[str, Any], targets: Sequence[str]) -> dict[str, Any]:
-        """The options that give what PEFT computes where it adapts an attention module whole.
+        """The options with which adaptc computes what PEFT does where PEFT adapts an attention module whole.
 
         Args:
             options: what `read` gives.
@@ -84,7 +92,7 @@ class PeftFormat(Generic[M]):
         return {}
 
     def covers(self, method: M, site: Place) -> bool:
-        """Whether PEFT has this method on such a layer, and reads what is stored for it. It knows no slices."""
+        """Whether PEFT has this method on such a site, and reads its tensors. PEFT has no slices of weights."""
         if not isinstance(site, WeightSite) or site.kind == "parameter":
             return True
         if site.kind == "conv":
@@ -100,11 +108,11 @@ def matches_peft_key(key: str, name: str) -> bool:
 
 
 def of_pattern(patterns: Mapping[str, Any], site: WeightSite, otherwise: Any) -> Any:
-    """What the first of PEFT's patterns that names a site says."""
+    """The value of the first of PEFT's patterns that names a site; `otherwise` where none does."""
     name = peft_name(site)
     return next((value for key, value in patterns.items() if matches_peft_key(key, name)), otherwise)
 
 
 def peft_name(site: WeightSite) -> str:
-    """What PEFT holds its patterns against: the module, or a parameter that is targeted by its own name."""
+    """The name that PEFT matches its patterns with: the module's, or that of a parameter that is itself the target."""
     return site.module if site.leaf in ("weight", IN_PROJECTION) else f"{site.module}.{site.leaf}"

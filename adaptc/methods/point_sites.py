@@ -1,4 +1,4 @@
-"""Points: the sites that are no weight, where activations, attentions and inputs are adapted."""
+"""Points: the sites that are not weights, where activations, attentions and inputs are adapted."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from adaptc.methods.site import Place, WeightSite
 
 
 class Point(Place):
-    """A site that is no weight: a value that the model computes."""
+    """A site that is a value that the model computes, not a weight."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The sizes of what is adapted; empty where they are not known."""
+        """The sizes of the adapted value; empty where they are not known."""
         raise NotImplementedError
 
     @property
     def parameter(self) -> str:
-        """The name of the weight that it is named after, in the graph; "" where there is none."""
+        """The graph's name for the weight that the point is named after; "" where there is none."""
         return ""
 
     @property
     def piece(self) -> str:
-        """The name of a slice: there is none."""
+        """The name of a slice, which a point never is: ""."""
         return ""
 
     @property
     def rows(self) -> tuple[tuple[int, int], ...]:
-        """The rows of a slice: there are none."""
+        """The rows of a slice, which a point never is: ()."""
         return ()
 
     def _sides(self) -> str:
@@ -36,12 +36,12 @@ class Point(Place):
 
 @dataclass(frozen=True)
 class SubLayer(Point):
-    """The output h of a sub-layer, where it enters the sum with the residual stream, or a value named by its node.
+    """The output h of a sub-layer, where it enters the sum with the residual stream; or a value that its node names.
 
     Attributes:
-        width: the number of features, on the last axis of h; None where they are not there, or vary.
+        width: the number of features, on the last axis of h; None where they are on another axis, or vary.
         reads: the node of the sub-layer's input; "" where it is not known.
-        role: what it is the output of: `attention.output` or `feed_forward.out`; "" for a value named by its node.
+        role: `attention.output` or `feed_forward.out`; "" for a value that its node names.
         value: the node whose value is adapted wherever it is read; "" where h is adapted at `uses` only.
     """
 
@@ -52,7 +52,7 @@ class SubLayer(Point):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The number of features, if it is known."""
+        """(number of features,); empty where it is not known."""
         return () if self.width is None else (self.width,)
 
     @property
@@ -72,11 +72,11 @@ class Heads:
 
 @dataclass(frozen=True)
 class AttentionSite(Point):
-    """Where keys and values enter an attention: `uses` are the products with the keys, and with the values.
+    """Where keys and values enter an attention: `uses` are the matrix products with the keys and with the values.
 
     Attributes:
-        heads: its heads; None where its axes cannot be told apart.
-        half: of a model of two halves `encoder`, `decoder`, or `cross` where one attends to the other; else "".
+        heads: its heads; None where its axes cannot be disambiguated.
+        half: in an encoder-decoder model `encoder`, `decoder`, or `cross` where one attends to the other; else "".
     """
 
     heads: Heads | None
@@ -84,13 +84,13 @@ class AttentionSite(Point):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(heads, size of a key, size of a value), if they are known."""
+        """(heads, size of a key, size of a value); empty where they are not known."""
         return () if self.heads is None else (self.heads.count, self.heads.key, self.heads.value)
 
 
 @dataclass(frozen=True)
 class InputSite(Point):
-    """Where tokens that are given as numbers become vectors: `uses` is what the embedding gives.
+    """Where the numbers of tokens become vectors; `uses` is the output of the embedding.
 
     Attributes:
         table: the name of the embedding's table in the graph.
@@ -116,11 +116,11 @@ class InputSite(Point):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The number of features of an embedded token."""
+        """(number of features of an embedded token,)."""
         return (self.width,)
 
 
 AnyPoint = SubLayer | AttentionSite | InputSite
-"""Any site that is no weight."""
+"""Any site that is not a weight."""
 Site = WeightSite | AnyPoint
-"""Any place that can be adapted."""
+"""Any site: a weight or a point."""

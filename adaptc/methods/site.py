@@ -1,4 +1,4 @@
-"""Sites: the places of a model that a method can adapt, as methods see them."""
+"""Sites: what a method can adapt in a model, as methods see it. Weights are here, points in `point_sites`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MATRIX_KINDS = frozenset({"linear", "conv", "embedding", "experts"})
-"""The kinds of site whose weight reads as matrices `(out, in)`; a method that needs no more can sit on all."""
+"""The kinds of site whose weight is one or several matrices `(out, in)`."""
 WEIGHT_KINDS = MATRIX_KINDS | {"parameter"}
 """The kinds of site that are weights: `parameter` is any parameter of a module."""
 DROPLESS = frozenset({"embedding", "experts"})
-"""Kinds of site whose input dropout cannot go in front of: indices, and rows gathered for an expert."""
+"""Kinds of site whose input dropout cannot act on: indices, and rows gathered for an expert."""
 SUBLAYER, ATTENTION_POINT, INPUT = "sub-layer", "attention", "input"
 POINTS = frozenset({SUBLAYER, ATTENTION_POINT, INPUT})
-"""The kinds of site that are points: activations, no weights."""
+"""The kinds of site that are points, not weights."""
 KINDS = ("linear", "conv", "embedding", "experts", "parameter", SUBLAYER, ATTENTION_POINT, INPUT)
 """The kinds of site, as messages list them."""
 
@@ -35,7 +35,7 @@ class Use:
 
 @dataclass(frozen=True)
 class Layout:
-    """Which axes of a stored weight are what: `batch` of separate matrices, `out` of rows, `inner` of columns.
+    """Which axes of a stored weight are separate matrices (`batch`), rows (`out`) and columns (`inner`).
 
     A linear weight is out (0,), inner (1,); GPT-2's Conv1D out (1,), inner (0,); a convolution's out (0,), inner
     (1, 2, 3); an embedding's out (1,), inner (0,): it multiplies one-hot rows; fused experts' batch (0,), out (1,),
@@ -58,7 +58,7 @@ class Layout:
         return moved if list(moved.shape) == shape else moved.reshape(shape)
 
     def tensor(self, M: Tensor, shape: Sequence[int]) -> Tensor:
-        """The inverse: matrices back to the stored shape."""
+        """Matrices `(out, in)` or `(batch, out, in)` in the stored shape: the inverse of `matrix`."""
         order = (*self.batch, *self.out, *self.inner)
         if order == (1, 0):
             return M.t()
@@ -73,16 +73,16 @@ class Layout:
 
 @dataclass(frozen=True)
 class Place:
-    """What all sites have: where they are in the model. See `WeightSite` and `point_sites`.
+    """What all sites have: where they are in the model.
 
     Attributes:
         module: the full name of the module it belongs to.
         type: that module's class, such as `Linear`.
         kind: one of `KINDS`.
-        op: the operation that reads the weight, or makes the point's value, such as `conv2d`.
-        dtype: the stored dtype of the weight, or that of the point's value.
-        uses: where the weight, or what is adapted at the point, enters operations.
-        source: file and line of the model that runs this operation.
+        op: the operation that reads the weight or computes the point's value, such as `conv2d`.
+        dtype: the dtype of the stored weight or of the point's value.
+        uses: where the weight, or the value adapted at the point, enters operations.
+        source: file and line of the model's code that runs this operation.
     """
 
     module: str
@@ -95,12 +95,12 @@ class Place:
 
     @property
     def node(self) -> str:
-        """The first node that is adapted here, or reads what is."""
+        """The first node that reads the adapted weight or value."""
         return self.uses[0].node
 
     @property
     def batch(self) -> int | None:
-        """How many matrices the weight holds, such as one an expert; None where it is one matrix, or no weight."""
+        """How many matrices the weight holds, one for each fused expert; None for one matrix, and for a point."""
         return None
 
     @property
@@ -110,7 +110,7 @@ class Place:
 
     @property
     def part(self) -> str:
-        """A suffix that tells this site's tensors from those of others in the same module; "" where it needs none."""
+        """A suffix for keys where several sites of one module have tensors; "" where it needs none."""
         return ""
 
     @property
@@ -119,7 +119,7 @@ class Place:
         return self.module
 
     def key(self, key: str) -> str:
-        """The key of a tensor of this site in adaptc's own checkpoints: the module's name, if it has one, and `key`."""
+        """The key of a tensor of this site in adaptc's own checkpoints: `module.key`, with `part` in the first word."""
         first, dot, rest = key.partition(".")
         named = f"{first}_{self.part}{dot}{rest}" if self.part else key
         return f"{self.module}.{named}" if self.module else named
@@ -145,11 +145,11 @@ class WeightSite(Place):
         layout: how the stored weight reads as matrices; None for a `parameter`.
         bias: the name of the bias beside it, if any.
         bias_uses: where the bias enters.
-        shared: the module has several matrices, so that the leaf tells them apart.
-        piece: of a slice its name, such as `q` or `0:512`; empty for the whole.
-        rows: the ranges of rows of the matrix that a slice is made of.
-        groups: of a grouped convolution.
-        computed_bias: the bias beside it is no parameter, but computed from some.
+        shared: whether the module has several matrices, so that names need the leaf.
+        piece: the name of a slice, such as `q` or `0:512`; "" for the whole weight.
+        rows: the ranges of rows of the matrix that a slice consists of; empty for the whole weight.
+        groups: the number of groups of a convolution.
+        computed_bias: whether the bias beside it is computed from parameters instead of being one.
         foreign: where another module reads the weight in another way.
     """
 
@@ -168,24 +168,24 @@ class WeightSite(Place):
 
     @property
     def out_features(self) -> int:
-        """Rows of a matrix `(out, in)`."""
+        """The number of rows of a matrix `(out, in)`; of a slice, its rows alone."""
         if self.rows:
             return sum(stop - start for start, stop in self.rows)
         return self._size(self.layout.out) if self.layout else self.shape[0]
 
     @property
     def in_features(self) -> int:
-        """Columns of a matrix `(out, in)`."""
+        """The number of columns of a matrix `(out, in)`."""
         return self._size(self.layout.inner) if self.layout else self.shape[-1]
 
     @property
     def batch(self) -> int | None:
-        """How many matrices the weight holds, such as one an expert; None where it is one matrix."""
+        """How many matrices the weight holds, one for each fused expert; None where it is one matrix."""
         return self._size(self.layout.batch) if self.layout and self.layout.batch else None
 
     @property
     def inner_shape(self) -> tuple[int, ...]:
-        """The stored axes that columns are made of: `(in, height, width)` of a convolution."""
+        """The sizes of the stored axes that are columns: `(in, height, width)` of a convolution."""
         assert self.layout is not None
         return tuple(self.shape[axis] for axis in self.layout.inner)
 
@@ -196,7 +196,7 @@ class WeightSite(Place):
 
     @property
     def layer(self) -> str:
-        """The class of torch's or transformers' layer that does this: `Linear`, `Conv2d`; "" where there is none."""
+        """The layer class of torch or transformers that computes this, such as `Linear`; "" where there is none."""
         if self.kind == "linear":
             return "Conv1D" if self.transposed else "Linear"
         if self.kind == "conv":
@@ -204,7 +204,7 @@ class WeightSite(Place):
         return {"embedding": "Embedding"}.get(self.kind, "")
 
     def as_parameter(self) -> WeightSite:
-        """The same weight as a parameter, wherever it is used."""
+        """The site of this weight as a `parameter`: whole, at all its uses."""
         return replace(
             self,
             uses=(*self.uses, *self.foreign),
@@ -223,7 +223,7 @@ class WeightSite(Place):
 
     @property
     def rows_repeat(self) -> bool:
-        """Whether a row makes several channels, as in every group of a grouped transposed convolution."""
+        """Whether a row makes several output channels, as in a grouped transposed convolution."""
         return self.groups > 1 and "transpose" in self.op
 
     @property
@@ -236,9 +236,9 @@ class WeightSite(Place):
 
     @property
     def part(self) -> str:
-        """What tells this site's tensors from those of others in the same module."""
-        words = (self.leaf if self.shared else "", re.sub("[:,]", "_", self.piece))
-        return "_".join(word for word in words if word)
+        """A suffix for keys where several sites of one module have tensors: the leaf, the slice, or both."""
+        parts = (self.leaf if self.shared else "", re.sub("[:,]", "_", self.piece))
+        return "_".join(part for part in parts if part)
 
     @property
     def pattern(self) -> str:
@@ -247,23 +247,23 @@ class WeightSite(Place):
         return name + (f"[{self.piece}]" if self.piece else "")
 
     def matrix(self, W: Tensor) -> Tensor:
-        """The weight as the method sees it: `(out, in)`, or `(batch, out, in)`; a slice has its own rows only."""
+        """The weight as the method sees it: `(out, in)`, or `(batch, out, in)`; the rows of a slice alone."""
         M = self.layout.matrix(W) if self.layout else W
         return self._take(M, -2) if self.rows else M
 
     def restored(self, M: Tensor, W: Tensor) -> Tensor:
-        """The stored weight with `M` in place of what `matrix` gave."""
+        """The stored weight W with M in place of `matrix(W)`."""
         if self.layout is None:
             return M
         whole = self._put(M, self.layout.matrix(W), -2) if self.rows else M
         return self.layout.tensor(whole, self.shape)
 
     def bias_of(self, b: Tensor) -> Tensor:
-        """The bias as the method sees it: `(out,)` of this site's rows."""
+        """The bias as the method sees it: `(out,)`, of the rows of this site."""
         return self._take(b, -1) if self.rows else b
 
     def bias_restored(self, new: Tensor, b: Tensor) -> Tensor:
-        """The whole bias with `new` in place of what `bias_of` gave."""
+        """The whole bias b with `new` in place of `bias_of(b)`."""
         return self._put(new, b, -1) if self.rows else new
 
     def _take(self, whole: Tensor, axis: int) -> Tensor:
@@ -271,14 +271,14 @@ class WeightSite(Place):
 
     def _put(self, new: Tensor, whole: Tensor, axis: int) -> Tensor:
         pieces: list[Tensor] = []
-        at = taken = 0
+        end = offset = 0
         for start, stop in self.rows:
-            if start > at:
-                pieces.append(whole.narrow(axis, at, start - at))
-            pieces.append(new.narrow(axis, taken, stop - start) if len(self.rows) > 1 else new)
-            at, taken = stop, taken + stop - start
-        if at < whole.shape[axis]:
-            pieces.append(whole.narrow(axis, at, whole.shape[axis] - at))
+            if start > end:
+                pieces.append(whole.narrow(axis, end, start - end))
+            pieces.append(new.narrow(axis, offset, stop - start) if len(self.rows) > 1 else new)
+            end, offset = stop, offset + stop - start
+        if end < whole.shape[axis]:
+            pieces.append(whole.narrow(axis, end, whole.shape[axis] - end))
         return _joined(pieces, axis)
 
     def _sides(self) -> str:
@@ -296,6 +296,6 @@ def _joined(pieces: Sequence[Tensor], axis: int) -> Tensor:
 
 
 ATTENTION, OUT_PROJECTION = "MultiheadAttention", ".out_proj"
-"""torch's attention module, whose output projection is no layer of its own: both are adapted together by PEFT."""
+"""torch's attention module, and its output projection, which PEFT adapts together with it."""
 IN_PROJECTION = "in_proj_weight"
-"""The weight of query, key and value in that module: PEFT means it by the module's name."""
+"""The fused weight of query, key and value in that module; PEFT targets it by the module's name."""

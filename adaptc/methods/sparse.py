@@ -1,4 +1,4 @@
-"""The policy that methods share which train a few entries of a weight, chosen by their Fisher information."""
+"""What methods share that train few entries of a weight, those with the largest Fisher information."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from adaptc.methods.site import WeightSite
 
 STEPS = 64
-"""Halvings of the interval in which the threshold is looked for: as many as a float64 can tell apart."""
+"""Bisections of the interval of the threshold: more than the 53 bits of a float64 can resolve."""
 Counts = Annotated[
     Mapping[str, int],
     Field(
@@ -28,10 +28,10 @@ Counts = Annotated[
 
 @dataclass(frozen=True)
 class Chosen(WeightMethod):
-    """Trains the entries with the largest Fisher information among all that the target names.
+    """A method that trains the entries with the largest Fisher information among all that the target names.
 
-    Before there is data to choose by, each parameter counts with its share. Trained entries are stored as a sparse
-    delta (k,) with their places (k,).
+    Before there is data (in a plan), every parameter trains its share. Checkpoints hold a sparse delta (k,) and the
+    indices (k,) of its entries.
     """
 
     counts: Counts = field(default_factory=dict[str, int])
@@ -40,36 +40,36 @@ class Chosen(WeightMethod):
 
     @property
     def ratio(self) -> float:
-        """The share of entries that is trained."""
+        """The share of all entries that is trained, in (0, 1]."""
         raise NotImplementedError
 
     @property
     def calibrated(self) -> bool:
-        """Always: entries are chosen by data."""
+        """True: data choose the entries."""
         return True
 
     def takes(self, site: WeightSite) -> bool:
-        """Whether any entry of a parameter is chosen."""
+        """Whether any entry of a parameter is trained."""
         return not self.counts or self.counts.get(site.name, 0) > 0
 
     def params(self, site: WeightSite) -> dict[str, Param]:
-        """The delta (k,) zero, and the places (k,) of its entries, in ascending order."""
+        """The delta (k,) zero, and the indices (k,) of its entries in the flat weight, in ascending order."""
         size = 1
         for side in site.shape:
             size *= side
         count = self.counts.get(site.name, max(1, round(self.ratio * size)))
         kind = self.name.replace("-", "_")
 
-        def places(information: Tensor, _: Generator) -> Tensor:
+        def indices(information: Tensor, _: Generator) -> Tensor:
             return information.flatten().topk(count).indices.sort()[0]
 
         return {
             "delta": Param((count,), "zeros", f"{kind}_delta.{site.leaf}"),
-            "at": Param((count,), places, f"{kind}_places.{site.leaf}", trained=False, below=size),
+            "at": Param((count,), indices, f"{kind}_places.{site.leaf}", trained=False, below=size),
         }
 
     def calibrate(self, information: Mapping[str, Tensor]) -> Self:
-        """How many entries of each parameter are among the largest of all."""
+        """The method with `counts`: how many of the largest entries of all lie in each parameter."""
         wanted = max(1, round(self.ratio * sum(values.numel() for values in information.values())))
         low, high = 0.0, max(float(values.max()) for values in information.values())
         for _ in range(STEPS):

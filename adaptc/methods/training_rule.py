@@ -10,27 +10,32 @@ if TYPE_CHECKING:
 
 
 class TrainingRule:
-    """What a method does at each step of a training, besides its gradient; called by `adaptc.TrainingStep`.
+    """What a method does at each step of a training, besides its gradient. `adaptc.TrainingStep` calls it.
 
-    Every hook does nothing unless overridden.
+    Every hook does nothing unless overridden. Steps are counted from 1.
     """
 
     def forward(self, training: bool) -> None:
         """Called before the model runs."""
 
     def penalty(self) -> Tensor | None:
-        """A scalar that is added to the loss; None for nothing."""
+        """A scalar tensor that is added to the loss; None for nothing."""
         return None
 
     def before(self, number: int) -> None:
-        """Called before the optimizer's step, counted from 1, when the gradients are there."""
+        """Called after the backward pass and before the optimizer's step."""
 
     def after(self, number: int) -> None:
-        """Called after the optimizer's step, counted from 1."""
+        """Called after the optimizer's step."""
 
 
 class TrainingHooks:
-    """What a method may say about its training. A method that trains by its gradient alone overrides none of it."""
+    """What a method may say about its training. A method that trains by its gradient alone overrides nothing here.
+
+    In order of time: `calibrated`, `calibrate` choose by data; `compensates`, `compensation_rounds`, `compensation`
+    start against the loss of quantization; `rule`, `fast` act on training; `trained_options`, `compact`, `cut`,
+    `cut_tensors` and `while_training` are about a trained adapter.
+    """
 
     while_training: ClassVar[frozenset[str]] = frozenset({"dropout"})
     """Options that do not change what a trained adapter computes."""
@@ -38,43 +43,58 @@ class TrainingHooks:
     """The tensors that LoRA+ gives a larger learning rate: the outer factors, which start at zero."""
 
     def rule(self, sites: Sequence[Mapping[str, Tensor]], steps: int | None) -> TrainingRule | None:
-        """What happens at each step of a training of so many steps; `sites` are the tensors of every site.
+        """What happens at each step of a training; None for nothing.
+
+        Args:
+            sites: the tensors of every site, by the names of `params` and `shared`.
+            steps: how many steps the training has; None where nobody said.
 
         Raises:
-            ValueError: it needs to know the number of steps.
+            ValueError: the method needs another number of steps, or any number at all.
         """
         return None
 
     @property
     def calibrated(self) -> bool:
-        """Whether functions that initialise get the Fisher information of the weight in its place; see `calibrate`."""
+        """Whether the `init` functions of Params get the Fisher information of the weight in place of the weight."""
         return False
 
     def calibrate(self, information: Mapping[str, Tensor]) -> Self:
-        """The method with what depends on data resolved, from the Fisher information of every site's weight."""
+        """The method with options that depend on data.
+
+        Args:
+            information: a site's name -> the Fisher information of its weight, of the weight's shape.
+        """
         return self
 
     @property
     def compensates(self) -> bool:
-        """Whether functions that initialise get what quantization lost of the weight in its place."""
+        """Whether the `init` functions of Params get what quantization lost of the weight in place of the weight."""
         return False
 
     @property
     def compensation_rounds(self) -> int:
-        """How often a weight is quantized, each time without what is made up for so far."""
+        """How often a weight is quantized, each time minus the compensation of the round before."""
         return 1
 
     def compensation(self, lost: Tensor) -> Tensor:
-        """The matrix that a method which `compensates` starts by adding, given what a matrix has lost."""
+        """The matrix `(out, in)` that the method adds at its start, from what quantization lost of a matrix."""
         raise NotImplementedError
 
     @classmethod
     def trained_options(cls, options: dict[str, Any]) -> dict[str, Any]:
-        """Options of a trained adapter, without what only its start depended on."""
+        """The options of a trained adapter, without those that only its start depended on."""
         return options
 
     def compact(self, sites: Mapping[str, dict[str, Tensor]]) -> tuple[Self, Mapping[str, dict[str, Tensor]]]:
-        """The same adapter without what training has pruned: its options, and the tensors of every module."""
+        """The adapter without what training has pruned.
+
+        Args:
+            sites: a module's name -> the tensors of the adapter there, by the names of `params`.
+
+        Returns:
+            the method with the options of the smaller adapter; the module's name -> its remaining tensors.
+        """
         return self, sites
 
     def cut(self, r: int) -> Self | None:
@@ -82,5 +102,5 @@ class TrainingHooks:
         return None
 
     def cut_tensors(self, theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors of a larger rank, cut to this method's."""
+        """The tensors of an adapter of larger rank, cut to this method's rank; by the names of `params`."""
         return dict(theta)

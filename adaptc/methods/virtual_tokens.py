@@ -1,8 +1,7 @@
-"""Methods that are no weight expression: what is inserted into activations, attentions and inputs.
+"""Methods with virtual tokens: keys and values of attentions, and vectors among the embedded input.
 
-They state maths on tensors as weight methods do; where it goes, masks, positions, folding, saving and exporting are
-the compiler's. None of them can vanish: what depends on their weights alone is folded to plain tensors, and what is
-left is live and costs what the plan says.
+They state how weights become tokens. The compiler inserts the tokens and extends masks and positions. Folding
+evaluates the tokens to constants, which stay in the model.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ Count = Annotated[int, Field(gt=0, description="number of virtual tokens")]
 Submodules = Annotated[
     int, Field(ge=1, le=2, description="2: laid out as PEFT does for an encoder and its decoder")
 ]
-Places = Annotated[
+Positions = Annotated[
     tuple[int, ...],
     Field(
-        description="their places in the longer sequence, at its end where it is shorter; in front if left out"
+        description="their positions in the longer sequence, at its end where it is shorter; first if left out"
     ),
 ]
 PROMPT_KEY = "prompt_embeddings"
@@ -42,18 +41,18 @@ ENCODER_OPTIONS = frozenset(
         *("prompt_tuning_init", "prompt_tuning_init_text"),
     }
 )
-"""PEFT's options of what makes the tokens, which it does not store."""
+"""PEFT's options of the network that makes the tokens, which PEFT does not store."""
 CLASSIFIER_HEADS = frozenset({"classifier", "score"})
-"""Modules that PEFT trains along with virtual tokens where the task is to classify."""
+"""Modules that PEFT trains with virtual tokens where the task is to classify."""
 P = TypeVar("P", bound=Point)
 M = TypeVar("M")
 
 
 @dataclass(frozen=True)
 class PromptMethod(Method[P], Generic[P]):
-    """A method that makes virtual tokens out of weights alone. What makes them is dropped when they are saved.
+    """A method that makes virtual tokens of weights alone. Checkpoints hold the tokens, without what makes them.
 
-    Its tensors belong to no layer. `tokens` and what is stored are `(n, ...)`, n times `num_transformer_submodules`.
+    Its tensors belong to no layer. `tokens` is `(n s, ...)`, n `num_virtual_tokens`, s `num_transformer_submodules`.
     """
 
     num_virtual_tokens: Count = 20
@@ -68,7 +67,7 @@ class PromptMethod(Method[P], Generic[P]):
         return self
 
     def params(self, site: P) -> dict[str, Param]:
-        """No layer has tensors of its own."""
+        """Nothing: `shared` has all tensors."""
         return {}
 
     def tokens(self, *_: Any, **theta: Any) -> Tensor:
@@ -78,12 +77,12 @@ class PromptMethod(Method[P], Generic[P]):
 
 @dataclass(frozen=True)
 class AttentionMethod(PromptMethod[AttentionSite]):
-    """A method that puts keys and values in front of every attention's own: `K' = [P_k; K]`, `V' = [P_v; V]`.
+    """A method that puts keys and values before those of every attention: `K' = [P_k; K]`, `V' = [P_v; V]`.
 
-    `tokens` gives `(n, Σ heads (key size + value size))`: for every attention in order its keys `(n, heads, size)`,
-    then its values. They are seen from everywhere, beyond a sliding window too, and the model counts its own
-    positions from n on. With `num_transformer_submodules` 2 it sits in the self-attentions of a decoder, as PEFT has
-    it: number s of S reads what belongs to number 2 s mod S, so that a part may be read by none.
+    `tokens` is `(n, Σ heads (key size + value size))`: for every attention in order its keys `(n, heads, size)`, then
+    its values. Every query sees them, beyond a sliding window too, and the positions of the model's own tokens start
+    at n. With `num_transformer_submodules` 2 the method sits in the self-attentions of a decoder, as in PEFT:
+    attention number s of S reads the columns of number 2 s mod S, so that some columns have no reader.
     """
 
     expressions: ClassVar[Mapping[str, tuple[str, ...]]] = {"tokens": ()}
@@ -91,11 +90,11 @@ class AttentionMethod(PromptMethod[AttentionSite]):
     kinds = sits_on
 
     def takes(self, site: AttentionSite) -> bool:
-        """PEFT puts them into the decoder of two, where it looks at itself."""
+        """With two submodules, the self-attentions of the decoder alone, as in PEFT."""
         return self.num_transformer_submodules == 1 or site.half == "decoder"
 
     def columns(self, sites: Sequence[AttentionSite]) -> list[int]:
-        """Where the columns that belong to every attention start, and at last their number."""
+        """The first column of `tokens` for every attention, then the number of all columns."""
         starts = [0]
         for site in sites:
             assert site.heads is not None
@@ -107,57 +106,66 @@ class AttentionMethod(PromptMethod[AttentionSite]):
 class InputMethod(PromptMethod[InputSite]):
     """A method that puts virtual tokens `(n, d)` into the embedded input `(batch, seq, d)`.
 
-    The model runs on n more tokens, which are never masked; its outputs are those of the real tokens. PEFT stores
-    n more for a decoder, which it does not use.
+    The model runs on n more tokens, which are never masked. Its outputs are those of the real tokens. For a decoder,
+    PEFT stores n more tokens that nothing reads.
     """
 
     expressions: ClassVar[Mapping[str, tuple[str, ...]]] = {"tokens": ()}
     sits_on = frozenset({INPUT})
     kinds = sits_on
-    positions: Places = ()
+    positions: Positions = ()
 
     def refuses(self, site: InputSite) -> Fault | None:
-        """A place for each token, or none."""
+        """`positions` is empty, or has a position for each token, in rising order from 0 on."""
         count, rising = len(self.positions), sorted(set(self.positions)) == list(self.positions)
         if not count or (rising and count == self.num_virtual_tokens and self.positions[0] >= 0):
             return None
-        wanted = f"{self.num_virtual_tokens} places from 0 on in rising order, each once"
-        words = f"expected {wanted}, got {list(self.positions)}"
-        return Fault(("positions",), words)
+        expected = f"{self.num_virtual_tokens} positions from 0 on in rising order, each once"
+        return Fault(("positions",), f"expected {expected}, got {list(self.positions)}")
 
     @property
     def texts(self) -> bool:
-        """Whether it starts from words, which a tokenizer must turn into numbers."""
+        """Whether the tokens start from words that a tokenizer must turn into numbers first."""
         return False
 
     def tokenized(self, tokenize: Callable[[str, bool], Sequence[int]], labels: Sequence[str]) -> Self:
-        """The method with its words turned into numbers: with special tokens around them, or without."""
+        """The method with numbers in place of its words.
+
+        Args:
+            tokenize: gives the numbers of a text; with special tokens around them where its second argument is True.
+            labels: the names of the classes.
+        """
         return self
 
 
 class TokensFormat(PeftFormat[M]):
-    """PEFT's configuration of a method with virtual tokens, which it stores without what made them."""
+    """PEFT's configuration of a method with virtual tokens, of which PEFT stores the tokens alone."""
 
     @classmethod
     def of(cls, type: str, **options: str) -> Self:
-        """The format of a `peft_type`; `options` are ours that PEFT has besides -> its keys."""
+        """The format that methods with virtual tokens share.
+
+        Args:
+            type: PEFT's `peft_type`.
+            options: options of this method alone: our name -> PEFT's key.
+        """
         counts = {name: name for name in ("num_virtual_tokens", "num_transformer_submodules")}
         return cls(
             type, counts | options, ignored=ENCODER_OPTIONS, hosts=False, heads=CLASSIFIER_HEADS, bare=True
         )
 
     def read(self, options: dict[str, Any]) -> dict[str, Any]:
-        """Options that are null are left out."""
+        """The options that are not null."""
         return {name: value for name, value in options.items() if value is not None}
 
 
 class AttentionFormat(TokensFormat["AttentionMethod"]):
-    """PEFT's configuration of keys and values in front of those of attentions."""
+    """PEFT's configuration of keys and values before those of attentions."""
 
     def sizes(
         self, method: AttentionMethod, sites: Sequence[AttentionSite], every: int
     ) -> dict[str, int] | None:
-        """PEFT has them in all attentions of a model, or of a decoder, whose heads are of one size."""
+        """Layers, heads and width; None unless the sites are all attentions, or a decoder's, with heads of one size."""
         heads = sites[0].heads
         of_decoder = {site.half for site in sites} == {"decoder"}
         placed = (
@@ -183,7 +191,7 @@ class InputFormat(TokensFormat["InputMethod"]):
     """PEFT's configuration of virtual tokens among the embedded ones."""
 
     def sizes(self, method: InputMethod, sites: Sequence[InputSite], every: int) -> dict[str, int] | None:
-        """PEFT has them in front. Of what it asks for, it uses the size of an embedded token."""
+        """The width of an embedded token, and keys that PEFT asks for and does not use; None unless they are first."""
         return (
             None
             if method.positions

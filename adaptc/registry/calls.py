@@ -78,14 +78,14 @@ def read_only(
 
 
 @contextmanager
-def blamed(kind: str, name: str, function: Callable[..., Any], what: str, on: str = "") -> Generator[None]:
+def blamed(kind: str, name: str, function: Callable[..., Any], hook: str, on: str = "") -> Generator[None]:
     """Turn an error raised by an author's function into one that names the author's line.
 
     Args:
         kind: the kind of class the author wrote, such as `method`.
         name: the name it is registered under.
         function: the author's function, which the block calls.
-        what: the function's name in messages, such as `weight`.
+        hook: the function's name in messages, such as `weight`.
         on: what it is called for, such as a site; "" for nothing in particular.
 
     Raises:
@@ -97,7 +97,7 @@ def blamed(kind: str, name: str, function: Callable[..., Any], what: str, on: st
         raise
     except _WriteError as error:
         raise DefinitionError(
-            f"{kind} {name!r}: {what} changes its arguments in place: {error}",
+            f"{kind} {name!r}: {hook} changes its arguments in place: {error}",
             place_in(error, function),
             "compute a new tensor, such as W + s in place of W.add_(s)",
         ) from None
@@ -106,10 +106,10 @@ def blamed(kind: str, name: str, function: Callable[..., Any], what: str, on: st
         place = place_in(error, function)
         if ON_VALUES.search(message):
             raise DefinitionError(
-                f"{kind} {name!r}: {what} depends on the values of a tensor, which are not known when it is traced",
+                f"{kind} {name!r}: {hook} depends on the values of a tensor, which are not known when it is traced",
                 place,
                 "use torch.where in place of a branch, and tensors in place of numbers taken out of them",
             ) from error
         raise DefinitionError(
-            f"{kind} {name!r}: {what} fails{f' on {on}' if on else ''}: {message}", place
+            f"{kind} {name!r}: {hook} fails{f' on {on}' if on else ''}: {message}", place
         ) from error

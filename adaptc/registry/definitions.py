@@ -184,7 +184,7 @@ def _fields(cls: type[Any]) -> Iterable[dataclasses.Field[Any]]:
 
 
 def check_names(
-    definition: Definition, attribute: str, allowed: Collection[str], what: str
+    definition: Definition, attribute: str, allowed: Collection[str], meaning: str
 ) -> frozenset[str]:
     """A set of names that a class states, such as its kinds of site.
 
@@ -192,7 +192,7 @@ def check_names(
         definition: the class.
         attribute: the class variable that holds the set.
         allowed: the names it may hold.
-        what: what the set says, as a phrase after "it does not say".
+        meaning: what the set says, as a phrase after "it does not say".
 
     Raises:
         DefinitionError: there is none, it is no set, or it holds a name that is not allowed.
@@ -201,7 +201,7 @@ def check_names(
     first = "linear" if "linear" in allowed else min(allowed)
     example = f"such as {attribute}: ClassVar[frozenset[str]] = frozenset({{{first!r}}})"
     if stated is None:
-        raise definition.mistake(f"it does not say {what}", "", f"write {attribute}, {example}")
+        raise definition.mistake(f"it does not say {meaning}", "", f"write {attribute}, {example}")
     if not isinstance(stated, frozenset | set) or not stated:
         raise definition.mistake(f"{attribute} is a set of names, got {stated!r}", attribute, example)
     names = cast("frozenset[str]", stated)

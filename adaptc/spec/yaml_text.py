@@ -46,7 +46,7 @@ class _Node(Protocol):
 
 
 def is_mapping(value: object) -> TypeGuard[Mapping[Any, Any]]:
-    """Whether a value is a mapping; of what is not known yet."""
+    """Whether a value is a mapping, with any keys and values."""
     return isinstance(value, Mapping)
 
 

@@ -280,7 +280,7 @@ def stop(source, target):
 
 staging.os.replace = stop
 sys.argv = ["adaptc", "compile", sys.argv[1], "--set", "adapt.0.r=4"]
-from adaptc.cli import main
+from adaptc.cli.app import main
 main()
 """
 
@@ -453,7 +453,7 @@ def test_no_format_leaves_anything_on_a_full_disk(product: Callable[[], None], t
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
     try:
         with pytest.raises(
-            AdaptcError, match=r"^cannot write: .*File too large.*; every earlier output is as"
+            AdaptcError, match=r"^cannot write: .*File too large.*; every earlier output is unchanged"
         ):
             product()
     finally:

@@ -17,7 +17,7 @@ from adaptc.compiler.artifacts import emit_all
 from adaptc.compiler.proof import batches, module_call, prove, tolerance
 from adaptc.emit.onnx import export as emit_onnx
 from adaptc.emit.onnx import partitioned as pieces
-from adaptc.emit.onnx.evaluate import inference_graph
+from adaptc.emit.onnx.evaluate import evaluate
 from adaptc.emit.onnx.export import export_onnx
 from adaptc.emit.onnx.runtime import onnx_runner
 from adaptc.ir.graph import Graph
@@ -195,9 +195,7 @@ def test_writing_beside_holds_one_weight(deep: Any, tmp_path: Path, monkeypatch:
     graph = deep.base.copy()
     count = counted(graph)
     seen: list[tuple[int, int]] = []
-    export_onnx(
-        inference_graph(graph), tmp_path / "m.onnx", wrote=lambda done, total: seen.append((done, total))
-    )
+    export_onnx(evaluate(graph), tmp_path / "m.onnx", wrote=lambda done, total: seen.append((done, total)))
     assert set(count.loads.values()) == {1}
     assert count.most <= 2 * 64 * 64 * 4
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)

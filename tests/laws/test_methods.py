@@ -86,7 +86,7 @@ def skip_without_site(zoo: Zoo, method: str, name: str) -> None:
     if refused:
         pytest.skip(f"{method} on {name}: {refused[1]}")
     if name == "whisper" and issubclass(METHODS[method], ActivationMethod):
-        with pytest.raises(SpecError, match=r"no residual sum was found behind model\.encoder\.conv2"):
+        with pytest.raises(SpecError, match=r"no residual sum was found downstream of model\.encoder\.conv2"):
             zoo.initial(method, name)
         pytest.skip(f"{method} on {name}: nothing is added to a convolution's output")
 

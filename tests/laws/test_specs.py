@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import adaptc
-from adaptc.compiler.driver import make_base
+from adaptc.compiler.base import make_base
 from adaptc.compiler.plan import make_plan
 from adaptc.ir.graph import Graph
 from adaptc.methods.method import METHODS

@@ -211,7 +211,7 @@ def test_virtual_tokens_in_a_sequence_of_fixed_length() -> None:
     ("options", "said"),
     [
         ({"positions": [3, 1]}, "in rising order, each once, got [3, 1]"),
-        ({"positions": [1, 2]}, "expected 20 places from 0 on in rising order"),
+        ({"positions": [1, 2]}, "expected 20 positions from 0 on in rising order"),
         ({"init": "TEXT"}, "TEXT starts from init_text, which is not given"),
         ({"init": "TEXT", "init_text": "good"}, "starts from words, and"),
     ],
@@ -226,7 +226,7 @@ def test_what_stays_has_no_place_in_a_hugging_face_checkpoint(zoo: Zoo) -> None:
     with pytest.raises(adaptc.SpecError, match="bottleneck cannot be folded into weights") as caught:
         zoo.compiled("bert", [bottleneck()], emit=emit)
     assert "emit.0.format" in str(caught.value)
-    assert "emit onnx or torch; the adapter by itself as peft" in str(caught.value)
+    assert "emit onnx or torch; or emit the adapter alone, as peft" in str(caught.value)
     with pytest.raises(adaptc.AdaptcError, match="bottleneck cannot be folded into weights"):
         zoo.compiled("bert", [bottleneck()]).emit("hf", "/nowhere/merged")
 

@@ -67,7 +67,7 @@ def test_a_target_that_matches_nothing() -> None:
 
 def test_a_layer_in_two_entries() -> None:
     words = said(SpecError, quantize=[NF4, {"method": "int8", "target": "all-linear"}])
-    assert "quantize.1.target: int8: quantize.0 stores up already" in words
+    assert "quantize.1.target: int8: quantize.0 quantizes up already" in words
     assert "leave it out of one of them with `exclude`" in words
 
 
@@ -107,9 +107,7 @@ def test_weights_that_are_no_numbers(method: str, bad: float, tmp_path: Path) ->
     assert "`exclude`" in str(error.value)
     assert not (tmp_path / "m.onnx").exists()
     if bad != bad:  # infinity is one behind a tanh
-        with pytest.raises(
-            WeightError, match=r"up\.weight holds NaN or infinity, so that the model computes"
-        ):
+        with pytest.raises(WeightError, match=r"up\.weight contains NaN or infinity"):
             compiled(model=model, quantize=[{"method": method, "target": "up"}])
 
 
@@ -140,7 +138,7 @@ def test_folding_into_bits_says_the_orders(tmp_path: Path) -> None:
 def test_what_is_live_would_keep_its_floats(tmp_path: Path) -> None:
     emit = [{"format": "onnx", "path": str(tmp_path / "m"), "adapters": "live"}]
     words = said(SpecError, quantize=[NF4], adapt=[LORA], emit=emit, passes=["insert", "fold", "quantize"])
-    assert "emit.0.adapters: the pipeline quantizes behind `fold`" in words
+    assert "emit.0.adapters: the pipeline quantizes after `fold`" in words
 
 
 def test_a_pipeline_without_quantize() -> None:
@@ -191,15 +189,15 @@ def test_kernels_in_a_pipeline() -> None:
 
 def test_quantize_without_anything_to_quantize() -> None:
     words = said(SpecError, adapt=[LORA], passes=["insert", "fold", "quantize"])
-    assert "passes.2: `quantize` stands for what is stored in few bits, and nothing is" in words
+    assert "passes.2: `quantize` runs the entries of `quantize:`, and there are none" in words
     words = said(SpecError, adapt=[LORA], budget={"size": 0.2})
-    assert "budget: chooses the bits of what `quantize` names, and that is nothing" in words
+    assert "budget: chooses the bits of the layers that `quantize` names, and there is no `quantize`" in words
 
 
 def test_what_is_trained_keeps_its_floats(tmp_path: Path) -> None:
     emit = [{"format": "torch", "path": str(tmp_path / "t")}]
     made = compiled(quantize=[NF4], adapt=[LORA], emit=emit, passes=["insert", "fold", "quantize"])
-    assert any(note.startswith("emit.0: what is trained keeps its weights") for note in made.plan.notes)
+    assert any(note.startswith("emit.0: the trainable module keeps its weights") for note in made.plan.notes)
 
 
 def test_what_makes_up_for_nothing() -> None:

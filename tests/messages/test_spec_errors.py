@@ -160,7 +160,10 @@ ONE_PROBLEM = {
     ),
     "input dimension missing": (HEAD + "inputs: {ids: 'int64[a,,b]'}", 3, 15, "inputs.ids", "got ''"),
     "input name": (
-        HEAD + "inputs:\n  a-b: int64[n]\n", 4, 8, "inputs.a-b",
+        HEAD + "inputs:\n  a-b: int64[n]\n",
+        4,
+        8,
+        "inputs.a-b",
         "an input is named after an argument of the model, got 'a-b'",
     ),
     "inputs are a list": (HEAD + "inputs: [x]\n", 3, 9, "inputs", "expected a mapping, got a list"),

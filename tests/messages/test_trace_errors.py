@@ -342,5 +342,5 @@ def test_what_onnx_has_no_form_for_is_told_with_its_line(tmp_path: Path) -> None
     assert "ONNX export failed" in text
     assert "bessel_j0" in text
     assert re.search(r"\n  (in .*, )?from test_trace_errors\.py:\d+", text)
-    assert "products in other formats (torch, hf) do not need one" in text
+    assert "artifacts in other formats (torch, hf) need none" in text
     assert not list(tmp_path.iterdir())

@@ -89,7 +89,7 @@ def test_products_of_a_quantized_base(name: str, runtime: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("name", marked(["gptq", "gptq-ordered"], ["gptq"]))
 def test_folding_is_said_in_the_spec(name: str, tmp_path: Path) -> None:
-    with pytest.raises(AdaptcError, match=r"fold into what the bits stand for, quantize again"):
+    with pytest.raises(AdaptcError, match=r"fold into the dequantized weights, then quantize again"):
         compiled(DATA / name).emit("onnx", tmp_path / "a.onnx")
     floats = trained(compiled(DATA / name, passes=["insert", "fold"]))
     floats.emit("onnx", tmp_path / "floats.onnx")
@@ -111,7 +111,7 @@ def test_folding_is_said_in_the_spec(name: str, tmp_path: Path) -> None:
 
 
 def test_quantizing_again_by_inputs_wants_them() -> None:
-    with pytest.raises(AdaptcError, match="there are none to quantize again by"):
+    with pytest.raises(AdaptcError, match="there is no data to quantize again by"):
         compiled(DATA / "gptq-ordered", passes=["insert", "fold", "quantize"])
 
 
@@ -123,7 +123,7 @@ def test_what_quantize_names_is_quantized_anew() -> None:
     assert {name for name, scheme in schemes.items() if scheme == "int8"} == {
         "model.layers.0.self_attn.q_proj.weight"
     }
-    assert any("quantized anew" in note for note in made.plan.notes)
+    assert any("quantized again" in note for note in made.plan.notes)
 
 
 def test_a_new_head_is_initialised() -> None:
@@ -310,7 +310,7 @@ def test_another_weight_that_is_no_number(tmp_path: Path) -> None:
         held["model.norm.weight"][3] = float("nan")
 
     made = compiled(broken(tmp_path, "gptq", spoil))
-    with pytest.raises(AdaptcError, match=r"model\.norm\.weight holds NaN or infinity"):
+    with pytest.raises(AdaptcError, match=r"model\.norm\.weight contains NaN or infinity"):
         _ = made.module
 
 

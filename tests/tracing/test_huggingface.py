@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import adaptc
-from adaptc.compiler.driver import make_base
+from adaptc.compiler.base import make_base
 from adaptc.errors import SpecError
 from adaptc.ir.base import Base
 from adaptc.ir.module import bind

@@ -1,1 +1,1 @@
-"""The ONNX writer: a graph that only evaluates, lowered to what ONNX has, written weight by weight, and run."""
+"""The ONNX writer: a graph lowered to ONNX's operations, written weight by weight, and run by ONNX Runtime."""

@@ -1,4 +1,7 @@
-"""Casts: what ATen's operations cast by themselves is cast by an operation of its own."""
+"""Casts: the implicit casts of ATen's operations become operations of their own."""
+
+# pyright: reportPrivateUsage=false
+# torch's table of type promotion has no public name.
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ class Casts(Pass):
     takes: ClassVar[frozenset[str]] = frozenset({"onnx"})
 
     def call(self, graph: Graph) -> bool:
-        """Make the casts explicit that ATen's rules of type promotion ask for."""
+        """Insert a cast wherever ATen's rules of type promotion cast an operand."""
         from torch.onnx._internal.fx.passes import type_promotion
 
         table = type_promotion.TypePromotionTable()

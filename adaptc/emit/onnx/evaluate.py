@@ -1,10 +1,10 @@
-"""Evaluate: what only training or a loss needs is taken out of a graph that is about to be written."""
+"""Evaluate: a graph is prepared for ONNX by leaving out what only training or a loss needs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import fx
@@ -22,30 +22,30 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Evaluate(Pass):
-    """dropout(x, p, training) = x; every other reading of `training` is False; a tied weight is read under one name.
+    """dropout(x, p, training) = x; every other use of `training` is False; a tied weight is read under one name.
 
-    A loss and its labels are left out where other outputs remain and need no labels, and operations are those that
-    the exporter writes as they are meant: `reshape` for `view`, `convolution` for `conv3d`.
+    A loss and its labels are left out where other outputs remain and need no labels. Operations that the exporter
+    translates wrongly are replaced by equal ones: `view` by `reshape`, `conv3d` by `convolution`.
     """
 
     name: ClassVar[str] = "evaluate"
     leaves: ClassVar[str | None] = "evaluated"
 
     def requires(self, graph: Graph) -> list[Refusal]:
-        """No operation writes to a weight: a program's weights stay as they are."""
+        """No operation writes to a weight: the weights of an ONNX program are constants."""
         return [
             Refusal(
-                f"{breach.message} when the model evaluates, and the weights of a program stay as they are",
-                notes=("expected fixed weights; products in other formats (torch, hf) may change them",),
+                f"{breach.message} in evaluation mode, and the weights of an ONNX program are constants",
+                notes=("expected fixed weights; artifacts in other formats (torch, hf) may change them",),
             )
             for breach in no_weight_is_written(graph)
         ]
 
     def call(self, graph: Graph) -> bool:
-        """Rewrite outputs, operations, names and inputs."""
+        """Rewrite outputs, operations, names of weights and inputs."""
         nodes, before = graph.module.graph, graph.text()
         _leave_training(nodes)
-        _keep_outputs(graph, _kept_outputs(graph))
+        _keep_outputs(graph, _outputs_without_losses(graph))
         for node in list(nodes.nodes):
             if node.op == "get_attr":
                 node.target = graph.aliases.get(str(node.target), node.target)
@@ -62,7 +62,7 @@ class Evaluate(Pass):
 
 
 def _spell_out(node: fx.Node) -> None:
-    """A convolution with all its options: of `conv3d` without a bias onnxscript (0.7) makes one of a wrong shape."""
+    """Make a `conv3d` a convolution with all its options: onnxscript 0.7 gives one without bias a wrong shape."""
     defaults: tuple[Any, ...] = (None, [1] * 3, [0] * 3, [1] * 3, 1)
     bias, stride, padding, dilation, groups = (*node.args[2:], *defaults[len(node.args) - 2 :])
     node.target = aten.convolution.default
@@ -70,27 +70,29 @@ def _spell_out(node: fx.Node) -> None:
 
 
 def _leave_training(nodes: fx.Graph) -> None:
+    """Remove dropouts, and let every other use of `training` be False."""
     for flag in [n for n in nodes.nodes if n.op == "get_attr" and n.target == "training"]:
         for user in list(flag.users):
             if user.target is aten.dropout.default:
-                user.replace_all_uses_with(user.args[0])  # type: ignore[arg-type]
+                x: Any = user.args[0]
+                user.replace_all_uses_with(x)
                 nodes.erase_node(user)
             else:
                 user.args = tuple(False if a is flag else a for a in user.args)
         nodes.erase_node(flag)
 
 
-def _keep_outputs(graph: Graph, kept: Sequence[int]) -> None:
-    """Give these of the outputs, as a plain tuple."""
+def _keep_outputs(graph: Graph, indices: Sequence[int]) -> None:
+    """Let the graph give only these of its outputs, as a plain tuple."""
     output = next(n for n in graph.nodes if n.op == "output")
     results = _results(output)
-    output.args = (tuple(results[i] for i in kept),)
-    graph.outputs = tuple(graph.outputs[i] for i in kept)
+    output.args = (tuple(results[i] for i in indices),)
+    graph.outputs = tuple(graph.outputs[i] for i in indices)
     graph.module.graph.set_codegen(CodeGen())
 
 
-def _kept_outputs(graph: Graph) -> list[int]:
-    """The outputs but for losses, which are scalars that need labels; all of them where there is nothing else."""
+def _outputs_without_losses(graph: Graph) -> list[int]:
+    """The indices of the tensor outputs but losses, which are scalars that need labels; of all if all are losses."""
     tainted: set[fx.Node] = {n for n in graph.placeholders if n.target == LABELS}
     for node in graph.nodes:
         if any(operand in tainted for operand in node.all_input_nodes) and node.op != "output":
@@ -102,10 +104,15 @@ def _kept_outputs(graph: Graph) -> list[int]:
 
 
 def _results(output: fx.Node) -> list[Any]:
-    results = output.args[0]
-    return list(results) if isinstance(results, (list, tuple)) else [results]
+    """The operands of an output node."""
+    results: Any = output.args[0]
+    return list(cast("Sequence[Any]", results)) if isinstance(results, (list, tuple)) else [results]
 
 
-def inference_graph(graph: Graph) -> Graph:
-    """A copy that only evaluates, as an exporter wants it: integers are plain, and see `Evaluate`."""
+def evaluate(graph: Graph) -> Graph:
+    """A copy of a graph ready to be written as ONNX: integers are plain, and what only training needs is left out.
+
+    Raises:
+        RefusedError: an operation writes to a weight in evaluation mode.
+    """
     return run(graph, [PASSES["plain-integers"](), Evaluate()])

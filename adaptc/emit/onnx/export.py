@@ -1,4 +1,4 @@
-"""ONNX: exported without weights, weights attached by name, tidied without reading one."""
+"""The ONNX file: exported without weights, weights attached by name, cleaned up without reading one."""
 
 from __future__ import annotations
 
@@ -25,19 +25,26 @@ from adaptc.weights import FileSlice, Weight
 OPSET = 20
 """The default opset: every ONNX Runtime since 1.17 runs it."""
 INLINE_LIMIT = 2**28
-"""Weights beyond this many bytes go to a file beside the model, which is written one tensor at a time: a protobuf
-is made in memory as a whole."""
+"""Weights of more bytes in all go to a data file, which is written one tensor at a time. Chosen because a protobuf is
+made in memory as a whole."""
 ALIGNMENT, ALIGNED = 2**16, 2**20
-"""Where a weight of more than `ALIGNED` bytes starts in that file: at a multiple that every system can map."""
+"""A weight of more than `ALIGNED` bytes starts at a multiple of `ALIGNMENT` in the data file, so that every system can
+map it into memory."""
 SMALL = 2**10
-"""Weights of no more bytes stay in the model: shapes and axes must."""
+"""Weights of no more bytes stay in the program: shapes and axes must be there."""
 Wrote = Callable[[int, int], None]
-"""Told of the bytes written, of how many."""
+"""Called with the bytes written so far, and of how many."""
 
 
 @dataclass(frozen=True)
 class Written:
-    """What was written: how many operations, the opset, and the weights beside the program, to be read back."""
+    """An ONNX program that was written.
+
+    Attributes:
+        nodes: how many operations it has.
+        opset: its opset.
+        weights: the weights in its data file by name, to be read back; empty where there is none.
+    """
 
     nodes: int
     opset: int
@@ -53,51 +60,60 @@ def export_onnx(
     runtime: str = "onnxruntime",
     exact: bool = False,
 ) -> Written:
-    """Write a graph that only evaluates (`inference_graph`) as an ONNX program.
+    """Write a graph that only evaluates (see `evaluate`) as an ONNX program.
 
-    Inputs, outputs and weights keep the model's names; named dimensions keep the spec's. What a bfloat16 model
-    computes is computed in float32, from weights stored in bfloat16. Past `INLINE_LIMIT` the
-    weights stand in `<name>.data` beside the file. Quantized products are written for a `runtime`; `exact` ones
-    do not round activations, see `OnnxProducts`. The graph is left as it is.
+    Inputs, outputs and weights keep the model's names; named dimensions keep the spec's. A bfloat16 model computes in
+    float32, from weights stored in bfloat16. Beyond `INLINE_LIMIT` bytes the weights are in a data file,
+    `<name>.data` beside the program.
+
+    Args:
+        graph: the graph, which is not changed.
+        path: the file to write.
+        opset: the opset; if left out `OPSET`, or a later one that quantized weights need.
+        metadata: the program's metadata.
+        wrote: called while the data file is written.
+        runtime: `onnxruntime` to write quantized matrix products for ONNX Runtime, `standard` for any runtime.
+        exact: never round activations, see `OnnxProducts`.
 
     Raises:
-        AdaptcError: an operation has no ONNX form; names it.
+        RefusedError: an operation has no ONNX form; names it.
+        AdaptcError: the exporter fails, or a weight cannot be read.
     """
     graph = run(graph, [OnnxProducts(runtime, exact)])
     packed = [weight.bits for weight in graph.weights.values() if isinstance(weight, Integers)]
     model = translate(graph, opset or max([OPSET, *map(opset_needed, packed)]))
     _attach(model, graph)
-    _tidy(model, set(graph.weights))
+    _clean_up(model, set(graph.weights))
     _name(model, graph)
     widen(model)
     model.producer_name = "adaptc"
     model.ir_version = max([model.ir_version, *map(ir_version_needed, packed)])
     model.metadata_props.update(metadata or {})
     starts: dict[str, int] = {}
+    data_file = path.with_name(f"{path.name}.data")
     if sum(value.const_value.nbytes for value in model.graph.initializers.values()) > INLINE_LIMIT:
         large = [v for v in model.graph.initializers.values() if v.const_value.nbytes > SMALL]
-        starts = _write_beside(large, path.with_name(f"{path.name}.data"), wrote)
+        starts = _write_data(large, data_file, wrote)
     path.write_bytes(_bytes(model))
-    places = {
-        name: FileSlice(
-            path.with_name(f"{path.name}.data"), start, graph.weights[name].shape, graph.weights[name].dtype
-        )
+    weights = {
+        name: FileSlice(data_file, start, graph.weights[name].shape, graph.weights[name].dtype)
         for name, start in starts.items()
         if name in graph.weights
     }
-    return Written(sum(1 for _ in model.graph), model.opset_imports[""], places)
+    return Written(sum(1 for _ in model.graph), model.opset_imports[""], weights)
 
 
 def _bytes(model: Any) -> bytes:
-    """The program as a file holds it.
+    """The program as the bytes of a file.
 
     Raises:
-        AdaptcError: a weight cannot be read, or made.
+        AdaptcError: a weight cannot be read, or computed.
     """
     import onnx_ir as ir
 
+    untyped: Any = ir
     try:
-        return ir.to_proto(model).SerializeToString()
+        return untyped.to_proto(model).SerializeToString()
     except ir.serde.SerdeError as error:  # it hides why a weight could not be loaded
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, AdaptcError):
@@ -105,15 +121,16 @@ def _bytes(model: Any) -> bytes:
         raise (cause or error) from error
 
 
-def _write_beside(weights: Sequence[Any], path: Path, wrote: Wrote | None) -> dict[str, int]:
+def _write_data(weights: Sequence[Any], path: Path, wrote: Wrote | None) -> dict[str, int]:
     """Write the data of every weight into one file, a tensor at a time, and let the weight refer to it.
 
-    Gives the byte each starts at.
+    Returns:
+        The name of each weight -> the byte that it starts at.
     """
     import onnx_ir as ir
 
     total = sum(value.const_value.nbytes for value in weights)
-    starts = {}
+    starts: dict[str, int] = {}
     with open(path, "wb") as file:
         for value in weights:
             tensor = value.const_value
@@ -137,7 +154,7 @@ def _write_beside(weights: Sequence[Any], path: Path, wrote: Wrote | None) -> di
 
 
 def _attach(model: Any, graph: Graph) -> None:
-    """Give every initializer its weight, loaded when the file is written."""
+    """Give every initializer its weight, which is loaded when the file is written."""
     import onnx_ir as ir
 
     for name, value in model.graph.initializers.items():
@@ -153,6 +170,8 @@ def _attach(model: Any, graph: Graph) -> None:
 
 
 def _loader(weight: Weight, name: str) -> Callable[[], Any]:
+    """A function that loads a weight as a tensor of onnx_ir."""
+
     def load() -> Any:
         from torch.onnx._internal.exporter._core import TorchTensor
 
@@ -163,8 +182,8 @@ def _loader(weight: Weight, name: str) -> Callable[[], Any]:
     return load
 
 
-def _tidy(model: Any, weights: set[str]) -> None:
-    """Inline functions, fold what holds no weight, and drop what is dead. No weight is read or renamed."""
+def _clean_up(model: Any, weights: set[str]) -> None:
+    """Inline functions, fold constants other than weights, drop unused nodes. No weight is read or renamed."""
     import onnxscript.optimizer as optimizer
     from onnx_ir.passes import common
 
@@ -178,29 +197,29 @@ def _tidy(model: Any, weights: set[str]) -> None:
             False if any(i is not None and i.name in weights for i in node.inputs) else None
         ),
     )
-    for tidy in (
+    for clean in (
         common.CommonSubexpressionEliminationPass(),
         common.IdentityEliminationPass(),
         common.LiftConstantsToInitializersPass(),
         common.RemoveUnusedNodesPass(),
         common.ClearMetadataAndDocStringPass(),
     ):
-        tidy(model)
+        clean(model)
 
 
 def _name(model: Any, graph: Graph) -> None:
     """Name outputs as the model does, and dimensions as the spec does; forget intermediate shapes."""
     import onnx_ir as ir
 
-    known: dict[str, str] = {}
+    names: dict[str, str] = {}
     for spec, value in zip(graph.inputs, model.graph.inputs, strict=True):
         value.name = spec.name
         for index, dim in enumerate(spec.dims):
             if isinstance(dim, str):
-                known.setdefault(str(_text(value.shape[index])), dim)
+                names.setdefault(_text(value.shape[index]), dim)
     for value in (*model.graph.inputs, *model.graph.outputs):
         value.shape = ir.Shape(
-            [known.get(_text(d), _text(d)) if isinstance(d, ir.SymbolicDim) else d for d in value.shape]
+            [names.get(_text(d), _text(d)) if isinstance(d, ir.SymbolicDim) else d for d in value.shape]
         )
     for node in model.graph:
         for value in node.outputs:
@@ -210,7 +229,7 @@ def _name(model: Any, graph: Graph) -> None:
 
 
 def _name_outputs(model: Any, names: Sequence[str]) -> None:
-    """Give the outputs their names; an intermediate that has one gives way, an input keeps its own."""
+    """Give the outputs their names. An intermediate value of such a name is renamed; an input keeps it."""
     _separate_outputs(model)
     outputs = set(model.graph.outputs)
     inner = [value for node in model.graph for value in node.outputs if value not in outputs]
@@ -227,7 +246,7 @@ def _name_outputs(model: Any, names: Sequence[str]) -> None:
 
 
 def _separate_outputs(model: Any) -> None:
-    """A value that is an output twice, or an input too, gets a node of its own for each name."""
+    """Give each output a node of its own where one value is an output twice, or an input or weight too."""
     import onnx_ir as ir
 
     seen = set(model.graph.inputs) | set(model.graph.initializers.values())
@@ -241,4 +260,5 @@ def _separate_outputs(model: Any) -> None:
 
 
 def _text(dim: Any) -> str:
+    """A dimension as text: its size, or the name of its symbol."""
     return str(getattr(dim, "value", dim))

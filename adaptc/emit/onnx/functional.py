@@ -1,9 +1,9 @@
-"""Functional: no operation changes its operands."""
+"""Functional: no operation writes to its operands."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -17,7 +17,7 @@ from adaptc.tracing.export import dynamic_shapes, normalise
 
 @dataclass(frozen=True)
 class Functional(Pass):
-    """x.mul_(y); f(x) becomes f(x * y): an ONNX value is written once. Torch traces the graph again for that."""
+    """x.mul_(y); f(x) becomes f(x * y), since an ONNX value is written once: torch traces the graph again."""
 
     name: ClassVar[str] = "functional"
     takes: ClassVar[frozenset[str]] = frozenset({"evaluated"})
@@ -28,11 +28,12 @@ class Functional(Pass):
             return False
         examples = example_tensors(graph.inputs, example_sizes(graph.inputs))
         shapes = dynamic_shapes(graph.inputs)
-        program = torch.export.export(graph.module.eval(), (), examples, dynamic_shapes=shapes, strict=False)
+        module = graph.module.eval()
+        program: Any = torch.export.export(module, (), examples, dynamic_shapes=shapes, strict=False)
         traced = normalise(program.run_decompositions({}).module(check_guards=False))
         graph.module.graph = traced.graph
         return True
 
     def ensures(self, graph: Graph) -> str | None:
-        """Nothing is written."""
+        """No operation writes to a value."""
         return next((breach.message for breach in nothing_is_written(graph)), None)

@@ -1,4 +1,7 @@
-"""Operations that torch's ONNX exporter has no form for, or one that computes something else."""
+"""ONNX forms of operations for which torch's exporter has none, or one that computes something else."""
+
+# pyright: reportPrivateUsage=false, reportMissingTypeStubs=false
+# `torch._ops` is the only name of an operation's type, and onnxscript's functions have no types.
 
 from __future__ import annotations
 
@@ -13,16 +16,18 @@ import torch
 from onnxscript.function_libs.torch_lib.ops import fft
 from onnxscript.function_libs.torch_lib.ops.nn import aten_scaled_dot_product_attention
 
-from adaptc.emit.onnx import quantized_operations as quantized_onnx
+from adaptc.emit.onnx import quantized_operations
 
 op: Any = onnxscript.opset18
 
 
-def translations(targets: Iterable[Any]) -> dict[torch._ops.OpOverload, Callable[..., Any]]:
-    """What computes those of these operations that have a form here."""
-    known = {target for target in targets if isinstance(target, torch._ops.OpOverload)}
-    every = {**TRANSLATIONS, **quantized_onnx.TRANSLATIONS}
-    return {target: every[target.name()] for target in known if target.name() in every}
+def translations(targets: Iterable[Any]) -> dict[torch._ops.OpOverload[..., Any], Callable[..., Any]]:
+    """Operation -> the function that computes it in ONNX, of those operations that have a form here."""
+    overloads: set[torch._ops.OpOverload[..., Any]] = {
+        target for target in targets if isinstance(target, torch._ops.OpOverload)
+    }
+    forms = {**TRANSLATIONS, **quantized_operations.TRANSLATIONS}
+    return {target: forms[target.name()] for target in overloads if target.name() in forms}
 
 
 def attention(
@@ -35,21 +40,21 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """The exporter's own, but a query that sees no key gives zeros, as in torch, not the mean of all values.
+    """The exporter's attention, but a query that sees no key gives zeros, as in torch, not the mean of all values.
 
     Such queries are padding on the left, or beyond a sliding window.
     """
-    found = aten_scaled_dot_product_attention(
+    result = aten_scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
     )
     if attn_mask is None:
-        return found
+        return result
     last = op.Constant(value_ints=[-1])
     if attn_mask.dtype == ir.DataType.BOOL:
         sees = op.Cast(op.ReduceMax(op.Cast(attn_mask, to=ir.DataType.INT32), last), to=ir.DataType.BOOL)
     else:
         sees = op.Not(op.IsInf(op.ReduceMax(attn_mask, last), detect_positive=0))
-    return op.Where(sees, found, op.CastLike(op.Constant(value_float=0.0), query))
+    return op.Where(sees, result, op.CastLike(op.Constant(value_float=0.0), query))
 
 
 def grouped_product(rows: Any, weight: Any, ends: Any) -> Any:
@@ -57,47 +62,51 @@ def grouped_product(rows: Any, weight: Any, ends: Any) -> Any:
 
     rows (s, in), weight (experts, in, out), ends (experts,).
     """
-    axis, start, parts = op.Constant(value_ints=[0]), op.Constant(value_ints=[0]), []
+    axis, start = op.Constant(value_ints=[0]), op.Constant(value_ints=[0])
+    parts: list[Any] = []
     ends = op.Cast(ends, to=ir.DataType.INT64)
     for expert in range(weight.shape[0]):
         end = op.Gather(ends, op.Constant(value_ints=[expert]))
-        product = op.Gather(weight, op.Constant(value_int=expert))
-        parts.append(op.MatMul(op.Slice(rows, start, end, axis), product))
+        matrix = op.Gather(weight, op.Constant(value_int=expert))
+        parts.append(op.MatMul(op.Slice(rows, start, end, axis), matrix))
         start = end
     return op.Concat(*parts, axis=0)
 
 
 def solved(A: Any, B: Any, left: bool = True, check_errors: bool = False) -> tuple[Any, ...]:
-    """`A⁻¹ B`, or `B A⁻¹`, by Newton's iteration X ← X (2 I - A X), which ONNX has the operations for.
+    """`A⁻¹ B`, or `B A⁻¹` if not `left`, by Newton's iteration X ← X (2 I - A X), which ONNX has the operations for.
 
-    A (..., n, n). It starts from Aᵀ / (‖A‖₁ ‖A‖∞), from where it converges for every A that has an inverse
-    (Ben-Israel and Cohen 1966), quadratically; `NEWTON` steps do for condition numbers up to about a thousand. The
-    factors that torch gives besides have no form here.
+    A (..., n, n). From X = Aᵀ / (‖A‖₁ ‖A‖∞) it converges quadratically for every A that has an inverse (Ben-Israel
+    and Cohen 1966). `NEWTON` steps are enough for condition numbers up to about a thousand.
+
+    Returns:
+        The result four times: the factors of A, which torch gives too, have no form here.
     """
     rank, axes = len(A.shape), [op.Constant(value_ints=[axis]) for axis in (-2, -1)]
     sums = [
         op.ReduceMax(op.ReduceSum(op.Abs(A), axis, keepdims=1), other) for axis, other in (axes, axes[::-1])
     ]
     start = op.Transpose(A, perm=[*range(rank - 2), rank - 1, rank - 2])
-    X = op.Div(start, op.Mul(*sums))
+    inverse = op.Div(start, op.Mul(*sums))
     twice = op.CastLike(op.Constant(value=ir.tensor(2 * np.eye(A.shape[-1], dtype=np.float32))), A)
     for _ in range(NEWTON):
-        X = op.MatMul(X, op.Sub(twice, op.MatMul(A, X)))
-    result = op.MatMul(X, B) if left else op.MatMul(B, X)
+        inverse = op.MatMul(inverse, op.Sub(twice, op.MatMul(A, inverse)))
+    result = op.MatMul(inverse, B) if left else op.MatMul(B, inverse)
     return (result,) * 4
 
 
 def in_double(transform: Callable[..., Any]) -> Callable[..., Any]:
-    """A Fourier transform in float64: ONNX Runtime's own is off by 1e-4 in float32 where a side is no power of two."""
+    """A Fourier transform in float64: in float32 ONNX Runtime's is off by 1e-4 where a size is no power of two."""
 
     def transformed(x: Any, *options: Any) -> Any:
         return op.CastLike(transform(op.Cast(x, to=ir.DataType.DOUBLE), *options), x)
 
-    transformed.__signature__ = inspect.signature(transform)  # type: ignore[attr-defined]
+    vars(transformed)["__signature__"] = inspect.signature(transform)  # the exporter reads it
     return transformed
 
 
 NEWTON = 24
+"""Steps of Newton's iteration in `solved`."""
 COMPLEX = frozenset({"aten::_fft_c2c", "aten::_fft_c2r"})
 """Operations on complex numbers, which are pairs on a last axis in ONNX."""
 TRANSLATIONS: Mapping[str, Callable[..., Any]] = {

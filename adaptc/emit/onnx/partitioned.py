@@ -1,4 +1,4 @@
-"""An ONNX program run piece by piece: memory holds the weights of a few operations, not the model's."""
+"""An ONNX program run part by part: memory holds the weights of a few operations, not those of the model."""
 
 from __future__ import annotations
 
@@ -9,18 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 
 from adaptc.emit.onnx.runtime import as_array, open_session
 from adaptc.ir.interpreter import Batch, Batches, Outcome, Run
 
 PIECE = 2**25
-"""Bytes of weights a piece has at most, unless one operation has more."""
+"""The bytes of weights that a part has at most, unless one operation has more. Chosen as small against a model."""
 
 
 @dataclass(frozen=True)
 class Partition:
-    """A run of operations, with the values it takes from earlier ones and those that later ones need of it."""
+    """Consecutive operations of a program.
+
+    Attributes:
+        nodes: the operations.
+        takes: the names of the values that they read from earlier parts or the inputs.
+        gives: the names of their values that later parts or the outputs need.
+    """
 
     nodes: Sequence[Any]
     takes: tuple[str, ...]
@@ -29,11 +36,11 @@ class Partition:
 
 @dataclass
 class PartitionedProgram:
-    """An ONNX file, its weights beside it, as the side of a proof.
+    """An ONNX file whose weights are in a data file, as a runner for a proof.
 
     Attributes:
         path: the file.
-        shown: what an error calls it.
+        shown: the path that an error names.
     """
 
     path: Path
@@ -41,53 +48,50 @@ class PartitionedProgram:
 
     @cached_property
     def model(self) -> Any:
-        """The program without the data that stands beside it."""
-        import onnx
-
-        return onnx.load(self.path, format="protobuf", load_external_data=False)
+        """The program without the content of its data file."""
+        loader: Any = onnx
+        return loader.load(self.path, format="protobuf", load_external_data=False)
 
     @cached_property
     def sizes(self) -> dict[str, int]:
-        """Bytes of every weight."""
-        import onnx
-
-        kinds = onnx.helper.tensor_dtype_to_np_dtype
+        """Weight -> its bytes."""
+        dtype = onnx.helper.tensor_dtype_to_np_dtype
         return {
-            t.name: int(np.prod(t.dims, dtype=np.int64)) * kinds(t.data_type).itemsize
+            t.name: int(np.prod(t.dims, dtype=np.int64)) * dtype(t.data_type).itemsize
             for t in self.model.graph.initializer
         }
 
     @cached_property
     def pieces(self) -> list[Partition]:
-        """The program's operations, in order, cut where the weights of a piece would be too many."""
+        """The program's operations in order, cut where the weights of a part would be too many."""
         runs: list[list[Any]] = [[]]
         held: set[str] = set()
         for node in self.model.graph.node:
-            own = {name for name in _reads(node) if name in self.sizes}
-            if runs[-1] and sum(self.sizes[name] for name in held | own) > PIECE and own - held:
+            read = {name for name in _reads(node) if name in self.sizes}
+            if runs[-1] and sum(self.sizes[name] for name in held | read) > PIECE and read - held:
                 runs.append([])
                 held = set()
             runs[-1].append(node)
-            held |= own
+            held |= read
         needed = {*self.outputs, *self.choices}
-        found = []
+        backwards: list[Partition] = []
         for run in reversed(runs):
-            found.append(_piece(run, needed, self.sizes))
+            backwards.append(_partition(run, needed, self.sizes))
             needed |= {name for node in run for name in _reads(node)}
-        return found[::-1]
+        return backwards[::-1]
 
     @cached_property
     def outputs(self) -> list[str]:
-        """What the program gives."""
+        """The names of the program's outputs."""
         return [value.name for value in self.model.graph.output]
 
     @cached_property
     def choices(self) -> list[str]:
-        """Where the values that it chooses or sorts stand, operation by operation."""
+        """The names of the indices that each TopK chooses or sorts, in order."""
         return [node.output[1] for node in self.model.graph.node if node.op_type == "TopK"]
 
     def on(self, batches: Batches) -> Run:
-        """One run of every batch, piece after piece."""
+        """One run of every batch, part after part."""
         values, failed = self._sweep(list(batches.values()))
         outcomes: dict[str, Outcome] = {}
         choices: dict[str, list[torch.Tensor]] = {}
@@ -98,71 +102,75 @@ class PartitionedProgram:
         return Run(batches, outcomes, tuple(self.outputs), (coverage,), choices)
 
     def _sweep(self, batches: Sequence[Batch]) -> tuple[list[dict[str, Any]], dict[int, Exception]]:
+        """Run each part on all batches before the next one.
+
+        Returns:
+            For each batch its outputs and choices by name, and the number of each batch that failed -> the error.
+        """
         values: list[dict[str, Any]] = [{k: as_array(v) for k, v in batch.items()} for batch in batches]
         failed: dict[int, Exception] = {}
-        kept = {*self.outputs, *self.choices}
-        for number, piece in enumerate(self.pieces):
-            later = {name for after in self.pieces[number + 1 :] for name in after.takes} | kept
-            left = [known for index, known in enumerate(values) if index not in failed]
-            if not left:
+        results = {*self.outputs, *self.choices}
+        for number, partition in enumerate(self.pieces):
+            needed = {name for later in self.pieces[number + 1 :] for name in later.takes} | results
+            running = [arrays for index, arrays in enumerate(values) if index not in failed]
+            if not running:
                 break
-            session = self._session(piece, left[0])
-            for index, known in enumerate(values):
+            session = self._session(partition, running[0])
+            for index, arrays in enumerate(values):
                 if index in failed:
                     continue
                 try:
-                    feeds = {value.name: known[value.name] for value in session.get_inputs()}
-                    results = session.run(None, feeds)
+                    feeds = {value.name: arrays[value.name] for value in session.get_inputs()}
+                    outputs = session.run(None, feeds)
                 except Exception as error:
                     failed[index] = error
-                    known.clear()
+                    arrays.clear()
                     continue
-                known.update(zip([value.name for value in session.get_outputs()], results, strict=True))
-                for name in known.keys() - later:
-                    del known[name]
+                arrays.update(zip([value.name for value in session.get_outputs()], outputs, strict=True))
+                for name in arrays.keys() - needed:
+                    del arrays[name]
             del session
         return values, failed
 
-    def _session(self, piece: Partition, known: Mapping[str, Any]) -> Any:
-        import onnx
-
-        made = onnx.ModelProto()
-        made.CopyFrom(self.frame)
-        read = {name for node in piece.nodes for name in _reads(node)}
-        made.graph.node.extend(piece.nodes)
-        made.graph.initializer.extend(t for t in self.model.graph.initializer if t.name in read)
-        for name in piece.takes:
-            array = known[name]
-            kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
-            made.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, [None] * array.ndim))
-        made.graph.output.extend(onnx.ValueInfoProto(name=name) for name in piece.gives)
-        return open_session(made.SerializeToString(), shown=self.shown, beside=self.path.parent)
+    def _session(self, partition: Partition, arrays: Mapping[str, Any]) -> Any:
+        """A session of one part, whose inputs have the dtypes and ranks of these arrays."""
+        model: Any = onnx.ModelProto()
+        model.CopyFrom(self.frame)
+        read = {name for node in partition.nodes for name in _reads(node)}
+        model.graph.node.extend(partition.nodes)
+        model.graph.initializer.extend(t for t in self.model.graph.initializer if t.name in read)
+        for name in partition.takes:
+            dtype = onnx.helper.np_dtype_to_tensor_dtype(arrays[name].dtype)
+            sizes = [None] * arrays[name].ndim
+            model.graph.input.append(onnx.helper.make_tensor_value_info(name, dtype, sizes))
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in partition.gives)
+        return open_session(model.SerializeToString(), shown=self.shown, beside=self.path.parent)
 
     @cached_property
     def frame(self) -> Any:
-        """The program without its graph."""
-        import onnx
-
-        made = onnx.ModelProto()
-        made.CopyFrom(self.model)
-        made.ClearField("graph")
-        made.graph.name = self.model.graph.name
-        return made
+        """The program without its operations and weights."""
+        frame: Any = onnx.ModelProto()
+        frame.CopyFrom(self.model)
+        frame.ClearField("graph")
+        frame.graph.name = self.model.graph.name
+        return frame
 
 
-def _tensors(known: Mapping[str, Any], names: Sequence[str]) -> list[torch.Tensor]:
-    return [torch.from_numpy(np.asarray(known[name])) for name in names]
+def _tensors(arrays: Mapping[str, Any], names: Sequence[str]) -> list[torch.Tensor]:
+    """Some of the arrays as tensors."""
+    return [torch.as_tensor(np.asarray(arrays[name])) for name in names]
 
 
-def _piece(nodes: Sequence[Any], needed: set[str], weights: Mapping[str, int]) -> Partition:
-    given = [name for node in nodes for name in node.output if name]
-    own = {*given, *weights}
-    taken = dict.fromkeys(name for node in nodes for name in _reads(node) if name not in own)
-    return Partition(nodes, tuple(taken), tuple(name for name in given if name in needed))
+def _partition(nodes: Sequence[Any], needed: set[str], weights: Mapping[str, int]) -> Partition:
+    """Operations as a part of a program, with its weights and the names that the rest of it needs."""
+    outputs = [name for node in nodes for name in node.output if name]
+    inner = {*outputs, *weights}
+    taken = dict.fromkeys(name for node in nodes for name in _reads(node) if name not in inner)
+    return Partition(nodes, tuple(taken), tuple(name for name in outputs if name in needed))
 
 
 def _reads(node: Any) -> Iterator[str]:
-    """The values that an operation reads, those of the graphs within it too."""
+    """The names of the values that an operation reads, and that the graphs inside it read from outside."""
     yield from (name for name in node.input if name)
     for attribute in node.attribute:
         for graph in (attribute.g, *attribute.graphs):

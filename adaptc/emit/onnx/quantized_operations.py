@@ -1,4 +1,4 @@
-"""What the operations of `quantized_products` are in ONNX."""
+"""Quantized operations of ONNX: custom operations in torch, each with the function that writes it in ONNX."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
 
 @cache
 def _runtime(name: str, inputs: tuple[str, ...], attributes: tuple[str, ...], optional: int = 0) -> Any:
-    """An operation of ONNX Runtime's own domain, of whose schema only what is needed is told."""
+    """An operation of ONNX Runtime's own domain, with as much of its schema as the exporter needs.
+
+    Args:
+        name: the operation.
+        inputs: the names of its inputs.
+        attributes: the names of its integer attributes.
+        optional: how many of the last inputs may be left out.
+    """
     from onnx.defs import OpSchema
 
     parameter, option = OpSchema.FormalParameter, OpSchema.FormalParameterOption
@@ -65,49 +72,50 @@ def matmul_nbits(
     block: int = 32,
     accuracy: int = 0,
 ) -> Any:
-    """`com.microsoft` MatMulNBits."""
-    made = _runtime(
+    """`x Wᵀ + bias` by ONNX Runtime's MatMulNBits: W (rows, columns) of codes of 2, 4 or 8 bits, in blocks."""
+    operation = _runtime(
         "MatMulNBits",
         ("x", "codes", "scales", "zeros", "groups", "bias"),
         ("K", "N", "bits", "block_size", "accuracy_level"),
         3,
     )
     sizes = {"K": columns, "N": rows, "bits": bits, "block_size": block, "accuracy_level": accuracy}
-    return made(x, codes, op.CastLike(scales, x), zeros, None, bias, **sizes)
+    return operation(x, codes, op.CastLike(scales, x), zeros, None, bias, **sizes)
 
 
 def matmul_bnb4(
     x: Any, codes: Any, absmax: Any, rows: int = 0, columns: int = 0, block: int = 64, kind: int = 1
 ) -> Any:
-    """`com.microsoft` MatMulBnb4."""
-    made = _runtime("MatMulBnb4", ("x", "codes", "absmax"), ("K", "N", "block_size", "quant_type"))
-    return made(x, codes, op.CastLike(absmax, x), K=columns, N=rows, block_size=block, quant_type=kind)
+    """`x Wᵀ` by ONNX Runtime's MatMulBnb4: W (rows, columns) of a table of 16 values, `kind` 0 for fp4, 1 for nf4."""
+    operation = _runtime("MatMulBnb4", ("x", "codes", "absmax"), ("K", "N", "block_size", "quant_type"))
+    return operation(x, codes, op.CastLike(absmax, x), K=columns, N=rows, block_size=block, quant_type=kind)
 
 
 def gather_blocks(
     ids: Any, codes: Any, scales: Any, zeros: Any = None, bits: int = 4, block: int = 32
 ) -> Any:
-    """`com.microsoft` GatherBlockQuantized."""
-    made = _runtime(
+    """Rows of a quantized matrix by ONNX Runtime's GatherBlockQuantized."""
+    operation = _runtime(
         "GatherBlockQuantized",
         ("codes", "ids", "scales", "zeros"),
         ("bits", "block_size", "quantize_axis", "gather_axis"),
         1,
     )
-    return made(codes, ids, scales, zeros, bits=bits, block_size=block, quantize_axis=1, gather_axis=0)
+    return operation(codes, ids, scales, zeros, bits=bits, block_size=block, quantize_axis=1, gather_axis=0)
 
 
 def matmul_dequantized(
     x: Any, codes: Any, scales: Any, zeros: Any = None, rows: int = 0, block: int = 0
 ) -> Any:
-    """DequantizeLinear in blocks of the first axis, or for each column of `(in, out)`, and MatMul."""
+    """`x W` by DequantizeLinear and MatMul: W (in, out), blocks along the first axis or a scale for each column."""
     options = {"axis": 0, "block_size": block} if block else {"axis": 1}
-    W = onnxscript.opset21.DequantizeLinear(codes, scales, zeros, **options)
+    opset: Any = onnxscript.opset21
+    W = opset.DequantizeLinear(codes, scales, zeros, **options)
     return op.MatMul(x, op.CastLike(W, x))
 
 
 def matmul_integer(x: Any, codes: Any, scales: Any) -> Any:
-    """DynamicQuantizeLinear, MatMulInteger and a scale, which ONNX Runtime fuses to one."""
+    """`x W` by DynamicQuantizeLinear, MatMulInteger and a scale, which ONNX Runtime fuses to one operation."""
     wide = op.Cast(x, to=ir.DataType.FLOAT)
     rounded, step, zero = op.DynamicQuantizeLinear(wide)
     product = op.Cast(op.MatMulInteger(rounded, codes, zero), to=ir.DataType.FLOAT)
@@ -115,7 +123,7 @@ def matmul_integer(x: Any, codes: Any, scales: Any) -> Any:
 
 
 def shifted(x: Any, by: int) -> Any:
-    """`x >> by` of bytes, which the exporter's own would make signed."""
+    """`x >> by` of unsigned bytes; the exporter's own form makes them signed."""
     return op.BitShift(x, op.CastLike(op.Constant(value_int=by), x), direction="RIGHT")
 
 
@@ -126,7 +134,7 @@ TRANSLATIONS: Mapping[str, Callable[..., Any]] = {
         for function in (matmul_nbits, matmul_bnb4, matmul_dequantized, matmul_integer, gather_blocks)
     },
 }
-"""An operation by its name -> what computes it in ONNX."""
+"""The name of an operation -> the function that writes it in ONNX."""
 
 
 def integer_type(bits: int) -> Any:
@@ -135,7 +143,7 @@ def integer_type(bits: int) -> Any:
 
 
 def integer_tensor(codes: torch.Tensor, bits: int, name: str) -> Any:
-    """Codes, one a byte, as a tensor of so many bits, which a file holds packed."""
+    """Codes, one in each byte, as a tensor of so many bits, which a file holds packed."""
     import ml_dtypes
 
     array = codes.numpy()
@@ -143,16 +151,17 @@ def integer_tensor(codes: torch.Tensor, bits: int, name: str) -> Any:
 
 
 def opset_needed(bits: int) -> int:
-    """The opset whose DequantizeLinear takes integers of so many bits."""
+    """The first opset whose DequantizeLinear takes integers of so many bits."""
     return 25 if bits == 2 else 21
 
 
 def ir_version_needed(bits: int) -> int:
-    """The version of the format that knows integers of so many bits."""
+    """The first version of ONNX's file format that has integers of so many bits."""
     return 13 if bits == 2 else 10
 
 
-library = torch.library.Library("adaptc_onnx", "DEF")
+library: Any = torch.library.Library("adaptc_onnx", "DEF")
+untyped: Any = torch.library
 library.define(
     "matmul_nbits(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, "
     "int rows, int columns, int bits, int block, int accuracy) -> Tensor"
@@ -168,33 +177,34 @@ library.define(
     "gather_blocks(Tensor ids, Tensor codes, Tensor scales, Tensor? zeros, int bits, int block) -> Tensor"
 )
 onnx = torch.ops.adaptc_onnx
-"""All of them, by name."""
+"""The custom operations, by name."""
 
 
 def _rows_by(x: torch.Tensor, rows: int) -> torch.Tensor:
+    """A fake result of `x Wᵀ` where W has so many rows."""
     return x.new_empty((*x.shape[:-1], rows))
 
 
-@torch.library.register_fake("adaptc_onnx::matmul_nbits")
+@untyped.register_fake("adaptc_onnx::matmul_nbits")
 def _(x: Any, codes: Any, scales: Any, zeros: Any, bias: Any, rows: int, *sizes: int) -> torch.Tensor:
     return _rows_by(x, rows)
 
 
-@torch.library.register_fake("adaptc_onnx::matmul_bnb4")
+@untyped.register_fake("adaptc_onnx::matmul_bnb4")
 def _(x: Any, codes: Any, absmax: Any, rows: int, *sizes: int) -> torch.Tensor:
     return _rows_by(x, rows)
 
 
-@torch.library.register_fake("adaptc_onnx::matmul_dequantized")
+@untyped.register_fake("adaptc_onnx::matmul_dequantized")
 def _(x: Any, codes: Any, scales: Any, zeros: Any, rows: int, block: int) -> torch.Tensor:
     return _rows_by(x, rows)
 
 
-@torch.library.register_fake("adaptc_onnx::matmul_integer")
+@untyped.register_fake("adaptc_onnx::matmul_integer")
 def _(x: Any, codes: Any, scales: Any) -> torch.Tensor:
     return _rows_by(x, codes.shape[1])
 
 
-@torch.library.register_fake("adaptc_onnx::gather_blocks")
+@untyped.register_fake("adaptc_onnx::gather_blocks")
 def _(ids: Any, codes: Any, scales: Any, zeros: Any, bits: int, block: int) -> torch.Tensor:
     return scales.new_empty((*ids.shape, codes.shape[1] * 8 // bits))

@@ -1,8 +1,9 @@
-"""What ONNX Runtime's products of integers do to activations, done in torch: what such a program is held against."""
+"""The rounding of activations by ONNX Runtime's integer products, computed in torch to prove such a program."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -13,43 +14,38 @@ from adaptc.quantization.integer import IntegerBlocks
 from adaptc.quantization.operators import LINEAR
 from adaptc.quantization.scheme import scheme_of
 from adaptc.rewriter.expression import splice, trace_expression
-from adaptc.rewriter.pipeline import Pass, run
+from adaptc.rewriter.pipeline import Pass
 
 EXACT = {(2, 16), (2, 256)}
-"""Bits and blocks that MatMulNBits has no product of integers for."""
+"""(bits, block) for which MatMulNBits rounds no activations, as tests/parity/test_matmul_nbits.py measures."""
 
 
 def rounds_activations(graph: Graph) -> bool:
-    """Whether ONNX Runtime rounds the activations of a product of this graph."""
+    """Whether ONNX Runtime rounds the activations of some matrix product of this graph."""
     return any(_rounding(node) is not None for node in graph.nodes)
 
 
 @dataclass(frozen=True)
 class RoundActivations(Pass):
-    """quantized_linear(x, q) = quantized_linear(round(x), q): in 8 bits, by blocks of a row or all of a product's."""
+    """quantized_linear(x, q) becomes quantized_linear(rounded(x), q): 8 bits, in blocks or one range for all of x."""
 
     name: ClassVar[str] = "round-activations"
     takes: ClassVar[frozenset[str]] = frozenset({"evaluated"})
     changes_results: ClassVar[bool] = True
 
     def call(self, graph: Graph) -> bool:
-        """Round in front of every product whose activations ONNX Runtime rounds."""
+        """Round the activations of every matrix product for which ONNX Runtime does."""
         products = [(node, block) for node in graph.nodes if (block := _rounding(node)) is not None]
         for node, block in products:
             x: Any = node.args[0]
             with graph.fake_mode:
-                traced = trace_expression(lambda x, block=block: rounded(x, block), [x.meta["val"]], {})
+                traced = trace_expression(partial(rounded, block=block), [x.meta["val"]], {})
             node.update_arg(0, splice(graph, traced, [x], node, {}))
         return bool(products)
 
 
-def with_rounding(graph: Graph) -> Graph:
-    """A copy that rounds activations as ONNX Runtime does."""
-    return run(graph, [RoundActivations()])
-
-
 def rounded(x: torch.Tensor, block: int) -> torch.Tensor:
-    """x in 8 bits: symmetric in blocks along its last axis, or for a block of 0 in one range for all of it."""
+    """x rounded to 8 bits: symmetrically in blocks of the last axis, or in one range if `block` is 0."""
     if not block:
         low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
         step = ((high - low) / 255).clamp(min=1e-30)
@@ -64,7 +60,7 @@ def rounded(x: torch.Tensor, block: int) -> torch.Tensor:
 
 
 def _rounding(node: Any) -> int | None:
-    """The block that a product rounds its activations in; None where it does not."""
+    """The block in which ONNX Runtime rounds a node's activations; 0 for one range for all; None if it does not."""
     if node.target is not LINEAR:
         return None
     scheme, columns = scheme_of(node.args[3]), node.args[5]

@@ -1,4 +1,7 @@
-"""ONNX: exported without weights, weights attached by name, tidied without reading one."""
+"""ONNX Runtime: sessions that run an ONNX program on the CPU."""
+
+# pyright: reportMissingTypeStubs=false
+# ONNX Runtime has no types.
 
 from __future__ import annotations
 
@@ -14,19 +17,31 @@ from adaptc.errors import AdaptcError
 def onnx_runner(
     path: Path, shown: Path | None = None, exact: bool = False
 ) -> Callable[[Mapping[str, torch.Tensor]], Sequence[torch.Tensor]]:
-    """Run an ONNX file in ONNX Runtime, on one thread that does not spin; `exact`: activations are not rounded."""
+    """A function that runs an ONNX file in ONNX Runtime, on one thread that does not spin.
+
+    Args:
+        path: the file.
+        shown: the path that an error names, if not the file's own.
+        exact: do not round activations, where standard operations on quantized weights are fused.
+
+    Returns:
+        A function of named tensors, of which the program takes those it has, to its outputs.
+
+    Raises:
+        AdaptcError: ONNX Runtime does not take the program.
+    """
     session = open_session(path, shown=shown, exact=exact)
     names = {value.name for value in session.get_inputs()}
 
     def call(tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         feeds = {name: as_array(tensor) for name, tensor in tensors.items() if name in names}
-        return [torch.from_numpy(array) for array in session.run(None, feeds)]
+        return [torch.as_tensor(array) for array in session.run(None, feeds)]
 
     return call
 
 
 def as_array(tensor: torch.Tensor) -> Any:
-    """A tensor as ONNX Runtime takes it: bfloat16 inputs are float32 in a program."""
+    """A tensor as an array for ONNX Runtime, in float32 instead of bfloat16 as in the program."""
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
@@ -40,18 +55,19 @@ def open_session(
     """An ONNX Runtime session on the CPU.
 
     Args:
-        model: a file, or a part of one.
-        threads: that it computes with.
-        shown: what an error calls the file.
-        beside: the folder of a part's weights; it is then run with as little memory as can be.
-        exact: do not round activations where standard operations on quantized weights are fused.
+        model: a file, or the bytes of a part of one.
+        threads: how many threads compute.
+        shown: the path that an error names.
+        beside: the folder of a part's data file; the session then uses as little memory as possible.
+        exact: do not round activations, where standard operations on quantized weights are fused.
 
     Raises:
         AdaptcError: ONNX Runtime does not take the program.
     """
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
+    untyped: Any = onnxruntime
+    options = untyped.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -65,7 +81,7 @@ def open_session(
         disabled = ["ConstantFolding"]  # it would hold a weight and its transpose
     given = str(model) if isinstance(model, Path) else model
     try:
-        return onnxruntime.InferenceSession(
+        return untyped.InferenceSession(
             given, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
         )
     except Exception as error:

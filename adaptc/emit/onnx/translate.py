@@ -1,4 +1,7 @@
-"""From the graph to ONNX operations: what the exporter has no word for is rewritten; nothing is traced again."""
+"""From a graph to ONNX operations: unknown operations are rewritten, then torch's exporter translates the rest."""
+
+# pyright: reportPrivateUsage=false
+# torch's exporter of a program that is exported already has no public name.
 
 from __future__ import annotations
 
@@ -30,22 +33,23 @@ from adaptc.tracing.export import quietly
 
 
 def _registry(graph: Graph, opset: int) -> Any:
-    """The exporter's registry of what a graph computes with; making all of it would take longer than the rest."""
+    """The exporter's registry of a graph's operations alone: making it of all would take longer than the export."""
     from torch.onnx._internal.exporter import _constants, _registration
     from torch.onnx._internal.exporter._torchlib import _torchlib_registry
 
-    registry = _registration.ONNXRegistry()
+    registry: Any = _registration.ONNXRegistry()
     registry._opset_version = max(opset, _constants.TORCHLIB_OPSET)
     targets: dict[Any, None] = dict.fromkeys(n.target for n in graph.nodes if n.op == "call_function")
-    for meta in _torchlib_registry.get_torchlib_ops():
+    torchlib: list[Any] = list(_torchlib_registry.get_torchlib_ops())
+    for meta in torchlib:
         if meta.fx_target in targets:
             registry._register(meta.fx_target, meta)
     for target in targets:
-        known = vocabulary()[0].get(target)
-        if known is None:
+        functions = vocabulary()[0].get(target)
+        if functions is None:
             continue
         for is_complex in (False, True):
-            for function in known.complex if is_complex else known.overloads:
+            for function in functions.complex if is_complex else functions.overloads:
                 meta = _registration.OnnxDecompMeta(function, target, None, is_complex=is_complex)
                 registry._register(target, meta)
     registry._cleanup_registry_based_on_opset_version()
@@ -55,11 +59,11 @@ def _registry(graph: Graph, opset: int) -> Any:
 
 
 def translate(graph: Graph, opset: int) -> Any:
-    """The ONNX model of a graph that only evaluates; its initializers have shapes and no data.
+    """The ONNX model (onnx_ir) of a graph that only evaluates; its initializers have shapes and no data.
 
     Raises:
         RefusedError: an operation has no ONNX form; names it.
-        AdaptcError: the exporter fails on one.
+        AdaptcError: the exporter fails on an operation.
     """
     from onnxscript import version_converter
     from torch.onnx._internal.exporter import _core
@@ -69,41 +73,41 @@ def translate(graph: Graph, opset: int) -> Any:
             graph = run(graph, [Functional(), OnnxOperations(), Casts()])
             program, registry = _program(graph), _registry(graph, opset)
             model = _core._exported_program_to_onnx_program(program, registry=registry).model
-            version_converter.convert_version(model, opset, fallback=True)
+            converter: Any = version_converter
+            converter.convert_version(model, opset, fallback=True)
             return model
     except (RefusedError, VerifyError):
         raise
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        words = next(
-            (line for line in lines if "No ONNX function" in line or "aten." in line),
-            lines[0] if lines else "",
-        )
-        where = next((provenance(node) for node in graph.nodes if f"%{node.name} " in str(error)), ())
-        raise AdaptcError(f"ONNX export failed: {type(error).__name__}: {words}", *where, EXPECTED) from error
+        reasons = [line for line in lines if "No ONNX function" in line or "aten." in line] or [*lines, ""]
+        place = next((provenance(node) for node in graph.nodes if f"%{node.name} " in str(error)), ())
+        message = f"ONNX export failed: {type(error).__name__}: {reasons[0]}"
+        raise AdaptcError(message, *place, EXPECTED) from error
 
 
 def _program(graph: Graph) -> ExportedProgram:
     """The graph with its weights as inputs, which is how torch.export writes a program."""
-    nodes, mapping = fx.Graph(), {}
+    nodes = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
     specs: list[InputSpec] = []
-    read: dict[str, fx.Node] = {}
+    weights: dict[str, fx.Node] = {}
     for node in graph.nodes:
         name = str(node.target)
-        if node.op == "get_attr" and name not in read:
-            read[name] = made = nodes.placeholder(f"weight_{len(read)}")
-            made.meta = {"val": node.meta["val"]}
+        if node.op == "get_attr" and name not in weights:
+            weights[name] = weight = nodes.placeholder(f"weight_{len(weights)}")
+            weight.meta = {"val": node.meta["val"]}
             parameter = isinstance(get_tensor(graph.module, name), torch.nn.Parameter)
             kind = InputKind.PARAMETER if parameter else InputKind.BUFFER
-            specs.append(InputSpec(kind, TensorArgument(made.name), name, None if parameter else True))
+            specs.append(InputSpec(kind, TensorArgument(weight.name), name, None if parameter else True))
     for node in graph.nodes:
         if node.op == "get_attr":
-            mapping[node] = read[str(node.target)]
+            copies[node] = weights[str(node.target)]
             continue
-        mapping[node] = nodes.node_copy(node, mapping.__getitem__)
+        copies[node] = nodes.node_copy(node, copies.__getitem__)
         if node.op == "placeholder":
-            specs.append(InputSpec(InputKind.USER_INPUT, TensorArgument(mapping[node].name), None))
-    results: Any = mapping[next(node for node in graph.nodes if node.op == "output")].args[0]
+            specs.append(InputSpec(InputKind.USER_INPUT, TensorArgument(copies[node].name), None))
+    results: Any = copies[next(node for node in graph.nodes if node.op == "output")].args[0]
     outputs = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in results]
     tree = pytree.tree_structure(((), {}))
     call = ModuleCallEntry("", ModuleCallSignature([], [], tree, pytree.tree_structure(0)))
@@ -111,7 +115,7 @@ def _program(graph: Graph) -> ExportedProgram:
         root=torch.nn.Module(),
         graph=nodes,
         graph_signature=ExportGraphSignature(specs, outputs),
-        state_dict={name: get_tensor(graph.module, name) for name in read},
+        state_dict={name: get_tensor(graph.module, name) for name in weights},
         range_constraints={},
         module_call_graph=[call],
     )

@@ -1,18 +1,16 @@
-"""bfloat16 programs for runtimes without bfloat16 arithmetic: stored in bfloat16, computed in float32."""
+"""bfloat16 programs for runtimes without bfloat16 arithmetic: weights in bfloat16, computation in float32."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 
 def widen(model: Any) -> None:
-    """Let a program compute in float32 what it computes in bfloat16, in place; its weights stay as they are stored.
+    """Let a bfloat16 program compute in float32, in place; its weights stay in bfloat16.
 
-    ONNX Runtime's CPU has hardly an operation in bfloat16. Each weight gets a Cast behind it, which a runtime does
-    once when it loads the program; constants and casts within the program become float32, inputs and outputs too.
+    ONNX Runtime has hardly an operation in bfloat16 on the CPU. Each weight is read through a Cast, which a runtime
+    computes once when it loads the program. Constants, casts, inputs and outputs become float32.
     """
     import onnx_ir as ir
 
@@ -21,15 +19,15 @@ def widen(model: Any) -> None:
     for node in graph.all_nodes():
         for attribute in list(node.attributes.values()):
             if attribute.type == ir.AttributeType.INT and attribute.name in ("to", "dtype"):
-                kind = wide if attribute.as_int() == narrow else attribute.as_int()
-                node.attributes[attribute.name] = ir.AttrInt64(attribute.name, int(kind))
+                dtype = wide if attribute.as_int() == narrow else attribute.as_int()
+                node.attributes[attribute.name] = ir.AttrInt64(attribute.name, int(dtype))
             elif attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype == narrow:
                 node.attributes[attribute.name] = ir.AttrTensor(attribute.name, _float(attribute.as_tensor()))
         for value in node.outputs:
             _declare(value, narrow, wide)
     for value in (*graph.inputs, *graph.outputs):
         _declare(value, narrow, wide)
-    places = {node: place for place, node in enumerate(graph)}
+    order = {node: index for index, node in enumerate(graph)}
     for value in [v for v in graph.initializers.values() if v.const_value.dtype == narrow]:
         users = list(value.uses())
         cast = ir.node("Cast", [value], {"to": wide.value}, name=f"{value.name}.float32")
@@ -41,22 +39,23 @@ def widen(model: Any) -> None:
         for index, output in enumerate(graph.outputs):
             if output is value:
                 graph.outputs[index] = cast.outputs[0]
-        graph.insert_before(_first([user for user, _ in users], graph, places), cast)
+        graph.insert_before(_first([user for user, _ in users], graph, order), cast)
 
 
-def _first(users: Sequence[Any], graph: Any, places: Mapping[Any, int]) -> Any:
-    """Which operation comes first: what runs the program piece by piece holds nothing before it is needed."""
-    inner = any(user not in places for user in users)  # in a branch or a loop
-    return graph[0] if inner or not users else min(users, key=places.__getitem__)
+def _first(users: Sequence[Any], graph: Any, order: Mapping[Any, int]) -> Any:
+    """The user that runs first, so that a program run part by part holds no weight before it is needed."""
+    inner = any(user not in order for user in users)  # in a branch or a loop
+    return graph[0] if inner or not users else min(users, key=order.__getitem__)
 
 
 def _declare(value: Any, narrow: Any, wide: Any) -> None:
+    """Declare a value of the dtype `narrow` as `wide`."""
     if value.type is not None and value.type.dtype == narrow:
         value.type = type(value.type)(wide)
 
 
 def _float(tensor: Any) -> Any:
+    """A tensor in float32."""
     import onnx_ir as ir
 
-    values = torch.from_numpy(tensor.numpy().astype("float32"))
-    return ir.tensor(values.numpy(), name=tensor.name)
+    return ir.tensor(tensor.numpy().astype("float32"), name=tensor.name)

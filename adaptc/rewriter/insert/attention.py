@@ -24,7 +24,7 @@ from adaptc.rewriter.insert.masks import Masks
 from adaptc.rewriter.insert.positions import move_positions
 
 aten = torch.ops.aten
-FLOOR_DIVIDE: Any = operator.floordiv  # pyright: ignore[reportUnknownMemberType] (typeshed leaves it untyped)
+FLOOR_DIVIDE = cast("Any", operator.floordiv)  # pyright: ignore[reportUnknownMemberType] (untyped in typeshed)
 
 
 @dataclass(frozen=True)

@@ -393,7 +393,7 @@ def test_what_makes_the_tokens_is_folded_away(kind: str) -> None:
     made = {n for n in folded.state_dict() if n not in compiled.base.weights}
     assert not made & names
     assert sum(folded.state_dict()[n].numel() for n in made) == {"projected": 3 * 16}.get(kind, 3 * 8)
-    assert any("stays when the rest is folded" in note for note in compiled.plan.notes)
+    assert any("stays in every artifact" in note for note in compiled.plan.notes)
     assert 0 < compiled.plan.budget.folded_flops <= compiled.plan.budget.added_flops
 
 

@@ -1,0 +1,103 @@
+"""The base of a compile: the model that a spec or a call names, and its trace."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from adaptc.checkpoints.huggingface_weights import CONFIG
+from adaptc.compiler.rewrite import After
+from adaptc.errors import InputError, TraceError, WeightError
+from adaptc.inputs import InputSpec
+from adaptc.ir.base import Base
+from adaptc.ir.graph import Graph
+from adaptc.spec.base import BaseEntry
+from adaptc.spec.spec import Spec, require_base, resolve_path
+from adaptc.tracing.module import from_factory, from_module, from_program, inputs_from_examples
+from adaptc.tracing.trace import trace_base
+
+
+def make_base(
+    spec: Spec,
+    model: nn.Module | None = None,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+    dynamic: Mapping[str, Any] | None = None,
+) -> Base:
+    """The base that a call gives as `model`, or else the one that the spec names.
+
+    Raises:
+        SpecError: there is none, it is missing, or its task is unknown.
+        TraceError: it cannot be made.
+    """
+    inputs = tuple(spec.inputs.values())
+    if model is not None:
+        if example_inputs is not None:
+            inputs = inputs_from_examples(model, example_inputs, dynamic)
+        if not inputs:
+            raise TraceError("a model needs example_inputs=(x,), or `inputs` in the spec")
+        return from_module(model, inputs)
+    entry = require_base(spec)
+    try:
+        if entry.python is not None:
+            _add_to_path(spec)
+            return from_factory(entry.python, entry.args, inputs, entry.dtype)
+        if entry.program is not None:
+            return from_program(resolve_path(spec, entry.program), inputs)
+        return _from_huggingface(spec, entry, inputs)
+    except (TraceError, WeightError) as error:
+        key = next(k for k in ("python", "program", "model") if getattr(entry, k) is not None)
+        raise spec.error(("base", key), error.message, *error.notes) from error
+
+
+def trace(spec: Spec, base: Base, after: After | None = None) -> Graph:
+    """The base as a graph; its weights are bound when they are first read.
+
+    Raises:
+        SpecError: the spec's `inputs` do not fit the model.
+        TraceError: the model cannot be traced.
+    """
+    try:
+        graph = trace_base(base)
+    except InputError as error:
+        raise spec.error(("inputs",), error.message, *error.notes) from error
+    if after is not None:
+        after("trace", graph)
+    return graph
+
+
+def _add_to_path(spec: Spec) -> None:
+    """Let a factory be imported from a file beside the spec, or in the working directory."""
+    for folder in (str(spec.directory), str(Path.cwd())):
+        if folder not in sys.path:
+            sys.path.insert(0, folder)
+
+
+def _from_huggingface(spec: Spec, entry: BaseEntry, inputs: Sequence[InputSpec]) -> Base:
+    """A Hugging Face model: of a directory, or of a hub id.
+
+    Raises:
+        SpecError: transformers is not installed, the task is unknown, or there is no such directory.
+    """
+    try:
+        from adaptc.tracing import huggingface
+        from adaptc.tracing.huggingface_tasks import unknown_task as why_unknown
+    except ImportError as error:
+        raise spec.error(("base", "model"), "needs transformers", "pip install 'adaptc[hf]'") from error
+    assert entry.model is not None
+    unknown_task = why_unknown(entry.task)
+    if unknown_task:
+        raise spec.error(("base", "task"), unknown_task)
+    directory = resolve_path(spec, entry.model)
+    if directory.exists():
+        if not (directory / CONFIG).is_file():
+            message = f"{directory} holds no {CONFIG}"
+            raise spec.error(("base", "model"), message, "expected a Hugging Face model directory")
+        return huggingface.load(str(directory), entry, spec.seed, tuple(inputs))
+    if entry.model.startswith((".", "/", "~")) or entry.model.count("/") > 1 or Path(entry.model).suffix:
+        message = f"{directory}: no such directory"
+        raise spec.error(("base", "model"), message, "paths are relative to the spec file")
+    return huggingface.load(entry.model, entry, spec.seed, tuple(inputs))

@@ -1,0 +1,100 @@
+"""The trainable module: the factored graph in both modes with its weights, which the adapted graph then follows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import fx
+
+from adaptc.checkpoints.graph_records import records_of
+from adaptc.checkpoints.records import as_json
+from adaptc.compiler.adapter_weights import put_weight
+from adaptc.compiler.follow_training import FollowTraining
+from adaptc.compiler.proofs import Proofs
+from adaptc.compiler.schedule import lower
+from adaptc.ir.graph import Graph
+from adaptc.ir.nodes import get_tensor
+from adaptc.rewriter.pipeline import Pass, run
+from adaptc.tracing.export import export, output_class
+from adaptc.weights import Deferred
+
+
+def graph_of_both_modes(base: Graph, opening: Sequence[Pass]) -> Graph:
+    """The factored graph that reads the module's `training`; of a program without a model, in evaluation mode alone.
+
+    Args:
+        base: the traced graph.
+        opening: the passes that every artifact starts with.
+
+    Raises:
+        TraceError: the model computes something else in training than dropout and the like.
+    """
+    passes, source = list(opening), base.source
+    if source.model is not None:
+        passes.insert(0, FollowTraining(export(source.model, source.inputs, training=True)))
+    return lower(run(base, passes))
+
+
+def module_record(graph: Graph, base: dict[str, str]) -> dict[str, Any]:
+    """What a module made of a graph must know to be saved, and to save and load its adapters, without the graph.
+
+    Args:
+        graph: the graph of the module.
+        base: what a checkpoint says of the base.
+
+    Returns:
+        `inputs`, `outputs` and `output_class`; `names` (each tensor -> the first name of the same tensor),
+        `buffers`, `transient` and `trainable` names; `adapters` as records, and `base`.
+    """
+    return {
+        "inputs": [asdict(spec) for spec in graph.inputs],
+        "outputs": list(graph.outputs),
+        "output_class": output_class(graph.module),
+        "names": {name: graph.aliases.get(name, name) for name in graph.weights},
+        "buffers": sorted(graph.buffers),
+        "transient": sorted(graph.transient),
+        "trainable": graph.adapter_names,
+        "adapters": as_json(records_of(graph)),
+        "base": base,
+    }
+
+
+def prove_trainable(proofs: Proofs, adapted: Graph, trainable: Graph) -> None:
+    """The trainable graph computes what the adapted one does, with random adapters.
+
+    Raises:
+        ProofError: it computes something else.
+    """
+    if not trainable.adaptations:
+        return
+    random, reference = proofs.randomised(adapted)
+    factored = trainable.copy()
+    factored.weights.update({name: random.weights[name] for name in trainable.adapter_names})
+    proofs.prove("trainable module", random, reference, proofs.run_like(reference, factored))
+
+
+def follow(adapted: Graph, module: fx.GraphModule) -> None:
+    """Let the adapted graph have the adapters and buffers that a module has whenever they are read."""
+    inserted = adapted.inserted
+    for name, param in inserted.items():
+        if param.stored:
+            put_weight(adapted.weights[name], _current(module, name))
+    for name, buffer in module.named_buffers():  # what batch norm learns belongs to every artifact too
+        if name not in inserted:
+            adapted.weights[name] = Deferred(tuple(buffer.shape), buffer.dtype, _current(module, name))
+
+
+def reset_derived(adapted: Graph, module: fx.GraphModule) -> None:
+    """Give a module's adapters again what follows from the options, such as a mask that a training step drew anew."""
+    with torch.no_grad():
+        for name, param in adapted.inserted.items():
+            if not param.stored:
+                get_tensor(module, name).copy_(adapted.weights[name].load())
+
+
+def _current(module: fx.GraphModule, name: str) -> Callable[[], torch.Tensor]:
+    """Reads what a module holds under a name at that moment: `to` and `load_state_dict` may replace the tensor."""
+    return lambda: get_tensor(module, name).detach()
