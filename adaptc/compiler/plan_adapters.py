@@ -182,7 +182,7 @@ def _cut(method: Method[Any], rank: int) -> Method[Any]:
     largest: int | None = getattr(method, "r", None)
     cut = method.cut(rank)
     if cut is None:
-        nested = [name for name, cls in METHODS.items() if cls.cut is not Method.cut]
+        nested = [name for name, cls in METHODS.items() if cls.cut is not Method[Any].cut]
         raise InputError(
             f"the ranks of {method.name} are not nested, as those of {', '.join(nested)} are: leave r out"
         )

@@ -33,8 +33,8 @@ def unknown_task(task: str) -> str | None:
 
 def _of_hub_task(task: str) -> list[str]:
     """Our tasks for one that the hub calls by another name, such as text-generation."""
-    from transformers.pipelines import SUPPORTED_TASKS
+    from transformers import pipelines as transformers_pipelines
 
-    pipelines: dict[str, dict[str, Any]] = SUPPORTED_TASKS
+    pipelines: dict[str, dict[str, Any]] = vars(transformers_pipelines)["SUPPORTED_TASKS"]
     autos = {auto.__name__ for auto in pipelines.get(task, {}).get("pt", ())}
     return [name for name, auto in tasks().items() if auto in autos]
