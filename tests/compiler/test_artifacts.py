@@ -33,7 +33,7 @@ def test_what_batch_norm_learned_is_in_every_product(tmp_path: Path) -> None:
 def test_nan_in_an_adapter_stops_every_product(tmp_path: Path, product: str) -> None:
     made = compiled(randomise(Normed()), [{"method": "lora", "target": "up", "r": 2}], torch.randn(4, 6))
     made.module.get_parameter("up.lora_A.default.weight").data[0, 0] = float("nan")
-    with pytest.raises(ProofError, match=r"up\.lora_A\.default\.weight holds NaN"):
+    with pytest.raises(ProofError, match=r"up\.lora_A\.default\.weight contains NaN"):
         made.emit("torch", tmp_path / "t") if product == "torch" else made.emit(
             "onnx", tmp_path / "m.onnx", adapters=product
         )

@@ -22,7 +22,7 @@ def test_recorded_values_tell_nan_from_zero() -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 63, 64, 65, 2**24 + 4, 2**24 + 8])
 def test_recorded_places_are_within(count: int) -> None:
-    places = reference._places(count)
+    places = reference._sampled(count)
     assert int(places[0]) == 0
     assert int(places[-1]) == count - 1
     assert len(places) == min(count, 64)

@@ -467,7 +467,7 @@ def test_a_pass_that_changes_the_program(
     changed = base.copy()
     for node in [n for n in changed.nodes if str(n.target) == operation][:1]:
         change(node)
-    with pytest.raises(RefusedError, match="which no checkpoint of LlamaForCausalLM holds"):
+    with pytest.raises(RefusedError, match="which a checkpoint of LlamaForCausalLM cannot hold"):
         save_checkpoint(changed, base, tmp_path / "merged", "1GB")
     assert not list(tmp_path.iterdir())
 

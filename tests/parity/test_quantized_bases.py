@@ -363,27 +363,28 @@ def test_floats_only(tmp_path: Path) -> None:
     emit = [{"format": "hf", "path": str(tmp_path / "x")}]
     with pytest.raises(
         AdaptcError,
-        match=r"the base has bits.*\n.*write `passes: \[insert, fold\]` for the dequantized floats",
+        match=r"the base has weights in few bits.*\n.*write `passes: \[insert, fold\]` for the dequantized floats",
     ):
         compiled(DATA / "gptq", emit=emit)
     with pytest.raises(
-        AdaptcError, match=r"the base has bits.*\n.*write `passes: \[dequantize\]` for the dequantized floats"
+        AdaptcError,
+        match=r"the base has weights in few bits.*\n.*write `passes: \[dequantize\]` for the dequantized floats",
     ):
         compiled(DATA / "gptq", [], emit=emit)
     with pytest.raises(
         AdaptcError,
-        match=r"the base has bits.*\n.*write `passes: \[insert, fold\]` for the dequantized floats",
+        match=r"the base has weights in few bits.*\n.*write `passes: \[insert, fold\]` for the dequantized floats",
     ):
         compiled(DATA / "gptq", passes=["insert", "fold", "quantize"], emit=emit)
     anew = [{"method": "nf4", "target": "*q_proj"}]
     with pytest.raises(
-        AdaptcError, match=r"the base has bits.*\n.*write `passes: \[quantize, insert, fold\]`"
+        AdaptcError, match=r"the base has weights in few bits.*\n.*write `passes: \[quantize, insert, fold\]`"
     ):
         compiled(DATA / "gptq", quantize=anew, emit=emit)
     with pytest.raises(AdaptcError, match=r"prefix.* cannot be folded into weights"):
         compiled(DATA / "gptq", [{"method": "prefix", "num_virtual_tokens": 2}], emit=emit)
     for adapt in ([], [LORA | {"target": "lm_head"}]):
-        with pytest.raises(AdaptcError, match=r"the base has bits"):
+        with pytest.raises(AdaptcError, match=r"the base has weights in few bits"):
             compiled(DATA / "gptq", adapt).emit("hf", tmp_path / "x")
         assert not (tmp_path / "x").exists()
 
