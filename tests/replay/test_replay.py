@@ -30,7 +30,7 @@ BASES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     "base-bert-classifier": ({"task": "sequence-classification"}, INPUTS),
 }
 """Bases without a method, which the records of the specs are told against: more of `base`, and `inputs`."""
-QUICK = ("lora", "nf4", "own-model", "peft-to-huggingface", "peft-to-onnx")
+QUICK = ("nf4", "own-model", "peft-to-huggingface", "peft-to-onnx")
 """The journeys, and what stands for most methods and schemes."""
 
 

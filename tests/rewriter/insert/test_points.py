@@ -471,6 +471,7 @@ def test_two_prefixes_are_a_longer_one(zoo: Zoo, name: str) -> None:
         close(got[key], want[key])
 
 
+@pytest.mark.slow
 def test_all_kinds_at_once(zoo: Zoo, tmp_path: Path) -> None:
     entries = [
         {"method": "lora", "target": "*_proj", "r": 2},
