@@ -12,10 +12,8 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import adaptc
-from adaptc.compiler.plan import make_plan
 from adaptc.ir.cost import BATCH, LENGTH, flops
 from adaptc.ir.graph import Graph
-from adaptc.spec.spec import load
 from tests.families import Zoo
 
 
@@ -119,8 +117,8 @@ def test_operations_of_experts(gathered: bool) -> None:
 def test_operations_of_mixtral(zoo: Zoo) -> None:
     """Held against torch's count of the eager model, whose experts are a loop of linear layers."""
     graph: Graph = zoo.graph("mixtral")
-    spec = load({"adapt": [{"method": "lora", "target": "*.q_proj", "r": 1}]})
-    cost = make_plan(spec, graph).budget
+    compiled = zoo.compiled("mixtral", [{"method": "lora", "target": "*.q_proj", "r": 1}])
+    cost = compiled.plan.budget
     model: Any = zoo.fresh("mixtral")
     model.set_attn_implementation("eager")
     model.config._experts_implementation = "eager"
