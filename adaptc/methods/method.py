@@ -32,7 +32,7 @@ from adaptc.methods.param import Param
 from adaptc.methods.peft_format import PeftFormat
 from adaptc.methods.site import DROPLESS, WEIGHT_KINDS, Place, WeightSite
 from adaptc.methods.training_rule import TrainingHooks
-from adaptc.methods.trial import try_out
+from adaptc.methods.trial import TRIALS
 from adaptc.registry.author import Author
 from adaptc.registry.definitions import check_call, check_class, check_defined, check_names, check_options
 from adaptc.registry.registry import Registry
@@ -189,7 +189,7 @@ def _check(name: str, cls: Any, author: Author) -> None:
     check_call(definition, "shared", ("sites",))
     for hook, operands in expressions.items():
         check_call(definition, hook, operands, None)
-    try_out(definition)
+    TRIALS.try_out(definition)
 
 
 METHODS: Registry[type[Method[Any]]] = Registry("method", "adaptc.passes.insert", check=_check)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -14,39 +13,19 @@ from adaptc.methods.site import WeightSite
 from adaptc.methods.trial_expression import AUTHORS_ERRORS, ExpressionTrial, failed
 from adaptc.methods.trial_sites import trial_sites
 from adaptc.registry.definitions import Definition, check_call
-
-_untried: dict[type[Any], Definition] = {}
-
-
-def try_out(definition: Definition) -> None:
-    """Try a method on small sites of its kinds; where torch is not imported yet, when it is first inserted.
-
-    The laws of the tests hold for shipped methods, which are not tried here.
-
-    Raises:
-        DefinitionError: something is wrong; names the author's line.
-    """
-    if definition.shipped:
-        return
-    _untried[definition.cls] = definition
-    if "torch" in sys.modules:
-        try_pending(definition.cls)
+from adaptc.registry.trials import Trials
 
 
-def try_pending(cls: type[Any]) -> None:
-    """Try a method that was registered before torch was imported, if it was.
-
-    Raises:
-        DefinitionError: something is wrong; names the author's line.
-    """
-    definition = _untried.get(cls)
-    if definition is None:
-        return
+def _attempt(definition: Definition) -> None:
+    """Try a method on small sites of its kinds."""
     for site in trial_sites(definition.cls.kinds):
         method = instance_of(definition)
         if method is not None:
             _Trial(definition, method, site).run()
-    _untried.pop(cls, None)
+
+
+TRIALS = Trials(_attempt)
+"""The trials of methods: when one is registered, or first inserted."""
 
 
 def instance_of(definition: Definition) -> Any:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from adaptc.errors import Fault
 from adaptc.methods.site import MATRIX_KINDS
-from adaptc.quantization.trial import try_out
+from adaptc.quantization.trial import TRIALS
 from adaptc.registry.author import Author
 from adaptc.registry.definitions import check_call, check_class, check_defined, check_names, check_options
 from adaptc.registry.registry import Registry
@@ -123,7 +123,7 @@ def _check(name: str, cls: Any, author: Author) -> None:
     check_call(definition, "dequantize", ("rows", "columns", "tensors"))
     check_call(definition, "unpack", ("rows", "columns", "tensors", "dtype"))
     check_call(definition, "lookup", ("rows", "columns", "tensors", "ids"))
-    try_out(definition)
+    TRIALS.try_out(definition)
 
 
 SCHEMES: Registry[type[Scheme]] = Registry("scheme", "adaptc.passes.quantize", check=_check)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -11,41 +10,24 @@ from adaptc.errors import DefinitionError, Fault
 from adaptc.methods.trial import instance_of
 from adaptc.methods.trial_sites import numbers
 from adaptc.registry.definitions import Definition
+from adaptc.registry.trials import Trials
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 ROWS, COLUMNS, TOKENS = 8, 64, 32
 """Sizes of the matrix that a scheme is tried on, and rows of its inputs."""
-_untried: dict[type[Any], Definition] = {}
 
 
-def try_out(definition: Definition) -> None:
-    """Try a scheme on a small matrix; where torch is not imported yet, when it first quantizes.
-
-    Raises:
-        DefinitionError: something is wrong; names the author's line.
-    """
-    if definition.shipped:
-        return
-    _untried[definition.cls] = definition
-    if "torch" in sys.modules:
-        try_pending(definition.cls)
-
-
-def try_pending(cls: type[Any]) -> None:
-    """Try a scheme that was registered before torch was imported, if it was.
-
-    Raises:
-        DefinitionError: something is wrong; names the author's line.
-    """
-    definition = _untried.get(cls)
-    if definition is None:
-        return
+def _attempt(definition: Definition) -> None:
+    """Try a scheme on a small matrix."""
     scheme = instance_of(definition)
     if scheme is not None:
         _try(definition, scheme)
-    _untried.pop(cls, None)
+
+
+TRIALS = Trials(_attempt)
+"""The trials of schemes: when one is registered, or first quantizes."""
 
 
 def _try(definition: Definition, scheme: Any) -> None:

@@ -25,7 +25,7 @@ from adaptc.quantization.quantized_weight import (
     weight_of,
 )
 from adaptc.quantization.scheme import Scheme
-from adaptc.quantization.trial import try_pending
+from adaptc.quantization.trial import TRIALS
 from adaptc.rewriter.expression import splice, trace_expression
 from adaptc.rewriter.pipeline import Pass, changed_options
 from adaptc.weights import Deferred, Held
@@ -52,7 +52,7 @@ class Quantize(Pass):
     changes_results: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        try_pending(type(self.scheme))
+        TRIALS.try_pending(type(self.scheme))
 
     @property
     def name(self) -> str:  # type: ignore[override]

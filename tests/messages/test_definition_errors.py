@@ -19,7 +19,7 @@ from torch import nn
 import adaptc
 from adaptc.errors import DefinitionError
 from adaptc.methods.method import METHODS
-from adaptc.methods.trial import try_out
+from adaptc.methods.trial import TRIALS
 from adaptc.quantization import trial as scheme_trial
 from adaptc.quantization.scheme import SCHEMES, scheme_of
 from adaptc.registry.definitions import RESERVED, check_class, check_options
@@ -340,7 +340,7 @@ def test_what_is_checked_of_authors_holds_for_what_is_shipped(name: str) -> None
     elsewhere = dataclasses.replace(author, module="authors")
     definition = check_class("method", name, cls, base, "", elsewhere)
     check_options(definition)
-    try_out(definition)
+    TRIALS.try_out(definition)
 
 
 @pytest.mark.parametrize("registry", [SCHEMES, PASSES], ids=["schemes", "passes"])
@@ -350,7 +350,7 @@ def test_options_of_shipped_schemes_and_passes(registry: Any) -> None:
         definition = check_class(registry.kind, name, cls, cls.__mro__[-2], "", author)
         check_options(definition)
         if registry is SCHEMES:
-            scheme_trial.try_out(definition)
+            scheme_trial.TRIALS.try_out(definition)
 
 
 def test_every_name_that_entries_and_passes_use_is_reserved() -> None:

@@ -19,7 +19,7 @@ from adaptc.methods.method import METHODS, Method, shared_name
 from adaptc.methods.param import Param
 from adaptc.methods.point_sites import InputSite, Site
 from adaptc.methods.site import WeightSite
-from adaptc.methods.trial import try_pending
+from adaptc.methods.trial import TRIALS
 from adaptc.registry.author import place_of_function
 from adaptc.registry.calls import blamed, read_only
 from adaptc.rewriter.expression import extract_expression, trace_expression
@@ -92,7 +92,7 @@ class Insert(Pass, Generic[M, S]):
         if not hasattr(self.method, "name"):
             cls = type(self.method)
             raise TypeError(f"{cls.__name__} is not registered: write @method(...) above its class")
-        try_pending(type(self.method))
+        TRIALS.try_pending(type(self.method))
 
     @property
     def name(self) -> str:  # type: ignore[override]
