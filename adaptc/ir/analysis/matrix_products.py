@@ -250,6 +250,49 @@ def _einsum_flops(equation: str, shapes: Sequence[Shape]) -> int:
     return total
 
 
+def product_terms(node: fx.Node) -> tuple[list[tuple[fx.Node, str]], str] | None:
+    """A matrix product as an einsum: a letter for each axis.
+
+    Returns:
+        each operand that is a node with its letters, and the letters of the result; None if the node is no product of
+        matrices, or one whose axes are not plain, such as a convolution.
+    """
+    name = operation(node)
+    if name == "einsum":
+        terms, result = _einsum_terms(str(node.args[0]))
+        ranks = [operand.meta["val"].dim() for operand in operands_of(node)]
+        longest = max(rank - len(term.replace("...", "")) for term, rank in zip(terms, ranks, strict=True))
+        named = [
+            _spelled(term, rank - len(term.replace("...", ""))) for term, rank in zip(terms, ranks, strict=True)
+        ]
+        return list(zip(operands_of(node), named, strict=True)), _spelled(result, longest)
+    if name not in ("linear", "quantized_linear", "addmm", "mm", "matmul", "bmm", "baddbmm"):
+        return None
+    left, right = operands_of(node)
+    batch = node.meta["val"].dim()
+    if name in ("linear", "quantized_linear"):
+        rows = _BATCH[-(batch - 1) :] if batch > 1 else ""
+        weight = [(right, "oi")] if isinstance(right, fx.Node) else []
+        return [(left, rows + "i"), *weight], rows + "o"
+    ranks = left.meta["val"].dim(), right.meta["val"].dim()
+    shared = max(*ranks, 2) - 2
+    first = (_BATCH[-shared:] + "mi")[-ranks[0] :] if ranks[0] > 1 and shared else "mi"[-ranks[0] :]
+    second = (_BATCH[-shared:] + "io")[-ranks[1] :] if shared and ranks[1] > 1 else ("io" if ranks[1] > 1 else "i")
+    result = _BATCH[-shared:] * bool(shared) + "m" * (ranks[0] > 1) + "o" * (ranks[1] > 1)
+    added = node.args[0] if name in ("addmm", "baddbmm") else None
+    extra = [(added, result[-added.meta["val"].dim() :])] if isinstance(added, fx.Node) else []
+    return [(left, first), (right, second), *extra], result
+
+
+_BATCH = "ABCDEFGH"
+"""Letters for the axes that the operands of a product share, the last for the last of them."""
+
+
+def _spelled(term: str, dots: int) -> str:
+    """A term of an einsum whose ellipsis is written out, for this number of axes."""
+    return term.replace("...", _BATCH[-dots:] if dots else "")
+
+
 def _einsum_axes(term: str, rank: int) -> list[str]:
     """A name for each axis of an operand: its letter; from last to first `...1`, `...2` for those of an ellipsis."""
     first, dots, last = term.partition("...")

@@ -1,0 +1,1 @@
+"""A graph on its last tokens alone: the engine of the pass `cache`. Imports what the rewriter does."""
