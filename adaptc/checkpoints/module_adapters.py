@@ -33,12 +33,15 @@ def records(module: fx.GraphModule) -> list[AdapterRecord]:
     return [AdapterRecord.from_json(record) for record in stored["adapters"]]
 
 
-def load_adapter_into(module: fx.GraphModule, directory: Path) -> None:
+def load_adapter_into(module: fx.GraphModule, directory: Path) -> dict[str, torch.Tensor]:
     """Copy the tensors of checkpoints into a module's adapters; nothing is changed if they do not fit.
 
     Args:
         module: a module that adaptc compiled.
         directory: one checkpoint, or several with their order.
+
+    Returns:
+        Name -> tensor as the checkpoints hold it, in their dtype.
 
     Raises:
         WeightError: a checkpoint does not fit the module's adapters or its base.
@@ -59,6 +62,7 @@ def load_adapter_into(module: fx.GraphModule, directory: Path) -> None:
     with torch.no_grad():
         for name, value in values.items():
             tensors[name].copy_(value)
+    return values
 
 
 def save_adapter_of(module: fx.GraphModule, directory: Path) -> None:

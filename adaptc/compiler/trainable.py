@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from copy import copy
 from dataclasses import asdict
 from typing import Any
 
@@ -19,7 +20,7 @@ from adaptc.ir.graph import Graph
 from adaptc.ir.nodes import get_tensor
 from adaptc.rewriter.pipeline import Pass, run
 from adaptc.tracing.export import export, output_class
-from adaptc.weights import Deferred
+from adaptc.weights import Deferred, Weight
 
 
 def graph_of_both_modes(base: Graph, opening: Sequence[Pass]) -> Graph:
@@ -77,14 +78,37 @@ def prove_trainable(proofs: Proofs, adapted: Graph, trainable: Graph) -> None:
 
 
 def follow(adapted: Graph, module: fx.GraphModule) -> None:
-    """Let the adapted graph have the adapters and buffers that a module has whenever they are read."""
+    """Let the adapted graph have the adapters and buffers that a module has whenever they are read.
+
+    A tensor that the module holds unchanged is read from where the module has it from, in its own dtype: a float32
+    adapter on a bfloat16 base stays what its checkpoint says until it is trained.
+    """
     inserted = adapted.inserted
     for name, param in inserted.items():
         if param.stored:
-            put_weight(adapted.weights[name], _current(module, name))
+            follow_tensor(adapted, module, name, copy(adapted.weights[name]))
     for name, buffer in module.named_buffers():  # what batch norm learns belongs to every artifact too
         if name not in inserted:
-            adapted.weights[name] = Deferred(tuple(buffer.shape), buffer.dtype, _current(module, name))
+            stored = adapted.weights[name]
+            adapted.weights[name] = Deferred(tuple(buffer.shape), buffer.dtype, stored.exact)
+            follow_tensor(adapted, module, name, stored)
+
+
+def follow_tensor(adapted: Graph, module: fx.GraphModule, name: str, stored: Weight) -> None:
+    """Let the adapted graph have one tensor that a module has: as stored while the module's is no other.
+
+    Args:
+        adapted: the graph, whose weight of this name is set.
+        module: the module; `to` and `load_state_dict` may replace its tensor.
+        name: of the tensor, in both.
+        stored: what the module's tensor was rounded from.
+    """
+
+    def current() -> torch.Tensor:
+        tensor, exact = get_tensor(module, name).detach(), stored.exact()
+        return exact if torch.equal(exact.to(tensor.device, tensor.dtype), tensor) else tensor
+
+    put_weight(adapted.weights[name], current)
 
 
 def reset_derived(adapted: Graph, module: fx.GraphModule) -> None:
@@ -93,8 +117,3 @@ def reset_derived(adapted: Graph, module: fx.GraphModule) -> None:
         for name, param in adapted.inserted.items():
             if not param.stored:
                 get_tensor(module, name).copy_(adapted.weights[name].load())
-
-
-def _current(module: fx.GraphModule, name: str) -> Callable[[], torch.Tensor]:
-    """Reads what a module holds under a name at that moment: `to` and `load_state_dict` may replace the tensor."""
-    return lambda: get_tensor(module, name).detach()
