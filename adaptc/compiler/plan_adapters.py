@@ -12,6 +12,8 @@ from adaptc.checkpoints.graph_records import weight_order
 from adaptc.checkpoints.peft_config import declared
 from adaptc.checkpoints.peft_keys import PeftLayout
 from adaptc.checkpoints.peft_targets import named_modules
+from adaptc.checkpoints.peft_write import ON_ALIAS
+from adaptc.checkpoints.tied import TIES, tied_in
 from adaptc.errors import InputError, WeightError
 from adaptc.ir.adaptation import OnAlias
 from adaptc.ir.base import Pretrained
@@ -137,8 +139,7 @@ def _from_checkpoint(
     """
     declaration = declared(checkpoint)
     cls, options = declaration.method, declaration.options
-    if cls.peft is not None and cls.peft.tied and common.on_alias == "refuse":
-        common = replace(common, on_alias="share")
+    common = replace(common, on_alias=_on_alias(checkpoint, graph, cls, common.on_alias))
     item = common.insert(
         cls(**options),
         declaration.target,
@@ -171,6 +172,25 @@ def _from_checkpoint(
         target = [pattern for module in checkpoint.saved_modules for pattern in (module, f"*.{module}")]
         joined.append(_whole(graph, first, target, common))
     return [first, *_biases(graph, first, common), *joined]
+
+
+def _on_alias(checkpoint: Checkpoint, graph: Graph, cls: type[Method[Any]], stated: OnAlias) -> OnAlias:
+    """What is done about tied tensors: what the entry states, unless the checkpoint was trained with them tied.
+
+    Raises:
+        WeightError: the entry states what would change one of them without the other.
+    """
+    tied = tied_in(checkpoint, graph.aliases)
+    if tied and stated not in ("refuse", "share"):
+        raise WeightError(
+            f"{checkpoint.path}: trained with {TIES}, so that {' and '.join(tied)} change together; "
+            f"on_alias: {stated} would change one of them alone",
+            "write on_alias: share, or leave it out",
+        )
+    kept_tied = bool(tied) or checkpoint.config.get(ON_ALIAS) == "share"
+    if kept_tied or (cls.peft is not None and cls.peft.tied and stated == "refuse"):
+        return "share"
+    return stated
 
 
 def _cut(method: Method[Any], rank: int) -> Method[Any]:
