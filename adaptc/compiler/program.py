@@ -19,7 +19,13 @@ from adaptc.compiler.proofs import Proofs
 from adaptc.compiler.quantization_error import QuantizationErrors, measure
 from adaptc.compiler.rewrite import After, Rewritten
 from adaptc.compiler.schedule import lower
-from adaptc.compiler.trainable import follow, graph_of_both_modes, module_record, prove_trainable
+from adaptc.compiler.trainable import (
+    follow,
+    graph_of_both_modes,
+    module_record,
+    prove_trainable,
+    take_original_calls,
+)
 from adaptc.ir.graph import Graph
 from adaptc.ir.interpreter import Interpreter, Run
 from adaptc.ir.module import bind
@@ -67,6 +73,7 @@ class Program:
         prove_trainable(self.proofs, self.graph, graph)
         module = bind(graph, graph.adapter_names)
         module.meta[META] = module_record(graph, self.base_record)
+        take_original_calls(module, self.base.source.flatten)
         follow(self.graph, module)
         return module
 

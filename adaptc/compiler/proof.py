@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from adaptc.errors import ProofError, WeightError
 from adaptc.inputs import InputSpec
-from adaptc.ir.example_inputs import EXAMPLE_SIZES, example_sizes, example_tensors
+from adaptc.ir.example_inputs import example_sizes, example_tensors
 from adaptc.ir.graph import Graph
 from adaptc.ir.interpreter import Batch, Batches, Outcome, Run
 from adaptc.weights import Held, seeded
@@ -26,7 +26,7 @@ a few roundings of the output."""
 MASKED = 1e3
 """How many times larger than all other values a constant must be to count as a mask, such as `finfo.min`. Chosen far
 above the spread of a model's outputs."""
-SIZES = ((2, 5, 4, 3, 6, 7, 8), (1, 1, 1, 1, 1, 1, 1), EXAMPLE_SIZES)
+SIZES = ((2, 5, 4, 3, 6, 7, 8), (1, 1, 1, 1, 1, 1, 1), None)
 """Sizes of the named dimensions: small ones that were not traced, all 1, and those traced."""
 TRIES, FEW_TRIES, MORE_ROWS = 16, 3, 16
 """A trained parameter must get a gradient on one of `TRIES` random inputs. After the first `FEW_TRIES` of the traced

@@ -18,6 +18,7 @@ from adaptc.errors import InputError, TraceError
 from adaptc.inputs import LABELS, InputSpec
 from adaptc.ir.example_inputs import example_sizes, example_tensors
 from adaptc.ir.nodes import follow_device
+from adaptc.tracing.containers import register_containers, step_of
 from adaptc.tracing.shape_guards import check_sizes
 from adaptc.tracing.trace_errors import check_signature, explain, fixed_dimension
 
@@ -45,6 +46,7 @@ def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False
     sizes = example_sizes(inputs)
     examples = example_tensors(inputs, sizes)
     modes = {module: module.training for module in model.modules()}
+    outputs = model.register_forward_hook(lambda module, args, result: register_containers(result))
     model.train(training)
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(
@@ -52,7 +54,7 @@ def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False
     )  # it fuses a layer, so that nothing could be adapted inside
     try:
         # Without gradients a trace leaves out conversions, whatever the caller has set.
-        with quietly(), torch.enable_grad():
+        with quietly(), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
             program = torch.export.export(
                 model, (), examples, dynamic_shapes=dynamic_shapes(inputs), strict=False
             )
@@ -65,6 +67,7 @@ def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False
             raise InputError(fixed) from error
         raise explain(model, error, examples) from error
     finally:
+        outputs.remove()
         torch.backends.mha.set_fastpath_enabled(fast)
         for module, mode in modes.items():
             module.training = mode
@@ -82,7 +85,7 @@ def dynamic_shapes(inputs: Sequence[InputSpec]) -> dict[str, dict[int, Any]]:
 def normalise(module: fx.GraphModule) -> fx.GraphModule:
     """Normalise an exported module.
 
-    Regions without gradients or with autocast are inlined, the trace's own assertions are removed, and tensors made
+    Inputs have the names of forward's arguments, which torch spells in small letters. Regions without gradients or with autocast are inlined, the trace's own assertions are removed, and tensors made
     on a constant device are made on the device of the first input that is no label.
 
     Returns:
@@ -95,6 +98,10 @@ def normalise(module: fx.GraphModule) -> fx.GraphModule:
     graph = module.graph
     _inline_regions(module)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    arguments: list[str] = cast(Any, graph)._codegen.pytree_info.orig_args
+    if len(arguments) == len(placeholders):
+        for node, name in zip(placeholders, arguments, strict=True):
+            node.target = name
     followed = next((node for node in placeholders if node.target != LABELS), None)
     for node in list(graph.nodes):
         if node.target in ASSERTIONS:
@@ -159,14 +166,14 @@ def _detached(graph: fx.Graph, value: Any) -> Any:
 
 
 def output_names(module: fx.GraphModule) -> tuple[str, ...]:
-    """The names of the outputs: keys of a dict or model output, else `output`, `output_1`, ..."""
+    """The names of the outputs: keys of a dict, fields of a dataclass or named tuple, else `output`, `output_1`, ..."""
     spec = _output_spec(module)
     tree = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
     paths: list[tuple[Any, ...]] = [path for path, _ in pytree.tree_flatten_with_path(tree)[0]]
     names: list[str] = []
     for index, path in enumerate(paths):
-        parts = [str(getattr(key, "key", getattr(key, "idx", key))).strip(".'[]") for key in path]
-        named = any(isinstance(getattr(key, "key", None), str) for key in path)
+        steps = [step_of(key) for key in path]
+        parts, named = [str(step) for step in steps], any(isinstance(step, str) for step in steps)
         names.append(".".join(parts) if named else "output" + (f"_{index}" if index else ""))
     return tuple(names)
 
