@@ -15,6 +15,7 @@ from adaptc.inputs import InputSpec
 from adaptc.ir.example_inputs import example_sizes, example_tensors
 from adaptc.ir.graph import Graph
 from adaptc.ir.interpreter import Batch, Batches, Outcome, Run
+from adaptc.ir.state import stateless
 from adaptc.weights import Held, seeded
 
 EPSILONS = 512
@@ -214,10 +215,13 @@ def _masked(values: torch.Tensor) -> torch.Tensor:
 
 
 def module_call(module: torch.nn.Module, device: str = "cpu") -> Call:
-    """A function that runs a module in evaluation mode on its `device`, and gives its output tensors on the CPU."""
+    """A function that runs a module in evaluation mode on its `device`, and gives its output tensors on the CPU.
+
+    The module's buffers and attributes are as before after each call.
+    """
 
     def call(tensors: Batch) -> list[torch.Tensor]:
-        with evaluating(module), torch.no_grad():
+        with evaluating(module), stateless(module), torch.no_grad():
             result = module(**{name: tensor.to(device) for name, tensor in tensors.items()})
         return [leaf.cpu() for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
 

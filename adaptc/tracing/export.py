@@ -18,14 +18,15 @@ from adaptc.errors import InputError, TraceError
 from adaptc.inputs import LABELS, InputSpec
 from adaptc.ir.example_inputs import example_sizes, example_tensors
 from adaptc.ir.nodes import follow_device
+from adaptc.ir.state import restored
 from adaptc.tracing.containers import register_containers, step_of
 from adaptc.tracing.shape_guards import check_sizes
 from adaptc.tracing.trace_errors import check_signature, explain, fixed_dimension
 
 aten = torch.ops.aten
 REGIONS = (torch.ops.higher_order.wrap_with_set_grad_enabled, torch.ops.higher_order.wrap_with_autocast)
-
-
+CHANGED = "changed"
+"""The key of a traced module's `meta` for notes on the numbers that forward changes."""
 ASSERTIONS = (aten._assert_tensor_metadata.default, cast(Any, torch)._check)
 """The operations by which a trace asserts what it assumed."""
 
@@ -37,6 +38,9 @@ def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False
         model: the module; the modes of its parts are as before afterwards.
         inputs: the inputs of its `forward`.
         training: trace in training mode, not in evaluation mode.
+
+    Returns:
+        The trace; in its `meta` are notes on numbers of the model that forward changes, under `CHANGED`.
 
     Raises:
         InputError: the inputs are not those of forward, or a named dimension is fixed by the model.
@@ -54,7 +58,12 @@ def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False
     )  # it fuses a layer, so that nothing could be adapted inside
     try:
         # Without gradients a trace leaves out conversions, whatever the caller has set.
-        with quietly(), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+        with (
+            quietly(),
+            restored(model) as changed,
+            torch.enable_grad(),
+            torch.compiler.set_stance("force_eager"),
+        ):
             program = torch.export.export(
                 model, (), examples, dynamic_shapes=dynamic_shapes(inputs), strict=False
             )
@@ -71,7 +80,9 @@ def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False
         torch.backends.mha.set_fastpath_enabled(fast)
         for module, mode in modes.items():
             module.training = mode
-    return normalise(program.module(check_guards=False))
+    traced = normalise(program.module(check_guards=False))
+    traced.meta[CHANGED] = changed
+    return traced
 
 
 def dynamic_shapes(inputs: Sequence[InputSpec]) -> dict[str, dict[int, Any]]:
@@ -85,8 +96,9 @@ def dynamic_shapes(inputs: Sequence[InputSpec]) -> dict[str, dict[int, Any]]:
 def normalise(module: fx.GraphModule) -> fx.GraphModule:
     """Normalise an exported module.
 
-    Inputs have the names of forward's arguments, which torch spells in small letters. Regions without gradients or with autocast are inlined, the trace's own assertions are removed, and tensors made
-    on a constant device are made on the device of the first input that is no label.
+    Inputs have the names of forward's arguments, which torch spells in small letters. Regions without gradients or with
+    autocast are inlined, the trace's own assertions are removed, and tensors made on a constant device are made on the
+    device of the first input that is no label.
 
     Returns:
         A new graph module; the tensors are shared.

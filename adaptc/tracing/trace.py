@@ -18,7 +18,7 @@ from adaptc.ir.analysis.sites import find_sites
 from adaptc.ir.base import Base
 from adaptc.ir.graph import Graph
 from adaptc.ir.nodes import VERIFIED, get_tensor, set_tensor, signature
-from adaptc.tracing.export import export, output_names
+from adaptc.tracing.export import CHANGED, export, output_names
 from adaptc.weights import Deferred, Held, Weight
 
 aten = torch.ops.aten
@@ -35,6 +35,7 @@ def trace_base(base: Base) -> Graph:
     """
     traced = base.program if base.model is None else export(base.model, base.inputs)
     assert traced is not None
+    base.notes += [note for note in traced.meta.get(CHANGED, ()) if note not in base.notes]
     owner: nn.Module = traced if base.model is None else base.model
     aliases = first_names(owner)
     buffers = {name for name, _ in owner.named_buffers(remove_duplicate=False)}

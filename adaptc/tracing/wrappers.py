@@ -1,4 +1,4 @@
-"""Wrappers of a model that only run it on other devices, faster, or in another precision: the model inside is traced."""
+"""Wrappers that run a model on other devices, faster, or in another precision: the model inside is traced."""
 
 from __future__ import annotations
 
@@ -65,9 +65,9 @@ def _wrapper(model: nn.Module) -> str | None:
 def _note(model: nn.Module, name: str) -> str:
     if name == TUNED:
         return (
-            f"the layers of PEFT's {type(model).__name__} are part of the base that is traced: to fold that adapter, or "
-            "to name the base's own layers, save it by save_pretrained, hand in model.unload(), and give its directory "
-            "as `adapter`"
+            f"the layers of PEFT's {type(model).__name__} are part of the base that is traced: to fold that adapter, "
+            "or to name the base's own layers, save it by save_pretrained, hand in model.unload(), and give its "
+            "directory as `adapter`"
         )
     return f"the model inside of {type(model).__name__} is traced: its names are without `{INNER[name]}.`"
 
