@@ -18,7 +18,7 @@ from adaptc.errors import InputError, TraceError
 from adaptc.inputs import LABELS, InputSpec
 from adaptc.ir.example_inputs import example_sizes, example_tensors
 from adaptc.ir.nodes import follow_device
-from adaptc.ir.state import restored
+from adaptc.ir.state import number_notes, numbers_of, restored
 from adaptc.tracing.containers import register_containers, step_of
 from adaptc.tracing.shape_guards import check_sizes
 from adaptc.tracing.trace_errors import check_signature, explain, fixed_dimension
@@ -50,7 +50,13 @@ def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False
     sizes = example_sizes(inputs)
     examples = example_tensors(inputs, sizes)
     modes = {module: module.training for module in model.modules()}
-    outputs = model.register_forward_hook(lambda module, args, result: register_containers(result))
+    numbers, changed = numbers_of(model), list[str]()
+
+    def after_call(module: nn.Module, args: object, result: object) -> None:
+        register_containers(result)
+        changed[:] = number_notes(module, numbers)
+
+    hook = model.register_forward_hook(after_call)
     model.train(training)
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(
@@ -60,7 +66,7 @@ def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False
         # Without gradients a trace leaves out conversions, whatever the caller has set.
         with (
             quietly(),
-            restored(model) as changed,
+            restored(model),
             torch.enable_grad(),
             torch.compiler.set_stance("force_eager"),
         ):
@@ -76,7 +82,7 @@ def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False
             raise InputError(fixed) from error
         raise explain(model, error, examples) from error
     finally:
-        outputs.remove()
+        hook.remove()
         torch.backends.mha.set_fastpath_enabled(fast)
         for module, mode in modes.items():
             module.training = mode
