@@ -11,23 +11,30 @@ from typing import Any, TextIO, cast
 
 import torch
 from torch import fx, nn
+from torch._guards import detect_fake_mode
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
-from adaptc.errors import InputError, TraceError
+from adaptc.errors import TraceError
 from adaptc.inputs import LABELS, InputSpec
 from adaptc.ir.example_inputs import example_sizes, example_tensors
 from adaptc.ir.nodes import follow_device
 from adaptc.ir.state import number_notes, numbers_of, restored
 from adaptc.tracing.containers import register_containers, step_of
-from adaptc.tracing.shape_guards import check_sizes
-from adaptc.tracing.trace_errors import check_signature, explain, fixed_dimension
+from adaptc.tracing.shape_guards import check_sizes, fixing_line
+from adaptc.tracing.trace_errors import check_signature, check_traceable, explain, fixed_dimension
 
 aten = torch.ops.aten
 REGIONS = (torch.ops.higher_order.wrap_with_set_grad_enabled, torch.ops.higher_order.wrap_with_autocast)
 CHANGED = "changed"
 """The key of a traced module's `meta` for notes on the numbers that forward changes."""
-ASSERTIONS = (aten._assert_tensor_metadata.default, cast(Any, torch)._check)
+ASSERTIONS = (
+    aten._assert_tensor_metadata.default,
+    aten._assert_scalar.default,
+    aten.sym_constrain_range.default,
+    aten.sym_constrain_range_for_size.default,
+    cast(Any, torch)._check,
+)
 """The operations by which a trace asserts what it assumed."""
 
 
@@ -47,14 +54,16 @@ def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False
         TraceError: torch.export refused the model; the text quotes the model's own source line.
     """
     check_signature(model, inputs)
+    check_traceable(model)
     sizes = example_sizes(inputs)
     examples = example_tensors(inputs, sizes)
-    modes = {module: module.training for module in model.modules()}
-    numbers, changed = numbers_of(model), list[str]()
+    training_of = {module: module.training for module in model.modules()}
+    numbers, changed, modes = numbers_of(model), list[str](), list[Any]()
 
     def after_call(module: nn.Module, args: object, result: object) -> None:
         register_containers(result)
         changed[:] = number_notes(module, numbers)
+        modes.append(detect_fake_mode())
 
     hook = model.register_forward_hook(after_call)
     model.train(training)
@@ -77,14 +86,15 @@ def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False
     except TraceError:
         raise
     except Exception as error:
-        fixed = fixed_dimension(inputs, sizes, str(error))
-        if fixed:
-            raise InputError(fixed) from error
+        where = fixing_line(modes[0], sizes.values()) if modes else None
+        fixed = fixed_dimension(model, inputs, sizes, str(error), where)
+        if fixed is not None:
+            raise fixed from error
         raise explain(model, error, examples) from error
     finally:
         hook.remove()
         torch.backends.mha.set_fastpath_enabled(fast)
-        for module, mode in modes.items():
+        for module, mode in training_of.items():
             module.training = mode
     traced = normalise(program.module(check_guards=False))
     traced.meta[CHANGED] = changed
@@ -163,7 +173,7 @@ def _inline_regions(module: fx.GraphModule) -> None:
             graph.erase_node(user)
         graph.erase_node(node)
     graph.eliminate_dead_code()
-    if any(_region_body(module, n) is not None for n in graph.nodes):
+    if any(node.target in REGIONS for node in graph.nodes):
         _inline_regions(module)
 
 

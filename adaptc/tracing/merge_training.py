@@ -107,8 +107,13 @@ class _Merge:
         if mapped in self.noise:
             return self.noise.stands_for(mapped, ours)
         if is_size(ours) and is_size(mapped):
-            return str(ours.meta["val"]) == str(mapped.meta["val"])
+            return str(ours.meta["val"]) == str(mapped.meta["val"]) or self._same_number(ours, mapped)
         return bare(mapped) is bare(ours)
+
+    def _same_number(self, ours: fx.Node, mapped: fx.Node) -> bool:
+        """Whether two numbers are taken out of the same tensor, each under a symbol of its own trace."""
+        operands = zip(ours.all_input_nodes, mapped.all_input_nodes, strict=False)
+        return ours.target == mapped.target and all(self._same(a, b) for a, b in operands)
 
     def _merge(self, theirs: fx.Node, ours: fx.Node) -> None:
         if ours.op not in ("call_function", "output"):
