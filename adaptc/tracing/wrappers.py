@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Container
 from typing import Any, cast
 
 from torch import nn
@@ -13,7 +14,6 @@ INNER = {
     "torch._dynamo.eval_frame.OptimizedModule": "_orig_mod",
     "torch.nn.parallel.data_parallel.DataParallel": "module",
     "torch.nn.parallel.distributed.DistributedDataParallel": "module",
-    "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": "module",
     "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.CheckpointWrapper": "_checkpoint_wrapped_module",
     "torch.optim.swa_utils.AveragedModel": "module",
     "deepspeed.runtime.engine.DeepSpeedEngine": "module",
@@ -23,6 +23,11 @@ INNER = {
     "peft.tuners.tuners_utils.BaseTuner": "model",
 }
 """Full name of a wrapper's class -> its attribute that holds the model. By name, so that no library is imported."""
+SHARDED = (
+    "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel",
+    "torch.distributed.fsdp._fully_shard._fully_shard.FSDPModule",
+)
+"""Full names of classes whose parts hold a share of the weights, in another shape."""
 TUNED = "peft.tuners.tuners_utils.BaseTuner"
 """The class of PEFT that puts the layers of an adapter into a model."""
 MIXED = "_original_forward"
@@ -36,10 +41,13 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
         The model, and a note for each wrapper.
 
     Raises:
-        TraceError: a PEFT model has virtual tokens, which are no part of the model inside.
+        TraceError: a PEFT model has virtual tokens, which are no part of the model inside; or weights are sharded or
+            offloaded, so that the model does not hold them.
     """
     notes: list[str] = []
-    while (name := _wrapper(model)) is not None:
+    for part in model.modules():
+        _check_whole(part)
+    while (name := _of_class(model, INNER)) is not None:
         _check_virtual_tokens(model)
         notes.append(_note(model, name))
         model = getattr(model, INNER[name])
@@ -56,10 +64,30 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
     return model, tuple(notes)
 
 
-def _wrapper(model: nn.Module) -> str | None:
-    """The name in `INNER` of a model's class; None for a model that is no such wrapper."""
+def _of_class(model: nn.Module, names: Container[str]) -> str | None:
+    """The name among these of a model's class, or of one that it inherits from; None if there is none."""
     classes = (f"{cls.__module__}.{cls.__qualname__}" for cls in type(model).__mro__)
-    return next((name for name in classes if name in INNER), None)
+    return next((name for name in classes if name in names), None)
+
+
+def _check_whole(part: nn.Module) -> None:
+    """Check that a part of a model holds its weights.
+
+    Raises:
+        TraceError: it does not.
+    """
+    if _of_class(part, SHARDED) is not None:
+        raise TraceError(
+            f"{type(part).__name__} shards its weights",
+            "gather them by torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True, "
+            "and load them into a model without FSDP",
+        )
+    hooks = [getattr(part, "_hf_hook", None), *getattr(getattr(part, "_hf_hook", None), "hooks", ())]
+    if any(getattr(hook, "offload", False) for hook in hooks):
+        raise TraceError(
+            f"accelerate has offloaded the weights of {type(part).__name__}",
+            "load the model without device_map and offloading; no compile needs all its weights in memory at once",
+        )
 
 
 def _note(model: nn.Module, name: str) -> str:
