@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
 
 from adaptc.ir.nodes import memory_owner, module_of, source_of, written_operands
 
@@ -41,19 +43,34 @@ def written_weights(nodes: Iterable[fx.Node]) -> dict[str, fx.Node]:
 def restored(model: nn.Module) -> Generator[None]:
     """Give every attribute of a module's parts that is assigned in this block its earlier value again.
 
-    Lists and dicts have their earlier items.
+    Lists and dicts have their earlier items, and tensors that are no parameters and no buffers their values.
     """
     attributes = [(part.__dict__, dict(part.__dict__)) for part in model.modules()]
     held = [
         value for _, earlier in attributes for value in earlier.values() if isinstance(value, (list, dict))
     ]
     items: list[tuple[Any, Any]] = [(value, value.copy()) for value in held]
+    tensors = [
+        value for value in pytree.tree_leaves([earlier for _, earlier in attributes]) if _is_plain(value)
+    ]
+    values = [(tensor, tensor._version, tensor.clone()) for tensor in tensors]
     try:
         yield
     finally:
         for current, earlier in (*items, *attributes):
             current.clear()
             (current.extend if isinstance(current, list) else current.update)(earlier)
+        with torch.no_grad():
+            for tensor, version, value in values:
+                if tensor._version != version:
+                    tensor.copy_(value)
+
+
+def _is_plain(value: object) -> bool:
+    """Whether an attribute is a tensor that no trace replaces: torch.export writes to such a one itself."""
+    if not isinstance(value, torch.Tensor) or isinstance(value, (nn.Parameter, FakeTensor)):
+        return False
+    return not value.is_inference()  # nothing may write to such a one
 
 
 def numbers_of(model: nn.Module) -> dict[str, float]:

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from adaptc.errors import TraceError
 from adaptc.inputs import LABELS, InputSpec
 from adaptc.ir.example_inputs import example_sizes, example_tensors
-from adaptc.ir.nodes import follow_device
+from adaptc.ir.nodes import follow_device, writes_in_place
 from adaptc.ir.state import number_notes, numbers_of, restored
 from adaptc.tracing.containers import register_containers, step_of
 from adaptc.tracing.shape_guards import check_sizes, fixing_line
@@ -161,12 +161,16 @@ def _inline_regions(module: fx.GraphModule) -> None:
                 "the model turns autocast on in its forward, which a graph cannot keep",
                 "take torch.autocast out of forward; give the base's dtype in the spec instead",
             )
+        set_grad = torch.ops.higher_order.wrap_with_set_grad_enabled
+        no_gradients = node.target is set_grad and node.args[0] is False
         inputs = [n for n in body.graph.nodes if n.op == "placeholder"]
         with graph.inserting_before(node):
             operands = cast(tuple[fx.Node, ...], node.args[at + 1 :])
+            if no_gradients and any(writes_in_place(inner.target) for inner in body.graph.nodes):
+                operands = tuple(_detached(graph, value) for value in operands)  # nor has what is written
             results: Any = graph.graph_copy(body.graph, dict(zip(inputs, operands, strict=True)))
             values = list(cast(Sequence[Any], results)) if isinstance(results, (list, tuple)) else [results]
-            if node.args[0] is False and node.target is torch.ops.higher_order.wrap_with_set_grad_enabled:
+            if no_gradients:
                 values = [_detached(graph, value) for value in values]
         for user in list(node.users):
             user.replace_all_uses_with(values[cast(int, user.args[1])])

@@ -99,7 +99,18 @@ class _Merge:
             [leaf for leaf in pytree.tree_leaves((n.args, dict(n.kwargs))) if isinstance(leaf, fx.Node)]
             for n in (ours, theirs)
         )
-        return len(a) == len(b) and all(self._same(x, self.pairs[y]) for x, y in zip(a, b, strict=True))
+        return len(a) == len(b) and all(
+            self._same(x, self.pairs[y]) or self._becomes(x, y) for x, y in zip(a, b, strict=True)
+        )
+
+    def _becomes(self, ours: fx.Node, theirs: fx.Node) -> bool:
+        """Whether a value of the training trace is what a buffer holds from then on: it is assigned at the end."""
+        return ours.op == "get_attr" and any(
+            user.target is aten.copy_.default
+            and user.args[1] is theirs
+            and cast(fx.Node, user.args[0]).target == ours.target
+            for user in theirs.users
+        )
 
     def _same(self, ours: fx.Node, mapped: fx.Node | None) -> bool:
         if mapped is None:
