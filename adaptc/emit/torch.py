@@ -1,5 +1,8 @@
 """The torch artifact: a `torch.export` program, and how it becomes a trainable module again."""
 
+# A graph's calling convention has no public name.
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import importlib

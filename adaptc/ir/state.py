@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from adaptc.ir.nodes import memory_owner, module_of, source_of, written_operands
 
-STATISTICS = {torch.ops.aten.batch_norm.default: 5, torch.ops.aten.instance_norm.default: 5}
+STATISTICS: dict[Any, int] = {torch.ops.aten.batch_norm.default: 5, torch.ops.aten.instance_norm.default: 5}
 """Operations that write to their running statistics, the fourth and fifth operand, without saying so in their schema ->
 the position of the operand that says whether they do."""
 
@@ -46,9 +46,9 @@ def restored(model: nn.Module) -> Generator[None]:
     Lists and dicts have their earlier items, and tensors that are no parameters and no buffers their values.
     """
     attributes = [(part.__dict__, dict(part.__dict__)) for part in model.modules()]
-    held = [
-        value for _, earlier in attributes for value in earlier.values() if isinstance(value, (list, dict))
-    ]
+    containers = (list, dict)
+    values_of = [value for _, earlier in attributes for value in earlier.values()]
+    held: list[Any] = [value for value in values_of if isinstance(value, containers)]
     items: list[tuple[Any, Any]] = [(value, value.copy()) for value in held]
     tensors = [
         value for value in pytree.tree_leaves([earlier for _, earlier in attributes]) if _is_plain(value)
@@ -57,9 +57,10 @@ def restored(model: nn.Module) -> Generator[None]:
     try:
         yield
     finally:
-        for current, earlier in (*items, *attributes):
+        for current, earlier in cast("list[tuple[Any, Any]]", [*items, *attributes]):
             current.clear()
-            (current.extend if isinstance(current, list) else current.update)(earlier)
+            fill: Any = getattr(current, "extend" if isinstance(current, list) else "update")
+            fill(earlier)
         with torch.no_grad():
             for tensor, version, value in values:
                 if tensor._version != version:
@@ -77,7 +78,7 @@ def numbers_of(model: nn.Module) -> dict[str, float]:
     """Name -> value, for every attribute of a module's parts that is a number."""
     return {
         f"{name}.{key}".lstrip("."): value
-        for name, part in model.named_modules()
+        for name, part in cast("Iterable[tuple[str, nn.Module]]", model.named_modules())
         for key, value in part.__dict__.items()
         if isinstance(value, (int, float)) and key != "training"
     }

@@ -89,9 +89,9 @@ def _bound(model: nn.Module, examples: Sequence[Any] | Mapping[str, Any]) -> dic
         TraceError: they do not fit.
     """
     signature = inspect.signature(model.forward)
-    args, kwargs = ((), examples) if isinstance(examples, Mapping) else (examples, {})
+    by_name = isinstance(examples, Mapping)
     try:
-        return _arguments(signature, args, kwargs)
+        return _arguments(signature, () if by_name else examples, examples if by_name else {})
     except TypeError as error:
         raise TraceError(
             f"the example inputs do not fit {type(model).__name__}.forward{signature}: {error}"
@@ -196,14 +196,17 @@ def _flattened(
     dynamic: Mapping[Any, Any], by_name: Mapping[str, Path], names: Mapping[Path, str], prefix: Path = ()
 ) -> Iterator[tuple[Path, dict[int, str]]]:
     """The places that `dynamic` names, whether by the names of the inputs or nested as the examples are."""
-    for key, value in dynamic.items():
+    for key, value in cast("dict[Any, Any]", dynamic).items():
         path = (*prefix, key) if prefix or key not in by_name else by_name[key]
         inside = any(other[: len(path)] == path for other in names if other != path)
+        listed = isinstance(value, (list, tuple))
+        named = (
+            dict(enumerate(cast("Sequence[Any]", value))) if listed else cast("dict[Any, Any]", value or {})
+        )
         if path in names or not inside:
-            yield path, {int(axis): dim for axis, dim in (value or {}).items()}
+            yield path, {int(axis): dim for axis, dim in named.items()}
         else:
-            listed = enumerate(value) if isinstance(value, (list, tuple)) else value.items()
-            yield from _flattened({k: v for k, v in listed if v}, by_name, names, path)
+            yield from _flattened({k: v for k, v in named.items() if v}, by_name, names, path)
 
 
 def _advice(model: nn.Module) -> list[str]:
@@ -253,18 +256,19 @@ def _with_flat_inputs(model: nn.Module, arguments: Mapping[str, Any], names: Map
     forward: Callable[..., Any] = MethodType(original.__func__, flat) if bound else original
     parameters = inspect.signature(original).parameters
 
+    def filled(argument: str, example: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+        def value_at(path: Any, leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor):
+                return leaf
+            return tensors[names[(argument, *(step_of(step) for step in path))]]
+
+        return pytree.tree_map_with_path(value_at, example)
+
     def call(**tensors: torch.Tensor) -> Any:
         args: list[Any] = []
         kwargs: dict[str, Any] = {}
         for name, example in arguments.items():
-            value = pytree.tree_map_with_path(
-                lambda path, leaf, name=name: (
-                    tensors[names[(name, *(step_of(step) for step in path))]]
-                    if isinstance(leaf, torch.Tensor)
-                    else leaf
-                ),
-                example,
-            )
+            value = filled(name, example, tensors)
             kind = parameters[name].kind if name in parameters else BY_NAME
             if kind is BY_POSITION:
                 args.extend(value)

@@ -36,12 +36,12 @@ def register_containers(value: Any) -> None:
     """
     if isinstance(value, PLAIN):
         return
-    cls: Any = type(value)
+    cls = cast(Any, type)(value)
     if not _is_known(value):
         if dataclasses.is_dataclass(cls):
             _register_dataclass(cls)
         elif issubclass(cls, dict):
-            _register(cls, dict, cls, pytree.MappingKey)
+            _register(cast(Any, cls), dict, cast(Any, cls), pytree.MappingKey)
         elif _holds_tensors(value):
             raise TraceError(_message(cls), *_advice(cls))
         else:

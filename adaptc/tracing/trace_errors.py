@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import linecache
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -211,10 +212,11 @@ def check_traceable(model: nn.Module) -> None:
     Raises:
         TraceError: names one: a scripted module, or a lazy layer that has not been run.
     """
-    for name, part in model.named_modules():
+    for name, part in cast("Iterable[tuple[str, nn.Module]]", model.named_modules()):
         if isinstance(part, torch.jit.ScriptModule):
             raise TraceError(
-                f"{name or 'the model'} is a scripted module ({part.original_name}), which torch.export does not trace",
+                f"{name or 'the model'} is a scripted module ({cast(Any, part).original_name}), which torch.export "
+                "does not trace",
                 "leave out torch.jit.script or torch.jit.load there, and use the module that was scripted",
             )
         lazy = [key for key, value in part.named_parameters(recurse=False) if is_lazy(value)]

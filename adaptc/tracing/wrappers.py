@@ -1,5 +1,8 @@
 """Wrappers that run a model on other devices, faster, or in another precision: the model inside is traced."""
 
+# Whether a module compiles itself is in an attribute without a public name.
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import copy

@@ -61,7 +61,8 @@ def _write_to_copies(graph: Graph) -> None:
             copied = graph.call(aten.clone.default, first, like=writer)
         for reader in others:
             reader.replace_all_uses_with(copied)
-        first.replace_all_uses_with(copied, delete_user_cb=lambda user, copied=copied: user is not copied)
+        first.replace_all_uses_with(copied)
+        copied.args = (first,)
 
 
 def _spell_out(node: fx.Node) -> None:
