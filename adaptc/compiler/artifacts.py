@@ -33,6 +33,7 @@ from adaptc.emit.torch import PROGRAM, load_torch, save_torch
 from adaptc.errors import ProofError, RefusedError
 from adaptc.ir.graph import Graph
 from adaptc.ir.interpreter import Run
+from adaptc.ir.state import state_notes
 from adaptc.rewriter.expression import FoldedWeight
 from adaptc.spec.emit import EmitEntry, HfEmit, OnnxEmit, PeftEmit, TorchEmit
 from adaptc.spec.spec import dump
@@ -248,7 +249,7 @@ def _common(program: Program) -> dict[str, Any]:
         "base": {
             "model": source.describe,
             "sha256": program.base_sha256,
-            "notes": [*source.notes, *source.bound.notes],
+            "notes": [*source.notes, *source.bound.notes, *state_notes(program.base.nodes)],
         },
         "adapters": [{"path": str(path), "sha256": c.sha256} for path, c in checkpoints.items()],
         "sites": list(sites.values()),

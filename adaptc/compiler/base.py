@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from adaptc.ir.base import Base
 from adaptc.ir.graph import Graph
 from adaptc.spec.base import BaseEntry
 from adaptc.spec.spec import Spec, require_base, resolve_path
-from adaptc.tracing.module import from_factory, from_module, from_program, inputs_from_examples
+from adaptc.tracing.module import from_examples, from_factory, from_module, from_program
 from adaptc.tracing.trace import trace_base
+from adaptc.tracing.wrappers import unwrapped
 
 
 def make_base(
@@ -36,10 +38,11 @@ def make_base(
     inputs = tuple(spec.inputs.values())
     if model is not None:
         if example_inputs is not None:
-            inputs = inputs_from_examples(model, example_inputs, dynamic)
+            return from_examples(model, example_inputs, dynamic)
         if not inputs:
             raise TraceError("a model needs example_inputs=(x,), or `inputs` in the spec")
-        return from_module(model, inputs)
+        model, notes = unwrapped(model)
+        return replace(from_module(model, inputs), notes=list(notes))
     entry = require_base(spec)
     try:
         if entry.python is not None:

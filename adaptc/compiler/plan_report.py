@@ -14,6 +14,7 @@ from adaptc.compiler.rewrite import Rewritten
 from adaptc.ir.aliases import module_names, used_elsewhere
 from adaptc.ir.cost import Cost, cost_of
 from adaptc.ir.graph import Graph
+from adaptc.ir.state import state_notes
 from adaptc.methods.method import WeightMethod
 from adaptc.methods.point_sites import Site
 from adaptc.methods.virtual_tokens import PromptMethod
@@ -65,7 +66,12 @@ def plan_report(
         rewritten: the graph after its passes.
         bound: notes on the weights of the base, where they were bound.
     """
-    notes = [*graph.source.notes, *_entry_notes(plan.entries), *_alias_notes(graph, plan.entries)]
+    notes = [
+        *graph.source.notes,
+        *state_notes(graph.nodes),
+        *_entry_notes(plan.entries),
+        *_alias_notes(graph, plan.entries),
+    ]
     notes += [plan.choice] if plan.choice else []
     notes += quantize_notes(graph, plan.quantized)
     notes += [

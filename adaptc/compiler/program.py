@@ -26,6 +26,7 @@ from adaptc.compiler.trainable import (
     graph_of_both_modes,
     module_record,
     prove_trainable,
+    take_original_calls,
 )
 from adaptc.ir.graph import Graph
 from adaptc.ir.interpreter import Interpreter, Run
@@ -74,6 +75,7 @@ class Program:
         prove_trainable(self.proofs, self.graph, graph)
         module = bind(graph, graph.adapter_names)
         module.meta[META] = module_record(graph, self.base_record)
+        take_original_calls(module, self.base.source.flatten)
         follow(self.graph, module)
         return module
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict
 from typing import Any
@@ -61,6 +61,22 @@ def module_record(graph: Graph, base: dict[str, str]) -> dict[str, Any]:
         "adapters": as_json(records_of(graph)),
         "base": base,
     }
+
+
+def take_original_calls(
+    module: fx.GraphModule,
+    flatten: Callable[[tuple[Any, ...], Mapping[str, Any]], dict[str, torch.Tensor]] | None,
+) -> None:
+    """Let a module take calls as its author writes them too, with nested tensors; by the names of its inputs it does.
+
+    Args:
+        module: changed in place.
+        flatten: from such a call to the inputs by name; None where they are the same.
+    """
+    if flatten is not None:
+        module.register_forward_pre_hook(
+            lambda module, args, kwargs: ((), flatten(args, kwargs)), with_kwargs=True
+        )
 
 
 def prove_trainable(proofs: Proofs, adapted: Graph, trainable: Graph) -> None:

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from adaptc.inputs import InputSpec
@@ -59,6 +60,7 @@ class Base:
         real: the model holds its weights, so that it can be run.
         files: the base's weight files; empty for a base in memory.
         packed: name -> weight, for those that the base stores quantized.
+        flatten: from the arguments of the author's own call to the inputs by name; None where they are the same.
         notes: what the loader chose or changed before it looked for weights, for the user.
         pretrained: the checkpoint of a Hugging Face base; None for any other.
     """
@@ -72,6 +74,7 @@ class Base:
     real: bool = False
     files: tuple[Path, ...] = ()
     packed: Mapping[str, PackedWeight] = field(default_factory=dict[str, PackedWeight])
+    flatten: Callable[[tuple[Any, ...], Mapping[str, Any]], dict[str, torch.Tensor]] | None = None
     notes: list[str] = field(default_factory=list[str])
     pretrained: Pretrained | None = None
 

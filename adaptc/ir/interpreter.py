@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from adaptc.ir.graph import Graph
 from adaptc.ir.nodes import map_operands, writes_in_place
+from adaptc.ir.state import written_weights
 from adaptc.ir.tie_breaks import TieBreaks, makes_choice
 
 Batch = Mapping[str, torch.Tensor]
@@ -132,6 +133,8 @@ def _sweep(
     outcomes: list[Any] = [None] * len(batches)
     loaded: dict[str, torch.Tensor] = {}
     last = _last_users(graph)
+    written = {graph.aliases.get(name, name) for name in written_weights(graph.nodes)}
+    states: list[dict[str, torch.Tensor]] = [{} for _ in batches]
     # operations that write in place may write to weights, such as an embedding with `max_norm`
     copied = any(writes_in_place(node.target) for node in graph.nodes)
     with torch.no_grad():
@@ -143,7 +146,7 @@ def _sweep(
             for number, batch in enumerate(batches):
                 if outcomes[number] is None:
                     try:
-                        operands = values[number] | weights
+                        operands = values[number] | _with_state(graph, weights, written, states[number])
                         result = _step(node, batch, operands, wide)
                         if makes_choice(node):
                             result = choices[number].make(node, operands[node.all_input_nodes[0]], result)
@@ -192,6 +195,17 @@ def _read(graph: Graph, node: fx.Node, loaded: dict[str, torch.Tensor], wide: bo
             tensor = _widened(tensor)
         loaded[first] = tensor.clone() if copied or first in graph.buffers else tensor
     return loaded[first]
+
+
+def _with_state(
+    graph: Graph, weights: Mapping[fx.Node, Any], written: Container[str], state: dict[str, torch.Tensor]
+) -> dict[fx.Node, Any]:
+    """The weights that an operation reads; those that the graph writes to are a batch's own, in its state."""
+    names = {node: graph.aliases.get(str(node.target), str(node.target)) for node in weights}
+    for node, name in names.items():
+        if name in written and name not in state:
+            state[name] = weights[node].clone()
+    return {node: state.get(name, weights[node]) for node, name in names.items()}
 
 
 def _step(node: fx.Node, batch: Batch, values: Mapping[fx.Node, Any], wide: bool) -> Any:
