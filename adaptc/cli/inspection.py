@@ -110,14 +110,12 @@ def _runner(folder: Path, name: str, artifact: Mapping[str, Any], manifest: Mapp
         case "onnx":
             return BatchRunner(onnx_runner(folder / name))
         case _:
-            import transformers
-
             from adaptc.emit.huggingface import load_checkpoint
-            from adaptc.tracing.huggingface_tasks import tasks
+            from adaptc.tracing.huggingface import read_pretrained
 
             base = manifest["spec"]["base"]
-            auto = getattr(transformers, tasks()[base["task"]])
-            return BatchRunner(module_call(load_checkpoint(auto, base["trust_remote_code"], folder)))
+            stored = read_pretrained(str(folder), base["task"], base["trust_remote_code"], {})
+            return BatchRunner(module_call(load_checkpoint(stored, folder)))
 
 
 def _finite(folder: Path, artifact: Mapping[str, Any]) -> str:

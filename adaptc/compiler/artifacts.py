@@ -181,7 +181,7 @@ def _huggingface(program: Program, entry: HfEmit, staging: Staging, final: Path)
     if fits_in_memory(graph):
         origin = program.base.source.pretrained
         assert origin is not None
-        loaded = load_checkpoint(origin.auto, origin.trust_remote_code, directory)
+        loaded = load_checkpoint(origin, directory)
         reference = program.reference(graph, folded)
         candidate = BatchRunner(module_call(loaded)).on(reference.taken)
         proof = program.proofs.prove("hf", graph, reference, candidate)

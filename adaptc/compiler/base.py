@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from adaptc.checkpoints.huggingface_weights import CONFIG
+from adaptc.checkpoints.sentence_transformer import is_sentence_transformer
 from adaptc.compiler.rewrite import After
 from adaptc.errors import InputError, TraceError, WeightError
 from adaptc.inputs import InputSpec
@@ -84,6 +85,7 @@ def _from_huggingface(spec: Spec, entry: BaseEntry, inputs: Sequence[InputSpec])
     """
     try:
         from adaptc.tracing import huggingface
+        from adaptc.tracing.huggingface_tasks import SENTENCE_EMBEDDING
         from adaptc.tracing.huggingface_tasks import unknown_task as why_unknown
     except ImportError as error:
         raise spec.error(("base", "model"), "needs transformers", "pip install 'adaptc[hf]'") from error
@@ -93,9 +95,11 @@ def _from_huggingface(spec: Spec, entry: BaseEntry, inputs: Sequence[InputSpec])
         raise spec.error(("base", "task"), unknown_task)
     directory = resolve_path(spec, entry.model)
     if directory.exists():
-        if not (directory / CONFIG).is_file():
-            message = f"{directory} holds no {CONFIG}"
-            raise spec.error(("base", "model"), message, "expected a Hugging Face model directory")
+        if not (directory / CONFIG).is_file() and entry.task != SENTENCE_EMBEDDING:
+            expected = "expected a Hugging Face model directory"
+            if is_sentence_transformer(directory):
+                expected = f"it is a SentenceTransformer: task: {SENTENCE_EMBEDDING}"
+            raise spec.error(("base", "model"), f"{directory} holds no {CONFIG}", expected)
         return huggingface.load(str(directory), entry, spec.seed, tuple(inputs))
     if entry.model.startswith((".", "/", "~")) or entry.model.count("/") > 1 or Path(entry.model).suffix:
         message = f"{directory}: no such directory"

@@ -14,6 +14,7 @@ from adaptc.checkpoints.peft_keys import PeftLayout
 from adaptc.checkpoints.peft_targets import named_modules
 from adaptc.errors import InputError, WeightError
 from adaptc.ir.adaptation import OnAlias
+from adaptc.ir.aliases import unread_modules
 from adaptc.ir.base import Pretrained
 from adaptc.ir.graph import Graph
 from adaptc.ir.selection import Selection, Target
@@ -115,7 +116,7 @@ def _trained(spec: Spec, graph: Graph, index: int, entry: AdapterEntry) -> list[
     planned: list[PlannedInsertion] = []
     try:
         for directory in directories(path):
-            checkpoint = read(directory, entry.allow_pickle)
+            checkpoint = replace(read(directory, entry.allow_pickle), unread=unread_modules(graph.module))
             name = entry.name or (directory.name if directory != path else "default")
             common = _Common(name, index, spec.seed, entry.on_alias)
             planned += _from_checkpoint(graph, checkpoint, common, entry.r)
@@ -264,7 +265,7 @@ def _tokenizer(origin: Pretrained) -> Callable[[str, bool], Sequence[int]] | Non
 
     auto: Any = AutoTokenizer
     try:
-        tokenizer: Any = auto.from_pretrained(origin.name, trust_remote_code=origin.trust_remote_code)
+        tokenizer: Any = auto.from_pretrained(origin.transformer, trust_remote_code=origin.trust_remote_code)
     except (OSError, ValueError, ImportError, KeyError):
         return None
 
