@@ -79,7 +79,7 @@ def test_there_is_something_to_read() -> None:
 
 LAYERS = (
     ("errors",),
-    ("patterns", "registry", "inputs", "weights"),
+    ("patterns", "registry", "inputs", "weights", "optional"),
     ("methods",),
     ("quantization",),
     ("spec",),

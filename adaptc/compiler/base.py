@@ -16,8 +16,11 @@ from adaptc.errors import InputError, TraceError, WeightError
 from adaptc.inputs import InputSpec
 from adaptc.ir.base import Base
 from adaptc.ir.graph import Graph
+from adaptc.optional import MissingPackageError
 from adaptc.spec.base import BaseEntry
 from adaptc.spec.spec import Spec, require_base, resolve_path
+from adaptc.tracing import huggingface
+from adaptc.tracing.huggingface_tasks import SENTENCE_EMBEDDING, unknown_task
 from adaptc.tracing.module import from_factory, from_module, from_program, inputs_from_examples
 from adaptc.tracing.trace import trace_base
 
@@ -49,7 +52,7 @@ def make_base(
         if entry.program is not None:
             return from_program(resolve_path(spec, entry.program), inputs)
         return _from_huggingface(spec, entry, inputs)
-    except (TraceError, WeightError) as error:
+    except (TraceError, WeightError, MissingPackageError) as error:
         key = next(k for k in ("python", "program", "model") if getattr(entry, k) is not None)
         raise spec.error(("base", key), error.message, *error.notes) from error
 
@@ -83,16 +86,10 @@ def _from_huggingface(spec: Spec, entry: BaseEntry, inputs: Sequence[InputSpec])
     Raises:
         SpecError: transformers is not installed, the task is unknown, or there is no such directory.
     """
-    try:
-        from adaptc.tracing import huggingface
-        from adaptc.tracing.huggingface_tasks import SENTENCE_EMBEDDING
-        from adaptc.tracing.huggingface_tasks import unknown_task as why_unknown
-    except ImportError as error:
-        raise spec.error(("base", "model"), "needs transformers", "pip install 'adaptc[hf]'") from error
     assert entry.model is not None
-    unknown_task = why_unknown(entry.task)
-    if unknown_task:
-        raise spec.error(("base", "task"), unknown_task)
+    unknown = unknown_task(entry.task)
+    if unknown:
+        raise spec.error(("base", "task"), unknown)
     directory = resolve_path(spec, entry.model)
     if directory.exists():
         if not (directory / CONFIG).is_file() and entry.task != SENTENCE_EMBEDDING:

@@ -22,6 +22,7 @@ from adaptc.methods.method import METHODS, Method
 from adaptc.methods.param import Param
 from adaptc.methods.site import ATTENTION, WeightSite
 from adaptc.methods.virtual_tokens import InputMethod
+from adaptc.optional import optional
 from adaptc.rewriter.insert.base import Insert
 from adaptc.spec.entries import AdapterEntry
 from adaptc.spec.spec import Spec, resolve_path
@@ -261,9 +262,7 @@ def _tokenized(spec: Spec, graph: Graph, index: int, item: Insert[Any, Any]) -> 
 
 def _tokenizer(origin: Pretrained) -> Callable[[str, bool], Sequence[int]] | None:
     """The model's tokenizer, called with a text and whether to add special tokens; None if it has none."""
-    from transformers import AutoTokenizer
-
-    auto: Any = AutoTokenizer
+    auto = optional("transformers").AutoTokenizer
     try:
         tokenizer: Any = auto.from_pretrained(origin.transformer, trust_remote_code=origin.trust_remote_code)
     except (OSError, ValueError, ImportError, KeyError):

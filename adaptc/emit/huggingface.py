@@ -23,6 +23,7 @@ from adaptc.emit.manifest import MANIFEST
 from adaptc.errors import AdaptcError, ProofError, Refusal, RefusedError, WeightError
 from adaptc.ir.base import Pretrained
 from adaptc.ir.graph import Graph
+from adaptc.optional import optional
 from adaptc.tracing.huggingface import load_pretrained
 from adaptc.tracing.huggingface_settings import parts_of, set_for_tracing
 from adaptc.weights import Weight
@@ -104,11 +105,8 @@ def load_checkpoint(origin: Pretrained, directory: Path) -> nn.Module:
     Raises:
         ProofError: it cannot be loaded, or keys are missing or unknown.
     """
-    from transformers import AutoConfig
-
     checkpoint = replace(origin, name=str(directory))
-    auto_config: Any = AutoConfig
-    config: Any = auto_config.from_pretrained(
+    config: Any = optional("transformers").AutoConfig.from_pretrained(
         checkpoint.transformer, trust_remote_code=origin.trust_remote_code
     )
     set_for_tracing(config)
@@ -202,9 +200,7 @@ def _files_of(pretrained: Pretrained) -> Path:
     """
     if Path(pretrained.name).is_dir():
         return Path(pretrained.name)
-    import huggingface_hub
-
-    hub: Any = huggingface_hub
+    hub = optional("huggingface_hub")
     commit = getattr(pretrained.config, "_commit_hash", None)
     try:
         return Path(hub.snapshot_download(pretrained.name, revision=commit, ignore_patterns=list(WEIGHTS)))
@@ -214,9 +210,7 @@ def _files_of(pretrained: Pretrained) -> Path:
 
 def _keep_generation(source: Path, model: Any, directory: Path) -> None:
     """Write the generation settings of older checkpoints, which have them in a config.json that is not copied."""
-    from transformers import GenerationConfig
-
-    config: Any = GenerationConfig
+    config = optional("transformers").GenerationConfig
     if model.can_generate() and not (directory / GENERATION).exists():
         settings = config.from_pretrained(source, config_file_name=CONFIG, _from_model_config=True)
         settings.to_json_file(directory / GENERATION)

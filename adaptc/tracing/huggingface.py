@@ -19,6 +19,7 @@ from adaptc.checkpoints.huggingface_weights import stored_weights, untie_as_stor
 from adaptc.errors import TraceError, WeightError
 from adaptc.inputs import InputSpec
 from adaptc.ir.base import Base, Bound, Pretrained
+from adaptc.optional import optional
 from adaptc.spec.base import BaseEntry
 from adaptc.tracing.huggingface_inputs import derive_inputs
 from adaptc.tracing.huggingface_settings import alternative_notes, set_for_tracing
@@ -43,8 +44,6 @@ def load(model: str, entry: BaseEntry, seed: int, inputs: tuple[InputSpec, ...])
         TraceError: the configuration cannot be read, has no such task, or its inputs cannot be derived.
         WeightError: the checkpoint is quantized in a format that adaptc does not read.
     """
-    import transformers
-
     pretrained = read_pretrained(model, entry.task, entry.trust_remote_code, entry.config)
     auto, config = pretrained.auto, pretrained.config
     whole = auto if isinstance(auto, SentenceEmbedding) else None
@@ -64,7 +63,7 @@ def load(model: str, entry: BaseEntry, seed: int, inputs: tuple[InputSpec, ...])
             f"{model} cannot be loaded for task {entry.task!r}: {str(error).splitlines()[0]}"
         ) from error
     notes += alternative_notes(module)
-    notes += left_out_notes(directory) if auto is transformers.AutoModel else []
+    notes += left_out_notes(directory) if auto is optional("transformers").AutoModel else []
     files = tuple(sorted(directory.glob("*.safetensors"))) if directory.is_dir() else ()
     notes += untie_as_stored(module, directory) if files else []
     fake_parameters(module)
@@ -107,15 +106,13 @@ def read_pretrained(model: str, task: str, trust: bool, overrides: Mapping[str, 
     Raises:
         TraceError: the configuration cannot be read, or the directory is not one of this task.
     """
-    import transformers
-
     auto = auto_class(task, model)
     folders, stated = (
         (auto.folders, auto.files.config) if isinstance(auto, SentenceEmbedding) else ({"": ""}, {})
     )
     pretrained = Pretrained(model, auto, None, trust, folders)
     try:
-        config: Any = cast(Any, transformers.AutoConfig).from_pretrained(
+        config: Any = optional("transformers").AutoConfig.from_pretrained(
             pretrained.transformer, trust_remote_code=trust, **{**stated, **overrides}
         )
     except Exception as error:
@@ -219,8 +216,7 @@ def load_pretrained(pretrained: Pretrained) -> tuple[nn.Module, dict[str, Any]]:
     Raises:
         WeightError: transformers cannot load it.
     """
-    import transformers
-
+    transformers = optional("transformers")
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # adaptc reports missing keys itself
     transformers.logging.disable_progress_bar()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptc.errors import unknown
+from adaptc.optional import optional
 from adaptc.tracing.sentence_embedding import SentenceEmbedding
 
 SENTENCE_EMBEDDING = "sentence-embedding"
@@ -17,8 +18,7 @@ SENTENCE_EMBEDDING = "sentence-embedding"
 @cache
 def tasks() -> dict[str, str]:
     """Task name -> Auto class, for every Auto class transformers has: `causal-lm` -> `AutoModelForCausalLM`."""
-    import transformers
-
+    transformers = optional("transformers")
     autos = {"feature-extraction": "AutoModel"}
     for name in dir(transformers):
         if name.startswith("AutoModelFor"):
@@ -43,19 +43,15 @@ def auto_class(task: str, model: str) -> Any:
     Raises:
         TraceError: the task is the embedding of sentences, and `model` is no directory of a SentenceTransformer.
     """
-    import transformers
-
-    return (
-        SentenceEmbedding(Path(model)) if task == SENTENCE_EMBEDDING else getattr(transformers, tasks()[task])
-    )
+    if task == SENTENCE_EMBEDDING:
+        return SentenceEmbedding(Path(model))
+    return getattr(optional("transformers"), tasks()[task])
 
 
 def _of_hub_task(task: str) -> list[str]:
     """Our tasks for one that the hub calls by another name, such as text-generation."""
-    from transformers import pipelines as transformers_pipelines
-
     if task == "sentence-similarity":
         return [SENTENCE_EMBEDDING]
-    pipelines: dict[str, dict[str, Any]] = vars(transformers_pipelines)["SUPPORTED_TASKS"]
+    pipelines: dict[str, dict[str, Any]] = optional("transformers.pipelines").SUPPORTED_TASKS
     autos = {auto.__name__ for auto in pipelines.get(task, {}).get("pt", ())}
     return [name for name, auto in tasks().items() if auto in autos]

@@ -23,6 +23,7 @@ from adaptc.checkpoints.sentence_transformer import (
 )
 from adaptc.errors import TraceError, WeightError
 from adaptc.inputs import InputSpec
+from adaptc.optional import optional
 from adaptc.tracing.sentence_modules import MASK, PROMPT, SENTENCE, TOKENS, Pooling, build
 from adaptc.weights import Stored
 
@@ -114,10 +115,8 @@ def _auto(config: Any) -> Any:
     Raises:
         TraceError: transformers has no encoder alone of this model.
     """
-    import transformers
-    from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING as ENCODERS
-
-    if type(config) in ENCODERS:
+    transformers = optional("transformers")
+    if type(config) in transformers.MODEL_FOR_TEXT_ENCODING_MAPPING:
         return transformers.AutoModelForTextEncoding
     if config.is_encoder_decoder:
         raise TraceError(f"a sentence embedding needs an encoder, and {config.model_type} has none alone")
