@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -226,7 +227,7 @@ def journeys(python: Path, folder: Path, blocked: tuple[str, ...] = ()) -> dict[
     code = f"BLOCKED = {blocked!r}\n{JOURNEYS}"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     if not blocked:
-        del environment["PYTHONPATH"]
+        del environment["PYTHONPATH"]  # an environment of its own has adaptc installed
     ran = subprocess.run(
         [str(python), "-c", code, str(folder)], capture_output=True, text=True, env=environment, cwd=folder
     )
@@ -257,35 +258,28 @@ def test_journeys_without_extras(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_wheel_alone_in_a_new_environment(tmp_path: Path) -> None:
     """Built, installed with nothing but what it declares, and run: no package of this environment is in reach."""
-    build = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(tmp_path),
-    ]
-    subprocess.run([*build, str(ROOT)], check=True)
+    source, alone = tmp_path / "source", {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    for name in ("adaptc", "passes"):
+        shutil.copytree(ROOT / name, source / name, symlinks=True)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    build = ["-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
+    subprocess.run([sys.executable, *build, str(source)], check=True, env=alone)
     wheel = next(tmp_path.glob("adaptc-*.whl"))
     venv.create(tmp_path / "new", with_pip=True)
     python = tmp_path / "new" / "bin" / "python"
-    constraints = ["-c", str(ROOT / "constraints.txt")]
     install = [
-        str(python),
         "-m",
         "pip",
         "install",
         "-q",
         "--disable-pip-version-check",
-        *constraints,
-        str(wheel),
+        "-c",
+        str(ROOT / "constraints.txt"),
     ]
-    subprocess.run(install, check=True)
+    subprocess.run([str(python), *install, str(wheel)], check=True, env=alone)
     listed = subprocess.run(
-        [str(python), "-m", "pip", "list", "--format", "json"], capture_output=True, text=True
+        [str(python), "-m", "pip", "list", "--format", "json"], capture_output=True, text=True, env=alone
     )
     names = {canonical(package["name"]) for package in json.loads(listed.stdout)}
     assert "adaptc" in names
