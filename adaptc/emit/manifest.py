@@ -31,7 +31,7 @@ def write_manifest(
 ) -> None:
     """Write `manifest.json` for one artifact, keeping the entries of other artifacts in the same folder.
 
-    Each entry has the `provenance` of its own artifact. What stands beside `products` is that of the latest.
+    Each entry has the `provenance` of its own artifact. What stands beside `products` is that of `latest`.
 
     Args:
         path: the manifest to write.
@@ -42,7 +42,8 @@ def write_manifest(
     """
     artifacts = _artifacts(old) if old is not None else {}
     artifacts[artifact["name"]] = product_entry(common, artifact, files, path.parent)
-    manifest = json.loads(json.dumps({**common, "products": artifacts}, default=str))
+    latest = {"latest": artifact["name"], **common}
+    manifest = json.loads(json.dumps({**latest, "products": artifacts}, default=str))
     path.write_text(_text(manifest), encoding="utf-8")
 
 

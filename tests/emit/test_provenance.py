@@ -45,7 +45,9 @@ def shown(path: Path) -> dict[str, Any]:
 
 
 def test_two_models_in_one_folder(folder: Path) -> None:
-    products = json.loads((folder / "manifest.json").read_text())["products"]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    products = manifest["products"]
+    assert manifest["base"] == products[manifest["latest"]]["provenance"]["base"]
     bases = {name: product["provenance"]["base"]["model"] for name, product in products.items()}
     assert bases == {
         "wide.onnx": f"{Wide.__module__}.Wide",

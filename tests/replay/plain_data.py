@@ -10,7 +10,7 @@ LEFT_OUT = frozenset(
     {"seconds", "sha256", "bytes", "reference", "proof", "proofs", "quantization", "rounding", "provenance"}
 )
 """What a manifest says of times, hashes and measured numbers, and what it says twice."""
-ELSEWHERE = frozenset({"spec", "spec_folder", "sites", "versions"})
+ELSEWHERE = frozenset({"latest", "spec", "spec_folder", "sites", "versions"})
 """What stands in the spec, in the plan or in the constraints too."""
 
 
