@@ -54,7 +54,10 @@ def match(checkpoint: Checkpoint, expected: Mapping[str, Expected]) -> None:
     unexpected = [
         key
         for key in tensors
-        if key not in expected and not key.endswith(BASE_LAYER) and not _is_copy(checkpoint, key, expected)
+        if key not in expected
+        and key not in checkpoint.without_effect
+        and not key.endswith(BASE_LAYER)
+        and not _is_copy(checkpoint, key, expected)
     ]
     prefix = _prefix_problem(unexpected, set(expected)) if unexpected else None
     if prefix:

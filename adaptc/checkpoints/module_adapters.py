@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from adaptc.checkpoints.peft_config import check_options
 from adaptc.checkpoints.peft_write import save
 from adaptc.checkpoints.records import AdapterRecord, assign, group
 from adaptc.errors import WeightError
+from adaptc.ir.aliases import unread_modules
 
 META = "adaptc"
 """The key in a module's `meta` under which adaptc stores its records of the adapters and the base."""
@@ -47,7 +49,8 @@ def load_adapter_into(module: fx.GraphModule, directory: Path) -> dict[str, torc
         WeightError: a checkpoint does not fit the module's adapters or its base.
     """
     base = module.meta[META]["base"]["sha256"]
-    checkpoints = [read(path) for path in directories(directory)]
+    unread = unread_modules(module)
+    checkpoints = [replace(read(path), unread=unread) for path in directories(directory)]
     groups = group(records(module))
     if len(checkpoints) != len(groups):
         raise WeightError(

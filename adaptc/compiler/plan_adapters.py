@@ -16,6 +16,7 @@ from adaptc.checkpoints.peft_write import ON_ALIAS
 from adaptc.checkpoints.tied import TIES, tied_in
 from adaptc.errors import InputError, WeightError
 from adaptc.ir.adaptation import OnAlias
+from adaptc.ir.aliases import unread_modules
 from adaptc.ir.base import Pretrained
 from adaptc.ir.graph import Graph
 from adaptc.ir.selection import Selection, Target
@@ -23,6 +24,7 @@ from adaptc.methods.method import METHODS, Method
 from adaptc.methods.param import Param
 from adaptc.methods.site import ATTENTION, WeightSite
 from adaptc.methods.virtual_tokens import InputMethod
+from adaptc.optional import optional
 from adaptc.rewriter.insert.base import Insert
 from adaptc.spec.entries import AdapterEntry
 from adaptc.spec.spec import Spec, resolve_path
@@ -117,7 +119,7 @@ def _trained(spec: Spec, graph: Graph, index: int, entry: AdapterEntry) -> list[
     planned: list[PlannedInsertion] = []
     try:
         for directory in directories(path):
-            checkpoint = read(directory, entry.allow_pickle)
+            checkpoint = replace(read(directory, entry.allow_pickle), unread=unread_modules(graph.module))
             name = entry.name or (directory.name if directory != path else "default")
             common = _Common(name, index, spec.seed, entry.on_alias)
             planned += _from_checkpoint(graph, checkpoint, common, entry.r)
@@ -280,11 +282,9 @@ def _tokenized(spec: Spec, graph: Graph, index: int, item: Insert[Any, Any]) -> 
 
 def _tokenizer(origin: Pretrained) -> Callable[[str, bool], Sequence[int]] | None:
     """The model's tokenizer, called with a text and whether to add special tokens; None if it has none."""
-    from transformers import AutoTokenizer
-
-    auto: Any = AutoTokenizer
+    auto = optional("transformers").AutoTokenizer
     try:
-        tokenizer: Any = auto.from_pretrained(origin.name, trust_remote_code=origin.trust_remote_code)
+        tokenizer: Any = auto.from_pretrained(origin.transformer, trust_remote_code=origin.trust_remote_code)
     except (OSError, ValueError, ImportError, KeyError):
         return None
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
 import warnings
@@ -27,6 +26,7 @@ from adaptc.ir.example_inputs import example_sizes, example_tensors
 from adaptc.ir.module import kept_activations
 from adaptc.ir.nodes import set_tensor
 from adaptc.ir.training_mode import mark_training_arguments
+from adaptc.optional import optional
 from adaptc.tracing.export import dynamic_shapes, normalise
 from adaptc.tracing.saved_program import load_program
 
@@ -132,7 +132,7 @@ def load_torch(directory: Path) -> fx.GraphModule:
         raise WeightError(f"{manifest}: broken, or not of a torch artifact ({error})") from None
     home = about["output_class"].rpartition(".")[0]
     if home.startswith("transformers."):
-        importlib.import_module(home)  # makes its output class known to torch.export
+        optional(home)  # makes its output class known to torch.export
     program = load_program(directory / PROGRAM)
     module = normalise(program.module(check_guards=False))
     mark_training_arguments(module.graph)

@@ -25,12 +25,20 @@ class Pretrained:
         auto: the Auto class of its task, such as `AutoModelForCausalLM`.
         config: its configuration as stored, with the dtype and the overrides of the spec.
         trust_remote_code: whether code that comes with it may be run.
+        folders: the name of a part of the model -> the folder with its files in the directory; the empty name is the
+            model itself. A SentenceTransformer has more parts than that.
     """
 
     name: str
     auto: Any
     config: Any
     trust_remote_code: bool
+    folders: Mapping[str, str] = field(default_factory=lambda: {"": ""})
+
+    @property
+    def transformer(self) -> str:
+        """The directory, or hub id, of the Hugging Face model itself: its configuration, weights and tokenizer."""
+        return str(Path(self.name) / self.folders[""]) if self.folders[""] else self.name
 
 
 @dataclass(frozen=True)
