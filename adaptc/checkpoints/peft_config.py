@@ -166,7 +166,7 @@ def _check_other_keys(checkpoint: Checkpoint, cls: type[Method[Any]]) -> None:
     """
     assert cls.peft is not None
     read = DESCRIPTIVE | cls.peft.ignored | set(cls.peft.options.values()) | set(cls.peft.fixed)
-    read |= {TIES} if cls.peft.ties else set()
+    read |= {TIES} if cls.peft.ties else set[str]()
     for key, value in checkpoint.config.items():
         if key in read or key.startswith("init_"):
             continue

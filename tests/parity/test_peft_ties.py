@@ -26,6 +26,7 @@ CASES = [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for 
 pytestmark = [
     # PEFT makes the tensors of the head from those of the embedding, and warns that they are not in the file
     pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
 ]
 IDS = torch.arange(4, 18).reshape(2, 7)
