@@ -76,12 +76,12 @@ def _record(graph: Graph, group: Sequence[Adaptation], of_entry: Sequence[Site])
         in_peft=in_peft,
         sizes=sizes or {},
         heads=_heads(graph, method) if in_peft else (),
-        tied=any(tied_modules(a, graph) for a in group),
+        tied=any(_tied_modules(a, graph) for a in group),
         tensors=tuple(tensors.values()),
     )
 
 
-def tied_modules(a: Adaptation, graph: Graph) -> list[str]:
+def _tied_modules(a: Adaptation, graph: Graph) -> list[str]:
     """The other modules that an adaptation changes with its own, since they share its tensor (`on_alias: share`)."""
     site = a.site
     if a.on_alias != "share" or not isinstance(site, WeightSite):
@@ -94,7 +94,7 @@ def _copies(a: Adaptation, key: str, graph: Graph) -> tuple[str, ...]:
     """The keys of the same tensor for tied modules: PEFT writes what is trained whole under each of its names."""
     if not isinstance(a.site, WeightSite) or a.site.kind != "parameter" or not a.site.module:
         return ()
-    return tuple(key.replace(a.site.module, module, 1) for module in tied_modules(a, graph))
+    return tuple(key.replace(a.site.module, module, 1) for module in _tied_modules(a, graph))
 
 
 def plain_options(method: Method[Any]) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def _in_peft(a: Adaptation, graph: Graph) -> bool:
 
 def _ties_in_peft(a: Adaptation, graph: Graph) -> bool:
     """Whether PEFT keeps the tensor of an adaptation tied, where adaptc does."""
-    format, tied = a.declared.peft, tied_modules(a, graph)
+    format, tied = a.declared.peft, _tied_modules(a, graph)
     if format is None or not tied or format.tied:
         return True
     return format.ties and isinstance(a.site, WeightSite) and a.site.module.rpartition(".")[2] in TIED_NAMES

@@ -16,7 +16,7 @@ from safetensors import torch as safetensors
 from adaptc.checkpoints.adapter import BASE_HASH, BASE_TENSORS, CONFIG, ORDER, ROOT, TENSORS
 from adaptc.checkpoints.adapter_checks import spelled
 from adaptc.checkpoints.records import AdapterRecord, AdapterTensor, group
-from adaptc.checkpoints.tied import TIES
+from adaptc.checkpoints.tied import ON_ALIAS, TIES
 from adaptc.errors import WeightError
 from adaptc.methods.method import options_of
 from adaptc.patterns import matches_any
@@ -30,8 +30,6 @@ TASKS: Mapping[str, str] = {
     "feature-extraction": "FEATURE_EXTRACTION",
 }
 """A base's task -> PEFT's `task_type`; PEFT ignores virtual tokens without one."""
-ON_ALIAS = "adaptc_on_alias"
-"""The key of adaptc's own format that says what is done about tied tensors."""
 CLASSIFYING = frozenset({"SEQ_CLS", "TOKEN_CLS"})
 """The task types whose head PEFT expects in a checkpoint of virtual tokens."""
 

@@ -10,43 +10,44 @@ from adaptc.checkpoints.adapter import BASE_LAYER, Checkpoint
 
 TIES = "ensure_weight_tying"
 """PEFT's key: what changes an embedding changes the head that is tied to it, too."""
+ON_ALIAS = "adaptc_on_alias"
+"""The key of adaptc's own format: what is done about tied tensors."""
 TIED_NAMES = frozenset({"embed_tokens", "lm_head"})
 """The modules for which PEFT follows that key, by the last part of their names (`EMBEDDING_LAYER_NAMES`)."""
 
 
-def tied_in(checkpoint: Checkpoint, aliases: Mapping[str, str]) -> tuple[str, ...]:
+def tying_key(checkpoint: Checkpoint) -> str:
+    """The key by which a configuration says that tied tensors change together; "" if it does not say so."""
+    if checkpoint.config.get(ON_ALIAS) == "share":
+        return ON_ALIAS
+    return TIES if checkpoint.config.get(TIES) else ""
+
+
+def tied_in(checkpoint: Checkpoint, aliases: Mapping[str, str]) -> list[str]:
     """The modules that share one tensor of the base and that a checkpoint changes together.
 
-    PEFT follows its key for some names of modules only; where it did, it wrote the tensors of all names. adaptc sets
-    the key only where it holds.
+    PEFT follows its key for some names of modules only; where it did, it wrote the tensors of several names. adaptc
+    sets the key only where it holds.
 
     Args:
         checkpoint: the checkpoint.
         aliases: name of each tensor of the base -> the first name of the same tensor.
 
     Returns:
-        their names; empty if the checkpoint changes each tensor under one name alone.
+        their names, sorted; empty if the checkpoint changes each tensor under one name alone.
     """
-    if not checkpoint.config.get(TIES):
-        return ()
-    by_tensor: dict[str, dict[str, None]] = {}
-    for key in checkpoint.tensors:
-        module = _module_of(key, aliases) if not key.endswith(BASE_LAYER) else None
-        if module is not None:
-            by_tensor.setdefault(aliases[f"{module}.weight"], {})[module] = None
-    several = [modules for modules in by_tensor.values() if len(modules) > 1]
-    if several:
-        return tuple(name for modules in several for name in modules)
-    if checkpoint.base_sha256 is None:
-        return ()
-    return tuple(name for modules in by_tensor.values() for name in modules)
-
-
-def _module_of(key: str, aliases: Mapping[str, str]) -> str | None:
-    """The module of the base that a tensor belongs to, if its weight can be tied; None for any other."""
-    parts = key.split(".")
-    names = (".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1))
-    return next((name for name in names if f"{name}.weight" in aliases), None)
+    if not tying_key(checkpoint):
+        return []
+    trained = [key for key in checkpoint.tensors if not key.endswith(BASE_LAYER)]
+    by_tensor: dict[str, list[str]] = {}
+    for name, first in aliases.items():
+        by_tensor.setdefault(first, []).append(name.rpartition(".")[0])
+    enough = 1 if checkpoint.base_sha256 else 2
+    tied: list[str] = []
+    for modules in (modules for modules in by_tensor.values() if len(modules) > 1):
+        named = [module for module in modules if any(key.startswith(f"{module}.") for key in trained)]
+        tied += modules if len(named) >= enough else []
+    return sorted(tied)
 
 
 def is_tied_copy(checkpoint: Checkpoint, key: str, other: str) -> bool:

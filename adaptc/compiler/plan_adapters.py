@@ -12,8 +12,7 @@ from adaptc.checkpoints.graph_records import weight_order
 from adaptc.checkpoints.peft_config import declared
 from adaptc.checkpoints.peft_keys import PeftLayout
 from adaptc.checkpoints.peft_targets import named_modules
-from adaptc.checkpoints.peft_write import ON_ALIAS
-from adaptc.checkpoints.tied import TIES, tied_in
+from adaptc.checkpoints.tied import tied_in, tying_key
 from adaptc.errors import InputError, WeightError
 from adaptc.ir.adaptation import OnAlias
 from adaptc.ir.aliases import unread_modules
@@ -185,14 +184,12 @@ def _on_alias(checkpoint: Checkpoint, graph: Graph, cls: type[Method[Any]], stat
     tied = tied_in(checkpoint, graph.aliases)
     if tied and stated not in ("refuse", "share"):
         raise WeightError(
-            f"{checkpoint.path}: trained with {TIES}, so that {' and '.join(tied)} change together; "
+            f"{checkpoint.path}: trained with {tying_key(checkpoint)}, so that {' and '.join(tied)} change together; "
             f"on_alias: {stated} would change one of them alone",
             "write on_alias: share, or leave it out",
         )
-    kept_tied = bool(tied) or checkpoint.config.get(ON_ALIAS) == "share"
-    if kept_tied or (cls.peft is not None and cls.peft.tied and stated == "refuse"):
-        return "share"
-    return stated
+    ties_itself = cls.peft is not None and cls.peft.tied and stated == "refuse"
+    return "share" if tied or ties_itself else stated
 
 
 def _cut(method: Method[Any], rank: int) -> Method[Any]:

@@ -22,7 +22,7 @@ from adaptc.compiler.rewrite import After, Rewritten
 from adaptc.compiler.schedule import lower
 from adaptc.compiler.trainable import (
     follow,
-    follow_tensor,
+    following,
     graph_of_both_modes,
     module_record,
     prove_trainable,
@@ -36,7 +36,7 @@ from adaptc.rewriter.insert.base import Insert
 from adaptc.rewriter.pipeline import PASSES, Pass, run
 from adaptc.rewriter.quantize import Quantize
 from adaptc.spec.spec import Spec
-from adaptc.weights import Held, sha256_of_files, sha256_of_tensors
+from adaptc.weights import Deferred, Held, sha256_of_files, sha256_of_tensors
 
 
 class Program:
@@ -87,7 +87,8 @@ class Program:
         """
         module = self.module
         for name, value in load_adapter_into(module, directory).items():
-            follow_tensor(self.graph, module, name, Held(value))
+            stored = Deferred(tuple(value.shape), self.graph.weights[name].dtype, value.detach)
+            self.graph.weights[name] = following(module, name, stored)
 
     def trainable_graph(self) -> Graph:
         """The factored graph in both modes, with the adapters as they stand."""

@@ -102,29 +102,26 @@ def follow(adapted: Graph, module: fx.GraphModule) -> None:
     inserted = adapted.inserted
     for name, param in inserted.items():
         if param.stored:
-            follow_tensor(adapted, module, name, copy(adapted.weights[name]))
-    for name, buffer in module.named_buffers():  # what batch norm learns belongs to every artifact too
+            put_weight(adapted.weights[name], following(module, name, copy(adapted.weights[name])).make)
+    for name, _ in module.named_buffers():  # what batch norm learns belongs to every artifact too
         if name not in inserted:
-            stored = adapted.weights[name]
-            adapted.weights[name] = Deferred(tuple(buffer.shape), buffer.dtype, stored.exact)
-            follow_tensor(adapted, module, name, stored)
+            adapted.weights[name] = following(module, name, adapted.weights[name])
 
 
-def follow_tensor(adapted: Graph, module: fx.GraphModule, name: str, stored: Weight) -> None:
-    """Let the adapted graph have one tensor that a module has: as stored while the module's is no other.
+def following(module: fx.GraphModule, name: str, stored: Weight) -> Deferred:
+    """A weight that is read as stored while the module's tensor is no other; then it is the module's.
 
     Args:
-        adapted: the graph, whose weight of this name is set.
         module: the module; `to` and `load_state_dict` may replace its tensor.
-        name: of the tensor, in both.
+        name: of the tensor.
         stored: what the module's tensor was rounded from.
     """
 
-    def current() -> torch.Tensor:
+    def read() -> torch.Tensor:
         tensor, exact = get_tensor(module, name).detach(), stored.exact()
         return exact if torch.equal(exact.to(tensor.device, tensor.dtype), tensor) else tensor
 
-    put_weight(adapted.weights[name], current)
+    return Deferred(stored.shape, stored.dtype, read)
 
 
 def reset_derived(adapted: Graph, module: fx.GraphModule) -> None:

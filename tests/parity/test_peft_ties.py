@@ -11,6 +11,7 @@ import torch
 import adaptc
 from adaptc.errors import WeightError
 from tests.families import close, differs, randomise
+from tests.hugging_face import DECODER
 
 TIED: dict[str, dict[str, Any]] = {
     "lora-on-the-embedding": {"target_modules": ["q_proj", "embed_tokens"]},
@@ -38,15 +39,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose head is its embedding."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    config = Qwen2Config(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    )
+    config = Qwen2Config(**DECODER, tie_word_embeddings=True)
     model = randomise(Qwen2ForCausalLM(config))
     model.tie_weights()
     directory = tmp_path_factory.mktemp("tied")

@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from accelerate.state import AcceleratorState
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.optim.swa_utils import AveragedModel
@@ -48,6 +49,9 @@ def hooked(model: nn.Module) -> nn.Module:
 
 
 def mixed(model: nn.Module) -> nn.Module:
+    AcceleratorState._reset_state(
+        reset_partial_state=True
+    )  # what an earlier test asked for holds for the process
     return accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
 
 
