@@ -15,10 +15,8 @@ from torch.nn.parameter import is_lazy
 
 from adaptc.errors import InputError, TraceError, did_you_mean, nearest
 from adaptc.inputs import InputSpec
+from adaptc.registry.calls import ON_VALUES
 from adaptc.tracing.author_lines import INSTALLED, is_model_code, lines_with, source_line
-
-ON_VALUES = r"data-dependent|DataDependent|guard on"
-"""How torch says that something depends on the values of a tensor."""
 
 
 @dataclass(frozen=True)
