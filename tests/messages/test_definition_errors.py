@@ -129,7 +129,7 @@ MISTAKES: list[tuple[str, str, str, str]] = [
     ('frozenset({"linear"})', '"linear"', "kinds is a set of names, got 'linear'", "kinds:"),
     ('{"linear"}', '{"Linear"}', "kinds: unknown 'Linear'; did you mean 'linear'?", "kinds:"),
     ('{"linear"}', '{"sub-layer"}', "kinds: unknown 'sub-layer'", "kinds:"),
-    ("def weight", "def wieght", "it defines no weight or bias, the expression that it inserts; it defines 'wieght'; did", "class"),
+    ("def weight", "def wieght", "the expression that it inserts; it defines 'wieght'; did you mean", "class"),
     ("def params", "def parameters", "it defines no params or shared", "class Probe"),
     ("def params(self, site)", "def params(self)", "params() cannot be called as params(site)", "def params"),
     ("weight(self, W, *, s)", "weight(self, *, s)", "weight(*, s) cannot be called as weight(W", "def weight"),
