@@ -4,7 +4,7 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 PYTHON3 ?= python3
 
-.PHONY: help demo test test-all bench families methods sst2 check clean
+.PHONY: help demo test test-all compat bench families methods sst2 check clean
 help:  ## list the commands
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -21,6 +21,21 @@ test: $(READY)  ## the quick tests, a few minutes
 
 test-all: $(READY)  ## all tests
 	$(PYTHON) -m pytest -q -n 2 --dist worksteal
+
+compat: .venv-newest/.ready .venv-oldest/.ready  ## the quick tests on the newest versions pip can install, and the oldest allowed
+	.venv-newest/bin/python -m pytest -q -n 2 --dist worksteal -m "not slow"
+	.venv-oldest/bin/python -m pytest -q -n 2 --dist worksteal -m "not slow"
+
+.venv-newest/.ready: pyproject.toml
+	$(PYTHON3) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade -e '.[dev]' setuptools
+	@touch $@
+
+.venv-oldest/.ready: pyproject.toml
+	$(PYTHON3) -m venv .venv-oldest
+	grep -oE '"[a-z.-]+>=[0-9.]+"' pyproject.toml | tr -d '"' | sed -e /setuptools/d -e 's/>=/==/' > .venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-oldest/constraints.txt -e '.[dev]' setuptools
+	@touch $@
 
 bench: $(READY)  ## figures beside PEFT, as ratios from one run
 	$(PYTHON) -m benchmarks
@@ -40,4 +55,4 @@ check: $(READY)  ## lint, format, types
 	$(VENV)/bin/pyright --pythonpath $(PYTHON)
 
 clean:  ## remove the virtual environment and build products
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) .venv-newest .venv-oldest build *.egg-info

@@ -6,7 +6,6 @@ The public names. Each is imported when it is first used, so that `import adaptc
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -106,7 +105,7 @@ def __getattr__(name: str) -> Any:
     if name == "passes":
         return import_module("adaptc.passes")
     if name == "__version__":
-        return version("adaptc")
+        return import_module("importlib.metadata").version("adaptc")
     if name not in _HOMES:
         raise AttributeError(f"module 'adaptc' has no attribute {name!r}")
     value = getattr(import_module(_HOMES[name]), name)

@@ -29,12 +29,14 @@ class InputSpec:
         dtype: torch's name of the element type.
         dims: a name for each dynamic dimension (equal names are equal sizes), a number for each fixed one.
         high: the bound that example values stay below, such as a vocabulary's size. The model gives it, never a spec.
+        example: the sizes of the example that was given; empty where there is none.
     """
 
     name: str
     dtype: str
     dims: tuple[str | int, ...]
     high: int | None = None
+    example: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.dtype}[{', '.join(str(dim) for dim in self.dims)}]"
@@ -42,7 +44,9 @@ class InputSpec:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> InputSpec:
         """Read what `dataclasses.asdict` wrote."""
-        return cls(data["name"], data["dtype"], tuple(data["dims"]), data["high"])
+        return cls(
+            data["name"], data["dtype"], tuple(data["dims"]), data["high"], tuple(data.get("example", ()))
+        )
 
     @classmethod
     def parse(cls, name: str, text: str) -> InputSpec:

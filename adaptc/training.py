@@ -13,6 +13,7 @@ from adaptc.checkpoints.records import AdapterRecord
 from adaptc.errors import AdaptcError
 from adaptc.methods.method import METHODS
 from adaptc.methods.training_rule import TrainingRule
+from adaptc.optional import optional
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -82,11 +83,9 @@ class TrainingStep:
 
     def callback(self) -> TrainerCallback:
         """A callback for transformers' Trainer that calls `before` and `after` around each optimizer step."""
-        from transformers import TrainerCallback
+        step, base = self, optional("transformers").TrainerCallback
 
-        step = self
-
-        class Callback(TrainerCallback):
+        class Callback(base):
             def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
                 step.before()
 

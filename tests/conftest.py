@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.families import Zoo
+from tests.spec_bases import save_bert, save_peft_adapter
 
 torch.set_num_threads(1)
 
@@ -27,6 +28,18 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zoo]:
             "adaptc.compiler.trainable.export", made.export
         )  # each base is traced in training mode once
         yield made
+
+
+@pytest.fixture(scope="session")
+def spec_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small BERT that stands for MiniLM in the specs of `specs/`."""
+    return save_bert(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture(scope="session")
+def spec_adapter(spec_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of PEFT's for it."""
+    return save_peft_adapter(spec_bert, tmp_path_factory.mktemp("adapter"))
 
 
 @pytest.fixture(autouse=True)

@@ -27,7 +27,7 @@ from adaptc.ir.graph import Graph
 from adaptc.methods.method import METHODS
 from adaptc.spec.spec import load
 from adaptc.tracing.export import export
-from adaptc.tracing.module import from_module, inputs_from_examples
+from adaptc.tracing.module import from_examples
 from adaptc.tracing.trace import trace_base as trace
 from adaptc.weights import Held, seeded
 from tests import hugging_face
@@ -391,7 +391,7 @@ class Zoo:
                 examples = inputs(name, 3, 11)
                 if dtype:
                     examples["x"] = examples["x"].to(getattr(torch, dtype))
-                base = from_module(model, inputs_from_examples(model, examples, self.dynamic(name)))
+                base = from_examples(model, examples, self.dynamic(name))
             self._graphs[name, dtype] = graph = trace(base)
             graph.fisher_information = Drawn(graph)  # type: ignore[assignment]
         return self._graphs[name, dtype]

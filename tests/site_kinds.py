@@ -20,7 +20,7 @@ from adaptc.compiler.rewrite import rewrite
 from adaptc.ir.graph import Graph
 from adaptc.methods.method import METHODS
 from adaptc.spec.spec import load
-from adaptc.tracing.module import from_module, inputs_from_examples
+from adaptc.tracing.module import from_examples
 from adaptc.tracing.trace import trace_base as trace
 from tests.families import Drawn, randomise
 
@@ -380,8 +380,8 @@ class Museums:
         if names not in self._graphs:
             examples = inputs(names, *SHAPES[0])
             axes = {0: "batch", 1: "seq"}
-            specs = inputs_from_examples(self.model(*names), examples, dict.fromkeys(examples, axes))
-            self._graphs[names] = graph = trace(from_module(self.model(*names), specs))
+            base = from_examples(self.model(*names), examples, dict.fromkeys(examples, axes))
+            self._graphs[names] = graph = trace(base)
             graph.fisher_information = Drawn(graph)  # type: ignore[assignment]
         return self._graphs[names]
 

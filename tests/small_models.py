@@ -35,6 +35,18 @@ def near(a: torch.Tensor, b: torch.Tensor) -> bool:
     return bool((a - b).abs().max() <= 512 * torch.finfo(a.dtype).eps * b.abs().max())
 
 
+class Words(nn.Module):
+    """An embedding, two layers and a head of its own, none a multiple of a block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.up = nn.Embedding(30, 40), nn.Linear(40, 52)
+        self.down, self.head = nn.Linear(52, 40, bias=False), nn.Linear(40, 30)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.down(torch.tanh(self.up(self.embed(x)))))
+
+
 class Normed(nn.Module):
     def __init__(self) -> None:
         super().__init__()

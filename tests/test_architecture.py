@@ -79,7 +79,7 @@ def test_there_is_something_to_read() -> None:
 
 LAYERS = (
     ("errors",),
-    ("patterns", "registry", "inputs", "weights"),
+    ("patterns", "registry", "inputs", "weights", "optional"),
     ("methods",),
     ("quantization",),
     ("spec",),
@@ -229,7 +229,15 @@ def test_passes_import_the_compiler_only() -> None:
 
 HEAVY = {"torch", "transformers", "onnx", "onnxscript", "onnxruntime", "onnx_ir", "safetensors", "peft"}
 LIGHT = (
-    *("adaptc", "adaptc.cli.app", "adaptc.errors", "adaptc.patterns", "adaptc.inputs", "adaptc.spec.*"),
+    *(
+        "adaptc",
+        "adaptc.cli.app",
+        "adaptc.cli.commands",
+        "adaptc.errors",
+        "adaptc.patterns",
+        "adaptc.inputs",
+        "adaptc.spec.*",
+    ),
     *("adaptc.methods.*", "adaptc.registry.registry", "adaptc.quantization.scheme"),
     *("adaptc.passes.insert.*", "adaptc.passes.quantize.*"),
 )

@@ -40,6 +40,7 @@ class Checkpoint:
         base_sha256: hash of the base it was trained on, where adaptc wrote it.
         saved_modules: the modules that were trained whole, and whose tensors it holds.
         base_tensors: the base's own tensors that adaptc wrote for PEFT, by their names.
+        unread: layers of the base that no output of the program depends on; an adapter on them has no effect.
     """
 
     path: Path
@@ -48,11 +49,17 @@ class Checkpoint:
     base_sha256: str | None = None
     saved_modules: tuple[str, ...] = ()
     base_tensors: Mapping[str, Weight] = field(default_factory=dict[str, Weight])
+    unread: tuple[str, ...] = ()
 
     @property
     def in_adaptc_format(self) -> bool:
         """Whether it is in adaptc's own format, for methods that PEFT has no format for."""
         return bool(self.config.get("adaptc_method"))
+
+    @property
+    def without_effect(self) -> dict[str, str]:
+        """The keys of the tensors on layers that no output depends on -> the layer."""
+        return {key: layer for key in self.tensors for layer in self.unread if key.startswith(f"{layer}.")}
 
     @property
     def base_weights(self) -> dict[str, Weight]:

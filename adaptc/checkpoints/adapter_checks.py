@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 
 from adaptc.checkpoints.adapter import BASE_LAYER, PREFIX, ROOT, Checkpoint, dtype_name
+from adaptc.checkpoints.tied import is_tied_copy
 from adaptc.errors import WeightError
 from adaptc.weights import Weight
 
@@ -53,7 +54,10 @@ def match(checkpoint: Checkpoint, expected: Mapping[str, Expected]) -> None:
     unexpected = [
         key
         for key in tensors
-        if key not in expected and not key.endswith(BASE_LAYER) and not _is_copy(checkpoint, key, expected)
+        if key not in expected
+        and key not in checkpoint.without_effect
+        and not key.endswith(BASE_LAYER)
+        and not _is_copy(checkpoint, key, expected)
     ]
     prefix = _prefix_problem(unexpected, set(expected)) if unexpected else None
     if prefix:
@@ -166,7 +170,9 @@ def _is_copy(checkpoint: Checkpoint, key: str, expected: Iterable[str]) -> bool:
         and other.rpartition(".")[2] == leaf
         and tensors[other].shape == tensors[key].shape
     ]
-    return any(torch.equal(candidate.load(), tensors[key].load()) for candidate in candidates)
+    if any(torch.equal(candidate.load(), tensors[key].load()) for candidate in candidates):
+        return True
+    return any(is_tied_copy(checkpoint, key, other) for other in expected if other in tensors)
 
 
 def _prefix_problem(unexpected: list[str], expected: set[str]) -> str | None:

@@ -9,7 +9,9 @@ from typing import Any
 from adaptc.checkpoints.adapter import ROOT
 from adaptc.checkpoints.peft_keys import PeftLayout
 from adaptc.checkpoints.records import AdapterRecord, AdapterTensor
+from adaptc.checkpoints.tied import TIED_NAMES
 from adaptc.ir.adaptation import Adaptation
+from adaptc.ir.aliases import alias_names
 from adaptc.ir.graph import Graph
 from adaptc.ir.selection import as_stored
 from adaptc.methods.method import Method, options_of
@@ -44,7 +46,17 @@ def _record(graph: Graph, group: Sequence[Adaptation], of_entry: Sequence[Site])
     sizes = method.peft.sizes(method, sites, every) if method.peft is not None else {}
     in_peft = of_method.supported and sizes is not None and all(_in_peft(a, graph) for a in group)
     tensors = {
-        name: AdapterTensor(name, key, param.shape, argument, site, param.trained, param.stored, param.below)
+        name: AdapterTensor(
+            name,
+            key,
+            param.shape,
+            argument,
+            site,
+            param.trained,
+            param.stored,
+            param.below,
+            _copies(a, key, graph) if in_peft else (),
+        )
         for a in group
         for argument, (name, param) in a.params.items()
         for key, site in [_key_and_site(a.site, param, a.shares(argument), layout if in_peft else None)]
@@ -64,8 +76,25 @@ def _record(graph: Graph, group: Sequence[Adaptation], of_entry: Sequence[Site])
         in_peft=in_peft,
         sizes=sizes or {},
         heads=_heads(graph, method) if in_peft else (),
+        tied=any(_tied_modules(a, graph) for a in group),
         tensors=tuple(tensors.values()),
     )
+
+
+def _tied_modules(a: Adaptation, graph: Graph) -> list[str]:
+    """The other modules that an adaptation changes with its own, since they share its tensor (`on_alias: share`)."""
+    site = a.site
+    if a.on_alias != "share" or not isinstance(site, WeightSite):
+        return []
+    modules = [name.rpartition(".")[0] for name in alias_names(graph, site.parameter)]
+    return [module for module in modules if module != site.module]
+
+
+def _copies(a: Adaptation, key: str, graph: Graph) -> tuple[str, ...]:
+    """The keys of the same tensor for tied modules: PEFT writes what is trained whole under each of its names."""
+    if not isinstance(a.site, WeightSite) or a.site.kind != "parameter" or not a.site.module:
+        return ()
+    return tuple(key.replace(a.site.module, module, 1) for module in _tied_modules(a, graph))
 
 
 def plain_options(method: Method[Any]) -> dict[str, Any]:
@@ -99,8 +128,16 @@ def _key_and_site(site: Site, param: Param, shared: bool, layout: PeftLayout | N
 def _in_peft(a: Adaptation, graph: Graph) -> bool:
     """Whether PEFT computes the same from what is stored: it adapts no slices, and parameters as they are stored."""
     site = a.site
-    if not a.declared.in_peft(site):
+    if not a.declared.in_peft(site) or not _ties_in_peft(a, graph):
         return False
     return not isinstance(site, WeightSite) or (
         not site.rows and as_stored(site, graph).layout == site.layout
     )
+
+
+def _ties_in_peft(a: Adaptation, graph: Graph) -> bool:
+    """Whether PEFT keeps the tensor of an adaptation tied, where adaptc does."""
+    format, tied = a.declared.peft, _tied_modules(a, graph)
+    if format is None or not tied or format.tied:
+        return True
+    return format.ties and isinstance(a.site, WeightSite) and a.site.module.rpartition(".")[2] in TIED_NAMES

@@ -12,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
 from adaptc.checkpoints.huggingface_weights import first_names
+from adaptc.optional import optional
 from adaptc.weights import Deferred, Weight
 
 
@@ -47,14 +48,13 @@ def saved_weights(model: nn.Module, weights: Mapping[str, Weight]) -> dict[str, 
     Returns:
         Key in the checkpoint -> weight.
     """
-    from transformers.core_model_loading import revert_weight_conversion
-
+    conversions = optional("transformers.core_model_loading")
     names: list[str] = []
 
     def revert(*tensors: torch.Tensor) -> list[torch.Tensor]:
         state = cast(
             dict[str, torch.Tensor],
-            revert_weight_conversion(cast(Any, model), dict(zip(weights, tensors, strict=True))),
+            conversions.revert_weight_conversion(model, dict(zip(weights, tensors, strict=True))),
         )
         names.extend(state)
         return list(state.values())

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from adaptc.errors import WeightError
 from adaptc.ir.nodes import set_tensor
+from adaptc.optional import optional
 from adaptc.weights import Held, Stored, Weight, read_safetensors
 
 CONFIG = "config.json"
@@ -159,14 +160,15 @@ def stored_tensors(directory: Path) -> dict[str, Stored]:
 
 def is_converted(model: Any, stored: Iterable[str]) -> bool:
     """Whether transformers computes some of a model's tensors from the checkpoint's, beyond giving them other names."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter
-
-    conversions = cast(Iterable[object], get_model_conversion_mapping(model, add_legacy=False))
+    mapping, loading = (
+        optional("transformers.conversion_mapping"),
+        optional("transformers.core_model_loading"),
+    )
+    conversions: Iterable[Any] = mapping.get_model_conversion_mapping(model, add_legacy=False)
     patterns = [
         pattern
         for conversion in conversions
-        if isinstance(conversion, WeightConverter)
+        if isinstance(conversion, loading.WeightConverter)
         for pattern in conversion.source_patterns
     ]
     return any(re.search(pattern, key) for pattern in patterns for key in stored)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from adaptc.checkpoints.peft_config import check_options
 from adaptc.checkpoints.peft_write import save
 from adaptc.checkpoints.records import AdapterRecord, assign, group
 from adaptc.errors import WeightError
+from adaptc.ir.aliases import unread_modules
 
 META = "adaptc"
 """The key in a module's `meta` under which adaptc stores its records of the adapters and the base."""
@@ -33,18 +35,22 @@ def records(module: fx.GraphModule) -> list[AdapterRecord]:
     return [AdapterRecord.from_json(record) for record in stored["adapters"]]
 
 
-def load_adapter_into(module: fx.GraphModule, directory: Path) -> None:
+def load_adapter_into(module: fx.GraphModule, directory: Path) -> dict[str, torch.Tensor]:
     """Copy the tensors of checkpoints into a module's adapters; nothing is changed if they do not fit.
 
     Args:
         module: a module that adaptc compiled.
         directory: one checkpoint, or several with their order.
 
+    Returns:
+        Name -> tensor as the checkpoints hold it, in their dtype.
+
     Raises:
         WeightError: a checkpoint does not fit the module's adapters or its base.
     """
     base = module.meta[META]["base"]["sha256"]
-    checkpoints = [read(path) for path in directories(directory)]
+    unread = unread_modules(module)
+    checkpoints = [replace(read(path), unread=unread) for path in directories(directory)]
     groups = group(records(module))
     if len(checkpoints) != len(groups):
         raise WeightError(
@@ -59,6 +65,7 @@ def load_adapter_into(module: fx.GraphModule, directory: Path) -> None:
     with torch.no_grad():
         for name, value in values.items():
             tensors[name].copy_(value)
+    return values
 
 
 def save_adapter_of(module: fx.GraphModule, directory: Path) -> None:

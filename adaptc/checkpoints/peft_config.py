@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from adaptc.checkpoints.adapter import CONFIG, Checkpoint
 from adaptc.checkpoints.peft_targets import module_patterns, named_modules, target_of, with_output_projections
 from adaptc.checkpoints.records import AdapterRecord
+from adaptc.checkpoints.tied import TIES
 from adaptc.errors import WeightError
 from adaptc.methods.method import METHODS, Method, options_of
 from adaptc.methods.peft_format import PeftFormat
@@ -165,6 +166,7 @@ def _check_other_keys(checkpoint: Checkpoint, cls: type[Method[Any]]) -> None:
     """
     assert cls.peft is not None
     read = DESCRIPTIVE | cls.peft.ignored | set(cls.peft.options.values()) | set(cls.peft.fixed)
+    read |= {TIES} if cls.peft.ties else set[str]()
     for key, value in checkpoint.config.items():
         if key in read or key.startswith("init_"):
             continue

@@ -16,6 +16,7 @@ from safetensors import torch as safetensors
 from adaptc.checkpoints.adapter import BASE_HASH, BASE_TENSORS, CONFIG, ORDER, ROOT, TENSORS
 from adaptc.checkpoints.adapter_checks import spelled
 from adaptc.checkpoints.records import AdapterRecord, AdapterTensor, group
+from adaptc.checkpoints.tied import ON_ALIAS, TIES
 from adaptc.errors import WeightError
 from adaptc.methods.method import options_of
 from adaptc.patterns import matches_any
@@ -60,7 +61,12 @@ def save(
         target.mkdir(parents=True, exist_ok=True)
         format = members[0].format
         bare = format is not None and format.bare
-        tensors = {spelled(t.key, bare): _as_written(values[t.name], t) for r in members for t in r.stored}
+        tensors = {
+            spelled(key, bare): _as_written(values[t.name], t)
+            for r in members
+            for t in r.stored
+            for key in (t.key, *t.copies)
+        }
         metadata = {"format": "pt", **({BASE_HASH: base["sha256"]} if base.get("sha256") else {})}
         if TASKS.get(base.get("task", "")) in CLASSIFYING and members[0].heads:
             heads = [name for name in members[0].heads if ROOT + name not in tensors]
@@ -103,6 +109,7 @@ def _config(group: Sequence[AdapterRecord], base: Mapping[str, str]) -> dict[str
             "adaptc_method": host.method,
             "adaptc_options": dict(host.options),
             "target_modules": list(host.patterns),
+            **({ON_ALIAS: "share"} if host.tied else {}),
         }
     config |= {"peft_type": host.format.type, **_fixed_keys(host.format.fixed), **host.sizes}
     if host.format.bare:
@@ -111,6 +118,8 @@ def _config(group: Sequence[AdapterRecord], base: Mapping[str, str]) -> dict[str
         config["target_modules"] = _targets(host)
     if host.parameters:
         config["target_parameters"] = list(host.parameters)
+    if host.format.ties and any(record.tied for record in group):
+        config[TIES] = True
     if host.transposed:
         config["fan_in_fan_out"] = True
     options = host.format.write(options_of(host.instance))

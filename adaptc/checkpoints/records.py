@@ -28,6 +28,7 @@ class AdapterTensor:
         trained: whether it gets a gradient.
         stored: whether checkpoints hold it.
         below: the exclusive upper bound of indices; None for a tensor of numbers.
+        copies: the keys under which PEFT writes the same tensor once more, for tied modules.
     """
 
     name: str
@@ -38,6 +39,7 @@ class AdapterTensor:
     trained: bool
     stored: bool
     below: int | None
+    copies: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class AdapterRecord:
         in_peft: PEFT has this method on all of these sites.
         sizes: keys of PEFT's configuration that follow from the sites.
         heads: the base's tensors that PEFT expects in the checkpoint where the task is to classify.
+        tied: it changes a tied tensor under all its names (`on_alias: share`).
         tensors: its tensors.
     """
 
@@ -73,6 +76,7 @@ class AdapterRecord:
     in_peft: bool
     sizes: Mapping[str, int]
     heads: tuple[str, ...]
+    tied: bool
     tensors: tuple[AdapterTensor, ...]
 
     @classmethod
@@ -130,7 +134,7 @@ class AdapterRecord:
 
 
 def _tensor(data: Mapping[str, Any]) -> AdapterTensor:
-    fields: dict[str, Any] = {**data, "shape": tuple(data["shape"])}
+    fields: dict[str, Any] = {**data, "shape": tuple(data["shape"]), "copies": tuple(data["copies"])}
     return AdapterTensor(**fields)
 
 
@@ -183,5 +187,7 @@ def _hosts(host: AdapterRecord, record: AdapterRecord) -> bool:
         return False
     heads = all(not host.format.heads.isdisjoint(module.split(".")) for module in record.modules)
     accepts = host.format.hosts or (bool(host.format.heads) and heads)
+    if record.tied and not host.format.ties:
+        return False
     independent = host.entry == record.entry or not set(host.modules) & set(record.modules)
     return accepts and host.adapter == record.adapter and independent

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from adaptc.errors import ProofError, WeightError
+from adaptc.optional import optional
 from adaptc.weights import SAFETENSORS_DTYPES, Stored, Weight
 
 NAMES = "model{suffix}.safetensors"
@@ -42,9 +43,7 @@ def write_shards(
         WeightError: safetensors has no code for a dtype, or a loaded tensor has another shape or dtype than stated.
         ProofError: a tensor is not read back as it was written.
     """
-    import huggingface_hub
-
-    plan = cast(Any, huggingface_hub).split_state_dict_into_shards_factory(
+    plan = optional("huggingface_hub").split_state_dict_into_shards_factory(
         dict(weights),
         get_storage_size=_nbytes,
         filename_pattern=NAMES,

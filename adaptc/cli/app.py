@@ -1,153 +1,26 @@
-"""The commands of `adaptc`. Torch is imported only by those that need it."""
+"""The program `adaptc`: it runs a command, and its exit code tells how that ended."""
 
 from __future__ import annotations
 
-import json
 import sys
-from pathlib import Path
-from typing import Annotated, Any
 
-import typer
-
-from adaptc.errors import AdaptcError
-
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    help="A declarative graph-compiler for adapted models: one spec in, proved artifacts out.",
-)
-SpecPath = Annotated[Path, typer.Argument(help="the spec, a YAML file", show_default=False)]
-Sets = Annotated[
-    list[str] | None, typer.Option("--set", help="override a value: base.dtype=float16", show_default=False)
-]
-Json = Annotated[bool, typer.Option("--json", help="print one JSON document on standard output")]
+from adaptc.cli.interrupt import end_on_interrupt, ignore_interrupt
 
 
-@app.command()
-def compile(
-    spec: SpecPath,
-    output_dir: Annotated[Path | None, typer.Option(help="write here instead of beside the spec")] = None,
-    set_: Sets = None,
-    print_after: Annotated[
-        str | None, typer.Option(help="print the graph after this pass, or after 'all'")
-    ] = None,
-    dump_graphs: Annotated[
-        Path | None, typer.Option(help="write the graph after every pass into this folder")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Compile a spec: trace, insert, prove, and write what `emit` asks for."""
-    from adaptc.cli.compile_command import compile_and_emit
-    from adaptc.cli.screen import Screen
-
-    screen = Screen(quiet=as_json)
-    result = compile_and_emit(spec, set_ or [], output_dir, print_after, dump_graphs, screen)
-    if as_json:
-        _print_json(result)
-
-
-@app.command()
-def plan(spec: SpecPath, set_: Sets = None, as_json: Json = False) -> None:
-    """Show matched sites, near misses, the cost and the pipeline. Reads no weights."""
-    from adaptc.cli.screen import Screen
-    from adaptc.compiler.driver import plan as make_plan
-
-    screen = Screen(quiet=as_json)
-    with screen.working("tracing"):
-        _, planned = make_plan(spec, set_ or [])
-    if as_json:
-        _print_json(planned.to_json())
-    else:
-        screen.plan(planned)
-
-
-@app.command()
-def init(
-    model: Annotated[Path, typer.Argument(help="a Hugging Face model directory", show_default=False)],
-    adapter: Annotated[Path | None, typer.Option(help="a trained PEFT adapter")] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="the file to write; standard output if left out")
-    ] = None,
-) -> None:
-    """Write a commented spec for a model, and a trained adapter if one is given."""
-    from adaptc.cli.starter import starter_spec
-
-    text = starter_spec(model, adapter, output.parent if output else Path.cwd())
-    if output is None:
-        sys.stdout.write(text)
-    elif output.exists():
-        raise AdaptcError(f"{output} exists already; remove it or choose another name")
-    else:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(text)
-        sys.stderr.write(f"wrote {output}; next: adaptc plan {output}\n")
-
-
-@app.command()
-def inspect(path: Annotated[Path, typer.Argument(show_default=False)], as_json: Json = False) -> None:
-    """Show what an artifact, an adapter's checkpoint or a model directory holds."""
-    from adaptc.cli.inspection import inspect as rows_of
-    from adaptc.cli.screen import Screen
-
-    rows = rows_of(path)
-    _print_json({row["what"]: row["value"] for row in rows}) if as_json else Screen().table(str(path), rows)
-
-
-@app.command()
-def verify(path: Annotated[Path, typer.Argument(show_default=False)], as_json: Json = False) -> None:
-    """Check an artifact: its files' hashes, and that it computes what it did when it was compiled."""
-    from adaptc.cli.inspection import verify as check
-    from adaptc.cli.screen import Screen
-
-    rows = check(path)
-    _print_json(rows) if as_json else Screen().table(str(path), rows)
-
-
-@app.command()
-def methods(as_json: Json = False) -> None:
-    """List the methods for `adapt`, with their equations and options."""
-    from adaptc.cli.listings import method_rows
-    from adaptc.cli.screen import Screen
-
-    rows = method_rows()
-    _print_json(rows) if as_json else Screen().table("methods", rows)
-
-
-@app.command()
-def schemes(as_json: Json = False) -> None:
-    """List the schemes for `quantize`, with their equations and options."""
-    from adaptc.cli.listings import scheme_rows
-    from adaptc.cli.screen import Screen
-
-    rows = scheme_rows()
-    _print_json(rows) if as_json else Screen().table("schemes", rows)
-
-
-@app.command()
-def passes(as_json: Json = False) -> None:
-    """List the passes for `passes`, with the stages each takes and leaves."""
-    from adaptc.cli.listings import pass_rows
-    from adaptc.cli.screen import Screen
-
-    rows = pass_rows()
-    _print_json(rows) if as_json else Screen().table("passes", rows)
-
-
-@app.command()
-def schema() -> None:
-    """Print the spec's JSON Schema, for editors."""
-    from adaptc.spec.spec import schema_text
-
-    sys.stdout.write(schema_text())
-
-
-def _print_json(document: Any) -> None:
-    sys.stdout.write(json.dumps(document, indent=2, default=str) + "\n")
+def start() -> None:
+    """Run the command line as a process of its own, which Ctrl-C ends wherever it lands."""
+    end_on_interrupt()
+    try:
+        main()
+    finally:
+        ignore_interrupt()
 
 
 def main() -> None:
     """Run the command line. An error of adaptc's own is printed without a traceback."""
+    from adaptc.cli.commands import app
+    from adaptc.errors import AdaptcError
+
     try:
         app()
     except AdaptcError as error:
@@ -156,4 +29,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start()

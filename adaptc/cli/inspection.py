@@ -26,9 +26,9 @@ def inspect(path: Path) -> list[dict[str, Any]]:
         SpecError: the path holds none of these.
         WeightError: a file there is broken.
     """
-    manifest = _manifest(path)
-    if manifest is not None:
-        return _rows(_described(manifest, path))
+    artifacts = _listed(path) or _from_metadata(path)
+    if artifacts is not None:
+        return _rows(_described(artifacts))
     if path.is_dir() and checkpoint.why_missing(path) is None:
         rows: list[dict[str, Any]] = []
         for folder in checkpoint.directories(path):
@@ -60,30 +60,33 @@ def verify(path: Path) -> list[dict[str, Any]]:
         SpecError: the path holds no artifact of adaptc.
         ProofError: a file was changed, or the artifact computes something else.
     """
-    manifest = _manifest(path)
     folder = path if path.is_dir() else path.parent
-    if manifest is None:
-        raise SpecError(
-            [Problem(f"no {MANIFEST} there, so there is nothing to check against", file=str(path))]
-        )
-    if not is_unmodified(folder / MANIFEST):
+    artifacts = _listed(path)
+    if artifacts is not None and not is_unmodified(folder / MANIFEST):
         raise ProofError(f"{folder / MANIFEST}: changed since it was written (its own SHA-256 differs)")
+    artifacts = artifacts or _from_metadata(path)
+    if artifacts is None:
+        raise _unlisted(path)
     rows: list[dict[str, Any]] = []
-    for name, artifact in _artifacts(manifest, path).items():
+    for name, artifact in artifacts.items():
         for file, recorded in artifact["files"].items():
             if not (folder / file).is_file():
-                raise ProofError(f"{folder / file}: missing, though {MANIFEST} names it")
+                raise ProofError(f"{folder / file}: missing, though {name} needs it")
             if sha256_of_files([folder / file]) != recorded["sha256"]:
                 raise ProofError(f"{folder / file}: changed since it was compiled (its SHA-256 differs)")
             rows.append({"what": file, "checked": f"SHA-256 {recorded['sha256'][:12]}..."})
+        if "sha256" in artifact:
+            rows.append(
+                {"what": name, "checked": f"SHA-256 {artifact['sha256'][:12]}..., without its provenance"}
+            )
         try:
-            rows.append({"what": name, "checked": _proved(folder, name, artifact, manifest)})
+            rows.append({"what": name, "checked": _proved(folder, name, artifact)})
         except ProofError as error:
             raise ProofError(f"{folder / name}: {error}") from error
     return rows
 
 
-def _proved(folder: Path, name: str, artifact: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
+def _proved(folder: Path, name: str, artifact: Mapping[str, Any]) -> str:
     """Compare an artifact's outputs with the recorded ones; of one that cannot run, check that its tensors are finite.
 
     Returns:
@@ -93,10 +96,10 @@ def _proved(folder: Path, name: str, artifact: Mapping[str, Any], manifest: Mapp
 
     if "reference" not in artifact:
         return _finite(folder, artifact)
-    return proved_again(artifact["reference"], _runner(folder, name, artifact, manifest))
+    return proved_again(artifact["reference"], _runner(folder, name, artifact))
 
 
-def _runner(folder: Path, name: str, artifact: Mapping[str, Any], manifest: Mapping[str, Any]) -> Runner:
+def _runner(folder: Path, name: str, artifact: Mapping[str, Any]) -> Runner:
     from adaptc.compiler.proof import BatchRunner, module_call
     from adaptc.emit.onnx.partitioned import PartitionedProgram
     from adaptc.emit.onnx.runtime import onnx_runner
@@ -105,19 +108,17 @@ def _runner(folder: Path, name: str, artifact: Mapping[str, Any], manifest: Mapp
     match artifact["format"]:
         case "torch":
             return BatchRunner(module_call(load_torch(folder)))
-        case "onnx" if (folder / f"{name}.data").exists():
+        case "onnx" if set(artifact["files"]) - {name}:
             return PartitionedProgram(folder / name, folder / name)
         case "onnx":
             return BatchRunner(onnx_runner(folder / name))
         case _:
-            import transformers
-
             from adaptc.emit.huggingface import load_checkpoint
-            from adaptc.tracing.huggingface_tasks import tasks
+            from adaptc.tracing.huggingface import read_pretrained
 
-            base = manifest["spec"]["base"]
-            auto = getattr(transformers, tasks()[base["task"]])
-            return BatchRunner(module_call(load_checkpoint(auto, base["trust_remote_code"], folder)))
+            base = artifact["provenance"]["spec"]["base"]
+            stored = read_pretrained(str(folder), base["task"], base["trust_remote_code"], {})
+            return BatchRunner(module_call(load_checkpoint(stored, folder)))
 
 
 def _finite(folder: Path, artifact: Mapping[str, Any]) -> str:
@@ -130,35 +131,51 @@ def _finite(folder: Path, artifact: Mapping[str, Any]) -> str:
     return "every tensor is finite"
 
 
-def _manifest(path: Path) -> dict[str, Any] | None:
+def _listed(path: Path) -> dict[str, Any] | None:
+    """The manifest's entries of the artifacts at a path, by name: all of a folder's, or a file's own; None without."""
     file = (path if path.is_dir() else path.parent) / MANIFEST
     if not path.exists() or not file.is_file():
         return None
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
-        written_by_adaptc = bool(manifest["products"]) and "adaptc" in manifest["versions"]
-    except (ValueError, KeyError, TypeError) as error:
+        earlier = {"provenance": manifest}  # of versions that told it once for all artifacts
+        artifacts: dict[str, Any] = {name: earlier | entry for name, entry in manifest["products"].items()}
+        written_by_adaptc = bool(artifacts) and "adaptc" in manifest["versions"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise AdaptcError(f"{file}: broken, or not written by adaptc ({error!r})") from None
     if not written_by_adaptc:
         raise AdaptcError(f"{file}: not written by adaptc")
-    return manifest
-
-
-def _artifacts(manifest: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
-    """The manifest's entries of the artifacts at a path, by name: all of a folder's, or a file's own."""
-    artifacts = manifest["products"]
     if path.is_dir():
         return artifacts
-    if path.name not in artifacts:
-        message = f"not among the artifacts in {MANIFEST} beside it: {', '.join(artifacts)}"
-        raise SpecError([Problem(message, file=str(path))])
-    return {path.name: artifacts[path.name]}
+    return {path.name: artifacts[path.name]} if path.name in artifacts else None
 
 
-def _described(manifest: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    shown: dict[str, Any] = {"base": manifest["base"]["model"], "base SHA-256": manifest["base"]["sha256"]}
-    for name, artifact in _artifacts(manifest, path).items():
-        shown[name] = f"{artifact['format']}, {sum(f['bytes'] for f in artifact['files'].values()):,} bytes"
+def _from_metadata(path: Path) -> dict[str, Any] | None:
+    """The entry in the metadata of a program that no manifest lists, such as a copy, by its name; None without."""
+    if path.suffix != ".onnx" or not path.is_file():
+        return None
+    from adaptc.emit.onnx.provenance import embedded
+
+    record = embedded(path)
+    return None if record is None else {path.name: record}
+
+
+def _unlisted(path: Path) -> SpecError:
+    """The error for a path that neither a manifest nor its own metadata tells of."""
+    if not path.exists():
+        return _nothing(path)
+    message = f"no {MANIFEST} there, so there is nothing to check against"
+    if path.is_file() and (path.parent / MANIFEST).is_file():
+        message = f"not among the artifacts in {MANIFEST} beside it"
+    return SpecError([Problem(message, file=str(path))])
+
+
+def _described(artifacts: Mapping[str, Any]) -> dict[str, Any]:
+    """What artifacts are; what is true of all of them, such as their base, once."""
+    shown: dict[str, Any] = {}
+    for name, artifact in artifacts.items():
+        size = sum(file["bytes"] for file in artifact["files"].values())
+        shown[name] = f"{artifact['format']}, {size:,} bytes" if size else artifact["format"]
         for key in ("adapters", "opset", "nodes", "class", "dtype", "inputs", "outputs", "checked"):
             if key in artifact:
                 shown[f"{name}: {key}"] = artifact[key]
@@ -167,9 +184,23 @@ def _described(manifest: Mapping[str, Any], path: Path) -> dict[str, Any]:
             shown[f"{name}: proof"] = (
                 f"largest error {proof['relative']:.1e} of {proof['tolerance']:.1e} allowed"
             )
-    methods = sorted({method for site in manifest["sites"] for method in site["methods"]})
-    shown["sites"] = f"{len(manifest['sites'])} ({', '.join(methods)})"
-    return shown | {"versions": ", ".join(f"{k} {v}" for k, v in manifest["versions"].items())}
+    origins = {name: _origin(artifact["provenance"]) for name, artifact in artifacts.items()}
+    if all(origin == next(iter(origins.values())) for origin in origins.values()):
+        return shown | next(iter(origins.values()))
+    return shown | {
+        f"{name}: {key}": value for name, origin in origins.items() for key, value in origin.items()
+    }
+
+
+def _origin(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """What an artifact was compiled from, and by which versions."""
+    methods = sorted({method for site in provenance["sites"] for method in site["methods"]})
+    return {
+        "base": provenance["base"]["model"],
+        "base SHA-256": provenance["base"]["sha256"],
+        "sites": f"{len(provenance['sites'])} ({', '.join(methods)})",
+        "versions": ", ".join(f"{package} {version}" for package, version in provenance["versions"].items()),
+    }
 
 
 def _quantized(config: Mapping[str, Any]) -> str:

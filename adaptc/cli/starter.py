@@ -71,8 +71,12 @@ def starter_spec(model: Path, adapter: Path | None, folder: Path) -> str:
     Raises:
         SpecError: there is no model, or no adapter, at the path.
     """
-    config = _config(model, "config.json", "a Hugging Face model directory")
-    task = _task(config)
+    from adaptc.checkpoints.sentence_transformer import is_sentence_transformer, read_sentence_transformer
+
+    whole = is_sentence_transformer(model)
+    transformer = read_sentence_transformer(model).model if whole else model
+    config = _config(transformer, "config.json", "a Hugging Face model directory")
+    task = "sentence-embedding" if whole else _task(config)
     adapt, override = TRAIN, ""
     if adapter is not None:
         trained = _config(adapter, "adapter_config.json", "a trained adapter's directory")

@@ -14,7 +14,7 @@ from adaptc.emit.torch import load_torch
 from adaptc.ir.graph import Graph
 from adaptc.rewriter.pipeline import Pass
 from adaptc.rewriter.pipeline import run as run_passes
-from adaptc.tracing.module import from_module, inputs_from_examples
+from adaptc.tracing.module import from_examples
 from adaptc.tracing.trace import trace_base
 
 
@@ -34,7 +34,7 @@ def trace(
         TraceError: the module cannot be traced.
         InputError: the examples are not what its `forward` takes.
     """
-    return trace_base(from_module(model, inputs_from_examples(model, example_inputs, dynamic)))
+    return trace_base(from_examples(model, example_inputs, dynamic))
 
 
 def run(graph: Graph, passes: Sequence[Pass]) -> Graph:

@@ -18,16 +18,17 @@ from adaptc.checkpoints.records import assign, group
 from adaptc.compiler.folding import fold, prove_fold
 from adaptc.compiler.onnx_artifact import prove_onnx, write_onnx
 from adaptc.compiler.output_paths import output_paths
-from adaptc.compiler.plan_report import site_json
 from adaptc.compiler.program import Program
 from adaptc.compiler.proof import BatchRunner, Proof, module_call
 from adaptc.compiler.proofs import check_finite, check_gradients
+from adaptc.compiler.provenance import provenance, without_times
 from adaptc.compiler.quantization_error import QuantizationErrors
 from adaptc.compiler.reference import recorded
 from adaptc.compiler.schedule import bits_in_checkpoint
 from adaptc.compiler.trainable import reset_derived
 from adaptc.emit.huggingface import LOADED_SHARE, fits_in_memory, load_checkpoint, save_checkpoint
-from adaptc.emit.manifest import MANIFEST, versions, write_manifest
+from adaptc.emit.manifest import MANIFEST, product_entry, write_manifest
+from adaptc.emit.onnx.provenance import embed
 from adaptc.emit.staging import Staging
 from adaptc.emit.torch import PROGRAM, load_torch, save_torch
 from adaptc.errors import ProofError, RefusedError
@@ -35,7 +36,6 @@ from adaptc.ir.graph import Graph
 from adaptc.ir.interpreter import Run
 from adaptc.rewriter.expression import FoldedWeight
 from adaptc.spec.emit import EmitEntry, HfEmit, OnnxEmit, PeftEmit, TorchEmit
-from adaptc.spec.spec import dump
 from adaptc.weights import Weight
 
 
@@ -110,7 +110,7 @@ def _torch(program: Program, entry: TorchEmit, staging: Staging, final: Path) ->
     module = program.module
     reset_derived(program.graph, module)
     save_torch(module, directory)
-    files, manifest, common = [directory / PROGRAM], directory / MANIFEST, _common(program)
+    files, manifest, common = [directory / PROGRAM], directory / MANIFEST, provenance(program, final)
     artifact: dict[str, Any] = {"name": PROGRAM, "format": "torch", "module": module.meta[META]}
     write_manifest(manifest, common, artifact, files)  # what is loaded below needs one
 
@@ -141,7 +141,11 @@ def _onnx(program: Program, entry: OnnxEmit, staging: Staging, final: Path) -> Q
         operations = {"base": len(program.base.operations), "folded": len(graph.operations)}
         artifact |= {"rounding": losses, "operations": operations}
     artifact |= _proved(program, proof, reference) | _errors(errors)
-    _manifest_beside(program, staging, final, artifact, file.staged(staging))
+    common, files = provenance(program, final.parent), file.staged(staging)
+    embed(file.path, product_entry(without_times(common), artifact, files[1:]))
+    manifest = final.parent / MANIFEST
+    earlier = staging.staged(manifest)
+    write_manifest(staging.path(manifest), common, artifact, files, old=earlier or manifest)
     return errors
 
 
@@ -161,7 +165,7 @@ def _peft(program: Program, entry: PeftEmit, staging: Staging, final: Path) -> N
             if not torch.equal(value, values[name].to("cpu", value.dtype)):
                 raise ProofError(f"{name} was not read back as it was written")
     artifact = {"name": "adapter", "format": "peft"}
-    write_manifest(directory / MANIFEST, _common(program), artifact, _files_in(directory))
+    write_manifest(directory / MANIFEST, provenance(program, final), artifact, _files_in(directory))
 
 
 def _huggingface(program: Program, entry: HfEmit, staging: Staging, final: Path) -> QuantizationErrors | None:
@@ -181,7 +185,7 @@ def _huggingface(program: Program, entry: HfEmit, staging: Staging, final: Path)
     if fits_in_memory(graph):
         origin = program.base.source.pretrained
         assert origin is not None
-        loaded = load_checkpoint(origin.auto, origin.trust_remote_code, directory)
+        loaded = load_checkpoint(origin, directory)
         reference = program.reference(graph, folded)
         candidate = BatchRunner(module_call(loaded)).on(reference.taken)
         proof = program.proofs.prove("hf", graph, reference, candidate)
@@ -190,7 +194,7 @@ def _huggingface(program: Program, entry: HfEmit, staging: Staging, final: Path)
         artifact["checked"] = (
             f"read back tensor by tensor; not loaded, since it is over 1/{LOADED_SHARE} of memory"
         )
-    write_manifest(directory / MANIFEST, _common(program), artifact, _files_in(directory))
+    write_manifest(directory / MANIFEST, provenance(program, final), artifact, _files_in(directory))
     return errors
 
 
@@ -222,36 +226,3 @@ def _losses(weights: Mapping[str, Weight]) -> dict[str, float]:
     """Each folded weight -> the error of rounding it to the storage dtype, relative to its largest value."""
     folded = {name: weight for name, weight in weights.items() if isinstance(weight, FoldedWeight)}
     return {name: weight.rounding for name, weight in folded.items() if weight.rounding is not None}
-
-
-def _manifest_beside(
-    program: Program, staging: Staging, final: Path, artifact: dict[str, Any], files: list[Path]
-) -> None:
-    """Add an artifact that is a file to the manifest of its folder."""
-    manifest = final.parent / MANIFEST
-    earlier = staging.staged(manifest)
-    write_manifest(staging.path(manifest), _common(program), artifact, files, old=earlier or manifest)
-
-
-def _common(program: Program) -> dict[str, Any]:
-    """What the manifest of every artifact says of its compile, see `write_manifest`."""
-    source = program.base.source
-    sites: dict[str, dict[str, Any]] = {}
-    for planned in program.plan.entries:
-        for site in planned.selection.sites:
-            described = sites.setdefault(site.parameter or str(site), site_json(site) | {"methods": []})
-            described["methods"].append(planned.insert.method.name)
-    checkpoints = {p.checkpoint.path: p.checkpoint for p in program.plan.entries if p.checkpoint}
-    return {
-        "versions": versions(),
-        "spec": dump(program.spec),
-        "base": {
-            "model": source.describe,
-            "sha256": program.base_sha256,
-            "notes": [*source.notes, *source.bound.notes],
-        },
-        "adapters": [{"path": str(path), "sha256": c.sha256} for path, c in checkpoints.items()],
-        "sites": list(sites.values()),
-        "passes": [asdict(record) for record in program.records],
-        "proofs": [asdict(proof) for proof in program.proofs.held],
-    }

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from adaptc.checkpoints.huggingface_weights import CONFIG
+from adaptc.checkpoints.sentence_transformer import is_sentence_transformer
 from adaptc.compiler.rewrite import After
 from adaptc.errors import InputError, TraceError, WeightError
 from adaptc.inputs import InputSpec
 from adaptc.ir.base import Base
 from adaptc.ir.graph import Graph
+from adaptc.optional import MissingPackageError
 from adaptc.spec.base import BaseEntry
 from adaptc.spec.spec import Spec, require_base, resolve_path
-from adaptc.tracing.module import from_factory, from_module, from_program, inputs_from_examples
+from adaptc.tracing import huggingface
+from adaptc.tracing.huggingface_tasks import SENTENCE_EMBEDDING, unknown_task
+from adaptc.tracing.module import from_examples, from_factory, from_module, from_program
 from adaptc.tracing.trace import trace_base
+from adaptc.tracing.wrappers import unwrapped
 
 
 def make_base(
@@ -36,10 +42,11 @@ def make_base(
     inputs = tuple(spec.inputs.values())
     if model is not None:
         if example_inputs is not None:
-            inputs = inputs_from_examples(model, example_inputs, dynamic)
+            return from_examples(model, example_inputs, dynamic)
         if not inputs:
             raise TraceError("a model needs example_inputs=(x,), or `inputs` in the spec")
-        return from_module(model, inputs)
+        model, notes = unwrapped(model)
+        return replace(from_module(model, inputs), notes=list(notes))
     entry = require_base(spec)
     try:
         if entry.python is not None:
@@ -48,7 +55,7 @@ def make_base(
         if entry.program is not None:
             return from_program(resolve_path(spec, entry.program), inputs)
         return _from_huggingface(spec, entry, inputs)
-    except (TraceError, WeightError) as error:
+    except (TraceError, WeightError, MissingPackageError) as error:
         key = next(k for k in ("python", "program", "model") if getattr(entry, k) is not None)
         raise spec.error(("base", key), error.message, *error.notes) from error
 
@@ -82,20 +89,17 @@ def _from_huggingface(spec: Spec, entry: BaseEntry, inputs: Sequence[InputSpec])
     Raises:
         SpecError: transformers is not installed, the task is unknown, or there is no such directory.
     """
-    try:
-        from adaptc.tracing import huggingface
-        from adaptc.tracing.huggingface_tasks import unknown_task as why_unknown
-    except ImportError as error:
-        raise spec.error(("base", "model"), "needs transformers", "pip install 'adaptc[hf]'") from error
     assert entry.model is not None
-    unknown_task = why_unknown(entry.task)
-    if unknown_task:
-        raise spec.error(("base", "task"), unknown_task)
+    unknown = unknown_task(entry.task)
+    if unknown:
+        raise spec.error(("base", "task"), unknown)
     directory = resolve_path(spec, entry.model)
     if directory.exists():
-        if not (directory / CONFIG).is_file():
-            message = f"{directory} holds no {CONFIG}"
-            raise spec.error(("base", "model"), message, "expected a Hugging Face model directory")
+        if not (directory / CONFIG).is_file() and entry.task != SENTENCE_EMBEDDING:
+            expected = "expected a Hugging Face model directory"
+            if is_sentence_transformer(directory):
+                expected = f"it is a SentenceTransformer: task: {SENTENCE_EMBEDDING}"
+            raise spec.error(("base", "model"), f"{directory} holds no {CONFIG}", expected)
         return huggingface.load(str(directory), entry, spec.seed, tuple(inputs))
     if entry.model.startswith((".", "/", "~")) or entry.model.count("/") > 1 or Path(entry.model).suffix:
         message = f"{directory}: no such directory"

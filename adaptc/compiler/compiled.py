@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from adaptc.checkpoints.module_adapters import META, load_adapter_into
+from adaptc.checkpoints.module_adapters import META
 from adaptc.compiler.artifacts import emit_all
 from adaptc.compiler.folding import fold, prove_fold
 from adaptc.compiler.output_paths import output_paths
@@ -173,4 +173,4 @@ class Compiled:
         Raises:
             WeightError: it does not fit what was inserted.
         """
-        load_adapter_into(self.module, Path(directory))
+        self.program.load_adapter(Path(directory))

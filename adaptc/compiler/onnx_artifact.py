@@ -10,6 +10,7 @@ from typing import Any
 
 from adaptc.compiler.program import Program
 from adaptc.compiler.proof import BatchRunner, Proof, prove, tolerance
+from adaptc.compiler.provenance import describe_base
 from adaptc.emit.manifest import versions
 from adaptc.emit.onnx.evaluate import evaluate
 from adaptc.emit.onnx.export import export_onnx
@@ -92,7 +93,7 @@ def write_onnx(program: Program, graph: Graph, entry: OnnxEmit, staging: Staging
     unrounded = evaluated.copy() if entry.round_activations and rounds_activations(evaluated) else None
     metadata = {
         "adaptc.version": versions().get("adaptc", ""),
-        "adaptc.base": program.base.source.describe,
+        "adaptc.base": describe_base(program, final.parent),
         "adaptc.base_sha256": program.base_sha256,
         "adaptc.adapters": entry.adapters,
         "adaptc.methods": ", ".join(p.insert.method.name for p in program.plan.entries),

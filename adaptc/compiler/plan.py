@@ -19,7 +19,7 @@ from adaptc.compiler.plan_quantization import (
 )
 from adaptc.compiler.schedule import as_written, closing_of, pipeline_of
 from adaptc.errors import Problem, SpecError
-from adaptc.ir.analysis.dataflow import walk
+from adaptc.ir.analysis.dataflow import readers, walk
 from adaptc.ir.graph import Graph
 from adaptc.ir.selection import no_match
 from adaptc.methods.method import shared_name
@@ -145,7 +145,7 @@ def reaches_output(graph: Graph, site: Site) -> bool:
         )
         return node.target is detach or discrete
 
-    reached = walk([nodes[use.node] for use in site.uses], lambda node: node.users, without_gradient)
+    reached = walk([nodes[use.node] for use in site.uses], readers, without_gradient)
     return any(node.op == "output" for node in reached)
 
 

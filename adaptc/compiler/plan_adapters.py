@@ -12,8 +12,10 @@ from adaptc.checkpoints.graph_records import weight_order
 from adaptc.checkpoints.peft_config import declared
 from adaptc.checkpoints.peft_keys import PeftLayout
 from adaptc.checkpoints.peft_targets import named_modules
+from adaptc.checkpoints.tied import tied_in, tying_key
 from adaptc.errors import InputError, WeightError
 from adaptc.ir.adaptation import OnAlias
+from adaptc.ir.aliases import unread_modules
 from adaptc.ir.base import Pretrained
 from adaptc.ir.graph import Graph
 from adaptc.ir.selection import Selection, Target
@@ -21,6 +23,7 @@ from adaptc.methods.method import METHODS, Method
 from adaptc.methods.param import Param
 from adaptc.methods.site import ATTENTION, WeightSite
 from adaptc.methods.virtual_tokens import InputMethod
+from adaptc.optional import optional
 from adaptc.rewriter.insert.base import Insert
 from adaptc.spec.entries import AdapterEntry
 from adaptc.spec.spec import Spec, resolve_path
@@ -115,7 +118,7 @@ def _trained(spec: Spec, graph: Graph, index: int, entry: AdapterEntry) -> list[
     planned: list[PlannedInsertion] = []
     try:
         for directory in directories(path):
-            checkpoint = read(directory, entry.allow_pickle)
+            checkpoint = replace(read(directory, entry.allow_pickle), unread=unread_modules(graph.module))
             name = entry.name or (directory.name if directory != path else "default")
             common = _Common(name, index, spec.seed, entry.on_alias)
             planned += _from_checkpoint(graph, checkpoint, common, entry.r)
@@ -137,8 +140,7 @@ def _from_checkpoint(
     """
     declaration = declared(checkpoint)
     cls, options = declaration.method, declaration.options
-    if cls.peft is not None and cls.peft.tied and common.on_alias == "refuse":
-        common = replace(common, on_alias="share")
+    common = replace(common, on_alias=_on_alias(checkpoint, graph, cls, common.on_alias))
     item = common.insert(
         cls(**options),
         declaration.target,
@@ -171,6 +173,23 @@ def _from_checkpoint(
         target = [pattern for module in checkpoint.saved_modules for pattern in (module, f"*.{module}")]
         joined.append(_whole(graph, first, target, common))
     return [first, *_biases(graph, first, common), *joined]
+
+
+def _on_alias(checkpoint: Checkpoint, graph: Graph, cls: type[Method[Any]], stated: OnAlias) -> OnAlias:
+    """What is done about tied tensors: what the entry states, unless the checkpoint was trained with them tied.
+
+    Raises:
+        WeightError: the entry states what would change one of them without the other.
+    """
+    tied = tied_in(checkpoint, graph.aliases)
+    if tied and stated not in ("refuse", "share"):
+        raise WeightError(
+            f"{checkpoint.path}: trained with {tying_key(checkpoint)}, so that {' and '.join(tied)} change together; "
+            f"on_alias: {stated} would change one of them alone",
+            "write on_alias: share, or leave it out",
+        )
+    ties_itself = cls.peft is not None and cls.peft.tied and stated == "refuse"
+    return "share" if tied or ties_itself else stated
 
 
 def _cut(method: Method[Any], rank: int) -> Method[Any]:
@@ -260,11 +279,9 @@ def _tokenized(spec: Spec, graph: Graph, index: int, item: Insert[Any, Any]) -> 
 
 def _tokenizer(origin: Pretrained) -> Callable[[str, bool], Sequence[int]] | None:
     """The model's tokenizer, called with a text and whether to add special tokens; None if it has none."""
-    from transformers import AutoTokenizer
-
-    auto: Any = AutoTokenizer
+    auto = optional("transformers").AutoTokenizer
     try:
-        tokenizer: Any = auto.from_pretrained(origin.name, trust_remote_code=origin.trust_remote_code)
+        tokenizer: Any = auto.from_pretrained(origin.transformer, trust_remote_code=origin.trust_remote_code)
     except (OSError, ValueError, ImportError, KeyError):
         return None
 

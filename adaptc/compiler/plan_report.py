@@ -14,6 +14,7 @@ from adaptc.compiler.rewrite import Rewritten
 from adaptc.ir.aliases import module_names, used_elsewhere
 from adaptc.ir.cost import Cost, cost_of
 from adaptc.ir.graph import Graph
+from adaptc.ir.state import state_notes
 from adaptc.methods.method import WeightMethod
 from adaptc.methods.point_sites import Site
 from adaptc.methods.virtual_tokens import PromptMethod
@@ -65,7 +66,12 @@ def plan_report(
         rewritten: the graph after its passes.
         bound: notes on the weights of the base, where they were bound.
     """
-    notes = [*graph.source.notes, *_entry_notes(plan.entries), *_alias_notes(graph, plan.entries)]
+    notes = [
+        *graph.source.notes,
+        *state_notes(graph.nodes),
+        *_entry_notes(plan.entries),
+        *_alias_notes(graph, plan.entries),
+    ]
     notes += [plan.choice] if plan.choice else []
     notes += quantize_notes(graph, plan.quantized)
     notes += [
@@ -96,7 +102,7 @@ def _fold_notes(spec: Spec, plan: Plan, rewritten: Rewritten) -> list[str]:
 
 
 def _entry_notes(entries: Sequence[PlannedInsertion]) -> list[str]:
-    """Patterns without a match, heads left out, and methods that change the model before any training."""
+    """Patterns without a match, layers left out, and methods that change the model before any training."""
     notes: list[str] = []
     for planned in entries:
         where, selection = f"adapt.{planned.entry}", planned.selection
@@ -112,9 +118,15 @@ def _entry_notes(entries: Sequence[PlannedInsertion]) -> list[str]:
             notes.append(
                 f"{where}: {planned.insert.method.name} changes the base's outputs before any training"
             )
+        layers = planned.checkpoint.without_effect.values() if planned.checkpoint is not None else ()
+        if layers:
+            idle = ", ".join(dict.fromkeys(layers))
+            notes.append(
+                f"{where}: no output depends on {idle}, so its adapter has no effect and is left out"
+            )
         if selection.heads:
             notes.append(f"{where}: all-linear leaves out the output head {', '.join(selection.heads)}")
-    return notes
+    return list(dict.fromkeys(notes))
 
 
 def _alias_notes(graph: Graph, entries: Sequence[PlannedInsertion]) -> list[str]:

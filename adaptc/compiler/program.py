@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -12,14 +13,21 @@ from torch import fx
 
 from adaptc.checkpoints.compaction import compacted
 from adaptc.checkpoints.graph_records import records_of
-from adaptc.checkpoints.module_adapters import META
+from adaptc.checkpoints.module_adapters import META, load_adapter_into
 from adaptc.compiler.adapter_weights import load_checkpoints
 from adaptc.compiler.plan_report import PlanReport
 from adaptc.compiler.proofs import Proofs
 from adaptc.compiler.quantization_error import QuantizationErrors, measure
 from adaptc.compiler.rewrite import After, Rewritten
 from adaptc.compiler.schedule import lower
-from adaptc.compiler.trainable import follow, graph_of_both_modes, module_record, prove_trainable
+from adaptc.compiler.trainable import (
+    follow,
+    following,
+    graph_of_both_modes,
+    module_record,
+    prove_trainable,
+    take_original_calls,
+)
 from adaptc.ir.graph import Graph
 from adaptc.ir.interpreter import Interpreter, Run
 from adaptc.ir.module import bind
@@ -28,7 +36,7 @@ from adaptc.rewriter.insert.base import Insert
 from adaptc.rewriter.pipeline import PASSES, Pass, run
 from adaptc.rewriter.quantize import Quantize
 from adaptc.spec.spec import Spec
-from adaptc.weights import Held, sha256_of_files, sha256_of_tensors
+from adaptc.weights import Deferred, Held, sha256_of_files, sha256_of_tensors
 
 
 class Program:
@@ -67,8 +75,20 @@ class Program:
         prove_trainable(self.proofs, self.graph, graph)
         module = bind(graph, graph.adapter_names)
         module.meta[META] = module_record(graph, self.base_record)
+        take_original_calls(module, self.base.source.flatten)
         follow(self.graph, module)
         return module
+
+    def load_adapter(self, directory: Path) -> None:
+        """Replace the adapters' weights by those of a checkpoint, in the module and in the adapted graph.
+
+        Raises:
+            WeightError: it does not fit what was inserted.
+        """
+        module = self.module
+        for name, value in load_adapter_into(module, directory).items():
+            stored = Deferred(tuple(value.shape), self.graph.weights[name].dtype, value.detach)
+            self.graph.weights[name] = following(module, name, stored)
 
     def trainable_graph(self) -> Graph:
         """The factored graph in both modes, with the adapters as they stand."""
@@ -104,7 +124,7 @@ class Program:
         graph = self._with_bits(run(self.base, passes))
         for name, param in graph.inserted.items():
             if param.stored:
-                graph.weights[name] = Held(values[name])
+                graph.weights[name] = Held(values[name].to(graph.weights[name].dtype))
         return lower(graph)
 
     def bare_graph(self) -> Graph:
@@ -179,9 +199,9 @@ class Program:
         return measure(self.float_graph(), candidate, self.spec.seed, rounding)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The adapters' tensors that checkpoints hold, as they stand, by their names in the graph."""
+        """The adapters' tensors that checkpoints hold, as they stand, in their own dtype: name -> tensor."""
         stored = [name for name, param in self.graph.inserted.items() if param.stored]
-        return {name: self.graph.weights[name].load() for name in stored}
+        return {name: self.graph.weights[name].exact() for name in stored}
 
     @cached_property
     def base_sha256(self) -> str:

@@ -23,8 +23,9 @@ from adaptc.compiler.proof import (
 from adaptc.errors import ProofError, TraceError
 from adaptc.ir.graph import Graph
 from adaptc.ir.interpreter import Batches, Interpreter, Run
+from adaptc.ir.laws import DROPOUTS
 from adaptc.ir.module import bind
-from adaptc.ir.nodes import writes_in_place
+from adaptc.ir.nodes import operation, provenance, writes_in_place
 
 STRENGTHS = (1.0, 8.0, 64.0)
 """Strengths of random adapters, tried in order until their effect shows in the outputs."""
@@ -103,10 +104,18 @@ class Proofs:
             if not _equal(first, eager.on(self.batches)):
                 raise TraceError(
                     f"two runs of {type(model).__name__} on the same inputs in evaluation mode gave different outputs",
+                    *self._random_line(),
                     "expected a model that is random in training only",
                     "let it depend on self.training, as nn.Dropout and F.dropout(x, p, self.training) do",
                 ) from None
             raise
+
+    def _random_line(self) -> list[str]:
+        """The line of the first operation of the base that draws random numbers in evaluation; none if none does."""
+        seeded = torch.Tag.nondeterministic_seeded
+        drawing = [node for node in self.base.nodes if seeded in getattr(node.target, "tags", ())]
+        drawing = [node for node in drawing if node.target not in DROPOUTS]
+        return [f"drawn by {operation(node)}, {' '.join(provenance(node))}" for node in drawing[:1]]
 
     def randomised(self, adapted: Graph) -> tuple[Graph, Run]:
         """The adapted graph with random adapters whose effect a proof cannot miss, and a run of it.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import asdict
 from typing import Any
 
@@ -19,7 +20,7 @@ from adaptc.ir.graph import Graph
 from adaptc.ir.nodes import get_tensor
 from adaptc.rewriter.pipeline import Pass, run
 from adaptc.tracing.export import export, output_class
-from adaptc.weights import Deferred
+from adaptc.weights import Deferred, Weight
 
 
 def graph_of_both_modes(base: Graph, opening: Sequence[Pass]) -> Graph:
@@ -62,6 +63,22 @@ def module_record(graph: Graph, base: dict[str, str]) -> dict[str, Any]:
     }
 
 
+def take_original_calls(
+    module: fx.GraphModule,
+    flatten: Callable[[tuple[Any, ...], Mapping[str, Any]], dict[str, torch.Tensor]] | None,
+) -> None:
+    """Let a module take calls as its author writes them too, with nested tensors; by the names of its inputs it does.
+
+    Args:
+        module: changed in place.
+        flatten: from such a call to the inputs by name; None where they are the same.
+    """
+    if flatten is not None:
+        module.register_forward_pre_hook(
+            lambda module, args, kwargs: ((), flatten(args, kwargs)), with_kwargs=True
+        )
+
+
 def prove_trainable(proofs: Proofs, adapted: Graph, trainable: Graph) -> None:
     """The trainable graph computes what the adapted one does, with random adapters.
 
@@ -77,14 +94,34 @@ def prove_trainable(proofs: Proofs, adapted: Graph, trainable: Graph) -> None:
 
 
 def follow(adapted: Graph, module: fx.GraphModule) -> None:
-    """Let the adapted graph have the adapters and buffers that a module has whenever they are read."""
+    """Let the adapted graph have the adapters and buffers that a module has whenever they are read.
+
+    A tensor that the module holds unchanged is read from where the module has it from, in its own dtype: a float32
+    adapter on a bfloat16 base stays what its checkpoint says until it is trained.
+    """
     inserted = adapted.inserted
     for name, param in inserted.items():
         if param.stored:
-            put_weight(adapted.weights[name], _current(module, name))
-    for name, buffer in module.named_buffers():  # what batch norm learns belongs to every artifact too
+            put_weight(adapted.weights[name], following(module, name, copy(adapted.weights[name])).make)
+    for name, _ in module.named_buffers():  # what batch norm learns belongs to every artifact too
         if name not in inserted:
-            adapted.weights[name] = Deferred(tuple(buffer.shape), buffer.dtype, _current(module, name))
+            adapted.weights[name] = following(module, name, adapted.weights[name])
+
+
+def following(module: fx.GraphModule, name: str, stored: Weight) -> Deferred:
+    """A weight that is read as stored while the module's tensor is no other; then it is the module's.
+
+    Args:
+        module: the module; `to` and `load_state_dict` may replace its tensor.
+        name: of the tensor.
+        stored: what the module's tensor was rounded from.
+    """
+
+    def read() -> torch.Tensor:
+        tensor, exact = get_tensor(module, name).detach(), stored.exact()
+        return exact if torch.equal(exact.to(tensor.device, tensor.dtype), tensor) else tensor
+
+    return Deferred(stored.shape, stored.dtype, read)
 
 
 def reset_derived(adapted: Graph, module: fx.GraphModule) -> None:
@@ -93,8 +130,3 @@ def reset_derived(adapted: Graph, module: fx.GraphModule) -> None:
         for name, param in adapted.inserted.items():
             if not param.stored:
                 get_tensor(module, name).copy_(adapted.weights[name].load())
-
-
-def _current(module: fx.GraphModule, name: str) -> Callable[[], torch.Tensor]:
-    """Reads what a module holds under a name at that moment: `to` and `load_state_dict` may replace the tensor."""
-    return lambda: get_tensor(module, name).detach()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+from collections.abc import Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,16 @@ from torch.fx.node import map_arg
 
 from adaptc.checkpoints.huggingface_layout import saved_names, saved_weights
 from adaptc.checkpoints.huggingface_weights import CONFIG, first_names
+from adaptc.checkpoints.sentence_transformer import module_folders
 from adaptc.checkpoints.shards import write_shards
 from adaptc.emit.manifest import MANIFEST
 from adaptc.errors import AdaptcError, ProofError, Refusal, RefusedError, WeightError
 from adaptc.ir.base import Pretrained
 from adaptc.ir.graph import Graph
+from adaptc.optional import optional
 from adaptc.tracing.huggingface import load_pretrained
 from adaptc.tracing.huggingface_settings import parts_of, set_for_tracing
+from adaptc.weights import Weight
 
 GENERATION = "generation_config.json"
 WEIGHTS = (
@@ -69,48 +74,62 @@ def save_checkpoint(folded: Graph, base: Graph, directory: Path, max_shard_size:
     if persistent != set(model.state_dict()) or _program(folded, base) != _program(base, base):
         reason = f"`passes` change the model's operations, which a checkpoint of {type(model).__name__} cannot hold"
         raise RefusedError([Refusal(reason, notes=("emit onnx, or leave the pass out",))])
-    directory.mkdir(parents=True, exist_ok=True)
+    transformer = directory / pretrained.folders[""]
+    transformer.mkdir(parents=True, exist_ok=True)
     source = _files_of(pretrained)
     left_out = carry_over(source, directory)
     config.architectures = [type(model).__name__]
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    config.save_pretrained(directory)
-    _keep_generation(source, model, directory)
+    config.save_pretrained(transformer)
+    _keep_generation(source / pretrained.folders[""], model, transformer)
     weights = {name: folded.weights[folded.aliases[name]] for name in saved_names(model, folded.aliases)}
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    stored = saved_weights(model, weights)
-    written = write_shards(directory, stored, max_shard_size, parameters)
-    from_file = {id(weight): written[name] for name, weight in stored.items()}
+    from_file: dict[int, Weight] = {}
+    for part, folder in pretrained.folders.items():
+        stored = _weights_of(part, model, weights, pretrained.folders)
+        written = write_shards(directory / folder, stored, max_shard_size, parameters) if stored else {}
+        from_file |= {id(weight): written[name] for name, weight in stored.items()}
     folded.weights.update({n: from_file[id(w)] for n, w in folded.weights.items() if id(w) in from_file})
     kind = str(config.dtype).removeprefix("torch.")
     return {"class": type(model).__name__, "dtype": kind, "left_out": left_out}
 
 
-def load_checkpoint(auto: Any, trust: bool, directory: Path) -> nn.Module:
+def load_checkpoint(origin: Pretrained, directory: Path) -> nn.Module:
     """The model that transformers' own `from_pretrained` loads from a directory, without a cache of keys and values.
 
     Args:
-        auto: the Auto class of the model's task.
-        trust: whether code in the directory may be run.
-        directory: the checkpoint.
+        origin: a checkpoint whose task, and layout of folders, the directory has too.
+        directory: the checkpoint to load.
 
     Raises:
         ProofError: it cannot be loaded, or keys are missing or unknown.
     """
-    from transformers import AutoConfig
-
-    auto_config: Any = AutoConfig
-    config: Any = auto_config.from_pretrained(directory, trust_remote_code=trust)
+    checkpoint = replace(origin, name=str(directory))
+    config: Any = optional("transformers").AutoConfig.from_pretrained(
+        checkpoint.transformer, trust_remote_code=origin.trust_remote_code
+    )
     set_for_tracing(config)
     try:
-        model, info = load_pretrained(Pretrained(str(directory), auto, config, trust))
+        model, info = load_pretrained(replace(checkpoint, config=config))
     except WeightError as error:  # the directory is a temporary one, which will be gone
         raise ProofError(str(error).replace(str(directory), directory.name)) from error
     wrong = [f"{kind}: {', '.join(map(str, keys))}" for kind, keys in info.items() if keys]
     if wrong:
         raise ProofError(f"from_pretrained finds other keys than it expects; {'; '.join(wrong)}")
     return model
+
+
+def _weights_of(
+    part: str, model: nn.Module, weights: Mapping[str, Weight], folders: Mapping[str, str]
+) -> dict[str, Weight]:
+    """The weights of one part of a model, by their keys in its checkpoint."""
+    if part:
+        return {
+            name.removeprefix(f"{part}."): w for name, w in weights.items() if name.startswith(f"{part}.")
+        }
+    others = tuple(f"{name}." for name in folders if name)
+    return saved_weights(model, {name: w for name, w in weights.items() if not name.startswith(others)})
 
 
 def fits_in_memory(graph: Graph) -> bool:
@@ -123,17 +142,20 @@ def fits_in_memory(graph: Graph) -> bool:
 def carry_over(source: Path, directory: Path) -> list[str]:
     """Copy the tokenizer, the licence and all other files of the base but its weights.
 
-    Hidden folders are left out too: they are caches and histories.
+    Hidden folders are left out too: they are caches and histories. Modules that a SentenceTransformer has beside its
+    transformer are copied whole.
 
     Returns:
         The files of weights that were left out, relative to `source`.
     """
     left_out: list[str] = []
+    others = {folder for folder in module_folders(source)[1:] if folder}
     for file in sorted(path for path in source.rglob("*") if path.is_file()):
         name = file.relative_to(source)
         if str(name) in REPLACED or any(part.startswith(".") for part in name.parent.parts):
             continue
-        if any(fnmatchcase(file.name.lower(), pattern) for pattern in WEIGHTS):
+        is_weights = any(fnmatchcase(file.name.lower(), pattern) for pattern in WEIGHTS)
+        if is_weights and str(name.parent) not in others:
             left_out.append(str(name))
             continue
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
@@ -178,9 +200,7 @@ def _files_of(pretrained: Pretrained) -> Path:
     """
     if Path(pretrained.name).is_dir():
         return Path(pretrained.name)
-    import huggingface_hub
-
-    hub: Any = huggingface_hub
+    hub = optional("huggingface_hub")
     commit = getattr(pretrained.config, "_commit_hash", None)
     try:
         return Path(hub.snapshot_download(pretrained.name, revision=commit, ignore_patterns=list(WEIGHTS)))
@@ -190,9 +210,7 @@ def _files_of(pretrained: Pretrained) -> Path:
 
 def _keep_generation(source: Path, model: Any, directory: Path) -> None:
     """Write the generation settings of older checkpoints, which have them in a config.json that is not copied."""
-    from transformers import GenerationConfig
-
-    config: Any = GenerationConfig
+    config = optional("transformers").GenerationConfig
     if model.can_generate() and not (directory / GENERATION).exists():
         settings = config.from_pretrained(source, config_file_name=CONFIG, _from_model_config=True)
         settings.to_json_file(directory / GENERATION)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
@@ -31,21 +31,38 @@ def write_manifest(
 ) -> None:
     """Write `manifest.json` for one artifact, keeping the entries of other artifacts in the same folder.
 
+    Each entry has the `provenance` of its own artifact. What stands beside `products` is that of `latest`.
+
     Args:
         path: the manifest to write.
-        common: what all artifacts of the compile share: `versions`, `spec`, `base`, `adapters`, `sites`, `passes` and
-            `proofs`.
+        common: the artifact's provenance: `versions`, `spec`, `base`, `adapters`, `sites`, `passes` and `proofs`.
         artifact: what belongs to this one: its `name`, `format`, `proof` and so on.
         files: its files, whose hashes are recorded.
         old: the manifest now in that folder, if any.
     """
-    hashes = {
-        _name(file, path): {"bytes": file.stat().st_size, "sha256": sha256_of_files([file])} for file in files
-    }
     artifacts = _artifacts(old) if old is not None else {}
-    artifacts[artifact["name"]] = {**artifact, "files": hashes}
-    manifest = json.loads(json.dumps({**common, "products": artifacts}, default=str))
+    artifacts[artifact["name"]] = product_entry(common, artifact, files, path.parent)
+    latest = {"latest": artifact["name"], **common}
+    manifest = json.loads(json.dumps({**latest, "products": artifacts}, default=str))
     path.write_text(_text(manifest), encoding="utf-8")
+
+
+def product_entry(
+    common: Mapping[str, Any], artifact: Mapping[str, Any], files: Iterable[Path], folder: Path | None = None
+) -> dict[str, Any]:
+    """What a manifest says of one artifact.
+
+    Args:
+        common: its `provenance`.
+        artifact: what belongs to it alone.
+        files: its files, whose hashes are recorded.
+        folder: the folder that their names are relative to; without it they are names alone.
+    """
+    hashes = {
+        _name(file, folder): {"bytes": file.stat().st_size, "sha256": sha256_of_files([file])}
+        for file in files
+    }
+    return {**artifact, "files": hashes, "provenance": dict(common)}
 
 
 def is_unmodified(path: Path) -> bool:
@@ -61,10 +78,9 @@ def _text(manifest: Mapping[str, Any]) -> str:
     return json.dumps(content | {"sha256": digest}, indent=2) + "\n"
 
 
-def _name(file: Path, manifest: Path) -> str:
-    """A file's path relative to the manifest's folder; its name alone where it is elsewhere, as while it is staged."""
-    folder = manifest.parent
-    return str(file.relative_to(folder)) if file.is_relative_to(folder) else file.name
+def _name(file: Path, folder: Path | None) -> str:
+    """A file's path relative to a folder; its name alone where it is elsewhere, as while it is staged."""
+    return str(file.relative_to(folder)) if folder and file.is_relative_to(folder) else file.name
 
 
 def _artifacts(manifest: Path) -> dict[str, Any]:

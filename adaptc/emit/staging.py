@@ -5,8 +5,11 @@ from __future__ import annotations
 import glob
 import os
 import shutil
+import signal
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -18,6 +21,31 @@ OLD = "old"
 
 _LIVE: set[Path] = set()
 """The staging folders of this process."""
+_OPEN: list[Staging] = []
+"""The contexts that have not been left."""
+
+
+@contextmanager
+def uninterrupted() -> Generator[None]:
+    """Hold Ctrl-C back until the block has ended. Python hands it to the main thread alone, so others need not wait."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    held_back: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: held_back.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if held_back:
+            signal.raise_signal(signal.SIGINT)
+
+
+def discard_all() -> None:
+    """Remove all that is staged and not yet in place, for a process that is about to end."""
+    for staging in _OPEN:
+        staging.discard()
 
 
 class Staging:
@@ -36,6 +64,7 @@ class Staging:
         self._new_folders: list[Path] = []
 
     def __enter__(self) -> Self:
+        _OPEN.append(self)
         return self
 
     def path(self, final: Path) -> Path:
@@ -48,13 +77,15 @@ class Staging:
         if staged is not None:
             return staged
         try:
-            self._make_parents(final.parent)
-            _sweep(final)
-            folder = Path(tempfile.mkdtemp(prefix=f".{final.name}.adaptc-{os.getpid()}-", dir=final.parent))
+            with uninterrupted():
+                self._make_parents(final.parent)
+                _sweep(final)
+                prefix = f".{final.name}.adaptc-{os.getpid()}-"
+                folder = Path(tempfile.mkdtemp(prefix=prefix, dir=final.parent))
+                _LIVE.add(folder)
+                self._staged.append((folder / final.name, final))
         except OSError as error:
             raise AdaptcError(f"cannot write to {final.parent}: {error.strerror or error}") from error
-        _LIVE.add(folder)
-        self._staged.append((folder / final.name, final))
         return folder / final.name
 
     def staged(self, final: Path) -> Path | None:
@@ -66,18 +97,24 @@ class Staging:
     ) -> None:
         try:
             if kind is None:
-                self._put_in_place()
+                with uninterrupted():
+                    self._put_in_place()
             elif isinstance(error, OSError):
                 raise AdaptcError(
                     f"cannot write: {error.strerror or error}; every earlier output is unchanged"
                 ) from error
         finally:
-            for staged, _ in self._staged:
-                shutil.rmtree(staged.parent, ignore_errors=True)
-                _LIVE.discard(staged.parent)
-            for folder in reversed(self._new_folders):
-                if folder.is_dir() and not any(folder.iterdir()):
-                    folder.rmdir()
+            self.discard()
+            _OPEN.remove(self)
+
+    def discard(self) -> None:
+        """Remove what is still staged, and the folders made for it that are empty."""
+        for staged, _ in self._staged:
+            shutil.rmtree(staged.parent, ignore_errors=True)
+            _LIVE.discard(staged.parent)
+        for folder in reversed(self._new_folders):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
 
     def _make_parents(self, folder: Path) -> None:
         missing = [p for p in (folder, *folder.parents) if not p.exists()]

@@ -1,17 +1,22 @@
 """The torch artifact: a `torch.export` program, and how it becomes a trainable module again."""
 
+# A graph's calling convention has no public name.
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
-import importlib
 import io
 import json
 import warnings
-from collections.abc import Mapping
+from collections import namedtuple
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from adaptc.checkpoints.module_adapters import META
 from adaptc.emit.manifest import MANIFEST
@@ -21,10 +26,13 @@ from adaptc.ir.example_inputs import example_sizes, example_tensors
 from adaptc.ir.module import kept_activations
 from adaptc.ir.nodes import set_tensor
 from adaptc.ir.training_mode import mark_training_arguments
+from adaptc.optional import optional
 from adaptc.tracing.export import dynamic_shapes, normalise
 from adaptc.tracing.saved_program import load_program
 
 PROGRAM = "program.pt2"
+LIBRARIES = ("builtins", "collections", "torch", "transformers")
+"""The packages whose classes of outputs are known wherever a program is loaded."""
 
 
 def save_torch(module: fx.GraphModule, directory: Path) -> None:
@@ -46,7 +54,7 @@ def save_torch(module: fx.GraphModule, directory: Path) -> None:
     registered.clear()  # hooks of a training loop are no part of the program
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     try:
-        with warnings.catch_warnings(), kept_activations(module):
+        with warnings.catch_warnings(), kept_activations(module), _plain_outputs(module, about):
             warnings.simplefilter("ignore")
             program = torch.export.export(
                 module, (), examples, dynamic_shapes=dynamic_shapes(inputs), strict=False
@@ -62,6 +70,33 @@ def save_torch(module: fx.GraphModule, directory: Path) -> None:
         with torch.no_grad():
             for name, buffer in module.named_buffers():
                 buffer.copy_(buffers[name])
+
+
+@contextmanager
+def _plain_outputs(module: fx.GraphModule, about: Mapping[str, Any]) -> Generator[None]:
+    """Let a module give a dict of its outputs by name inside this block, where their class is the author's own.
+
+    A program must load where that class is not.
+    """
+    codegen: Any = module.graph._codegen
+    info = codegen.pytree_info
+    if not _is_portable(info.out_spec):
+        plain = pytree.tree_structure(dict.fromkeys(about["outputs"], 0))
+        codegen.pytree_info = info._replace(out_spec=plain)
+        module.recompile()
+    try:
+        yield
+    finally:
+        codegen.pytree_info = info
+        module.recompile()
+
+
+def _is_portable(spec: Any) -> bool:
+    """Whether outputs are tensors, or in classes of `LIBRARIES` alone."""
+    if spec.is_leaf():
+        return True
+    library = spec.type.__module__.split(".")[0] in LIBRARIES and spec.type is not namedtuple
+    return library and all(map(_is_portable, spec.children()))
 
 
 class _Deferring(io.FileIO):
@@ -97,7 +132,7 @@ def load_torch(directory: Path) -> fx.GraphModule:
         raise WeightError(f"{manifest}: broken, or not of a torch artifact ({error})") from None
     home = about["output_class"].rpartition(".")[0]
     if home.startswith("transformers."):
-        importlib.import_module(home)  # makes its output class known to torch.export
+        optional(home)  # makes its output class known to torch.export
     program = load_program(directory / PROGRAM)
     module = normalise(program.module(check_guards=False))
     mark_training_arguments(module.graph)

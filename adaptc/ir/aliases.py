@@ -128,3 +128,16 @@ def _separated(graph: Graph, name: str, module: str, uses: Sequence[Use], nodes:
     for tensor, use in [key for key in graph.adapted_weights if key[0] in names]:
         graph.adapted_weights[others[0], use] = graph.adapted_weights.pop((tensor, use))
     return new
+
+
+def unread_modules(module: fx.GraphModule) -> tuple[str, ...]:
+    """The modules of a base none of whose own parameters a node reads: no output depends on them."""
+    tensors = dict(module.named_parameters(remove_duplicate=False))
+    read = {
+        id(tensors[str(n.target)]) for n in module.graph.nodes if n.op == "get_attr" and n.target in tensors
+    }
+    is_read: dict[str, bool] = {}
+    for name, tensor in tensors.items():
+        owner = name.rpartition(".")[0]
+        is_read[owner] = is_read.get(owner, False) or id(tensor) in read
+    return tuple(name for name, value in is_read.items() if name and not value)

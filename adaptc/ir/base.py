@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from adaptc.inputs import InputSpec
@@ -24,12 +25,20 @@ class Pretrained:
         auto: the Auto class of its task, such as `AutoModelForCausalLM`.
         config: its configuration as stored, with the dtype and the overrides of the spec.
         trust_remote_code: whether code that comes with it may be run.
+        folders: the name of a part of the model -> the folder with its files in the directory; the empty name is the
+            model itself. A SentenceTransformer has more parts than that.
     """
 
     name: str
     auto: Any
     config: Any
     trust_remote_code: bool
+    folders: Mapping[str, str] = field(default_factory=lambda: {"": ""})
+
+    @property
+    def transformer(self) -> str:
+        """The directory, or hub id, of the Hugging Face model itself: its configuration, weights and tokenizer."""
+        return str(Path(self.name) / self.folders[""]) if self.folders[""] else self.name
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,7 @@ class Base:
         real: the model holds its weights, so that it can be run.
         files: the base's weight files; empty for a base in memory.
         packed: name -> weight, for those that the base stores quantized.
+        flatten: from the arguments of the author's own call to the inputs by name; None where they are the same.
         notes: what the loader chose or changed before it looked for weights, for the user.
         pretrained: the checkpoint of a Hugging Face base; None for any other.
     """
@@ -72,6 +82,7 @@ class Base:
     real: bool = False
     files: tuple[Path, ...] = ()
     packed: Mapping[str, PackedWeight] = field(default_factory=dict[str, PackedWeight])
+    flatten: Callable[[tuple[Any, ...], Mapping[str, Any]], dict[str, torch.Tensor]] | None = None
     notes: list[str] = field(default_factory=list[str])
     pretrained: Pretrained | None = None
 

@@ -13,12 +13,13 @@ EXAMPLE_SIZES = (3, 17, 11, 19, 23, 29, 31)
 """Sizes of named dimensions in the trace: distinct, so that none is taken for another, and not 1, which broadcasts."""
 
 
-def example_sizes(inputs: Sequence[InputSpec], among: Sequence[int] = EXAMPLE_SIZES) -> dict[str, int]:
+def example_sizes(inputs: Sequence[InputSpec], among: Sequence[int] | None = None) -> dict[str, int]:
     """A size for every named dimension, in the order of appearance.
 
     Args:
         inputs: of the model.
-        among: the sizes to take, in this order.
+        among: the sizes to take, in this order; if left out those of the examples that were given, where they differ
+            and are not 1, and `EXAMPLE_SIZES`.
 
     Returns:
         name of the dimension -> size.
@@ -27,9 +28,27 @@ def example_sizes(inputs: Sequence[InputSpec], among: Sequence[int] = EXAMPLE_SI
         TraceError: there are more dimensions than sizes.
     """
     names = dict.fromkeys(dim for spec in inputs for dim in spec.dims if isinstance(dim, str))
-    if len(names) > len(among):
-        raise TraceError(f"at most {len(among)} named dimensions are supported, got {', '.join(names)}")
-    return dict(zip(names, among, strict=False))
+    if len(names) > len(EXAMPLE_SIZES):
+        raise TraceError(
+            f"at most {len(EXAMPLE_SIZES)} named dimensions are supported, got {', '.join(names)}"
+        )
+    if among is not None:
+        return dict(zip(names, among, strict=False))
+    given = _given_sizes(inputs)
+    others = [size for size in EXAMPLE_SIZES if size not in given.values()]
+    return {name: given.get(name) or others.pop(0) for name in names}
+
+
+def _given_sizes(inputs: Sequence[InputSpec]) -> dict[str, int]:
+    """The sizes of the examples by the name of the dimension; without 1, and a size only for its first dimension."""
+    sizes = {
+        dim: size
+        for spec in reversed(inputs)
+        for dim, size in zip(spec.dims, spec.example, strict=False)
+        if isinstance(dim, str)
+    }
+    first = {size: name for name, size in reversed(sizes.items())}
+    return {name: size for size, name in first.items() if size > 1}
 
 
 def example_tensors(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -11,7 +11,8 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from adaptc.ir.graph import Graph
-from adaptc.ir.nodes import map_operands, writes_in_place
+from adaptc.ir.nodes import map_operands
+from adaptc.ir.state import written_weights
 from adaptc.ir.tie_breaks import TieBreaks, makes_choice
 
 Batch = Mapping[str, torch.Tensor]
@@ -132,18 +133,18 @@ def _sweep(
     outcomes: list[Any] = [None] * len(batches)
     loaded: dict[str, torch.Tensor] = {}
     last = _last_users(graph)
-    # operations that write in place may write to weights, such as an embedding with `max_norm`
-    copied = any(writes_in_place(node.target) for node in graph.nodes)
+    written = {graph.aliases.get(name, name) for name in written_weights(graph.nodes)}
+    states: list[dict[str, torch.Tensor]] = [{} for _ in batches]
     with torch.no_grad():
         for node in graph.nodes:
             if node.op == "get_attr":
                 continue  # read by its users, so that it is loaded no earlier than they run
             read = [n for n in node.all_input_nodes if n.op == "get_attr"]
-            weights = {n: _read(graph, n, loaded, wide, copied) for n in read}
+            weights = {n: _read(graph, n, loaded, wide) for n in read}
             for number, batch in enumerate(batches):
                 if outcomes[number] is None:
                     try:
-                        operands = values[number] | weights
+                        operands = values[number] | _with_state(graph, weights, written, states[number])
                         result = _step(node, batch, operands, wide)
                         if makes_choice(node):
                             result = choices[number].make(node, operands[node.all_input_nodes[0]], result)
@@ -180,7 +181,7 @@ def _last_users(graph: Graph) -> dict[fx.Node, list[fx.Node | str]]:
     return read_last
 
 
-def _read(graph: Graph, node: fx.Node, loaded: dict[str, torch.Tensor], wide: bool, copied: bool) -> Any:
+def _read(graph: Graph, node: fx.Node, loaded: dict[str, torch.Tensor], wide: bool) -> Any:
     """The tensor that a node reads, loaded if it is not yet; False for the training mode."""
     name = str(node.target)
     if name == "training" and name not in graph.weights:
@@ -188,10 +189,19 @@ def _read(graph: Graph, node: fx.Node, loaded: dict[str, torch.Tensor], wide: bo
     first = graph.aliases.get(name, name)
     if first not in loaded:
         tensor = graph.weights[first].load()
-        if wide:
-            tensor = _widened(tensor)
-        loaded[first] = tensor.clone() if copied or first in graph.buffers else tensor
+        loaded[first] = _widened(tensor) if wide else tensor
     return loaded[first]
+
+
+def _with_state(
+    graph: Graph, weights: Mapping[fx.Node, Any], written: Container[str], state: dict[str, torch.Tensor]
+) -> dict[fx.Node, Any]:
+    """The weights that an operation reads; those that the graph writes to are a batch's own, in its state."""
+    names = {node: graph.aliases.get(str(node.target), str(node.target)) for node in weights}
+    for node, name in names.items():
+        if name in written and name not in state:
+            state[name] = weights[node].clone()
+    return {node: state.get(name, weights[node]) for node, name in names.items()}
 
 
 def _step(node: fx.Node, batch: Batch, values: Mapping[fx.Node, Any], wide: bool) -> Any:

@@ -9,7 +9,8 @@ import torch
 from torch import fx
 
 from adaptc.ir.graph import Graph
-from adaptc.ir.nodes import ADAPTATION, memory_owner, writes_in_place
+from adaptc.ir.nodes import ADAPTATION, writes_in_place
+from adaptc.ir.state import written_weights
 
 aten = torch.ops.aten
 DROPOUTS = frozenset(
@@ -115,11 +116,8 @@ def tied_weights_have_one_name(graph: Graph) -> Iterator[Breach]:
 
 def no_weight_is_written(graph: Graph) -> Iterator[Breach]:
     """No operation changes a weight or buffer in place."""
-    for node in graph.nodes:
-        if writes_in_place(node.target):
-            written = memory_owner(node.args[0]) if isinstance(node.args[0], fx.Node) else node
-            if written.op == "get_attr":
-                yield Breach(f"%{node.name} changes {written.target} in place", node)
+    for name, node in written_weights(graph.nodes).items():
+        yield Breach(f"%{node.name} changes {name} in place", node)
 
 
 def nothing_is_written(graph: Graph) -> Iterator[Breach]:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import re
 import warnings
 from collections.abc import Callable
@@ -113,7 +114,26 @@ def memory_owner(node: fx.Node) -> fx.Node:
     return node
 
 
+def written_operands(node: fx.Node) -> list[fx.Node]:
+    """The operands that an operation writes to, as its schema says."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return []
+    values = dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | dict(node.kwargs)
+    written = [
+        values.get(a.name) for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write
+    ]
+    return [value for value in written if isinstance(value, fx.Node)]
+
+
+def same_memory(node: fx.Node) -> list[fx.Node]:
+    """The users of a value that give the same memory: views of it, and items of a list of views."""
+    return [user for user in node.users if user.args[:1] == (node,) and _returns_operand(user.target)]
+
+
 def _returns_operand(target: Any) -> bool:
+    if target is operator.getitem:  # of a list of views; of other lists it has memory of its own
+        return True
     schema = getattr(target, "_schema", None)
     return schema is not None and bool(schema.arguments) and schema.arguments[0].alias_info is not None
 

@@ -22,7 +22,7 @@ def refresh(graph: Graph) -> None:
 
     A value that is as before (dtype, shape, strides) is kept, so that nothing downstream of it is computed again.
     """
-    with graph.fake_mode, enable_python_dispatcher(), torch.no_grad():
+    with _evaluating(graph):
         for node in graph.nodes:
             if node.op != "call_function" or node.meta.get(VERIFIED) == signature(node):
                 continue
@@ -30,6 +30,15 @@ def refresh(graph: Graph) -> None:
             if recorded is None or _description(value) != _description(recorded):
                 node.meta["val"] = value
             node.meta[VERIFIED] = signature(node)
+
+
+@contextmanager
+def _evaluating(graph: Graph) -> Generator[None]:
+    """Evaluate operations on fake tensors; new symbols, for the size of a selection by a mask, belong to no value."""
+    symbols = graph.fake_mode.shape_env.ignore_fresh_unbacked_symbols()
+    # Some operations need the dispatcher for symbolic sizes.
+    with graph.fake_mode, symbols, enable_python_dispatcher(), torch.no_grad():
+        yield
 
 
 def _description(value: Any) -> Any:
@@ -101,8 +110,7 @@ def _unregistered(node: fx.Node, stages: dict[str, Stage]) -> str:
 
 def _propagate(graph: Graph) -> None:
     """Run every operation that is new, or has new operands, on fake tensors and compare with the recorded value."""
-    # Some operations need the dispatcher for symbolic sizes.
-    with graph.fake_mode, enable_python_dispatcher(), torch.no_grad():
+    with _evaluating(graph):
         for node in graph.nodes:
             if node.op != "call_function" or node.meta.get(VERIFIED) == signature(node):
                 continue

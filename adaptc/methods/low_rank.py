@@ -94,9 +94,8 @@ class LowRankFormat(PeftFormat["LowRank"]):
                 **(options or {}),
             },
             fixed=fixed,
-            ignored=frozenset(
-                {"megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying"}
-            ),
+            ignored=frozenset({"megatron_core", "qalora_group_size", "runtime_config"}),
+            ties=True,
             by_parameter=by_parameter,
             changes_base=changes_base,
         )

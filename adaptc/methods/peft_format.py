@@ -35,6 +35,7 @@ class PeftFormat(Generic[M]):
         square: whether PEFT has convolutions with square kernels only.
         grouped: whether PEFT has grouped convolutions.
         tied: whether PEFT changes a tied output head with its embedding.
+        ties: whether PEFT's key `ensure_weight_tying` is read there.
         hosts: whether another method's modules can join this configuration.
         heads: where `hosts` is False, modules that PEFT adds itself.
         bare: whether keys have no `model.` in front, and keys of tensors of no module nothing at all.
@@ -52,6 +53,7 @@ class PeftFormat(Generic[M]):
     square: bool = False
     grouped: bool = False
     tied: bool = False
+    ties: bool = False
     hosts: bool = True
     heads: frozenset[str] = frozenset()
     bare: bool = False

@@ -6,12 +6,12 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
 from adaptc.errors import Fault
+from adaptc.optional import MissingPackageError, optional
 from adaptc.quantization.scheme import Scheme, StoredTensor, Tensors
 
 if TYPE_CHECKING:
@@ -227,8 +227,8 @@ def _operations() -> Any:
     try:
         import torch
 
-        import_module("bitsandbytes")  # registers its operations with torch
-    except ImportError:
+        optional("bitsandbytes")  # registers its operations with torch
+    except MissingPackageError:
         return None
     finally:
         logger.setLevel(level)

@@ -37,11 +37,13 @@ class PackedMatrix:
         """The tensor for one argument of the scheme's `dequantize`.
 
         Raises:
-            WeightError: it contains NaN or infinity.
+            WeightError: it is not finite.
         """
         tensor = self.parts[key]()
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise WeightError(f"{self.name}: its {key} contain NaN or infinity", "load an intact checkpoint")
+            raise WeightError(
+                f"{self.name}: its {key} contain NaN or infinity (non-finite)", "load an intact checkpoint"
+            )
         return tensor
 
     def with_part(self, key: str, read: Callable[[], Tensor]) -> PackedMatrix:

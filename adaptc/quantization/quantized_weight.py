@@ -51,21 +51,21 @@ class Quantization:
         """What the scheme stores of the matrix: argument of its `dequantize` -> tensor.
 
         Raises:
-            WeightError: the weight, or the layer's inputs, contain NaN or infinity.
+            WeightError: the weight, or the layer's inputs, are not finite.
         """
         if self.packed is not None:
             return {name: self.packed.read(name) for name in self.packed.parts}
         W = self.matrix()
         if not torch.isfinite(W).all():
             raise WeightError(
-                f"{self.site.name} contains NaN or infinity, which {self.scheme.name} cannot store",
+                f"{self.site.name} contains NaN or infinity (non-finite), which {self.scheme.name} cannot store",
                 "load an intact checkpoint, or leave the layer out with `exclude`",
             )
         rows, columns = W.shape
         inputs = self.inputs() if self.inputs else None
         if inputs is not None and not torch.isfinite(inputs).all():
             raise WeightError(
-                f"the inputs of {self.site.name} contain NaN or infinity on the calibration rows",
+                f"the inputs of {self.site.name} contain NaN or infinity (non-finite) on the calibration rows",
                 "a weight upstream is broken: load an intact checkpoint, or leave the layer out with `exclude`",
             )
         tensors = self.scheme.quantize(W, inputs)

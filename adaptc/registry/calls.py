@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from adaptc.errors import AdaptcError, DefinitionError
 from adaptc.registry.author import place_in
 
-ON_VALUES = re.compile(r"data-dependent|DataDependent|guard on")
-"""What torch's errors say where code depends on the values of a tensor."""
+ON_VALUES = r"data-dependent|DataDependent|guard on"
+"""A regex on what torch's errors say where code depends on the values of a tensor."""
 
 
 class _WriteError(Exception):
@@ -104,7 +104,7 @@ def blamed(kind: str, name: str, function: Callable[..., Any], hook: str, on: st
     except Exception as error:
         message = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         place = place_in(error, function)
-        if ON_VALUES.search(message):
+        if re.search(ON_VALUES, message):
             raise DefinitionError(
                 f"{kind} {name!r}: {hook} depends on the values of a tensor, which are not known when it is traced",
                 place,

@@ -228,8 +228,8 @@ def check_defined(definition: Definition, hooks: Sequence[str], why: str) -> Non
     """
     if not any(definition.overrides(hook) for hook in hooks):
         attributes = [name for name in vars(definition.cls) if not name.startswith("_")]
-        near = [name for hook in hooks for name in nearest(hook, attributes, 1, cutoff=0.7)]
-        hint = f"; {near[0]!r} is near" if near else ""
+        misspelt = [name for name in attributes if nearest(name, hooks, 1, cutoff=0.7)]
+        hint = f"; it defines {misspelt[0]!r}{did_you_mean(misspelt[0], hooks)}" if misspelt else ""
         raise definition.mistake(f"it defines no {' or '.join(hooks)}, {why}{hint}")
 
 

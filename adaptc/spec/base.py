@@ -21,7 +21,9 @@ class BaseEntry(Part):
     """The model to adapt: exactly one of `model`, `python` and `program`."""
 
     model: PathText | None = Field(None, description="a Hugging Face directory, or a hub id")
-    task: str = Field(DEFAULT_TASK, description="the transformers Auto class of `model`, by its task name")
+    task: str = Field(
+        DEFAULT_TASK, description="the Auto class of `model`, by its task name, or sentence-embedding"
+    )
     python: Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")] | None = Field(
         None, description="a factory of one's own: pkg.module:function"
     )

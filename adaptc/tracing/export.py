@@ -11,21 +11,30 @@ from typing import Any, TextIO, cast
 
 import torch
 from torch import fx, nn
+from torch._guards import detect_fake_mode
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
-from adaptc.errors import InputError, TraceError
+from adaptc.errors import TraceError
 from adaptc.inputs import LABELS, InputSpec
 from adaptc.ir.example_inputs import example_sizes, example_tensors
-from adaptc.ir.nodes import follow_device
-from adaptc.tracing.shape_guards import check_sizes
-from adaptc.tracing.trace_errors import check_signature, explain, fixed_dimension
+from adaptc.ir.nodes import follow_device, writes_in_place
+from adaptc.ir.state import number_notes, numbers_of, restored
+from adaptc.tracing.containers import register_containers, step_of
+from adaptc.tracing.shape_guards import check_sizes, fixing_line
+from adaptc.tracing.trace_errors import check_signature, check_traceable, explain, fixed_dimension
 
 aten = torch.ops.aten
 REGIONS = (torch.ops.higher_order.wrap_with_set_grad_enabled, torch.ops.higher_order.wrap_with_autocast)
-
-
-ASSERTIONS = (aten._assert_tensor_metadata.default, cast(Any, torch)._check)
+CHANGED = "changed"
+"""The key of a traced module's `meta` for notes on the numbers that forward changes."""
+ASSERTIONS = (
+    aten._assert_tensor_metadata.default,
+    aten._assert_scalar.default,
+    aten.sym_constrain_range.default,
+    aten.sym_constrain_range_for_size.default,
+    cast(Any, torch)._check,
+)
 """The operations by which a trace asserts what it assumed."""
 
 
@@ -37,14 +46,26 @@ def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False
         inputs: the inputs of its `forward`.
         training: trace in training mode, not in evaluation mode.
 
+    Returns:
+        The trace; in its `meta` are notes on numbers of the model that forward changes, under `CHANGED`.
+
     Raises:
         InputError: the inputs are not those of forward, or a named dimension is fixed by the model.
         TraceError: torch.export refused the model; the text quotes the model's own source line.
     """
     check_signature(model, inputs)
+    check_traceable(model)
     sizes = example_sizes(inputs)
     examples = example_tensors(inputs, sizes)
-    modes = {module: module.training for module in model.modules()}
+    training_of = {module: module.training for module in model.modules()}
+    numbers, changed, modes = numbers_of(model), list[str](), list[Any]()
+
+    def after_call(module: nn.Module, args: object, result: object) -> None:
+        register_containers(result)
+        changed[:] = number_notes(module, numbers)
+        modes.append(detect_fake_mode())
+
+    hook = model.register_forward_hook(after_call)
     model.train(training)
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(
@@ -52,7 +73,12 @@ def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False
     )  # it fuses a layer, so that nothing could be adapted inside
     try:
         # Without gradients a trace leaves out conversions, whatever the caller has set.
-        with quietly(), torch.enable_grad():
+        with (
+            quietly(),
+            restored(model),
+            torch.enable_grad(),
+            torch.compiler.set_stance("force_eager"),
+        ):
             program = torch.export.export(
                 model, (), examples, dynamic_shapes=dynamic_shapes(inputs), strict=False
             )
@@ -60,15 +86,19 @@ def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False
     except TraceError:
         raise
     except Exception as error:
-        fixed = fixed_dimension(inputs, sizes, str(error))
-        if fixed:
-            raise InputError(fixed) from error
+        where = fixing_line(modes[0], sizes.values()) if modes else None
+        fixed = fixed_dimension(model, inputs, sizes, str(error), where)
+        if fixed is not None:
+            raise fixed from error
         raise explain(model, error, examples) from error
     finally:
+        hook.remove()
         torch.backends.mha.set_fastpath_enabled(fast)
-        for module, mode in modes.items():
+        for module, mode in training_of.items():
             module.training = mode
-    return normalise(program.module(check_guards=False))
+    traced = normalise(program.module(check_guards=False))
+    traced.meta[CHANGED] = changed
+    return traced
 
 
 def dynamic_shapes(inputs: Sequence[InputSpec]) -> dict[str, dict[int, Any]]:
@@ -82,8 +112,9 @@ def dynamic_shapes(inputs: Sequence[InputSpec]) -> dict[str, dict[int, Any]]:
 def normalise(module: fx.GraphModule) -> fx.GraphModule:
     """Normalise an exported module.
 
-    Regions without gradients or with autocast are inlined, the trace's own assertions are removed, and tensors made
-    on a constant device are made on the device of the first input that is no label.
+    Inputs have the names of forward's arguments, which torch spells in small letters. Regions without gradients or with
+    autocast are inlined, the trace's own assertions are removed, and tensors made on a constant device are made on the
+    device of the first input that is no label.
 
     Returns:
         A new graph module; the tensors are shared.
@@ -95,6 +126,10 @@ def normalise(module: fx.GraphModule) -> fx.GraphModule:
     graph = module.graph
     _inline_regions(module)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    arguments: list[str] = cast(Any, graph)._codegen.pytree_info.orig_args
+    if len(arguments) == len(placeholders):
+        for node, name in zip(placeholders, arguments, strict=True):
+            node.target = name
     followed = next((node for node in placeholders if node.target != LABELS), None)
     for node in list(graph.nodes):
         if node.target in ASSERTIONS:
@@ -126,19 +161,23 @@ def _inline_regions(module: fx.GraphModule) -> None:
                 "the model turns autocast on in its forward, which a graph cannot keep",
                 "take torch.autocast out of forward; give the base's dtype in the spec instead",
             )
+        set_grad = torch.ops.higher_order.wrap_with_set_grad_enabled
+        no_gradients = node.target is set_grad and node.args[0] is False
         inputs = [n for n in body.graph.nodes if n.op == "placeholder"]
         with graph.inserting_before(node):
             operands = cast(tuple[fx.Node, ...], node.args[at + 1 :])
+            if no_gradients and any(writes_in_place(inner.target) for inner in body.graph.nodes):
+                operands = tuple(_detached(graph, value) for value in operands)  # nor has what is written
             results: Any = graph.graph_copy(body.graph, dict(zip(inputs, operands, strict=True)))
             values = list(cast(Sequence[Any], results)) if isinstance(results, (list, tuple)) else [results]
-            if node.args[0] is False and node.target is torch.ops.higher_order.wrap_with_set_grad_enabled:
+            if no_gradients:
                 values = [_detached(graph, value) for value in values]
         for user in list(node.users):
             user.replace_all_uses_with(values[cast(int, user.args[1])])
             graph.erase_node(user)
         graph.erase_node(node)
     graph.eliminate_dead_code()
-    if any(_region_body(module, n) is not None for n in graph.nodes):
+    if any(node.target in REGIONS for node in graph.nodes):
         _inline_regions(module)
 
 
@@ -159,14 +198,14 @@ def _detached(graph: fx.Graph, value: Any) -> Any:
 
 
 def output_names(module: fx.GraphModule) -> tuple[str, ...]:
-    """The names of the outputs: keys of a dict or model output, else `output`, `output_1`, ..."""
+    """The names of the outputs: keys of a dict, fields of a dataclass or named tuple, else `output`, `output_1`, ..."""
     spec = _output_spec(module)
     tree = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
     paths: list[tuple[Any, ...]] = [path for path, _ in pytree.tree_flatten_with_path(tree)[0]]
     names: list[str] = []
     for index, path in enumerate(paths):
-        parts = [str(getattr(key, "key", getattr(key, "idx", key))).strip(".'[]") for key in path]
-        named = any(isinstance(getattr(key, "key", None), str) for key in path)
+        steps = [step_of(key) for key in path]
+        parts, named = [str(step) for step in steps], any(isinstance(step, str) for step in steps)
         names.append(".".join(parts) if named else "output" + (f"_{index}" if index else ""))
     return tuple(names)
 

@@ -19,13 +19,15 @@ from adaptc.checkpoints.huggingface_weights import stored_weights, untie_as_stor
 from adaptc.errors import TraceError, WeightError
 from adaptc.inputs import InputSpec
 from adaptc.ir.base import Base, Bound, Pretrained
+from adaptc.optional import optional
 from adaptc.spec.base import BaseEntry
 from adaptc.tracing.huggingface_inputs import derive_inputs
 from adaptc.tracing.huggingface_settings import alternative_notes, set_for_tracing
-from adaptc.tracing.huggingface_tasks import tasks
+from adaptc.tracing.huggingface_tasks import auto_class
 from adaptc.tracing.missing_parameters import drawing_from, initialised, missing_parameters
 from adaptc.tracing.module import held_weights
 from adaptc.tracing.quantized_checkpoint import packed_weights
+from adaptc.tracing.sentence_embedding import SentenceEmbedding, left_out_notes
 from adaptc.weights import Weight
 
 
@@ -42,31 +44,26 @@ def load(model: str, entry: BaseEntry, seed: int, inputs: tuple[InputSpec, ...])
         TraceError: the configuration cannot be read, has no such task, or its inputs cannot be derived.
         WeightError: the checkpoint is quantized in a format that adaptc does not read.
     """
-    import transformers
-
-    directory = Path(model)
-    task, trust = entry.task, entry.trust_remote_code
-    auto = getattr(transformers, tasks()[task])
-    try:
-        config = cast(Any, transformers.AutoConfig).from_pretrained(
-            model, trust_remote_code=trust, **entry.config
-        )
-    except Exception as error:
-        first = str(error).strip().splitlines()[0]
-        raise TraceError(f"{model}: its configuration cannot be read: {first}") from error
+    pretrained = read_pretrained(model, entry.task, entry.trust_remote_code, entry.config)
+    auto, config = pretrained.auto, pretrained.config
+    whole = auto if isinstance(auto, SentenceEmbedding) else None
+    directory = Path(pretrained.transformer)
     dtype = entry.dtype or _dtype_of(config)
     config.dtype = getattr(torch, dtype)
     quantization = _take_quantization(config)
-    pretrained = Pretrained(model, auto, copy.deepcopy(config), trust)
+    pretrained = replace(pretrained, config=copy.deepcopy(config))
     notes = set_for_tracing(config)
     try:
         with torch.device("meta"):
-            module: nn.Module = auto.from_config(config, dtype=config.dtype, trust_remote_code=trust)
+            module: nn.Module = auto.from_config(
+                config, dtype=config.dtype, trust_remote_code=entry.trust_remote_code
+            )
     except ValueError as error:
         raise TraceError(
-            f"{model} cannot be loaded for task {task!r}: {str(error).splitlines()[0]}"
+            f"{model} cannot be loaded for task {entry.task!r}: {str(error).splitlines()[0]}"
         ) from error
     notes += alternative_notes(module)
+    notes += left_out_notes(directory) if auto is optional("transformers").AutoModel else []
     files = tuple(sorted(directory.glob("*.safetensors"))) if directory.is_dir() else ()
     notes += untie_as_stored(module, directory) if files else []
     fake_parameters(module)
@@ -78,22 +75,50 @@ def load(model: str, entry: BaseEntry, seed: int, inputs: tuple[InputSpec, ...])
         )
 
     def find() -> Bound:
+        others: dict[str, Weight] = dict(whole.weights(module)) if whole else {}
         if quantization:
-            return _quantized_weights(module, directory, packed, seed)
-        stored = stored_weights(module, directory, {}) if files else None
+            return _quantized_weights(module, directory, packed | others, seed)
+        stored = stored_weights(module, directory, others) if files else None
         return Bound(stored) if stored else pretrained_weights(replace(pretrained, config=config), seed)
 
     return Base(
         describe=f"{model} ({type(module).__name__}, {dtype})",
         model=module,
         find=find,
-        heads=_heads(module),
-        inputs=inputs or derive_inputs(module, config),
+        heads=_heads(module) | (whole.heads(module) if whole else set[str]()),
+        inputs=inputs or (*derive_inputs(module, config), *(whole.inputs(module) if whole else ())),
         files=files,
         packed=packed,
         notes=notes,
         pretrained=pretrained,
     )
+
+
+def read_pretrained(model: str, task: str, trust: bool, overrides: Mapping[str, Any]) -> Pretrained:
+    """Read what a checkpoint is: its configuration, and what makes the model of a task.
+
+    Args:
+        model: a directory, or a hub id.
+        task: the task.
+        trust: whether code that comes with it may be run.
+        overrides: what overrides its configuration.
+
+    Raises:
+        TraceError: the configuration cannot be read, or the directory is not one of this task.
+    """
+    auto = auto_class(task, model)
+    folders, stated = (
+        (auto.folders, auto.files.config) if isinstance(auto, SentenceEmbedding) else ({"": ""}, {})
+    )
+    pretrained = Pretrained(model, auto, None, trust, folders)
+    try:
+        config: Any = optional("transformers").AutoConfig.from_pretrained(
+            pretrained.transformer, trust_remote_code=trust, **{**stated, **overrides}
+        )
+    except Exception as error:
+        first = str(error).strip().splitlines()[0]
+        raise TraceError(f"{model}: its configuration cannot be read: {first}") from error
+    return replace(pretrained, config=config)
 
 
 def _take_quantization(config: Any) -> dict[str, Any]:
@@ -170,7 +195,7 @@ def pretrained_weights(pretrained: Pretrained, seed: int) -> Bound:
     Raises:
         WeightError: transformers cannot load them, or the directory holds pickles only.
     """
-    directory = Path(pretrained.name)
+    directory = Path(pretrained.transformer)
     if directory.is_dir() and not any(directory.glob("*.safetensors*")):
         pickles = sorted(p.name for p in directory.glob("*.bin"))
         content = f"only pickles ({', '.join(pickles)}), which can run code" if pickles else "no weights"
@@ -191,8 +216,7 @@ def load_pretrained(pretrained: Pretrained) -> tuple[nn.Module, dict[str, Any]]:
     Raises:
         WeightError: transformers cannot load it.
     """
-    import transformers
-
+    transformers = optional("transformers")
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # adaptc reports missing keys itself
     transformers.logging.disable_progress_bar()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeGuard, cast
 
 import torch
@@ -38,9 +38,10 @@ class _Merge:
     """The walk through both traces: `ours` is a node in evaluation mode, `theirs` one in training mode."""
 
     def __init__(self, module: fx.GraphModule, training: fx.GraphModule):
-        self.graph, self.training = module.graph, training
+        self.module, self.graph, self.training = module, module.graph, training
         mode = next(n.meta["val"].fake_mode for n in self.graph.nodes if n.op == "placeholder")
         self.noise = Noise(self.graph, mode)
+        self.buffers = {name for name, _ in module.named_buffers()}
         self.pairs = _Pairs()
         self.unexplained: list[fx.Node] = []
         """Operations of training only whose value has not replaced one of ours yet."""
@@ -54,7 +55,7 @@ class _Merge:
             ours = evaluation[position] if position < len(evaluation) else None
             if theirs.op == "get_attr":
                 self.pairs[theirs] = self._same_weight(theirs)
-            elif theirs.target in IDENTITIES:
+            elif theirs.target in IDENTITIES or self._passes_buffer(theirs):
                 self.pairs[theirs] = self.pairs[theirs.args[0]]
             elif ours is None:
                 self._differs(theirs)
@@ -77,7 +78,16 @@ class _Merge:
             constant = ours.meta.get("constant")  # the value, where it is a constant of the graph itself
             if constant is None or torch.equal(constant, get_tensor(self.training, str(theirs.target))):
                 return ours
-        return None
+        weights = {*dict(self.module.named_parameters()), *self.buffers}
+        return self._read(str(theirs.target)) if theirs.target in weights else None
+
+    def _read(self, name: str) -> fx.Node:
+        """A node that reads a weight, before all operations."""
+        node = training_node(self.graph)
+        with self.graph.inserting_before(node):
+            read = self.graph.get_attr(name)
+        read.meta["val"] = get_tensor(self.module, name)
+        return read
 
     def _corresponds(self, ours: fx.Node, theirs: fx.Node) -> bool:
         """Whether both are the same operation on the same values; literals may differ."""
@@ -89,7 +99,18 @@ class _Merge:
             [leaf for leaf in pytree.tree_leaves((n.args, dict(n.kwargs))) if isinstance(leaf, fx.Node)]
             for n in (ours, theirs)
         )
-        return len(a) == len(b) and all(self._same(x, self.pairs[y]) for x, y in zip(a, b, strict=True))
+        return len(a) == len(b) and all(
+            self._same(x, self.pairs[y]) or self._becomes(x, y) for x, y in zip(a, b, strict=True)
+        )
+
+    def _becomes(self, ours: fx.Node, theirs: fx.Node) -> bool:
+        """Whether a value of the training trace is what a buffer holds from then on: it is assigned at the end."""
+        return ours.op == "get_attr" and any(
+            user.target is aten.copy_.default
+            and user.args[1] is theirs
+            and cast(fx.Node, user.args[0]).target == ours.target
+            for user in theirs.users
+        )
 
     def _same(self, ours: fx.Node, mapped: fx.Node | None) -> bool:
         if mapped is None:
@@ -97,8 +118,13 @@ class _Merge:
         if mapped in self.noise:
             return self.noise.stands_for(mapped, ours)
         if is_size(ours) and is_size(mapped):
-            return str(ours.meta["val"]) == str(mapped.meta["val"])
+            return str(ours.meta["val"]) == str(mapped.meta["val"]) or self._same_number(ours, mapped)
         return bare(mapped) is bare(ours)
+
+    def _same_number(self, ours: fx.Node, mapped: fx.Node) -> bool:
+        """Whether two numbers are taken out of the same tensor, each under a symbol of its own trace."""
+        operands = zip(ours.all_input_nodes, mapped.all_input_nodes, strict=False)
+        return ours.target == mapped.target and all(self._same(a, b) for a, b in operands)
 
     def _merge(self, theirs: fx.Node, ours: fx.Node) -> None:
         if ours.op not in ("call_function", "output"):
@@ -136,7 +162,12 @@ class _Merge:
             ours = self.pairs[node]
             return self._differs(theirs) if ours is None else ours
 
-        if theirs.op != "call_function" or _writes_to_a_view(theirs):
+        if theirs.op != "call_function":
+            self._differs(theirs)
+        if writes_in_place(theirs.target) and self._is_buffer(theirs.args[0]):
+            self._update(theirs, operand, before)
+            return
+        if _writes_to_a_view(theirs):
             self._differs(theirs)
         node = self.noise.insert(theirs, operand, before)
         self.pairs[theirs] = node
@@ -145,14 +176,40 @@ class _Merge:
         if not is_size(node):
             self.unexplained.append(theirs)
 
+    def _is_buffer(self, theirs: object) -> bool:
+        """Whether a value of the training trace is a buffer, or what operations that wrote to one returned."""
+        ours = self.pairs[theirs]
+        return ours is not None and ours.op == "get_attr" and ours.target in self.buffers
+
+    def _passes_buffer(self, theirs: fx.Node) -> bool:
+        """Whether an operation gives a buffer as it is: detached, or copied to itself after it was written to."""
+        if theirs.target is aten.copy_.default:
+            return (
+                self._is_buffer(theirs.args[0]) and self.pairs[theirs.args[0]] is self.pairs[theirs.args[1]]
+            )
+        return theirs.target is aten.detach.default and self._is_buffer(theirs.args[0])
+
+    def _update(self, theirs: fx.Node, operand: Callable[[fx.Node], fx.Node], before: fx.Node) -> None:
+        """Let a buffer that is written in training only keep its value in evaluation."""
+        buffer = operand(cast(fx.Node, theirs.args[0]))
+        updated = self.noise.insert(theirs, operand, before)
+        value = self.noise.select(updated, buffer, before)
+        with self.graph.inserting_before(before):
+            written = self.graph.call_function(aten.copy_.default, (buffer, value))
+        written.meta = dict(updated.meta)
+        self.pairs[theirs] = buffer
+        self.unexplained.clear()
+
     def _insert_count(self, theirs: fx.Node, before: fx.Node) -> None:
         buffer = _counter(theirs)
         assert buffer is not None
         flag = training_node(self.graph)
         with self.graph.inserting_before(before):
             ours = self.graph.get_attr(str(buffer.target))
-            ours.meta["val"] = buffer.meta["val"]
-            self.pairs[theirs] = self.graph.call_function(aten.add_.Tensor, (ours, flag))
+            ours.meta["val"] = get_tensor(self.module, str(buffer.target))
+            count = self.graph.call_function(aten.add_.Tensor, (ours, flag))
+        count.meta["val"] = ours.meta["val"]
+        self.pairs[theirs] = ours
 
     def _differs(self, node: fx.Node) -> NoReturn:
         first = next(iter(self.unexplained), node)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +15,10 @@ from adaptc.errors import TraceError
 from adaptc.inputs import InputSpec
 from adaptc.ir.base import Base, Bound
 from adaptc.ir.training_mode import mark_training_arguments
+from adaptc.tracing.calls import called
 from adaptc.tracing.export import normalise
 from adaptc.tracing.saved_program import load_program
+from adaptc.tracing.wrappers import unwrapped
 from adaptc.weights import Held, Weight
 
 
@@ -120,43 +121,20 @@ def _program_inputs(module: torch.fx.GraphModule) -> list[InputSpec]:
     return inputs
 
 
-def inputs_from_examples(
+def from_examples(
     model: nn.Module, examples: Sequence[Any] | Mapping[str, Any], dynamic: Mapping[str, Any] | None
-) -> tuple[InputSpec, ...]:
-    """Specify the inputs of a module from example tensors, named by its own signature.
+) -> Base:
+    """The base that is a module in memory, without the wrappers around it, and its inputs as in the examples.
 
     Args:
         model: the module.
-        examples: positional inputs, or inputs by name; all tensors.
-        dynamic: name of an input -> axis -> name of the dimension, such as `{"x": {0: "batch"}}`; all other
-            dimensions keep the example's size.
+        examples: what its forward takes, by position or by name: see `called`.
+        dynamic: name of an input -> axis -> name of the dimension, such as `{"x": {0: "batch"}}`.
 
     Raises:
-        TraceError: the examples do not fit `forward`, one is no tensor, or `dynamic` names no input or no axis.
+        TraceError: the examples do not fit `forward`, or `dynamic` names no input or no axis.
     """
-    signature = inspect.signature(model.forward)
-    try:
-        bound = signature.bind(**examples) if isinstance(examples, Mapping) else signature.bind(*examples)
-    except TypeError as error:
-        raise TraceError(
-            f"the example inputs do not fit {type(model).__name__}.forward{signature}: {error}"
-        ) from None
-    inputs: list[InputSpec] = []
-    named: dict[str, Mapping[Any, str] | None] = dict(dynamic or {})
-    for name, value in bound.arguments.items():
-        if not isinstance(value, torch.Tensor):
-            raise TraceError(
-                f"example input {name!r} is a {type(value).__name__}; every traced input must be a tensor"
-            )
-        axes = {int(axis): dim for axis, dim in (named.pop(name, None) or {}).items()}
-        beyond = [axis for axis in axes if not -value.dim() <= axis < value.dim()]
-        if beyond:
-            raise TraceError(f"dynamic names dimension {beyond[0]} of {name!r}, which has {value.dim()}")
-        names = {axis % value.dim(): dim for axis, dim in axes.items()}
-        dims = tuple(names.get(index, size) for index, size in enumerate(value.shape))
-        dtype = str(value.dtype).removeprefix("torch.")
-        high = max(int(value.max()) + 1, 1) if not value.dtype.is_floating_point and value.numel() else None
-        inputs.append(replace(InputSpec(name, dtype, dims), high=high))
-    if named:
-        raise TraceError(f"dynamic names {', '.join(named)}, but the inputs are {', '.join(bound.arguments)}")
-    return tuple(inputs)
+    inner, notes = unwrapped(model)
+    call = called(inner, examples, dynamic)
+    base = from_module(call.model, call.inputs)
+    return replace(base, notes=[*notes, *call.notes], flatten=call.flatten)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
 import pickle
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 
 from adaptc.errors import WeightError
+from adaptc.optional import optional
 
 FILES = re.compile(
     r"[^/]+/(archive_format|archive_version|byteorder|version|\.format_version|\.data/\w+|models/\w+\.json"
@@ -63,7 +63,7 @@ def _register_operators(path: Path) -> None:
         graphs = [archive.read(n) for n in archive.namelist() if re.search(r"/models/\w+\.json$", n)]
     for namespace, module in OPERATORS.items():
         if any(f'"torch.ops.{namespace}.'.encode() in graph for graph in graphs):
-            importlib.import_module(module)
+            optional(module)
 
 
 def _check_config(path: Path, name: str, config: object) -> None:

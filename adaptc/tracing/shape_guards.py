@@ -6,18 +6,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from traceback import FrameSummary
 from typing import Any, cast
 
 import torch
-from sympy import false  # pyright: ignore[reportMissingTypeStubs]
+from sympy import Equality, false  # pyright: ignore[reportMissingTypeStubs]
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from adaptc.errors import TraceError
 from adaptc.inputs import InputSpec
-from adaptc.tracing.trace_errors import is_model_code, source_line
+from adaptc.tracing.author_lines import is_model_code, source_line
 
 FACTORS = (2, 40, 1000)
 """How much longer than traced each named dimension is assumed to be.
@@ -65,6 +65,22 @@ def check_sizes(
             f"fix that dimension by a number, such as {spec.name}: {spec.dtype}[{fixed}], or move the choice out of "
             "forward",
         )
+
+
+def fixing_line(mode: FakeTensorMode | None, sizes: Collection[int]) -> tuple[str, int] | None:
+    """File and line of the author's that fixed a dimension while a model was traced.
+
+    Args:
+        mode: the fake-tensor mode of the trace.
+        sizes: the sizes that named dimensions were traced with.
+    """
+    guards = mode.shape_env.guards if mode is not None and mode.shape_env is not None else []
+    for guard in guards:
+        frame: Any = guard.sloc.framework_loc
+        fixes = isinstance(guard.expr, Equality) and any(size in guard.expr.args for size in sizes)
+        if fixes and isinstance(frame, FrameSummary) and is_model_code(frame.filename):
+            return frame.filename, frame.lineno or 0
+    return None
 
 
 def _symbols(program: torch.export.ExportedProgram, inputs: Sequence[InputSpec]) -> dict[Any, str]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import fx, nn
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor
 
 from adaptc.checkpoints.huggingface_weights import first_names
@@ -17,8 +18,17 @@ from adaptc.ir.analysis.dataflow import walk
 from adaptc.ir.analysis.sites import find_sites
 from adaptc.ir.base import Base
 from adaptc.ir.graph import Graph
-from adaptc.ir.nodes import VERIFIED, get_tensor, set_tensor, signature
-from adaptc.tracing.export import export, output_names
+from adaptc.ir.nodes import (
+    VERIFIED,
+    get_tensor,
+    is_operator,
+    operation,
+    provenance,
+    set_tensor,
+    signature,
+)
+from adaptc.ir.stages import STAGE_TABLE
+from adaptc.tracing.export import CHANGED, export, output_names
 from adaptc.weights import Deferred, Held, Weight
 
 aten = torch.ops.aten
@@ -35,6 +45,7 @@ def trace_base(base: Base) -> Graph:
     """
     traced = base.program if base.model is None else export(base.model, base.inputs)
     assert traced is not None
+    base.notes += [note for note in traced.meta.get(CHANGED, ()) if note not in base.notes]
     owner: nn.Module = traced if base.model is None else base.model
     aliases = first_names(owner)
     buffers = {name for name, _ in owner.named_buffers(remove_duplicate=False)}
@@ -47,9 +58,12 @@ def trace_base(base: Base) -> Graph:
         weights[name] = base.packed.get(name) or Deferred(
             tuple(tensor.shape), tensor.dtype, _loader(base, name, tuple(tensor.shape))
         )
+    _check_operations(traced.graph.nodes)
     for node in traced.graph.nodes:
         if node.op == "get_attr" and node.target not in weights and node.target != "training":
             tensor = get_tensor(traced, str(node.target))
+            if not isinstance(cast(object, tensor), torch.Tensor):
+                raise _no_tensor(tensor, next(iter(node.users)))
             if isinstance(tensor, FakeTensor):
                 raise TraceError(f"the trace holds a constant without a value: {node.target}")
             weights[str(node.target)] = Held(tensor)
@@ -82,6 +96,44 @@ def trace_base(base: Base) -> Graph:
             node.meta[VERIFIED] = signature(node)
     graph.clean()
     return graph
+
+
+BRANCHES = (
+    "a graph has no branches: use torch.where in place of torch.cond, and a loop over shapes in place of scan"
+)
+"""What to do about an operation of torch that runs a part of a graph."""
+
+
+def _no_tensor(value: object, user: fx.Node) -> TraceError:
+    """The error for a constant of a trace that is no tensor: a generator of random numbers, or a branch."""
+    advice = {
+        torch.Generator: "draw random numbers before the model is called, and hand them in as an input",
+        fx.GraphModule: BRANCHES,
+    }
+    known = next((text for cls, text in advice.items() if isinstance(value, cls)), "leave it out of forward")
+    return TraceError(
+        f"the trace holds a {type(value).__name__}, which {operation(user)} takes; a graph holds tensors only",
+        *provenance(user),
+        known,
+    )
+
+
+def _check_operations(nodes: Iterable[fx.Node]) -> None:
+    """Check that every node is an operation on tensors or sizes.
+
+    Raises:
+        TraceError: names the author's line of one that is not, such as `torch.vmap` leaves behind.
+    """
+    legal = STAGE_TABLE["traced"].functions
+    for node in nodes:
+        if node.op == "call_function" and not is_operator(node.target) and node.target not in legal:
+            transform = "write it without torch.vmap and the transforms of torch.func, on the whole batch"
+            branches = isinstance(node.target, HigherOrderOperator)
+            raise TraceError(
+                f"the trace holds {operation(node)}, which is no operation on tensors",
+                *provenance(node),
+                BRANCHES if branches else transform,
+            )
 
 
 def _loader(base: Base, name: str, shape: tuple[int, ...]) -> Callable[[], torch.Tensor]:

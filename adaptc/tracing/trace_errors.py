@@ -5,27 +5,18 @@ from __future__ import annotations
 import inspect
 import linecache
 import re
-import sysconfig
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from adaptc.errors import InputError, TraceError, did_you_mean, nearest
 from adaptc.inputs import InputSpec
-
-LIBRARIES = (
-    str(Path(torch.__file__).parent),
-    str(Path(__file__).parent.parent),
-    str(Path(sysconfig.get_path("stdlib"))),
-)
-"""The folders of torch, adaptc and the standard library: their lines are not the model author's."""
-INSTALLED = "site-packages"
-"""The folder of other libraries; it may lie inside the standard library's."""
-ON_VALUES = r"data-dependent|DataDependent|guard on"
-"""How torch says that something depends on the values of a tensor."""
+from adaptc.registry.calls import ON_VALUES
+from adaptc.tracing.author_lines import INSTALLED, is_model_code, lines_with, source_line
 
 
 @dataclass(frozen=True)
@@ -38,6 +29,7 @@ class Reason:
         message: what is wrong, for the author.
         expected: what a forward must do instead.
         advice: how to change it.
+        search: a regex on the author's source, where torch's error names no line.
     """
 
     error: str
@@ -45,6 +37,7 @@ class Reason:
     message: str
     expected: str
     advice: str
+    search: str = ""
 
     def fits(self, error: str, source: str) -> bool:
         """Whether this reason explains an error text at a source line."""
@@ -58,6 +51,21 @@ REASONS = (
         "a tensor leaves torch for numpy",
         "operations of torch only: numpy's results would be constants of the graph",
         "write it with torch, or compute it before the model is called and hand it in as an input",
+    ),
+    Reason(
+        r"fake tensor in the exported program constant's list",
+        r"",
+        "a tensor is taken out of the trace, as `.data` does",
+        "operations that a trace sees",
+        "write x.detach() in place of x.data",
+        search=r"\.data\b",
+    ),
+    Reason(
+        r"Inference tensors cannot be saved for backward",
+        r"",
+        "a tensor is made in torch.inference_mode, and nothing behind it can be trained",
+        "tensors that gradients can pass",
+        "write torch.no_grad() in place of torch.inference_mode()",
     ),
     Reason(
         r"padded input size|[Kk]ernel size can't be greater",
@@ -92,7 +100,7 @@ REASONS = (
         r"^(if|elif)\b|\bif\b.*\belse\b|\bbool\(",
         "a branch depends on the values of a tensor",
         "a forward whose control flow does not depend on tensor values",
-        "use torch.where or torch.cond there, or move that choice out of forward",
+        "use torch.where there, or move that choice out of forward",
     ),
     Reason(
         ON_VALUES,
@@ -114,7 +122,7 @@ REASONS = (
         r"",
         "something there depends on the values of a tensor",
         "a forward whose control flow and sizes do not depend on tensor values",
-        "use torch.where or torch.cond there, or move it out of forward",
+        "use torch.where there, or move it out of forward",
     ),
 )
 """The reasons that are recognised; the first that fits is reported."""
@@ -145,16 +153,35 @@ def check_signature(model: nn.Module, inputs: Sequence[InputSpec]) -> None:
         ) from None
 
 
-def fixed_dimension(inputs: Sequence[InputSpec], sizes: Mapping[str, int], text: str) -> str | None:
-    """The message for a dimension that `inputs` names but the model fixes.
+FIXERS = (
+    (r"\blen\((\w+)", "len() gives a number, which the trace keeps: write {0}.shape[0] in place of len({0})"),
+    (
+        r"\bfor\b.*\bin\b",
+        "a loop runs as often as when it was traced: write it as operations on the whole tensor",
+    ),
+    (r"\b(?:int|float)\(", "int() gives a number, which the trace keeps: use the size itself, without int()"),
+)
+"""A regex on the author's line -> why a dimension is fixed there, and what to write in place of it."""
+
+
+def fixed_dimension(
+    model: nn.Module,
+    inputs: Sequence[InputSpec],
+    sizes: Mapping[str, int],
+    text: str,
+    where: tuple[str, int] | None,
+) -> InputError | None:
+    """The error for a dimension that `inputs` names but the model fixes.
 
     Args:
+        model: the model.
         inputs: the inputs as specified.
         sizes: name of a dimension -> the size it was traced with.
         text: the error text of torch.export.
+        where: file and line of the author's that fixed it, if torch tells; else the one line that may have.
 
     Returns:
-        The message, or None where the error text says something else.
+        The error, or None where the error text says something else.
     """
     match = re.search(r"Constraints violated.*?L\['(\w+)'\].*?size\(\)\[(\d+)\]", text, re.DOTALL)
     spec = next((spec for spec in inputs if match and spec.name == match[1]), None)
@@ -163,10 +190,40 @@ def fixed_dimension(inputs: Sequence[InputSpec], sizes: Mapping[str, int], text:
     index = int(match[2])
     size = sizes.get(str(spec.dims[index]))
     dims = ", ".join(str(size if i == index else dim) for i, dim in enumerate(spec.dims))
-    return (
+    message = (
         f"input {spec.name}: dimension `{spec.dims[index]}` is fixed by the model, which computes differently at each "
         f"size (it was traced with {size}): write the size you will run it with, such as {spec.dtype}[{dims}]"
     )
+    candidates = [where] if where else lines_with(model, "|".join(pattern for pattern, _ in FIXERS))
+    if len(candidates) != 1:
+        return InputError(message)
+    where = candidates[0]
+    line = linecache.getline(*where).strip()
+    matches = [(re.search(pattern, line), advice) for pattern, advice in FIXERS]
+    mends = [advice.format(*fixer.groups()) for fixer, advice in matches if fixer][:1]
+    return InputError(message, f"at {source_line(*where)}", *mends)
+
+
+def check_traceable(model: nn.Module) -> None:
+    """Check that a model has no part that torch.export never traces.
+
+    Raises:
+        TraceError: names one: a scripted module, or a lazy layer that has not been run.
+    """
+    for name, part in cast("Iterable[tuple[str, nn.Module]]", model.named_modules()):
+        if isinstance(part, torch.jit.ScriptModule):
+            raise TraceError(
+                f"{name or 'the model'} is a scripted module ({cast(Any, part).original_name}), which torch.export "
+                "does not trace",
+                "leave out torch.jit.script or torch.jit.load there, and use the module that was scripted",
+            )
+        lazy = [key for key, value in part.named_parameters(recurse=False) if is_lazy(value)]
+        if lazy:
+            layer = f"{name or 'the model'} ({type(part).__name__})"
+            raise TraceError(
+                f"{layer} has no {lazy[0]} yet: a lazy layer makes it when it runs",
+                "run the model once on an example before it is compiled",
+            )
 
 
 def explain(model: nn.Module, error: Exception, examples: Mapping[str, torch.Tensor]) -> TraceError:
@@ -183,7 +240,8 @@ def explain(model: nn.Module, error: Exception, examples: Mapping[str, torch.Ten
     source = linecache.getline(*frames[-1]).strip() if frames else ""
     reason = next((reason for reason in REASONS if reason.fits(text, source)), None)
     message = f"{type(model).__name__} could not be traced: {reason.message if reason else first}"
-    notes = [f"at {source_line(path, line)}" for path, line in _innermost(frames)]
+    searched = lines_with(model, reason.search) if reason and reason.search and not frames else []
+    notes = [f"at {source_line(path, line)}" for path, line in [*_innermost(frames), *searched]]
     if reason is None:
         shapes = ", ".join(f"{name} of shape {list(value.shape)}" for name, value in examples.items())
         return TraceError(message, *notes, f"{type(error).__name__}, with {shapes}")
@@ -191,11 +249,6 @@ def explain(model: nn.Module, error: Exception, examples: Mapping[str, torch.Ten
     if frames and INSTALLED in frames[-1][0]:
         notes.append("that line is a library's: a setting in base.config or another base.dtype may avoid it")
     return TraceError(message, *notes, f"torch.export says: {first}")
-
-
-def source_line(path: str, line: int) -> str:
-    """A line of source as messages show it: `path:line    text`."""
-    return f"{path}:{line}    {linecache.getline(path, line).strip()}".rstrip()
 
 
 def _model_frames(error: Exception, text: str) -> list[tuple[str, int]]:
@@ -212,11 +265,3 @@ def _innermost(frames: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
     """The innermost line; where that is a library's, the innermost one of the author's own too."""
     authors = [(path, line) for path, line in frames if INSTALLED not in path]
     return list(dict.fromkeys([*frames[-1:], *authors[-1:]]))
-
-
-def is_model_code(path: str) -> bool:
-    """Whether a file belongs to the model's author or to a library, not to torch, adaptc or Python."""
-    torch_home, adaptc_home, standard_library = LIBRARIES
-    if path.startswith(("<", torch_home, adaptc_home)):
-        return False
-    return INSTALLED in path or not path.startswith(standard_library)

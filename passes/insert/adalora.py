@@ -77,9 +77,8 @@ class Adalora(WeightMethod):
             **{name: name for name in ("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2")},
             **{name: name for name in ("orth_reg_weight", "total_step", "rank_pattern")},
         },
-        ignored=frozenset(
-            {"r", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying"}
-        ),
+        ignored=frozenset({"r", "megatron_core", "qalora_group_size", "runtime_config"}),
+        ties=True,
         layers=frozenset({"Linear", "Conv1D", "Conv2d"}),
     )
 

@@ -28,7 +28,7 @@ class Full(WeightMethod):
     parameters: Patterns = ("*",)
 
     kinds = frozenset({"parameter"})
-    peft = PeftFormat(None, joins="modules_to_save")
+    peft = PeftFormat(None, joins="modules_to_save", ties=True)
 
     def takes(self, site: WeightSite) -> bool:
         """Whether the name of a parameter matches `parameters`."""

@@ -3,22 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 import adaptc
 from tests.families import randomise
-
-
-class Words(nn.Module):
-    """An embedding, two layers and a head of its own, none a multiple of a block."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.up = nn.Embedding(30, 40), nn.Linear(40, 52)
-        self.down, self.head = nn.Linear(52, 40, bias=False), nn.Linear(40, 30)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.down(torch.tanh(self.up(self.embed(x)))))
+from tests.small_models import Words
 
 
 def test_a_larger_budget_is_nearer() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adaptc.ir.graph import Graph
-from adaptc.tracing.module import from_module, inputs_from_examples
+from adaptc.tracing.module import from_examples
 from adaptc.tracing.trace import trace_base
 from tests.families import randomise
 
@@ -169,4 +169,4 @@ def traced(model: type[nn.Module], dtype: Any = torch.float32) -> Graph:
     inputs, axes = EXAMPLES[model]
     module = randomise(model()).to(dtype).eval()
     inputs = {name: t.to(dtype) if t.is_floating_point() else t for name, t in inputs.items()}
-    return trace_base(from_module(module, inputs_from_examples(module, inputs, dict.fromkeys(inputs, axes))))
+    return trace_base(from_examples(module, inputs, dict.fromkeys(inputs, axes)))

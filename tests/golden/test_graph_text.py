@@ -42,6 +42,11 @@ def shown(graph: Graph) -> str:
     return "".join(textwrap.fill(line, COLUMNS, subsequent_indent="    ") + "\n" for line in lines)
 
 
+def of_any_version(text: str) -> str:
+    """A text in which a detached value is an alias, as newer versions of torch trace it."""
+    return text.replace("detach", "alias")
+
+
 @pytest.mark.parametrize("name", cases())
 def test_text(name: str) -> None:
     graph, passes = cases()[name]()
@@ -49,7 +54,8 @@ def test_text(name: str) -> None:
     text = shown(adaptc.run(graph, passes))
     if os.environ.get("UPDATE_GOLDEN"):
         file_of(name).write_text(text)
-    assert text == file_of(name).read_text(), "run with UPDATE_GOLDEN=1 if this change is meant"
+    recorded = of_any_version(file_of(name).read_text())
+    assert of_any_version(text) == recorded, "run with UPDATE_GOLDEN=1 if this change is meant"
     assert len(text.splitlines()) <= LINES, "it is not read at once: choose a smaller graph"
 
 

@@ -84,7 +84,7 @@ def skip_without_site(zoo: Zoo, method: str, name: str) -> None:
         return
     refused = next((reason for site in selection.sites if (reason := item.refused(site))), None)
     if refused:
-        pytest.skip(f"{method} on {name}: {refused[1]}")
+        pytest.skip(f"{method} on {name}: {refused.reason}")
     if name == "whisper" and issubclass(METHODS[method], ActivationMethod):
         with pytest.raises(SpecError, match=r"no residual sum was found downstream of model\.encoder\.conv2"):
             zoo.initial(method, name)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from adaptc.compiler.follow_training import FollowTraining
 from adaptc.compiler.proof import batches, prove, randomised, tolerance
 from adaptc.emit.onnx.casts import Casts
 from adaptc.emit.onnx.decompose import OnnxOperations
@@ -22,6 +23,7 @@ from adaptc.ir.stages import STAGES
 from adaptc.rewriter.catalog import load_passes
 from adaptc.rewriter.insert.base import Insert
 from adaptc.rewriter.pipeline import PassRecord, check_order, run
+from adaptc.tracing.export import export
 from tests.families import Zoo, inputs, outputs
 from tests.pass_cases import Bad, at_stage, default, snapshot
 
@@ -143,7 +145,8 @@ def keeping(zoo: Zoo) -> dict[str, tuple[Graph, Any]]:
     chosen = dataclasses.replace(zoo.graph("mlp"), calibration_rows=[inputs("mlp", 9)])
     gptq = [default("quantize-gptq", target="re:up|down"), default("quantized-products")]
     int8 = [default("quantize-int8", target="*"), default("quantized-products")]
-    adapted = at_stage(zoo, "adapted")
+    adapted, traced = at_stage(zoo, "adapted"), zoo.graph("mlp")
+    source = traced.source
     return {
         "factor": (adapted, default("factor", tokens=64)),
         "fold": (adapted, default("fold")),
@@ -155,6 +158,7 @@ def keeping(zoo: Zoo) -> dict[str, tuple[Graph, Any]]:
         "evaluate": (run(adapted, [default("factor")]), Evaluate()),
         "functional": (run(zoo.graph("mlp"), [InPlace(), Evaluate()]), Functional()),
         "onnx-operations": (run(zoo.graph("mlp"), [Evaluate()]), OnnxOperations()),
+        "follow-training": (traced, FollowTraining(export(source.model, source.inputs, training=True))),
         "onnx-casts": (run(zoo.graph("mlp"), [Evaluate(), OnnxOperations()]), Casts()),
     }
 

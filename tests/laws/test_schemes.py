@@ -35,6 +35,7 @@ from tests.families import (
     randomise,
     small,
 )
+from tests.small_models import Words
 
 PLAIN = tuple(name for name in SCHEMES if not SCHEMES[name].calibrated)
 
@@ -318,18 +319,6 @@ def test_onnx(name: str, runtime: str, tmp_path: Path) -> None:
 
     held = onnx.load(tmp_path / "m.onnx").graph.initializer
     assert not [i.name for i in held if i.name in made.graph.quantized], "the float weight is in the file too"
-
-
-class Words(nn.Module):
-    """An embedding, two layers and a head of its own, none a multiple of a block."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.up = nn.Embedding(30, 40), nn.Linear(40, 52)
-        self.down, self.head = nn.Linear(52, 40, bias=False), nn.Linear(40, 30)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.down(torch.tanh(self.up(self.embed(x)))))
 
 
 @pytest.mark.parametrize("name", marked(PLAIN, ()))

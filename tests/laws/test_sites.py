@@ -77,7 +77,7 @@ def skip_refused(graph: Graph, item: Any) -> None:
         pytest.skip(f"{item.method.name} finds nothing there")
     refused = next((reason for site in sites if (reason := item.refused(site))), None)
     if refused:
-        pytest.skip(refused[1])
+        pytest.skip(refused.reason)
 
 
 def takes(museums: Laws, name: str, method: str) -> bool:

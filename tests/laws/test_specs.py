@@ -14,20 +14,10 @@ from adaptc.methods.method import METHODS
 from adaptc.spec.spec import load
 from adaptc.spec.yaml_text import flow
 from adaptc.tracing.trace import trace_base as trace
-from tests.spec_bases import ROOT, SPECS, overrides_for, save_bert, save_peft_adapter
+from tests.spec_bases import ROOT, SPECS, overrides_for
 
 QUICK = ("own-model", "peft-to-huggingface", "peft-to-onnx", "sentiment", "int8")
 """The journeys, and a scheme."""
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_bert(tmp_path_factory.mktemp("bert"))
-
-
-@pytest.fixture(scope="module")
-def adapter(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_peft_adapter(bert, tmp_path_factory.mktemp("adapter"))
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +31,10 @@ def traced() -> dict[str, Graph]:
     [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] * (p.stem not in QUICK)) for p in SPECS],
 )
 def test_the_pipeline_that_plan_prints_can_be_pasted(
-    path: Path, bert: Path, adapter: Path, traced: dict[str, Graph], monkeypatch: pytest.MonkeyPatch
+    path: Path, spec_bert: Path, spec_adapter: Path, traced: dict[str, Graph], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    overrides = overrides_for(path, bert, adapter)
+    overrides = overrides_for(path, spec_bert, spec_adapter)
     spec = load(path, overrides)
     key = repr((spec.base, spec.inputs))
     if key not in traced:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import shutil
 import sys
 import textwrap
-import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
+
+from tests.command_line import Ran, run
 
 MODELS = """\
 import torch
@@ -188,15 +185,6 @@ NUMBER = 3
 """
 
 
-@dataclass(frozen=True)
-class Ran:
-    """What a command printed, and its exit code."""
-
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
@@ -218,27 +206,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def cli(models: Path) -> Callable[..., Ran]:
-    """Run `adaptc` in this process; an exception that escapes is a traceback on standard error, as in a shell."""
-    from adaptc.cli import app as command_line
-
-    def run(*words: object) -> Ran:
-        out, err = io.StringIO(), io.StringIO()
-        argv = ["adaptc", *map(str, words)]
-        with (
-            contextlib.redirect_stdout(out),
-            contextlib.redirect_stderr(err),
-            mock.patch.object(sys, "argv", argv),
-        ):
-            try:
-                command_line.main()
-                code = 0
-            except SystemExit as stop:
-                code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-            except Exception:
-                traceback.print_exc(file=err)
-                code = 1
-        return Ran(code, out.getvalue(), err.getvalue())
-
+    """Run `adaptc` in this process, where `message_models` can be imported."""
     return run
 
 

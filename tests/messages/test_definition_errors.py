@@ -129,7 +129,7 @@ MISTAKES: list[tuple[str, str, str, str]] = [
     ('frozenset({"linear"})', '"linear"', "kinds is a set of names, got 'linear'", "kinds:"),
     ('{"linear"}', '{"Linear"}', "kinds: unknown 'Linear'; did you mean 'linear'?", "kinds:"),
     ('{"linear"}', '{"sub-layer"}', "kinds: unknown 'sub-layer'", "kinds:"),
-    ("def weight", "def wieght", "it defines no weight or bias, the expression that it inserts; 'wieght'", "class"),
+    ("def weight", "def wieght", "the expression that it inserts; it defines 'wieght'; did you mean", "class"),
     ("def params", "def parameters", "it defines no params or shared", "class Probe"),
     ("def params(self, site)", "def params(self)", "params() cannot be called as params(site)", "def params"),
     ("weight(self, W, *, s)", "weight(self, *, s)", "weight(*, s) cannot be called as weight(W", "def weight"),
@@ -202,7 +202,12 @@ PASSES_WRONG = [
     ("@dataclass(frozen=True)\n", "", "write @graph_pass above @dataclass(frozen=True)", "class Probe"),
     ('{"traced"}', '{"trace"}', "takes: unknown 'trace'; did you mean 'traced'?", "takes:"),
     ("= None", "= 'fold'", "leaves: unknown stage 'fold'; did you mean 'folded'?", "leaves:"),
-    ("def call", "def cal", "it defines no call, which rewrites the graph; 'cal' is near", "class Probe"),
+    (
+        "def call",
+        "def cal",
+        "it defines no call, which rewrites the graph; it defines 'cal'; did you mean 'call'?",
+        "class Probe",
+    ),
     ("call(self, graph)", "call(self)", "call() cannot be called as call(graph)", "def call"),
 ]
 

@@ -103,7 +103,7 @@ def test_weights_that_are_no_numbers(method: str, bad: float, tmp_path: Path) ->
         model.up.weight[3, 4] = bad
     with pytest.raises(WeightError) as error:
         made.emit("onnx", tmp_path / "m.onnx")
-    assert f"up.weight contains NaN or infinity, which {method} cannot store" in str(error.value)
+    assert f"up.weight contains NaN or infinity (non-finite), which {method} cannot store" in str(error.value)
     assert "`exclude`" in str(error.value)
     assert not (tmp_path / "m.onnx").exists()
     if bad != bad:  # infinity is one behind a tanh

@@ -50,6 +50,14 @@ def compiled(*adapt: dict[str, Any], calibration: Any = None, **spec: Any) -> Co
     )
 
 
+def in_peft(zoo: Zoo, adapter: Path) -> nn.Module:
+    """The family's BERT with a saved adapter, as PEFT loads it."""
+    peft = pytest.importorskip("peft")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return peft.PeftModel.from_pretrained(zoo.fresh("bert"), adapter).eval()
+
+
 def train(module: Any, step: Any, count: int, lr: float = 0.02) -> list[float]:
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=lr)
     losses = []
@@ -149,16 +157,13 @@ def test_given_up_ranks_are_in_no_checkpoint_fold_or_live_export(tmp_path: Path)
 
 
 def test_peft_reads_what_was_given_up(zoo: Zoo, tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
     made = zoo.adapted("adalora", "bert")
     with torch.no_grad():
         for n, p in made.module.named_parameters():
             if "lora_E" in n:
                 p[1].zero_()
     made.save_adapter(tmp_path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        twin = peft.PeftModel.from_pretrained(zoo.fresh("bert"), tmp_path).eval()
+    twin = in_peft(zoo, tmp_path)
     tensors = inputs("bert", 2, 5)
     with torch.no_grad():
         want = outputs(twin, tensors, ["logits"], **without_cache(zoo.eager("bert")))
@@ -226,12 +231,9 @@ def test_dylora_trains_every_rank_and_is_cut_to_any(tmp_path: Path) -> None:
 
 
 def test_dylora_checkpoint_is_lora_to_peft(zoo: Zoo, tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
     made = zoo.adapted("dylora", "bert")
     made.save_adapter(tmp_path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        twin = peft.PeftModel.from_pretrained(zoo.fresh("bert"), tmp_path).eval()
+    twin = in_peft(zoo, tmp_path)
     tensors = inputs("bert", 2, 5)
     with torch.no_grad():
         close(made.module.eval()(**tensors)["logits"], twin(**tensors).logits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,19 @@ OURS_CASES = [
 ]
 
 
+def skip_where_peft_cannot(zoo: Zoo, kind: str, name: str) -> None:
+    """PEFT looks for a classifier's cache, which a prefix goes into, by a name that transformers has changed."""
+    if TASKS[name] != "SEQ_CLS" or kind not in ("prefix", "projected", "v2"):
+        return
+    model = zoo.fresh(name)
+    modules = [model, getattr(model, model.base_model_prefix, model)]
+    if not any("past_key_values" in inspect.signature(module.forward).parameters for module in modules):
+        pytest.skip(f"this PEFT has no prefix tuning of {name} with this transformers")
+
+
 def theirs(zoo: Zoo, kind: str, name: str) -> Any:
     """A model with PEFT's virtual tokens, drawn at random."""
+    skip_where_peft_cannot(zoo, kind, name)
     cls, options = KINDS[kind]
     torch.manual_seed(1)
     return peft.get_peft_model(
@@ -97,6 +109,7 @@ def test_ours_are_read_there(zoo: Zoo, kind: str, name: str, tmp_path: Path) -> 
     ]
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["task_type"] == TASKS[name]
+    skip_where_peft_cannot(zoo, kind, name)
     model = peft.PeftModel.from_pretrained(zoo.fresh(name), str(tmp_path)).eval()
     tensors = inputs(name, 2, 6, pad=True)
     with torch.no_grad():

@@ -9,6 +9,8 @@ import torch
 
 SMALL = 8
 """Constants of up to so many values are shown where they are used."""
+LEFT_OUT = frozenset({"adaptc.base_sha256", "adaptc.provenance"})
+"""Metadata that differs from run to run."""
 GRAPHS = (onnx_ir.AttributeType.GRAPH, onnx_ir.AttributeType.GRAPHS)
 
 
@@ -18,7 +20,7 @@ def onnx_text(model: onnx_ir.Model) -> str:
         f"{domain or 'onnx'} {version}" for domain, version in sorted(model.opset_imports.items())
     )
     lines = [f"opsets {opsets}"]
-    lines += [f"{key}: {value}" for key, value in sorted(model.metadata_props.items()) if "sha256" not in key]
+    lines += [f"{key}: {value}" for key, value in sorted(model.metadata_props.items()) if key not in LEFT_OUT]
     for function in model.functions.values():
         lines += [f"function {function.name}", *_onnx_nodes(function, "  ")]
     return "\n".join([*lines, *_onnx_nodes(model.graph, "")])

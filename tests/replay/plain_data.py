@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 LEFT_OUT = frozenset(
-    {"seconds", "sha256", "bytes", "reference", "proof", "proofs", "quantization", "rounding"}
+    {"seconds", "sha256", "bytes", "reference", "proof", "proofs", "quantization", "rounding", "provenance"}
 )
-"""What a manifest says of times, hashes and measured numbers."""
-ELSEWHERE = frozenset({"spec", "sites", "versions"})
+"""What a manifest says of times, hashes and measured numbers, and what it says twice."""
+ELSEWHERE = frozenset({"latest", "spec", "spec_folder", "sites", "versions"})
 """What stands in the spec, in the plan or in the constraints too."""
 
 

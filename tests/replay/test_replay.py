@@ -19,7 +19,7 @@ from ruamel.yaml import YAML
 from tests.replay import sections
 from tests.replay.recording import replay
 from tests.replay.tensors import machine, tensors_differ
-from tests.spec_bases import ROOT, SPECS, overrides_for, save_bert, save_peft_adapter
+from tests.spec_bases import ROOT, SPECS, overrides_for
 
 RECORDS = Path(__file__).parent / "records"
 MACHINE = RECORDS / "machine.txt"
@@ -34,34 +34,26 @@ QUICK = ("nf4", "own-model", "peft-to-huggingface", "peft-to-onnx")
 """The journeys, and what stands for most methods and schemes."""
 
 
-@pytest.fixture(scope="session")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_bert(tmp_path_factory.mktemp("bert"))
-
-
-@pytest.fixture(scope="session")
-def adapter(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_peft_adapter(bert, tmp_path_factory.mktemp("adapter"))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BASES)
-def test_base(name: str, bert: Path, tmp_path: Path) -> None:
+def test_base(name: str, spec_bert: Path, tmp_path: Path) -> None:
     task, inputs = BASES[name]
-    spec: dict[str, Any] = {"version": 1, "base": {"model": str(bert), **task}, "inputs": inputs}
+    spec: dict[str, Any] = {"version": 1, "base": {"model": str(spec_bert), **task}, "inputs": inputs}
     emit = [{"format": "torch", "path": "trainable"}, {"format": "onnx", "path": "model.onnx"}]
-    check(name, replay(spec, [], emit, tmp_path, {bert: "BERT"}), base=None)
+    check(name, replay(spec, [], emit, tmp_path, {spec_bert: "BERT"}), base=None)
 
 
 @pytest.mark.parametrize(
     "path",
     [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] * (p.stem not in QUICK)) for p in SPECS],
 )
-def test_spec(path: Path, bert: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spec(
+    path: Path, spec_bert: Path, spec_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)
     spec = YAML(typ="safe").load(path.read_text())
-    places = {bert: "BERT", adapter: "ADAPTER", ROOT: "ROOT"}
-    texts = replay(path, overrides_for(path, bert, adapter), spec["emit"], tmp_path, places)
+    places = {spec_bert: "BERT", spec_adapter: "ADAPTER", ROOT: "ROOT"}
+    texts = replay(path, overrides_for(path, spec_bert, spec_adapter), spec["emit"], tmp_path, places)
     base = "base-bert-classifier" if spec["base"].get("task") == "sequence-classification" else "base-bert"
     check(path.stem, texts, base if "model" in spec["base"] else None)
 

@@ -10,11 +10,10 @@ import torch
 from torch import fx
 from torch.fx.graph import CodeGen
 
-from adaptc.errors import Refusal
 from adaptc.inputs import LABELS
 from adaptc.ir.graph import Graph
-from adaptc.ir.laws import no_weight_is_written
 from adaptc.ir.nodes import is_tensor
+from adaptc.ir.state import written_weights
 from adaptc.rewriter.pipeline import PASSES, Pass, run
 
 aten = torch.ops.aten
@@ -25,21 +24,12 @@ class Evaluate(Pass):
     """dropout(x, p, training) = x; every other use of `training` is False; a tied weight is read under one name.
 
     A loss and its labels are left out where other outputs remain and need no labels. Operations that the exporter
-    translates wrongly are replaced by equal ones: `view` by `reshape`, `conv3d` by `convolution`.
+    translates wrongly are replaced by equal ones: `view` by `reshape`, `conv3d` by `convolution`. What the model writes
+    to a weight or buffer goes to a copy.
     """
 
     name: ClassVar[str] = "evaluate"
     leaves: ClassVar[str | None] = "evaluated"
-
-    def requires(self, graph: Graph) -> list[Refusal]:
-        """No operation writes to a weight: the weights of an ONNX program are constants."""
-        return [
-            Refusal(
-                f"{breach.message} in evaluation mode, and the weights of an ONNX program are constants",
-                notes=("expected fixed weights; artifacts in other formats (torch, hf) may change them",),
-            )
-            for breach in no_weight_is_written(graph)
-        ]
 
     def call(self, graph: Graph) -> bool:
         """Rewrite outputs, operations, names of weights and inputs."""
@@ -53,12 +43,26 @@ class Evaluate(Pass):
                 node.target = aten.reshape.default  # the decompositions may lay a tensor out in another order
             elif node.target is aten.conv3d.default:
                 _spell_out(node)
+        _write_to_copies(graph)
         nodes.eliminate_dead_code()
         for node in [n for n in nodes.nodes if n.op == "placeholder" and not n.users]:
             nodes.erase_node(node)
         names = {n.target for n in nodes.nodes if n.op == "placeholder"}
         graph.inputs = tuple(spec for spec in graph.inputs if spec.name in names)
         return graph.text() != before
+
+
+def _write_to_copies(graph: Graph) -> None:
+    """Let operations write to copies of weights: those of a program are constants, and each call starts from them."""
+    for name, writer in written_weights(graph.nodes).items():
+        readers = graph.module.graph.find_nodes(op="get_attr", target=name)
+        first, *others = readers
+        with graph.module.graph.inserting_after(first):
+            copied = graph.call(aten.clone.default, first, like=writer)
+        for reader in others:
+            reader.replace_all_uses_with(copied)
+        first.replace_all_uses_with(copied)
+        copied.args = (first,)
 
 
 def _spell_out(node: fx.Node) -> None:
@@ -110,9 +114,5 @@ def _results(output: fx.Node) -> list[Any]:
 
 
 def evaluate(graph: Graph) -> Graph:
-    """A copy of a graph ready to be written as ONNX: integers are plain, and what only training needs is left out.
-
-    Raises:
-        RefusedError: an operation writes to a weight in evaluation mode.
-    """
+    """A copy of a graph ready to be written as ONNX: integers are plain, and what only training needs is left out."""
     return run(graph, [PASSES["plain-integers"](), Evaluate()])

@@ -11,7 +11,15 @@ import torch
 from torch import fx
 
 from adaptc.ir.analysis.matrix_products import MATRIX_PRODUCTS, feature_axes, operands_of
-from adaptc.ir.nodes import map_operands, node_arg, operation, traced_size
+from adaptc.ir.nodes import (
+    map_operands,
+    memory_owner,
+    node_arg,
+    operation,
+    same_memory,
+    traced_size,
+    written_operands,
+)
 
 VIEWS = frozenset(
     {
@@ -78,6 +86,15 @@ def downstream(node: fx.Node, residual: bool = True) -> dict[fx.Node, None]:
         return [user for user in node.users if residual or not is_residual(user)]
 
     return dict.fromkeys(walk(users(node), users, lambda user: operation(user) in MATRIX_PRODUCTS))
+
+
+def readers(node: fx.Node) -> list[fx.Node]:
+    """The nodes that read a value, or the memory that an operation writes to, through any view, after it is written."""
+    reading = list(node.users)
+    for operand in written_operands(node):
+        same = walk([memory_owner(operand)], same_memory)
+        reading += [user for value in same for user in value.users if node < user]
+    return reading
 
 
 def ancestors(node: fx.Node, within: Collection[fx.Node] | None = None) -> set[fx.Node]:

@@ -1,0 +1,92 @@
+"""Where a product comes from: what its manifest says of the compile that made it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from adaptc.compiler.plan_report import site_json
+from adaptc.compiler.program import Program
+from adaptc.emit.manifest import versions
+from adaptc.ir.state import state_notes
+from adaptc.spec.entries import AdapterEntry
+from adaptc.spec.spec import Spec, dump, resolve_path
+
+
+def provenance(program: Program, folder: Path) -> dict[str, Any]:
+    """What is true of every product of a compile.
+
+    Args:
+        program: the compiled program.
+        folder: the folder of the manifest. Paths that the spec states relative to itself are told relative to that.
+
+    Returns:
+        `versions`, `spec` and its folder `spec_folder`, `base`, `adapters`, `sites`, `passes` and `proofs`.
+    """
+    source = program.base.source
+    return {
+        "versions": versions(),
+        "spec": dump(program.spec),
+        "spec_folder": _relative(program.spec.directory, folder),
+        "base": {
+            "model": describe_base(program, folder),
+            "sha256": program.base_sha256,
+            "notes": [*source.notes, *source.bound.notes, *state_notes(program.base.nodes)],
+        },
+        "adapters": _adapters(program, folder),
+        "sites": _sites(program),
+        "passes": [asdict(record) for record in program.records],
+        "proofs": [asdict(proof) for proof in program.proofs.held],
+    }
+
+
+def without_times(common: Mapping[str, Any]) -> dict[str, Any]:
+    """A provenance without how long passes took, so that two compiles of one spec write the same bytes."""
+    passes = [
+        {key: value for key, value in record.items() if key != "seconds"} for record in common["passes"]
+    ]
+    return {**common, "passes": passes}
+
+
+def describe_base(program: Program, folder: Path) -> str:
+    """The base in one line, its path as in `provenance`."""
+    described, entry = program.base.source.describe, program.spec.base
+    text = entry and (entry.model or entry.program)
+    if not text or not resolve_path(program.spec, text).exists():
+        return described  # a module in memory, a factory, or a hub id
+    path = resolve_path(program.spec, text)
+    return described.replace(str(path), _told(program.spec, text, path, folder), 1)
+
+
+def _adapters(program: Program, folder: Path) -> list[dict[str, str]]:
+    """The path and the SHA-256 of every checkpoint that the spec names."""
+    spec = program.spec
+    rows: dict[Path, dict[str, str]] = {}
+    for planned in program.plan.entries:
+        entry, checkpoint = spec.adapt[planned.entry], planned.checkpoint
+        if checkpoint is not None and isinstance(entry, AdapterEntry):
+            path = _told(spec, entry.adapter, checkpoint.path, folder)
+            rows.setdefault(checkpoint.path, {"path": path, "sha256": checkpoint.sha256})
+    return list(rows.values())
+
+
+def _sites(program: Program) -> list[dict[str, Any]]:
+    """Every adapted site, with its methods in the order in which they apply."""
+    sites: dict[str, dict[str, Any]] = {}
+    for planned in program.plan.entries:
+        for site in planned.selection.sites:
+            told = sites.setdefault(site.parameter or str(site), site_json(site) | {"methods": []})
+            told["methods"].append(planned.insert.method.name)
+    return list(sites.values())
+
+
+def _told(spec: Spec, text: str, path: Path, folder: Path) -> str:
+    """A path for the manifest: as the spec states it where that is absolute, else relative to the manifest's folder."""
+    return str(path) if Path(text).expanduser().is_absolute() else _relative(path, folder)
+
+
+def _relative(path: Path, folder: Path) -> str:
+    return os.path.relpath(path.resolve(), folder.resolve())

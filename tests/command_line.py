@@ -1,0 +1,46 @@
+"""The command line, called in this process."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import sys
+import traceback
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What one command left: its exit code, and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+def run(*words: object) -> Ran:
+    """Run `adaptc` with some words; an exception that escapes is a traceback on standard error, as in a shell."""
+    from adaptc.cli import app as command_line
+
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        mock.patch.object(sys, "argv", ["adaptc", *map(str, words)]),
+    ):
+        try:
+            command_line.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        except Exception:
+            traceback.print_exc(file=err)
+            code = 1
+    return Ran(code, out.getvalue(), err.getvalue())
