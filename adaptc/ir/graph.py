@@ -160,19 +160,20 @@ class Graph:
         """Every parameter as a site of its own, biases too: what methods of the kind `parameter` choose from."""
         return [site.as_parameter() for site in self.sites]
 
-    def call(self, target: Any, *args: Any, like: fx.Node) -> fx.Node:
+    def call(self, target: Any, *args: Any, like: fx.Node, **kwargs: Any) -> fx.Node:
         """Insert an operation at the current insertion point, with its value recorded.
 
         Args:
             target: the operation.
             args: its arguments.
             like: the node whose provenance the new one takes.
+            kwargs: its arguments by keyword.
         """
-        node = self.module.graph.call_function(target, args)
-        values, _ = map_operands(node, lambda operand: operand.meta.get("val", False))
+        node = self.module.graph.call_function(target, args, kwargs)
+        values, named = map_operands(node, lambda operand: operand.meta.get("val", False))
         with self.fake_mode, enable_python_dispatcher(), torch.no_grad():
             product = _matrix_product(target, values)
-            node.meta["val"] = target(*values) if product is None else product
+            node.meta["val"] = target(*values, **named) if product is None else product
         node.meta |= {k: v for k, v in like.meta.items() if k in PROVENANCE}
         node.meta[VERIFIED] = signature(node)
         return node

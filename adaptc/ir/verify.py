@@ -32,6 +32,13 @@ def refresh(graph: Graph) -> None:
             node.meta[VERIFIED] = signature(node)
 
 
+def evaluate_again(graph: Graph, node: fx.Node) -> None:
+    """Compute the recorded value of one operation again, whose operands have new values."""
+    with _evaluating(graph):
+        node.meta["val"] = evaluated(node)
+    node.meta[VERIFIED] = signature(node)
+
+
 @contextmanager
 def _evaluating(graph: Graph) -> Generator[None]:
     """Evaluate operations on fake tensors; new symbols, for the size of a selection by a mask, belong to no value."""

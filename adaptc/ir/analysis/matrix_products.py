@@ -263,7 +263,8 @@ def product_terms(node: fx.Node) -> tuple[list[tuple[fx.Node, str]], str] | None
         ranks = [operand.meta["val"].dim() for operand in operands_of(node)]
         longest = max(rank - len(term.replace("...", "")) for term, rank in zip(terms, ranks, strict=True))
         named = [
-            _spelled(term, rank - len(term.replace("...", ""))) for term, rank in zip(terms, ranks, strict=True)
+            _spelled(term, rank - len(term.replace("...", "")))
+            for term, rank in zip(terms, ranks, strict=True)
         ]
         return list(zip(operands_of(node), named, strict=True)), _spelled(result, longest)
     if name not in ("linear", "quantized_linear", "addmm", "mm", "matmul", "bmm", "baddbmm"):
@@ -277,7 +278,9 @@ def product_terms(node: fx.Node) -> tuple[list[tuple[fx.Node, str]], str] | None
     ranks = left.meta["val"].dim(), right.meta["val"].dim()
     shared = max(*ranks, 2) - 2
     first = (_BATCH[-shared:] + "mi")[-ranks[0] :] if ranks[0] > 1 and shared else "mi"[-ranks[0] :]
-    second = (_BATCH[-shared:] + "io")[-ranks[1] :] if shared and ranks[1] > 1 else ("io" if ranks[1] > 1 else "i")
+    second = (
+        (_BATCH[-shared:] + "io")[-ranks[1] :] if shared and ranks[1] > 1 else ("io" if ranks[1] > 1 else "i")
+    )
     result = _BATCH[-shared:] * bool(shared) + "m" * (ranks[0] > 1) + "o" * (ranks[1] > 1)
     added = node.args[0] if name in ("addmm", "baddbmm") else None
     extra = [(added, result[-added.meta["val"].dim() :])] if isinstance(added, fx.Node) else []

@@ -26,12 +26,14 @@ class TokenAxis:
         before: how many sequences are in it, as the rows of `(batch * tokens, features)`; 1 if it holds tokens alone.
         after: how many entries each token has in it.
         past: whether the tokens of the past are in it too, as in the keys and values of an attention.
+        front: how many other entries stand in front of the tokens, such as a prefix.
     """
 
     axis: int
     before: Any = sympy.S.One
     after: Any = sympy.S.One
     past: bool = False
+    front: Any = sympy.S.Zero
 
     @property
     def alone(self) -> bool:
@@ -109,12 +111,12 @@ def viewed(axes: Axes, source: Sequence[Any], result: Sequence[Any], tokens: Any
 
 
 def _viewed(axis: TokenAxis, source: Sequence[Any], result: Sequence[Any], tokens: Any) -> TokenAxis:
-    slower = sympy.prod(source[: axis.axis]) * axis.before
+    slower, entries = sympy.prod(source[: axis.axis]) * axis.before, tokens + axis.front
     for position, size in enumerate(result):
         before = slower / sympy.prod(result[:position])
-        after = size / (before * tokens)
+        after = size / (before * entries)
         if _counts(before) and _counts(after):
-            return TokenAxis(position, before, after, axis.past)
+            return replace(axis, axis=position, before=before, after=after)
     raise MixesTokensError("its view cuts through the tokens")
 
 

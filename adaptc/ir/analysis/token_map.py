@@ -47,7 +47,9 @@ def _reads(user: fx.Node, node: fx.Node) -> bool:
     return operation(user) not in SIZES_ALONE or user.args[0] is not node
 
 
-def find_joins(nodes: Iterable[fx.Node], content: set[fx.Node]) -> tuple[list[Join], list[tuple[fx.Node, str]]]:
+def find_joins(
+    nodes: Iterable[fx.Node], content: set[fx.Node]
+) -> tuple[list[Join], list[tuple[fx.Node, str]]]:
     """Where keys and values of the past are joined, for every attention of tokens with tokens.
 
     Returns:

@@ -21,12 +21,53 @@ Rule = Callable[[fx.Node, Operands, Any], Axes]
 
 ELEMENTWISE = frozenset(
     {
-        *("where", "masked_fill", "masked_fill_", "dropout", "to", "_to_copy", "clone", "contiguous", "alias"),
+        *(
+            "where",
+            "masked_fill",
+            "masked_fill_",
+            "dropout",
+            "to",
+            "_to_copy",
+            "clone",
+            "contiguous",
+            "alias",
+        ),
         *("detach", "type_as", "lift_fresh_copy", "full_like", "zeros_like", "ones_like", "empty_like"),
         *("__and__", "__or__", "__xor__", "copy_", "fill_", "zero_", "prelu", "dropout_", "feature_dropout"),
-        *("floor_divide", "true_divide", "divide", "multiply", "subtract", "square", "absolute", "negative", "clip"),
-        *("relu6", "selu", "log_sigmoid", "rsub", "not_equal", "greater", "greater_equal", "less", "less_equal"),
-        *("fix", "arctan2", "float_power", "one_hot", "softshrink", "hardshrink", "celu", "rrelu", "isfinite", "hardswish"),
+        *(
+            "floor_divide",
+            "true_divide",
+            "divide",
+            "multiply",
+            "subtract",
+            "square",
+            "absolute",
+            "negative",
+            "clip",
+        ),
+        *(
+            "relu6",
+            "selu",
+            "log_sigmoid",
+            "rsub",
+            "not_equal",
+            "greater",
+            "greater_equal",
+            "less",
+            "less_equal",
+        ),
+        *(
+            "fix",
+            "arctan2",
+            "float_power",
+            "one_hot",
+            "softshrink",
+            "hardshrink",
+            "celu",
+            "rrelu",
+            "isfinite",
+            "hardswish",
+        ),
     }
 )
 """Operations on single entries that torch does not tag as such."""
@@ -272,15 +313,15 @@ def _item(node: fx.Node, operands: Operands, tokens: Any) -> Axes:
 
 
 def _joined(node: fx.Node, operands: Operands, tokens: Any) -> Axes:
-    """`cat` and `stack` along another axis than the tokens."""
+    """`cat` and `stack` along another axis than the tokens; a prefix may stand in front of keys and values."""
     axes = same_axes(operands.values())
     rank = value_of(node).dim()
     along = cast(int, _argument(node, "dim")) % rank
     if operation(node) == "stack":
         return tuple(axis.at(axis.axis + (axis.axis >= along)) for axis in axes)
-    if any(axis.axis == along for axis in axes):
+    if any(axis.axis == along and not (axis.past and axis.alone) for axis in axes):
         raise MixesTokensError("it puts other values beside the tokens")
-    return axes
+    return tuple(replace(a, front=shape_of(node)[along] - tokens) if a.axis == along else a for a in axes)
 
 
 def _repeat_interleave(node: fx.Node, operands: Operands, tokens: Any) -> Axes:
@@ -378,8 +419,12 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys((*SOFTMAX, "log_softmax", "_log_softmax"), _along),
     **dict.fromkeys(("cumsum", "cumprod", "cummax", "logcumsumexp", "sort", "argsort", "topk"), _along),
     **dict.fromkeys(("flip", "roll", "glu", "renorm"), _along),
-    **dict.fromkeys(("mean", "sum", "var", "std", "amax", "amin", "max", "min", "prod", "any", "all"), _reduction),
-    **dict.fromkeys(("argmax", "argmin", "logsumexp", "norm", "linalg_vector_norm", "count_nonzero"), _reduction),
+    **dict.fromkeys(
+        ("mean", "sum", "var", "std", "amax", "amin", "max", "min", "prod", "any", "all"), _reduction
+    ),
+    **dict.fromkeys(
+        ("argmax", "argmin", "logsumexp", "norm", "linalg_vector_norm", "count_nonzero"), _reduction
+    ),
     **dict.fromkeys(("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm"), _norm),
     "slice": _slice,
     "select": _select,

@@ -1,1 +1,4 @@
-"""A graph on its last tokens alone: the engine of the pass `cache`. Imports what the rewriter does."""
+"""The cache: a decoder's graph, run on new tokens alone, with the keys and values of the past.
+
+Imports `ir` and the contract of a pass.
+"""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, cast
 
+import sympy  # pyright: ignore[reportMissingTypeStubs]
 import torch
 from torch import fx
 
-from adaptc.ir.analysis.token_axes import holds_tensor, shape_of
+from adaptc.ir.analysis.token_axes import MixesTokensError, holds_tensor, shape_of
 from adaptc.ir.analysis.token_rules import is_elementwise
 from adaptc.ir.graph import Graph
 from adaptc.ir.nodes import is_tensor, map_operands, operation, size_expression
@@ -28,10 +29,19 @@ class LastTokens:
         past: the node of the number of tokens in the past.
         new: the node of the number of new tokens.
         total: the node of their sum.
+        content: what is computed from the token ids.
     """
 
-    def __init__(self, graph: Graph, tokens: Any, past: fx.Node, new: fx.Node, total: fx.Node):
-        self.graph, self.tokens = graph, tokens
+    def __init__(
+        self,
+        graph: Graph,
+        tokens: Any,
+        past: fx.Node,
+        new: fx.Node,
+        total: fx.Node,
+        content: Collection[fx.Node],
+    ):
+        self.graph, self.tokens, self.content = graph, tokens, content
         self.past, self.new, self.total = past, new, total
         self.traced = {node: node.meta["val"] for node in graph.nodes if "val" in node.meta}
         self.cuts: list[fx.Node] = []
@@ -49,6 +59,15 @@ class LastTokens:
         """Whether an axis of a traced tensor is along the tokens."""
         return node in self.traced and is_tensor(node) and self.tokens in self.shape(node)
 
+    def is_size(self, node: fx.Node) -> bool:
+        """Whether a traced node is a number, such as a size."""
+        return isinstance(self.traced.get(node), torch.SymInt)
+
+    def counts_rows(self, tensor: fx.Node) -> bool:
+        """Whether an axis of a traced tensor has an entry for each row, the tokens of all sequences."""
+        sizes = [size for size in self.shape(tensor) if size.has(self.tokens)]
+        return any(size.subs(self.tokens, 0) == 0 for size in sizes)
+
     def depends(self, value: Any) -> bool:
         """Whether a traced size or tensor depends on the number of tokens."""
         if not isinstance(value, fx.Node) or value not in self.traced:
@@ -60,7 +79,7 @@ class LastTokens:
 
     def whole(self, value: Any) -> Any:
         """A value for all tokens; constants as they are."""
-        if not isinstance(value, fx.Node) or value not in self.traced:
+        if not isinstance(value, fx.Node) or value not in self.traced or value in self.content:
             return value
         if value not in self._whole:
             self._whole[value] = self._make_whole(value)
@@ -85,8 +104,22 @@ class LastTokens:
             return tokens
         key = (value, tokens)
         if key not in self._counted:
-            self._counted[key] = self._again(value, lambda n: self.count(n, tokens))
+            again = self._measured if operation(value) == "sym_size" else self._computed
+            self._counted[key] = again(value, tokens)
         return self._counted[key]
+
+    def _computed(self, size: fx.Node, tokens: fx.Node) -> fx.Node:
+        return self._again(size, lambda n: self.count(n, tokens))
+
+    def _measured(self, size: fx.Node, tokens: fx.Node) -> fx.Node:
+        """The size of an axis with other entries beside the tokens, or with several for each."""
+        formula = size_expression(self.traced[size])
+        more, times = formula - self.tokens, sympy.cancel(formula / self.tokens)
+        if more.is_Integer:
+            return self.call(operator.add, tokens, int(more), like=size)
+        if times.is_Integer:
+            return self.call(operator.mul, tokens, int(times), like=size)
+        raise MixesTokensError(f"%{size.name} counts other things than tokens")
 
     def rows(self, node: Any) -> Any:
         """What has as many entries as there are rows, new tokens of all sequences: for those."""
@@ -136,9 +169,9 @@ class LastTokens:
         """The same for a result of this rank."""
         return self.last(operand, axis - (rank - self.traced[operand].dim()))
 
-    def call(self, target: Any, *args: Any, like: fx.Node) -> fx.Node:
+    def call(self, target: Any, *args: Any, like: fx.Node, **kwargs: Any) -> fx.Node:
         """Insert an operation."""
-        return self.graph.call(target, *args, like=like)
+        return self.graph.call(target, *args, like=like, **kwargs)
 
     def _again(self, node: fx.Node, operand: Callable[[fx.Node], Any]) -> fx.Node:
         """The operation of a node once more, on other operands."""
@@ -157,7 +190,9 @@ def _arange(tokens: LastTokens, node: fx.Node, axis: int) -> fx.Node | None:
     return tokens.graph.call(aten.arange.start, first, tokens.whole(end), like=node, **options)
 
 
-def _moved(source: Callable[[fx.Node, int], int | None]) -> Callable[[LastTokens, fx.Node, int], fx.Node | None]:
+def _moved(
+    source: Callable[[fx.Node, int], int | None],
+) -> Callable[[LastTokens, fx.Node, int], fx.Node | None]:
     """For a view: `source` gives the axis of the operand that an axis of the result is."""
 
     def push(tokens: LastTokens, node: fx.Node, axis: int) -> fx.Node | None:
