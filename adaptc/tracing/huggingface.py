@@ -21,7 +21,8 @@ from adaptc.inputs import InputSpec
 from adaptc.ir.base import Base, Bound, Pretrained
 from adaptc.optional import optional
 from adaptc.spec.base import BaseEntry
-from adaptc.tracing.huggingface_inputs import derive_inputs
+from adaptc.tracing.huggingface_inputs import chosen_inputs
+from adaptc.tracing.huggingface_processor import given_inputs
 from adaptc.tracing.huggingface_settings import alternative_notes, set_for_tracing
 from adaptc.tracing.huggingface_tasks import auto_class
 from adaptc.tracing.missing_parameters import drawing_from, initialised, missing_parameters
@@ -74,6 +75,10 @@ def load(model: str, entry: BaseEntry, seed: int, inputs: tuple[InputSpec, ...])
             f"quantized by {quantization['quant_method']}, and its files are not here: planned as floats"
         )
 
+    given, unread = given_inputs(pretrained.transformer, entry.trust_remote_code)
+    derived = chosen_inputs(module, config, inputs, given)
+    notes += unread
+
     def find() -> Bound:
         others: dict[str, Weight] = dict(whole.weights(module)) if whole else {}
         if quantization:
@@ -86,11 +91,12 @@ def load(model: str, entry: BaseEntry, seed: int, inputs: tuple[InputSpec, ...])
         model=module,
         find=find,
         heads=_heads(module) | (whole.heads(module) if whole else set[str]()),
-        inputs=inputs or (*derive_inputs(module, config), *(whole.inputs(module) if whole else ())),
+        inputs=(*derived.inputs, *(whole.inputs(module) if whole and not inputs else ())),
         files=files,
         packed=packed,
         notes=notes,
         pretrained=pretrained,
+        left_out=derived.left_out,
     )
 
 
