@@ -49,7 +49,7 @@ def load(model: str, entry: BaseEntry, seed: int, inputs: tuple[InputSpec, ...])
     auto, config = pretrained.auto, pretrained.config
     whole = auto if isinstance(auto, SentenceEmbedding) else None
     directory = Path(pretrained.transformer)
-    dtype = entry.dtype or _dtype_of(config)
+    dtype = entry.dtype or str(config.dtype).removeprefix("torch.")
     config.dtype = getattr(torch, dtype)
     quantization = _take_quantization(config)
     pretrained = replace(pretrained, config=copy.deepcopy(config))
@@ -117,14 +117,23 @@ def read_pretrained(model: str, task: str, trust: bool, overrides: Mapping[str, 
         (auto.folders, auto.files.config) if isinstance(auto, SentenceEmbedding) else ({"": ""}, {})
     )
     pretrained = Pretrained(model, auto, None, trust, folders)
+    return replace(pretrained, config=read_config(pretrained.transformer, trust, {**stated, **overrides}))
+
+
+def read_config(model: str, trust: bool, overrides: Mapping[str, Any]) -> Any:
+    """Read the configuration of a Hugging Face model, its dtype among it.
+
+    Raises:
+        TraceError: it cannot be read.
+    """
+    auto: Any = optional("transformers").AutoConfig
     try:
-        config: Any = optional("transformers").AutoConfig.from_pretrained(
-            pretrained.transformer, trust_remote_code=trust, **{**stated, **overrides}
-        )
+        config: Any = auto.from_pretrained(model, trust_remote_code=trust, **overrides)
     except Exception as error:
         first = str(error).strip().splitlines()[0]
         raise TraceError(f"{model}: its configuration cannot be read: {first}") from error
-    return replace(pretrained, config=config)
+    config.dtype = getattr(config, "dtype", None) or torch.float32
+    return config
 
 
 def _take_quantization(config: Any) -> dict[str, Any]:
@@ -242,11 +251,6 @@ def load_pretrained(pretrained: Pretrained) -> tuple[nn.Module, dict[str, Any]]:
     finally:
         transformers.logging.set_verbosity(verbosity)
         transformers.logging.enable_progress_bar()
-
-
-def _dtype_of(config: Any) -> str:
-    dtype: object = getattr(config, "dtype", None) or torch.float32
-    return str(dtype).removeprefix("torch.")
 
 
 def _heads(model: nn.Module) -> frozenset[str]:
