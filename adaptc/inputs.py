@@ -30,6 +30,8 @@ class InputSpec:
         dims: a name for each dynamic dimension (equal names are equal sizes), a number for each fixed one.
         high: the bound that example values stay below, such as a vocabulary's size. The model gives it, never a spec.
         example: the sizes of the example that was given; empty where there is none.
+        boxes: whether the last dimension holds boxes: left, top, right and bottom, right not before left and bottom not
+            before top.
     """
 
     name: str
@@ -37,6 +39,7 @@ class InputSpec:
     dims: tuple[str | int, ...]
     high: int | None = None
     example: tuple[int, ...] = ()
+    boxes: bool = False
 
     def __str__(self) -> str:
         return f"{self.dtype}[{', '.join(str(dim) for dim in self.dims)}]"
@@ -45,7 +48,12 @@ class InputSpec:
     def from_json(cls, data: Mapping[str, Any]) -> InputSpec:
         """Read what `dataclasses.asdict` wrote."""
         return cls(
-            data["name"], data["dtype"], tuple(data["dims"]), data["high"], tuple(data.get("example", ()))
+            data["name"],
+            data["dtype"],
+            tuple(data["dims"]),
+            data["high"],
+            tuple(data.get("example", ())),
+            data.get("boxes", False),
         )
 
     @classmethod

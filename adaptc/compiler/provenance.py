@@ -34,6 +34,8 @@ def provenance(program: Program, folder: Path) -> dict[str, Any]:
         "base": {
             "model": describe_base(program, folder),
             "sha256": program.base_sha256,
+            "inputs": program.plan.inputs,
+            "left_out": program.plan.left_out,
             "notes": [*source.notes, *source.bound.notes, *state_notes(program.base.nodes)],
         },
         "adapters": _adapters(program, folder),

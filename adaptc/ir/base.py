@@ -71,6 +71,7 @@ class Base:
         flatten: from the arguments of the author's own call to the inputs by name; None where they are the same.
         notes: what the loader chose or changed before it looked for weights, for the user.
         pretrained: the checkpoint of a Hugging Face base; None for any other.
+        left_out: what the model could take beside its inputs -> what stands for it, such as `zeros`.
     """
 
     describe: str
@@ -85,6 +86,7 @@ class Base:
     flatten: Callable[[tuple[Any, ...], Mapping[str, Any]], dict[str, torch.Tensor]] | None = None
     notes: list[str] = field(default_factory=list[str])
     pretrained: Pretrained | None = None
+    left_out: Mapping[str, str] = field(default_factory=dict[str, str])
 
     @cached_property
     def bound(self) -> Bound:

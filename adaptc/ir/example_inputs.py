@@ -56,8 +56,9 @@ def example_tensors(
 ) -> dict[str, torch.Tensor]:
     """Random inputs of a model.
 
-    Integers are below the input's `high`. Masks are ones; with `pad`, the last row ends with zeros in its second half.
-    Other booleans are random, but the first two of each row are True and False, so that none masks a whole row.
+    Integers are below the input's `high`. Boxes have their corners in order. Masks are ones; with `pad`, the last row
+    ends with zeros in its second half. Other booleans are random, but the first two of each row are True and False, so
+    that none masks a whole row.
 
     Args:
         inputs: of the model.
@@ -73,7 +74,9 @@ def example_tensors(
     for spec in inputs:
         shape = [sizes[dim] if isinstance(dim, str) else dim for dim in spec.dims]
         dtype = getattr(torch, spec.dtype)
-        if dtype.is_floating_point:
+        if spec.boxes:
+            tensor = _boxes(spec, shape, generator)
+        elif dtype.is_floating_point:
             tensor = torch.randn(shape, generator=generator).to(dtype)
         elif dtype == torch.bool and "mask" not in spec.name:
             tensor = torch.rand(shape, generator=generator) < 0.5
@@ -87,3 +90,11 @@ def example_tensors(
             tensor = torch.randint(0, spec.high or 2, shape, generator=generator).to(dtype)
         tensors[spec.name] = tensor
     return tensors
+
+
+def _boxes(spec: InputSpec, shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+    """Random boxes: integers below the input's `high`, or fractions of a page where it has none."""
+    dtype = getattr(torch, spec.dtype)
+    corners = torch.rand([*shape[:-1], 2, shape[-1] // 2], generator=generator)
+    corners = corners.sort(dim=-2).values.flatten(-2)
+    return (corners * spec.high).long().to(dtype) if spec.high else corners.to(dtype)

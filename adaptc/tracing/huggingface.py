@@ -21,7 +21,8 @@ from adaptc.inputs import InputSpec
 from adaptc.ir.base import Base, Bound, Pretrained
 from adaptc.optional import optional
 from adaptc.spec.base import BaseEntry
-from adaptc.tracing.huggingface_inputs import derive_inputs
+from adaptc.tracing.huggingface_inputs import chosen_inputs
+from adaptc.tracing.huggingface_processor import given_inputs
 from adaptc.tracing.huggingface_settings import alternative_notes, set_for_tracing
 from adaptc.tracing.huggingface_tasks import auto_class
 from adaptc.tracing.missing_parameters import drawing_from, initialised, missing_parameters
@@ -48,7 +49,7 @@ def load(model: str, entry: BaseEntry, seed: int, inputs: tuple[InputSpec, ...])
     auto, config = pretrained.auto, pretrained.config
     whole = auto if isinstance(auto, SentenceEmbedding) else None
     directory = Path(pretrained.transformer)
-    dtype = entry.dtype or _dtype_of(config)
+    dtype = entry.dtype or str(config.dtype).removeprefix("torch.")
     config.dtype = getattr(torch, dtype)
     quantization = _take_quantization(config)
     pretrained = replace(pretrained, config=copy.deepcopy(config))
@@ -74,6 +75,10 @@ def load(model: str, entry: BaseEntry, seed: int, inputs: tuple[InputSpec, ...])
             f"quantized by {quantization['quant_method']}, and its files are not here: planned as floats"
         )
 
+    given, unread = given_inputs(pretrained.transformer, entry.trust_remote_code)
+    derived = chosen_inputs(module, config, inputs, given)
+    notes += unread
+
     def find() -> Bound:
         others: dict[str, Weight] = dict(whole.weights(module)) if whole else {}
         if quantization:
@@ -86,11 +91,12 @@ def load(model: str, entry: BaseEntry, seed: int, inputs: tuple[InputSpec, ...])
         model=module,
         find=find,
         heads=_heads(module) | (whole.heads(module) if whole else set[str]()),
-        inputs=inputs or (*derive_inputs(module, config), *(whole.inputs(module) if whole else ())),
+        inputs=(*derived.inputs, *(whole.inputs(module) if whole and not inputs else ())),
         files=files,
         packed=packed,
         notes=notes,
         pretrained=pretrained,
+        left_out=derived.left_out,
     )
 
 
@@ -111,14 +117,23 @@ def read_pretrained(model: str, task: str, trust: bool, overrides: Mapping[str, 
         (auto.folders, auto.files.config) if isinstance(auto, SentenceEmbedding) else ({"": ""}, {})
     )
     pretrained = Pretrained(model, auto, None, trust, folders)
+    return replace(pretrained, config=read_config(pretrained.transformer, trust, {**stated, **overrides}))
+
+
+def read_config(model: str, trust: bool, overrides: Mapping[str, Any]) -> Any:
+    """Read the configuration of a Hugging Face model, its dtype among it.
+
+    Raises:
+        TraceError: it cannot be read.
+    """
+    auto: Any = optional("transformers").AutoConfig
     try:
-        config: Any = optional("transformers").AutoConfig.from_pretrained(
-            pretrained.transformer, trust_remote_code=trust, **{**stated, **overrides}
-        )
+        config: Any = auto.from_pretrained(model, trust_remote_code=trust, **overrides)
     except Exception as error:
         first = str(error).strip().splitlines()[0]
         raise TraceError(f"{model}: its configuration cannot be read: {first}") from error
-    return replace(pretrained, config=config)
+    config.dtype = getattr(config, "dtype", None) or torch.float32
+    return config
 
 
 def _take_quantization(config: Any) -> dict[str, Any]:
@@ -236,11 +251,6 @@ def load_pretrained(pretrained: Pretrained) -> tuple[nn.Module, dict[str, Any]]:
     finally:
         transformers.logging.set_verbosity(verbosity)
         transformers.logging.enable_progress_bar()
-
-
-def _dtype_of(config: Any) -> str:
-    dtype: object = getattr(config, "dtype", None) or torch.float32
-    return str(dtype).removeprefix("torch.")
 
 
 def _heads(model: nn.Module) -> frozenset[str]:

@@ -1,10 +1,14 @@
-"""The inputs of a Hugging Face model, derived from its main input and its configuration: one table, no model's name."""
+"""The inputs of a Hugging Face model: what it was trained with, from its tokenizer or its configuration.
+
+One table, no model's name. What forward could take beside them is named, with what stands for it.
+"""
 
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from string import Formatter
 from typing import Any, cast
 
@@ -12,6 +16,7 @@ from torch import nn
 
 from adaptc.errors import TraceError
 from adaptc.inputs import InputSpec
+from adaptc.tracing.huggingface_processor import Given
 
 
 @dataclass(frozen=True)
@@ -30,8 +35,30 @@ class InputRule:
     inputs: Mapping[str, str]
 
 
+@dataclass(frozen=True)
+class DerivedInputs:
+    """The inputs of a model.
+
+    Attributes:
+        inputs: the inputs, in the order of the table.
+        left_out: what its forward could take beside them -> what stands for it.
+    """
+
+    inputs: tuple[InputSpec, ...]
+    left_out: Mapping[str, str]
+
+
+TOKENS = "int64[batch, seq]"
+TEXT_INPUTS = {
+    "input_ids": TOKENS,
+    "attention_mask": TOKENS,
+    "token_type_ids": TOKENS,
+    "position_ids": TOKENS,
+    "bbox": "{boxes}[batch, seq, 4]",
+}
+"""The inputs that a text can have; `_takes` says which of them a model was trained with."""
 INPUT_RULES = (
-    InputRule("input_ids", (), {"input_ids": "int64[batch, seq]", "attention_mask": "int64[batch, seq]"}),
+    InputRule("input_ids", (), TEXT_INPUTS),
     InputRule("pixel_values", (), {"pixel_values": "{dtype}[batch, {channels}, {height}, {width}]"}),
     InputRule(
         "input_features",
@@ -50,6 +77,7 @@ DECODER_INPUTS = {"decoder_input_ids": "int64[batch, decoder_seq]"}
 """The inputs that an encoder-decoder takes in addition."""
 SIZES: Mapping[str, Callable[[Any], object]] = {
     "dtype": lambda config: str(config.dtype).removeprefix("torch."),
+    "boxes": lambda config: "int64" if _box_limit(config) else str(config.dtype).removeprefix("torch."),
     "channels": lambda config: getattr(config, "num_channels", 3),
     "height": lambda config: _image_side(config, 0) or "height",
     "width": lambda config: _image_side(config, 1) or "width",
@@ -59,13 +87,40 @@ SIZES: Mapping[str, Callable[[Any], object]] = {
 
 The height and width of an image are dynamic where the configuration fixes none.
 """
+STAND_INS = {
+    "attention_mask": "ones",
+    "decoder_attention_mask": "ones",
+    "pixel_mask": "ones",
+    "token_type_ids": "zeros",
+    "position_ids": "0..n-1, as the model counts them",
+    "decoder_position_ids": "0..n-1, as the model counts them",
+    "bbox": "zeros",
+    "pixel_values": "none, text only",
+    "pixel_values_videos": "none, no video",
+    "input_features": "none, no sound",
+}
+"""A tensor that forward can do without -> what the model then computes with; `none` for any other."""
+COMPUTED = re.compile(
+    r"past_key_values|(\w+_)?(inputs_embeds|embeds|outputs|states|labels?|lengths|hidden_states)|labels\w*"
+    r"|(start|end)_positions|logits_to_keep|encoder_attention_mask|cache|mems|bool_masked_pos|mask_time_indices|next_sentence_label"
+)
+"""The names of tensors that a loss takes, or that another part of the model has computed: no input of a person's."""
+BOXES = 1000
+"""The largest coordinate of a box on a page: LayoutLM and its kind scale a page to it."""
 
 
-def derive_inputs(model: nn.Module, config: Any) -> tuple[InputSpec, ...]:
-    """Derive the inputs of a model from the name of its main input and its configuration.
+def derive_inputs(
+    model: nn.Module | type[nn.Module], config: Any, given: Given | None = None
+) -> DerivedInputs:
+    """Derive the inputs of a model from what its tokenizer gives, its main input and its configuration.
+
+    Args:
+        model: the model, or its class.
+        config: its configuration.
+        given: what the tokenizer or processor gives; where it is None the configuration decides.
 
     Returns:
-        The inputs that its `forward` takes, in the order of the table.
+        The inputs that it was trained with and that its `forward` takes, and what else that could take.
 
     Raises:
         TraceError: no rule of the table fits.
@@ -76,16 +131,83 @@ def derive_inputs(model: nn.Module, config: Any) -> tuple[InputSpec, ...]:
     )
     rule = next(fitting, None)
     if rule is None:
+        title = model.__name__ if isinstance(model, type) else type(model).__name__
         raise TraceError(
-            f"the inputs of {type(model).__name__} cannot be derived; write them in the spec, such as",
+            f"the inputs of {title} cannot be derived; write them in the spec, such as",
             "inputs:",
             f"  {main}: float32[batch, 80, 3000]",
         )
     parameters = inspect.signature(model.forward).parameters
     texts = {**rule.inputs, **(DECODER_INPUTS if getattr(config, "is_encoder_decoder", False) else {})}
-    return tuple(
-        InputSpec.parse(name, _filled(text, config)) for name, text in texts.items() if name in parameters
-    )
+    names = [name for name in texts if name in parameters and _takes(name, config, given)]
+    inputs = [limited(InputSpec.parse(name, _filled(texts[name], config)), config) for name in names]
+    return DerivedInputs(tuple(inputs), left_out(model, names))
+
+
+def chosen_inputs(
+    model: nn.Module | type[nn.Module], config: Any, inputs: Sequence[InputSpec], given: Given | None
+) -> DerivedInputs:
+    """The inputs that a spec states, with what the configuration says of their values; derived where it states none.
+
+    Raises:
+        TraceError: there are none, and they cannot be derived.
+    """
+    if not inputs:
+        return derive_inputs(model, config, given)
+    stated = tuple(limited(spec, config) for spec in inputs)
+    return DerivedInputs(stated, left_out(model, [spec.name for spec in stated]))
+
+
+def left_out(model: nn.Module | type[nn.Module], names: Sequence[str]) -> dict[str, str]:
+    """The tensors that a model's forward could take beside its inputs -> what stands for each."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    optional = [p.name for p in parameters if "Tensor" in str(p.annotation) and p.default is None]
+    others = [name for name in optional if name not in names and not COMPUTED.fullmatch(name)]
+    return {name: STAND_INS.get(name, "none") for name in others}
+
+
+def limited(spec: InputSpec, config: Any) -> InputSpec:
+    """An input with what the configuration says of its values: the number of token types, the corners of a box."""
+    if spec.name == "token_type_ids":
+        return replace(spec, high=_token_types(config))
+    if spec.name == "position_ids":
+        return replace(spec, high=getattr(_text(config), "max_position_embeddings", None))
+    if spec.name == "bbox":
+        return replace(spec, high=_box_limit(config), boxes=True)
+    return spec
+
+
+def _takes(name: str, config: Any, given: Given | None) -> bool:
+    """Whether a model was trained with an input that its forward takes.
+
+    The tokenizer says so. Without one, the configuration: one of several token types was learned for each token. A
+    position is counted by the model itself unless the tokenizer gives it. A model of boxes has no other place for them
+    than `bbox`, whatever tokenizer its texts go through.
+    """
+    if name == "token_type_ids":
+        types = _token_types(config)
+        return (types or 0) > 1 if given is None else name in given.names and (types is None or types > 1)
+    if name == "position_ids":
+        return given is not None and name in given.names
+    if name == "attention_mask":
+        return given is None or name in given.names
+    return True
+
+
+def _text(config: Any) -> Any:
+    """The configuration of a model's text part; the whole one where it has no parts."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _token_types(config: Any) -> int | None:
+    """The number of token types; None where the configuration has no table of them."""
+    return getattr(_text(config), "type_vocab_size", None)
+
+
+def _box_limit(config: Any) -> int | None:
+    """The number that coordinates of boxes stay below; None where they are fractions of the page."""
+    rows: int | None = getattr(_text(config), "max_2d_position_embeddings", None)
+    return min(rows, BOXES + 1) if rows else None
 
 
 def _filled(text: str, config: Any) -> str:
