@@ -67,18 +67,8 @@ def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False
 
     hook = model.register_forward_hook(after_call)
     model.train(training)
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(
-        False
-    )  # it fuses a layer, so that nothing could be adapted inside
     try:
-        # Without gradients a trace leaves out conversions, whatever the caller has set.
-        with (
-            quietly(),
-            restored(model),
-            torch.enable_grad(),
-            torch.compiler.set_stance("force_eager"),
-        ):
+        with traceable(), restored(model):
             program = torch.export.export(
                 model, (), examples, dynamic_shapes=dynamic_shapes(inputs), strict=False
             )
@@ -93,7 +83,6 @@ def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False
         raise explain(model, error, examples) from error
     finally:
         hook.remove()
-        torch.backends.mha.set_fastpath_enabled(fast)
         for module, mode in training_of.items():
             module.training = mode
     traced = normalise(program.module(check_guards=False))
@@ -226,6 +215,7 @@ LOGGERS = (
     "torch._subclasses.fake_tensor",
     "torch.onnx._internal.exporter._registration",  # logs every operation of packages that are not installed
     "onnx_ir._convenience",  # logs an empty list of indices, which is intended
+    "onnxscript.optimizer._constant_folding",  # logs what it does not fold
 )
 """The loggers that are silenced while a model is traced or translated."""
 
@@ -242,6 +232,19 @@ class _WithoutGraphs:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+@contextmanager
+def traceable() -> Generator[None]:
+    """Let torch trace within a `with` block what it runs: silently, no layer fused, whatever the caller has set."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # it fuses a layer, so that nothing inside could be adapted
+    try:
+        # Without gradients a trace leaves out conversions.
+        with quietly(), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 @contextmanager

@@ -26,8 +26,7 @@ def translations(targets: Iterable[Any]) -> dict[torch._ops.OpOverload[..., Any]
     overloads: set[torch._ops.OpOverload[..., Any]] = {
         target for target in targets if isinstance(target, torch._ops.OpOverload)
     }
-    forms = {**TRANSLATIONS, **quantized_operations.TRANSLATIONS}
-    return {target: forms[target.name()] for target in overloads if target.name() in forms}
+    return {target: FORMS[target.name()] for target in overloads if target.name() in FORMS}
 
 
 def attention(
@@ -119,3 +118,5 @@ TRANSLATIONS: Mapping[str, Callable[..., Any]] = {
     "aten::_fft_c2r": in_double(fft.aten__fft_c2r),
 }
 """An operation by torch's name -> what computes it in ONNX."""
+FORMS: Mapping[str, Callable[..., Any]] = {**TRANSLATIONS, **quantized_operations.TRANSLATIONS}
+"""The same, with the operations that adaptc makes of quantized products."""
