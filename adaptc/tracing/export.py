@@ -19,6 +19,7 @@ from adaptc.errors import TraceError
 from adaptc.inputs import LABELS, InputSpec
 from adaptc.ir.example_inputs import example_sizes, example_tensors
 from adaptc.ir.nodes import follow_device, writes_in_place
+from adaptc.ir.recurrent import recurrent_shapes
 from adaptc.ir.state import number_notes, numbers_of, restored
 from adaptc.tracing.containers import register_containers, step_of
 from adaptc.tracing.shape_guards import check_sizes, fixing_line
@@ -238,10 +239,13 @@ class _WithoutGraphs:
 def traceable() -> Generator[None]:
     """Let torch trace within a `with` block what it runs: silently, no layer fused, whatever the caller has set."""
     fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # it fuses a layer, so that nothing inside could be adapted
+    torch.backends.mha.set_fastpath_enabled(
+        False
+    )  # it fuses a layer, so that nothing inside could be adapted
     try:
         # Without gradients a trace leaves out conversions.
-        with quietly(), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+        stance = torch.compiler.set_stance("force_eager")
+        with quietly(), torch.enable_grad(), stance, recurrent_shapes():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

@@ -20,7 +20,7 @@ from torch.fx.node import map_arg
 from adaptc.emit.onnx.registry import OPSET, decompositions, has_form, registry_of
 from adaptc.errors import Refusal, RefusedError
 from adaptc.ir.graph import Graph
-from adaptc.ir.nodes import PROVENANCE, provenance
+from adaptc.ir.nodes import PROVENANCE, provenance, size_expression
 from adaptc.ir.stages import ADAPTC_LIBRARIES
 from adaptc.rewriter.pipeline import Pass
 
@@ -61,12 +61,27 @@ class OnnxOperations(Pass):
                     _put_on_cpu(nodes, node)
                 elif node.target in table or _is_composite(node.target):
                     _decompose(nodes, node, table)
+                    self._refuse_fixed(graph, node)
                 else:
                     continue
                 changed = True
         nodes.eliminate_dead_code()
         self._refuse_unknown(graph.nodes)
         return changed
+
+    def _refuse_fixed(self, graph: Graph, node: fx.Node) -> None:
+        """Refuse a node whose decomposition runs a loop, or chooses, by a size that is dynamic.
+
+        Raises:
+            RefusedError: there is no such size any more.
+        """
+        values = {str(n.target): n.meta["val"].shape for n in graph.placeholders}
+        sizes = [pair for spec in graph.inputs for pair in zip(spec.dims, values[spec.name], strict=True)]
+        fixed = [dim for dim, size in sizes if isinstance(dim, str) and size_expression(size).is_number]
+        if fixed:
+            reason = f"ONNX export failed: ONNX has no form of {node.target} for any size of `{fixed[0]}`"
+            advice = f"write the size that it is run with as a number in place of `{fixed[0]}`"
+            raise RefusedError([Refusal(reason, notes=(*provenance(node), advice))], self)
 
     def _refuse_unknown(self, nodes: Iterable[fx.Node]) -> None:
         """Refuse the first operation that is not known.

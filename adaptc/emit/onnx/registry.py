@@ -10,8 +10,10 @@ from functools import cache
 from typing import Any
 
 from torch import fx
+from torch._ops import OpOverload
 
 from adaptc.emit.onnx.operations import COMPLEX, FORMS, translations
+from adaptc.ir.nodes import list_arg
 from adaptc.tracing.export import quietly
 
 OPSET = 20
@@ -41,10 +43,27 @@ def registry_of(nodes: Iterable[fx.Node], opset: int) -> Any:
 
 
 def has_form(node: fx.Node, registry: Any) -> bool:
-    """Whether the exporter finds an ONNX form for a node, on real or on complex operands as this one has."""
+    """Whether the exporter finds an ONNX form for a node, on real or on complex operands as this one has.
+
+    A form that computes something else for this node's arguments is none.
+    """
     from torch.onnx._internal.exporter import _dispatching
 
+    if isinstance(node.target, OpOverload) and any(
+        wrong(node) for name, wrong in WRONG.items() if name == node.target.name()
+    ):
+        return False
     return _dispatching.dispatch(node, registry)[0] is not None
+
+
+def _projects(node: fx.Node) -> bool:
+    """Whether an LSTM projects its outputs, so that they have fewer features than its cells."""
+    outputs, cells = (state.meta["val"].shape[-1] for state in list_arg(node, 1))
+    return outputs != cells
+
+
+WRONG: Mapping[str, Callable[[fx.Node], bool]] = {"aten::lstm.input": _projects}
+"""Operation -> which nodes of it the exporter's form computes wrongly; torch's decomposition is right."""
 
 
 @cache
