@@ -181,9 +181,11 @@ def _undefined(value: torch.Tensor) -> bool:
 def _error(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:
     """The largest difference between expected `a` and `b`, and the largest expected value.
 
-    The difference is infinite where the dtypes are of other kinds, or where one is finite and the other is not.
+    The difference is infinite where the dtypes are of other kinds, where the shapes differ, as of a selection by
+    values, or where one is finite and the other is not.
     """
-    if a.is_complex() != b.is_complex() or a.is_floating_point() != b.is_floating_point():
+    kinds = a.is_complex() != b.is_complex() or a.is_floating_point() != b.is_floating_point()
+    if kinds or a.shape != b.shape:
         return float("inf"), 1.0
     a, b = (torch.view_as_real(t) if t.is_complex() else t for t in (a.detach(), b.detach()))
     a, b = a.double().flatten(), b.double().flatten()

@@ -19,6 +19,7 @@ from adaptc.errors import TraceError
 from adaptc.inputs import LABELS, InputSpec
 from adaptc.ir.example_inputs import example_sizes, example_tensors
 from adaptc.ir.nodes import follow_device, writes_in_place
+from adaptc.ir.recurrent import recurrent_shapes
 from adaptc.ir.state import number_notes, numbers_of, restored
 from adaptc.tracing.containers import register_containers, step_of
 from adaptc.tracing.shape_guards import check_sizes, fixing_line
@@ -67,18 +68,8 @@ def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False
 
     hook = model.register_forward_hook(after_call)
     model.train(training)
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(
-        False
-    )  # it fuses a layer, so that nothing could be adapted inside
     try:
-        # Without gradients a trace leaves out conversions, whatever the caller has set.
-        with (
-            quietly(),
-            restored(model),
-            torch.enable_grad(),
-            torch.compiler.set_stance("force_eager"),
-        ):
+        with traceable(), restored(model):
             program = torch.export.export(
                 model, (), examples, dynamic_shapes=dynamic_shapes(inputs), strict=False
             )
@@ -93,7 +84,6 @@ def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False
         raise explain(model, error, examples) from error
     finally:
         hook.remove()
-        torch.backends.mha.set_fastpath_enabled(fast)
         for module, mode in training_of.items():
             module.training = mode
     traced = normalise(program.module(check_guards=False))
@@ -226,6 +216,7 @@ LOGGERS = (
     "torch._subclasses.fake_tensor",
     "torch.onnx._internal.exporter._registration",  # logs every operation of packages that are not installed
     "onnx_ir._convenience",  # logs an empty list of indices, which is intended
+    "onnxscript.optimizer._constant_folding",  # logs what it does not fold
 )
 """The loggers that are silenced while a model is traced or translated."""
 
@@ -242,6 +233,22 @@ class _WithoutGraphs:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+@contextmanager
+def traceable() -> Generator[None]:
+    """Let torch trace within a `with` block what it runs: silently, no layer fused, whatever the caller has set."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(
+        False
+    )  # it fuses a layer, so that nothing inside could be adapted
+    try:
+        # Without gradients a trace leaves out conversions.
+        stance = torch.compiler.set_stance("force_eager")
+        with quietly(), torch.enable_grad(), stance, recurrent_shapes():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 @contextmanager

@@ -68,6 +68,13 @@ REASONS = (
         "write torch.no_grad() in place of torch.inference_mode()",
     ),
     Reason(
+        r"",
+        r"\b(pack_padded_sequence|pad_packed_sequence|pack_sequence)\(",
+        "a packed sequence has sizes that depend on the values of a tensor",
+        "sequences padded to one length",
+        "run the recurrent layer on the padded tensor, and select what is wanted of its outputs by a mask or by gather",
+    ),
+    Reason(
         r"padded input size|[Kk]ernel size can't be greater",
         r"",
         "an input is too short for a convolution, or for the window of one",

@@ -17,6 +17,7 @@ from onnxscript.function_libs.torch_lib.ops import fft
 from onnxscript.function_libs.torch_lib.ops.nn import aten_scaled_dot_product_attention
 
 from adaptc.emit.onnx import quantized_operations
+from adaptc.emit.onnx.recurrent import rnn
 
 op: Any = onnxscript.opset18
 
@@ -26,8 +27,7 @@ def translations(targets: Iterable[Any]) -> dict[torch._ops.OpOverload[..., Any]
     overloads: set[torch._ops.OpOverload[..., Any]] = {
         target for target in targets if isinstance(target, torch._ops.OpOverload)
     }
-    forms = {**TRANSLATIONS, **quantized_operations.TRANSLATIONS}
-    return {target: forms[target.name()] for target in overloads if target.name() in forms}
+    return {target: FORMS[target.name()] for target in overloads if target.name() in FORMS}
 
 
 def attention(
@@ -117,5 +117,9 @@ TRANSLATIONS: Mapping[str, Callable[..., Any]] = {
     "aten::_fft_r2c": in_double(fft.aten__fft_r2c),
     "aten::_fft_c2c": in_double(fft.aten__fft_c2c),
     "aten::_fft_c2r": in_double(fft.aten__fft_c2r),
+    "aten::rnn_tanh.input": rnn("Tanh"),
+    "aten::rnn_relu.input": rnn("Relu"),
 }
 """An operation by torch's name -> what computes it in ONNX."""
+FORMS: Mapping[str, Callable[..., Any]] = {**TRANSLATIONS, **quantized_operations.TRANSLATIONS}
+"""The same, with the operations that adaptc makes of quantized products."""
