@@ -20,6 +20,34 @@ IGNORED = -100
 """The label of positions that torch's losses skip: `ignore_index` of `torch.nn.functional.cross_entropy`."""
 
 
+ASCENDING, DESCENDING = "ascending", "descending"
+
+
+@dataclass(frozen=True)
+class Values:
+    """What the values of an example are like, so that random ones can be drawn like them.
+
+    Attributes:
+        low: the least finite value.
+        high: the greatest.
+        mean: of the finite values.
+        deviation: their standard deviation.
+        whole: all are whole numbers.
+        order: the order of every row, along the last dimension: `ascending`, `descending` or "".
+        strict: no row has a value twice.
+        pair: the two values, where there are no more, as in a mask; first one that fills a whole row, if one does.
+    """
+
+    low: float
+    high: float
+    mean: float
+    deviation: float
+    whole: bool = False
+    order: str = ""
+    strict: bool = False
+    pair: tuple[float, float] | None = None
+
+
 @dataclass(frozen=True)
 class InputSpec:
     """One input of a model.
@@ -30,6 +58,7 @@ class InputSpec:
         dims: a name for each dynamic dimension (equal names are equal sizes), a number for each fixed one.
         high: the bound that example values stay below, such as a vocabulary's size. The model gives it, never a spec.
         example: the sizes of the example that was given; empty where there is none.
+        values: what the values of examples are like; None where there are none.
     """
 
     name: str
@@ -37,6 +66,7 @@ class InputSpec:
     dims: tuple[str | int, ...]
     high: int | None = None
     example: tuple[int, ...] = ()
+    values: Values | None = None
 
     def __str__(self) -> str:
         return f"{self.dtype}[{', '.join(str(dim) for dim in self.dims)}]"
@@ -44,8 +74,16 @@ class InputSpec:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> InputSpec:
         """Read what `dataclasses.asdict` wrote."""
+        values: dict[str, Any] | None = data.get("values")
+        if values is not None:
+            values = values | {"pair": tuple(values["pair"]) if values["pair"] else None}
         return cls(
-            data["name"], data["dtype"], tuple(data["dims"]), data["high"], tuple(data.get("example", ()))
+            data["name"],
+            data["dtype"],
+            tuple(data["dims"]),
+            data["high"],
+            tuple(data.get("example", ())),
+            Values(**values) if values is not None else None,
         )
 
     @classmethod

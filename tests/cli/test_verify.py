@@ -37,7 +37,7 @@ def test_an_artifact_is_proved_again(artifacts: Path, kind: str) -> None:
     rows = verify(artifacts / kind)
     files = {path.name for path in (artifacts / kind).iterdir()} - {"manifest.json"}
     assert files <= {row["what"] for row in rows}, "a file is not looked at"
-    words = "every tensor is finite" if kind == "peft" else "computes what its graph did: largest error"
+    words = "every tensor is finite" if kind == "peft" else "computes what its graph did: relative error"
     assert words in rows[-1]["checked"]
     assert inspect(artifacts / kind)
 

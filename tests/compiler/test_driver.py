@@ -15,8 +15,8 @@ from torch.nn import functional as F
 import adaptc
 from adaptc.compiler import driver as compiler
 from adaptc.compiler.plan import make_plan
-from adaptc.compiler.proof import BatchRunner
 from adaptc.compiler.rewrite import rewrite
+from adaptc.compiler.runners import BatchRunner
 from adaptc.ir import interpreter as streaming
 from adaptc.ir.graph import Graph
 from adaptc.spec.spec import load
