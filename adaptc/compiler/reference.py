@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -74,7 +74,7 @@ def _kept(own: Batches) -> dict[str, dict[str, Any]]:
     for label, batch in own.items():
         left -= sum(tensor.numel() for tensor in batch.values())
         if left >= 0:
-            kept[label] = {name: tensor.double().tolist() for name, tensor in batch.items()}
+            kept[label] = {name: cast(Any, tensor).tolist() for name, tensor in batch.items()}
     return kept
 
 

@@ -54,8 +54,9 @@ def check_repeats(model: nn.Module, eager: Runner, base: Graph, batches: Batches
 
 def _with_seed(seed: int, eager: Runner, batches: Batches) -> Run:
     """One run whose random numbers start from a seed."""
-    with torch.random.fork_rng(devices=[]), _other_generators():
-        torch.manual_seed(seed)
+    untyped: Any = torch
+    with untyped.random.fork_rng(devices=[]), _other_generators():
+        untyped.manual_seed(seed)
         random.seed(seed)
         if "numpy" in sys.modules:
             sys.modules["numpy"].random.seed(seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 
@@ -33,7 +34,7 @@ def values_of(name: str, examples: Sequence[torch.Tensor]) -> Values | None:
         return None
     order, strict = _order(rows)
     pair = _pair(name, rows, flat)
-    if pair is not None and not order and len(flat.unique()) == 1:
+    if pair is not None and not order and bool((flat == flat[0]).all()):
         order = ASCENDING if pair[0] < pair[1] else DESCENDING  # the value that fills whole rows comes first
     low, high = float(finite.min()), float(finite.max())
     return Values(
@@ -69,7 +70,7 @@ def _order(rows: Sequence[torch.Tensor]) -> tuple[str, bool]:
 
 def _pair(name: str, rows: Sequence[torch.Tensor], flat: torch.Tensor) -> tuple[float, float] | None:
     """The two values of a mask; None where these are no mask."""
-    values: list[float] = flat.unique().tolist()
+    values: list[float] = cast(Any, flat).unique().tolist()
     boolean = rows[0].dtype == torch.bool
     if len(values) == 1 and (boolean or ("mask" in name and values[0] in (0.0, 1.0))):
         return values[0], 1.0 - values[0]

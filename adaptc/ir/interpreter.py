@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -218,7 +219,7 @@ def _step(node: fx.Node, batch: Batch, values: Mapping[fx.Node, Any], least: tor
         return _widened(batch[str(node.target)], least)
     args, kwargs = map_operands(node, values.__getitem__)
     if least is not None:
-        args, kwargs = pytree.tree_map(lambda value: _widened(value, least), (args, kwargs))
+        args, kwargs = pytree.tree_map(partial(_widened, least=least), (args, kwargs))
     if node.op == "output":
         return [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, torch.Tensor)]
     return cast(Callable[..., Any], node.target)(*args, **kwargs)

@@ -66,12 +66,12 @@ def test_an_artifact_that_computes_something_else_is_found(
     """Even where every hash is right: as if another program stood there since it was compiled."""
     from adaptc.compiler import reference
 
-    drawn = reference.batches
+    again = reference._inputs_again
 
-    def others(*given: Any) -> Any:
-        return {label: {k: v.roll(1, -1) for k, v in batch.items()} for label, batch in drawn(*given).items()}
+    def others(kept: Any) -> Any:
+        return {label: {k: v.roll(1, -1) for k, v in batch.items()} for label, batch in again(kept).items()}
 
-    monkeypatch.setattr(reference, "batches", others)
+    monkeypatch.setattr(reference, "_inputs_again", others)
     with pytest.raises(adaptc.AdaptcError, match="no longer computes what its graph did"):
         verify(artifacts / kind)
 
