@@ -20,6 +20,34 @@ IGNORED = -100
 """The label of positions that torch's losses skip: `ignore_index` of `torch.nn.functional.cross_entropy`."""
 
 
+ASCENDING, DESCENDING = "ascending", "descending"
+
+
+@dataclass(frozen=True)
+class Values:
+    """What the values of an example are like, so that random ones can be drawn like them.
+
+    Attributes:
+        low: the least finite value.
+        high: the greatest.
+        mean: of the finite values.
+        deviation: their standard deviation.
+        whole: all are whole numbers.
+        order: the order of every row, along the last dimension: `ascending`, `descending` or "".
+        strict: no row has a value twice.
+        pair: the two values, where there are no more, as in a mask; first one that fills a whole row, if one does.
+    """
+
+    low: float
+    high: float
+    mean: float
+    deviation: float
+    whole: bool = False
+    order: str = ""
+    strict: bool = False
+    pair: tuple[float, float] | None = None
+
+
 @dataclass(frozen=True)
 class InputSpec:
     """One input of a model.
@@ -32,6 +60,7 @@ class InputSpec:
         example: the sizes of the example that was given; empty where there is none.
         boxes: whether the last dimension holds boxes: left, top, right and bottom, right not before left and bottom not
             before top.
+        values: what the values of examples are like; None where there are none.
     """
 
     name: str
@@ -40,6 +69,7 @@ class InputSpec:
     high: int | None = None
     example: tuple[int, ...] = ()
     boxes: bool = False
+    values: Values | None = None
 
     def __str__(self) -> str:
         return f"{self.dtype}[{', '.join(str(dim) for dim in self.dims)}]"
@@ -47,6 +77,9 @@ class InputSpec:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> InputSpec:
         """Read what `dataclasses.asdict` wrote."""
+        values: dict[str, Any] | None = data.get("values")
+        if values is not None:
+            values = values | {"pair": tuple(values["pair"]) if values["pair"] else None}
         return cls(
             data["name"],
             data["dtype"],
@@ -54,6 +87,7 @@ class InputSpec:
             data["high"],
             tuple(data.get("example", ())),
             data.get("boxes", False),
+            Values(**values) if values is not None else None,
         )
 
     @classmethod

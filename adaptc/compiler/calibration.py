@@ -48,12 +48,23 @@ def checked_rows(batches: Iterable[Batch], inputs: Sequence[InputSpec]) -> list[
     Raises:
         InputError: there is no row, or one has other inputs than the model.
     """
-    rows: list[Batch] = []
+    return [row for batch in checked_batches(batches, inputs) for row in _rows(batch, inputs)]
+
+
+def checked_batches(batches: Iterable[Batch], inputs: Sequence[InputSpec]) -> list[Batch]:
+    """Batches in the dtypes of the inputs.
+
+    Raises:
+        InputError: there is none, or one has other inputs than the model.
+    """
+    checked: list[Batch] = []
+    first = 1
     for batch in batches:
-        rows += _rows(_checked(batch, inputs, len(rows) + 1), inputs)
-    if not rows:
+        checked.append(_checked(batch, inputs, first))
+        first += sum(1 for _ in _rows(checked[-1], inputs))
+    if not checked:
         raise InputError("there is no row of data")
-    return rows
+    return checked
 
 
 def read_rows(path: Path, inputs: Sequence[InputSpec]) -> list[Batch]:

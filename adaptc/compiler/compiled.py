@@ -14,9 +14,10 @@ from adaptc.compiler.folding import fold, prove_fold
 from adaptc.compiler.output_paths import output_paths
 from adaptc.compiler.plan_report import PlanReport
 from adaptc.compiler.program import Program
-from adaptc.compiler.proof import BatchRunner, Proof, module_call
+from adaptc.compiler.proof import Proof
 from adaptc.compiler.proofs import check_gradients
 from adaptc.compiler.quantization_error import QuantizationErrors
+from adaptc.compiler.runners import BatchRunner, module_call
 from adaptc.compiler.trainable import module_record
 from adaptc.errors import RefusedError
 from adaptc.ir.graph import Graph
@@ -128,7 +129,7 @@ class Compiled:
         # A GPU's convolutions round float32 to 10 bits unless told otherwise, which no proof allows.
         with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
             candidate = BatchRunner(module_call(module, device)).on(reference.taken)
-        self.program.proofs.prove(f"kernels on {device}", graph, reference, candidate)
+        self.program.proofs.prove(f"kernels on {device}", graphs.written, reference, candidate)
         return module
 
     def check_gradients(self) -> None:

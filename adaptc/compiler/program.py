@@ -59,7 +59,7 @@ class Program:
         self.spec, self.plan, self.base, self.after = spec, plan, base, after
         self.graph, self.factored = rewritten.adapted, rewritten.factored
         self.records = list(rewritten.records)
-        self.proofs = Proofs(base, spec.seed)
+        self.proofs = Proofs(base, spec.seed, spec.proof.tolerance if spec.proof else None)
         load_checkpoints(spec, plan.entries, base, self.graph, lambda: self.base_sha256)
 
     @cached_property
@@ -176,10 +176,10 @@ class Program:
                 choices against its own, or ran in another dtype than asked for.
             wide: compute in float32 what the graph computes in float16 or bfloat16.
         """
-        narrow = Interpreter(graph, wide=True).wide
+        narrow = Interpreter(graph, torch.float32).widens
         if run is not None and not run.flipped and (wide or not narrow):
             return run
-        return Interpreter(graph, wide).on(self.proofs.batches)
+        return Interpreter(graph, torch.float32 if wide else None).on(self.proofs.batches)
 
     def quantization_errors(
         self, quantized: Graph | None = None, rounding: Graph | None = None

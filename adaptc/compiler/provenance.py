@@ -14,6 +14,7 @@ from adaptc.emit.manifest import versions
 from adaptc.ir.state import state_notes
 from adaptc.spec.entries import AdapterEntry
 from adaptc.spec.spec import Spec, dump, resolve_path
+from adaptc.weights import sha256_of_files
 
 
 def provenance(program: Program, folder: Path) -> dict[str, Any]:
@@ -24,7 +25,8 @@ def provenance(program: Program, folder: Path) -> dict[str, Any]:
         folder: the folder of the manifest. Paths that the spec states relative to itself are told relative to that.
 
     Returns:
-        `versions`, `spec` and its folder `spec_folder`, `base`, `adapters`, `sites`, `passes` and `proofs`.
+        `versions`, `spec` and its folder `spec_folder`, `base`, `adapters`, `sites`, `passes`, `proved_on`,
+        `proofs`.
     """
     source = program.base.source
     return {
@@ -41,6 +43,7 @@ def provenance(program: Program, folder: Path) -> dict[str, Any]:
         "adapters": _adapters(program, folder),
         "sites": _sites(program),
         "passes": [asdict(record) for record in program.records],
+        "proved_on": _proved_on(program, folder),
         "proofs": [asdict(proof) for proof in program.proofs.held],
     }
 
@@ -73,6 +76,19 @@ def _adapters(program: Program, folder: Path) -> list[dict[str, str]]:
             path = _told(spec, entry.adapter, checkpoint.path, folder)
             rows.setdefault(checkpoint.path, {"path": path, "sha256": checkpoint.sha256})
     return list(rows.values())
+
+
+def _proved_on(program: Program, folder: Path) -> dict[str, Any]:
+    """The inputs of the proofs: a person's `own`, the `file` of those that the spec names, and the `random` ones."""
+    spec, proofs = program.spec, program.proofs
+    told: dict[str, Any] = {"own": list(program.base.examples)}
+    if spec.proof is not None and spec.proof.inputs is not None:
+        path = resolve_path(spec, spec.proof.inputs)
+        told["file"] = {
+            "path": _told(spec, spec.proof.inputs, path, folder),
+            "sha256": sha256_of_files([path]),
+        }
+    return told | {"random": {label: asdict(draw) for label, draw in proofs.drawn.items()}}
 
 
 def _sites(program: Program) -> list[dict[str, Any]]:

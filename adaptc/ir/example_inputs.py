@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from adaptc.errors import TraceError
-from adaptc.inputs import InputSpec
+from adaptc.inputs import ASCENDING, DESCENDING, InputSpec
+from adaptc.ir.drawn_values import draw, draw_pair
 
 EXAMPLE_SIZES = (3, 17, 11, 19, 23, 29, 31)
 """Sizes of named dimensions in the trace: distinct, so that none is taken for another, and not 1, which broadcasts."""
@@ -54,11 +55,11 @@ def _given_sizes(inputs: Sequence[InputSpec]) -> dict[str, int]:
 def example_tensors(
     inputs: Sequence[InputSpec], sizes: Mapping[str, int], seed: int = 0, pad: bool = False
 ) -> dict[str, torch.Tensor]:
-    """Random inputs of a model.
+    """Random inputs of a model, like its examples where it has any.
 
-    Integers are below the input's `high`. Boxes have their corners in order. Masks are ones; with `pad`, the last row
-    ends with zeros in its second half. Other booleans are random, but the first two of each row are True and False, so
-    that none masks a whole row.
+    Others are normal floats, boxes with their corners in order, and integers below the input's `high`. Masks of integers
+    are ones; with `pad`, the last row ends with zeros in its second half. Rows of booleans have both values, so that
+    none masks a whole row, whether True means taken or hidden.
 
     Args:
         inputs: of the model.
@@ -74,14 +75,14 @@ def example_tensors(
     for spec in inputs:
         shape = [sizes[dim] if isinstance(dim, str) else dim for dim in spec.dims]
         dtype = getattr(torch, spec.dtype)
-        if spec.boxes:
+        if spec.values is not None:
+            tensor = draw(spec, spec.values, shape, generator)
+        elif spec.boxes:
             tensor = _boxes(spec, shape, generator)
         elif dtype.is_floating_point:
             tensor = torch.randn(shape, generator=generator).to(dtype)
-        elif dtype == torch.bool and "mask" not in spec.name:
-            tensor = torch.rand(shape, generator=generator) < 0.5
-            if shape:
-                tensor[..., 0], tensor[..., 1:2] = True, False
+        elif dtype == torch.bool:
+            tensor = _booleans(spec.name, shape, generator)
         elif "mask" in spec.name:
             tensor = torch.ones(shape, dtype=dtype)
             if pad and tensor.dim() == 2 and tensor.shape[1] > 1:
@@ -98,3 +99,10 @@ def _boxes(spec: InputSpec, shape: Sequence[int], generator: torch.Generator) ->
     corners = torch.rand([*shape[:-1], 2, shape[-1] // 2], generator=generator)
     corners = corners.sort(dim=-2).values.flatten(-2)
     return (corners * spec.high).long().to(dtype) if spec.high else corners.to(dtype)
+
+
+def _booleans(name: str, shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+    """Booleans of both values. A mask changes once in a row: from False to True where it is named after padding."""
+    order = ASCENDING if "pad" in name else DESCENDING if "mask" in name else ""
+    pair = (0.0, 1.0) if "pad" in name else (1.0, 0.0)
+    return draw_pair(pair, order, shape, generator).bool()

@@ -109,7 +109,7 @@ def writes_in_place(target: Any) -> bool:
 
 def memory_owner(node: fx.Node) -> fx.Node:
     """The node that allocated the memory of a value: upstream of views, and of operations that return their operand."""
-    while node.op == "call_function" and _returns_operand(node.target):
+    while node.op == "call_function" and returns_operand(node.target):
         node = node_arg(node, 0)
     return node
 
@@ -128,10 +128,11 @@ def written_operands(node: fx.Node) -> list[fx.Node]:
 
 def same_memory(node: fx.Node) -> list[fx.Node]:
     """The users of a value that give the same memory: views of it, and items of a list of views."""
-    return [user for user in node.users if user.args[:1] == (node,) and _returns_operand(user.target)]
+    return [user for user in node.users if user.args[:1] == (node,) and returns_operand(user.target)]
 
 
-def _returns_operand(target: Any) -> bool:
+def returns_operand(target: Any) -> bool:
+    """Whether an operation gives the memory of its first operand: a view of it, or an item of a list of views."""
     if target is operator.getitem:  # of a list of views; of other lists it has memory of its own
         return True
     schema = getattr(target, "_schema", None)

@@ -137,4 +137,5 @@ def from_examples(
     inner, notes = unwrapped(model)
     call = called(inner, examples, dynamic)
     base = from_module(call.model, call.inputs)
-    return replace(base, notes=[*notes, *call.notes], flatten=call.flatten)
+    notes = [*notes, *call.notes]
+    return replace(base, notes=notes, flatten=call.flatten, examples=call.examples)

@@ -55,7 +55,7 @@ def test_choices_between_near_equals_are_the_others() -> None:
     assert float((alone[0] - want[0]).abs().max()) > 0.1, "nothing was flipped"
     assert float((got[0] - want[0]).abs().max()) < 1e-3
     assert 0 < follower.flipped <= 3 * 64
-    assert follower.coverage[-1] == f"{follower.flipped} choices between near equals as the reference's"
+    assert follower.notes[-1] == f"{follower.flipped} choices between near equals as the reference's"
 
 
 def test_any_other_choice_is_ones_own() -> None:
@@ -66,7 +66,8 @@ def test_any_other_choice_is_ones_own() -> None:
     assert isinstance(alone, list)
     assert torch.equal(got[0], alone[0])
     assert follower.flipped == 0
-    assert follower.coverage == ("whole, one weight at a time",)
+    assert follower.notes == ()
+    assert follower.coverage == "whole, one weight at a time"
 
 
 def test_a_masked_router_makes_its_own_choices() -> None:
