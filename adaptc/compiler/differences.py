@@ -19,7 +19,8 @@ class Difference:
 
     Attributes:
         absolute: the largest difference of two numbers; infinite where the dtypes are of other kinds, where the shapes
-            differ, as of a selection by values, or where one is finite and the other is not. 0 for whole numbers and booleans.
+            differ, as of a selection by values, or where one is finite and the other is not. 0 for whole numbers and
+            booleans.
         relative: the same over the largest expected value.
         undefined: some expected values are NaN; these are not compared.
         unequal: how many whole numbers or booleans differ.

@@ -57,7 +57,7 @@ def example_tensors(
 ) -> dict[str, torch.Tensor]:
     """Random inputs of a model, like its examples where it has any.
 
-    Others are normal floats, boxes with their corners in order, and integers below the input's `high`. Masks of integers
+    Others are normal floats, boxes with their corners in order, integers below the input's `high`. Masks of integers
     are ones; with `pad`, the last row ends with zeros in its second half. Rows of booleans have both values, so that
     none masks a whole row, whether True means taken or hidden.
 
