@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from adaptc.errors import unknown
 
@@ -32,6 +32,7 @@ class InputSpec:
         example: the sizes of the example that was given; empty where there is none.
         boxes: whether the last dimension holds boxes: left, top, right and bottom, right not before left and bottom not
             before top.
+        placeholders: a value, and how many places in each row have it and no others: the tokens of an image in a text.
     """
 
     name: str
@@ -40,6 +41,7 @@ class InputSpec:
     high: int | None = None
     example: tuple[int, ...] = ()
     boxes: bool = False
+    placeholders: tuple[int, int] | None = None
 
     def __str__(self) -> str:
         return f"{self.dtype}[{', '.join(str(dim) for dim in self.dims)}]"
@@ -48,12 +50,7 @@ class InputSpec:
     def from_json(cls, data: Mapping[str, Any]) -> InputSpec:
         """Read what `dataclasses.asdict` wrote."""
         return cls(
-            data["name"],
-            data["dtype"],
-            tuple(data["dims"]),
-            data["high"],
-            tuple(data.get("example", ())),
-            data.get("boxes", False),
+            **{key: tuple(cast("list[Any]", v)) if isinstance(v, list) else v for key, v in data.items()}
         )
 
     @classmethod

@@ -33,10 +33,16 @@ def example_sizes(inputs: Sequence[InputSpec], among: Sequence[int] | None = Non
             f"at most {len(EXAMPLE_SIZES)} named dimensions are supported, got {', '.join(names)}"
         )
     if among is not None:
-        return dict(zip(names, among, strict=False))
+        return _with_placeholders(inputs, dict(zip(names, among, strict=False)))
     given = _given_sizes(inputs)
     others = [size for size in EXAMPLE_SIZES if size not in given.values()]
-    return {name: given.get(name) or others.pop(0) for name in names}
+    return _with_placeholders(inputs, {name: given.get(name) or others.pop(0) for name in names})
+
+
+def _with_placeholders(inputs: Sequence[InputSpec], sizes: dict[str, int]) -> dict[str, int]:
+    """The sizes, with those of rows that hold placeholders longer by as many."""
+    counts = {str(spec.dims[-1]): spec.placeholders[1] for spec in inputs if spec.placeholders}
+    return {name: size + counts.get(name, 0) for name, size in sizes.items()}
 
 
 def _given_sizes(inputs: Sequence[InputSpec]) -> dict[str, int]:
@@ -56,9 +62,9 @@ def example_tensors(
 ) -> dict[str, torch.Tensor]:
     """Random inputs of a model.
 
-    Integers are below the input's `high`. Boxes have their corners in order. Masks are ones; with `pad`, the last row
-    ends with zeros in its second half. Other booleans are random, but the first two of each row are True and False, so
-    that none masks a whole row.
+    Integers are below the input's `high`; placeholders are at the start of each row, after the first value. Boxes have
+    their corners in order. Masks are ones; with `pad`, the last row ends with zeros in its second half. Other booleans
+    are random, but the first two of each row are True and False, so that none masks a whole row.
 
     Args:
         inputs: of the model.
@@ -88,6 +94,7 @@ def example_tensors(
                 tensor[-1, -(tensor.shape[1] // 2) :] = 0
         else:
             tensor = torch.randint(0, spec.high or 2, shape, generator=generator).to(dtype)
+            tensor = _placed(spec, tensor)
         tensors[spec.name] = tensor
     return tensors
 
@@ -98,3 +105,13 @@ def _boxes(spec: InputSpec, shape: Sequence[int], generator: torch.Generator) ->
     corners = torch.rand([*shape[:-1], 2, shape[-1] // 2], generator=generator)
     corners = corners.sort(dim=-2).values.flatten(-2)
     return (corners * spec.high).long().to(dtype) if spec.high else corners.to(dtype)
+
+
+def _placed(spec: InputSpec, values: torch.Tensor) -> torch.Tensor:
+    """Random integers with the input's placeholders in each row, and no other value like them."""
+    if spec.placeholders is None:
+        return values
+    token, count = spec.placeholders
+    values = torch.where(values == token, torch.full_like(values, 0 if token else 1), values)
+    values[..., 1 : 1 + count] = token
+    return values
