@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from adaptc.errors import unknown
 
@@ -49,9 +49,11 @@ class InputSpec:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> InputSpec:
         """Read what `dataclasses.asdict` wrote."""
-        return cls(
-            **{key: tuple(cast("list[Any]", v)) if isinstance(v, list) else v for key, v in data.items()}
-        )
+        values: dict[str, Any] = dict(data)
+        for key in ("dims", "example", "placeholders"):
+            if values.get(key) is not None:
+                values[key] = tuple(values[key])
+        return cls(**values)
 
     @classmethod
     def parse(cls, name: str, text: str) -> InputSpec:
