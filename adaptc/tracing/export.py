@@ -21,7 +21,7 @@ from adaptc.ir.example_inputs import example_sizes, example_tensors
 from adaptc.ir.nodes import follow_device, writes_in_place
 from adaptc.ir.state import number_notes, numbers_of, restored
 from adaptc.tracing.containers import register_containers, step_of
-from adaptc.tracing.huggingface_code import images_together, masks_by_broadcasting
+from adaptc.tracing.huggingface_code import check_images_together, images_together, masks_by_broadcasting
 from adaptc.tracing.shape_guards import check_sizes, fixing_line
 from adaptc.tracing.trace_errors import check_signature, check_traceable, explain, fixed_dimension
 
@@ -100,6 +100,7 @@ def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False
         for module, mode in training_of.items():
             module.training = mode
     traced = normalise(program.module(check_guards=False))
+    check_images_together(traced.graph.nodes)
     traced.meta[CHANGED] = changed
     return traced
 
