@@ -61,6 +61,7 @@ class InputSpec:
         boxes: whether the last dimension holds boxes: left, top, right and bottom, right not before left and bottom not
             before top.
         values: what the values of examples are like; None where there are none.
+        placeholders: a value, and how many places in each row have it and no others: the tokens of an image in a text.
     """
 
     name: str
@@ -70,6 +71,7 @@ class InputSpec:
     example: tuple[int, ...] = ()
     boxes: bool = False
     values: Values | None = None
+    placeholders: tuple[int, int] | None = None
 
     def __str__(self) -> str:
         return f"{self.dtype}[{', '.join(str(dim) for dim in self.dims)}]"
@@ -77,18 +79,15 @@ class InputSpec:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> InputSpec:
         """Read what `dataclasses.asdict` wrote."""
-        values: dict[str, Any] | None = data.get("values")
+        fields: dict[str, Any] = dict(data)
+        for key in ("dims", "example", "placeholders"):
+            if fields.get(key) is not None:
+                fields[key] = tuple(fields[key])
+        values: dict[str, Any] | None = fields.get("values")
         if values is not None:
-            values = values | {"pair": tuple(values["pair"]) if values["pair"] else None}
-        return cls(
-            data["name"],
-            data["dtype"],
-            tuple(data["dims"]),
-            data["high"],
-            tuple(data.get("example", ())),
-            data.get("boxes", False),
-            Values(**values) if values is not None else None,
-        )
+            pair = tuple(values["pair"]) if values["pair"] else None
+            fields["values"] = Values(**values | {"pair": pair})
+        return cls(**fields)
 
     @classmethod
     def parse(cls, name: str, text: str) -> InputSpec:

@@ -80,7 +80,7 @@ def starter_spec(model: Path, adapter: Path | None, folder: Path) -> str:
         labels = _labels(adapter)
         if labels and (task in PEFT_TASKS.values() or architecture.endswith("Classification")):
             override = f"\n  config: {{num_labels: {labels}}}   # as the adapter's head has them"
-    task, inputs = _start(transformer, config, task, architecture)
+    task, inputs = _start(model, config, task, architecture)
     return TEXT.format(
         name="spec.yaml",
         model=_relative(model, folder),
@@ -118,16 +118,13 @@ def _start(directory: Path, config: dict[str, Any], task: str, architecture: str
         named = str((config.get("architectures") or [""])[0])
         return task or dashed(named.partition("For")[2]) or FEATURES, f"# {error.message}: {error.notes[0]}\n"
     except TraceError as error:
-        raise SpecError(
-            [Problem(error.message, file=str(directory / "config.json"), notes=error.notes)]
-        ) from error
+        raise SpecError([Problem(error.message, file=str(directory), notes=error.notes)]) from error
     return start.task, _inputs(start)
 
 
 def _inputs(start: Start) -> str:
     """The inputs of a model as a comment, and what stands for those that are left out."""
-    source = f"its {start.reader}" if start.reader else "its configuration"
-    lines = [f"inputs:                  # from {source}; remove the # to add one or to leave one out"]
+    lines = ["inputs:                     # as derived; remove the # to take one in or to leave one out"]
     lines += [f"  {spec.name}: {spec}" for spec in start.inputs]
     lines = [f"inputs: must be written: {start.problem}"] if start.problem else lines
     lines += [f"no input: {name}; in its place: {stand_in}" for name, stand_in in start.left_out.items()]

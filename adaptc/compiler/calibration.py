@@ -144,7 +144,8 @@ def _check_values(spec: InputSpec, value: torch.Tensor, first: int) -> None:
     if spec.dtype.startswith("int") and value.is_floating_point():
         raise InputError(f"row {first}: {spec.name} holds {value.flatten()[0]:g}, expected whole numbers")
     if spec.high is not None:
-        wrong = value[(value >= spec.high) | ((value < 0) & (value != IGNORED))]
+        token = spec.placeholders[0] if spec.placeholders else IGNORED
+        wrong = value[((value >= spec.high) & (value != token)) | ((value < 0) & (value != IGNORED))]
         if wrong.numel():
             message = f"{spec.name} holds {int(wrong.flatten()[0])}, but the model knows 0 to {spec.high - 1}"
             raise InputError(f"row {first}: {message}")

@@ -34,10 +34,16 @@ def example_sizes(inputs: Sequence[InputSpec], among: Sequence[int] | None = Non
             f"at most {len(EXAMPLE_SIZES)} named dimensions are supported, got {', '.join(names)}"
         )
     if among is not None:
-        return dict(zip(names, among, strict=False))
+        return _with_placeholders(inputs, dict(zip(names, among, strict=False)))
     given = _given_sizes(inputs)
     others = [size for size in EXAMPLE_SIZES if size not in given.values()]
-    return {name: given.get(name) or others.pop(0) for name in names}
+    return _with_placeholders(inputs, {name: given.get(name) or others.pop(0) for name in names})
+
+
+def _with_placeholders(inputs: Sequence[InputSpec], sizes: dict[str, int]) -> dict[str, int]:
+    """The sizes, with those of rows that hold placeholders longer by as many."""
+    counts = {str(spec.dims[-1]): spec.placeholders[1] for spec in inputs if spec.placeholders}
+    return {name: size + counts.get(name, 0) for name, size in sizes.items()}
 
 
 def _given_sizes(inputs: Sequence[InputSpec]) -> dict[str, int]:
@@ -57,9 +63,10 @@ def example_tensors(
 ) -> dict[str, torch.Tensor]:
     """Random inputs of a model, like its examples where it has any.
 
-    Others are normal floats, boxes with their corners in order, integers below the input's `high`. Masks of integers
-    are ones; with `pad`, the last row ends with zeros in its second half. Rows of booleans have both values, so that
-    none masks a whole row, whether True means taken or hidden.
+    Others are normal floats, boxes with their corners in order, integers below the input's `high`. Placeholders are at
+    the start of each row, after the first value. Masks of integers are ones; with `pad`, the last row ends with zeros in
+    its second half. Rows of booleans have both values, so that none masks a whole row, whether True means taken or
+    hidden.
 
     Args:
         inputs: of the model.
@@ -89,6 +96,7 @@ def example_tensors(
                 tensor[-1, -(tensor.shape[1] // 2) :] = 0
         else:
             tensor = torch.randint(0, spec.high or 2, shape, generator=generator).to(dtype)
+            tensor = _placed(spec, tensor)
         tensors[spec.name] = tensor
     return tensors
 
@@ -106,3 +114,13 @@ def _booleans(name: str, shape: Sequence[int], generator: torch.Generator) -> to
     order = ASCENDING if "pad" in name else DESCENDING if "mask" in name else ""
     pair = (0.0, 1.0) if "pad" in name else (1.0, 0.0)
     return draw_pair(pair, order, shape, generator).bool()
+
+
+def _placed(spec: InputSpec, values: torch.Tensor) -> torch.Tensor:
+    """Random integers with the input's placeholders in each row, and no other value like them."""
+    if spec.placeholders is None:
+        return values
+    token, count = spec.placeholders
+    values = torch.where(values == token, torch.full_like(values, 0 if token else 1), values)
+    values[..., 1 : 1 + count] = token
+    return values

@@ -6,7 +6,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from typing import Any, TextIO, cast
 
 import torch
@@ -22,6 +22,7 @@ from adaptc.ir.nodes import follow_device, writes_in_place
 from adaptc.ir.recurrent import recurrent_shapes
 from adaptc.ir.state import number_notes, numbers_of, restored
 from adaptc.tracing.containers import register_containers, step_of
+from adaptc.tracing.huggingface_code import check_images_together, images_together, masks_by_broadcasting
 from adaptc.tracing.shape_guards import check_sizes, fixing_line
 from adaptc.tracing.trace_errors import check_signature, check_traceable, explain, fixed_dimension
 
@@ -69,7 +70,12 @@ def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False
     hook = model.register_forward_hook(after_call)
     model.train(training)
     try:
-        with traceable(), restored(model):
+        with (
+            traceable(),
+            restored(model),
+            masks_by_broadcasting(),
+            images_together() if any(spec.placeholders for spec in inputs) else nullcontext(),
+        ):
             program = torch.export.export(
                 model, (), examples, dynamic_shapes=dynamic_shapes(inputs), strict=False
             )
@@ -87,6 +93,7 @@ def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False
         for module, mode in training_of.items():
             module.training = mode
     traced = normalise(program.module(check_guards=False))
+    check_images_together(traced.graph.nodes)
     traced.meta[CHANGED] = changed
     return traced
 
@@ -103,8 +110,8 @@ def normalise(module: fx.GraphModule) -> fx.GraphModule:
     """Normalise an exported module.
 
     Inputs have the names of forward's arguments, which torch spells in small letters. Regions without gradients or with
-    autocast are inlined, the trace's own assertions are removed, and tensors made on a constant device are made on the
-    device of the first input that is no label.
+    autocast are inlined. The trace's own assertions, and what no output depends on, are removed. Tensors made on a
+    constant device are made on the device of the first input that is no label.
 
     Returns:
         A new graph module; the tensors are shared.
@@ -129,10 +136,15 @@ def normalise(module: fx.GraphModule) -> fx.GraphModule:
             node.update_arg(4, False)  # `sparse`: an adapted table is no leaf, as sparse gradients need
     if followed is not None:
         follow_device(graph, followed, placeholders[-1])
-    graph.eliminate_dead_code()
+    graph.eliminate_dead_code(_has_effect)
     graph.lint()
     module.recompile()
     return module
+
+
+def _has_effect(node: fx.Node) -> bool:
+    """Whether a node does something that no other node reads; drawing random numbers, as attention may, is nothing."""
+    return node.is_impure(impure_random=False)
 
 
 def _inline_regions(module: fx.GraphModule) -> None:

@@ -16,7 +16,11 @@ from torch import nn
 
 from adaptc.errors import TraceError
 from adaptc.inputs import InputSpec
-from adaptc.tracing.huggingface_processor import Given
+from adaptc.tracing.image_tokens import IMAGES, MARKS, image_token, with_image_tokens
+
+
+class UnknownInputsError(TraceError):
+    """No rule says what the inputs of a model are."""
 
 
 @dataclass(frozen=True)
@@ -49,17 +53,19 @@ class DerivedInputs:
 
 
 TOKENS = "int64[batch, seq]"
+PICTURE = "{dtype}[batch, {channels}, {height}, {width}]"
 TEXT_INPUTS = {
     "input_ids": TOKENS,
     "attention_mask": TOKENS,
     "token_type_ids": TOKENS,
     "position_ids": TOKENS,
     "bbox": "{boxes}[batch, seq, 4]",
+    IMAGES: PICTURE,
 }
 """The inputs that a text can have; `_takes` says which of them a model was trained with."""
 INPUT_RULES = (
     InputRule("input_ids", (), TEXT_INPUTS),
-    InputRule("pixel_values", (), {"pixel_values": "{dtype}[batch, {channels}, {height}, {width}]"}),
+    InputRule(IMAGES, (), {IMAGES: PICTURE}),
     InputRule(
         "input_features",
         ("num_mel_bins", "max_source_positions"),
@@ -78,7 +84,7 @@ DECODER_INPUTS = {"decoder_input_ids": "int64[batch, decoder_seq]"}
 SIZES: Mapping[str, Callable[[Any], object]] = {
     "dtype": lambda config: str(config.dtype).removeprefix("torch."),
     "boxes": lambda config: "int64" if _box_limit(config) else str(config.dtype).removeprefix("torch."),
-    "channels": lambda config: getattr(config, "num_channels", 3),
+    "channels": lambda config: getattr(_vision(config), "num_channels", 3),
     "height": lambda config: _image_side(config, 0) or "height",
     "width": lambda config: _image_side(config, 1) or "width",
     "frames": lambda config: 2 * config.max_source_positions,
@@ -95,7 +101,7 @@ STAND_INS = {
     "position_ids": "0..n-1, as the model counts them",
     "decoder_position_ids": "0..n-1, as the model counts them",
     "bbox": "zeros",
-    "pixel_values": "none, text only",
+    IMAGES: "none, text only",
     "pixel_values_videos": "none, no video",
     "input_features": "none, no sound",
 }
@@ -110,20 +116,20 @@ BOXES = 1000
 
 
 def derive_inputs(
-    model: nn.Module | type[nn.Module], config: Any, given: Given | None = None
+    model: nn.Module | type[nn.Module], config: Any, given: frozenset[str] | None = None
 ) -> DerivedInputs:
     """Derive the inputs of a model from what its tokenizer gives, its main input and its configuration.
 
     Args:
         model: the model, or its class.
         config: its configuration.
-        given: what the tokenizer or processor gives; where it is None the configuration decides.
+        given: the names of what the tokenizer or processor gives; where it is None the configuration decides.
 
     Returns:
         The inputs that it was trained with and that its `forward` takes, and what else that could take.
 
     Raises:
-        TraceError: no rule of the table fits.
+        UnknownInputsError: no rule of the table fits.
     """
     main: str = getattr(model, "main_input_name", "input_ids")
     fitting = (
@@ -132,30 +138,51 @@ def derive_inputs(
     rule = next(fitting, None)
     if rule is None:
         title = model.__name__ if isinstance(model, type) else type(model).__name__
-        raise TraceError(
+        raise UnknownInputsError(
             f"the inputs of {title} cannot be derived; write them in the spec, such as",
             "inputs:",
             f"  {main}: float32[batch, 80, 3000]",
         )
     parameters = inspect.signature(model.forward).parameters
     texts = {**rule.inputs, **(DECODER_INPUTS if getattr(config, "is_encoder_decoder", False) else {})}
-    names = [name for name in texts if name in parameters and _takes(name, config, given)]
+    names = [n for n in texts if n in parameters and (n == main or _takes(n, config, given))]
     inputs = [limited(InputSpec.parse(name, _filled(texts[name], config)), config) for name in names]
     return DerivedInputs(tuple(inputs), left_out(model, names))
 
 
 def chosen_inputs(
-    model: nn.Module | type[nn.Module], config: Any, inputs: Sequence[InputSpec], given: Given | None
+    model: nn.Module, config: Any, inputs: Sequence[InputSpec], given: frozenset[str] | None
 ) -> DerivedInputs:
     """The inputs that a spec states, with what the configuration says of their values; derived where it states none.
 
+    Derived inputs are without images where a model needs more beside them than images of one size.
+
     Raises:
-        TraceError: there are none, and they cannot be derived.
+        UnknownInputsError: there are none, and they cannot be derived.
+        TraceError: images are among those stated, and the model cannot be traced with them.
     """
-    if not inputs:
-        return derive_inputs(model, config, given)
     stated = tuple(limited(spec, config) for spec in inputs)
-    return DerivedInputs(stated, left_out(model, [spec.name for spec in stated]))
+    derived = derive_inputs(model, config, given) if not inputs else None
+    chosen = derived or DerivedInputs(stated, left_out(model, [spec.name for spec in stated]))
+    try:
+        return replace(chosen, inputs=with_image_tokens(model, config, chosen.inputs))
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if derived is None:
+            raise TraceError(
+                f"{IMAGES} is no input that {type(model).__name__} can be traced with: {reason}",
+                "take it out of `inputs` to compile the model for texts alone",
+            ) from error
+        return _without_images(derived, config, f"{type(model).__name__} cannot be traced with it: {reason}")
+
+
+def _without_images(derived: DerivedInputs, config: Any, reason: str) -> DerivedInputs:
+    """The inputs without images, and without the marks of their tokens."""
+    dropped = {IMAGES} if _token_types(config) is not None else {IMAGES, *MARKS}
+    inputs = tuple(spec for spec in derived.inputs if spec.name not in dropped)
+    stand_ins = {spec.name: STAND_INS[spec.name] for spec in derived.inputs if spec.name in dropped}
+    stand_ins[IMAGES] = f"{STAND_INS[IMAGES]} ({reason})"
+    return DerivedInputs(inputs, {**stand_ins, **derived.left_out})
 
 
 def left_out(model: nn.Module | type[nn.Module], names: Sequence[str]) -> dict[str, str]:
@@ -177,21 +204,30 @@ def limited(spec: InputSpec, config: Any) -> InputSpec:
     return spec
 
 
-def _takes(name: str, config: Any, given: Given | None) -> bool:
+def _takes(name: str, config: Any, given: frozenset[str] | None) -> bool:
     """Whether a model was trained with an input that its forward takes.
 
     The tokenizer says so. Without one, the configuration: one of several token types was learned for each token. A
     position is counted by the model itself unless the tokenizer gives it. A model of boxes has no other place for them
-    than `bbox`, whatever tokenizer its texts go through.
+    than `bbox`, whatever tokenizer its texts go through, and one of images none but `pixel_values`.
     """
     if name == "token_type_ids":
         types = _token_types(config)
-        return (types or 0) > 1 if given is None else name in given.names and (types is None or types > 1)
+        if types is None and image_token(config) is not None:
+            return True  # they mark the tokens of images
+        return (types or 0) > 1 if given is None else name in given and (types is None or types > 1)
     if name == "position_ids":
-        return given is not None and name in given.names
+        return given is not None and name in given
     if name == "attention_mask":
-        return given is None or name in given.names
+        return given is None or name in given
+    if name == IMAGES:
+        return _image_side(config, 0) is not None
     return True
+
+
+def _vision(config: Any) -> Any:
+    """The configuration of a model's image part; the whole one where it has no parts."""
+    return getattr(config, "vision_config", config)
 
 
 def _text(config: Any) -> Any:
@@ -217,5 +253,6 @@ def _filled(text: str, config: Any) -> str:
 
 def _image_side(config: Any, index: int) -> int | None:
     """The height (0) or width (1) of an image in pixels; None where the configuration fixes none."""
-    size: Any = getattr(config, "image_size", None)
+    vision = _vision(config)
+    size: Any = getattr(vision, "image_size", getattr(vision, "input_size", None))
     return cast(Sequence[int], size)[index] if isinstance(size, (list, tuple)) else size

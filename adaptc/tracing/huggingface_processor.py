@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from adaptc.optional import optional
@@ -15,20 +14,7 @@ FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.
 """The files of which a directory with a tokenizer or processor has one at least."""
 
 
-@dataclass(frozen=True)
-class Given:
-    """What a tokenizer or processor gives.
-
-    Attributes:
-        reader: its class, such as `BertTokenizer`.
-        names: its `model_input_names`.
-    """
-
-    reader: str
-    names: frozenset[str]
-
-
-def given_inputs(model: str, trust: bool) -> tuple[Given | None, list[str]]:
+def given_inputs(model: str, trust: bool) -> tuple[frozenset[str] | None, list[str]]:
     """What the tokenizer or processor of a model gives.
 
     Args:
@@ -36,7 +22,8 @@ def given_inputs(model: str, trust: bool) -> tuple[Given | None, list[str]]:
         trust: whether code that comes with it may be run.
 
     Returns:
-        What it gives, None where there is none or it cannot be read; and a note for the person in the second case.
+        Its `model_input_names`, None where there is none or it cannot be read; and a note for the person in the second
+        case.
     """
     cached_file = optional("transformers.utils").cached_file
     silent = {
@@ -52,7 +39,7 @@ def given_inputs(model: str, trust: bool) -> tuple[Given | None, list[str]]:
                 read: Any = getattr(optional("transformers"), reader).from_pretrained(
                     model, trust_remote_code=trust
                 )
-            return Given(type(read).__name__, _names(read)), []
+            return _names(read), []
         except Exception as error:  # whatever its files make transformers raise; the next class may read them
             reasons.append(str(error).strip().splitlines()[0])
     return None, [f"its tokenizer cannot be read, so the configuration says the inputs: {reasons[0]}"]
