@@ -66,10 +66,11 @@ def prepared(case: Case, kind: str, covered: Iterable[str] = ()) -> tuple[Settin
         return None, Outcome(case.name, case.number, kind, unusable=str(error).split("\n")[0])
 
 
-def exported(module: Setting, known: Outcome) -> Outcome:
-    """The outcome of a case, by adaptc and by torch's exporter alone."""
+def exported(module: Setting, known: Outcome, beside: bool) -> Outcome:
+    """The outcome of a case by adaptc, and by torch's exporter alone: always, or only where adaptc is not right."""
     with tempfile.TemporaryDirectory(prefix="adaptc-operations-") as folder:
-        ours, alone = with_adaptc(module, Path(folder)), with_exporter(module, Path(folder))
+        ours = with_adaptc(module, Path(folder))
+        alone = with_exporter(module, Path(folder)) if beside or ours != "right" else ""
     return replace(known, adaptc=ours, exporter=alone)
 
 
@@ -117,7 +118,7 @@ def judged(case: Setting, path: Path) -> str:
     return "right" if error <= BOUND else f"wrong: by {error:.0e}"
 
 
-def _in_child(case: Case, kind: str, covered: set[str], queue: Any) -> None:
+def _in_child(case: Case, kind: str, covered: set[str], beside: bool, queue: Any) -> None:
     """Put the outcome of a case, and before it what it is until the case is exported."""
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
@@ -126,19 +127,19 @@ def _in_child(case: Case, kind: str, covered: set[str], queue: Any) -> None:
         module, known = prepared(case, kind, covered)
         queue.put(replace(known, adaptc="crash: the process ended") if module is not None else known)
         if module is not None:
-            queue.put(exported(module, known))
+            queue.put(exported(module, known, beside))
 
 
 def outcomes(
-    chosen: Iterable[Case], kinds: Sequence[str] = KINDS, workers: int = 2, done: Sequence[Outcome] = ()
+    chosen: Iterable[Case], workers: int = 2, done: Sequence[Outcome] = (), beside: bool = True
 ) -> Iterator[Outcome]:
     """Run cases in processes of their own, which may crash or hang.
 
     Args:
         chosen: the cases.
-        kinds: how to run each.
         workers: the number of processes at a time.
         done: outcomes of an earlier run, which are not given again.
+        beside: run torch's exporter alone too where adaptc is right.
     """
     context: Any = multiprocessing.get_context("fork")
     keys, covered = {earlier.key for earlier in done}, {name for earlier in done for name in earlier.core}
@@ -161,14 +162,16 @@ def outcomes(
             time.sleep(0.01)
 
     for case in chosen:
-        for kind in kinds:
+        for kind in KINDS:
             unknown = Outcome(case.name, case.number, kind, unusable="it ends the process, or takes too long")
             if unknown.key in keys:
                 continue
             yield from ended(workers - 1)
             queue = context.SimpleQueue()
-            process = context.Process(target=_in_child, args=(case, kind, set(covered), queue))
-            process.start()
+            process = context.Process(target=_in_child, args=(case, kind, set(covered), beside, queue))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of threads: they are torch's, and idle
+                process.start()
             running.append((process, queue, unknown, time.monotonic()))
     yield from ended(0)
 
