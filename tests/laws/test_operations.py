@@ -14,15 +14,9 @@ from benchmarks.outcomes import EXCEPTIONS
 
 PARTS = 24
 """The operations are run in as many tests."""
-QUICK = (
-    "nn.functional.adaptive_max_pool2d",
-    "nn.functional.cross_entropy",
-    "amax",
-    "quantile",
-    "linalg.solve",
-)
-"""Operations of several outputs, with a wrong form in the exporter, without one of its arguments, of a dynamic number
-of values, and with a form of adaptc's own."""
+QUICK = ("topk", "amax", "quantile", "linalg.solve", "nn.functional.interpolate.bicubic")
+"""Operations of several outputs, without one of its arguments, of a dynamic number of values, with a form of adaptc's
+own, and whose decomposition computes with sizes."""
 
 
 @pytest.mark.parametrize("name", QUICK)
