@@ -67,6 +67,13 @@ def map_operands(node: fx.Node, value_of: Callable[[fx.Node], Any]) -> tuple[tup
     return cast(Any, map_arg)((node.args, dict(node.kwargs)), value_of)
 
 
+def arguments_by_name(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a registered operation by their names in its schema, with the defaults of those left out."""
+    arguments: Any = cast(Any, node.target)._schema.arguments
+    defaults = {a.name: a.default_value for a in arguments if a.has_default_value()}
+    return defaults | dict(zip((a.name for a in arguments), node.args, strict=False)) | dict(node.kwargs)
+
+
 # Operations
 
 
@@ -119,7 +126,7 @@ def written_operands(node: fx.Node) -> list[fx.Node]:
     schema = getattr(node.target, "_schema", None)
     if schema is None or not schema.is_mutable:
         return []
-    values = dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | dict(node.kwargs)
+    values = arguments_by_name(node)
     written = [
         values.get(a.name) for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write
     ]

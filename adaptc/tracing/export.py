@@ -38,6 +38,8 @@ ASSERTIONS = (
     cast(Any, torch)._check,
 )
 """The operations by which a trace asserts what it assumed."""
+CHECKS = (aten._assert_async.default, aten._assert_async.msg, aten._linalg_check_errors.default)
+"""The operations by which torch checks values while a model runs, and raises an error."""
 
 
 def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False) -> fx.GraphModule:

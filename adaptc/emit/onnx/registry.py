@@ -13,7 +13,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from adaptc.emit.onnx.operations import COMPLEX, FORMS, translations
-from adaptc.ir.nodes import list_arg
+from adaptc.ir.nodes import arguments_by_name, list_arg
 from adaptc.tracing.export import quietly
 
 OPSET = 20
@@ -62,15 +62,44 @@ def _projects(node: fx.Node) -> bool:
     return outputs != cells
 
 
-WRONG: Mapping[str, Callable[[fx.Node], bool]] = {"aten::lstm.input": _projects}
+def _compares_distributions(node: fx.Node) -> bool:
+    """Whether the target of a cross entropy is a probability of every class, or is smoothed to one."""
+    arguments = arguments_by_name(node)
+    return arguments["target"].meta["val"].is_floating_point() or arguments["label_smoothing"] != 0
+
+
+def _normalises_by_batch(node: fx.Node) -> bool:
+    """Whether a batch normalization that has running statistics takes those of the batch."""
+    arguments = arguments_by_name(node)
+    return arguments["training"] is True and arguments["running_mean"] is not None
+
+
+WRONG: Mapping[str, Callable[[fx.Node], bool]] = {
+    "aten::lstm.input": _projects,
+    "aten::cross_entropy_loss": _compares_distributions,
+    **dict.fromkeys(
+        [
+            "aten::batch_norm",
+            "aten::native_batch_norm",
+            "aten::_native_batch_norm_legit",
+            "aten::_native_batch_norm_legit_functional",
+        ],
+        _normalises_by_batch,
+    ),
+}
 """Operation -> which nodes of it the exporter's form computes wrongly; torch's decomposition is right."""
 
 
 @cache
 def decompositions(opset: int) -> Mapping[Any, Callable[..., Any]]:
-    """Torch's decompositions of the operations that have no ONNX form at an opset: operation -> what computes it."""
+    """Torch's decompositions of operations that have no ONNX form at an opset, or a wrong one.
+
+    Returns:
+        operation -> what computes it.
+    """
     from torch.onnx._internal.exporter import _decomp
 
-    registered = set(_decomp.get_onnx_implemented_overloads(exporter_registry(opset)))
-    table: Any = _decomp.create_onnx_friendly_decomposition_table(registered)
+    forms = _decomp.get_onnx_implemented_overloads(exporter_registry(opset))
+    right = {form for form in forms if not isinstance(form, OpOverload) or form.name() not in WRONG}
+    table: Any = _decomp.create_onnx_friendly_decomposition_table(right)
     return {target: function for target, function in table.items() if target.name() not in FORMS}
