@@ -77,7 +77,7 @@ def judge(
             if verdict.difference.unequal and graph is not None:
                 verdict = _with_ties(verdict, graph, reference, b)
             if rounding is not None and not verdict.difference.relative <= allowed:
-                verdict = _beside_float64(verdict, rounding, b)
+                verdict = _beside_float64(verdict, rounding, a, b)
             verdicts.append(verdict)
     return verdicts
 
@@ -94,16 +94,23 @@ def _with_ties(verdict: Verdict, graph: Graph, reference: Run, got: torch.Tensor
     return replace(verdict, ties=int((tied & (expected != got)).sum()))
 
 
-def _beside_float64(verdict: Verdict, rounding: OwnRounding, got: torch.Tensor) -> Verdict:
-    """A verdict whose reference is the model in float64, and which allows for the model's own rounding."""
+def _beside_float64(
+    verdict: Verdict, rounding: OwnRounding, expected: torch.Tensor, got: torch.Tensor
+) -> Verdict:
+    """A verdict whose reference is the model in float64, and which allows for the model's own rounding.
+
+    The reference itself must be as near to the model in float64; else it is another model's, and stays the reference.
+    """
     own = rounding.of(verdict.batch, verdict.output)
     wide = rounding.wide.outcomes[verdict.batch]
     if isinstance(wide, Exception) or own is None or not isfinite(own):
         return verdict
-    compared = difference(wide[verdict.output], got)
     ceiling = max(verdict.allowed, min(CEILING * verdict.allowed, HIGHEST))
     allowed = max(verdict.allowed, min(ROUNDINGS * own, ceiling))
-    noise = own > ceiling and compared.relative <= ROUNDINGS * own
+    compared, same = (difference(wide[verdict.output], side) for side in (got, expected))
+    noise = own > ceiling and max(compared.relative, same.relative) <= ROUNDINGS * own
+    if not noise and same.relative > allowed:
+        return verdict
     return replace(verdict, difference=compared, allowed=allowed, rounding=own, noise=noise)
 
 
