@@ -114,8 +114,8 @@ def prove(
     for verdict in verdicts:
         if verdict.difference.unequal > verdict.ties:
             count = verdict.difference.unequal - verdict.ties
-            differ = f"{count} labels of {titles[verdict.output]} differ, and not between near ties"
-            raise ProofError(f"the proof failed: {name}: {differ}, on {verdict.batch}")
+            differ = _differing(count, titles[verdict.output])
+            raise ProofError(f"the proof failed: {name}: {differ}, and not between near ties, on {verdict.batch}")
     if not all(verdict.holds for verdict in verdicts):
         raise ProofError(f"the proof failed: {proof}")
     return proof
@@ -156,8 +156,13 @@ def _notes(verdicts: Sequence[Verdict], titles: Mapping[int, str]) -> list[str]:
         ties = sum(verdict.ties for verdict in own)
         notes += [f"{title} is NaN on {undefined}, and not compared there"] if undefined else []
         notes += [f"{title} is rounding alone on {noise}, and not compared there"] if noise else []
-        notes += [f"{ties} labels of {title} differ between near ties"] if ties else []
+        notes += [f"{_differing(ties, title)} between near ties"] if ties else []
     return notes
+
+
+def _differing(count: int, title: str) -> str:
+    """So many labels of an output differ, in words."""
+    return f"{count} label of {title} differs" if count == 1 else f"{count} labels of {title} differ"
 
 
 def _check_judged(proof: Proof, title: str, verdicts: Sequence[Verdict]) -> None:
