@@ -115,7 +115,9 @@ def prove(
         if verdict.difference.unequal > verdict.ties:
             count = verdict.difference.unequal - verdict.ties
             differ = _differing(count, titles[verdict.output])
-            raise ProofError(f"the proof failed: {name}: {differ}, and not between near ties, on {verdict.batch}")
+            raise ProofError(
+                f"the proof failed: {name}: {differ}, and not between near ties, on {verdict.batch}"
+            )
     if not all(verdict.holds for verdict in verdicts):
         raise ProofError(f"the proof failed: {proof}")
     return proof

@@ -81,7 +81,11 @@ class Speech(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second, self.third = nn.Conv1d(1, 8, 10, 5), nn.Conv1d(8, 8, 3, 2), nn.Conv1d(8, 8, 3, 2)
+        self.first, self.second, self.third = (
+            nn.Conv1d(1, 8, 10, 5),
+            nn.Conv1d(8, 8, 3, 2),
+            nn.Conv1d(8, 8, 3, 2),
+        )
         self.l = nn.Linear(8, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -188,7 +192,9 @@ def test_a_model_that_is_rounding_alone_is_told_as_that() -> None:
 
     compiled = adaptc.compile({"adapt": [LORA]}, model=randomise(Nothing()), example_inputs=(drawn(3, 6),))
     perturb(compiled.module)
-    with pytest.raises(ProofError, match=r"fold: output is rounding alone, off by .* on any of the proof's inputs"):
+    with pytest.raises(
+        ProofError, match=r"fold: output is rounding alone, off by .* on any of the proof's inputs"
+    ):
         compiled.fold()
 
 
@@ -201,13 +207,16 @@ class Factorised(Layers):
 
 def test_where_only_a_persons_own_inputs_run_the_proof_says_so(tmp_path: Path) -> None:
     matrix = drawn(6, 6) @ drawn(6, 6).T + torch.eye(6)
-    compiled = adaptc.compile({"adapt": [LORA]}, model=randomise(Factorised()).eval(), example_inputs=(matrix,))
+    compiled = adaptc.compile(
+        {"adapt": [LORA]}, model=randomise(Factorised()).eval(), example_inputs=(matrix,)
+    )
     compiled.emit("torch", tmp_path / "program")
     compiled.check_gradients()
     for proof in compiled.proofs:
         assert proof.shapes == ("the example",)
-        assert "on a person's own inputs alone, since the model does not take random ones (linalg.cholesky" in str(
-            proof
+        assert (
+            "on a person's own inputs alone, since the model does not take random ones (linalg.cholesky"
+            in str(proof)
         )
         assert "cholesky" in proof.skipped["fixed sizes"]
     manifest = json.loads((tmp_path / "program" / "manifest.json").read_text())
@@ -243,7 +252,9 @@ def test_a_model_without_a_finite_value_is_told_as_that() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.o(self.l(x.log()))
 
-    with pytest.raises(ProofError, match=r"gives no finite value for output on any .*: the example, ") as caught:
+    with pytest.raises(
+        ProofError, match=r"gives no finite value for output on any .*: the example, "
+    ) as caught:
         adaptc.compile({"adapt": [LORA]}, model=Undefined().eval(), example_inputs=(-drawn(3, 6).abs(),))
     assert "proof: {inputs: rows.jsonl}" in str(caught.value)
 

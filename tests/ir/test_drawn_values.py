@@ -61,7 +61,9 @@ def test_a_row_of_one_is_what_no_example_hides(name: str) -> None:
     assert not whole or mask[0, 0] == whole[0]
 
 
-@pytest.mark.parametrize("name", ["torch hides the end", "hugging face takes the start", "torch hides nothing"])
+@pytest.mark.parametrize(
+    "name", ["torch hides the end", "hugging face takes the start", "torch hides nothing"]
+)
 def test_padding_is_at_the_end_where_the_example_has_it_there(name: str) -> None:
     example = MASKS[name]
     visible = example[1, 0]

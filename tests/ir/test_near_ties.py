@@ -30,7 +30,9 @@ def traced(forward: Callable[[Any, torch.Tensor], Any]) -> adaptc.Graph:
     return adaptc.trace(model.eval(), (torch.randn(3, 4),), dynamic={"x": {0: "batch"}})
 
 
-def good(forward: Callable[[Any, torch.Tensor], Any], labels: torch.Tensor, x: torch.Tensor = TIED) -> list[Any]:
+def good(
+    forward: Callable[[Any, torch.Tensor], Any], labels: torch.Tensor, x: torch.Tensor = TIED
+) -> list[Any]:
     return near_ties(traced(forward), {"x": x}, 0, [labels], NEAR, None).tolist()
 
 
@@ -45,7 +47,10 @@ LARGEST: dict[str, tuple[Callable[[Any, torch.Tensor], Any], Callable[[torch.Ten
     "sort": (lambda m, x: m.l(x).sort(-1, descending=True).indices[:, :1], lambda i: i[:, None]),
     "argsort": (lambda m, x: m.l(x).argsort(-1, descending=True)[:, 0], lambda i: i),
     "kthvalue": (lambda m, x: m.l(x).kthvalue(4, -1).indices, lambda i: i),
-    "moved": (lambda m, x: m.l(x).argmax(-1).to(torch.int32).view(1, -1).t().contiguous(), lambda i: i[:, None]),
+    "moved": (
+        lambda m, x: m.l(x).argmax(-1).to(torch.int32).view(1, -1).t().contiguous(),
+        lambda i: i[:, None],
+    ),
 }
 
 
@@ -53,9 +58,15 @@ LARGEST: dict[str, tuple[Callable[[Any, torch.Tensor], Any], Callable[[torch.Ten
 def test_the_second_of_two_near_equals_is_as_good(name: str) -> None:
     forward, shaped = LARGEST[name]
     assert good(forward, shaped(torch.tensor([1, 0, 2]))) == shaped(torch.tensor([True, True, True])).tolist()
-    assert good(forward, shaped(torch.tensor([0, 1, 3]))) == shaped(torch.tensor([True, False, True])).tolist()
-    assert good(forward, shaped(torch.tensor([2, 0, 0]))) == shaped(torch.tensor([False, True, False])).tolist()
-    assert good(forward, shaped(torch.tensor([9, -1, 2]))) == shaped(torch.tensor([False, False, True])).tolist()
+    assert (
+        good(forward, shaped(torch.tensor([0, 1, 3]))) == shaped(torch.tensor([True, False, True])).tolist()
+    )
+    assert (
+        good(forward, shaped(torch.tensor([2, 0, 0]))) == shaped(torch.tensor([False, True, False])).tolist()
+    )
+    assert (
+        good(forward, shaped(torch.tensor([9, -1, 2]))) == shaped(torch.tensor([False, False, True])).tolist()
+    )
 
 
 def test_an_argmax_of_everything() -> None:

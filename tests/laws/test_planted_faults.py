@@ -11,6 +11,7 @@ from torch import nn
 
 import adaptc
 from adaptc.compiler.folding import _folded
+from adaptc.compiler.proofs import Proofs
 from adaptc.errors import ProofError
 from adaptc.ir.graph import Graph
 from adaptc.ir.interpreter import Run
@@ -68,6 +69,14 @@ def proved(made: adaptc.Compiled) -> tuple[Graph, Run, Graph]:
     return live, reference, folded
 
 
+def holds(proofs: Proofs, live: Graph, reference: Run, candidate: Run) -> bool:
+    try:
+        proofs.prove("fold", live, reference, candidate)
+    except ProofError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("method", marked(METHODS, QUICK))
 def test_a_planted_fault_fails_the_proof(zoo: Zoo, method: str) -> None:
     made = zoo.compiled(one(method), [entry(method, one(method))])
@@ -75,9 +84,8 @@ def test_a_planted_fault_fails_the_proof(zoo: Zoo, method: str) -> None:
     proofs, planted = made.program.proofs, list(faults(made.base, folded))
     assert planted
     for fault, faulty in planted:
-        with pytest.raises(ProofError, match="relative error"):
-            proofs.prove("fold", live, reference, proofs.run_like(reference, faulty))
-            pytest.fail(fault)
+        run = proofs.run_like(reference, faulty)
+        assert not holds(proofs, live, reference, run), fault
 
 
 class Amplifying(nn.Module):
@@ -112,8 +120,5 @@ def test_the_models_own_rounding_is_allowed_and_no_fault_hides_in_it() -> None:
     assert "the model's own rounding is" in str(proof)
     for name, before, after in changed(made.base, folded):
         for value in (before, 2 * after - before):
-            with pytest.raises(ProofError):
-                proofs.prove(
-                    "fold", live, reference, proofs.run_like(reference, with_tensor(folded, name, value))
-                )
-                pytest.fail(name)
+            run = proofs.run_like(reference, with_tensor(folded, name, value))
+            assert not holds(proofs, live, reference, run), name
