@@ -16,10 +16,10 @@ from adaptc.ir.near_ties import near_ties
 
 ROUNDINGS = 8
 """How many times the model's own rounding two right computations may be apart. Chosen above the 5 that deep models
-with strong adapters were seen to reach."""
-CEILING, HIGHEST = 8, 0.125
-"""No rounding allows more than so many times what the dtype does, nor more than this. Chosen below the ten times that
-the adapters of a proof must change the outputs by, so that a missing one is always seen."""
+with strong adapters were seen to reach. What makes rounding large makes faults as large, so none passes."""
+CEILING, HIGHEST = 160, 0.125
+"""No rounding allows more than so many times what the dtype does, 0.01 of the largest value in float32, nor more than
+this. Where a model's own rounding is larger than that, nothing can be said of the output."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Verdict:
         difference: how far it is from the reference.
         allowed: the relative error that is allowed.
         rounding: the model's own rounding; None where it was not measured.
-        noise: the output is rounding alone, so that nothing can be said.
+        noise: the output is lost in rounding, so that nothing can be said.
         ties: how many labels differ between near ties.
     """
 
@@ -108,7 +108,8 @@ def _beside_float64(
     ceiling = max(verdict.allowed, min(CEILING * verdict.allowed, HIGHEST))
     allowed = max(verdict.allowed, min(ROUNDINGS * own, ceiling))
     compared, same = (difference(wide[verdict.output], side) for side in (got, expected))
-    noise = own > ceiling and max(compared.relative, same.relative) <= ROUNDINGS * own
+    furthest = max(compared.relative, same.relative)
+    noise = own > ceiling and allowed < furthest <= ROUNDINGS * own
     if not noise and same.relative > allowed:
         return verdict
     return replace(verdict, difference=compared, allowed=allowed, rounding=own, noise=noise)
