@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 
 from adaptc.compiler.fisher import FisherInformation
-from adaptc.errors import InputError
+from adaptc.errors import InputError, WeightError
 from adaptc.inputs import IGNORED, InputSpec
 from adaptc.ir.graph import Graph
 from adaptc.ir.interpreter import Batch
@@ -78,7 +78,10 @@ def read_rows(path: Path, inputs: Sequence[InputSpec]) -> list[Batch]:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     if path.suffix == ".safetensors":
-        return [{name: weight.load() for name, weight in read_safetensors(path).items()}]
+        try:
+            return [{name: weight.load() for name, weight in read_safetensors(path).items()}]
+        except WeightError as error:
+            raise InputError(error.message, *error.notes) from error
     if path.suffix != ".jsonl":
         raise InputError(f"{path}: expected a .jsonl or a .safetensors file")
     lines = path.read_text(encoding="utf-8").splitlines()

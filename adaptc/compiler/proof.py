@@ -56,7 +56,7 @@ class Proof:
         rounding: the model's own rounding, where it was measured since the dtype's tolerance was exceeded.
         notes: what else must be told, such as labels that differ between near ties.
         skipped: the label of each batch that the model does not take -> why.
-        uncompared: (the label of a batch, the position of an output), for each that is NaN or rounding alone.
+        uncompared: (the label of a batch, the position of an output), for each that is NaN or lost in rounding.
     """
 
     name: str
@@ -100,7 +100,7 @@ def prove(
 
     Raises:
         ProofError: the runs differ by more than that, or one is not finite where the other is; or an output is
-            undefined or rounding alone on all inputs; or the reference runs on none of them.
+            undefined or lost in rounding on all inputs; or the reference runs on none of them.
     """
     if not reference.taken:
         reason = next(iter(reference.outcomes.values()))
@@ -114,8 +114,10 @@ def prove(
     for verdict in verdicts:
         if verdict.difference.unequal > verdict.ties:
             count = verdict.difference.unequal - verdict.ties
-            differ = f"{count} labels of {titles[verdict.output]} differ, and not between near ties"
-            raise ProofError(f"the proof failed: {name}: {differ}, on {verdict.batch}")
+            differ = _differing(count, titles[verdict.output])
+            raise ProofError(
+                f"the proof failed: {name}: {differ}, and not between near ties, on {verdict.batch}"
+            )
     if not all(verdict.holds for verdict in verdicts):
         raise ProofError(f"the proof failed: {proof}")
     return proof
@@ -155,9 +157,14 @@ def _notes(verdicts: Sequence[Verdict], titles: Mapping[int, str]) -> list[str]:
         noise = ", ".join(verdict.batch for verdict in own if verdict.noise)
         ties = sum(verdict.ties for verdict in own)
         notes += [f"{title} is NaN on {undefined}, and not compared there"] if undefined else []
-        notes += [f"{title} is rounding alone on {noise}, and not compared there"] if noise else []
-        notes += [f"{ties} labels of {title} differ between near ties"] if ties else []
+        notes += [f"{title} is lost in rounding on {noise}, and not compared there"] if noise else []
+        notes += [f"{_differing(ties, title)} between near ties"] if ties else []
     return notes
+
+
+def _differing(count: int, title: str) -> str:
+    """So many labels of an output differ, in words."""
+    return f"{count} label of {title} differs" if count == 1 else f"{count} labels of {title} differ"
 
 
 def _check_judged(proof: Proof, title: str, verdicts: Sequence[Verdict]) -> None:
@@ -172,8 +179,8 @@ def _check_judged(proof: Proof, title: str, verdicts: Sequence[Verdict]) -> None
     if all(verdict.difference.undefined for verdict in verdicts):
         raise ProofError(f"{proof.name}: the model gives no finite value for {title} {inputs}; {ADVICE}")
     rounding = min(verdict.rounding or 0.0 for verdict in verdicts if verdict.noise)
-    reason = f"{title} is rounding alone, off by {rounding:.1e} of its largest value"
-    raise ProofError(f"{proof.name}: {reason} {inputs}; {ADVICE}")
+    reason = f"{title} is lost in the model's own rounding, {rounding:.1e} of its largest value"
+    raise ProofError(f"{proof.name}: {reason}, {inputs}; {ADVICE}")
 
 
 def randomised(graph: Graph, seed: int = 0, strength: float = 1.0) -> Graph:

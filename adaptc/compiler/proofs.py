@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -41,6 +42,7 @@ class Proofs:
         self.batches = self._all_batches()
         self.held: list[Proof] = []
         self._weights_checked = False
+        self._base_runs: dict[str, Run] = {}
 
     def _all_batches(self) -> Batches:
         random = {label: draw.batch(self.base.inputs) for label, draw in self.drawn.items()}
@@ -159,30 +161,46 @@ class Proofs:
         self.batches = self._all_batches()
         return Run(self.batches, outcomes)
 
-    def randomised(self, adapted: Graph) -> tuple[Graph, Run]:
-        """The adapted graph with random adapters whose effect a proof cannot miss, and a run of it.
+    def with_random_adapters(
+        self, name: str, adapted: Graph, sides: Callable[[Graph], tuple[Graph, Graph]]
+    ) -> Proof:
+        """Prove a rewrite with random adapters whose effect the proof cannot miss.
 
-        Returns:
-            The graph, and its run on every batch.
+        Args:
+            name: what is proved.
+            adapted: the adapted graph.
+            sides: from that graph with random adapters to the graph that is rewritten and the rewritten one.
+
+        Raises:
+            ProofError: they differ.
         """
-        weakest, *stronger = STRENGTHS
-        graph = randomised(adapted, self._seed, weakest)
-        run = self.run(graph)
-        base = self._base_on_first(run)
-        for strength in stronger:
-            if _shows(base, run, adapted):
-                break
-            graph = randomised(adapted, self._seed, strength)
-            run = self.run(graph)
-        return graph, run
+        for strength in STRENGTHS:
+            reference, candidate = sides(randomised(adapted, self._seed, strength))
+            run = self.run(reference)
+            strongest = strength == STRENGTHS[-1]
+            if not strongest and not self.shows(run, self.tolerance(adapted)):
+                continue
+            proof = self.prove(name, reference, run, self.run_like(run, candidate))
+            if strongest or self.shows(run, proof.tolerance):
+                return proof
+        raise AssertionError("there is a strongest")
 
-    def shows(self, run: Run, adapted: Graph) -> bool:
-        """Whether a run's adapters change the base's outputs by more than ten times the tolerance."""
-        return _shows(self._base_on_first(run), run, adapted)
+    def shows(self, run: Run, allowed: float) -> bool:
+        """Whether a run's adapters change the base's outputs by so much that a proof cannot miss them.
+
+        That is by ten times what it allows: chosen so that a missing adapter fails it clearly.
+        """
+        if not run.taken:
+            return False
+        base = self._base_on_first(run)
+        return labels_differ(base, run) or effect(base, run) > 10 * allowed
 
     def _base_on_first(self, run: Run) -> Run:
         """A run of the base on the first batch that another run took."""
-        return Interpreter(self.base, torch.float32).on(dict(list(run.taken.items())[:1]))
+        label, batch = next(iter(run.taken.items()))
+        if label not in self._base_runs:
+            self._base_runs[label] = Interpreter(self.base, torch.float32).on({label: batch})
+        return self._base_runs[label]
 
 
 def check_finite(graph: Graph) -> None:
@@ -205,11 +223,6 @@ def check_gradients(trainable: Graph) -> None:
     check_finite(trainable)
     graph = randomised(trainable)
     gradients(bind(graph, graph.adapter_names), graph, graph.adapter_names)
-
-
-def _shows(base: Run, run: Run, adapted: Graph) -> bool:
-    """Whether two runs differ by ten times the tolerance: chosen so that a missing adapter fails a proof clearly."""
-    return labels_differ(base, run) or effect(base, run) > 10 * tolerance(adapted)
 
 
 def _is_defined(outcome: Outcome) -> bool:

@@ -87,10 +87,13 @@ def prove_trainable(proofs: Proofs, adapted: Graph, trainable: Graph) -> None:
     """
     if not trainable.adaptations:
         return
-    random, reference = proofs.randomised(adapted)
-    factored = trainable.copy()
-    factored.weights.update({name: random.weights[name] for name in trainable.adapter_names})
-    proofs.prove("trainable module", random, reference, proofs.run_like(reference, factored))
+
+    def sides(random: Graph) -> tuple[Graph, Graph]:
+        factored = trainable.copy()
+        factored.weights.update({name: random.weights[name] for name in trainable.adapter_names})
+        return random, factored
+
+    proofs.with_random_adapters("trainable module", adapted, sides)
 
 
 def follow(adapted: Graph, module: fx.GraphModule) -> None:

@@ -16,10 +16,10 @@ from adaptc.ir.near_ties import near_ties
 
 ROUNDINGS = 8
 """How many times the model's own rounding two right computations may be apart. Chosen above the 5 that deep models
-with strong adapters were seen to reach."""
-CEILING, HIGHEST = 8, 0.125
-"""No rounding allows more than so many times what the dtype does, nor more than this. Chosen below the ten times that
-the adapters of a proof must change the outputs by, so that a missing one is always seen."""
+with strong adapters were seen to reach. What makes rounding large makes faults as large, so none passes."""
+CEILING, HIGHEST = 160, 0.125
+"""No rounding allows more than so many times what the dtype does, 0.01 of the largest value in float32, nor more than
+this. Where a model's own rounding is larger than that, nothing can be said of the output."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Verdict:
         difference: how far it is from the reference.
         allowed: the relative error that is allowed.
         rounding: the model's own rounding; None where it was not measured.
-        noise: the output is rounding alone, so that nothing can be said.
+        noise: the output is lost in rounding, so that nothing can be said.
         ties: how many labels differ between near ties.
     """
 
@@ -77,7 +77,7 @@ def judge(
             if verdict.difference.unequal and graph is not None:
                 verdict = _with_ties(verdict, graph, reference, b)
             if rounding is not None and not verdict.difference.relative <= allowed:
-                verdict = _beside_float64(verdict, rounding, b)
+                verdict = _beside_float64(verdict, rounding, a, b)
             verdicts.append(verdict)
     return verdicts
 
@@ -94,16 +94,24 @@ def _with_ties(verdict: Verdict, graph: Graph, reference: Run, got: torch.Tensor
     return replace(verdict, ties=int((tied & (expected != got)).sum()))
 
 
-def _beside_float64(verdict: Verdict, rounding: OwnRounding, got: torch.Tensor) -> Verdict:
-    """A verdict whose reference is the model in float64, and which allows for the model's own rounding."""
+def _beside_float64(
+    verdict: Verdict, rounding: OwnRounding, expected: torch.Tensor, got: torch.Tensor
+) -> Verdict:
+    """A verdict whose reference is the model in float64, and which allows for the model's own rounding.
+
+    The reference itself must be as near to the model in float64; else it is another model's, and stays the reference.
+    """
     own = rounding.of(verdict.batch, verdict.output)
     wide = rounding.wide.outcomes[verdict.batch]
     if isinstance(wide, Exception) or own is None or not isfinite(own):
         return verdict
-    compared = difference(wide[verdict.output], got)
     ceiling = max(verdict.allowed, min(CEILING * verdict.allowed, HIGHEST))
     allowed = max(verdict.allowed, min(ROUNDINGS * own, ceiling))
-    noise = own > ceiling and compared.relative <= ROUNDINGS * own
+    compared, same = (difference(wide[verdict.output], side) for side in (got, expected))
+    furthest = max(compared.relative, same.relative)
+    noise = own > ceiling and allowed < furthest <= ROUNDINGS * own
+    if not noise and same.relative > allowed:
+        return verdict
     return replace(verdict, difference=compared, allowed=allowed, rounding=own, noise=noise)
 
 

@@ -37,6 +37,8 @@ CASTS = frozenset({aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default})
 """Operations that change a dtype; from floats to whole numbers they cut the fraction."""
 ELEMENTWISE = CASTS | {aten.clamp.default, aten.clone.default}
 """Operations whose every element is made of the one at the same place."""
+COPIES = frozenset({aten.flip.default, aten.roll.default, aten.repeat.default, aten.index_select.default})
+"""Operations that only move elements and are no views."""
 
 
 def near_ties(
@@ -119,7 +121,7 @@ def _path(node: fx.Node) -> list[fx.Node] | None:
     """The nodes from the one that makes labels of floats to this one; None where there is none."""
     backwards: list[fx.Node] = []
     while not _chooses(node):
-        if node.target not in ELEMENTWISE and not returns_operand(node.target):
+        if not (node.target in ELEMENTWISE | COPIES or returns_operand(node.target)):
             return None
         backwards.append(node)
         node = node.all_input_nodes[0]
@@ -143,7 +145,7 @@ def _chooses(node: fx.Node) -> bool:
 
 def _whole(node: fx.Node) -> bool:
     """Whether the floats of a node were rounded to whole numbers."""
-    while node.target in ELEMENTWISE or returns_operand(node.target):
+    while node.target in ELEMENTWISE | COPIES or returns_operand(node.target):
         node = node.all_input_nodes[0]
     return node.target in ROUNDINGS
 
