@@ -13,12 +13,13 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+from adaptc.checkpoints.config_file import CONFIG, read_config, read_json
 from adaptc.errors import WeightError
 from adaptc.methods.virtual_tokens import CLASSIFIER_HEADS, PROMPT_KEY
 from adaptc.weights import Held, Weight, open_safetensors, read_safetensors, sha256_of_tensors
 
 T = TypeVar("T")
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+TENSORS = "adapter_model.safetensors"
 PICKLE, ORDER = "adapter_model.bin", "adapters.json"
 ROOT = "base_model."
 PREFIX = f"{ROOT}model."
@@ -40,6 +41,7 @@ class Checkpoint:
         base_sha256: hash of the base it was trained on, where adaptc wrote it.
         saved_modules: the modules that were trained whole, and whose tensors it holds.
         base_tensors: the base's own tensors that adaptc wrote for PEFT, by their names.
+        ignored: keys of its configuration that are read as if they were not there.
         unread: layers of the base that no output of the program depends on; an adapter on them has no effect.
     """
 
@@ -49,6 +51,7 @@ class Checkpoint:
     base_sha256: str | None = None
     saved_modules: tuple[str, ...] = ()
     base_tensors: Mapping[str, Weight] = field(default_factory=dict[str, Weight])
+    ignored: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
 
     @property
@@ -91,7 +94,7 @@ def directories(path: Path) -> list[Path]:
     order = path / ORDER
     if not order.is_file():
         return [path]
-    names = list_of(str, _json(order).get("order"))
+    names = list_of(str, read_json(order).get("order"))
     if not names or not all(Path(name).name == name for name in names):
         raise WeightError(f'{order}: expected {{"order": [...]}} with the names of the folders beside it')
     return [path / name for name in names]
@@ -115,7 +118,7 @@ def read(path: Path, allow_pickle: bool = False) -> Checkpoint:
     absent = why_missing(path)
     if absent or not (path / CONFIG).is_file():
         raise WeightError(absent or f"{path}: no {CONFIG} there")
-    config = _json(path / CONFIG)
+    config = read_config(path / CONFIG)
     metadata: Mapping[str, str] = {}
     if (path / TENSORS).is_file():
         metadata = open_safetensors(path / TENSORS).metadata() or {}
@@ -168,21 +171,6 @@ def list_of(kind: type[T], value: object) -> list[T] | None:
         return None
     fits = all(type(item) is kind for item in cast(list[object], value))
     return cast(list[T], value) if fits else None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        WeightError: it is not JSON, or no object.
-    """
-    try:
-        data: object = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise WeightError(f"{path}: not JSON ({error})") from None
-    if not isinstance(data, dict):
-        raise WeightError(f"{path}: expected a JSON object, got {type(data).__name__}")
-    return cast(dict[str, Any], data)
 
 
 def _unpickle(path: Path, allowed: bool) -> dict[str, Weight]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import fx, nn
 from adaptc.checkpoints.adapter import directories, read
 from adaptc.checkpoints.adapter_checks import check_base
 from adaptc.checkpoints.compaction import compacted
+from adaptc.checkpoints.config_keys import ignoring
 from adaptc.checkpoints.peft_config import check_options
 from adaptc.checkpoints.peft_write import save
 from adaptc.checkpoints.records import AdapterRecord, assign, group
@@ -35,12 +37,15 @@ def records(module: fx.GraphModule) -> list[AdapterRecord]:
     return [AdapterRecord.from_json(record) for record in stored["adapters"]]
 
 
-def load_adapter_into(module: fx.GraphModule, directory: Path) -> dict[str, torch.Tensor]:
+def load_adapter_into(
+    module: fx.GraphModule, directory: Path, ignore: Sequence[str] = ()
+) -> dict[str, torch.Tensor]:
     """Copy the tensors of checkpoints into a module's adapters; nothing is changed if they do not fit.
 
     Args:
         module: a module that adaptc compiled.
         directory: one checkpoint, or several with their order.
+        ignore: options of their configurations to read them without.
 
     Returns:
         Name -> tensor as the checkpoints hold it, in their dtype.
@@ -50,7 +55,8 @@ def load_adapter_into(module: fx.GraphModule, directory: Path) -> dict[str, torc
     """
     base = module.meta[META]["base"]["sha256"]
     unread = unread_modules(module)
-    checkpoints = [replace(read(path), unread=unread) for path in directories(directory)]
+    stored = ignoring([read(path) for path in directories(directory)], ignore)
+    checkpoints = [replace(checkpoint, unread=unread) for checkpoint in stored]
     groups = group(records(module))
     if len(checkpoints) != len(groups):
         raise WeightError(

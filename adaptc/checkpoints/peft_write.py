@@ -16,9 +16,10 @@ from safetensors import torch as safetensors
 from adaptc.checkpoints.adapter import BASE_HASH, BASE_TENSORS, CONFIG, ORDER, ROOT, TENSORS
 from adaptc.checkpoints.adapter_checks import spelled
 from adaptc.checkpoints.records import AdapterRecord, AdapterTensor, group
-from adaptc.checkpoints.tied import ON_ALIAS, TIES
+from adaptc.checkpoints.tied import ON_ALIAS
 from adaptc.errors import WeightError
 from adaptc.methods.method import options_of
+from adaptc.methods.peft_format import TIES
 from adaptc.patterns import matches_any
 
 TASKS: Mapping[str, str] = {

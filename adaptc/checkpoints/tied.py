@@ -7,9 +7,8 @@ from collections.abc import Mapping
 import torch
 
 from adaptc.checkpoints.adapter import BASE_LAYER, Checkpoint
+from adaptc.methods.peft_format import TIES
 
-TIES = "ensure_weight_tying"
-"""PEFT's key: what changes an embedding changes the head that is tied to it, too."""
 ON_ALIAS = "adaptc_on_alias"
 """The key of adaptc's own format: what is done about tied tensors."""
 TIED_NAMES = frozenset({"embed_tokens", "lm_head"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -168,10 +169,14 @@ class Compiled:
         """Write the adapters as PEFT checkpoints."""
         self.emit("peft", directory)
 
-    def load_adapter(self, directory: str | Path) -> None:
+    def load_adapter(self, directory: str | Path, ignore: Sequence[str] = ()) -> None:
         """Replace the adapters' weights by those of a checkpoint.
+
+        Args:
+            directory: the checkpoint.
+            ignore: options of its configuration to read it without, as in an entry of a spec.
 
         Raises:
             WeightError: it does not fit what was inserted.
         """
-        self.program.load_adapter(Path(directory))
+        self.program.load_adapter(Path(directory), ignore)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from adaptc.checkpoints.adapter import ROOT, Checkpoint, directories, read, why_missing
 from adaptc.checkpoints.adapter_checks import match
+from adaptc.checkpoints.config_keys import ignoring
 from adaptc.checkpoints.graph_records import weight_order
 from adaptc.checkpoints.peft_config import declared
 from adaptc.checkpoints.peft_keys import PeftLayout
@@ -117,9 +119,9 @@ def _trained(spec: Spec, graph: Graph, index: int, entry: AdapterEntry) -> list[
         raise spec.error(place, absent)
     planned: list[PlannedInsertion] = []
     try:
-        for directory in directories(path):
-            checkpoint = replace(read(directory, entry.allow_pickle), unread=unread_modules(graph.module))
-            name = entry.name or (directory.name if directory != path else "default")
+        for stored in _read(spec, index, entry, path):
+            checkpoint = replace(stored, unread=unread_modules(graph.module))
+            name = entry.name or (stored.path.name if stored.path != path else "default")
             common = _Common(name, index, spec.seed, entry.on_alias)
             planned += _from_checkpoint(graph, checkpoint, common, entry.r)
     except WeightError as error:
@@ -127,6 +129,20 @@ def _trained(spec: Spec, graph: Graph, index: int, entry: AdapterEntry) -> list[
     except InputError as error:
         raise spec.error((*place[:2], "r"), error.message, *error.notes) from None
     return planned
+
+
+def _read(spec: Spec, index: int, entry: AdapterEntry, path: Path) -> list[Checkpoint]:
+    """The checkpoints at the path of an entry, without the options that it ignores.
+
+    Raises:
+        SpecError: no configuration has such an option.
+        WeightError: a checkpoint cannot be read.
+    """
+    checkpoints = [read(directory, entry.allow_pickle) for directory in directories(path)]
+    try:
+        return ignoring(checkpoints, entry.ignore)
+    except WeightError as error:
+        raise spec.error(("adapt", index, "ignore"), error.message, *error.notes) from None
 
 
 def _from_checkpoint(

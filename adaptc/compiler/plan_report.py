@@ -134,6 +134,8 @@ def _entry_notes(entries: Sequence[PlannedInsertion]) -> list[str]:
             notes.append(
                 f"{where}: {planned.insert.method.name} changes the base's outputs before any training"
             )
+        ignored = planned.checkpoint.ignored if planned.checkpoint is not None else ()
+        notes += [f"{where}: read without the option {key} of its configuration" for key in ignored]
         layers = planned.checkpoint.without_effect.values() if planned.checkpoint is not None else ()
         if layers:
             idle = ", ".join(dict.fromkeys(layers))

@@ -79,14 +79,18 @@ class Program:
         follow(self.graph, module)
         return module
 
-    def load_adapter(self, directory: Path) -> None:
+    def load_adapter(self, directory: Path, ignore: Sequence[str] = ()) -> None:
         """Replace the adapters' weights by those of a checkpoint, in the module and in the adapted graph.
+
+        Args:
+            directory: the checkpoint.
+            ignore: options of its configuration to read it without.
 
         Raises:
             WeightError: it does not fit what was inserted.
         """
         module = self.module
-        for name, value in load_adapter_into(module, directory).items():
+        for name, value in load_adapter_into(module, directory, ignore).items():
             stored = Deferred(tuple(value.shape), self.graph.weights[name].dtype, value.detach)
             self.graph.weights[name] = following(module, name, stored)
 

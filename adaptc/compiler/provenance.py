@@ -66,15 +66,17 @@ def describe_base(program: Program, folder: Path) -> str:
     return described.replace(str(path), _told(program.spec, text, path, folder), 1)
 
 
-def _adapters(program: Program, folder: Path) -> list[dict[str, str]]:
-    """The path and the SHA-256 of every checkpoint that the spec names."""
+def _adapters(program: Program, folder: Path) -> list[dict[str, Any]]:
+    """The path and the SHA-256 of every checkpoint that the spec names, and the options that it was read without."""
     spec = program.spec
-    rows: dict[Path, dict[str, str]] = {}
+    rows: dict[Path, dict[str, Any]] = {}
     for planned in program.plan.entries:
         entry, checkpoint = spec.adapt[planned.entry], planned.checkpoint
         if checkpoint is not None and isinstance(entry, AdapterEntry):
             path = _told(spec, entry.adapter, checkpoint.path, folder)
-            rows.setdefault(checkpoint.path, {"path": path, "sha256": checkpoint.sha256})
+            ignored = {key: checkpoint.config[key] for key in checkpoint.ignored}
+            told = {"path": path, "sha256": checkpoint.sha256}
+            rows.setdefault(checkpoint.path, told | ({"ignored": ignored} if ignored else {}))
     return list(rows.values())
 
 

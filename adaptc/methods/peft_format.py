@@ -14,6 +14,11 @@ M = TypeVar("M")
 LINEAR = frozenset({"Linear", "Conv1D"})
 """Layers that multiply by a matrix, as PEFT knows them; `Conv1D` is GPT-2's, stored (in, out)."""
 
+STARTS = (True, False, None)
+"""PEFT's initialisations that have no name: as the method says, or at random."""
+TIES = "ensure_weight_tying"
+"""PEFT's key: what changes an embedding changes the head that is tied to it, too."""
+
 
 @dataclass(frozen=True)
 class PeftFormat(Generic[M]):
@@ -25,7 +30,8 @@ class PeftFormat(Generic[M]):
         type: PEFT's `peft_type`; None for a method that `joins` another's checkpoint.
         options: our option's name -> PEFT's key.
         fixed: keys that must have, and are written with, this value (`use_dora: true`).
-        ignored: keys that do not change what the adapted model computes.
+        ignored: keys that do not change what the adapted model computes, whatever their value.
+        neutral: keys that may change it -> the values with which adaptc computes what PEFT does.
         changes_base: beginnings of names of initialisations that change the base too, which no checkpoint holds.
         modules: options that are patterns here and lists of module names in PEFT.
         joins: the list in another method's configuration that holds this method's modules, for a method that
@@ -45,6 +51,7 @@ class PeftFormat(Generic[M]):
     options: Mapping[str, str] = field(default_factory=dict[str, str])
     fixed: Mapping[str, object] = field(default_factory=dict[str, object])
     ignored: frozenset[str] = frozenset()
+    neutral: Mapping[str, tuple[object, ...]] = field(default_factory=dict[str, tuple[object, ...]])
     changes_base: tuple[str, ...] = ()
     modules: frozenset[str] = frozenset()
     joins: str | None = None
@@ -57,6 +64,21 @@ class PeftFormat(Generic[M]):
     hosts: bool = True
     heads: frozenset[str] = frozenset()
     bare: bool = False
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """The keys of PEFT's configuration that are read for this method."""
+        return frozenset({*self.options.values(), *self.fixed, *({TIES} if self.ties else ())})
+
+    @property
+    def neutral_values(self) -> dict[str, tuple[object, ...]]:
+        """`neutral`, and that of every method which does not read these keys: it trains no biases and ties nothing."""
+        common: dict[str, tuple[object, ...]] = {
+            "init_weights": STARTS,
+            "bias": ("none", None),
+            TIES: (False, None),
+        }
+        return {key: values for key, values in common.items() if key not in self.keys} | dict(self.neutral)
 
     def read(self, options: dict[str, Any]) -> dict[str, Any]:
         """Options of PEFT's configuration, by our names, in the values that the method takes.

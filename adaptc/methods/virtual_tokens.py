@@ -15,7 +15,7 @@ from pydantic import Field
 from adaptc.errors import Fault
 from adaptc.methods.method import Method
 from adaptc.methods.param import Param
-from adaptc.methods.peft_format import PeftFormat
+from adaptc.methods.peft_format import STARTS, PeftFormat
 from adaptc.methods.point_sites import AttentionSite, InputSite, Point
 from adaptc.methods.site import ATTENTION_POINT, INPUT
 
@@ -151,7 +151,13 @@ class TokensFormat(PeftFormat[M]):
         """
         counts = {name: name for name in ("num_virtual_tokens", "num_transformer_submodules")}
         return cls(
-            type, counts | options, ignored=ENCODER_OPTIONS, hosts=False, heads=CLASSIFIER_HEADS, bare=True
+            type,
+            counts | options,
+            ignored=ENCODER_OPTIONS,
+            neutral={"init_weights": (*STARTS, "zero")},
+            hosts=False,
+            heads=CLASSIFIER_HEADS,
+            bare=True,
         )
 
     def read(self, options: dict[str, Any]) -> dict[str, Any]:
