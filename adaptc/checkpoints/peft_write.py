@@ -131,7 +131,7 @@ def _config(group: Sequence[AdapterRecord], base: Mapping[str, str]) -> dict[str
     for record in joined if not host.format.bare else ():
         assert record.format is not None
         assert record.format.joins is not None
-        biases = {m for m in record.modules if config.get("bias") and _only_bias(record, m)}
+        biases = {m for m in record.modules if config.get("bias", "none") != "none" and _only_bias(record, m)}
         modules = [module for module in record.modules if module not in biases]
         if modules:
             config.setdefault(record.format.joins, []).extend(modules)
