@@ -21,11 +21,11 @@ from adaptc.methods.site import MATRIX_KINDS, WeightSite
 
 
 def records_of(graph: Graph) -> list[AdapterRecord]:
-    """The records of everything inserted into a graph: one for each method of an entry, in order."""
+    """The records of everything inserted into a graph: one for each method of an entry with its options, in order."""
     groups: dict[tuple[int, str, str], list[Adaptation]] = {}
     of_entry: dict[tuple[int, str], list[Adaptation]] = {}
     for a in graph.adaptations:
-        groups.setdefault((a.entry, a.method.name, a.adapter), []).append(a)
+        groups.setdefault((a.entry, repr(a.declared), a.adapter), []).append(a)
         of_entry.setdefault((a.entry, a.adapter), []).append(a)
     return [_record(graph, group, of_entry[entry, adapter]) for (entry, _, adapter), group in groups.items()]
 
@@ -86,9 +86,7 @@ def _record(graph: Graph, group: Sequence[Adaptation], of_entry: Sequence[Adapta
     )
 
 
-def _named_by_modules(
-    graph: Graph, group: Sequence[Adaptation], of_entry: Sequence[Adaptation]
-) -> bool:
+def _named_by_modules(graph: Graph, group: Sequence[Adaptation], of_entry: Sequence[Adaptation]) -> bool:
     """Whether the names of modules say which parameters a method trains: all of each, or the biases that `bias` means.
 
     PEFT names no single parameter, nor the model itself.
@@ -98,7 +96,11 @@ def _named_by_modules(
         return False
     trained = {site.name for site in sites if site.kind == "parameter"}
     modules = {site.module for site in sites if site.name in trained}
-    if trained and all(name.endswith(".bias") for name in trained) and any(_trains_biases(a) for a in of_entry):
+    if (
+        trained
+        and all(name.endswith(".bias") for name in trained)
+        and any(_trains_biases(a) for a in of_entry)
+    ):
         return True
     names = [site.name for site in graph.sites]
     return {name for name in names for module in modules if name.startswith(f"{module}.")} <= trained

@@ -15,6 +15,7 @@ from adaptc.checkpoints.tied import TIES
 from adaptc.errors import WeightError
 from adaptc.methods.method import METHODS, Method, options_of
 from adaptc.methods.peft_format import PeftFormat
+from adaptc.patterns import literal
 
 DESCRIPTIVE = frozenset(
     {
@@ -86,7 +87,8 @@ def declared(checkpoint: Checkpoint, prefer: str = "") -> Declared:
     options = {ours: config[theirs] for ours, theirs in format.options.items() if theirs in config}
     for name in format.modules:
         options[name] = tuple(module_patterns(checkpoint, format.options[name]))
-    saved = [p for m in checkpoint.saved_modules for p in (m, f"*.{m}", f"{m}.*", f"*.{m}.*")]
+    names = [literal(module) for module in checkpoint.saved_modules]
+    saved = [p for m in names for p in (m, f"*.{m}", f"{m}.*", f"*.{m}.*")]
     exclude = (*with_output_projections(module_patterns(checkpoint, "exclude_modules")), *saved)
     target = ["*"] if cls.everywhere else target_of(checkpoint)
     options = _checked(checkpoint, cls, cls.trained_options(format.read(options)))
