@@ -13,9 +13,10 @@ from adaptc.checkpoints.adapter import directories, read
 from adaptc.checkpoints.adapter_checks import check_base
 from adaptc.checkpoints.compaction import compacted
 from adaptc.checkpoints.config_keys import ignoring
+from adaptc.checkpoints.grouping import group
 from adaptc.checkpoints.peft_config import check_options
 from adaptc.checkpoints.peft_write import save
-from adaptc.checkpoints.records import AdapterRecord, assign, group
+from adaptc.checkpoints.records import AdapterRecord, assign
 from adaptc.errors import WeightError
 from adaptc.ir.aliases import unread_modules
 

@@ -18,6 +18,7 @@ from adaptc.checkpoints.tied import ON_ALIAS
 from adaptc.errors import WeightError, got
 from adaptc.methods.method import METHODS, Method, options_of
 from adaptc.methods.peft_format import PeftFormat
+from adaptc.patterns import literal
 from adaptc.spec.yaml_text import Loc
 
 METHOD, OPTIONS = "adaptc_method", "adaptc_options"
@@ -64,11 +65,12 @@ def declared(checkpoint: Checkpoint, prefer: str = "") -> Declared:
     _check_layers(checkpoint)
     options = {ours: config[theirs] for ours, theirs in format.options.items() if theirs in config}
     for name in format.modules:
-        options[name] = module_patterns(checkpoint, format.options[name])
+        options[name] = tuple(module_patterns(checkpoint, format.options[name]))
     options = cls.trained_options(format.read(options))
     spelled = format.options
     options = _checked(checkpoint, cls, options, lambda loc: (spelled.get(str(loc[0]), loc[0]), *loc[1:]))
-    saved = [p for m in checkpoint.saved_modules for p in (m, f"*.{m}", f"{m}.*", f"*.{m}.*")]
+    names = [literal(module) for module in checkpoint.saved_modules]
+    saved = [p for m in names for p in (m, f"*.{m}", f"{m}.*", f"*.{m}.*")]
     exclude = (*with_output_projections(module_patterns(checkpoint, "exclude_modules")), *saved)
     target = ["*"] if cls.everywhere else target_of(checkpoint)
     return Declared(cls, options, target, exclude, as_stored=bool(config.get("target_parameters")))

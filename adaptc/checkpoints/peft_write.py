@@ -15,7 +15,8 @@ from safetensors import torch as safetensors
 
 from adaptc.checkpoints.adapter import BASE_HASH, BASE_TENSORS, CONFIG, ORDER, ROOT, TENSORS
 from adaptc.checkpoints.adapter_checks import spelled
-from adaptc.checkpoints.records import AdapterRecord, AdapterTensor, group
+from adaptc.checkpoints.grouping import biases, group
+from adaptc.checkpoints.records import AdapterRecord, AdapterTensor
 from adaptc.checkpoints.tied import ON_ALIAS
 from adaptc.errors import WeightError
 from adaptc.methods.method import options_of
@@ -132,8 +133,8 @@ def _config(group: Sequence[AdapterRecord], base: Mapping[str, str]) -> dict[str
     for record in joined if not host.format.bare else ():
         assert record.format is not None
         assert record.format.joins is not None
-        biases = {m for m in record.modules if config.get("bias") and _only_bias(record, m)}
-        modules = [module for module in record.modules if module not in biases]
+        by_bias = biases(host, record)
+        modules = [module for module in record.modules if module not in by_bias]
         if modules:
             config.setdefault(record.format.joins, []).extend(modules)
     return config
@@ -142,12 +143,6 @@ def _config(group: Sequence[AdapterRecord], base: Mapping[str, str]) -> dict[str
 def _fixed_keys(fixed: Mapping[str, object]) -> dict[str, object]:
     """The keys with a fixed value, without those of adaptc that are false, which PEFT does not know."""
     return {key: value for key, value in fixed.items() if value or not key.startswith("adaptc_")}
-
-
-def _only_bias(record: AdapterRecord, module: str) -> bool:
-    """Whether only a module's bias is trained, which PEFT's option `bias` says instead of a list of modules."""
-    leaves = {t.key.rpartition(".")[2] for t in record.stored if t.name.startswith(f"{module}.")}
-    return leaves == {"bias"}
 
 
 def _targets(record: AdapterRecord) -> list[str] | str:

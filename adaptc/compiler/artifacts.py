@@ -12,9 +12,10 @@ import torch
 from adaptc.checkpoints.adapter import directories, read
 from adaptc.checkpoints.compaction import compacted
 from adaptc.checkpoints.graph_records import records_of
+from adaptc.checkpoints.grouping import group
 from adaptc.checkpoints.module_adapters import META
 from adaptc.checkpoints.peft_write import save
-from adaptc.checkpoints.records import assign, group
+from adaptc.checkpoints.records import assign
 from adaptc.compiler.folding import fold, prove_fold
 from adaptc.compiler.onnx_artifact import prove_onnx, write_onnx
 from adaptc.compiler.output_paths import output_paths

@@ -26,6 +26,7 @@ from adaptc.methods.param import Param
 from adaptc.methods.site import ATTENTION, WeightSite
 from adaptc.methods.virtual_tokens import InputMethod
 from adaptc.optional import optional
+from adaptc.patterns import literal
 from adaptc.rewriter.insert.base import Insert
 from adaptc.spec.entries import AdapterEntry
 from adaptc.spec.spec import Spec, resolve_path
@@ -186,7 +187,8 @@ def _from_checkpoint(
         )
     joined: list[PlannedInsertion] = []
     if checkpoint.saved_modules:
-        target = [pattern for module in checkpoint.saved_modules for pattern in (module, f"*.{module}")]
+        names = [literal(module) for module in checkpoint.saved_modules]
+        target = [pattern for name in names for pattern in (name, f"*.{name}")]
         joined.append(_whole(graph, first, target, common))
     return [first, *_biases(graph, first, common), *joined]
 
@@ -240,7 +242,7 @@ def _biases(graph: Graph, host: PlannedInsertion, common: _Common) -> list[Plann
     which = getattr(host.insert.method, "biases", "none")
     if which == "none":
         return []
-    adapted = tuple(dict.fromkeys(site.module for site in host.selection.sites))
+    adapted = tuple(dict.fromkeys(literal(site.module) for site in host.selection.sites))
     target = adapted if which == "lora_only" else ("*",)
     biases = _whole(graph, host, target, common, parameters=("bias",))
     return [biases] if biases.selection.sites else []

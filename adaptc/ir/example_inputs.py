@@ -96,8 +96,7 @@ def example_tensors(
                 tensor[-1, -(tensor.shape[1] // 2) :] = 0
         else:
             tensor = torch.randint(0, spec.high or 2, shape, generator=generator).to(dtype)
-            tensor = _placed(spec, tensor)
-        tensors[spec.name] = tensor
+        tensors[spec.name] = _placed(spec, tensor)
     return tensors
 
 

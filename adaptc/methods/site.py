@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from adaptc.patterns import literal
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -116,7 +118,7 @@ class Place:
     @property
     def pattern(self) -> str:
         """The target that means this site alone."""
-        return self.module
+        return literal(self.module)
 
     def key(self, key: str) -> str:
         """The key of a tensor of this site in adaptc's own checkpoints: `module.key`, with `part` in the first word."""
@@ -243,8 +245,8 @@ class WeightSite(Place):
     @property
     def pattern(self) -> str:
         """The target that means this site alone."""
-        name = ".".join(p for p in (self.module, self.leaf if self.shared else "") if p)
-        return name + (f"[{self.piece}]" if self.piece else "")
+        named = self.shared or not self.module or self.kind not in MATRIX_KINDS
+        return literal(self.name if named else self.module) + (f"[{self.piece}]" if self.piece else "")
 
     def matrix(self, W: Tensor) -> Tensor:
         """The weight as the method sees it: `(out, in)`, or `(batch, out, in)`; the rows of a slice alone."""
