@@ -64,8 +64,8 @@ def example_tensors(
     """Random inputs of a model, like its examples where it has any.
 
     Others are normal floats, boxes with their corners in order, integers below the input's `high`. Placeholders are at
-    the start of each row, after the first value. Masks of integers are ones; with `pad`, the last row ends with zeros in
-    its second half. Rows of booleans have both values, so that none masks a whole row, whether True means taken or
+    the start of each row, after the first value. Masks of integers are ones; with `pad`, the last row ends with zeros
+    in its second half. Rows of booleans have both values, so that none masks a whole row, whether True means taken or
     hidden.
 
     Args:
