@@ -19,6 +19,7 @@ from torch.fx.node import map_arg
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptc.emit.onnx.registry import OPSET, decompositions, has_form, registry_of
+from adaptc.emit.onnx.wrong_forms import is_wrong
 from adaptc.errors import Refusal, RefusedError
 from adaptc.ir.graph import Graph
 from adaptc.ir.nodes import PROVENANCE, provenance, size_expression
@@ -28,6 +29,8 @@ from adaptc.tracing.export import ASSERTIONS, CHECKS
 
 EXPECTED = "expected operations that ONNX has a form for; artifacts in other formats (torch, hf) need none"
 """The note of an error about an operation that has no ONNX form."""
+WHOLE = "whole"
+"""The key of the operation that a node is a part of, where that was decomposed."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,10 @@ class OnnxOperations(Pass):
                 and target.namespace not in ADAPTC_LIBRARIES
                 and not has_form(node, registry)
             ):
-                reason = f"ONNX export failed: there is no ONNX form of {target}"
+                whole = node.meta.get(WHOLE)
+                by = f"{whole}, which torch computes by {target}" if whole else str(target)
+                by += " with these arguments" if is_wrong(node) else ""
+                reason = f"ONNX export failed: there is no ONNX form of {by}"
                 raise RefusedError([Refusal(reason, notes=(*provenance(node), EXPECTED))], self)
 
 
@@ -133,9 +139,9 @@ def _decompose(nodes: fx.Graph, node: fx.Node, table: Mapping[Any, Callable[...,
     functional: Any = dispatch_functionalize(call, FunctionalTensorMode())
     traced = make_fx(functional, dict(table))(*(operand.meta["val"] for operand in operands)).graph
     inputs = [n for n in traced.nodes if n.op == "placeholder"]
-    provenance = {key: value for key, value in node.meta.items() if key in PROVENANCE}
+    origin = {key: value for key, value in node.meta.items() if key in PROVENANCE} | {WHOLE: str(target)}
     for part in traced.nodes:
-        part.meta = {"val": part.meta.get("val"), **provenance}
+        part.meta = {"val": part.meta.get("val"), **origin}
     with nodes.inserting_before(node):
         result: Any = nodes.graph_copy(traced, dict(zip(inputs, operands, strict=True)))
     _replace(nodes, node, result)

@@ -53,11 +53,21 @@ def translate(graph: Graph, opset: int) -> Any:
     except (RefusedError, VerifyError):
         raise
     except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reasons = [line for line in lines if "No ONNX function" in line or "aten." in line] or [*lines, ""]
-        place = next((provenance(node) for node in graph.nodes if f"%{node.name} " in str(error)), ())
-        message = f"ONNX export failed: {type(error).__name__}: {reasons[0]}"
-        raise AdaptcError(message, *place, EXPECTED) from error
+        raise _failure(graph, error) from error
+
+
+def _failure(graph: Graph, error: Exception) -> AdaptcError:
+    """The error where the exporter fails: which operation it takes not so, and why."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    why = next((line.strip() for line in str(cause).splitlines() if line.strip()), "")
+    reason = f"{type(cause).__name__}: {why}"
+    node = next((node for node in graph.nodes if f"%{node.name} " in str(error)), None)
+    if node is None:
+        return AdaptcError(f"ONNX export failed: {reason}", EXPECTED)
+    message = f"ONNX export failed: the form of {node.target} does not take these arguments ({reason})"
+    return AdaptcError(message, *provenance(node), EXPECTED)
 
 
 def _program(graph: Graph) -> ExportedProgram:
