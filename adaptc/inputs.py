@@ -20,6 +20,8 @@ IGNORED = -100
 """The label of positions that torch's losses skip: `ignore_index` of `torch.nn.functional.cross_entropy`."""
 
 
+EXAMPLE = "the example"
+"""The label of the example inputs of a call."""
 ASCENDING, DESCENDING = "ascending", "descending"
 
 
