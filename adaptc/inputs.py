@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from adaptc.errors import unknown
@@ -73,9 +73,13 @@ class InputSpec:
     def __str__(self) -> str:
         return f"{self.dtype}[{', '.join(str(dim) for dim in self.dims)}]"
 
+    def to_json(self) -> dict[str, Any]:
+        """The input as plain data; without `values` where there are none."""
+        return {key: value for key, value in asdict(self).items() if key != "values" or value is not None}
+
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> InputSpec:
-        """Read what `dataclasses.asdict` wrote."""
+        """Read what `to_json` wrote."""
         values: dict[str, Any] | None = data.get("values")
         if values is not None:
             values = values | {"pair": tuple(values["pair"]) if values["pair"] else None}
