@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from adaptc.errors import unknown
@@ -20,6 +20,8 @@ IGNORED = -100
 """The label of positions that torch's losses skip: `ignore_index` of `torch.nn.functional.cross_entropy`."""
 
 
+EXAMPLE = "the example"
+"""The label of the example inputs of a call."""
 ASCENDING, DESCENDING = "ascending", "descending"
 
 
@@ -76,9 +78,14 @@ class InputSpec:
     def __str__(self) -> str:
         return f"{self.dtype}[{', '.join(str(dim) for dim in self.dims)}]"
 
+    def to_json(self) -> dict[str, Any]:
+        """The input as plain data, without what few inputs have."""
+        rare = ("boxes", "values", "placeholders")
+        return {key: value for key, value in asdict(self).items() if key not in rare or value}
+
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> InputSpec:
-        """Read what `dataclasses.asdict` wrote."""
+        """Read what `to_json` wrote."""
         fields: dict[str, Any] = dict(data)
         for key in ("dims", "example", "placeholders"):
             if fields.get(key) is not None:

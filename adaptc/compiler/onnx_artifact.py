@@ -22,6 +22,7 @@ from adaptc.emit.onnx.partitioned import PartitionedProgram
 from adaptc.emit.onnx.rounding import RoundActivations, rounds_activations
 from adaptc.emit.onnx.runtime import onnx_runner
 from adaptc.emit.staging import Staging
+from adaptc.errors import ProofError
 from adaptc.ir.graph import Graph
 from adaptc.ir.interpreter import Batches, Interpreter, Run
 from adaptc.ir.near_ties import floats_behind_labels
@@ -140,7 +141,13 @@ def prove_onnx(
     name = f"onnx, {file.entry.adapters}"
     reference, candidate = _side_by_side(program, graph, earlier, file)
     if file.unrounded is None:
-        proof = program.proofs.prove(name, graph, reference, candidate)
+        try:
+            proof = program.proofs.prove(name, graph, reference, candidate)
+        except ProofError:
+            if reference.flipped or not _chooses_alike(graph, file):
+                raise
+            reference, candidate = _with_choices(program, graph, file)
+            proof = program.proofs.prove(name, graph, reference, candidate)
         return proof, with_labels(reference, candidate), None
     program.proofs.prove(name, graph, reference, file.unrounded_on(reference.taken))
     rounding = run(file.unrounded, [RoundActivations()])
@@ -159,12 +166,22 @@ def _side_by_side(program: Program, graph: Graph, earlier: Run | None, file: Onn
     Where a graph of float16 or bfloat16 chooses, as a router among experts, it takes the choices of the file, which
     computes in float32.
     """
-    choices = sum(makes_choice(node) for node in graph.nodes)
-    if choices and Interpreter(graph, torch.float32).widens and len(file.partitioned.choices) == choices:
-        candidate = file.partitioned.on(program.proofs.batches)
-        return program.proofs.run_like(candidate, graph).only(file.outputs), candidate
+    if Interpreter(graph, torch.float32).widens and _chooses_alike(graph, file):
+        return _with_choices(program, graph, file)
     reference = program.reference(graph, earlier, wide=True).only(file.outputs)
     return reference, file.on(reference.taken)
+
+
+def _chooses_alike(graph: Graph, file: OnnxFile) -> bool:
+    """Whether a graph chooses, as a router among experts, and its file has the same choices."""
+    choices = sum(makes_choice(node) for node in graph.nodes)
+    return choices > 0 and len(file.partitioned.choices) == choices
+
+
+def _with_choices(program: Program, graph: Graph, file: OnnxFile) -> tuple[Run, Run]:
+    """A run of a graph that takes the choices of its file between near equals, and the run of the file."""
+    candidate = file.partitioned.on(program.proofs.batches)
+    return program.proofs.run_like(candidate, graph).only(file.outputs), candidate
 
 
 def _data_file(path: Path) -> Path:

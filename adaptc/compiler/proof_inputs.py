@@ -20,8 +20,6 @@ SIZES = ((2, 5, 4, 3, 6, 7, 8), (1, 1, 1, 1, 1, 1, 1), None)
 """Sizes of the named dimensions: small ones that were not traced, all 1, and those traced."""
 GROWTH = 4
 """How much larger random inputs get, where a model takes no smaller ones."""
-EXAMPLE = "the example"
-"""The label of the example inputs of a call."""
 CALIBRATION_ROWS = 2
 """How many rows of the calibration data a proof runs on. Chosen as few, since each is a run of the model."""
 
@@ -101,7 +99,7 @@ def take_examples(spec: Spec, graph: Graph) -> None:
     Raises:
         SpecError: the file cannot be read or does not fit the model's inputs, or a size is of no named dimension.
     """
-    examples: dict[str, Batch] = {EXAMPLE: graph.source.examples} if graph.source.examples else {}
+    examples = dict(graph.examples)
     for number, row in enumerate(islice(graph.calibration_rows, CALIBRATION_ROWS), 1):
         examples[f"calibration row {number}"] = row
     if spec.proof is not None and spec.proof.inputs is not None:

@@ -52,7 +52,7 @@ def recorded(reference: Run, proofs: Proofs, proof: Proof) -> dict[str, Any]:
     random = {label: asdict(draw) for label, draw in proofs.drawn.items() if label in taken}
     own = {} if random else _kept({label: taken[label] for label in proofs.base.examples if label in taken})
     return {
-        "inputs": [asdict(spec) for spec in proofs.base.inputs],
+        "inputs": [spec.to_json() for spec in proofs.base.inputs],
         "draws": random,
         "own": own,
         "tolerance": proof.tolerance,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -51,7 +50,7 @@ def module_record(graph: Graph, base: dict[str, str]) -> dict[str, Any]:
         `buffers`, `transient` and `trainable` names; `adapters` as records, and `base`.
     """
     return {
-        "inputs": [asdict(spec) for spec in graph.inputs],
+        "inputs": [spec.to_json() for spec in graph.inputs],
         "outputs": list(graph.outputs),
         "output_class": output_class(graph.module),
         "names": {name: graph.aliases.get(name, name) for name in graph.weights},

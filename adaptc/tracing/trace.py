@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from adaptc.checkpoints.huggingface_weights import first_names
 from adaptc.errors import InputError, TraceError, WeightError
-from adaptc.inputs import InputSpec
+from adaptc.inputs import EXAMPLE, InputSpec
 from adaptc.ir.analysis.dataflow import walk
 from adaptc.ir.analysis.sites import find_sites
 from adaptc.ir.base import Base
@@ -90,6 +90,7 @@ def trace_base(base: Base) -> Graph:
         sites=tuple(find_sites(traced.graph, aliases, set(aliases) - buffers)),
         heads=base.heads,
         source=base,
+        examples={EXAMPLE: base.examples} if base.examples else {},
     )
     for node in graph.nodes:  # torch.export has just computed these values
         if "val" in node.meta:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -19,8 +20,7 @@ def drawn(name: str, example: torch.Tensor, shape: tuple[int, ...], seed: int = 
     assert values is not None
     dims: tuple[str | int, ...] = tuple(f"d{axis}" for axis in range(example.dim()))
     spec = InputSpec(name, str(example.dtype).removeprefix("torch."), dims, values=values)
-    again = InputSpec.from_json({**vars(spec), "values": vars(values)})
-    assert again == spec
+    assert InputSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
     tensor = draw(spec, values, shape, torch.Generator().manual_seed(seed))
     assert tensor.shape == shape
     assert tensor.dtype == example.dtype
