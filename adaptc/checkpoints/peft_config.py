@@ -35,15 +35,15 @@ class Declared:
         options: its options.
         target: patterns of the modules and parameters that it adapts.
         exclude: patterns of those that it does not.
-        as_stored: parameters are read in their stored layout, (out, in) or (experts, out, in), as PEFT's
-            `target_parameters` does.
+        as_stored: patterns of the parameters that are read as they are stored, (out, in) or (experts, out, in): PEFT's
+            `target_parameters`.
     """
 
     method: type[Method[Any]]
     options: dict[str, Any]
     target: Sequence[str]
     exclude: tuple[str, ...]
-    as_stored: bool = False
+    as_stored: tuple[str, ...] = ()
 
 
 def declared(checkpoint: Checkpoint, prefer: str = "") -> Declared:
@@ -73,7 +73,9 @@ def declared(checkpoint: Checkpoint, prefer: str = "") -> Declared:
     saved = [p for m in names for p in (m, f"*.{m}", f"{m}.*", f"*.{m}.*")]
     exclude = (*with_output_projections(module_patterns(checkpoint, "exclude_modules")), *saved)
     target = ["*"] if cls.everywhere else target_of(checkpoint)
-    return Declared(cls, options, target, exclude, as_stored=bool(config.get("target_parameters")))
+    return Declared(
+        cls, options, target, exclude, as_stored=tuple(module_patterns(checkpoint, "target_parameters"))
+    )
 
 
 def _method_of(checkpoint: Checkpoint, prefer: str) -> tuple[type[Method[Any]], PeftFormat[Any]]:

@@ -189,7 +189,7 @@ def _from_checkpoint(
     if checkpoint.saved_modules:
         names = [literal(module) for module in checkpoint.saved_modules]
         target = [pattern for name in names for pattern in (name, f"*.{name}")]
-        joined.append(_whole(graph, first, target, common))
+        joined.append(_apart(graph, _whole(graph, first, target, common)))
     return [first, *_biases(graph, first, common), *joined]
 
 
@@ -235,6 +235,15 @@ def _whole(
     cls = next(c for c in METHODS.values() if c.peft is not None and c.peft.joins == "modules_to_save")
     item = common.insert(cls(**options), target)
     return PlannedInsertion(host.entry, item, item.selection(graph), host.checkpoint)
+
+
+def _apart(graph: Graph, whole: PlannedInsertion) -> PlannedInsertion:
+    """Whole modules, each with a tensor of its own if they are all that share one: PEFT trains and merges them apart."""
+    saved = {site.name for site in whole.selection.sites}
+    shared = [name for name, first in graph.aliases.items() for other in saved if other != name and graph.aliases.get(other) == first]
+    if whole.insert.on_alias != "refuse" or not shared or not saved.issuperset(shared):
+        return whole
+    return replace(whole, insert=replace(whole.insert, on_alias="untie"))
 
 
 def _biases(graph: Graph, host: PlannedInsertion, common: _Common) -> list[PlannedInsertion]:

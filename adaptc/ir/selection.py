@@ -169,7 +169,8 @@ def as_stored(site: WeightSite, graph: Graph) -> WeightSite:
     transposed = len(site.shape) == 3 and getattr(owner, "is_transposed", False)
     columns, rows = len(site.shape) - 1, len(site.shape) - 2
     out, inner = (columns, rows) if transposed else (rows, columns)
-    return replace(site, layout=Layout((out,), (inner,), tuple(range(rows))))
+    kind = "experts" if rows else "linear"
+    return replace(site, kind=kind, layout=Layout((out,), (inner,), tuple(range(rows))))
 
 
 RECOGNISED: Mapping[str, str] = {

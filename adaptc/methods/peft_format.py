@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from adaptc.methods.site import ATTENTION, IN_PROJECTION, Place, WeightSite
+from adaptc.methods.site import ATTENTION, Place, WeightSite
 
 M = TypeVar("M")
 """The class of the method that a format spells."""
@@ -139,4 +139,4 @@ def of_pattern(patterns: Mapping[str, Any], site: WeightSite, otherwise: Any) ->
 
 def peft_name(site: WeightSite) -> str:
     """The name that PEFT matches its patterns with: the module's, or that of a parameter that is itself the target."""
-    return site.module if site.leaf in ("weight", IN_PROJECTION) else f"{site.module}.{site.leaf}"
+    return f"{site.module}.{site.leaf}" if site.by_parameter else site.module

@@ -153,6 +153,7 @@ class WeightSite(Place):
         groups: the number of groups of a convolution.
         computed_bias: whether the bias beside it is computed from parameters instead of being one.
         foreign: where another module reads the weight in another way.
+        named: whether the target is the weight itself rather than its layer, as in PEFT's `target_parameters`.
     """
 
     parameter: str
@@ -167,6 +168,7 @@ class WeightSite(Place):
     groups: int = 1
     computed_bias: bool = False
     foreign: tuple[Use, ...] = ()
+    named: bool = False
 
     @property
     def out_features(self) -> int:
@@ -220,8 +222,8 @@ class WeightSite(Place):
 
     @property
     def by_parameter(self) -> bool:
-        """Whether the weight is targeted by its own name: PEFT's `target_parameters`."""
-        return self.kind in MATRIX_KINDS and self.leaf not in ("weight", IN_PROJECTION)
+        """Whether PEFT targets the weight by its own name (`target_parameters`): it is not its layer's main one."""
+        return self.kind in MATRIX_KINDS and (self.named or self.leaf not in ("weight", IN_PROJECTION))
 
     @property
     def rows_repeat(self) -> bool:
