@@ -43,7 +43,9 @@ def test_a_list_of_images_that_is_concatenated_keeps_their_number_open() -> None
 
 
 def test_a_list_of_images_that_is_used_otherwise_is_refused() -> None:
-    with pytest.raises(TraceError, match=r"does more than concatenate them: linalg_vector_norm\n  from test_hugg"):
+    with pytest.raises(
+        TraceError, match=r"does more than concatenate them: linalg_vector_norm\n  from test_hugg"
+    ):
         export(Listed(scaled=True), (IDS, IMAGES))
 
 
