@@ -238,9 +238,14 @@ def _whole(
 
 
 def _apart(graph: Graph, whole: PlannedInsertion) -> PlannedInsertion:
-    """Whole modules, each with a tensor of its own if they are all that share one: PEFT trains and merges them apart."""
+    """Whole modules, each with a tensor of its own if they are all that share one: PEFT trains them apart."""
     saved = {site.name for site in whole.selection.sites}
-    shared = [name for name, first in graph.aliases.items() for other in saved if other != name and graph.aliases.get(other) == first]
+    tensors = {name: graph.aliases[name] for name in saved if name in graph.aliases}
+    shared = [
+        name
+        for name, first in graph.aliases.items()
+        if any(other != name and tensor == first for other, tensor in tensors.items())
+    ]
     if whole.insert.on_alias != "refuse" or not shared or not saved.issuperset(shared):
         return whole
     return replace(whole, insert=replace(whole.insert, on_alias="untie"))

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +21,7 @@ from adaptc.inputs import InputSpec
 from adaptc.ir.base import Base, Bound, Pretrained
 from adaptc.optional import optional
 from adaptc.spec.base import BaseEntry
+from adaptc.tracing.huggingface_heads import heads_of
 from adaptc.tracing.huggingface_inputs import chosen_inputs
 from adaptc.tracing.huggingface_processor import given_inputs
 from adaptc.tracing.huggingface_settings import alternative_notes, set_for_tracing
@@ -59,10 +60,9 @@ def load(model: str, entry: BaseEntry, seed: int, inputs: tuple[InputSpec, ...])
             module: nn.Module = auto.from_config(
                 config, dtype=config.dtype, trust_remote_code=entry.trust_remote_code
             )
-    except ValueError as error:
-        raise TraceError(
-            f"{model} cannot be loaded for task {entry.task!r}: {str(error).splitlines()[0]}"
-        ) from error
+    except (ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise TraceError(f"{model} cannot be loaded for task {entry.task!r}: {reason}") from error
     notes += alternative_notes(module)
     notes += left_out_notes(directory) if auto is optional("transformers").AutoModel else []
     files = tuple(sorted(directory.glob("*.safetensors"))) if directory.is_dir() else ()
@@ -90,7 +90,7 @@ def load(model: str, entry: BaseEntry, seed: int, inputs: tuple[InputSpec, ...])
         describe=f"{model} ({type(module).__name__}, {dtype})",
         model=module,
         find=find,
-        heads=_heads(module) | (whole.heads(module) if whole else set[str]()),
+        heads=heads_of(module) | (whole.heads(module) if whole else set[str]()),
         inputs=(*derived.inputs, *(whole.inputs(module) if whole and not inputs else ())),
         files=files,
         packed=packed,
@@ -259,14 +259,3 @@ def load_pretrained(pretrained: Pretrained) -> tuple[nn.Module, dict[str, Any]]:
     finally:
         transformers.logging.set_verbosity(verbosity)
         transformers.logging.enable_progress_bar()
-
-
-def _heads(model: nn.Module) -> frozenset[str]:
-    """The names of the modules that are output heads, or belong to one."""
-    get = getattr(model, "get_output_embeddings", None)
-    head = get() if get is not None else None
-    modules = dict(cast(Iterable[tuple[str, nn.Module]], model.named_modules()))
-    names = {name for name, module in modules.items() if head is not None and module is head}
-    if not names and type(model).__name__.endswith("Classification"):
-        names = {name for name in modules if name.split(".")[0] in ("classifier", "score")}
-    return frozenset(names)

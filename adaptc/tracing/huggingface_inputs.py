@@ -62,10 +62,10 @@ TEXT_INPUTS = {
     "bbox": "{boxes}[batch, seq, 4]",
     IMAGES: PICTURE,
 }
-"""The inputs that a text can have; `_takes` says which of them a model was trained with."""
+"""The inputs that a text or an image can have; `_takes` says which of them a model was trained with."""
 INPUT_RULES = (
     InputRule("input_ids", (), TEXT_INPUTS),
-    InputRule(IMAGES, (), {IMAGES: PICTURE}),
+    InputRule(IMAGES, (), TEXT_INPUTS),
     InputRule(
         "input_features",
         ("num_mel_bins", "max_source_positions"),
@@ -106,6 +106,7 @@ STAND_INS = {
     "input_features": "none, no sound",
 }
 """A tensor that forward can do without -> what the model then computes with; `none` for any other."""
+VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 COMPUTED = re.compile(
     r"past_key_values|(\w+_)?(inputs_embeds|embeds|outputs|states|labels?|lengths|hidden_states)|labels\w*"
     r"|(start|end)_positions|logits_to_keep|encoder_attention_mask|cache|mems|bool_masked_pos|mask_time_indices|next_sentence_label"
@@ -136,18 +137,28 @@ def derive_inputs(
         rule for rule in INPUT_RULES if rule.main == main and all(hasattr(config, a) for a in rule.attributes)
     )
     rule = next(fitting, None)
-    if rule is None:
-        title = model.__name__ if isinstance(model, type) else type(model).__name__
-        raise UnknownInputsError(
-            f"the inputs of {title} cannot be derived; write them in the spec, such as",
-            "inputs:",
-            f"  {main}: float32[batch, 80, 3000]",
-        )
     parameters = inspect.signature(model.forward).parameters
+    if rule is None:
+        raise _unknown(model, main)
     texts = {**rule.inputs, **(DECODER_INPUTS if getattr(config, "is_encoder_decoder", False) else {})}
-    names = [n for n in texts if n in parameters and (n == main or _takes(n, config, given))]
+    without_text = set[str]() if "input_ids" in parameters else set(TEXT_INPUTS) - {IMAGES}
+    usable = [name for name in texts if name in parameters and name not in without_text]
+    names = [name for name in usable if name == main or _takes(name, config, given)]
+    needed = [p.name for p in parameters.values() if p.default is p.empty and p.kind not in VARIABLE]
+    without = [name for name in needed if name not in (*names, "self")]
+    if without or not names:
+        raise _unknown(model, *without)
     inputs = [limited(InputSpec.parse(name, _filled(texts[name], config)), config) for name in names]
     return DerivedInputs(tuple(inputs), left_out(model, names))
+
+
+def _unknown(model: nn.Module | type[nn.Module], *names: str) -> UnknownInputsError:
+    """The error for inputs that no rule knows."""
+    title = model.__name__ if isinstance(model, type) else type(model).__name__
+    lines = [f"  {name}: float32[batch, 80, 3000]" for name in names or ("input_ids",)]
+    return UnknownInputsError(
+        f"the inputs of {title} cannot be derived; write them in the spec, such as", "inputs:", *lines
+    )
 
 
 def chosen_inputs(

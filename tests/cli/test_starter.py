@@ -128,6 +128,7 @@ def test_every_class_of_transformers_gets_a_task_that_makes_it() -> None:
     """For each class that an Auto class makes; and its inputs are derived, or the error says what to write."""
     import transformers
     from transformers.models.auto.auto_factory import _get_model_class
+    from transformers.utils import DummyObject
 
     configs = {config for auto in tasks().values() for config in getattr(transformers, auto)._model_mapping}
     made = 0
@@ -135,12 +136,10 @@ def test_every_class_of_transformers_gets_a_task_that_makes_it() -> None:
         try:
             config = config_class()
             models = {model for task in tasks() for model in model_classes(task, config)}
-        except (
-            Exception
-        ):  # a configuration with parts that have no default, or a package that is not installed
+        except Exception:  # parts of it have no default, or need a package that is not installed
             continue
         config.dtype = torch.float32
-        for model in models:
+        for model in (model for model in models if not isinstance(model, DummyObject)):
             task = task_of(config, model.__name__)
             config.architectures = [model.__name__]
             assert _get_model_class(config, getattr(transformers, tasks()[task])._model_mapping) is model
