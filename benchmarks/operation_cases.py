@@ -140,7 +140,7 @@ class Around(nn.Module):
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The tensors that the operation gives, complex ones as pairs, and a number of each layer's output."""
-        leaves = [getattr(self, f"leaf_{i}", leaf) for i, leaf in enumerate(self.leaves)]
+        leaves: list[Any] = [getattr(self, f"leaf_{i}", leaf) for i, leaf in enumerate(self.leaves)]
         shares = [(torch.tanh(self.layer(x.unsqueeze(-1))).mean(-1) + 1) / 2 for x in inputs]
         for (position, (low, high, dtype)), share in zip(self.ranges.items(), shares, strict=True):
             value = leaves[position] * (1 + share.mean() / 8) if self.scaled else low + (high - low) * share

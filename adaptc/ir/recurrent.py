@@ -41,7 +41,7 @@ def _give_kernels(target: Any, kernels: dict[Any, Any]) -> None:
 
 def _shapes(
     x: torch.Tensor,
-    states: Any,
+    states: torch.Tensor | Sequence[torch.Tensor],
     parameters: Sequence[torch.Tensor],
     biases: bool,
     layers: int,
@@ -51,7 +51,7 @@ def _shapes(
     batch_first: bool,
 ) -> tuple[torch.Tensor, ...]:
     """The outputs of every step, laid out with time first, and the last states, as empty tensors."""
-    last: list[torch.Tensor] = list(states) if isinstance(states, (list, tuple)) else [states]
+    last = [states] if isinstance(states, torch.Tensor) else list(states)
     steps = x.transpose(0, 1) if batch_first else x
     output = steps.new_empty((*steps.shape[:-1], last[0].shape[-1] * (2 if bidirectional else 1)))
     return (output.transpose(0, 1) if batch_first else output, *(torch.empty_like(state) for state in last))

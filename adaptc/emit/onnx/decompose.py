@@ -22,7 +22,7 @@ from adaptc.emit.onnx.registry import OPSET, decompositions, has_form, registry_
 from adaptc.emit.onnx.wrong_forms import is_wrong
 from adaptc.errors import Refusal, RefusedError
 from adaptc.ir.graph import Graph
-from adaptc.ir.nodes import PROVENANCE, provenance, size_expression
+from adaptc.ir.nodes import PROVENANCE, map_operands, provenance, size_expression
 from adaptc.ir.stages import ADAPTC_LIBRARIES
 from adaptc.rewriter.pipeline import Pass
 from adaptc.tracing.export import ASSERTIONS, CHECKS
@@ -103,7 +103,7 @@ class OnnxOperations(Pass):
                 and not has_form(node, registry)
             ):
                 whole = node.meta.get(WHOLE)
-                by = f"{whole}, which torch computes by {target}" if whole else str(target)
+                by = f"{whole}, which torch computes by {target}" if whole else f"{target}"
                 by += " with these arguments" if is_wrong(node) else ""
                 reason = f"ONNX export failed: there is no ONNX form of {by}"
                 raise RefusedError([Refusal(reason, notes=(*provenance(node), EXPECTED))], self)
@@ -160,6 +160,7 @@ def _replace(nodes: fx.Graph, node: fx.Node, result: Any) -> None:
         if user.target is operator.getitem and isinstance(result, (list, tuple)):
             _replace(nodes, user, cast(Sequence[Any], result)[cast(int, user.args[1])])
         else:
-            new: Any = map_arg((user.args, dict(user.kwargs)), lambda n: result if n is node else n)
-            user.args, user.kwargs = new
+            operands: dict[fx.Node, Any] = {operand: operand for operand in user.all_input_nodes}
+            operands[node] = result
+            user.args, user.kwargs = map_operands(user, operands.__getitem__)
     nodes.erase_node(node)

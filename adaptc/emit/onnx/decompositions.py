@@ -39,12 +39,12 @@ def median(x: Tensor) -> Tensor:
 
 def distances(x: Tensor, y: Tensor, p: float, mode: int | None) -> Tensor:
     """`cdist`: the p-norm of every row of x `(..., n, d)` less every row of y `(..., m, d)`, as `(..., n, m)`."""
-    return torch.linalg.vector_norm(x.unsqueeze(-2) - y.unsqueeze(-3), p, -1)
+    return aten.linalg_vector_norm.default(x.unsqueeze(-2) - y.unsqueeze(-3), p, [-1])
 
 
 def selected(x: Tensor, mask: Tensor) -> Tensor:
     """The values where the mask is true."""
-    values, chosen = torch.broadcast_tensors(x, mask)
+    values, chosen = aten.broadcast_tensors.default([x, mask])
     return values.reshape(-1)[chosen.reshape(-1)]
 
 

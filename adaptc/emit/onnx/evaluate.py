@@ -13,7 +13,7 @@ from torch.fx.graph import CodeGen
 from adaptc.inputs import LABELS
 from adaptc.ir.graph import Graph
 from adaptc.ir.laws import DROPOUTS
-from adaptc.ir.nodes import is_tensor
+from adaptc.ir.nodes import is_tensor, node_arg
 from adaptc.ir.state import written_weights
 from adaptc.rewriter.pipeline import PASSES, Pass, run
 from adaptc.tracing.export import CHECKS
@@ -48,7 +48,7 @@ class Evaluate(Pass):
             elif node.target in CHECKS:
                 nodes.erase_node(node)
             elif node.target in DROPOUTS and node.args[1] == 0:
-                node.replace_all_uses_with(cast(Any, node.args[0]))
+                node.replace_all_uses_with(node_arg(node, 0))
         _write_to_copies(graph)
         nodes.eliminate_dead_code()
         for node in [n for n in nodes.nodes if n.op == "placeholder" and not n.users]:

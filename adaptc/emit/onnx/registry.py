@@ -10,11 +10,11 @@ from functools import cache
 from typing import Any
 
 from torch import fx
-from torch._ops import OpOverload
 
 from adaptc.emit.onnx.decompositions import DECOMPOSITIONS
 from adaptc.emit.onnx.operations import COMPLEX, FORMS, translations
 from adaptc.emit.onnx.wrong_forms import WRONG, is_wrong
+from adaptc.ir.nodes import is_operator
 from adaptc.tracing.export import quietly
 
 OPSET = 20
@@ -50,9 +50,8 @@ def has_form(node: fx.Node, registry: Any) -> bool:
     """
     from torch.onnx._internal.exporter import _dispatching
 
-    if is_wrong(node):
-        return False
-    return _dispatching.dispatch(node, registry)[0] is not None
+    dispatching: Any = _dispatching
+    return not is_wrong(node) and dispatching.dispatch(node, registry)[0] is not None
 
 
 @cache
@@ -64,8 +63,9 @@ def decompositions(opset: int) -> Mapping[Any, Callable[..., Any]]:
     """
     from torch.onnx._internal.exporter import _decomp
 
-    forms = _decomp.get_onnx_implemented_overloads(exporter_registry(opset))
-    right = {form for form in forms if not isinstance(form, OpOverload) or form.name() not in WRONG}
-    table: Any = _decomp.create_onnx_friendly_decomposition_table(right)
+    decomp: Any = _decomp
+    forms: list[Any] = decomp.get_onnx_implemented_overloads(exporter_registry(opset))
+    right: set[Any] = {form for form in forms if not (is_operator(form) and form.name() in WRONG)}
+    table: dict[Any, Any] = decomp.create_onnx_friendly_decomposition_table(right)
     theirs = {target: function for target, function in table.items() if target.name() not in FORMS}
     return {**theirs, **DECOMPOSITIONS}
