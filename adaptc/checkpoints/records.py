@@ -186,8 +186,9 @@ def _hosts(host: AdapterRecord, record: AdapterRecord) -> bool:
     if host.format is None or host.format.type is None:
         return False
     heads = all(not host.format.heads.isdisjoint(module.split(".")) for module in record.modules)
-    accepts = host.format.hosts or (bool(host.format.heads) and heads)
-    if record.tied and not host.format.ties:
+    assert record.format is not None
+    accepts = record.format.joins in host.format.hosts or (bool(host.format.heads) and heads)
+    if record.tied and not (host.format.ties or record.format.tied):
         return False
     independent = host.entry == record.entry or not set(host.modules) & set(record.modules)
     return accepts and host.adapter == record.adapter and independent
