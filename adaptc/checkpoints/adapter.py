@@ -7,7 +7,7 @@ import itertools
 import json
 import pickle
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -15,6 +15,7 @@ import torch
 
 from adaptc.checkpoints.config_file import CONFIG, read_config, read_json
 from adaptc.errors import WeightError
+from adaptc.methods.method import METHODS
 from adaptc.methods.virtual_tokens import CLASSIFIER_HEADS, PROMPT_KEY
 from adaptc.weights import Held, Weight, open_safetensors, read_safetensors, sha256_of_tensors
 
@@ -41,6 +42,7 @@ class Checkpoint:
         base_sha256: hash of the base it was trained on, where adaptc wrote it.
         saved_modules: the modules that were trained whole, and whose tensors it holds.
         base_tensors: the base's own tensors that adaptc wrote for PEFT, by their names.
+        joined: keys of its configuration by which other methods join it -> the modules whose tensors of these it holds.
         ignored: keys of its configuration that are read as if they were not there.
         unread: layers of the base that no output of the program depends on; an adapter on them has no effect.
     """
@@ -51,6 +53,7 @@ class Checkpoint:
     base_sha256: str | None = None
     saved_modules: tuple[str, ...] = ()
     base_tensors: Mapping[str, Weight] = field(default_factory=dict[str, Weight])
+    joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     ignored: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
 
@@ -141,7 +144,21 @@ def read(path: Path, allow_pickle: bool = False) -> Checkpoint:
     endings = config.get("modules_to_save") or (
         sorted(CLASSIFIER_HEADS) if ROOT + PROMPT_KEY in named else []
     )
-    return Checkpoint(path, config, named, metadata.get(BASE_HASH), _saved_modules(endings, named), of_base)
+    saved = _saved_modules(endings, named)
+    return _with_joined(Checkpoint(path, config, named, metadata.get(BASE_HASH), saved, of_base))
+
+
+def _with_joined(checkpoint: Checkpoint) -> Checkpoint:
+    """A checkpoint whose keys are those that the methods which joined it have in a checkpoint of their own."""
+    joined: dict[str, tuple[str, ...]] = {}
+    tensors = checkpoint.tensors
+    for format in (cls.peft for cls in METHODS.values() if cls.peft is not None and cls.peft.joined_as):
+        inner = f".{format.joined_as}"
+        modules = tuple(dict.fromkeys(key.partition(inner)[0] for key in tensors if inner in key))
+        if modules:
+            joined[str(format.joins)] = modules
+            tensors = {key.replace(inner, "."): tensor for key, tensor in tensors.items()}
+    return replace(checkpoint, tensors=tensors, joined=joined)
 
 
 def _with_prefix(key: str) -> str:

@@ -47,12 +47,16 @@ def _accepts(host: AdapterRecord, record: AdapterRecord) -> bool:
     """Whether the configuration of a record can name another beside it."""
     if host.format is None or host.format.type is None or host.adapter != record.adapter:
         return False
-    if record.tied and not host.format.ties:
+    assert record.format is not None
+    if record.tied and not (host.format.ties or record.format.tied):
         return False
     heads = all(not host.format.heads.isdisjoint(module.split(".")) for module in record.modules)
-    accepts = host.format.hosts or (bool(host.format.heads) and heads)
+    if record.format.joins not in host.format.hosts and not (host.format.heads and heads):
+        return False
+    if record.format.joined_as:
+        return host.entry == record.entry or not set(host.modules) & set(record.modules)
     whole = set(record.modules) - set(biases(host, record))
-    return accepts and not any(_saved_with(m, t) for m in whole for t in (*host.modules, *host.parameters))
+    return not any(_saved_with(m, t) for m in whole for t in (*host.modules, *host.parameters))
 
 
 def _saved_with(module: str, target: str) -> bool:

@@ -14,6 +14,7 @@ from adaptc.checkpoints.adapter_checks import check_base
 from adaptc.checkpoints.compaction import compacted
 from adaptc.checkpoints.config_keys import ignoring
 from adaptc.checkpoints.grouping import group
+from adaptc.checkpoints.joined import check_joined
 from adaptc.checkpoints.peft_config import check_options
 from adaptc.checkpoints.peft_write import save
 from adaptc.checkpoints.records import AdapterRecord, assign
@@ -67,6 +68,8 @@ def load_adapter_into(
     for checkpoint, members in zip(checkpoints, groups, strict=True):
         check_base(checkpoint, base)
         check_options(checkpoint, members[0])
+        if members[0].format is not None:
+            check_joined(checkpoint, members[0].format, members[1:])
         values |= assign(checkpoint, members)
     tensors = tensors_of(module)
     with torch.no_grad():

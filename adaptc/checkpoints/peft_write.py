@@ -20,7 +20,7 @@ from adaptc.checkpoints.records import AdapterRecord, AdapterTensor
 from adaptc.checkpoints.tied import ON_ALIAS
 from adaptc.errors import WeightError
 from adaptc.methods.method import options_of
-from adaptc.methods.peft_format import TIES
+from adaptc.methods.peft_format import TIES, PeftFormat
 from adaptc.patterns import matches_any
 
 TASKS: Mapping[str, str] = {
@@ -64,7 +64,9 @@ def save(
         format = members[0].format
         bare = format is not None and format.bare
         tensors = {
-            spelled(key, bare): _as_written(values[t.name], t)
+            spelled(_joined(key, r.format if r is not members[0] else None), bare): _as_written(
+                values[t.name], t
+            )
             for r in members
             for t in r.stored
             for key in (t.key, *t.copies)
@@ -81,6 +83,12 @@ def save(
         (target / CONFIG).write_text(json.dumps(_config(members, base), indent=2, sort_keys=True) + "\n")
     if len(groups) > 1:
         (directory / ORDER).write_text(json.dumps({"order": names}, indent=2) + "\n")
+
+
+def _joined(key: str, format: PeftFormat[Any] | None) -> str:
+    """The key of a tensor, of a method that joins another's checkpoint where its format is given."""
+    module, dot, leaf = key.rpartition(".")
+    return f"{module}{dot}{format.joined_as}{leaf}" if format is not None else key
 
 
 def _as_written(value: torch.Tensor, tensor: AdapterTensor) -> torch.Tensor:
@@ -113,14 +121,15 @@ def _config(group: Sequence[AdapterRecord], base: Mapping[str, str]) -> dict[str
             "target_modules": list(host.patterns),
             **({ON_ALIAS: "share"} if host.tied else {}),
         }
-    config |= {"peft_type": host.format.type, **_fixed_keys(host.format.fixed), **host.sizes}
+    config |= {"peft_type": host.format.type, **_fixed_keys(host.format.fixed), **host.format.unused}
+    config |= host.sizes
     if host.format.bare:
         config["task_type"] = TASKS.get(base.get("task", ""))
     else:
         config["target_modules"] = _targets(host)
     if host.parameters:
         config["target_parameters"] = list(host.parameters)
-    if host.format.ties and any(record.tied for record in group):
+    if host.format.ties and any(r.tied and r.format is not None and not r.format.tied for r in group):
         config[TIES] = True
     if host.transposed:
         config["fan_in_fan_out"] = True
@@ -136,7 +145,8 @@ def _config(group: Sequence[AdapterRecord], base: Mapping[str, str]) -> dict[str
         by_bias = biases(host, record)
         modules = [module for module in record.modules if module not in by_bias]
         if modules:
-            config.setdefault(record.format.joins, []).extend(modules)
+            key, options = record.format.joins, options_of(record.instance)
+            config[key] = record.format.join(config.get(key), modules, options)
     return config
 
 

@@ -9,15 +9,17 @@ from typing import Any
 
 from adaptc.checkpoints.adapter import ROOT, Checkpoint, directories, read, why_missing
 from adaptc.checkpoints.adapter_checks import match
+from adaptc.checkpoints.config_file import CONFIG, config_error
 from adaptc.checkpoints.config_keys import ignoring
 from adaptc.checkpoints.graph_records import weight_order
+from adaptc.checkpoints.joined import joined_methods
 from adaptc.checkpoints.peft_config import declared
 from adaptc.checkpoints.peft_keys import PeftLayout
 from adaptc.checkpoints.peft_targets import named_modules
 from adaptc.checkpoints.tied import tied_in, tying_key
 from adaptc.errors import InputError, WeightError
 from adaptc.ir.adaptation import OnAlias
-from adaptc.ir.aliases import unread_modules
+from adaptc.ir.aliases import alias_names, unread_modules
 from adaptc.ir.base import Pretrained
 from adaptc.ir.graph import Graph
 from adaptc.ir.selection import Selection, Target
@@ -157,7 +159,8 @@ def _from_checkpoint(
     """
     declaration = declared(checkpoint)
     cls, options = declaration.method, declaration.options
-    common = replace(common, on_alias=_on_alias(checkpoint, graph, cls, common.on_alias))
+    stated = common.on_alias
+    common = replace(common, on_alias=_on_alias(checkpoint, graph, cls, stated))
     item = common.insert(
         cls(**options),
         declaration.target,
@@ -175,6 +178,8 @@ def _from_checkpoint(
         item = replace(item, method=_cut(whole, rank))
     stored = whole if rank is not None else None
     first = PlannedInsertion(common.entry, item, item.selection(graph), checkpoint, stored)
+    if not checkpoint.in_adaptc_format:
+        _check_sizes(graph, first, checkpoint)
     grouped = [
         s
         for s in first.selection.sites
@@ -190,7 +195,62 @@ def _from_checkpoint(
         names = [literal(module) for module in checkpoint.saved_modules]
         target = [pattern for name in names for pattern in (name, f"*.{name}")]
         joined.append(_apart(graph, _whole(graph, first, target, common)))
-    return [first, *_biases(graph, first, common), *joined]
+    before = _beside(graph, first, checkpoint, replace(common, on_alias=stated))
+    return [*before, first, *_biases(graph, first, common), *joined]
+
+
+def _check_sizes(graph: Graph, planned: PlannedInsertion, checkpoint: Checkpoint) -> None:
+    """Check the sizes of the base that a configuration states.
+
+    Raises:
+        WeightError: the base has others.
+    """
+    sites, format = planned.selection.sites, planned.insert.method.peft
+    if not sites or format is None:
+        return
+    every = sum(point.kind == sites[0].kind for point in graph.points)
+    sizes: dict[str, int] = format.sizes(planned.insert.method, sites, every) or {}
+    for key, size in sizes.items():
+        value = checkpoint.config.get(key)
+        if value not in (None, size):
+            raise config_error(
+                checkpoint.path / CONFIG, (key,), f"expected {size}, as this base has, got {value}"
+            )
+
+
+def _beside(
+    graph: Graph, host: PlannedInsertion, checkpoint: Checkpoint, common: _Common
+) -> list[PlannedInsertion]:
+    """The methods that a checkpoint holds under keys of their own beside the one that it is of.
+
+    Raises:
+        WeightError: the tensors of a module that the configuration names are missing.
+    """
+    format = host.insert.method.peft
+    if checkpoint.in_adaptc_format or format is None:
+        return []
+    planned: list[PlannedInsertion] = []
+    for joined in joined_methods(checkpoint, format):
+        cls = joined.method
+        assert cls.peft is not None
+        tied = [
+            name.rpartition(".")[0]
+            for module in joined.modules
+            if f"{module}.weight" in graph.aliases
+            for name in alias_names(graph, f"{module}.weight")
+        ]
+        covered = (*joined.modules, *tied)
+        missing = [name for name in joined.names if not any(m.endswith(name) for m in covered)]
+        if missing or not joined.modules:
+            raise config_error(
+                checkpoint.path / CONFIG,
+                (str(cls.peft.joins),),
+                f"the file holds no tensors of {', '.join(missing) or 'any module'} for it; it is incomplete",
+            )
+        shared = replace(common, on_alias=_on_alias(checkpoint, graph, cls, common.on_alias))
+        item = shared.insert(cls(**joined.options), joined.modules, trained=True)
+        planned.append(PlannedInsertion(host.entry, item, item.selection(graph), checkpoint))
+    return planned
 
 
 def _on_alias(checkpoint: Checkpoint, graph: Graph, cls: type[Method[Any]], stated: OnAlias) -> OnAlias:

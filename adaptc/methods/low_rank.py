@@ -44,10 +44,12 @@ LORA_IGNORED = frozenset(
 LORA_NEUTRAL: Mapping[str, tuple[object, ...]] = {
     **dict.fromkeys(("use_qalora", "lora_bias", "use_bdlora"), (False, None)),
     **dict.fromkeys(("megatron_config", "velora_config", "monteclora_config", "arrow_config"), (None,)),
-    **dict.fromkeys(("kasa_config", "alora_invocation_tokens", "trainable_token_indices"), (None,)),
+    **dict.fromkeys(("kasa_config", "alora_invocation_tokens"), (None,)),
     **dict.fromkeys(("layer_replication", "enable_lora"), (None, [])),
 }
 """PEFT's options of LoRA that change what it computes and are not read -> their values that change nothing."""
+LORA_HOSTS = frozenset({"modules_to_save", "trainable_token_indices"})
+"""The keys by which other methods join PEFT's LoRA."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,7 @@ class LowRankFormat(PeftFormat["LowRank"]):
                 **{key: v for key, v in LORA_NEUTRAL.items() if key not in (options or {}).values()},
             },
             ties=True,
+            hosts=LORA_HOSTS,
             by_parameter=by_parameter,
             changes_base=changes_base,
         )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 from pydantic import Field
 
 from adaptc.errors import Fault
-from adaptc.methods.low_rank import LORA_IGNORED, LORA_NEUTRAL
+from adaptc.methods.low_rank import LORA_HOSTS, LORA_IGNORED, LORA_NEUTRAL
 from adaptc.methods.method import Alpha, Dropout, Rank, WeightMethod, method
 from adaptc.methods.param import Param
 from adaptc.methods.peft_format import PeftFormat
@@ -87,6 +87,7 @@ class Adalora(WeightMethod):
             "alpha_pattern": ({}, None),
         },
         ties=True,
+        hosts=LORA_HOSTS,
         layers=frozenset({"Linear", "Conv1D", "Conv2d"}),
     )
 

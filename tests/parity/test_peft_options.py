@@ -135,7 +135,8 @@ ROWS: dict[str | tuple[str, str], Row] = {
     "oft_block_size": Row((4,), (-1,)),
     "num_cayley_neumann_terms": Row((3,), (0,)),
     "variant": Row(("road_2", "road_4"), ("road_9",)),
-    "feedforward_modules": Row((["output.dense"], r".*output\.dense"), (4,)),
+    "feedforward_modules": Row((["value"], r".*output\.dense"), (4,)),
+    "projection_prng_key": Row((3,), ("x",)),
     "mask_type": Row(("random",)),
     "random_seed": Row((3,), ("x",)),
     "random_loc_seed": Row((3,), (None,)),
@@ -143,8 +144,7 @@ ROWS: dict[str | tuple[str, str], Row] = {
     # what is trained beside it
     "bias": Row((), ("all", "lora_only", "boft_only", 4)),
     ("LORA", "bias"): Row(("all", "lora_only"), ("boft_only", 4)),
-    "trainable_token_indices": Row((), ([1, 5], {"word_embeddings": [1, 5]})),
-    ("ADALORA", "trainable_token_indices"): Row((), ([1, 5],)),
+    "trainable_token_indices": Row(([1, 5], {"word_embeddings": [1, 5]}), ("x", ["x"], {"word_embeddings": 4})),
     # how it started
     "init_lora_weights": Row(
         (False, "gaussian", "eva", "olora", "pissa", "orthogonal", "mica"),
@@ -184,7 +184,7 @@ ROWS: dict[str | tuple[str, str], Row] = {
     # virtual tokens
     "num_virtual_tokens": Row((2,), (0, "x")),
     "num_transformer_submodules": Row((1,), (3,)),
-    "token_dim": Row((), (16, "x")),
+    "token_dim": Row((), (8, "x")),
     **{name: Row((1,), ("x",)) for name in ("num_attention_heads", "num_layers")},
     **{("PREFIX_TUNING", name): Row((), (1, "x")) for name in ("num_attention_heads", "num_layers")},
     "prompt_tuning_init": Row(("SAMPLE_VOCAB",)),
