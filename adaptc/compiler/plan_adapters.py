@@ -6,22 +6,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from adaptc.checkpoints.adapter import ROOT, Checkpoint, directories, read, why_missing
+from adaptc.checkpoints.adapter import Checkpoint, directories, read, why_missing
 from adaptc.checkpoints.adapter_checks import match
 from adaptc.checkpoints.graph_records import weight_order
+from adaptc.checkpoints.key_parts import ROOT, module_names
+from adaptc.checkpoints.lengthened_keys import shortened
 from adaptc.checkpoints.peft_config import declared
 from adaptc.checkpoints.peft_keys import PeftLayout
 from adaptc.checkpoints.peft_targets import named_modules
+from adaptc.checkpoints.saved_along import with_base_tensors
 from adaptc.checkpoints.tied import tied_in, tying_key
 from adaptc.errors import InputError, WeightError
 from adaptc.ir.adaptation import OnAlias
-from adaptc.ir.aliases import unread_modules
+from adaptc.ir.aliases import alias_names, unread_modules
 from adaptc.ir.base import Pretrained
 from adaptc.ir.graph import Graph
 from adaptc.ir.selection import Selection, Target
 from adaptc.methods.method import METHODS, Method
 from adaptc.methods.param import Param
-from adaptc.methods.site import ATTENTION, WeightSite
+from adaptc.methods.site import ATTENTION, MATRIX_KINDS, WeightSite
 from adaptc.methods.virtual_tokens import InputMethod
 from adaptc.optional import optional
 from adaptc.patterns import literal
@@ -119,7 +122,8 @@ def _trained(spec: Spec, graph: Graph, index: int, entry: AdapterEntry) -> list[
     planned: list[PlannedInsertion] = []
     try:
         for directory in directories(path):
-            checkpoint = replace(read(directory, entry.allow_pickle), unread=unread_modules(graph.module))
+            checkpoint = shortened(read(directory, entry.allow_pickle), module_names(graph.weights))
+            checkpoint = replace(checkpoint, unread=unread_modules(graph.module))
             name = entry.name or (directory.name if directory != path else "default")
             common = _Common(name, index, spec.seed, entry.on_alias)
             planned += _from_checkpoint(graph, checkpoint, common, entry.r)
@@ -174,7 +178,22 @@ def _from_checkpoint(
         names = [literal(module) for module in checkpoint.saved_modules]
         target = [pattern for name in names for pattern in (name, f"*.{name}")]
         joined.append(_apart(graph, _whole(graph, first, target, common)))
-    return [first, *_biases(graph, first, common), *joined]
+    return _with_base_tensors(graph, [first, *_biases(graph, first, common), *joined], common)
+
+
+def _with_base_tensors(
+    graph: Graph, members: Sequence[PlannedInsertion], common: _Common
+) -> list[PlannedInsertion]:
+    """The methods of a checkpoint, behind one that puts in place what it holds of the base and differs from it."""
+    checkpoint = members[0].checkpoint
+    assert checkpoint is not None
+    base = {site.name: graph.weights[site.parameter] for site in graph.sites}
+    checkpoint = with_base_tensors(checkpoint, _expected(graph, members), base)
+    planned = [replace(member, checkpoint=checkpoint) for member in members]
+    if not checkpoint.changed:
+        return planned
+    target = [literal(name) for name in checkpoint.changed.values()]
+    return [_whole(graph, planned[0], target, replace(common, on_alias="share")), *planned]
 
 
 def _on_alias(checkpoint: Checkpoint, graph: Graph, cls: type[Method[Any]], stated: OnAlias) -> OnAlias:
@@ -222,10 +241,11 @@ def _whole(
 
 
 def _apart(graph: Graph, whole: PlannedInsertion) -> PlannedInsertion:
-    """Whole modules, each with a tensor of its own if they are all that share one: PEFT trains and merges them apart."""
+    """Whole modules, each with a tensor of its own if they are all that share one: PEFT trains them apart."""
     saved = {site.name for site in whole.selection.sites}
-    shared = [name for name, first in graph.aliases.items() for other in saved if other != name and graph.aliases.get(other) == first]
-    if whole.insert.on_alias != "refuse" or not shared or not saved.issuperset(shared):
+    tied = [{*alias_names(graph, name)} for name in saved]
+    apart = all(names <= saved for names in tied) and any(len(names) > 1 for names in tied)
+    if whole.insert.on_alias != "refuse" or not apart:
         return whole
     return replace(whole, insert=replace(whole.insert, on_alias="untie"))
 
@@ -251,21 +271,35 @@ def match_checkpoints(spec: Spec, graph: Graph, entries: Sequence[PlannedInserti
         members = [p for p in entries if p.checkpoint is not None and p.checkpoint.path == path]
         checkpoint = members[0].checkpoint
         assert checkpoint is not None
-        layout = PeftLayout([site for p in members for site in p.selection.sites], weight_order(graph))
-        expected: dict[str, Param] = {}
-        for planned in members:
-            method, sites = planned.stored_as, planned.selection.sites
-            for site in sites:
-                for param in method.at(site).stored(site).values():
-                    expected[
-                        site.key(param.key) if checkpoint.in_adaptc_format else layout.key(site, param)
-                    ] = param
-            expected |= {f"{ROOT}{param.key}": param for param in method.shared(sites).values()}
-        expected = {key: param for key, param in expected.items() if param.stored}
         try:
-            match(checkpoint, expected)
+            match(checkpoint, _expected(graph, members), _table_sizes(graph))
         except WeightError as error:
             raise spec.weight_error(("adapt", members[0].entry, "adapter"), error) from None
+
+
+def _expected(graph: Graph, members: Sequence[PlannedInsertion]) -> dict[str, Param]:
+    """What a checkpoint must hold for the methods that it declares: key without PEFT's prefix -> parameter."""
+    checkpoint = members[0].checkpoint
+    assert checkpoint is not None
+    layout = PeftLayout([site for p in members for site in p.selection.sites], weight_order(graph))
+    expected: dict[str, Param] = {}
+    for planned in members:
+        method, sites = planned.stored_as, planned.selection.sites
+        for site in sites:
+            for param in method.at(site).stored(site).values():
+                key = site.key(param.key) if checkpoint.in_adaptc_format else layout.key(site, param)
+                expected[key] = param
+        expected |= {f"{ROOT}{param.key}": param for param in method.shared(sites).values()}
+    return {key: param for key, param in expected.items() if param.stored}
+
+
+def _table_sizes(graph: Graph) -> dict[str, int]:
+    """The modules whose size is that of the vocabulary -> how many words this base has."""
+    words = {site.module: site.in_features for site in graph.sites if site.kind == "embedding"}
+    heads = {
+        s.module: s.out_features for s in graph.sites if s.module in graph.heads and s.kind in MATRIX_KINDS
+    }
+    return words | {module: size for module, size in heads.items() if size in words.values()}
 
 
 def _tokenized(spec: Spec, graph: Graph, index: int, item: Insert[Any, Any]) -> Insert[Any, Any]:

@@ -118,6 +118,10 @@ def _entry_notes(entries: Sequence[PlannedInsertion]) -> list[str]:
             notes.append(
                 f"{where}: {planned.insert.method.name} changes the base's outputs before any training"
             )
+        notes += [
+            f"{where}: {note}"
+            for note in (planned.checkpoint.notes if planned.checkpoint is not None else ())
+        ]
         layers = planned.checkpoint.without_effect.values() if planned.checkpoint is not None else ()
         if layers:
             idle = ", ".join(dict.fromkeys(layers))

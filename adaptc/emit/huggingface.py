@@ -70,8 +70,12 @@ def save_checkpoint(folded: Graph, base: Graph, directory: Path, max_shard_size:
         )
     if folded.adaptations:
         live = ", ".join(dict.fromkeys(a.site.module for a in folded.adaptations))
-        reason = f"the adapters of {live} are kept live, and a Hugging Face checkpoint holds nothing but weights"
-        raise RefusedError([Refusal(reason, notes=("write `on_alias: untie` in their entry, or emit onnx or torch",))])
+        reason = (
+            f"the adapters of {live} are kept live, and a Hugging Face checkpoint holds nothing but weights"
+        )
+        raise RefusedError(
+            [Refusal(reason, notes=("write `on_alias: untie` in their entry, or emit onnx or torch",))]
+        )
     config = copy.deepcopy(pretrained.config)
     model = _model_of(pretrained, config, folded)
     persistent = {name for name in folded.weights if name not in folded.transient}
