@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any
 
 from adaptc.errors import unknown
 
@@ -90,7 +90,7 @@ class InputSpec:
         for key in ("dims", "example", "placeholders"):
             if fields.get(key) is not None:
                 fields[key] = tuple(fields[key])
-        values = cast("dict[str, Any] | None", fields.get("values"))
+        values: dict[str, Any] | None = data.get("values")
         if values is not None:
             pair = tuple(values["pair"]) if values["pair"] else None
             fields["values"] = Values(**values | {"pair": pair})

@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 import torch
 
 from adaptc.checkpoints.config_file import CONFIG, read_config, read_json
+from adaptc.checkpoints.key_parts import PREFIX, ROOT, with_plain_prefix
 from adaptc.errors import WeightError
 from adaptc.methods.method import METHODS
 from adaptc.methods.virtual_tokens import CLASSIFIER_HEADS, PROMPT_KEY
@@ -22,13 +23,8 @@ from adaptc.weights import Held, Weight, open_safetensors, read_safetensors, sha
 T = TypeVar("T")
 TENSORS = "adapter_model.safetensors"
 PICKLE, ORDER = "adapter_model.bin", "adapters.json"
-ROOT = "base_model."
-PREFIX = f"{ROOT}model."
-"""The prefix of every key; that of a tensor which belongs to no module is `ROOT` alone."""
 BASE_HASH, BASE_TENSORS = "base_sha256", "base_tensors"
 """Metadata that adaptc writes: the hash of the base it was trained on, and the names of that base's own tensors."""
-BASE_LAYER = ".base_layer.weight"
-"""The ending of the key of a base weight that PEFT saved along."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +41,10 @@ class Checkpoint:
         joined: keys of its configuration by which other methods join it -> the modules whose tensors of these it holds.
         ignored: keys of its configuration that are read as if they were not there.
         unread: layers of the base that no output of the program depends on; an adapter on them has no effect.
+        replaced: modules of which a later adapter holds every parameter, so that this one has no effect on them.
+        same: keys of the base's tensors that were saved along and are as this base has them, or have no effect.
+        changed: keys of those that differ from this base's -> their names in the base.
+        notes: what was read otherwise than it stands in the files.
     """
 
     path: Path
@@ -56,6 +56,10 @@ class Checkpoint:
     joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     ignored: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
+    replaced: tuple[str, ...] = ()
+    same: frozenset[str] = frozenset()
+    changed: Mapping[str, str] = field(default_factory=dict[str, str])
+    notes: tuple[str, ...] = ()
 
     @property
     def in_adaptc_format(self) -> bool:
@@ -68,17 +72,10 @@ class Checkpoint:
         return {key: layer for key in self.tensors for layer in self.unread if key.startswith(f"{layer}.")}
 
     @property
-    def base_weights(self) -> dict[str, Weight]:
-        """The base's own weights in the checkpoint, by the base's names.
-
-        PEFT saves embeddings whose size may change; adaptc writes the heads that PEFT expects (`base_tensors`).
-        """
-        weights = {
-            key.replace(BASE_LAYER, ".weight"): weight
-            for key, weight in self.tensors.items()
-            if key.endswith(BASE_LAYER)
-        }
-        return {**weights, **self.base_tensors}
+    def idle(self) -> frozenset[str]:
+        """The keys of the tensors that change nothing: on layers without effect, and of the base as it is."""
+        of_later = {key for key in self.tensors for name in self.replaced if key.startswith(f"{name}.")}
+        return self.same | of_later | self.without_effect.keys()
 
     @property
     def sha256(self) -> str:
@@ -130,6 +127,7 @@ def read(path: Path, allow_pickle: bool = False) -> Checkpoint:
         tensors = _unpickle(path / PICKLE, allow_pickle)
     else:
         raise WeightError(f"{path}: no {TENSORS} there")
+    tensors = {with_plain_prefix(key): weight for key, weight in tensors.items()}
     if PROMPT_KEY in tensors:
         tensors = {_with_prefix(key): weight for key, weight in tensors.items()}
     for key, weight in tensors.items():

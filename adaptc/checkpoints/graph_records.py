@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from adaptc.checkpoints.adapter import ROOT
+from adaptc.checkpoints.key_parts import ROOT
 from adaptc.checkpoints.peft_keys import PeftLayout
 from adaptc.checkpoints.records import AdapterRecord, AdapterTensor
 from adaptc.checkpoints.tied import TIED_NAMES

@@ -9,17 +9,21 @@ from pathlib import Path
 import torch
 from torch import fx, nn
 
-from adaptc.checkpoints.adapter import directories, read
+from adaptc.checkpoints.adapter import Checkpoint, directories, read
 from adaptc.checkpoints.adapter_checks import check_base
 from adaptc.checkpoints.compaction import compacted
 from adaptc.checkpoints.config_keys import ignoring
 from adaptc.checkpoints.grouping import group
 from adaptc.checkpoints.joined import check_joined
+from adaptc.checkpoints.key_parts import module_names
+from adaptc.checkpoints.lengthened_keys import shortened
 from adaptc.checkpoints.peft_config import check_options
 from adaptc.checkpoints.peft_write import save
 from adaptc.checkpoints.records import AdapterRecord, assign
+from adaptc.checkpoints.saved_along import with_base_tensors
 from adaptc.errors import WeightError
 from adaptc.ir.aliases import unread_modules
+from adaptc.weights import Held
 
 META = "adaptc"
 """The key in a module's `meta` under which adaptc stores its records of the adapters and the base."""
@@ -58,7 +62,8 @@ def load_adapter_into(
     base = module.meta[META]["base"]["sha256"]
     unread = unread_modules(module)
     stored = ignoring([read(path) for path in directories(directory)], ignore)
-    checkpoints = [replace(checkpoint, unread=unread) for checkpoint in stored]
+    modules = module_names(tensors_of(module))
+    checkpoints = [shortened(replace(checkpoint, unread=unread), modules) for checkpoint in stored]
     groups = group(records(module))
     if len(checkpoints) != len(groups):
         raise WeightError(
@@ -70,12 +75,18 @@ def load_adapter_into(
         check_options(checkpoint, members[0])
         if members[0].format is not None:
             check_joined(checkpoint, members[0].format, members[1:])
-        values |= assign(checkpoint, members)
+        values |= assign(_beside(checkpoint, members, module), members)
     tensors = tensors_of(module)
     with torch.no_grad():
         for name, value in values.items():
             tensors[name].copy_(value)
     return values
+
+
+def _beside(checkpoint: Checkpoint, members: Sequence[AdapterRecord], module: fx.GraphModule) -> Checkpoint:
+    """A checkpoint that says which of its tensors are those of a module's base."""
+    base = {name: Held(tensor.detach().cpu()) for name, tensor in module.named_parameters()}
+    return with_base_tensors(checkpoint, [t.key for record in members for t in record.stored], base)
 
 
 def save_adapter_of(module: fx.GraphModule, directory: Path) -> None:

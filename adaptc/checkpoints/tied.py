@@ -6,7 +6,9 @@ from collections.abc import Mapping
 
 import torch
 
-from adaptc.checkpoints.adapter import BASE_LAYER, Checkpoint
+from adaptc.checkpoints.adapter import Checkpoint
+from adaptc.checkpoints.key_parts import base_name
+from adaptc.checkpoints.saved_along import saved_whole
 from adaptc.methods.peft_format import TIES
 
 ON_ALIAS = "adaptc_on_alias"
@@ -37,7 +39,9 @@ def tied_in(checkpoint: Checkpoint, aliases: Mapping[str, str]) -> list[str]:
     """
     if not tying_key(checkpoint):
         return []
-    trained = [key for key in checkpoint.tensors if not key.endswith(BASE_LAYER)]
+    trained = [
+        key for key in checkpoint.tensors if base_name(key) not in aliases or saved_whole(checkpoint, key)
+    ]
     by_tensor: dict[str, list[str]] = {}
     for name, first in aliases.items():
         by_tensor.setdefault(first, []).append(name.rpartition(".")[0])

@@ -136,6 +136,10 @@ def _entry_notes(entries: Sequence[PlannedInsertion]) -> list[str]:
             )
         ignored = planned.checkpoint.ignored if planned.checkpoint is not None else ()
         notes += [f"{where}: read without the option {key} of its configuration" for key in ignored]
+        notes += [
+            f"{where}: {note}"
+            for note in (planned.checkpoint.notes if planned.checkpoint is not None else ())
+        ]
         layers = planned.checkpoint.without_effect.values() if planned.checkpoint is not None else ()
         if layers:
             idle = ", ".join(dict.fromkeys(layers))
