@@ -56,7 +56,7 @@ def _without_name(key: str, name: str, modules: Collection[str]) -> str:
 
 
 def _rest(key: str, modules: Collection[str]) -> list[str]:
-    """The parts of a key behind the name of its module, which is the longest that the model has."""
+    """The parts of a key behind the name of its module, the longest that the model has; [] if it has none."""
     parts = [part for part in key.removeprefix(ROOT).split(".") if part not in NESTED]
     end = next((n for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in modules), 0)
-    return parts[end:]
+    return parts[end:] if end or key.startswith(ROOT) else []
