@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from adaptc.checkpoints.key_parts import PREFIX, ROOT, with_plain_prefix
+from adaptc.checkpoints.key_parts import PREFIX, ROOT, WRAPPERS, in_prefix, taken_out, with_plain_prefix
 from adaptc.errors import WeightError
 from adaptc.methods.virtual_tokens import CLASSIFIER_HEADS, PROMPT_KEY
 from adaptc.weights import Held, Weight, open_safetensors, read_safetensors, sha256_of_tensors
@@ -121,6 +121,7 @@ def read(path: Path, allow_pickle: bool = False) -> Checkpoint:
         tensors = _unpickle(path / PICKLE, allow_pickle)
     else:
         raise WeightError(f"{path}: no {TENSORS} there")
+    notes = tuple(taken_out(part) for part in WRAPPERS if any(in_prefix(part, key) for key in tensors))
     tensors = {with_plain_prefix(key): weight for key, weight in tensors.items()}
     if PROMPT_KEY in tensors:
         tensors = {_with_prefix(key): weight for key, weight in tensors.items()}
@@ -136,7 +137,9 @@ def read(path: Path, allow_pickle: bool = False) -> Checkpoint:
     endings = config.get("modules_to_save") or (
         sorted(CLASSIFIER_HEADS) if ROOT + PROMPT_KEY in named else []
     )
-    return Checkpoint(path, config, named, metadata.get(BASE_HASH), _saved_modules(endings, named), of_base)
+    return Checkpoint(
+        path, config, named, metadata.get(BASE_HASH), _saved_modules(endings, named), of_base, notes=notes
+    )
 
 
 def _with_prefix(key: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from adaptc.checkpoints.adapter import Checkpoint
-from adaptc.checkpoints.key_parts import NESTED, ROOT, WRAPPERS
+from adaptc.checkpoints.key_parts import NESTED, ROOT, WRAPPERS, taken_out
 from adaptc.weights import Weight
 
 LEAVES = frozenset({"weight", "bias"})
@@ -26,7 +26,7 @@ def shortened(checkpoint: Checkpoint, modules: Collection[str]) -> Checkpoint:
     adapter = "" if checkpoint.in_adaptc_format else _adapter_name(renamed.values(), modules)
     renamed = {key: _without_name(name, adapter, modules) for key, name in renamed.items()}
     taken = [part for part in wrappers if any(part in key.split(".") for key in checkpoint.tensors)]
-    notes = [f"the wrapper's part {part!r} was taken out of its keys" for part in taken]
+    notes = [taken_out(part) for part in taken]
     notes += [f"the adapter's name {adapter!r} was taken out of its keys"] if adapter else []
     if not notes or len({*renamed.values()}) < len(renamed):
         return checkpoint
