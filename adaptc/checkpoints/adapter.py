@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 import torch
 
 from adaptc.checkpoints.config_file import CONFIG, read_config, read_json
-from adaptc.checkpoints.key_parts import PREFIX, ROOT, with_plain_prefix
+from adaptc.checkpoints.key_parts import PREFIX, ROOT, WRAPPERS, in_prefix, taken_out, with_plain_prefix
 from adaptc.errors import WeightError
 from adaptc.methods.method import METHODS
 from adaptc.methods.virtual_tokens import CLASSIFIER_HEADS, PROMPT_KEY
@@ -127,6 +127,7 @@ def read(path: Path, allow_pickle: bool = False) -> Checkpoint:
         tensors = _unpickle(path / PICKLE, allow_pickle)
     else:
         raise WeightError(f"{path}: no {TENSORS} there")
+    notes = tuple(taken_out(part) for part in WRAPPERS if any(in_prefix(part, key) for key in tensors))
     tensors = {with_plain_prefix(key): weight for key, weight in tensors.items()}
     if PROMPT_KEY in tensors:
         tensors = {_with_prefix(key): weight for key, weight in tensors.items()}
@@ -143,7 +144,8 @@ def read(path: Path, allow_pickle: bool = False) -> Checkpoint:
         sorted(CLASSIFIER_HEADS) if ROOT + PROMPT_KEY in named else []
     )
     saved = _saved_modules(endings, named)
-    return _with_joined(Checkpoint(path, config, named, metadata.get(BASE_HASH), saved, of_base))
+    checkpoint = Checkpoint(path, config, named, metadata.get(BASE_HASH), saved, of_base, notes=notes)
+    return _with_joined(checkpoint)
 
 
 def _with_joined(checkpoint: Checkpoint) -> Checkpoint:

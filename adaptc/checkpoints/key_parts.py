@@ -20,6 +20,17 @@ def with_plain_prefix(key: str) -> str:
     return _LEADING.sub(PREFIX, key)
 
 
+def in_prefix(part: str, key: str) -> bool:
+    """Whether a wrapper's part stands in a key's prefix."""
+    prefix = _LEADING.match(key)
+    return prefix is not None and part in prefix[0].split(".")
+
+
+def taken_out(part: str) -> str:
+    """The note on a part that was taken out of the keys of a checkpoint."""
+    return f"the wrapper's part {part!r} was taken out of its keys"
+
+
 def module_names(weights: Iterable[str]) -> frozenset[str]:
     """The names of the modules that hold weights of these names, and of those around them."""
     parts = [name.split(".") for name in weights]

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from adaptc.checkpoints.adapter import Checkpoint
-from adaptc.checkpoints.key_parts import NESTED, ROOT, WRAPPERS
+from adaptc.checkpoints.key_parts import NESTED, ROOT, WRAPPERS, taken_out
 from adaptc.weights import Weight
 
 LEAVES = frozenset({"weight", "bias"})
@@ -26,7 +26,7 @@ def shortened(checkpoint: Checkpoint, modules: Collection[str]) -> Checkpoint:
     adapter = "" if checkpoint.in_adaptc_format else _adapter_name(renamed.values(), modules)
     renamed = {key: _without_name(name, adapter, modules) for key, name in renamed.items()}
     taken = [part for part in wrappers if any(part in key.split(".") for key in checkpoint.tensors)]
-    notes = [f"the wrapper's part {part!r} was taken out of its keys" for part in taken]
+    notes = [taken_out(part) for part in taken]
     notes += [f"the adapter's name {adapter!r} was taken out of its keys"] if adapter else []
     if not notes or len({*renamed.values()}) < len(renamed):
         return checkpoint
@@ -56,7 +56,7 @@ def _without_name(key: str, name: str, modules: Collection[str]) -> str:
 
 
 def _rest(key: str, modules: Collection[str]) -> list[str]:
-    """The parts of a key behind the name of its module, which is the longest that the model has."""
+    """The parts of a key behind the name of its module, the longest that the model has; [] if it has none."""
     parts = [part for part in key.removeprefix(ROOT).split(".") if part not in NESTED]
     end = next((n for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in modules), 0)
-    return parts[end:]
+    return parts[end:] if end or key.startswith(ROOT) else []

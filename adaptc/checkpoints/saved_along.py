@@ -12,12 +12,6 @@ from adaptc.checkpoints.key_parts import base_name
 from adaptc.weights import Weight
 
 
-def saved_whole(checkpoint: Checkpoint, key: str) -> bool:
-    """Whether a tensor belongs to a module that was trained whole."""
-    module = key.rpartition(".")[0]
-    return any(f".{module}".endswith(f".{saved}") for saved in checkpoint.saved_modules)
-
-
 def with_base_tensors(
     checkpoint: Checkpoint, trained: Collection[str], base: Mapping[str, Weight]
 ) -> Checkpoint:
@@ -29,16 +23,26 @@ def with_base_tensors(
         base: name -> weight of the base.
 
     Returns:
-        the checkpoint with `same` and `changed`. A base tensor that a trained one stands in for is among the same.
+        the checkpoint with `same` and `changed`. Among the same are those that a trained tensor stands in for, and the
+        copies of one that PEFT writes under the other names of a tied tensor.
     """
     along = {key: base_name(key) for key in checkpoint.tensors if key not in trained}
     along = {key: name for key, name in along.items() if name in base}
     changed = {
         key: name
         for key, name in along.items()
-        if name not in trained and not _equal(base[name], checkpoint.tensors[key])
+        if name not in trained
+        and not _equal(base[name], checkpoint.tensors[key])
+        and not _repeats(checkpoint, key, trained)
     }
     return replace(checkpoint, same=frozenset(along.keys() - changed.keys()), changed=changed)
+
+
+def _repeats(checkpoint: Checkpoint, key: str, trained: Collection[str]) -> bool:
+    """Whether a tensor is a copy of one that was trained."""
+    tensors, leaf = checkpoint.tensors, key.rpartition(".")[2]
+    alike = [other for other in trained if other in tensors and other.rpartition(".")[2] == leaf]
+    return any(_equal(tensors[key], tensors[other]) for other in alike)
 
 
 def _equal(ours: Weight, theirs: Weight) -> bool:

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 import torch
 
 from adaptc.checkpoints.adapter import Checkpoint
-from adaptc.checkpoints.key_parts import base_name
-from adaptc.checkpoints.saved_along import saved_whole
 from adaptc.methods.peft_format import TIES
 
 ON_ALIAS = "adaptc_on_alias"
 """The key of adaptc's own format: what is done about tied tensors."""
+BASES = (["base_layer"], ["original_module"])
+"""What stands in front of the last part of the key of a tensor that is the base's own."""
 TIED_NAMES = frozenset({"embed_tokens", "lm_head"})
 """The modules for which PEFT follows that key, by the last part of their names (`EMBEDDING_LAYER_NAMES`)."""
 
@@ -39,9 +39,7 @@ def tied_in(checkpoint: Checkpoint, aliases: Mapping[str, str]) -> list[str]:
     """
     if not tying_key(checkpoint):
         return []
-    trained = [
-        key for key in checkpoint.tensors if base_name(key) not in aliases or saved_whole(checkpoint, key)
-    ]
+    trained = [key for key in checkpoint.tensors if key.split(".")[-2:-1] not in BASES]
     by_tensor: dict[str, list[str]] = {}
     for name, first in aliases.items():
         by_tensor.setdefault(first, []).append(name.rpartition(".")[0])
