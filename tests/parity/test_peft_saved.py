@@ -141,7 +141,8 @@ def test_a_later_head_replaces_an_earlier_one(tmp_path: Path) -> None:
 
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
     base = tmp_path / "base"
-    randomise(BertForSequenceClassification(BertConfig(vocab_size=64, **sizes))).save_pretrained(base)
+    config = BertConfig(vocab_size=64, type_vocab_size=1, **sizes)
+    randomise(BertForSequenceClassification(config)).save_pretrained(base)
     model: Any = BertForSequenceClassification.from_pretrained(base)
     for name in ("one", "two"):
         peft: Any = get_peft_model(model, LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
