@@ -90,10 +90,10 @@ class InputSpec:
         for key in ("dims", "example", "placeholders"):
             if fields.get(key) is not None:
                 fields[key] = tuple(fields[key])
-        values: dict[str, Any] | None = data.get("values")
-        if values is not None:
-            pair = tuple(values["pair"]) if values["pair"] else None
-            fields["values"] = Values(**values | {"pair": pair})
+        if fields.get("values") is not None:
+            values: dict[str, Any] = dict(fields["values"])
+            values["pair"] = tuple(values["pair"]) if values["pair"] else None
+            fields["values"] = Values(**values)
         return cls(**fields)
 
     @classmethod
