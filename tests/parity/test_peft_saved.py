@@ -107,6 +107,7 @@ def test_embeddings_that_differ_from_the_base_are_taken(base: Path, tmp_path: Pa
     close(logits(plain), want)
     ours = compiled(base, tmp_path / "a")
     close(logits(ours.module), want)
+    assert any("its own model.embed_tokens.weight, which differs" in note for note in ours.plan.notes)
     ours.emit("hf", tmp_path / "merged")
     close(logits(model_at(tmp_path / "merged")), want)
 
