@@ -88,7 +88,7 @@ def declared(checkpoint: Checkpoint, prefer: str = "") -> Declared:
     for name in format.modules:
         options[name] = tuple(module_patterns(checkpoint, format.options[name]))
     names = [literal(module) for module in checkpoint.saved_modules]
-    saved = [p for m in names for p in (m, f"*.{m}", f"{m}.*", f"*.{m}.*")]
+    saved = [p for m in names for p in (m, f"{m}.*")]
     exclude = (*with_output_projections(module_patterns(checkpoint, "exclude_modules")), *saved)
     target = ["*"] if cls.everywhere else target_of(checkpoint)
     options = _checked(checkpoint, cls, cls.trained_options(format.read(options)))

@@ -175,8 +175,7 @@ def _from_checkpoint(
         )
     joined: list[PlannedInsertion] = []
     if checkpoint.saved_modules:
-        names = [literal(module) for module in checkpoint.saved_modules]
-        target = [pattern for name in names for pattern in (name, f"*.{name}")]
+        target = [literal(module) for module in checkpoint.saved_modules]
         joined.append(_apart(graph, _whole(graph, first, target, common)))
     return _with_base_tensors(graph, [first, *_biases(graph, first, common), *joined], common)
 
