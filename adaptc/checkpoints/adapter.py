@@ -173,7 +173,7 @@ def _saved_modules(endings: Sequence[str], keys: Iterable[str]) -> tuple[str, ..
         parts = key.split(".")[:-1]
         for end, ending in itertools.product(range(1, len(parts) + 1), endings):
             if ".".join(parts[:end]).endswith(ending):
-                modules[".".join(parts[max(0, end - 1 - ending.count(".")) : end])] = None
+                modules[".".join(parts[:end])] = None
     return tuple(modules)
 
 

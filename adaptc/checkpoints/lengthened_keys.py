@@ -31,7 +31,8 @@ def shortened(checkpoint: Checkpoint, modules: Collection[str]) -> Checkpoint:
     if not notes or len({*renamed.values()}) < len(renamed):
         return checkpoint
     tensors: Mapping[str, Weight] = {name: checkpoint.tensors[key] for key, name in renamed.items()}
-    return replace(checkpoint, tensors=tensors, notes=(*checkpoint.notes, *notes))
+    saved = tuple(_without(module, wrappers) for module in checkpoint.saved_modules)
+    return replace(checkpoint, tensors=tensors, saved_modules=saved, notes=(*checkpoint.notes, *notes))
 
 
 def _without(key: str, parts: Collection[str]) -> str:

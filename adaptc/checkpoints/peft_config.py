@@ -70,7 +70,7 @@ def declared(checkpoint: Checkpoint, prefer: str = "") -> Declared:
     spelled = format.options
     options = _checked(checkpoint, cls, options, lambda loc: (spelled.get(str(loc[0]), loc[0]), *loc[1:]))
     names = [literal(module) for module in checkpoint.saved_modules]
-    saved = [p for m in names for p in (m, f"*.{m}", f"{m}.*", f"*.{m}.*")]
+    saved = [p for m in names for p in (m, f"{m}.*")]
     exclude = (*with_output_projections(module_patterns(checkpoint, "exclude_modules")), *saved)
     target = ["*"] if cls.everywhere else target_of(checkpoint)
     return Declared(

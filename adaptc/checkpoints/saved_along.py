@@ -35,7 +35,15 @@ def with_base_tensors(
         and not _equal(base[name], checkpoint.tensors[key])
         and not _repeats(checkpoint, key, trained)
     }
-    return replace(checkpoint, same=frozenset(along.keys() - changed.keys()), changed=changed)
+    notes = [
+        f"its own {name}, which differs from the base's, is put in its place" for name in changed.values()
+    ]
+    return replace(
+        checkpoint,
+        same=frozenset(along.keys() - changed.keys()),
+        changed=changed,
+        notes=(*checkpoint.notes, *notes),
+    )
 
 
 def _repeats(checkpoint: Checkpoint, key: str, trained: Collection[str]) -> bool:

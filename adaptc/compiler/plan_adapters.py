@@ -194,8 +194,7 @@ def _from_checkpoint(
         )
     joined: list[PlannedInsertion] = []
     if checkpoint.saved_modules:
-        names = [literal(module) for module in checkpoint.saved_modules]
-        target = [pattern for name in names for pattern in (name, f"*.{name}")]
+        target = [literal(module) for module in checkpoint.saved_modules]
         joined.append(_apart(graph, _whole(graph, first, target, common)))
     before = _beside(graph, first, checkpoint, replace(common, on_alias=stated))
     return _with_base_tensors(graph, [*before, first, *_biases(graph, first, common), *joined], common)

@@ -104,13 +104,20 @@ MIXED = {
         entry("lora", "blocks.0.attn.out", name="b"),
     ],
     "names-that-end-alike": [entry("lora", "pre_head", "blocks.0.head"), entry("full", "head")],
+    "one-of-three-heads": [entry("full", "head"), entry("dora", "conv")],
     "slices-and-wholes": [
         entry("lora", "blocks.*.attn.qkv[v]"),
         entry("layernorm", "*"),
         entry("full", "odd.*"),
     ],
 }
-QUICK = ("lora-W", "half-a-norm", "parameters-of-attentions", "biases-and-whole-modules")
+QUICK = (
+    "lora-W",
+    "half-a-norm",
+    "parameters-of-attentions",
+    "one-of-three-heads",
+    "biases-and-whole-modules",
+)
 
 
 def names(cases: dict[str, Any]) -> list[Any]:
