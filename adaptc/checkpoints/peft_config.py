@@ -124,7 +124,7 @@ def _check_layers(checkpoint: Checkpoint) -> None:
     """
     config, path = checkpoint.config, checkpoint.path / CONFIG
     layers = config.get("layers_to_transform")
-    if config.get("layers_pattern") and layers in (None, []):
+    if config.get("layers_pattern") and layers is None:
         raise config_error(path, ("layers_pattern",), "has no meaning without layers_to_transform")
     if isinstance(config.get("target_modules"), str) and layers not in (None, []):
         message = "needs a list of names in target_modules: a regular expression can name the layers itself"
