@@ -31,7 +31,7 @@ def taken_out(part: str) -> str:
     return f"the wrapper's part {part!r} was taken out of its keys"
 
 
-def module_names(weights: Iterable[str]) -> frozenset[str]:
+def modules_holding(weights: Iterable[str]) -> frozenset[str]:
     """The names of the modules that hold weights of these names, and of those around them."""
     parts = [name.split(".") for name in weights]
     return frozenset(".".join(part[:end]) for part in parts for end in range(1, len(part)))

@@ -15,7 +15,7 @@ from adaptc.checkpoints.compaction import compacted
 from adaptc.checkpoints.config_keys import ignoring
 from adaptc.checkpoints.grouping import group
 from adaptc.checkpoints.joined import check_joined
-from adaptc.checkpoints.key_parts import module_names
+from adaptc.checkpoints.key_parts import modules_holding
 from adaptc.checkpoints.lengthened_keys import shortened
 from adaptc.checkpoints.peft_config import check_options
 from adaptc.checkpoints.peft_write import save
@@ -62,7 +62,7 @@ def load_adapter_into(
     base = module.meta[META]["base"]["sha256"]
     unread = unread_modules(module)
     stored = ignoring([read(path) for path in directories(directory)], ignore)
-    modules = module_names(tensors_of(module))
+    modules = modules_holding(tensors_of(module))
     checkpoints = [shortened(replace(checkpoint, unread=unread), modules) for checkpoint in stored]
     groups = group(records(module))
     if len(checkpoints) != len(groups):

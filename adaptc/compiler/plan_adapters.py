@@ -13,7 +13,7 @@ from adaptc.checkpoints.config_file import CONFIG, config_error
 from adaptc.checkpoints.config_keys import ignoring
 from adaptc.checkpoints.graph_records import weight_order
 from adaptc.checkpoints.joined import joined_methods
-from adaptc.checkpoints.key_parts import ROOT, module_names
+from adaptc.checkpoints.key_parts import ROOT, modules_holding
 from adaptc.checkpoints.lengthened_keys import shortened
 from adaptc.checkpoints.peft_config import declared
 from adaptc.checkpoints.peft_keys import PeftLayout
@@ -122,10 +122,10 @@ def _trained(spec: Spec, graph: Graph, index: int, entry: AdapterEntry) -> list[
     if absent:
         raise spec.error(place, absent)
     planned: list[PlannedInsertion] = []
+    modules, unread = modules_holding(graph.weights), unread_modules(graph.module)
     try:
         for stored in _read(spec, index, entry, path):
-            checkpoint = shortened(stored, module_names(graph.weights))
-            checkpoint = replace(checkpoint, unread=unread_modules(graph.module))
+            checkpoint = replace(shortened(stored, modules), unread=unread)
             name = entry.name or (stored.path.name if stored.path != path else "default")
             common = _Common(name, index, spec.seed, entry.on_alias)
             planned += _from_checkpoint(graph, checkpoint, common, entry.r)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from adaptc.checkpoints.adapter import Checkpoint
 from adaptc.compiler.plan import Plan
 from adaptc.compiler.plan_adapters import PlannedInsertion
 from adaptc.compiler.plan_quantization import PlannedQuantization, expected_error, quantize_notes
@@ -134,21 +135,21 @@ def _entry_notes(entries: Sequence[PlannedInsertion]) -> list[str]:
             notes.append(
                 f"{where}: {planned.insert.method.name} changes the base's outputs before any training"
             )
-        ignored = planned.checkpoint.ignored if planned.checkpoint is not None else ()
-        notes += [f"{where}: read without the option {key} of its configuration" for key in ignored]
-        notes += [
-            f"{where}: {note}"
-            for note in (planned.checkpoint.notes if planned.checkpoint is not None else ())
-        ]
-        layers = planned.checkpoint.without_effect.values() if planned.checkpoint is not None else ()
-        if layers:
-            idle = ", ".join(dict.fromkeys(layers))
-            notes.append(
-                f"{where}: no output depends on {idle}, so its adapter has no effect and is left out"
-            )
+        if planned.checkpoint is not None:
+            notes += [f"{where}: {note}" for note in _checkpoint_notes(planned.checkpoint)]
         if selection.heads:
             notes.append(f"{where}: all-linear leaves out the output head {', '.join(selection.heads)}")
     return list(dict.fromkeys(notes))
+
+
+def _checkpoint_notes(checkpoint: Checkpoint) -> list[str]:
+    """What was read otherwise than it stands in the files of a checkpoint, and what is left out."""
+    notes = [f"read without the option {key} of its configuration" for key in checkpoint.ignored]
+    notes += checkpoint.notes
+    layers = ", ".join(dict.fromkeys(checkpoint.without_effect.values()))
+    if layers:
+        notes.append(f"no output depends on {layers}, so its adapter has no effect and is left out")
+    return notes
 
 
 def _alias_notes(graph: Graph, entries: Sequence[PlannedInsertion]) -> list[str]:
