@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from adaptc.errors import unknown
@@ -20,6 +20,36 @@ IGNORED = -100
 """The label of positions that torch's losses skip: `ignore_index` of `torch.nn.functional.cross_entropy`."""
 
 
+EXAMPLE = "the example"
+"""The label of the example inputs of a call."""
+ASCENDING, DESCENDING = "ascending", "descending"
+
+
+@dataclass(frozen=True)
+class Values:
+    """What the values of an example are like, so that random ones can be drawn like them.
+
+    Attributes:
+        low: the least finite value.
+        high: the greatest.
+        mean: of the finite values.
+        deviation: their standard deviation.
+        whole: all are whole numbers.
+        order: the order of every row, along the last dimension: `ascending`, `descending` or "".
+        strict: no row has a value twice.
+        pair: the two values, where there are no more, as in a mask; first one that fills a whole row, if one does.
+    """
+
+    low: float
+    high: float
+    mean: float
+    deviation: float
+    whole: bool = False
+    order: str = ""
+    strict: bool = False
+    pair: tuple[float, float] | None = None
+
+
 @dataclass(frozen=True)
 class InputSpec:
     """One input of a model.
@@ -30,6 +60,10 @@ class InputSpec:
         dims: a name for each dynamic dimension (equal names are equal sizes), a number for each fixed one.
         high: the bound that example values stay below, such as a vocabulary's size. The model gives it, never a spec.
         example: the sizes of the example that was given; empty where there is none.
+        boxes: whether the last dimension holds boxes: left, top, right and bottom, right not before left and bottom not
+            before top.
+        values: what the values of examples are like; None where there are none.
+        placeholders: a value, and how many places in each row have it and no others: the tokens of an image in a text.
     """
 
     name: str
@@ -37,16 +71,30 @@ class InputSpec:
     dims: tuple[str | int, ...]
     high: int | None = None
     example: tuple[int, ...] = ()
+    boxes: bool = False
+    values: Values | None = None
+    placeholders: tuple[int, int] | None = None
 
     def __str__(self) -> str:
         return f"{self.dtype}[{', '.join(str(dim) for dim in self.dims)}]"
 
+    def to_json(self) -> dict[str, Any]:
+        """The input as plain data, without what few inputs have."""
+        rare = ("boxes", "values", "placeholders")
+        return {key: value for key, value in asdict(self).items() if key not in rare or value}
+
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> InputSpec:
-        """Read what `dataclasses.asdict` wrote."""
-        return cls(
-            data["name"], data["dtype"], tuple(data["dims"]), data["high"], tuple(data.get("example", ()))
-        )
+        """Read what `to_json` wrote."""
+        fields: dict[str, Any] = dict(data)
+        for key in ("dims", "example", "placeholders"):
+            if fields.get(key) is not None:
+                fields[key] = tuple(fields[key])
+        if fields.get("values") is not None:
+            values: dict[str, Any] = dict(fields["values"])
+            values["pair"] = tuple(values["pair"]) if values["pair"] else None
+            fields["values"] = Values(**values)
+        return cls(**fields)
 
     @classmethod
     def parse(cls, name: str, text: str) -> InputSpec:

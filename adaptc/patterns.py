@@ -14,6 +14,11 @@ def matches(pattern: str, name: str) -> bool:
     return fnmatch.fnmatchcase(name, pattern)
 
 
+def literal(name: str) -> str:
+    """The glob that matches this name alone."""
+    return re.sub(r"([*?[])", r"[\1]", name)
+
+
 ROLES = (
     *("attention.query", "attention.key", "attention.value", "attention.output"),
     *("feed_forward.in", "feed_forward.gate", "feed_forward.out", "embedding", "head"),

@@ -113,16 +113,18 @@ def sentences() -> list[dict[str, torch.Tensor]]:
         return [_example(length, seed) for seed, length in enumerate(lengths)]
     tokenizer = transformers.AutoTokenizer.from_pretrained(minilm())
     lines = (SST2 / "train.tsv").read_text().splitlines()[: CALIBRATION + HELD]
-    return [
-        {name: torch.tensor([ids]) for name, ids in tokenizer(text).items() if name != "token_type_ids"}
-        for text in (line.rpartition("\t")[0] for line in lines)
-    ]
+    texts = (line.rpartition("\t")[0] for line in lines)
+    return [{name: torch.tensor([ids]) for name, ids in tokenizer(text).items()} for text in texts]
 
 
 def _example(length: int, seed: int = 0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(1000, 20000, (1, length), generator=generator)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "token_type_ids": torch.zeros_like(ids),
+    }
 
 
 def _feeds(row: Mapping[str, torch.Tensor]) -> dict[str, Any]:

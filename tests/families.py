@@ -235,6 +235,8 @@ def inputs(
         features = torch.randn(batch, 8, 24, generator=generator)
         return {"input_features": features, "decoder_input_ids": ids(batch, length)}
     found = {"input_ids": ids(batch, length), "attention_mask": mask}
+    if name == "bert":
+        found["token_type_ids"] = torch.randint(0, 2, (batch, length), generator=generator)
     if name in ("t5", "bart"):
         found["decoder_input_ids"] = ids(batch, length + 2)
     return found

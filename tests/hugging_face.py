@@ -98,7 +98,8 @@ MODELS = {
     "roberta": Model(
         "RobertaConfig",
         "sequence-classification",
-        TEXT | {"num_labels": 3, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
+        TEXT
+        | {"num_labels": 3, "type_vocab_size": 1, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
     ),
     "bart": Model("BartConfig", "seq2seq-lm", ENCODER_DECODER | {"max_position_embeddings": 64}),
     "vit": Model(

@@ -29,7 +29,9 @@ def save_bert(directory: Path) -> Path:
     model.save_pretrained(directory)
     words = Tokenizer(WordLevel({"[UNK]": 0, "is": 1, "this": 2, "review": 3, "positive": 4}, "[UNK]"))
     words.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(directory)
+    given = ["input_ids", "token_type_ids", "attention_mask"]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", model_input_names=given)
+    tokenizer.save_pretrained(directory)
     return directory
 
 

@@ -7,26 +7,24 @@ import itertools
 import json
 import pickle
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 
+from adaptc.checkpoints.config_file import CONFIG, read_config, read_json
+from adaptc.checkpoints.key_parts import PREFIX, ROOT, WRAPPERS, in_prefix, taken_out, with_plain_prefix
 from adaptc.errors import WeightError
+from adaptc.methods.method import METHODS
 from adaptc.methods.virtual_tokens import CLASSIFIER_HEADS, PROMPT_KEY
 from adaptc.weights import Held, Weight, open_safetensors, read_safetensors, sha256_of_tensors
 
 T = TypeVar("T")
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+TENSORS = "adapter_model.safetensors"
 PICKLE, ORDER = "adapter_model.bin", "adapters.json"
-ROOT = "base_model."
-PREFIX = f"{ROOT}model."
-"""The prefix of every key; that of a tensor which belongs to no module is `ROOT` alone."""
 BASE_HASH, BASE_TENSORS = "base_sha256", "base_tensors"
 """Metadata that adaptc writes: the hash of the base it was trained on, and the names of that base's own tensors."""
-BASE_LAYER = ".base_layer.weight"
-"""The ending of the key of a base weight that PEFT saved along."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,13 @@ class Checkpoint:
         base_sha256: hash of the base it was trained on, where adaptc wrote it.
         saved_modules: the modules that were trained whole, and whose tensors it holds.
         base_tensors: the base's own tensors that adaptc wrote for PEFT, by their names.
+        joined: keys of its configuration by which other methods join it -> the modules whose tensors of these it holds.
+        ignored: keys of its configuration that are read as if they were not there.
         unread: layers of the base that no output of the program depends on; an adapter on them has no effect.
+        replaced: modules of which a later adapter holds every parameter, so that this one has no effect on them.
+        same: keys of the base's tensors that were saved along and are as this base has them, or have no effect.
+        changed: keys of those that differ from this base's -> their names in the base.
+        notes: what was read otherwise than it stands in the files.
     """
 
     path: Path
@@ -49,7 +53,13 @@ class Checkpoint:
     base_sha256: str | None = None
     saved_modules: tuple[str, ...] = ()
     base_tensors: Mapping[str, Weight] = field(default_factory=dict[str, Weight])
+    joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    ignored: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
+    replaced: tuple[str, ...] = ()
+    same: frozenset[str] = frozenset()
+    changed: Mapping[str, str] = field(default_factory=dict[str, str])
+    notes: tuple[str, ...] = ()
 
     @property
     def in_adaptc_format(self) -> bool:
@@ -62,17 +72,10 @@ class Checkpoint:
         return {key: layer for key in self.tensors for layer in self.unread if key.startswith(f"{layer}.")}
 
     @property
-    def base_weights(self) -> dict[str, Weight]:
-        """The base's own weights in the checkpoint, by the base's names.
-
-        PEFT saves embeddings whose size may change; adaptc writes the heads that PEFT expects (`base_tensors`).
-        """
-        weights = {
-            key.replace(BASE_LAYER, ".weight"): weight
-            for key, weight in self.tensors.items()
-            if key.endswith(BASE_LAYER)
-        }
-        return {**weights, **self.base_tensors}
+    def idle(self) -> frozenset[str]:
+        """The keys of the tensors that change nothing: on layers without effect, and of the base as it is."""
+        of_later = {key for key in self.tensors for name in self.replaced if key.startswith(f"{name}.")}
+        return self.same | of_later | self.without_effect.keys()
 
     @property
     def sha256(self) -> str:
@@ -91,7 +94,7 @@ def directories(path: Path) -> list[Path]:
     order = path / ORDER
     if not order.is_file():
         return [path]
-    names = list_of(str, _json(order).get("order"))
+    names = list_of(str, read_json(order).get("order"))
     if not names or not all(Path(name).name == name for name in names):
         raise WeightError(f'{order}: expected {{"order": [...]}} with the names of the folders beside it')
     return [path / name for name in names]
@@ -115,7 +118,7 @@ def read(path: Path, allow_pickle: bool = False) -> Checkpoint:
     absent = why_missing(path)
     if absent or not (path / CONFIG).is_file():
         raise WeightError(absent or f"{path}: no {CONFIG} there")
-    config = _json(path / CONFIG)
+    config = read_config(path / CONFIG)
     metadata: Mapping[str, str] = {}
     if (path / TENSORS).is_file():
         metadata = open_safetensors(path / TENSORS).metadata() or {}
@@ -124,6 +127,8 @@ def read(path: Path, allow_pickle: bool = False) -> Checkpoint:
         tensors = _unpickle(path / PICKLE, allow_pickle)
     else:
         raise WeightError(f"{path}: no {TENSORS} there")
+    notes = tuple(taken_out(part) for part in WRAPPERS if any(in_prefix(part, key) for key in tensors))
+    tensors = {with_plain_prefix(key): weight for key, weight in tensors.items()}
     if PROMPT_KEY in tensors:
         tensors = {_with_prefix(key): weight for key, weight in tensors.items()}
     for key, weight in tensors.items():
@@ -138,7 +143,22 @@ def read(path: Path, allow_pickle: bool = False) -> Checkpoint:
     endings = config.get("modules_to_save") or (
         sorted(CLASSIFIER_HEADS) if ROOT + PROMPT_KEY in named else []
     )
-    return Checkpoint(path, config, named, metadata.get(BASE_HASH), _saved_modules(endings, named), of_base)
+    saved = _saved_modules(endings, named)
+    checkpoint = Checkpoint(path, config, named, metadata.get(BASE_HASH), saved, of_base, notes=notes)
+    return _with_joined(checkpoint)
+
+
+def _with_joined(checkpoint: Checkpoint) -> Checkpoint:
+    """A checkpoint whose keys are those that the methods which joined it have in a checkpoint of their own."""
+    joined: dict[str, tuple[str, ...]] = {}
+    tensors = checkpoint.tensors
+    for format in (cls.peft for cls in METHODS.values() if cls.peft is not None and cls.peft.joined_as):
+        inner = f".{format.joined_as}"
+        modules = tuple(dict.fromkeys(key.partition(inner)[0] for key in tensors if inner in key))
+        if modules:
+            joined[str(format.joins)] = modules
+            tensors = {key.replace(inner, "."): tensor for key, tensor in tensors.items()}
+    return replace(checkpoint, tensors=tensors, joined=joined)
 
 
 def _with_prefix(key: str) -> str:
@@ -153,7 +173,7 @@ def _saved_modules(endings: Sequence[str], keys: Iterable[str]) -> tuple[str, ..
         parts = key.split(".")[:-1]
         for end, ending in itertools.product(range(1, len(parts) + 1), endings):
             if ".".join(parts[:end]).endswith(ending):
-                modules[".".join(parts[max(0, end - 1 - ending.count(".")) : end])] = None
+                modules[".".join(parts[:end])] = None
     return tuple(modules)
 
 
@@ -168,21 +188,6 @@ def list_of(kind: type[T], value: object) -> list[T] | None:
         return None
     fits = all(type(item) is kind for item in cast(list[object], value))
     return cast(list[T], value) if fits else None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        WeightError: it is not JSON, or no object.
-    """
-    try:
-        data: object = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise WeightError(f"{path}: not JSON ({error})") from None
-    if not isinstance(data, dict):
-        raise WeightError(f"{path}: expected a JSON object, got {type(data).__name__}")
-    return cast(dict[str, Any], data)
 
 
 def _unpickle(path: Path, allowed: bool) -> dict[str, Weight]:

@@ -7,7 +7,8 @@ from typing import Protocol
 
 import torch
 
-from adaptc.checkpoints.adapter import BASE_LAYER, PREFIX, ROOT, Checkpoint, dtype_name
+from adaptc.checkpoints.adapter import Checkpoint, dtype_name
+from adaptc.checkpoints.key_parts import PREFIX, ROOT, base_name
 from adaptc.checkpoints.tied import is_tied_copy
 from adaptc.errors import WeightError
 from adaptc.weights import Weight
@@ -39,25 +40,25 @@ def spelled(key: str, bare: bool = False) -> str:
     return key if key.startswith(ROOT) else PREFIX + key
 
 
-def match(checkpoint: Checkpoint, expected: Mapping[str, Expected]) -> None:
+def match(
+    checkpoint: Checkpoint, expected: Mapping[str, Expected], vocabularies: Mapping[str, int] | None = None
+) -> None:
     """Check the keys, shapes and dtypes of a checkpoint against what was inserted; no expected tensor is loaded.
 
     Args:
         checkpoint: the checkpoint.
         expected: key without PEFT's prefix -> what its tensor must be.
+        vocabularies: modules whose size is that of the vocabulary -> how many words this base has.
 
     Raises:
         WeightError: a tensor is missing or unexpected, or has another shape or dtype.
     """
-    tensors = checkpoint.tensors
+    tensors, idle = checkpoint.tensors, checkpoint.idle
     absent = [key for key in expected if key not in tensors]
     unexpected = [
         key
         for key in tensors
-        if key not in expected
-        and key not in checkpoint.without_effect
-        and not key.endswith(BASE_LAYER)
-        and not _is_copy(checkpoint, key, expected)
+        if key not in expected and key not in idle and not _is_copy(checkpoint, key, expected)
     ]
     prefix = _prefix_problem(unexpected, set(expected)) if unexpected else None
     if prefix:
@@ -72,11 +73,7 @@ def match(checkpoint: Checkpoint, expected: Mapping[str, Expected]) -> None:
     for key, requirement in expected.items():
         tensor = tensors[key]
         if tensor.shape != requirement.shape:
-            raise WeightError(
-                f"{checkpoint.path}: tensor {spelled(key)!r} has shape {list(tensor.shape)}, but this base and "
-                f"this configuration need {list(requirement.shape)}; the adapter was trained on another base, "
-                "or its configuration was changed"
-            )
+            raise _of_other_shape(checkpoint, key, requirement.shape, vocabularies or {})
         if requirement.below is None and not tensor.dtype.is_floating_point:
             raise WeightError(
                 f"{checkpoint.path}: tensor {spelled(key)!r} is {dtype_name(tensor)}; trained weights are "
@@ -116,30 +113,25 @@ def load(checkpoint: Checkpoint, expected: Mapping[str, Expected]) -> dict[str, 
 
 
 def check_base_weights(checkpoint: Checkpoint, base: Mapping[str, Weight]) -> None:
-    """Check that the base weights in an adapter's checkpoint are this base's.
+    """Check that the heads that adaptc wrote into an adapter's checkpoint for PEFT are this base's.
 
     Args:
         checkpoint: the checkpoint.
         base: name -> weight of this base.
 
     Raises:
-        WeightError: one differs: the vocabulary was resized, or the adapter was trained on another base.
+        WeightError: one differs.
     """
-    for name, weight in checkpoint.base_weights.items():
+    for name, weight in checkpoint.base_tensors.items():
         ours = base.get(name)
         if (
             ours is None
             or ours.shape != weight.shape
             or not torch.equal(ours.load(), weight.load().to(ours.dtype))
         ):
-            if name in checkpoint.base_tensors:
-                raise WeightError(
-                    f"{checkpoint.path}: it was trained beside another {name} than this base's; a head that the base's "
-                    "files do not hold is drawn from `seed`: give the same, or train the head too"
-                )
             raise WeightError(
-                f"{checkpoint.path}: it holds a {name} that is not this base's (shape {list(weight.shape)}): the "
-                "vocabulary was resized or trained; save the resized base too, and name that as base.model"
+                f"{checkpoint.path}: it was trained beside another {name} than this base's; a head that the base's "
+                "files do not hold is drawn from `seed`: give the same, or train the head too"
             )
 
 
@@ -158,6 +150,34 @@ def check_base(checkpoint: Checkpoint, sha256: str) -> None:
             f"{checkpoint.path}: this adapter was trained on another base: its own has SHA-256 "
             f"{checkpoint.base_sha256[:12]}..., this one {sha256[:12]}..."
         )
+
+
+def _of_other_shape(
+    checkpoint: Checkpoint, key: str, wanted: tuple[int, ...], vocabularies: Mapping[str, int]
+) -> WeightError:
+    """The error about a tensor whose shape is not the one that this base and the configuration need."""
+    shape, where = checkpoint.tensors[key].shape, f"{checkpoint.path}: tensor {spelled(key)!r}"
+    if 0 in shape or (len(shape) == 1 < len(wanted)):
+        return WeightError(
+            f"{where} has shape {list(shape)} instead of {list(wanted)}: it was saved while its values were "
+            "distributed (DeepSpeed ZeRO-3 or FSDP), so they are not in the file",
+            "save it again with the values gathered: stage3_gather_16bit_weights_on_model_save for DeepSpeed, "
+            "a full state dict for FSDP; or convert the training checkpoint by zero_to_fp32.py",
+        )
+    module = next((name for name in vocabularies if base_name(key).startswith(f"{name}.")), "")
+    other = [(a, b) for a, b in zip(shape, wanted, strict=False) if a != b]
+    if module and len(shape) == len(wanted) and len(other) == 1 and other[0][1] == vocabularies[module]:
+        words = other[0][0]
+        return WeightError(
+            f"{where} is for a vocabulary of {words} words, and {module} of this base has {vocabularies[module]}: "
+            "the vocabulary was resized before the adapter was trained",
+            f"resize the base in the same way and save it, model.resize_token_embeddings({words}) and "
+            "model.save_pretrained(folder), and name that folder as base.model",
+        )
+    return WeightError(
+        f"{where} has shape {list(shape)}, but this base and this configuration need {list(wanted)}; the adapter was "
+        "trained on another base, or its configuration was changed"
+    )
 
 
 def _is_copy(checkpoint: Checkpoint, key: str, expected: Iterable[str]) -> bool:

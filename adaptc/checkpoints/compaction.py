@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from adaptc.checkpoints.adapter import ROOT
 from adaptc.checkpoints.graph_records import plain_options
+from adaptc.checkpoints.key_parts import ROOT
 from adaptc.checkpoints.records import AdapterRecord, AdapterTensor
 from adaptc.methods.method import shared_name
 from adaptc.methods.virtual_tokens import PROMPT_KEY, PromptMethod

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from adaptc.checkpoints.adapter import ROOT
+from adaptc.checkpoints.key_parts import ROOT
 from adaptc.checkpoints.peft_keys import PeftLayout
 from adaptc.checkpoints.records import AdapterRecord, AdapterTensor
 from adaptc.checkpoints.tied import TIED_NAMES
@@ -21,30 +21,35 @@ from adaptc.methods.site import MATRIX_KINDS, WeightSite
 
 
 def records_of(graph: Graph) -> list[AdapterRecord]:
-    """The records of everything inserted into a graph: one for each method of an entry, in order."""
+    """The records of everything inserted into a graph: one for each method of an entry with its options, in order."""
     groups: dict[tuple[int, str, str], list[Adaptation]] = {}
-    of_entry: dict[tuple[int, str], list[Site]] = {}
+    of_entry: dict[tuple[int, str], list[Adaptation]] = {}
     for a in graph.adaptations:
-        groups.setdefault((a.entry, a.method.name, a.adapter), []).append(a)
-        of_entry.setdefault((a.entry, a.adapter), []).append(a.site)
+        groups.setdefault((a.entry, repr(a.declared), a.adapter), []).append(a)
+        of_entry.setdefault((a.entry, a.adapter), []).append(a)
     return [_record(graph, group, of_entry[entry, adapter]) for (entry, _, adapter), group in groups.items()]
 
 
-def _record(graph: Graph, group: Sequence[Adaptation], of_entry: Sequence[Site]) -> AdapterRecord:
+def _record(graph: Graph, group: Sequence[Adaptation], of_entry: Sequence[Adaptation]) -> AdapterRecord:
     """The record of one method.
 
     Args:
         graph: the graph.
         group: the adaptations by the method.
-        of_entry: the sites of all methods of its entry, which share a checkpoint.
+        of_entry: those by all methods of its entry, which share a checkpoint.
     """
     first, sites = group[0], [a.site for a in group]
     method: Method[Any] = first.declared
     order = weight_order(graph)
-    layout, of_method = PeftLayout(of_entry, order), PeftLayout(sites, order)
+    layout, of_method = PeftLayout([a.site for a in of_entry], order), PeftLayout(sites, order)
     every = sum(point.kind == first.site.kind for point in graph.points) if first.stays else 0
     sizes = method.peft.sizes(method, sites, every) if method.peft is not None else {}
-    in_peft = of_method.supported and sizes is not None and all(_in_peft(a, graph) for a in group)
+    in_peft = (
+        of_method.supported
+        and sizes is not None
+        and all(_in_peft(a, graph) for a in group)
+        and _named_by_modules(graph, group, of_entry)
+    )
     tensors = {
         name: AdapterTensor(
             name,
@@ -79,6 +84,31 @@ def _record(graph: Graph, group: Sequence[Adaptation], of_entry: Sequence[Site])
         tied=any(_tied_modules(a, graph) for a in group),
         tensors=tuple(tensors.values()),
     )
+
+
+def _named_by_modules(graph: Graph, group: Sequence[Adaptation], of_entry: Sequence[Adaptation]) -> bool:
+    """Whether the names of modules say which parameters a method trains: all of each, or the biases that `bias` means.
+
+    PEFT names no single parameter, nor the model itself.
+    """
+    sites = [a.site for a in group if isinstance(a.site, WeightSite)]
+    if any(not site.module for site in sites):
+        return False
+    trained = {site.name for site in sites if site.kind == "parameter"}
+    modules = {site.module for site in sites if site.name in trained}
+    if (
+        trained
+        and all(name.endswith(".bias") for name in trained)
+        and any(_trains_biases(a) for a in of_entry)
+    ):
+        return True
+    names = [site.name for site in graph.sites]
+    return {name for name in names for module in modules if name.startswith(f"{module}.")} <= trained
+
+
+def _trains_biases(a: Adaptation) -> bool:
+    """Whether a method has an option by which PEFT trains biases beside it, and that is set."""
+    return getattr(a.declared, "biases", "none") != "none"
 
 
 def _tied_modules(a: Adaptation, graph: Graph) -> list[str]:

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import fx, nn
 
-from adaptc.checkpoints.adapter import directories, read
+from adaptc.checkpoints.adapter import Checkpoint, directories, read
 from adaptc.checkpoints.adapter_checks import check_base
 from adaptc.checkpoints.compaction import compacted
+from adaptc.checkpoints.config_keys import ignoring
+from adaptc.checkpoints.grouping import group
+from adaptc.checkpoints.joined import check_joined
+from adaptc.checkpoints.key_parts import modules_holding
+from adaptc.checkpoints.lengthened_keys import shortened
 from adaptc.checkpoints.peft_config import check_options
 from adaptc.checkpoints.peft_write import save
-from adaptc.checkpoints.records import AdapterRecord, assign, group
+from adaptc.checkpoints.records import AdapterRecord, assign
+from adaptc.checkpoints.saved_along import with_base_tensors
 from adaptc.errors import WeightError
 from adaptc.ir.aliases import unread_modules
+from adaptc.weights import Held
 
 META = "adaptc"
 """The key in a module's `meta` under which adaptc stores its records of the adapters and the base."""
@@ -35,12 +43,15 @@ def records(module: fx.GraphModule) -> list[AdapterRecord]:
     return [AdapterRecord.from_json(record) for record in stored["adapters"]]
 
 
-def load_adapter_into(module: fx.GraphModule, directory: Path) -> dict[str, torch.Tensor]:
+def load_adapter_into(
+    module: fx.GraphModule, directory: Path, ignore: Sequence[str] = ()
+) -> dict[str, torch.Tensor]:
     """Copy the tensors of checkpoints into a module's adapters; nothing is changed if they do not fit.
 
     Args:
         module: a module that adaptc compiled.
         directory: one checkpoint, or several with their order.
+        ignore: options of their configurations to read them without.
 
     Returns:
         Name -> tensor as the checkpoints hold it, in their dtype.
@@ -50,7 +61,9 @@ def load_adapter_into(module: fx.GraphModule, directory: Path) -> dict[str, torc
     """
     base = module.meta[META]["base"]["sha256"]
     unread = unread_modules(module)
-    checkpoints = [replace(read(path), unread=unread) for path in directories(directory)]
+    stored = ignoring([read(path) for path in directories(directory)], ignore)
+    modules = modules_holding(tensors_of(module))
+    checkpoints = [shortened(replace(checkpoint, unread=unread), modules) for checkpoint in stored]
     groups = group(records(module))
     if len(checkpoints) != len(groups):
         raise WeightError(
@@ -60,12 +73,20 @@ def load_adapter_into(module: fx.GraphModule, directory: Path) -> dict[str, torc
     for checkpoint, members in zip(checkpoints, groups, strict=True):
         check_base(checkpoint, base)
         check_options(checkpoint, members[0])
-        values |= assign(checkpoint, members)
+        if members[0].format is not None:
+            check_joined(checkpoint, members[0].format, members[1:])
+        values |= assign(_beside(checkpoint, members, module), members)
     tensors = tensors_of(module)
     with torch.no_grad():
         for name, value in values.items():
             tensors[name].copy_(value)
     return values
+
+
+def _beside(checkpoint: Checkpoint, members: Sequence[AdapterRecord], module: fx.GraphModule) -> Checkpoint:
+    """A checkpoint that says which of its tensors are those of a module's base."""
+    base = {name: Held(tensor.detach().cpu()) for name, tensor in module.named_parameters()}
+    return with_base_tensors(checkpoint, [t.key for record in members for t in record.stored], base)
 
 
 def save_adapter_of(module: fx.GraphModule, directory: Path) -> None:

@@ -2,40 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 from pydantic import TypeAdapter, ValidationError
 
-from adaptc.checkpoints.adapter import CONFIG, Checkpoint
+from adaptc.checkpoints.adapter import Checkpoint
+from adaptc.checkpoints.config_file import CONFIG, config_error, invalid_values
+from adaptc.checkpoints.config_keys import check_other_keys
 from adaptc.checkpoints.peft_targets import module_patterns, named_modules, target_of, with_output_projections
 from adaptc.checkpoints.records import AdapterRecord
-from adaptc.checkpoints.tied import TIES
-from adaptc.errors import WeightError
+from adaptc.checkpoints.tied import ON_ALIAS
+from adaptc.errors import WeightError, got
 from adaptc.methods.method import METHODS, Method, options_of
 from adaptc.methods.peft_format import PeftFormat
+from adaptc.patterns import literal
+from adaptc.spec.yaml_text import Loc
 
-DESCRIPTIVE = frozenset(
-    {
-        "auto_mapping",
-        "base_model_name_or_path",
-        "revision",
-        "task_type",
-        "inference_mode",
-        "peft_type",
-        "peft_version",
-        "target_modules",
-        "exclude_modules",
-        "modules_to_save",
-        "layers_to_transform",
-        "layers_pattern",
-        "target_parameters",
-        "fan_in_fan_out",
-        *("num_layers", "num_attention_heads", "token_dim"),
-    }
-)
-"""Keys that say where the adapter sits or comes from, not what it computes."""
+METHOD, OPTIONS = "adaptc_method", "adaptc_options"
+"""The keys of adaptc's own format, for methods that PEFT does not have."""
+OWN_FORMAT = PeftFormat[Any](None, options={"method": METHOD, "options": OPTIONS, "on_alias": ON_ALIAS})
 
 
 @dataclass(frozen=True)
@@ -47,15 +35,15 @@ class Declared:
         options: its options.
         target: patterns of the modules and parameters that it adapts.
         exclude: patterns of those that it does not.
-        as_stored: parameters are read in their stored layout, (out, in) or (experts, out, in), as PEFT's
-            `target_parameters` does.
+        as_stored: patterns of the parameters that are read as they are stored, (out, in) or (experts, out, in): PEFT's
+            `target_parameters`.
     """
 
     method: type[Method[Any]]
     options: dict[str, Any]
     target: Sequence[str]
     exclude: tuple[str, ...]
-    as_stored: bool = False
+    as_stored: tuple[str, ...] = ()
 
 
 def declared(checkpoint: Checkpoint, prefer: str = "") -> Declared:
@@ -70,39 +58,77 @@ def declared(checkpoint: Checkpoint, prefer: str = "") -> Declared:
             the result and is not read.
     """
     config = checkpoint.config
-    if config.get("adaptc_method"):
+    if config.get(METHOD) is not None:
         return _in_adaptc_format(checkpoint)
-    fitting = {cls.name: format for cls, format in _formats() if _fits(format, config)}
-    if not fitting:
-        types = sorted({str(format.type) for _, format in _formats()})
-        raise WeightError(
-            f"{checkpoint.path}: peft_type {config.get('peft_type')!r} is not a method this adaptc has; "
-            f"it reads {', '.join(types)}"
-        )
-    most = max(fitting, key=lambda name: len(fitting[name].options))  # the method that reads most of the keys
-    cls = METHODS[prefer if prefer in fitting else most]
-    format = fitting[cls.name]
-    _check_other_keys(checkpoint, cls)
+    cls, format = _method_of(checkpoint, prefer)
+    check_other_keys(checkpoint, cls.name, format)
+    _check_layers(checkpoint)
     options = {ours: config[theirs] for ours, theirs in format.options.items() if theirs in config}
     for name in format.modules:
         options[name] = tuple(module_patterns(checkpoint, format.options[name]))
-    saved = [p for m in checkpoint.saved_modules for p in (m, f"*.{m}", f"{m}.*", f"*.{m}.*")]
+    options = cls.trained_options(format.read(options))
+    spelled = format.options
+    options = _checked(checkpoint, cls, options, lambda loc: (spelled.get(str(loc[0]), loc[0]), *loc[1:]))
+    names = [literal(module) for module in checkpoint.saved_modules]
+    saved = [p for m in names for p in (m, f"{m}.*")]
     exclude = (*with_output_projections(module_patterns(checkpoint, "exclude_modules")), *saved)
     target = ["*"] if cls.everywhere else target_of(checkpoint)
-    options = _checked(checkpoint, cls, cls.trained_options(format.read(options)))
-    return Declared(cls, options, target, exclude, as_stored=bool(config.get("target_parameters")))
-
-
-def _formats() -> list[tuple[type[Method[Any]], PeftFormat[Any]]]:
-    """The methods that PEFT has a checkpoint format for, each with that format."""
-    return [(cls, cls.peft) for cls in METHODS.values() if cls.peft is not None and cls.peft.type]
-
-
-def _fits(format: PeftFormat[Any], config: Mapping[str, Any]) -> bool:
-    """Whether a configuration is of this format: its `peft_type` and all keys that are fixed."""
-    return format.type == config.get("peft_type") and all(
-        bool(config.get(key)) == bool(value) for key, value in format.fixed.items()
+    return Declared(
+        cls, options, target, exclude, as_stored=tuple(module_patterns(checkpoint, "target_parameters"))
     )
+
+
+def _method_of(checkpoint: Checkpoint, prefer: str) -> tuple[type[Method[Any]], PeftFormat[Any]]:
+    """The method of a configuration in PEFT's format, and that format.
+
+    Raises:
+        WeightError: adaptc has no method of its type.
+    """
+    config = checkpoint.config
+    formats = {cls.name: cls.peft for cls in METHODS.values() if cls.peft is not None and cls.peft.type}
+    fitting = {name: format for name, format in formats.items() if _fits(checkpoint, format)}
+    if not fitting:
+        types = sorted({str(format.type) for format in formats.values()})
+        given = config.get("peft_type")
+        message = f"{given!r} is not a method this adaptc has" if given else "required: the method's name"
+        raise config_error(
+            checkpoint.path / CONFIG, ("peft_type",), f"{message}; it reads {', '.join(types)}"
+        )
+    most = max(fitting, key=lambda name: len(fitting[name].options))  # the method that reads most of the keys
+    name = prefer if prefer in fitting else most
+    return METHODS[name], fitting[name]
+
+
+def _fits(checkpoint: Checkpoint, format: PeftFormat[Any]) -> bool:
+    """Whether a configuration is of this format: its `peft_type` and all keys that are fixed.
+
+    Raises:
+        WeightError: one of the fixed keys is not true, false or null.
+    """
+    config = checkpoint.config
+    if format.type != config.get("peft_type"):
+        return False
+    for key in format.fixed:
+        if not isinstance(config.get(key), bool | None):
+            raise config_error(
+                checkpoint.path / CONFIG, (key,), f"expected true or false, got {got(config[key])}"
+            )
+    return all(bool(config.get(key)) == bool(value) for key, value in format.fixed.items())
+
+
+def _check_layers(checkpoint: Checkpoint) -> None:
+    """Check that what numbers layers has something to number, as PEFT does.
+
+    Raises:
+        WeightError: there are layers without a list of modules, or a pattern without layers.
+    """
+    config, path = checkpoint.config, checkpoint.path / CONFIG
+    layers = config.get("layers_to_transform")
+    if config.get("layers_pattern") and layers is None:
+        raise config_error(path, ("layers_pattern",), "has no meaning without layers_to_transform")
+    if isinstance(config.get("target_modules"), str) and layers not in (None, []):
+        message = "needs a list of names in target_modules: a regular expression can name the layers itself"
+        raise config_error(path, ("layers_to_transform",), message)
 
 
 def check_options(checkpoint: Checkpoint, record: AdapterRecord) -> None:
@@ -143,58 +169,40 @@ def _in_adaptc_format(checkpoint: Checkpoint) -> Declared:
     """Read the configuration of a checkpoint in adaptc's own format.
 
     Raises:
-        WeightError: the method is not installed, or the configuration names no modules.
+        WeightError: the method is not installed, or a key has no value that it can have.
     """
-    config = checkpoint.config
-    cls = METHODS.get(config["adaptc_method"])
-    if cls is None:
-        raise WeightError(
-            f"{checkpoint.path}: method {config['adaptc_method']!r} is not installed; install the package that has it"
-        )
-    options = _checked(checkpoint, cls, cls.trained_options(dict(config.get("adaptc_options") or {})))
-    target: object = config.get("target_modules")
+    config, path = checkpoint.config, checkpoint.path / CONFIG
+    name, target = config[METHOD], config.get("target_modules")
+    given: object = config.get(OPTIONS, {})
+    if not isinstance(name, str) or name not in METHODS:
+        message = f"method {name!r} is not installed; install the package that has it"
+        raise config_error(path, (METHOD,), message)
+    check_other_keys(checkpoint, name, OWN_FORMAT)
+    if not isinstance(given, dict):
+        raise config_error(path, (OPTIONS,), f"expected a mapping, got {got(given)}")
     if not isinstance(target, list) or not target:
-        raise WeightError(f"{checkpoint.path / CONFIG}: its configuration names no target_modules")
+        raise config_error(path, ("target_modules",), "required: the modules that it adapts")
+    cls = METHODS[name]
+    checked = _checked(checkpoint, cls, cast(dict[str, Any], given), lambda loc: (OPTIONS, *loc))
+    options = cls.trained_options(checked)
     return Declared(cls, options, tuple(str(pattern) for pattern in cast(list[object], target)), ())
 
 
-def _check_other_keys(checkpoint: Checkpoint, cls: type[Method[Any]]) -> None:
-    """Check that a configuration has no key that changes the result and that the method does not read.
-
-    Raises:
-        WeightError: it has one, or was initialised in a way that changes the base's weights.
-    """
-    assert cls.peft is not None
-    read = DESCRIPTIVE | cls.peft.ignored | set(cls.peft.options.values()) | set(cls.peft.fixed)
-    read |= {TIES} if cls.peft.ties else set[str]()
-    for key, value in checkpoint.config.items():
-        if key in read or key.startswith("init_"):
-            continue
-        if value and value != "none":
-            raise WeightError(
-                f"{checkpoint.path}: option {key}: {value!r} changes what {cls.name} computes, "
-                "and this adaptc does not read it"
-            )
-    init = next((v for k, v in checkpoint.config.items() if k.startswith("init_") and isinstance(v, str)), "")
-    if init.startswith(cls.peft.changes_base):
-        raise WeightError(
-            f"{checkpoint.path}: initialised by {init!r}, which changes the base's weights too; save it with PEFT's "
-            "path_initial_model_for_weight_conversion, so that it fits the original base"
-        )
-
-
-def _checked(checkpoint: Checkpoint, cls: type[Method[Any]], options: dict[str, Any]) -> dict[str, Any]:
+def _checked(
+    checkpoint: Checkpoint, cls: type[Method[Any]], options: dict[str, Any], place: Callable[[Loc], Loc]
+) -> dict[str, Any]:
     """The options as the method takes them, validated as those of a spec are.
 
+    Args:
+        checkpoint: the checkpoint.
+        cls: the method.
+        options: its options, in the values that JSON has.
+        place: the place in the configuration of an option, by its name.
+
     Raises:
-        WeightError: one has a value that the method does not take; names PEFT's key.
+        WeightError: one has a value that the method does not take.
     """
     try:
-        return options_of(TypeAdapter(cls).validate_python(options))
+        return options_of(TypeAdapter(cls).validate_json(json.dumps(options), strict=True))
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        ours = str(first["loc"][0]) if first["loc"] else ""
-        key = cls.peft.options.get(ours, ours) if cls.peft else ours
-        path = ".".join([key, *map(str, first["loc"][1:])])
-        message = first["msg"].lower().replace("input should", "it should")
-        raise WeightError(f"{checkpoint.path / CONFIG}: {path}: {message}, got {first['input']!r}") from None
+        raise invalid_values(checkpoint.path / CONFIG, error, place) from None

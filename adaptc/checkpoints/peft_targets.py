@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from adaptc.checkpoints.adapter import CONFIG, Checkpoint, list_of
+from adaptc.checkpoints.adapter import Checkpoint, list_of
+from adaptc.checkpoints.config_file import CONFIG, config_error
 from adaptc.errors import WeightError
 from adaptc.ir.selection import ALL_LINEAR
 from adaptc.methods.site import OUT_PROJECTION
@@ -26,9 +27,8 @@ def module_patterns(checkpoint: Checkpoint, key: str) -> list[str]:
         try:
             re.compile(value)
         except re.error as error:
-            raise WeightError(
-                f"{checkpoint.path / CONFIG}: {key}: {value!r} is not a regular expression: {error}"
-            ) from None
+            message = f"{value!r} is not a regular expression: {error}"
+            raise config_error(checkpoint.path / CONFIG, (key,), message) from None
         return [value if value == ALL_LINEAR else f"re:{value}"]
     if value is None:
         return []
@@ -57,7 +57,8 @@ def target_of(checkpoint: Checkpoint) -> list[str]:
         named = _in_layers(checkpoint, named)
     patterns = with_output_projections(named) + module_patterns(checkpoint, "target_parameters")
     if not patterns:
-        raise WeightError(f"{checkpoint.path / CONFIG}: its configuration names no target_modules")
+        message = "its configuration names no target_modules"
+        raise config_error(checkpoint.path / CONFIG, ("target_modules",), message)
     return patterns
 
 

@@ -13,12 +13,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors import torch as safetensors
 
-from adaptc.checkpoints.adapter import BASE_HASH, BASE_TENSORS, CONFIG, ORDER, ROOT, TENSORS
+from adaptc.checkpoints.adapter import BASE_HASH, BASE_TENSORS, CONFIG, ORDER, TENSORS
 from adaptc.checkpoints.adapter_checks import spelled
-from adaptc.checkpoints.records import AdapterRecord, AdapterTensor, group
-from adaptc.checkpoints.tied import ON_ALIAS, TIES
+from adaptc.checkpoints.grouping import biases, group
+from adaptc.checkpoints.key_parts import ROOT
+from adaptc.checkpoints.records import AdapterRecord, AdapterTensor
+from adaptc.checkpoints.tied import ON_ALIAS
 from adaptc.errors import WeightError
 from adaptc.methods.method import options_of
+from adaptc.methods.peft_format import TIES, PeftFormat
 from adaptc.patterns import matches_any
 
 TASKS: Mapping[str, str] = {
@@ -62,7 +65,9 @@ def save(
         format = members[0].format
         bare = format is not None and format.bare
         tensors = {
-            spelled(key, bare): _as_written(values[t.name], t)
+            spelled(_joined(key, r.format if r is not members[0] else None), bare): _as_written(
+                values[t.name], t
+            )
             for r in members
             for t in r.stored
             for key in (t.key, *t.copies)
@@ -79,6 +84,12 @@ def save(
         (target / CONFIG).write_text(json.dumps(_config(members, base), indent=2, sort_keys=True) + "\n")
     if len(groups) > 1:
         (directory / ORDER).write_text(json.dumps({"order": names}, indent=2) + "\n")
+
+
+def _joined(key: str, format: PeftFormat[Any] | None) -> str:
+    """The key of a tensor, of a method that joins another's checkpoint where its format is given."""
+    module, dot, leaf = key.rpartition(".")
+    return f"{module}{dot}{format.joined_as}{leaf}" if format is not None else key
 
 
 def _as_written(value: torch.Tensor, tensor: AdapterTensor) -> torch.Tensor:
@@ -111,14 +122,15 @@ def _config(group: Sequence[AdapterRecord], base: Mapping[str, str]) -> dict[str
             "target_modules": list(host.patterns),
             **({ON_ALIAS: "share"} if host.tied else {}),
         }
-    config |= {"peft_type": host.format.type, **_fixed_keys(host.format.fixed), **host.sizes}
+    config |= {"peft_type": host.format.type, **_fixed_keys(host.format.fixed), **host.format.unused}
+    config |= host.sizes
     if host.format.bare:
         config["task_type"] = TASKS.get(base.get("task", ""))
     else:
         config["target_modules"] = _targets(host)
     if host.parameters:
         config["target_parameters"] = list(host.parameters)
-    if host.format.ties and any(record.tied for record in group):
+    if host.format.ties and any(r.tied and r.format is not None and not r.format.tied for r in group):
         config[TIES] = True
     if host.transposed:
         config["fan_in_fan_out"] = True
@@ -131,22 +143,17 @@ def _config(group: Sequence[AdapterRecord], base: Mapping[str, str]) -> dict[str
     for record in joined if not host.format.bare else ():
         assert record.format is not None
         assert record.format.joins is not None
-        biases = {m for m in record.modules if config.get("bias") and _only_bias(record, m)}
-        modules = [module for module in record.modules if module not in biases]
+        by_bias = biases(host, record)
+        modules = [module for module in record.modules if module not in by_bias]
         if modules:
-            config.setdefault(record.format.joins, []).extend(modules)
+            key, options = record.format.joins, options_of(record.instance)
+            config[key] = record.format.join(config.get(key), modules, options)
     return config
 
 
 def _fixed_keys(fixed: Mapping[str, object]) -> dict[str, object]:
     """The keys with a fixed value, without those of adaptc that are false, which PEFT does not know."""
     return {key: value for key, value in fixed.items() if value or not key.startswith("adaptc_")}
-
-
-def _only_bias(record: AdapterRecord, module: str) -> bool:
-    """Whether only a module's bias is trained, which PEFT's option `bias` says instead of a list of modules."""
-    leaves = {t.key.rpartition(".")[2] for t in record.stored if t.name.startswith(f"{module}.")}
-    return leaves == {"bias"}
 
 
 def _targets(record: AdapterRecord) -> list[str] | str:

@@ -157,37 +157,3 @@ def assign(checkpoint: Checkpoint, records: Sequence[AdapterRecord]) -> dict[str
     match(checkpoint, expected)
     values = load(checkpoint, expected)
     return {tensor.name: values[tensor.key] for tensor in tensors}
-
-
-def group(records: Sequence[AdapterRecord]) -> list[list[AdapterRecord]]:
-    """Group records that share a checkpoint: a method, and those that join its configuration.
-
-    A method cannot join one that sits on the same modules in another entry: the order of both must be kept there.
-
-    Returns:
-        The groups in the order they apply; the first record of each is the host.
-    """
-    groups: list[list[AdapterRecord]] = []
-    joining = [record for record in records if record.format is not None and record.format.joins]
-    for record in records:
-        if record not in joining:
-            groups.append([record])
-    for record in joining:
-        host = next((g for g in groups if _hosts(g[0], record)), None)
-        if host is None:
-            groups.append([record])
-        else:
-            host.append(record)
-    return sorted(groups, key=lambda members: members[0].entry)
-
-
-def _hosts(host: AdapterRecord, record: AdapterRecord) -> bool:
-    """Whether a record can join the configuration of another."""
-    if host.format is None or host.format.type is None:
-        return False
-    heads = all(not host.format.heads.isdisjoint(module.split(".")) for module in record.modules)
-    accepts = host.format.hosts or (bool(host.format.heads) and heads)
-    if record.tied and not host.format.ties:
-        return False
-    independent = host.entry == record.entry or not set(host.modules) & set(record.modules)
-    return accepts and host.adapter == record.adapter and independent

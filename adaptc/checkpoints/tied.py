@@ -6,12 +6,13 @@ from collections.abc import Mapping
 
 import torch
 
-from adaptc.checkpoints.adapter import BASE_LAYER, Checkpoint
+from adaptc.checkpoints.adapter import Checkpoint
+from adaptc.methods.peft_format import TIES
 
-TIES = "ensure_weight_tying"
-"""PEFT's key: what changes an embedding changes the head that is tied to it, too."""
 ON_ALIAS = "adaptc_on_alias"
 """The key of adaptc's own format: what is done about tied tensors."""
+BASES = (["base_layer"], ["original_module"])
+"""What stands in front of the last part of the key of a tensor that is the base's own."""
 TIED_NAMES = frozenset({"embed_tokens", "lm_head"})
 """The modules for which PEFT follows that key, by the last part of their names (`EMBEDDING_LAYER_NAMES`)."""
 
@@ -38,7 +39,7 @@ def tied_in(checkpoint: Checkpoint, aliases: Mapping[str, str]) -> list[str]:
     """
     if not tying_key(checkpoint):
         return []
-    trained = [key for key in checkpoint.tensors if not key.endswith(BASE_LAYER)]
+    trained = [key for key in checkpoint.tensors if key.split(".")[-2:-1] not in BASES]
     by_tensor: dict[str, list[str]] = {}
     for name, first in aliases.items():
         by_tensor.setdefault(first, []).append(name.rpartition(".")[0])

@@ -13,7 +13,7 @@ from adaptc.errors import AdaptcError, Problem, ProofError, SpecError
 from adaptc.weights import read_safetensors, sha256_of_files
 
 if TYPE_CHECKING:
-    from adaptc.compiler.proof import Runner
+    from adaptc.compiler.runners import Runner
 
 
 def inspect(path: Path) -> list[dict[str, Any]]:
@@ -100,7 +100,7 @@ def _proved(folder: Path, name: str, artifact: Mapping[str, Any]) -> str:
 
 
 def _runner(folder: Path, name: str, artifact: Mapping[str, Any]) -> Runner:
-    from adaptc.compiler.proof import BatchRunner, module_call
+    from adaptc.compiler.runners import BatchRunner, module_call
     from adaptc.emit.onnx.partitioned import PartitionedProgram
     from adaptc.emit.onnx.runtime import onnx_runner
     from adaptc.emit.torch import load_torch
@@ -182,7 +182,7 @@ def _described(artifacts: Mapping[str, Any]) -> dict[str, Any]:
         if "proof" in artifact:
             proof = artifact["proof"]
             shown[f"{name}: proof"] = (
-                f"largest error {proof['relative']:.1e} of {proof['tolerance']:.1e} allowed"
+                f"relative error {proof['relative']:.1e} of {proof['tolerance']:.1e} allowed"
             )
     origins = {name: _origin(artifact["provenance"]) for name, artifact in artifacts.items()}
     if all(origin == next(iter(origins.values())) for origin in origins.values()):

@@ -82,6 +82,8 @@ class Screen:
             f"pipeline    {' > '.join(plan.pipeline) or 'none'}, then factor (trainable, live) or fold (folded)"
         )
         self.out.print(f"passes:     {flow(plan.stated)}", markup=False)
+        inputs = "; ".join(f"{name}: {shape}" for name, shape in plan.inputs.items())
+        self.out.print(f"inputs      {inputs}", markup=False)
         for note in plan.notes:
             self.out.print(f"note        {note}", markup=False)
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, Any
 
-from adaptc.errors import Problem, SpecError
+from adaptc.errors import Problem, SpecError, TraceError
+
+if TYPE_CHECKING:
+    from adaptc.tracing.huggingface_start import Start
 
 TEXT = """\
 # adaptc plan {name}      shows what this matches and costs; reads no weights
@@ -16,7 +19,7 @@ version: 1
 base:
   model: {model}
   task: {task}          # which head: feature-extraction, causal-lm, sequence-classification, ...{config}
-adapt:
+{inputs}adapt:
 {adapt}
 emit:
 {emit}
@@ -40,21 +43,12 @@ EMIT_LIVE = """\
   - {format: onnx, path: build/model.onnx, adapters: live}   # the base stays quantized, the adapter beside it
   # passes: [insert, fold, quantize] folds it in and quantizes again; [insert, fold] leaves floats
   # - {format: torch, path: build/trainable}         # to train on"""
-HEADS = {
-    "WhisperForConditionalGeneration": "speech-seq2seq",
-    "ForCausalLM": "causal-lm",
-    "LMHeadModel": "causal-lm",
-    "MTModel": "seq2seq-lm",
-    "ForConditionalGeneration": "seq2seq-lm",
-    "ForSequenceClassification": "sequence-classification",
-    "ForTokenClassification": "token-classification",
-    "ForQuestionAnswering": "question-answering",
-    "ForMaskedLM": "masked-lm",
-    "ForImageClassification": "image-classification",
-    "ForAudioClassification": "audio-classification",
-    "ForCTC": "ctc",
+PEFT_TASKS = {
+    "SEQ_CLS": "sequence-classification",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
 }
-"""How the name of a class in config.json's `architectures` ends -> its task. The first that fits holds."""
+"""PEFT's name of a task whose head an adapter brings along -> the task."""
 
 
 def starter_spec(model: Path, adapter: Path | None, folder: Path) -> str:
@@ -76,23 +70,24 @@ def starter_spec(model: Path, adapter: Path | None, folder: Path) -> str:
     whole = is_sentence_transformer(model)
     transformer = read_sentence_transformer(model).model if whole else model
     config = _config(transformer, "config.json", "a Hugging Face model directory")
-    task = "sentence-embedding" if whole else _task(config)
-    adapt, override = TRAIN, ""
+    task, architecture, adapt, override = "sentence-embedding" if whole else "", "", TRAIN, ""
     if adapter is not None:
         trained = _config(adapter, "adapter_config.json", "a trained adapter's directory")
         adapt = LOADED.format(adapter=_relative(adapter, folder))
-        if trained.get("task_type") == "SEQ_CLS":
-            task = "sequence-classification"
-            labels = _labels(adapter)
-            override = (
-                f"\n  config: {{num_labels: {labels}}}   # as the adapter's head has them" if labels else ""
-            )
+        task = PEFT_TASKS.get(str(trained.get("task_type")), task)
+        mapping: dict[str, Any] = trained.get("auto_mapping") or {}
+        architecture = str(mapping.get("base_model_class", ""))
+        labels = _labels(adapter)
+        if labels and (task in PEFT_TASKS.values() or architecture.endswith("Classification")):
+            override = f"\n  config: {{num_labels: {labels}}}   # as the adapter's head has them"
+    task, inputs = _start(model, config, task, architecture)
     return TEXT.format(
         name="spec.yaml",
         model=_relative(model, folder),
         task=task,
         adapt=adapt,
         config=override,
+        inputs=inputs,
         emit=EMIT_TRAIN if adapter is None else EMIT_LIVE if "quantization_config" in config else EMIT_FOLDED,
     )
 
@@ -107,17 +102,36 @@ def _labels(adapter: Path) -> int | None:
     return rows[0] if rows else None
 
 
-def _task(config: dict[str, object]) -> str:
-    architectures = config.get("architectures")
-    name = (
-        str(cast("list[object]", architectures)[0])
-        if isinstance(architectures, list) and architectures
-        else ""
-    )
-    return next((task for ending, task in HEADS.items() if name.endswith(ending)), "feature-extraction")
+def _start(directory: Path, config: dict[str, Any], task: str, architecture: str) -> tuple[str, str]:
+    """The task, and the comment on the inputs; without transformers the task that the class's name says.
+
+    Raises:
+        SpecError: transformers cannot read the configuration, or has no model for it.
+    """
+    from adaptc.optional import MissingPackageError
+    from adaptc.tracing.huggingface_start import start_of
+    from adaptc.tracing.huggingface_tasks import FEATURES, dashed
+
+    try:
+        start = start_of(directory, task, architecture)
+    except MissingPackageError as error:
+        named = str((config.get("architectures") or [""])[0])
+        return task or dashed(named.partition("For")[2]) or FEATURES, f"# {error.message}: {error.notes[0]}\n"
+    except TraceError as error:
+        raise SpecError([Problem(error.message, file=str(directory), notes=error.notes)]) from error
+    return start.task, _inputs(start)
 
 
-def _config(directory: Path, name: str, expected: str) -> dict[str, object]:
+def _inputs(start: Start) -> str:
+    """The inputs of a model as a comment, and what stands for those that are left out."""
+    lines = ["inputs:                     # as derived; remove the # to take one in or to leave one out"]
+    lines += [f"  {spec.name}: {spec}" for spec in start.inputs]
+    lines = [f"inputs: must be written: {start.problem}"] if start.problem else lines
+    lines += [f"no input: {name}; in its place: {stand_in}" for name, stand_in in start.left_out.items()]
+    return "".join(f"# {line}\n" for line in lines)
+
+
+def _config(directory: Path, name: str, expected: str) -> dict[str, Any]:
     file = directory / name
     if not file.is_file():
         raise SpecError([Problem(f"no {name} there; expected {expected}", file=str(directory))])

@@ -67,10 +67,15 @@ def save_adapter(module: fx.GraphModule, directory: str | Path) -> None:
     save_adapter_of(module, Path(directory))
 
 
-def load_adapter(module: fx.GraphModule, directory: str | Path) -> None:
+def load_adapter(module: fx.GraphModule, directory: str | Path, ignore: Sequence[str] = ()) -> None:
     """Replace the weights of a module's adapters by those of a checkpoint: all of them, or none after an error.
+
+    Args:
+        module: a module that adaptc compiled.
+        directory: the checkpoint.
+        ignore: options of its configuration to read it without, as in an entry of a spec.
 
     Raises:
         WeightError: the checkpoint does not fit what was inserted.
     """
-    load_adapter_into(module, Path(directory))
+    load_adapter_into(module, Path(directory), ignore)

@@ -12,18 +12,20 @@ import torch
 from adaptc.checkpoints.adapter import directories, read
 from adaptc.checkpoints.compaction import compacted
 from adaptc.checkpoints.graph_records import records_of
+from adaptc.checkpoints.grouping import group
 from adaptc.checkpoints.module_adapters import META
 from adaptc.checkpoints.peft_write import save
-from adaptc.checkpoints.records import assign, group
+from adaptc.checkpoints.records import assign
 from adaptc.compiler.folding import fold, prove_fold
 from adaptc.compiler.onnx_artifact import prove_onnx, write_onnx
 from adaptc.compiler.output_paths import output_paths
 from adaptc.compiler.program import Program
-from adaptc.compiler.proof import BatchRunner, Proof, module_call
+from adaptc.compiler.proof import Proof
 from adaptc.compiler.proofs import check_finite, check_gradients
 from adaptc.compiler.provenance import provenance, without_times
 from adaptc.compiler.quantization_error import QuantizationErrors
-from adaptc.compiler.reference import recorded
+from adaptc.compiler.reference import recorded, with_labels
+from adaptc.compiler.runners import BatchRunner, module_call
 from adaptc.compiler.schedule import bits_in_checkpoint
 from adaptc.compiler.trainable import reset_derived
 from adaptc.emit.huggingface import LOADED_SHARE, fits_in_memory, load_checkpoint, save_checkpoint
@@ -119,7 +121,12 @@ def _torch(program: Program, entry: TorchEmit, staging: Staging, final: Path) ->
     proof = program.proofs.prove("torch artifact", program.graph, reference, candidate)
 
     errors = program.quantization_errors()
-    write_manifest(manifest, common, artifact | _proved(program, proof, reference) | _errors(errors), files)
+    write_manifest(
+        manifest,
+        common,
+        artifact | _proved(program, proof, with_labels(reference, candidate)) | _errors(errors),
+        files,
+    )
     return errors
 
 
@@ -189,7 +196,7 @@ def _huggingface(program: Program, entry: HfEmit, staging: Staging, final: Path)
         reference = program.reference(graph, folded)
         candidate = BatchRunner(module_call(loaded)).on(reference.taken)
         proof = program.proofs.prove("hf", graph, reference, candidate)
-        artifact |= _proved(program, proof, reference)
+        artifact |= _proved(program, proof, with_labels(reference, candidate))
     else:
         artifact["checked"] = (
             f"read back tensor by tensor; not loaded, since it is over 1/{LOADED_SHARE} of memory"
@@ -213,8 +220,7 @@ def _files_in(directory: Path) -> list[Path]:
 
 def _proved(program: Program, proof: Proof, reference: Run) -> dict[str, Any]:
     """An artifact's `proof`, and the `reference` values that prove it again later."""
-    values = recorded(reference, program.base.inputs, program.spec.seed, proof.tolerance)
-    return {"proof": asdict(proof), "reference": values}
+    return {"proof": asdict(proof), "reference": recorded(reference, program.proofs, proof)}
 
 
 def _errors(errors: QuantizationErrors | None) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from adaptc.optional import MissingPackageError
 from adaptc.spec.base import BaseEntry
 from adaptc.spec.spec import Spec, require_base, resolve_path
 from adaptc.tracing import huggingface
+from adaptc.tracing.huggingface_module import is_pretrained
 from adaptc.tracing.huggingface_tasks import SENTENCE_EMBEDDING, unknown_task
 from adaptc.tracing.module import from_examples, from_factory, from_module, from_program
 from adaptc.tracing.trace import trace_base
@@ -43,10 +43,9 @@ def make_base(
     if model is not None:
         if example_inputs is not None:
             return from_examples(model, example_inputs, dynamic)
-        if not inputs:
+        if not inputs and not is_pretrained(unwrapped(model)[0]):
             raise TraceError("a model needs example_inputs=(x,), or `inputs` in the spec")
-        model, notes = unwrapped(model)
-        return replace(from_module(model, inputs), notes=list(notes))
+        return from_module(model, inputs)
     entry = require_base(spec)
     try:
         if entry.python is not None:

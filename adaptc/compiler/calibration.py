@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 
 from adaptc.compiler.fisher import FisherInformation
-from adaptc.errors import InputError
+from adaptc.errors import InputError, WeightError
 from adaptc.inputs import IGNORED, InputSpec
 from adaptc.ir.graph import Graph
 from adaptc.ir.interpreter import Batch
@@ -48,12 +48,23 @@ def checked_rows(batches: Iterable[Batch], inputs: Sequence[InputSpec]) -> list[
     Raises:
         InputError: there is no row, or one has other inputs than the model.
     """
-    rows: list[Batch] = []
+    return [row for batch in checked_batches(batches, inputs) for row in _rows(batch, inputs)]
+
+
+def checked_batches(batches: Iterable[Batch], inputs: Sequence[InputSpec]) -> list[Batch]:
+    """Batches in the dtypes of the inputs.
+
+    Raises:
+        InputError: there is none, or one has other inputs than the model.
+    """
+    checked: list[Batch] = []
+    first = 1
     for batch in batches:
-        rows += _rows(_checked(batch, inputs, len(rows) + 1), inputs)
-    if not rows:
+        checked.append(_checked(batch, inputs, first))
+        first += sum(1 for _ in _rows(checked[-1], inputs))
+    if not checked:
         raise InputError("there is no row of data")
-    return rows
+    return checked
 
 
 def read_rows(path: Path, inputs: Sequence[InputSpec]) -> list[Batch]:
@@ -67,7 +78,10 @@ def read_rows(path: Path, inputs: Sequence[InputSpec]) -> list[Batch]:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     if path.suffix == ".safetensors":
-        return [{name: weight.load() for name, weight in read_safetensors(path).items()}]
+        try:
+            return [{name: weight.load() for name, weight in read_safetensors(path).items()}]
+        except WeightError as error:
+            raise InputError(error.message, *error.notes) from error
     if path.suffix != ".jsonl":
         raise InputError(f"{path}: expected a .jsonl or a .safetensors file")
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -133,7 +147,8 @@ def _check_values(spec: InputSpec, value: torch.Tensor, first: int) -> None:
     if spec.dtype.startswith("int") and value.is_floating_point():
         raise InputError(f"row {first}: {spec.name} holds {value.flatten()[0]:g}, expected whole numbers")
     if spec.high is not None:
-        wrong = value[(value >= spec.high) | ((value < 0) & (value != IGNORED))]
+        token = spec.placeholders[0] if spec.placeholders else IGNORED
+        wrong = value[((value >= spec.high) & (value != token)) | ((value < 0) & (value != IGNORED))]
         if wrong.numel():
             message = f"{spec.name} holds {int(wrong.flatten()[0])}, but the model knows 0 to {spec.high - 1}"
             raise InputError(f"row {first}: {message}")

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from math import inf, isinf
+from math import inf
 
-from adaptc.compiler.proof import batches, prove, randomised, tolerance
+import torch
+
+from adaptc.compiler.proof import effect, prove, randomised, tolerance
+from adaptc.compiler.proof_inputs import batches
 from adaptc.errors import ProofError, Refusal, RefusedError
 from adaptc.ir.graph import Graph
-from adaptc.ir.interpreter import Interpreter
+from adaptc.ir.interpreter import Interpreter, Run
 from adaptc.rewriter.pipeline import Compare, Pass, run
 
 
 def comparison(seed: int = 0) -> Compare:
     """Make the function that runs a graph before and after a pass, and measures how far the outputs differ.
 
-    It runs both on the random inputs of a proof, with random adapters.
+    It runs both on the inputs of a proof, with random adapters.
 
     Args:
-        seed: the seed of the inputs and adapters.
+        seed: the seed of random inputs and adapters.
     """
 
     def compare(item: Pass, before: Graph) -> str:
@@ -42,15 +45,25 @@ def comparison(seed: int = 0) -> Compare:
 def _change(item: Pass, before: Graph, seed: int) -> str:
     """By how much a pass changes the outputs of a graph, in words; "" where rounding explains the difference."""
     allowed = tolerance(before)
-    reference = Interpreter(before, wide=True).on(batches(before.inputs, seed))
-    rewritten = Interpreter(run(before, [item]), wide=True)
+    reference = Interpreter(before, torch.float32).on(batches(before, seed))
+    rewritten = Interpreter(run(before, [item]), torch.float32)
     candidate = rewritten.on(reference.taken, follows=reference, near=allowed)
     try:
-        proof = prove(item.name, reference, candidate, inf)
+        prove(item.name, reference, candidate, allowed, before)
     except ProofError as error:
-        return str(error).removeprefix(f"{item.name}: ")
-    if proof.relative <= allowed:
-        return ""
-    if isinf(proof.relative):
-        return "outputs are not finite where they were, or of another dtype"
-    return f"outputs differ by up to {proof.relative:.1e} of the largest, and rounding explains {allowed:.1e}"
+        change = effect(reference, candidate)
+        if change == inf and _shapes(reference) == _shapes(candidate):
+            return "outputs are not finite where they were, or of another dtype"
+        if allowed < change < inf:
+            return f"outputs differ by up to {change:.1e} of the largest, and rounding explains {allowed:.1e}"
+        return str(error).removeprefix("the proof failed: ").removeprefix(f"{item.name}: ")
+    return ""
+
+
+def _shapes(run: Run) -> dict[str, list[torch.Size]]:
+    """The shapes of a run's outputs, by the name of the batch."""
+    return {
+        name: [output.shape for output in values]
+        for name, values in run.outcomes.items()
+        if isinstance(values, list)
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from adaptc.compiler.folding import fold, prove_fold
 from adaptc.compiler.output_paths import output_paths
 from adaptc.compiler.plan_report import PlanReport
 from adaptc.compiler.program import Program
-from adaptc.compiler.proof import BatchRunner, Proof, module_call
+from adaptc.compiler.proof import Proof
 from adaptc.compiler.proofs import check_gradients
 from adaptc.compiler.quantization_error import QuantizationErrors
+from adaptc.compiler.runners import BatchRunner, module_call
 from adaptc.compiler.trainable import module_record
 from adaptc.errors import RefusedError
 from adaptc.ir.graph import Graph
@@ -128,7 +130,7 @@ class Compiled:
         # A GPU's convolutions round float32 to 10 bits unless told otherwise, which no proof allows.
         with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
             candidate = BatchRunner(module_call(module, device)).on(reference.taken)
-        self.program.proofs.prove(f"kernels on {device}", graph, reference, candidate)
+        self.program.proofs.prove(f"kernels on {device}", graphs.written, reference, candidate)
         return module
 
     def check_gradients(self) -> None:
@@ -167,10 +169,14 @@ class Compiled:
         """Write the adapters as PEFT checkpoints."""
         self.emit("peft", directory)
 
-    def load_adapter(self, directory: str | Path) -> None:
+    def load_adapter(self, directory: str | Path, ignore: Sequence[str] = ()) -> None:
         """Replace the adapters' weights by those of a checkpoint.
+
+        Args:
+            directory: the checkpoint.
+            ignore: options of its configuration to read it without, as in an entry of a spec.
 
         Raises:
             WeightError: it does not fit what was inserted.
         """
-        self.program.load_adapter(Path(directory))
+        self.program.load_adapter(Path(directory), ignore)

@@ -15,6 +15,7 @@ from adaptc.compiler.compiled import Compiled
 from adaptc.compiler.plan import make_plan
 from adaptc.compiler.plan_report import PlanReport, plan_report
 from adaptc.compiler.program import Program
+from adaptc.compiler.proof_inputs import take_examples
 from adaptc.compiler.rewrite import After, rewrite
 from adaptc.compiler.schedule import check_artifacts
 from adaptc.ir.interpreter import Batch
@@ -31,7 +32,7 @@ def compile(
     calibration: Iterable[Batch] | None = None,
     after: After | None = None,
 ) -> Compiled:
-    """Compile a spec: load it, make its base, trace that, read calibration data, plan, rewrite, check and prove.
+    """Compile a spec: load it, make its base, trace that, read the person's data, plan, rewrite, check and prove.
 
     Artifacts are written by `Compiled.emit`, or by the command line.
 
@@ -52,6 +53,7 @@ def compile(
     base = make_base(spec, model, example_inputs, dynamic)
     graph = trace(spec, base, after)
     calibrate(spec, graph, calibration)
+    take_examples(spec, graph)
     plan = make_plan(spec, graph, weighed=True)
     rewritten = rewrite(spec, graph, plan, after, comparison(spec.seed))
     check_artifacts(spec, rewritten.adapted, plan.closing)

@@ -81,11 +81,11 @@ def prove_fold(program: Program, graphs: FoldedGraphs) -> Run | None:
     graph = program.live_graph()
     live = proofs.run(graph)
     folded = proofs.run_like(live, graphs.folded)
-    proofs.prove("fold", graph, live, folded)
-    if adapted.adaptations and not proofs.has(RANDOM) and not proofs.shows(live, adapted):
-        random, _ = proofs.randomised(adapted)
-        live = proofs.run(program.live_graph(random))
-        proofs.prove(RANDOM, random, live, proofs.run_like(live, _folded(program, random)))
+    proof = proofs.prove("fold", graph, live, folded)
+    if adapted.adaptations and not proofs.has(RANDOM) and not proofs.shows(live, proof.tolerance):
+        proofs.with_random_adapters(
+            RANDOM, adapted, lambda random: (program.live_graph(random), _folded(program, random))
+        )
     return folded if graphs.written is graphs.folded else None
 
 

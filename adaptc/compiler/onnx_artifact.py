@@ -8,9 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from adaptc.compiler.program import Program
-from adaptc.compiler.proof import BatchRunner, Proof, prove, tolerance
+from adaptc.compiler.proof import Proof, effect
 from adaptc.compiler.provenance import describe_base
+from adaptc.compiler.reference import with_labels
+from adaptc.compiler.runners import BatchRunner
 from adaptc.emit.manifest import versions
 from adaptc.emit.onnx.evaluate import evaluate
 from adaptc.emit.onnx.export import export_onnx
@@ -18,8 +22,10 @@ from adaptc.emit.onnx.partitioned import PartitionedProgram
 from adaptc.emit.onnx.rounding import RoundActivations, rounds_activations
 from adaptc.emit.onnx.runtime import onnx_runner
 from adaptc.emit.staging import Staging
+from adaptc.errors import ProofError
 from adaptc.ir.graph import Graph
 from adaptc.ir.interpreter import Batches, Interpreter, Run
+from adaptc.ir.near_ties import floats_behind_labels
 from adaptc.ir.tie_breaks import makes_choice
 from adaptc.rewriter.pipeline import run
 from adaptc.spec.emit import OnnxEmit
@@ -126,8 +132,8 @@ def prove_onnx(
         file: the file.
 
     Returns:
-        The proof; the run that the file was compared with; the graph that rounds activations as the file does, or
-        None where the file rounds none.
+        The proof; the run that the file was compared with, with the file's own labels; the graph that rounds
+        activations as the file does, or None where the file rounds none.
 
     Raises:
         ProofError: it computes something else.
@@ -135,14 +141,23 @@ def prove_onnx(
     name = f"onnx, {file.entry.adapters}"
     reference, candidate = _side_by_side(program, graph, earlier, file)
     if file.unrounded is None:
-        return program.proofs.prove(name, graph, reference, candidate), reference, None
+        try:
+            proof = program.proofs.prove(name, graph, reference, candidate)
+        except ProofError:
+            if reference.flipped or not _chooses_alike(graph, file):
+                raise
+            reference, candidate = _with_choices(program, graph, file)
+            proof = program.proofs.prove(name, graph, reference, candidate)
+        return proof, with_labels(reference, candidate), None
     program.proofs.prove(name, graph, reference, file.unrounded_on(reference.taken))
     rounding = run(file.unrounded, [RoundActivations()])
-    rounded = Interpreter(rounding, wide=True).on(reference.taken)
-    cost = prove("", reference, rounded, float("inf")).relative
-    allowed = max(2 * cost, tolerance(graph))
+    rounded = Interpreter(rounding, torch.float32).on(reference.taken)
+    behind = [floats_behind_labels(side, reference.taken, torch.float32) for side in (graph, rounding)]
+    cost = max(effect(reference, rounded), effect(*behind))
+    allowed = max(2 * cost, program.proofs.tolerance(graph))
     message = f"{name}, against torch that rounds activations to 8 bits too"
-    return program.proofs.prove(message, graph, rounded, candidate, allowed), rounded, rounding
+    proof = program.proofs.prove(message, rounding, rounded, candidate, allowed)
+    return proof, with_labels(rounded, candidate), rounding
 
 
 def _side_by_side(program: Program, graph: Graph, earlier: Run | None, file: OnnxFile) -> tuple[Run, Run]:
@@ -151,12 +166,22 @@ def _side_by_side(program: Program, graph: Graph, earlier: Run | None, file: Onn
     Where a graph of float16 or bfloat16 chooses, as a router among experts, it takes the choices of the file, which
     computes in float32.
     """
-    choices = sum(makes_choice(node) for node in graph.nodes)
-    if choices and Interpreter(graph, wide=True).wide and len(file.partitioned.choices) == choices:
-        candidate = file.partitioned.on(program.proofs.batches)
-        return program.proofs.run_like(candidate, graph).only(file.outputs), candidate
+    if Interpreter(graph, torch.float32).widens and _chooses_alike(graph, file):
+        return _with_choices(program, graph, file)
     reference = program.reference(graph, earlier, wide=True).only(file.outputs)
     return reference, file.on(reference.taken)
+
+
+def _chooses_alike(graph: Graph, file: OnnxFile) -> bool:
+    """Whether a graph chooses, as a router among experts, and its file has the same choices."""
+    choices = sum(makes_choice(node) for node in graph.nodes)
+    return choices > 0 and len(file.partitioned.choices) == choices
+
+
+def _with_choices(program: Program, graph: Graph, file: OnnxFile) -> tuple[Run, Run]:
+    """A run of a graph that takes the choices of its file between near equals, and the run of the file."""
+    candidate = file.partitioned.on(program.proofs.batches)
+    return program.proofs.run_like(candidate, graph).only(file.outputs), candidate
 
 
 def _data_file(path: Path) -> Path:

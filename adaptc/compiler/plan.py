@@ -17,6 +17,7 @@ from adaptc.compiler.plan_quantization import (
     quantize_problems,
     within_budget,
 )
+from adaptc.compiler.replaced import without_replaced
 from adaptc.compiler.schedule import as_written, closing_of, pipeline_of
 from adaptc.errors import Problem, SpecError
 from adaptc.ir.analysis.dataflow import readers, walk
@@ -83,6 +84,7 @@ def make_plan(spec: Spec, graph: Graph, weighed: bool = False) -> Plan:
         WeightError: an adapter's checkpoint cannot be read.
     """
     entries = [planned for index in range(len(spec.adapt)) for planned in entries_of(spec, graph, index)]
+    entries = without_replaced(graph, entries)
     quantized = quantizations_of(spec, graph)
     problems = [problem for planned in entries for problem in _problems(spec, graph, planned)]
     problems += _name_clashes(spec, entries)

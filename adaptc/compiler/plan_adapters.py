@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from adaptc.checkpoints.adapter import ROOT, Checkpoint, directories, read, why_missing
+from adaptc.checkpoints.adapter import Checkpoint, directories, read, why_missing
 from adaptc.checkpoints.adapter_checks import match
+from adaptc.checkpoints.config_file import CONFIG, config_error
+from adaptc.checkpoints.config_keys import ignoring
 from adaptc.checkpoints.graph_records import weight_order
+from adaptc.checkpoints.joined import joined_methods
+from adaptc.checkpoints.key_parts import ROOT, modules_holding
+from adaptc.checkpoints.lengthened_keys import shortened
 from adaptc.checkpoints.peft_config import declared
 from adaptc.checkpoints.peft_keys import PeftLayout
 from adaptc.checkpoints.peft_targets import named_modules
+from adaptc.checkpoints.saved_along import with_base_tensors
 from adaptc.checkpoints.tied import tied_in, tying_key
+from adaptc.compiler.plan_texts import tokenized
 from adaptc.errors import InputError, WeightError
 from adaptc.ir.adaptation import OnAlias
-from adaptc.ir.aliases import unread_modules
-from adaptc.ir.base import Pretrained
+from adaptc.ir.aliases import alias_names, unread_modules
 from adaptc.ir.graph import Graph
 from adaptc.ir.selection import Selection, Target
 from adaptc.methods.method import METHODS, Method
 from adaptc.methods.param import Param
-from adaptc.methods.site import ATTENTION, WeightSite
-from adaptc.methods.virtual_tokens import InputMethod
-from adaptc.optional import optional
+from adaptc.methods.site import ATTENTION, MATRIX_KINDS, WeightSite
+from adaptc.patterns import literal
 from adaptc.rewriter.insert.base import Insert
 from adaptc.spec.entries import AdapterEntry
 from adaptc.spec.spec import Spec, resolve_path
@@ -81,7 +87,7 @@ def entries_of(spec: Spec, graph: Graph, index: int) -> list[PlannedInsertion]:
     item = common.insert(entry.build(), entry.target, exclude=entry.exclude)
     if item.method.calibrated:
         item = _calibrated(spec, graph, index, item)
-    item = _tokenized(spec, graph, index, item)
+    item = tokenized(spec, graph, index, item)
     first = PlannedInsertion(index, item, item.selection(graph))
     return [first, *_biases(graph, first, common)]
 
@@ -116,10 +122,11 @@ def _trained(spec: Spec, graph: Graph, index: int, entry: AdapterEntry) -> list[
     if absent:
         raise spec.error(place, absent)
     planned: list[PlannedInsertion] = []
+    modules, unread = modules_holding(graph.weights), unread_modules(graph.module)
     try:
-        for directory in directories(path):
-            checkpoint = replace(read(directory, entry.allow_pickle), unread=unread_modules(graph.module))
-            name = entry.name or (directory.name if directory != path else "default")
+        for stored in _read(spec, index, entry, path):
+            checkpoint = replace(shortened(stored, modules), unread=unread)
+            name = entry.name or (stored.path.name if stored.path != path else "default")
             common = _Common(name, index, spec.seed, entry.on_alias)
             planned += _from_checkpoint(graph, checkpoint, common, entry.r)
     except WeightError as error:
@@ -127,6 +134,20 @@ def _trained(spec: Spec, graph: Graph, index: int, entry: AdapterEntry) -> list[
     except InputError as error:
         raise spec.error((*place[:2], "r"), error.message, *error.notes) from None
     return planned
+
+
+def _read(spec: Spec, index: int, entry: AdapterEntry, path: Path) -> list[Checkpoint]:
+    """The checkpoints at the path of an entry, without the options that it ignores.
+
+    Raises:
+        SpecError: no configuration has such an option.
+        WeightError: a checkpoint cannot be read.
+    """
+    checkpoints = [read(directory, entry.allow_pickle) for directory in directories(path)]
+    try:
+        return ignoring(checkpoints, entry.ignore)
+    except WeightError as error:
+        raise spec.error(("adapt", index, "ignore"), error.message, *error.notes) from None
 
 
 def _from_checkpoint(
@@ -140,7 +161,8 @@ def _from_checkpoint(
     """
     declaration = declared(checkpoint)
     cls, options = declaration.method, declaration.options
-    common = replace(common, on_alias=_on_alias(checkpoint, graph, cls, common.on_alias))
+    stated = common.on_alias
+    common = replace(common, on_alias=_on_alias(checkpoint, graph, cls, stated))
     item = common.insert(
         cls(**options),
         declaration.target,
@@ -158,6 +180,8 @@ def _from_checkpoint(
         item = replace(item, method=_cut(whole, rank))
     stored = whole if rank is not None else None
     first = PlannedInsertion(common.entry, item, item.selection(graph), checkpoint, stored)
+    if not checkpoint.in_adaptc_format:
+        _check_sizes(graph, first, checkpoint)
     grouped = [
         s
         for s in first.selection.sites
@@ -170,9 +194,79 @@ def _from_checkpoint(
         )
     joined: list[PlannedInsertion] = []
     if checkpoint.saved_modules:
-        target = [pattern for module in checkpoint.saved_modules for pattern in (module, f"*.{module}")]
-        joined.append(_whole(graph, first, target, common))
-    return [first, *_biases(graph, first, common), *joined]
+        target = [literal(module) for module in checkpoint.saved_modules]
+        joined.append(_apart(graph, _whole(graph, first, target, common)))
+    before = _beside(graph, first, checkpoint, replace(common, on_alias=stated))
+    return _with_base_tensors(graph, [*before, first, *_biases(graph, first, common), *joined], common)
+
+
+def _check_sizes(graph: Graph, planned: PlannedInsertion, checkpoint: Checkpoint) -> None:
+    """Check the sizes of the base that a configuration states.
+
+    Raises:
+        WeightError: the base has others.
+    """
+    sites, format = planned.selection.sites, planned.insert.method.peft
+    if not sites or format is None:
+        return
+    every = sum(point.kind == sites[0].kind for point in graph.points)
+    sizes: dict[str, int] = format.sizes(planned.insert.method, sites, every) or {}
+    for key, size in sizes.items():
+        value = checkpoint.config.get(key)
+        if value not in (None, size):
+            raise config_error(
+                checkpoint.path / CONFIG, (key,), f"expected {size}, as this base has, got {value}"
+            )
+
+
+def _beside(
+    graph: Graph, host: PlannedInsertion, checkpoint: Checkpoint, common: _Common
+) -> list[PlannedInsertion]:
+    """The methods that a checkpoint holds under keys of their own beside the one that it is of.
+
+    Raises:
+        WeightError: the tensors of a module that the configuration names are missing.
+    """
+    format = host.insert.method.peft
+    if checkpoint.in_adaptc_format or format is None:
+        return []
+    planned: list[PlannedInsertion] = []
+    for joined in joined_methods(checkpoint, format):
+        cls = joined.method
+        assert cls.peft is not None
+        tied = [
+            name.rpartition(".")[0]
+            for module in joined.modules
+            if f"{module}.weight" in graph.aliases
+            for name in alias_names(graph, f"{module}.weight")
+        ]
+        covered = (*joined.modules, *tied)
+        missing = [name for name in joined.names if not any(m.endswith(name) for m in covered)]
+        if missing or not joined.modules:
+            raise config_error(
+                checkpoint.path / CONFIG,
+                (str(cls.peft.joins),),
+                f"the file holds no tensors of {', '.join(missing) or 'any module'} for it; it is incomplete",
+            )
+        shared = replace(common, on_alias=_on_alias(checkpoint, graph, cls, common.on_alias))
+        item = shared.insert(cls(**joined.options), joined.modules, trained=True)
+        planned.append(PlannedInsertion(host.entry, item, item.selection(graph), checkpoint))
+    return planned
+
+
+def _with_base_tensors(
+    graph: Graph, members: Sequence[PlannedInsertion], common: _Common
+) -> list[PlannedInsertion]:
+    """The methods of a checkpoint, behind one that puts in place what it holds of the base and differs from it."""
+    checkpoint = members[0].checkpoint
+    assert checkpoint is not None
+    base = {site.name: graph.weights[site.parameter] for site in graph.sites}
+    checkpoint = with_base_tensors(checkpoint, _expected(graph, members), base)
+    planned = [replace(member, checkpoint=checkpoint) for member in members]
+    if not checkpoint.changed:
+        return planned
+    target = [literal(name) for name in checkpoint.changed.values()]
+    return [_whole(graph, planned[0], target, replace(common, on_alias="share")), *planned]
 
 
 def _on_alias(checkpoint: Checkpoint, graph: Graph, cls: type[Method[Any]], stated: OnAlias) -> OnAlias:
@@ -219,12 +313,22 @@ def _whole(
     return PlannedInsertion(host.entry, item, item.selection(graph), host.checkpoint)
 
 
+def _apart(graph: Graph, whole: PlannedInsertion) -> PlannedInsertion:
+    """Whole modules, each with a tensor of its own if they are all that share one: PEFT trains them apart."""
+    saved = {site.name for site in whole.selection.sites}
+    tied = [{*alias_names(graph, name)} for name in saved]
+    apart = all(names <= saved for names in tied) and any(len(names) > 1 for names in tied)
+    if whole.insert.on_alias != "refuse" or not apart:
+        return whole
+    return replace(whole, insert=replace(whole.insert, on_alias="untie"))
+
+
 def _biases(graph: Graph, host: PlannedInsertion, common: _Common) -> list[PlannedInsertion]:
     """The biases that a low-rank method's option `bias` trains: those of the layers it adapts, or all."""
     which = getattr(host.insert.method, "biases", "none")
     if which == "none":
         return []
-    adapted = tuple(dict.fromkeys(site.module for site in host.selection.sites))
+    adapted = tuple(dict.fromkeys(literal(site.module) for site in host.selection.sites))
     target = adapted if which == "lora_only" else ("*",)
     biases = _whole(graph, host, target, common, parameters=("bias",))
     return [biases] if biases.selection.sites else []
@@ -240,52 +344,32 @@ def match_checkpoints(spec: Spec, graph: Graph, entries: Sequence[PlannedInserti
         members = [p for p in entries if p.checkpoint is not None and p.checkpoint.path == path]
         checkpoint = members[0].checkpoint
         assert checkpoint is not None
-        layout = PeftLayout([site for p in members for site in p.selection.sites], weight_order(graph))
-        expected: dict[str, Param] = {}
-        for planned in members:
-            method, sites = planned.stored_as, planned.selection.sites
-            for site in sites:
-                for param in method.at(site).stored(site).values():
-                    expected[
-                        site.key(param.key) if checkpoint.in_adaptc_format else layout.key(site, param)
-                    ] = param
-            expected |= {f"{ROOT}{param.key}": param for param in method.shared(sites).values()}
-        expected = {key: param for key, param in expected.items() if param.stored}
         try:
-            match(checkpoint, expected)
+            match(checkpoint, _expected(graph, members), _table_sizes(graph))
         except WeightError as error:
             raise spec.weight_error(("adapt", members[0].entry, "adapter"), error) from None
 
 
-def _tokenized(spec: Spec, graph: Graph, index: int, item: Insert[Any, Any]) -> Insert[Any, Any]:
-    """The pass with its method's texts as numbers of tokens, where the method starts from texts.
-
-    Raises:
-        SpecError: the base has no tokenizer.
-    """
-    method = item.method
-    if not isinstance(method, InputMethod) or not method.texts:
-        return item
-    origin = graph.source.pretrained
-    tokenize = _tokenizer(origin) if origin is not None else None
-    if origin is None or tokenize is None:
-        message = f"{method.name} starts from words, and {graph.source.describe} has no tokenizer"
-        advice = "save one beside the model, or give the numbers: init_tokens: [[7], [12]]"
-        raise spec.error(("adapt", index), message, advice)
-    by_number: dict[int, Any] = getattr(origin.config, "id2label", None) or {}
-    labels = [str(by_number[number]) for number in sorted(by_number)]
-    return replace(item, method=method.tokenized(tokenize, labels))
+def _expected(graph: Graph, members: Sequence[PlannedInsertion]) -> dict[str, Param]:
+    """What a checkpoint must hold for the methods that it declares: key without PEFT's prefix -> parameter."""
+    checkpoint = members[0].checkpoint
+    assert checkpoint is not None
+    layout = PeftLayout([site for p in members for site in p.selection.sites], weight_order(graph))
+    expected: dict[str, Param] = {}
+    for planned in members:
+        method, sites = planned.stored_as, planned.selection.sites
+        for site in sites:
+            for param in method.at(site).stored(site).values():
+                key = site.key(param.key) if checkpoint.in_adaptc_format else layout.key(site, param)
+                expected[key] = param
+        expected |= {f"{ROOT}{param.key}": param for param in method.shared(sites).values()}
+    return {key: param for key, param in expected.items() if param.stored}
 
 
-def _tokenizer(origin: Pretrained) -> Callable[[str, bool], Sequence[int]] | None:
-    """The model's tokenizer, called with a text and whether to add special tokens; None if it has none."""
-    auto = optional("transformers").AutoTokenizer
-    try:
-        tokenizer: Any = auto.from_pretrained(origin.transformer, trust_remote_code=origin.trust_remote_code)
-    except (OSError, ValueError, ImportError, KeyError):
-        return None
-
-    def tokenize(text: str, special: bool) -> Sequence[int]:
-        return tokenizer(text, add_special_tokens=special)["input_ids"]
-
-    return tokenize
+def _table_sizes(graph: Graph) -> dict[str, int]:
+    """The modules whose size is that of the vocabulary -> how many words this base has."""
+    words = {site.module: site.in_features for site in graph.sites if site.kind == "embedding"}
+    heads = {
+        s.module: s.out_features for s in graph.sites if s.module in graph.heads and s.kind in MATRIX_KINDS
+    }
+    return words | {module: size for module, size in heads.items() if size in words.values()}

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from adaptc.checkpoints.adapter import Checkpoint
 from adaptc.compiler.plan import Plan
 from adaptc.compiler.plan_adapters import PlannedInsertion
 from adaptc.compiler.plan_quantization import PlannedQuantization, expected_error, quantize_notes
@@ -31,20 +32,27 @@ class PlanReport(Plan):
         budget: the cost: parameters, memory and operations.
         notes: patterns without a match, excluded heads, what cannot be folded, and the like; a line each.
         growth: for each of `quantized`, by how much a layer's error grows in the model's outputs at most.
+        inputs: name -> dtype and dimensions, of every input of the model.
+        left_out: what the model could take beside them -> what stands for it.
     """
 
     budget: Cost = field(kw_only=True)
     notes: list[str] = field(kw_only=True)
     growth: list[float] = field(kw_only=True)
+    inputs: dict[str, str] = field(kw_only=True)
+    left_out: dict[str, str] = field(kw_only=True)
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain data.
 
         Returns:
-            `entries`, `quantize`, `passes` as a spec states them, `pipeline` by name, `budget` and `notes`.
+            `inputs` and `left_out`, `entries`, `quantize`, `passes` as a spec states them, `pipeline` by name, `budget`
+            and `notes`.
         """
         quantized = zip(self.quantized, self.growth, strict=True)
         return {
+            "inputs": self.inputs,
+            "left_out": self.left_out,
             "entries": [_entry_json(planned) for planned in self.entries],
             "quantize": [_quantized_json(planned, growth) for planned, growth in quantized],
             "passes": self.stated,
@@ -67,6 +75,7 @@ def plan_report(
         bound: notes on the weights of the base, where they were bound.
     """
     notes = [
+        *left_out_notes(graph),
         *graph.source.notes,
         *state_notes(graph.nodes),
         *_entry_notes(plan.entries),
@@ -83,7 +92,15 @@ def plan_report(
         budget=cost_of(graph, rewritten.adapted, rewritten.factored, rewritten.folded),
         notes=notes,
         growth=[planned.growth(rewritten.adapted) for planned in plan.quantized],
+        inputs={spec.name: str(spec) for spec in graph.inputs},
+        left_out=dict(graph.source.left_out),
     )
+
+
+def left_out_notes(graph: Graph) -> list[str]:
+    """The note on the tensors that the model could take and that are no input, with what stands for each."""
+    others = "; ".join(f"{name}: {stand_in}" for name, stand_in in graph.source.left_out.items())
+    return [f"no input, and what stands for it: {others} (to take one in, write `inputs`)"] if others else []
 
 
 def _fold_notes(spec: Spec, plan: Plan, rewritten: Rewritten) -> list[str]:
@@ -118,15 +135,21 @@ def _entry_notes(entries: Sequence[PlannedInsertion]) -> list[str]:
             notes.append(
                 f"{where}: {planned.insert.method.name} changes the base's outputs before any training"
             )
-        layers = planned.checkpoint.without_effect.values() if planned.checkpoint is not None else ()
-        if layers:
-            idle = ", ".join(dict.fromkeys(layers))
-            notes.append(
-                f"{where}: no output depends on {idle}, so its adapter has no effect and is left out"
-            )
+        if planned.checkpoint is not None:
+            notes += [f"{where}: {note}" for note in _checkpoint_notes(planned.checkpoint)]
         if selection.heads:
             notes.append(f"{where}: all-linear leaves out the output head {', '.join(selection.heads)}")
     return list(dict.fromkeys(notes))
+
+
+def _checkpoint_notes(checkpoint: Checkpoint) -> list[str]:
+    """What was read otherwise than it stands in the files of a checkpoint, and what is left out."""
+    notes = [f"read without the option {key} of its configuration" for key in checkpoint.ignored]
+    notes += checkpoint.notes
+    layers = ", ".join(dict.fromkeys(checkpoint.without_effect.values()))
+    if layers:
+        notes.append(f"no output depends on {layers}, so its adapter has no effect and is left out")
+    return notes
 
 
 def _alias_notes(graph: Graph, entries: Sequence[PlannedInsertion]) -> list[str]:

@@ -59,7 +59,7 @@ class Program:
         self.spec, self.plan, self.base, self.after = spec, plan, base, after
         self.graph, self.factored = rewritten.adapted, rewritten.factored
         self.records = list(rewritten.records)
-        self.proofs = Proofs(base, spec.seed)
+        self.proofs = Proofs(base, spec.seed, spec.proof.tolerance if spec.proof else None)
         load_checkpoints(spec, plan.entries, base, self.graph, lambda: self.base_sha256)
 
     @cached_property
@@ -79,14 +79,18 @@ class Program:
         follow(self.graph, module)
         return module
 
-    def load_adapter(self, directory: Path) -> None:
+    def load_adapter(self, directory: Path, ignore: Sequence[str] = ()) -> None:
         """Replace the adapters' weights by those of a checkpoint, in the module and in the adapted graph.
+
+        Args:
+            directory: the checkpoint.
+            ignore: options of its configuration to read it without.
 
         Raises:
             WeightError: it does not fit what was inserted.
         """
         module = self.module
-        for name, value in load_adapter_into(module, directory).items():
+        for name, value in load_adapter_into(module, directory, ignore).items():
             stored = Deferred(tuple(value.shape), self.graph.weights[name].dtype, value.detach)
             self.graph.weights[name] = following(module, name, stored)
 
@@ -176,10 +180,10 @@ class Program:
                 choices against its own, or ran in another dtype than asked for.
             wide: compute in float32 what the graph computes in float16 or bfloat16.
         """
-        narrow = Interpreter(graph, wide=True).wide
+        narrow = Interpreter(graph, torch.float32).widens
         if run is not None and not run.flipped and (wide or not narrow):
             return run
-        return Interpreter(graph, wide).on(self.proofs.batches)
+        return Interpreter(graph, torch.float32 if wide else None).on(self.proofs.batches)
 
     def quantization_errors(
         self, quantized: Graph | None = None, rounding: Graph | None = None

@@ -3,51 +3,54 @@
 from __future__ import annotations
 
 import copy
-from functools import cached_property
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import nn
 
-from adaptc.compiler.proof import (
-    BatchRunner,
-    Proof,
-    batches,
-    check_weights,
-    effect,
-    gradients,
-    module_call,
-    prove,
-    randomised,
-    tolerance,
-)
-from adaptc.errors import ProofError, TraceError
+from adaptc.compiler.differences import is_label
+from adaptc.compiler.gradient_check import gradients
+from adaptc.compiler.proof import Proof, check_weights, effect, labels_differ, prove, randomised, tolerance
+from adaptc.compiler.proof_inputs import Draw, draws, grown
+from adaptc.compiler.repeats import check_repeats
+from adaptc.compiler.runners import BatchRunner, Runner, module_call
+from adaptc.errors import ProofError
 from adaptc.ir.graph import Graph
-from adaptc.ir.interpreter import Batches, Interpreter, Run
-from adaptc.ir.laws import DROPOUTS
+from adaptc.ir.interpreter import Batches, Interpreter, Outcome, Run
 from adaptc.ir.module import bind
-from adaptc.ir.nodes import operation, provenance, writes_in_place
+from adaptc.ir.nodes import writes_in_place
 
 STRENGTHS = (1.0, 8.0, 64.0)
 """Strengths of random adapters, tried in order until their effect shows in the outputs."""
 
 
 class Proofs:
-    """The proofs that held so far, and the random inputs that all of them run on.
+    """The proofs that held so far, and the inputs that all of them run on.
 
     Attributes:
         base: the traced graph.
-        seed: the seed of random inputs and adapters.
+        stated: the relative error that the spec allows; None where it states none.
+        drawn: the random inputs, by label.
+        batches: a person's own inputs and the random ones, by label.
         held: the proofs that held, each name once.
     """
 
-    def __init__(self, base: Graph, seed: int):
-        self.base, self.seed = base, seed
+    def __init__(self, base: Graph, seed: int, stated: float | None = None):
+        self.base, self._seed, self.stated = base, seed, stated
+        self.drawn = draws(base.inputs, seed, base.proof_shapes)
+        self.batches = self._all_batches()
         self.held: list[Proof] = []
+        self._weights_checked = False
+        self._base_runs: dict[str, Run] = {}
 
-    @cached_property
-    def batches(self) -> Batches:
-        """Random inputs of every shape that a proof runs on."""
-        return batches(self.base.inputs, self.seed)
+    def _all_batches(self) -> Batches:
+        random = {label: draw.batch(self.base.inputs) for label, draw in self.drawn.items()}
+        return {**self.base.examples, **random}
+
+    def tolerance(self, graph: Graph) -> float:
+        """The relative error that the spec states, or else that a graph's dtypes allow."""
+        return tolerance(graph) if self.stated is None else self.stated
 
     def has(self, name: str) -> bool:
         """Whether a proof of this name held."""
@@ -60,87 +63,144 @@ class Proofs:
 
         Args:
             name: what is proved.
-            graph: the graph whose dtypes set the tolerance.
+            graph: what the reference computes, whose dtypes and own rounding set the tolerance.
             reference: the run with the expected outputs, on `batches`.
             candidate: the other run, of the batches that the reference takes.
-            allowed: a relative error to tolerate in place of the dtype's.
+            allowed: a relative error to tolerate in place of that.
 
         Raises:
             ProofError: they differ.
             WeightError: they differ, and a weight of the base contains NaN or infinity.
         """
         try:
-            proof = prove(name, reference, candidate, tolerance(graph) if allowed is None else allowed)
+            proof = prove(
+                name,
+                reference,
+                candidate,
+                self.tolerance(graph) if allowed is None else allowed,
+                graph,
+                measured=allowed is None and self.stated is None,
+            )
         except ProofError:
-            check_weights(self.base)
+            self._check_weights()
             raise
+        if proof.uncompared:
+            self._check_weights()
+        proof = replace(proof, notes=(*proof.notes, *self._notes(proof, reference)))
         self.held = [p for p in self.held if p.name != name] + [proof]
         return proof
 
+    def _check_weights(self) -> None:
+        """Check once that no proof fails, and no output is NaN, since a weight is not finite."""
+        if not self._weights_checked:
+            check_weights(self.base)
+            self._weights_checked = True
+
+    def _notes(self, proof: Proof, reference: Run) -> list[str]:
+        """What a proof must tell of its inputs and its tolerance."""
+        notes = [] if self.stated is None else ["the spec states the tolerance"]
+        compared = {
+            label
+            for label, outcome in reference.outcomes.items()
+            if isinstance(outcome, list)
+            and any((label, index) not in proof.uncompared for index in range(len(outcome)))
+        }
+        if self.base.examples and not compared & self.drawn.keys():
+            why = next(iter(proof.skipped.values()), "they give NaN").splitlines()[0]
+            notes.append(f"on a person's own inputs alone, since the model does not take random ones ({why})")
+        return notes
+
     def run(self, graph: Graph) -> Run:
         """One run of a graph on every batch, in float32 or wider."""
-        return Interpreter(graph, wide=True).on(self.batches)
+        return Interpreter(graph, torch.float32).on(self.batches)
 
     def run_like(self, reference: Run, graph: Graph) -> Run:
         """One run of a graph on the batches that the reference takes, with its choices between near ties."""
-        interpreter = Interpreter(graph, wide=True)
-        return interpreter.on(reference.taken, follows=reference, near=tolerance(graph))
+        interpreter = Interpreter(graph, torch.float32)
+        return interpreter.on(reference.taken, follows=reference, near=self.tolerance(graph))
 
     def trace(self, model: nn.Module) -> Proof:
         """Prove that the traced graph computes what the model does.
 
         Raises:
             WeightError: a weight contains NaN or infinity.
-            TraceError: two runs of the model itself give different outputs.
+            TraceError: two runs of the model itself give different outputs, see `check_repeats`.
             ProofError: they differ.
         """
         # A copy where the model writes to its own weights, such as an embedding with `max_norm`.
         writes = any(writes_in_place(node.target) for node in self.base.nodes)
         eager = BatchRunner(module_call(copy.deepcopy(model) if writes else model))
-        first = eager.on(self.batches)
+        first = self._fit(eager, eager.on(self.batches))
         try:
             return self.prove("trace", self.base, first, Interpreter(self.base).on(first.taken))
         except ProofError:
-            if not _equal(first, eager.on(self.batches)):
-                raise TraceError(
-                    f"two runs of {type(model).__name__} on the same inputs in evaluation mode gave different outputs",
-                    *self._random_line(),
-                    "expected a model that is random in training only",
-                    "let it depend on self.training, as nn.Dropout and F.dropout(x, p, self.training) do",
-                ) from None
+            check_repeats(model, eager, self.base, first.taken)
             raise
 
-    def _random_line(self) -> list[str]:
-        """The line of the first operation of the base that draws random numbers in evaluation; none if none does."""
-        seeded = torch.Tag.nondeterministic_seeded
-        drawing = [node for node in self.base.nodes if seeded in getattr(node.target, "tags", ())]
-        drawing = [node for node in drawing if node.target not in DROPOUTS]
-        return [f"drawn by {operation(node)}, {' '.join(provenance(node))}" for node in drawing[:1]]
-
-    def randomised(self, adapted: Graph) -> tuple[Graph, Run]:
-        """The adapted graph with random adapters whose effect a proof cannot miss, and a run of it.
+    def _fit(self, eager: Runner, run: Run) -> Run:
+        """Replace random inputs that the model does not take by larger ones, unless the spec states their sizes.
 
         Returns:
-            The graph, and its run on every batch.
+            The run of the model on the new inputs.
         """
-        weakest, *stronger = STRENGTHS
-        graph = randomised(adapted, self.seed, weakest)
-        run = self.run(graph)
-        base = self._base_on_first(run)
-        for strength in stronger:
-            if _shows(base, run, adapted):
-                break
-            graph = randomised(adapted, self.seed, strength)
-            run = self.run(graph)
-        return graph, run
+        if self.base.proof_shapes:
+            return run
+        outcomes = {label: run.outcomes[label] for label in self.base.examples}
+        drawn: dict[str, Draw] = {}
+        for label, draw in self.drawn.items():
+            fitting, outcome = draw, run.outcomes[label]
+            if not _is_defined(outcome):
+                for larger in grown(draw, self.base.inputs):
+                    again = eager.on({"": larger.batch(self.base.inputs)}).outcomes[""]
+                    if _is_defined(again):
+                        fitting, outcome = larger, again
+                        break
+            if fitting.label not in drawn:
+                drawn[fitting.label], outcomes[fitting.label] = fitting, outcome
+        self.drawn = drawn
+        self.batches = self._all_batches()
+        return Run(self.batches, outcomes)
 
-    def shows(self, run: Run, adapted: Graph) -> bool:
-        """Whether a run's adapters change the base's outputs by more than ten times the tolerance."""
-        return _shows(self._base_on_first(run), run, adapted)
+    def with_random_adapters(
+        self, name: str, adapted: Graph, sides: Callable[[Graph], tuple[Graph, Graph]]
+    ) -> Proof:
+        """Prove a rewrite with random adapters whose effect the proof cannot miss.
+
+        Args:
+            name: what is proved.
+            adapted: the adapted graph.
+            sides: from that graph with random adapters to the graph that is rewritten and the rewritten one.
+
+        Raises:
+            ProofError: they differ.
+        """
+        for strength in STRENGTHS:
+            reference, candidate = sides(randomised(adapted, self._seed, strength))
+            run = self.run(reference)
+            strongest = strength == STRENGTHS[-1]
+            if not strongest and not self.shows(run, self.tolerance(adapted)):
+                continue
+            proof = self.prove(name, reference, run, self.run_like(run, candidate))
+            if strongest or self.shows(run, proof.tolerance):
+                return proof
+        raise AssertionError("there is a strongest")
+
+    def shows(self, run: Run, allowed: float) -> bool:
+        """Whether a run's adapters change the base's outputs by so much that a proof cannot miss them.
+
+        That is by ten times what it allows: chosen so that a missing adapter fails it clearly.
+        """
+        if not run.taken:
+            return False
+        base = self._base_on_first(run)
+        return labels_differ(base, run) or effect(base, run) > 10 * allowed
 
     def _base_on_first(self, run: Run) -> Run:
         """A run of the base on the first batch that another run took."""
-        return Interpreter(self.base, wide=True).on(dict(list(run.taken.items())[:1]))
+        label, batch = next(iter(run.taken.items()))
+        if label not in self._base_runs:
+            self._base_runs[label] = Interpreter(self.base, torch.float32).on({label: batch})
+        return self._base_runs[label]
 
 
 def check_finite(graph: Graph) -> None:
@@ -165,15 +225,9 @@ def check_gradients(trainable: Graph) -> None:
     gradients(bind(graph, graph.adapter_names), graph, graph.adapter_names)
 
 
-def _shows(base: Run, run: Run, adapted: Graph) -> bool:
-    """Whether two runs differ by ten times the tolerance: chosen so that a missing adapter fails a proof clearly."""
-    return effect(base, run) > 10 * tolerance(adapted)
-
-
-def _equal(first: Run, second: Run) -> bool:
-    """Whether two runs gave the same values, bit by bit, on the batches that both took."""
-    for name in first.taken.keys() & second.taken.keys():
-        a, b = first.outcomes[name], second.outcomes[name]
-        if isinstance(a, list) and isinstance(b, list) and not all(map(torch.equal, a, b)):
-            return False
-    return True
+def _is_defined(outcome: Outcome) -> bool:
+    """Whether a model took an input, and gave an output that is no label and has no NaN, or labels alone."""
+    if isinstance(outcome, Exception):
+        return False
+    floats = [value for value in outcome if not is_label(value)]
+    return not floats or not all(value.isnan().any() for value in floats)

@@ -14,6 +14,7 @@ from adaptc.emit.manifest import versions
 from adaptc.ir.state import state_notes
 from adaptc.spec.entries import AdapterEntry
 from adaptc.spec.spec import Spec, dump, resolve_path
+from adaptc.weights import sha256_of_files
 
 
 def provenance(program: Program, folder: Path) -> dict[str, Any]:
@@ -24,7 +25,8 @@ def provenance(program: Program, folder: Path) -> dict[str, Any]:
         folder: the folder of the manifest. Paths that the spec states relative to itself are told relative to that.
 
     Returns:
-        `versions`, `spec` and its folder `spec_folder`, `base`, `adapters`, `sites`, `passes` and `proofs`.
+        `versions`, `spec` and its folder `spec_folder`, `base`, `adapters`, `sites`, `passes`, `proved_on`,
+        `proofs`.
     """
     source = program.base.source
     return {
@@ -34,11 +36,14 @@ def provenance(program: Program, folder: Path) -> dict[str, Any]:
         "base": {
             "model": describe_base(program, folder),
             "sha256": program.base_sha256,
+            "inputs": program.plan.inputs,
+            "left_out": program.plan.left_out,
             "notes": [*source.notes, *source.bound.notes, *state_notes(program.base.nodes)],
         },
         "adapters": _adapters(program, folder),
         "sites": _sites(program),
         "passes": [asdict(record) for record in program.records],
+        "proved_on": _proved_on(program, folder),
         "proofs": [asdict(proof) for proof in program.proofs.held],
     }
 
@@ -61,16 +66,31 @@ def describe_base(program: Program, folder: Path) -> str:
     return described.replace(str(path), _told(program.spec, text, path, folder), 1)
 
 
-def _adapters(program: Program, folder: Path) -> list[dict[str, str]]:
-    """The path and the SHA-256 of every checkpoint that the spec names."""
+def _adapters(program: Program, folder: Path) -> list[dict[str, Any]]:
+    """The path and the SHA-256 of every checkpoint that the spec names, and the options that it was read without."""
     spec = program.spec
-    rows: dict[Path, dict[str, str]] = {}
+    rows: dict[Path, dict[str, Any]] = {}
     for planned in program.plan.entries:
         entry, checkpoint = spec.adapt[planned.entry], planned.checkpoint
         if checkpoint is not None and isinstance(entry, AdapterEntry):
             path = _told(spec, entry.adapter, checkpoint.path, folder)
-            rows.setdefault(checkpoint.path, {"path": path, "sha256": checkpoint.sha256})
+            ignored = {key: checkpoint.config[key] for key in checkpoint.ignored}
+            told = {"path": path, "sha256": checkpoint.sha256}
+            rows.setdefault(checkpoint.path, told | ({"ignored": ignored} if ignored else {}))
     return list(rows.values())
+
+
+def _proved_on(program: Program, folder: Path) -> dict[str, Any]:
+    """The inputs of the proofs: a person's `own`, the `file` of those that the spec names, and the `random` ones."""
+    spec, proofs = program.spec, program.proofs
+    told: dict[str, Any] = {"own": list(program.base.examples)}
+    if spec.proof is not None and spec.proof.inputs is not None:
+        path = resolve_path(spec, spec.proof.inputs)
+        told["file"] = {
+            "path": _told(spec, spec.proof.inputs, path, folder),
+            "sha256": sha256_of_files([path]),
+        }
+    return told | {"random": {label: asdict(draw) for label, draw in proofs.drawn.items()}}
 
 
 def _sites(program: Program) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from adaptc.compiler.proof import batches
+from adaptc.compiler.proof_inputs import batches
 from adaptc.ir.graph import Graph
 from adaptc.ir.interpreter import Interpreter, Run, numbered
 from adaptc.ir.observer import LayerInputs
@@ -85,7 +85,8 @@ def measure(
         The errors; None where there are none, since all codes are the base's own and no activation is rounded.
     """
     rows = rows_of(reference, seed)
-    description = f"{len(rows)} calibration rows" if reference.calibration_rows else "random inputs"
+    random = "random inputs, and the person's own" if reference.examples else "random inputs"
+    description = f"{len(rows)} calibration rows" if reference.calibration_rows else random
     leaves = [q for q in candidate.quantized.values() if q.quantization.packed is None]
     if not leaves and rounding is None:
         return None
@@ -119,7 +120,7 @@ def _matrix(graph: Graph, site: WeightSite) -> torch.Tensor:
 
 def rows_of(graph: Graph, seed: int = 0) -> list[Any]:
     """The calibration rows; random inputs where there are none."""
-    return list(graph.calibration_rows) or list(batches(graph.inputs, seed).values())
+    return list(graph.calibration_rows) or list(batches(graph, seed).values())
 
 
 def output_errors(reference: Run, candidate: Graph) -> dict[str, float]:

@@ -2,44 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any, cast
 
 import torch
 
-from adaptc.compiler.proof import Runner, batches, scale
+from adaptc.compiler.differences import LEAST, is_label, scale
+from adaptc.compiler.proof import Proof
+from adaptc.compiler.proof_inputs import Draw, draws
+from adaptc.compiler.proofs import Proofs
+from adaptc.compiler.runners import Runner
 from adaptc.errors import ProofError
 from adaptc.inputs import InputSpec
-from adaptc.ir.interpreter import Run
+from adaptc.ir.interpreter import Batch, Batches, Run
 
 SAMPLES = 64
 """How many values of each output the manifest keeps, evenly spaced."""
+KEPT = 4096
+"""How many numbers of a person's own inputs a manifest keeps at most, where a model takes no random ones."""
 
 
-def recorded(reference: Run, inputs: Sequence[InputSpec], seed: int, tolerance: float) -> dict[str, Any]:
+def with_labels(reference: Run, candidate: Run) -> Run:
+    """A run with the numbers of the reference and the labels of the candidate, which may differ between near ties."""
+    outcomes = dict(reference.outcomes)
+    for name in reference.taken:
+        expected, got = reference.outcomes[name], candidate.outcomes[name]
+        if not isinstance(expected, Exception) and not isinstance(got, Exception):
+            outcomes[name] = [b if is_label(a) else a for a, b in zip(expected, got, strict=True)]
+    return replace(reference, outcomes=outcomes)
+
+
+def recorded(reference: Run, proofs: Proofs, proof: Proof) -> dict[str, Any]:
     """The reference values of a run, as plain data for the manifest.
 
+    They are of random inputs, which can be drawn again. A person's own inputs are kept only where a model takes no
+    random ones, and where they are at most `KEPT` numbers.
+
     Args:
-        reference: the run that the artifact was proved against, on `batches(inputs, seed)`.
-        inputs: the graph's inputs.
-        seed: the seed of the random inputs, which a later check draws again.
-        tolerance: the relative error that a later check allows.
+        reference: the run that the artifact was proved against.
+        proofs: have the inputs.
+        proof: the proof, whose tolerance a later check allows.
 
     Returns:
-        `inputs`, `seed`, `tolerance`, and `values`: the label of each batch -> for each output its `shape`, its
-        `largest` value and a sample of its `values`.
+        `inputs`, `draws`, `own`, `tolerance`, and `values`: the label of each batch -> for each output its `shape`, its
+        `largest` value and a sample of its `values`, or None where it was not compared.
     """
+    taken = reference.taken
+    random = {label: asdict(draw) for label, draw in proofs.drawn.items() if label in taken}
+    own = {} if random else _kept({label: taken[label] for label in proofs.base.examples if label in taken})
     return {
-        "inputs": [asdict(spec) for spec in inputs],
-        "seed": seed,
-        "tolerance": tolerance,
+        "inputs": [spec.to_json() for spec in proofs.base.inputs],
+        "draws": random,
+        "own": own,
+        "tolerance": proof.tolerance,
         "values": {
-            label: [_sample(output) for output in outcome]
+            label: [
+                None if (label, index) in proof.uncompared else _sample(output)
+                for index, output in enumerate(outcome)
+            ]
             for label, outcome in reference.outcomes.items()
-            if not isinstance(outcome, Exception)
+            if not isinstance(outcome, Exception) and label in {*random, *own}
         },
     }
+
+
+def _kept(own: Batches) -> dict[str, dict[str, Any]]:
+    """A person's own inputs as plain data, as many whole batches as may be kept."""
+    kept: dict[str, dict[str, Any]] = {}
+    left = KEPT
+    for label, batch in own.items():
+        left -= sum(tensor.numel() for tensor in batch.values())
+        if left >= 0:
+            kept[label] = {name: cast(Any, tensor).tolist() for name, tensor in batch.items()}
+    return kept
 
 
 def proved_again(reference: Mapping[str, Any], candidate: Runner) -> str:
@@ -55,9 +91,10 @@ def proved_again(reference: Mapping[str, Any], candidate: Runner) -> str:
     Raises:
         ProofError: it gives other values, or does not run.
     """
-    inputs = [InputSpec.from_json(spec) for spec in reference["inputs"]]
-    drawn = batches(inputs, reference["seed"])
-    run = candidate.on({label: batch for label, batch in drawn.items() if label in reference["values"]})
+    inputs = _inputs_again(reference)
+    if not inputs:
+        return "not run: it was proved on a person's own inputs alone, of which the manifest keeps none"
+    run = candidate.on(inputs)
     worst = 0.0
     for label, outcome in run.outcomes.items():
         if isinstance(outcome, Exception):
@@ -66,12 +103,26 @@ def proved_again(reference: Mapping[str, Any], candidate: Runner) -> str:
         if len(outcome) != len(expected):
             raise ProofError(f"it gives {len(outcome)} outputs, its graph gave {len(expected)} ({label})")
         for index, (output, sample) in enumerate(zip(outcome, expected, strict=True)):
-            worst = max(worst, _error(output, sample, f"output {index}, {label}"))
-    error = f"largest error {worst:.1e} of {reference['tolerance']:.1e} allowed"
+            if sample is not None:
+                worst = max(worst, _error(output, sample, f"output {index}, {label}"))
+    error = f"relative error {worst:.1e} of {reference['tolerance']:.1e} allowed"
     if not worst <= reference["tolerance"]:
         raise ProofError(f"it no longer computes what its graph did: {error}")
-    how = f" ({', '.join(run.coverage)})" if run.coverage else ""
-    return f"computes what its graph did: {error}, on {', '.join(run.batches)}{how}"
+    return f"computes what its graph did: {error}, on {', '.join(run.batches)}"
+
+
+def _inputs_again(reference: Mapping[str, Any]) -> dict[str, Batch]:
+    """The inputs of the values that a manifest keeps, by label."""
+    inputs = [InputSpec.from_json(spec) for spec in reference["inputs"]]
+    if "draws" in reference:
+        drawn = {label: Draw(**draw) for label, draw in reference["draws"].items()}
+    else:  # of versions that kept only the seed
+        drawn = draws(inputs, reference["seed"])
+    again = {label: draw.batch(inputs) for label, draw in drawn.items() if label in reference["values"]}
+    dtypes = {spec.name: getattr(torch, spec.dtype) for spec in inputs}
+    for label, batch in reference.get("own", {}).items():
+        again[label] = {name: torch.tensor(value).to(dtypes[name]) for name, value in batch.items()}
+    return again
 
 
 def _sample(output: torch.Tensor) -> dict[str, Any]:
@@ -93,6 +144,8 @@ def _sampled(count: int) -> torch.Tensor:
 def _error(output: torch.Tensor, sample: Mapping[str, Any], place: str) -> float:
     """The largest difference from a sample over the largest value of that output; infinite where one is not finite.
 
+    Labels are equal or infinitely far apart.
+
     Raises:
         ProofError: the output has another shape.
     """
@@ -105,4 +158,8 @@ def _error(output: torch.Tensor, sample: Mapping[str, Any], place: str) -> float
     if not same or not torch.isfinite(got[~nonfinite]).all():
         return float("inf")
     difference = (got - want)[~nonfinite].abs()
-    return float(difference.max()) / max(sample["largest"], 1e-12) if difference.numel() else 0.0
+    if not difference.numel():
+        return 0.0
+    if is_label(output):
+        return float("inf") if difference.any() else 0.0
+    return float(difference.max()) / max(sample["largest"], LEAST)

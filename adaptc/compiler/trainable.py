@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -51,7 +50,7 @@ def module_record(graph: Graph, base: dict[str, str]) -> dict[str, Any]:
         `buffers`, `transient` and `trainable` names; `adapters` as records, and `base`.
     """
     return {
-        "inputs": [asdict(spec) for spec in graph.inputs],
+        "inputs": [spec.to_json() for spec in graph.inputs],
         "outputs": list(graph.outputs),
         "output_class": output_class(graph.module),
         "names": {name: graph.aliases.get(name, name) for name in graph.weights},
@@ -87,10 +86,13 @@ def prove_trainable(proofs: Proofs, adapted: Graph, trainable: Graph) -> None:
     """
     if not trainable.adaptations:
         return
-    random, reference = proofs.randomised(adapted)
-    factored = trainable.copy()
-    factored.weights.update({name: random.weights[name] for name in trainable.adapter_names})
-    proofs.prove("trainable module", random, reference, proofs.run_like(reference, factored))
+
+    def sides(random: Graph) -> tuple[Graph, Graph]:
+        factored = trainable.copy()
+        factored.weights.update({name: random.weights[name] for name in trainable.adapter_names})
+        return random, factored
+
+    proofs.with_random_adapters("trainable module", adapted, sides)
 
 
 def follow(adapted: Graph, module: fx.GraphModule) -> None:

@@ -68,6 +68,14 @@ def save_checkpoint(folded: Graph, base: Graph, directory: Path, max_shard_size:
         raise RefusedError(
             [Refusal(reason, notes=("emit onnx or torch; or emit the adapter alone, as peft",))]
         )
+    if folded.adaptations:
+        live = ", ".join(dict.fromkeys(a.site.module for a in folded.adaptations))
+        reason = (
+            f"the adapters of {live} are kept live, and a Hugging Face checkpoint holds nothing but weights"
+        )
+        raise RefusedError(
+            [Refusal(reason, notes=("write `on_alias: untie` in their entry, or emit onnx or torch",))]
+        )
     config = copy.deepcopy(pretrained.config)
     model = _model_of(pretrained, config, folded)
     persistent = {name for name in folded.weights if name not in folded.transient}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import warnings
 from collections import namedtuple
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -27,7 +26,7 @@ from adaptc.ir.module import kept_activations
 from adaptc.ir.nodes import set_tensor
 from adaptc.ir.training_mode import mark_training_arguments
 from adaptc.optional import optional
-from adaptc.tracing.export import dynamic_shapes, normalise
+from adaptc.tracing.export import dynamic_shapes, normalise, traceable
 from adaptc.tracing.saved_program import load_program
 
 PROGRAM = "program.pt2"
@@ -54,8 +53,7 @@ def save_torch(module: fx.GraphModule, directory: Path) -> None:
     registered.clear()  # hooks of a training loop are no part of the program
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     try:
-        with warnings.catch_warnings(), kept_activations(module), _plain_outputs(module, about):
-            warnings.simplefilter("ignore")
+        with traceable(), kept_activations(module), _plain_outputs(module, about):
             program = torch.export.export(
                 module, (), examples, dynamic_shapes=dynamic_shapes(inputs), strict=False
             )

@@ -69,8 +69,10 @@ class Base:
         files: the base's weight files; empty for a base in memory.
         packed: name -> weight, for those that the base stores quantized.
         flatten: from the arguments of the author's own call to the inputs by name; None where they are the same.
+        examples: name of an input -> the tensor that the caller gave for it; empty where none was given.
         notes: what the loader chose or changed before it looked for weights, for the user.
         pretrained: the checkpoint of a Hugging Face base; None for any other.
+        left_out: what the model could take beside its inputs -> what stands for it, such as `zeros`.
     """
 
     describe: str
@@ -83,8 +85,10 @@ class Base:
     files: tuple[Path, ...] = ()
     packed: Mapping[str, PackedWeight] = field(default_factory=dict[str, PackedWeight])
     flatten: Callable[[tuple[Any, ...], Mapping[str, Any]], dict[str, torch.Tensor]] | None = None
+    examples: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
     notes: list[str] = field(default_factory=list[str])
     pretrained: Pretrained | None = None
+    left_out: Mapping[str, str] = field(default_factory=dict[str, str])
 
     @cached_property
     def bound(self) -> Bound:

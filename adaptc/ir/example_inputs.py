@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from adaptc.errors import TraceError
-from adaptc.inputs import InputSpec
+from adaptc.inputs import ASCENDING, DESCENDING, InputSpec
+from adaptc.ir.drawn_values import draw, draw_pair
 
 EXAMPLE_SIZES = (3, 17, 11, 19, 23, 29, 31)
 """Sizes of named dimensions in the trace: distinct, so that none is taken for another, and not 1, which broadcasts."""
@@ -33,10 +34,16 @@ def example_sizes(inputs: Sequence[InputSpec], among: Sequence[int] | None = Non
             f"at most {len(EXAMPLE_SIZES)} named dimensions are supported, got {', '.join(names)}"
         )
     if among is not None:
-        return dict(zip(names, among, strict=False))
+        return _with_placeholders(inputs, dict(zip(names, among, strict=False)))
     given = _given_sizes(inputs)
     others = [size for size in EXAMPLE_SIZES if size not in given.values()]
-    return {name: given.get(name) or others.pop(0) for name in names}
+    return _with_placeholders(inputs, {name: given.get(name) or others.pop(0) for name in names})
+
+
+def _with_placeholders(inputs: Sequence[InputSpec], sizes: dict[str, int]) -> dict[str, int]:
+    """The sizes, with those of rows that hold placeholders longer by as many."""
+    counts = {str(spec.dims[-1]): spec.placeholders[1] for spec in inputs if spec.placeholders}
+    return {name: size + counts.get(name, 0) for name, size in sizes.items()}
 
 
 def _given_sizes(inputs: Sequence[InputSpec]) -> dict[str, int]:
@@ -54,10 +61,12 @@ def _given_sizes(inputs: Sequence[InputSpec]) -> dict[str, int]:
 def example_tensors(
     inputs: Sequence[InputSpec], sizes: Mapping[str, int], seed: int = 0, pad: bool = False
 ) -> dict[str, torch.Tensor]:
-    """Random inputs of a model.
+    """Random inputs of a model, like its examples where it has any.
 
-    Integers are below the input's `high`. Masks are ones; with `pad`, the last row ends with zeros in its second half.
-    Other booleans are random, but the first two of each row are True and False, so that none masks a whole row.
+    Others are normal floats, boxes with their corners in order, integers below the input's `high`. Placeholders are at
+    the start of each row, after the first value. Masks of integers are ones; with `pad`, the last row ends with zeros
+    in its second half. Rows of booleans have both values, so that none masks a whole row, whether True means taken or
+    hidden.
 
     Args:
         inputs: of the model.
@@ -73,17 +82,44 @@ def example_tensors(
     for spec in inputs:
         shape = [sizes[dim] if isinstance(dim, str) else dim for dim in spec.dims]
         dtype = getattr(torch, spec.dtype)
-        if dtype.is_floating_point:
+        if spec.values is not None:
+            tensor = draw(spec, spec.values, shape, generator)
+        elif spec.boxes:
+            tensor = _boxes(spec, shape, generator)
+        elif dtype.is_floating_point:
             tensor = torch.randn(shape, generator=generator).to(dtype)
-        elif dtype == torch.bool and "mask" not in spec.name:
-            tensor = torch.rand(shape, generator=generator) < 0.5
-            if shape:
-                tensor[..., 0], tensor[..., 1:2] = True, False
+        elif dtype == torch.bool:
+            tensor = _booleans(spec.name, shape, generator)
         elif "mask" in spec.name:
             tensor = torch.ones(shape, dtype=dtype)
             if pad and tensor.dim() == 2 and tensor.shape[1] > 1:
                 tensor[-1, -(tensor.shape[1] // 2) :] = 0
         else:
             tensor = torch.randint(0, spec.high or 2, shape, generator=generator).to(dtype)
-        tensors[spec.name] = tensor
+        tensors[spec.name] = _placed(spec, tensor)
     return tensors
+
+
+def _boxes(spec: InputSpec, shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+    """Random boxes: integers below the input's `high`, or fractions of a page where it has none."""
+    dtype = getattr(torch, spec.dtype)
+    corners = torch.rand([*shape[:-1], 2, shape[-1] // 2], generator=generator)
+    corners = corners.sort(dim=-2).values.flatten(-2)
+    return (corners * spec.high).long().to(dtype) if spec.high else corners.to(dtype)
+
+
+def _booleans(name: str, shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+    """Booleans of both values. A mask changes once in a row: from False to True where it is named after padding."""
+    order = ASCENDING if "pad" in name else DESCENDING if "mask" in name else ""
+    pair = (0.0, 1.0) if "pad" in name else (1.0, 0.0)
+    return draw_pair(pair, order, shape, generator).bool()
+
+
+def _placed(spec: InputSpec, values: torch.Tensor) -> torch.Tensor:
+    """Random integers with the input's placeholders in each row, and no other value like them."""
+    if spec.placeholders is None:
+        return values
+    token, count = spec.placeholders
+    values = torch.where(values == token, torch.full_like(values, 0 if token else 1), values)
+    values[..., 1 : 1 + count] = token
+    return values

@@ -85,6 +85,8 @@ class Graph:
         as_traced: the graph that this one was copied from, as it was traced; None for that graph itself.
         fisher_information: of each weight, where there is data to estimate it from.
         calibration_rows: that data: batches of one row each, by the names of the inputs.
+        examples: a label -> inputs that a person has given, which proofs run on.
+        proof_shapes: the sizes of named dimensions that random inputs of proofs have; chosen where there are none.
     """
 
     module: fx.GraphModule
@@ -105,6 +107,10 @@ class Graph:
     as_traced: Graph | None = None
     fisher_information: FisherInformation | None = None
     calibration_rows: Sequence[Mapping[str, torch.Tensor]] = ()
+    examples: Mapping[str, Mapping[str, torch.Tensor]] = field(
+        default_factory=dict[str, Mapping[str, torch.Tensor]]
+    )
+    proof_shapes: Sequence[Mapping[str, int]] = ()
 
     @property
     def nodes(self) -> Iterable[fx.Node]:

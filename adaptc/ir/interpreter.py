@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -18,8 +19,6 @@ from adaptc.ir.tie_breaks import TieBreaks, makes_choice
 Batch = Mapping[str, torch.Tensor]
 Batches = Mapping[str, Batch]
 """Name -> batch; a name is such as `row 1`, or the sizes of the batch."""
-NARROW = (torch.float16, torch.bfloat16)
-"""The dtypes that a wide run computes in float32."""
 Outcome = list[torch.Tensor] | Exception
 """What a run on a batch gives: the outputs that are tensors, or the error that the model raised."""
 
@@ -32,7 +31,8 @@ class Run:
         batches: the batches.
         outcomes: name of a batch -> its outcome.
         outputs: the names of the outputs that are tensors; empty if they have none.
-        coverage: how the model was run, such as `in float32`, as phrases for a report.
+        coverage: how the weights were held, in words; "" where all were at once.
+        notes: what else a report must tell of the run, such as `in float32`.
         choices: name of a batch -> the indices that operations chose in it, in the order of execution.
         flipped: how many choices were taken from the run that this one follows, and would have been others without it.
     """
@@ -40,7 +40,8 @@ class Run:
     batches: Batches
     outcomes: Mapping[str, Outcome]
     outputs: tuple[str, ...] = ()
-    coverage: tuple[str, ...] = ()
+    coverage: str = ""
+    notes: tuple[str, ...] = ()
     choices: Mapping[str, Sequence[torch.Tensor]] = field(default_factory=dict[str, Sequence[torch.Tensor]])
     flipped: int = 0
 
@@ -67,13 +68,16 @@ class Interpreter:
 
     Args:
         graph: what is run.
-        wide: compute in float32 what the graph computes in float16 or bfloat16, from the weights as they are stored.
+        least: compute in this dtype what the graph computes in a narrower one, from the weights as they are stored.
             In a deep model the rounding of every operation would hide the differences that a proof looks for.
+
+    Attributes:
+        widens: whether a weight of the graph is narrower than that.
     """
 
-    def __init__(self, graph: Graph, wide: bool = False):
-        self.graph = graph
-        self.wide = wide and any(weight.dtype in NARROW for weight in graph.weights.values())
+    def __init__(self, graph: Graph, least: torch.dtype | None = None):
+        self.graph, self._least = graph, least
+        self.widens = any(_wider(weight.dtype, least) != weight.dtype for weight in graph.weights.values())
 
     def on(self, batches: Batches, follows: Run | None = None, near: float = 0.0) -> Run:
         """One sweep over these batches. A batch that fails is left out of the rest of it.
@@ -85,16 +89,17 @@ class Interpreter:
         """
         followed: Mapping[str, Sequence[torch.Tensor]] = follows.choices if follows is not None else {}
         choices = [TieBreaks(followed.get(name, ()), near) for name in batches]
-        outcomes = _sweep(self.graph, list(batches.values()), choices, self.wide)
+        least = self._least if self.widens else None
+        outcomes = _sweep(self.graph, list(batches.values()), choices, least)
         flipped = sum(choice.flipped for choice in choices)
-        coverage = ["whole, one weight at a time"]
-        coverage += ["in float32"] if self.wide else []
-        coverage += [f"{flipped} choices between near equals as the reference's"] if flipped else []
+        notes = [f"in {str(least).removeprefix('torch.')}"] if least else []
+        notes += [f"{flipped} choices between near equals as the reference's"] if flipped else []
         return Run(
             batches,
             dict(zip(batches, outcomes, strict=True)),
             tuple(self.graph.tensor_outputs),
-            tuple(coverage),
+            "whole, one weight at a time",
+            tuple(notes),
             {name: choice.indices for name, choice in zip(batches, choices, strict=True)},
             flipped,
         )
@@ -106,7 +111,10 @@ def numbered(rows: Sequence[Batch]) -> Batches:
 
 
 def observed(
-    graph: Graph, batches: Sequence[Batch], observe: Callable[[fx.Node, Any], None]
+    graph: Graph,
+    batches: Sequence[Batch],
+    observe: Callable[[fx.Node, Any], None],
+    least: torch.dtype | None = None,
 ) -> list[Outcome]:
     """One sweep over these batches that shows every value to a function.
 
@@ -114,18 +122,19 @@ def observed(
         graph: what is run.
         batches: the batches.
         observe: called with each node and its value, for every batch.
+        least: the dtype that it computes in at least.
 
     Returns:
         the outcome of every batch, in their order.
     """
-    return _sweep(graph, batches, [TieBreaks((), 0.0) for _ in batches], False, observe)
+    return _sweep(graph, batches, [TieBreaks((), 0.0) for _ in batches], least, observe)
 
 
 def _sweep(
     graph: Graph,
     batches: Sequence[Batch],
     choices: Sequence[TieBreaks],
-    wide: bool,
+    least: torch.dtype | None,
     observe: Callable[[fx.Node, Any], None] | None = None,
 ) -> list[Outcome]:
     """Run every node on every batch before the next node; see `Interpreter`."""
@@ -140,12 +149,12 @@ def _sweep(
             if node.op == "get_attr":
                 continue  # read by its users, so that it is loaded no earlier than they run
             read = [n for n in node.all_input_nodes if n.op == "get_attr"]
-            weights = {n: _read(graph, n, loaded, wide) for n in read}
+            weights = {n: _read(graph, n, loaded, least) for n in read}
             for number, batch in enumerate(batches):
                 if outcomes[number] is None:
                     try:
                         operands = values[number] | _with_state(graph, weights, written, states[number])
-                        result = _step(node, batch, operands, wide)
+                        result = _step(node, batch, operands, least)
                         if makes_choice(node):
                             result = choices[number].make(node, operands[node.all_input_nodes[0]], result)
                     except Exception as error:
@@ -181,7 +190,7 @@ def _last_users(graph: Graph) -> dict[fx.Node, list[fx.Node | str]]:
     return read_last
 
 
-def _read(graph: Graph, node: fx.Node, loaded: dict[str, torch.Tensor], wide: bool) -> Any:
+def _read(graph: Graph, node: fx.Node, loaded: dict[str, torch.Tensor], least: torch.dtype | None) -> Any:
     """The tensor that a node reads, loaded if it is not yet; False for the training mode."""
     name = str(node.target)
     if name == "training" and name not in graph.weights:
@@ -189,7 +198,7 @@ def _read(graph: Graph, node: fx.Node, loaded: dict[str, torch.Tensor], wide: bo
     first = graph.aliases.get(name, name)
     if first not in loaded:
         tensor = graph.weights[first].load()
-        loaded[first] = _widened(tensor) if wide else tensor
+        loaded[first] = _widened(tensor, least)
     return loaded[first]
 
 
@@ -204,20 +213,27 @@ def _with_state(
     return {node: state.get(name, weights[node]) for node, name in names.items()}
 
 
-def _step(node: fx.Node, batch: Batch, values: Mapping[fx.Node, Any], wide: bool) -> Any:
+def _step(node: fx.Node, batch: Batch, values: Mapping[fx.Node, Any], least: torch.dtype | None) -> Any:
     """The result of one node; of the output node the list of tensors."""
     if node.op == "placeholder":
-        return _widened(batch[str(node.target)]) if wide else batch[str(node.target)]
+        return _widened(batch[str(node.target)], least)
     args, kwargs = map_operands(node, values.__getitem__)
-    if wide:
-        args, kwargs = pytree.tree_map(_widened, (args, kwargs))
+    if least is not None:
+        args, kwargs = pytree.tree_map(partial(_widened, least=least), (args, kwargs))
     if node.op == "output":
         return [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, torch.Tensor)]
     return cast(Callable[..., Any], node.target)(*args, **kwargs)
 
 
-def _widened(value: Any) -> Any:
-    """A float16 or bfloat16 tensor, or such a dtype, as float32; anything else as it is."""
+def _widened(value: Any, least: torch.dtype | None) -> Any:
+    """A tensor of a narrower dtype, or such a dtype, in the `least` one; anything else as it is."""
     if isinstance(value, torch.dtype):
-        return torch.float32 if value in NARROW else value
-    return value.float() if isinstance(value, torch.Tensor) and value.dtype in NARROW else value
+        return _wider(value, least)
+    return value.to(_wider(value.dtype, least)) if isinstance(value, torch.Tensor) else value
+
+
+def _wider(dtype: torch.dtype, least: torch.dtype | None) -> torch.dtype:
+    """The dtype with at least the precision of another; that of integers and of 8 bits as it is."""
+    if least is None or dtype.itemsize == 1 or not (dtype.is_floating_point or dtype.is_complex):
+        return dtype
+    return torch.promote_types(dtype, least)

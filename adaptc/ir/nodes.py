@@ -67,6 +67,13 @@ def map_operands(node: fx.Node, value_of: Callable[[fx.Node], Any]) -> tuple[tup
     return cast(Any, map_arg)((node.args, dict(node.kwargs)), value_of)
 
 
+def arguments_by_name(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a registered operation by their names in its schema, with the defaults of those left out."""
+    arguments: Any = cast(Any, node.target)._schema.arguments
+    defaults = {a.name: a.default_value for a in arguments if a.has_default_value()}
+    return defaults | dict(zip((a.name for a in arguments), node.args, strict=False)) | dict(node.kwargs)
+
+
 # Operations
 
 
@@ -109,7 +116,7 @@ def writes_in_place(target: Any) -> bool:
 
 def memory_owner(node: fx.Node) -> fx.Node:
     """The node that allocated the memory of a value: upstream of views, and of operations that return their operand."""
-    while node.op == "call_function" and _returns_operand(node.target):
+    while node.op == "call_function" and returns_operand(node.target):
         node = node_arg(node, 0)
     return node
 
@@ -119,7 +126,7 @@ def written_operands(node: fx.Node) -> list[fx.Node]:
     schema = getattr(node.target, "_schema", None)
     if schema is None or not schema.is_mutable:
         return []
-    values = dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | dict(node.kwargs)
+    values = arguments_by_name(node)
     written = [
         values.get(a.name) for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write
     ]
@@ -128,10 +135,11 @@ def written_operands(node: fx.Node) -> list[fx.Node]:
 
 def same_memory(node: fx.Node) -> list[fx.Node]:
     """The users of a value that give the same memory: views of it, and items of a list of views."""
-    return [user for user in node.users if user.args[:1] == (node,) and _returns_operand(user.target)]
+    return [user for user in node.users if user.args[:1] == (node,) and returns_operand(user.target)]
 
 
-def _returns_operand(target: Any) -> bool:
+def returns_operand(target: Any) -> bool:
+    """Whether an operation gives the memory of its first operand: a view of it, or an item of a list of views."""
     if target is operator.getitem:  # of a list of views; of other lists it has memory of its own
         return True
     schema = getattr(target, "_schema", None)

@@ -48,7 +48,8 @@ def select(
 ) -> Selection[Any]:
     """The sites that a target matches, of the kinds that a method or scheme can be applied to.
 
-    A method for whole modules (kind `parameter`) takes every parameter below a module that the target names.
+    A method for whole modules (kind `parameter`) takes every parameter that the target names, and every one below a
+    module that it names.
 
     Args:
         graph: the graph.
@@ -70,7 +71,7 @@ def select(
     chosen: list[Site] = []
     excluded: list[str] = []
     for site in candidates:
-        names = _ancestry(site.module) if whole else [site.module, site.name]
+        names = [*(_ancestry(site.module) if whole else [site.module]), site.name]
         if not wanted(site) or not any(_named_by(sliced(p)[0], names, site, graph) for p in patterns):
             continue
         matched: list[Site] = []
@@ -168,7 +169,8 @@ def as_stored(site: WeightSite, graph: Graph) -> WeightSite:
     transposed = len(site.shape) == 3 and getattr(owner, "is_transposed", False)
     columns, rows = len(site.shape) - 1, len(site.shape) - 2
     out, inner = (columns, rows) if transposed else (rows, columns)
-    return replace(site, layout=Layout((out,), (inner,), tuple(range(rows))))
+    kind = "experts" if rows else "linear"
+    return replace(site, kind=kind, layout=Layout((out,), (inner,), tuple(range(rows))))
 
 
 RECOGNISED: Mapping[str, str] = {

@@ -13,7 +13,7 @@ from pydantic import Field
 from adaptc.errors import Fault
 from adaptc.methods.method import Dropout
 from adaptc.methods.param import Param
-from adaptc.methods.peft_format import PeftFormat
+from adaptc.methods.peft_format import STARTS, PeftFormat
 from adaptc.methods.rank import Scaled, factors
 from adaptc.methods.site import ATTENTION, OUT_PROJECTION, Place, WeightSite
 from adaptc.methods.tensors import svd
@@ -32,6 +32,24 @@ NOT_AGAIN = Fault(("loftq_iter",), "only `init_weights: loftq` quantizes again: 
 """The refusal of `loftq_iter` where nothing is compensated."""
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """PEFT's initialisations that subtract something from the base's weights, which no checkpoint holds."""
+LORA_STARTS = (*STARTS, "gaussian", "eva", "orthogonal", "mica")
+"""PEFT's initialisations of LoRA that leave the base as it is."""
+LORA_IGNORED = frozenset(
+    {
+        *("megatron_core", "qalora_group_size", "runtime_config", "merge_weights"),
+        *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    }
+)
+"""PEFT's options of LoRA, of some versions, that a trained adapter needs no more."""
+LORA_NEUTRAL: Mapping[str, tuple[object, ...]] = {
+    **dict.fromkeys(("use_qalora", "lora_bias", "use_bdlora"), (False, None)),
+    **dict.fromkeys(("megatron_config", "velora_config", "monteclora_config", "arrow_config"), (None,)),
+    **dict.fromkeys(("kasa_config", "alora_invocation_tokens"), (None,)),
+    **dict.fromkeys(("layer_replication", "enable_lora"), (None, [])),
+}
+"""PEFT's options of LoRA that change what it computes and are not read -> their values that change nothing."""
+LORA_HOSTS = frozenset({"modules_to_save", "trainable_token_indices"})
+"""The keys by which other methods join PEFT's LoRA."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +88,7 @@ class LowRankFormat(PeftFormat["LowRank"]):
         options: Mapping[str, str] | None = None,
         by_parameter: bool = False,
         changes_base: tuple[str, ...] = CHANGES_BASE,
+        starts: tuple[object, ...] = LORA_STARTS,
         **fixed: object,
     ) -> Self:
         """The format that LoRA's relatives share.
@@ -79,6 +98,7 @@ class LowRankFormat(PeftFormat["LowRank"]):
             options: options of this method alone: our name -> PEFT's key.
             by_parameter: see `PeftFormat`.
             changes_base: see `PeftFormat`.
+            starts: the initialisations that are read.
             fixed: keys that must have, and are written with, this value.
         """
         return cls(
@@ -94,8 +114,13 @@ class LowRankFormat(PeftFormat["LowRank"]):
                 **(options or {}),
             },
             fixed=fixed,
-            ignored=frozenset({"megatron_core", "qalora_group_size", "runtime_config"}),
+            ignored=LORA_IGNORED,
+            neutral={
+                "init_lora_weights": starts,
+                **{key: v for key, v in LORA_NEUTRAL.items() if key not in (options or {}).values()},
+            },
             ties=True,
+            hosts=LORA_HOSTS,
             by_parameter=by_parameter,
             changes_base=changes_base,
         )

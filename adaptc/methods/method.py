@@ -64,6 +64,8 @@ class Method(TrainingHooks, Generic[S]):
     """The kinds of site that the method can sit on: some of `sits_on`; `adaptc.methods.site.KINDS` lists all."""
     identity_at_init: ClassVar[bool] = True
     """Whether the model computes the same as its base until something is trained."""
+    replaces: ClassVar[bool] = False
+    """Whether what it adapts does not depend on the base's value any more, which its own tensors stand in for."""
     everywhere: ClassVar[bool] = False
     """Whether an entry without a target means every site."""
     aliases: ClassVar[Mapping[str, str]] = {}

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from adaptc.patterns import literal
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -116,7 +118,7 @@ class Place:
     @property
     def pattern(self) -> str:
         """The target that means this site alone."""
-        return self.module
+        return literal(self.module)
 
     def key(self, key: str) -> str:
         """The key of a tensor of this site in adaptc's own checkpoints: `module.key`, with `part` in the first word."""
@@ -151,6 +153,7 @@ class WeightSite(Place):
         groups: the number of groups of a convolution.
         computed_bias: whether the bias beside it is computed from parameters instead of being one.
         foreign: where another module reads the weight in another way.
+        named: whether the target is the weight itself rather than its layer, as in PEFT's `target_parameters`.
     """
 
     parameter: str
@@ -165,6 +168,7 @@ class WeightSite(Place):
     groups: int = 1
     computed_bias: bool = False
     foreign: tuple[Use, ...] = ()
+    named: bool = False
 
     @property
     def out_features(self) -> int:
@@ -218,8 +222,8 @@ class WeightSite(Place):
 
     @property
     def by_parameter(self) -> bool:
-        """Whether the weight is targeted by its own name: PEFT's `target_parameters`."""
-        return self.kind in MATRIX_KINDS and self.leaf not in ("weight", IN_PROJECTION)
+        """Whether PEFT targets the weight by its own name (`target_parameters`): it is not its layer's main one."""
+        return self.kind in MATRIX_KINDS and (self.named or self.leaf not in ("weight", IN_PROJECTION))
 
     @property
     def rows_repeat(self) -> bool:
@@ -243,8 +247,8 @@ class WeightSite(Place):
     @property
     def pattern(self) -> str:
         """The target that means this site alone."""
-        name = ".".join(p for p in (self.module, self.leaf if self.shared else "") if p)
-        return name + (f"[{self.piece}]" if self.piece else "")
+        named = self.shared or not self.module or self.kind not in MATRIX_KINDS
+        return literal(self.name if named else self.module) + (f"[{self.piece}]" if self.piece else "")
 
     def matrix(self, W: Tensor) -> Tensor:
         """The weight as the method sees it: `(out, in)`, or `(batch, out, in)`; the rows of a slice alone."""

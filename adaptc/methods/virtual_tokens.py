@@ -15,7 +15,7 @@ from pydantic import Field
 from adaptc.errors import Fault
 from adaptc.methods.method import Method
 from adaptc.methods.param import Param
-from adaptc.methods.peft_format import PeftFormat
+from adaptc.methods.peft_format import STARTS, PeftFormat
 from adaptc.methods.point_sites import AttentionSite, InputSite, Point
 from adaptc.methods.site import ATTENTION_POINT, INPUT
 
@@ -42,6 +42,8 @@ ENCODER_OPTIONS = frozenset(
     }
 )
 """PEFT's options of the network that makes the tokens, which PEFT does not store."""
+LAYER_SIZES = ("num_layers", "num_attention_heads")
+"""PEFT's keys that say how large attentions are."""
 CLASSIFIER_HEADS = frozenset({"classifier", "score"})
 """Modules that PEFT trains with virtual tokens where the task is to classify."""
 P = TypeVar("P", bound=Point)
@@ -142,16 +144,24 @@ class TokensFormat(PeftFormat[M]):
     """PEFT's configuration of a method with virtual tokens, of which PEFT stores the tokens alone."""
 
     @classmethod
-    def of(cls, type: str, **options: str) -> Self:
+    def of(cls, type: str, unused: Sequence[str] = (), **options: str) -> Self:
         """The format that methods with virtual tokens share.
 
         Args:
             type: PEFT's `peft_type`.
+            unused: keys that PEFT asks for and does not use.
             options: options of this method alone: our name -> PEFT's key.
         """
         counts = {name: name for name in ("num_virtual_tokens", "num_transformer_submodules")}
         return cls(
-            type, counts | options, ignored=ENCODER_OPTIONS, hosts=False, heads=CLASSIFIER_HEADS, bare=True
+            type,
+            counts | options,
+            unused=dict.fromkeys(unused, 1),
+            ignored=ENCODER_OPTIONS,
+            neutral={"init_weights": (*STARTS, "zero")},
+            hosts=frozenset(),
+            heads=CLASSIFIER_HEADS,
+            bare=True,
         )
 
     def read(self, options: dict[str, Any]) -> dict[str, Any]:
@@ -191,9 +201,5 @@ class InputFormat(TokensFormat["InputMethod"]):
     """PEFT's configuration of virtual tokens among the embedded ones."""
 
     def sizes(self, method: InputMethod, sites: Sequence[InputSite], every: int) -> dict[str, int] | None:
-        """The width of an embedded token, and keys that PEFT asks for and does not use; None unless they are first."""
-        return (
-            None
-            if method.positions
-            else {"token_dim": sites[0].width, "num_layers": 1, "num_attention_heads": 1}
-        )
+        """The width of an embedded token; None unless the virtual ones are first."""
+        return None if method.positions else {"token_dim": sites[0].width}

@@ -16,7 +16,7 @@ from adaptc.registry.author import Author, place_of_function
 RESERVED = frozenset(
     {
         *("method", "scheme", "name", "target", "exclude", "on_alias"),
-        *("adapter", "entry", "seed", "as_stored", "trained", "allow_pickle"),
+        *("adapter", "entry", "seed", "as_stored", "trained", "allow_pickle", "ignore"),
         *("options", "build", "spellings"),
     }
 )

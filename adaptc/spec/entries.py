@@ -9,7 +9,7 @@ from pydantic import Field, create_model
 
 from adaptc.methods.method import METHODS, Method, Rank, summary
 from adaptc.quantization.scheme import SCHEMES, Scheme
-from adaptc.spec.part import OneOf, Part, PathText, Spelled, option_keys, option_names
+from adaptc.spec.part import Many, OneOf, Part, PathText, Spelled, option_keys, option_names
 from adaptc.spec.targets import Patterns, Target
 
 Alias = Annotated[
@@ -47,6 +47,9 @@ class AdapterEntry(Part):
     name: AdapterName | None = None
     on_alias: Alias = "refuse"
     allow_pickle: bool = Field(False, description="read pickled weights, which can run code")
+    ignore: Many[str] = Field(
+        (), description="options of its configuration to read it without: those that adaptc does not know"
+    )
     r: Rank | None = Field(None, description="the rank to cut it to, where its ranks are nested")
 
 

@@ -25,6 +25,7 @@ from adaptc.spec.diagnostics import fault, invalid, problems
 from adaptc.spec.emit import EmitEntries
 from adaptc.spec.entries import AdaptEntry, QuantizeEntries
 from adaptc.spec.part import Many, Part, PathText
+from adaptc.spec.proof import ProofEntry
 from adaptc.spec.source import Source
 from adaptc.spec.yaml_text import Loc, is_mapping
 
@@ -82,6 +83,9 @@ class Spec(Part):
         None,
         description="rows that some methods choose by: a .jsonl or .safetensors file of inputs, with labels where "
         "a method needs them",
+    )
+    proof: ProofEntry | None = Field(
+        None, description="the inputs that proofs run on and the error they allow; chosen if left out"
     )
     emit: EmitEntries = ()
     passes: Many[PassEntry] | None = Field(

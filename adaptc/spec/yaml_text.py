@@ -72,11 +72,13 @@ class YamlText:
     Args:
         file: what messages call it: its path, or `--set ...`.
         text: the document.
+        most: the most values it may have; None for any number.
     """
 
-    def __init__(self, file: str, text: str) -> None:
+    def __init__(self, file: str, text: str, most: int | None = MAX_VALUES) -> None:
         self._file = file
         self._text = text
+        self._most = most
         self._yaml: Any = YAML(typ="safe", pure=True)
         self._values: dict[Loc, Position] = {}
         self._keys: dict[Loc, Position] = {}
@@ -145,8 +147,8 @@ class YamlText:
         if node.start_mark.index < node.end_mark.index:
             self._values[loc] = position
         self._count += 1
-        if self._count > MAX_VALUES:
-            raise self._error(position, f"more than {MAX_VALUES} values (are anchors expanded in anchors?)")
+        if self._most is not None and self._count > self._most:
+            raise self._error(position, f"more than {self._most} values (are anchors expanded in anchors?)")
         if node in self._open:
             raise self._error(position, f"the anchor {node.anchor!r} contains itself")
         self._open.append(node)

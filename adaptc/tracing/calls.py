@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from adaptc.errors import InputError, TraceError
 from adaptc.inputs import InputSpec
+from adaptc.ir.drawn_values import values_of
 from adaptc.tracing.containers import register_containers, step_of
 
 BY_POSITION, BY_NAME = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
@@ -36,12 +37,14 @@ class Called:
     Attributes:
         model: takes each tensor as an argument of its own; the module itself where it does so already.
         inputs: those tensors.
+        examples: copies of them, by name.
         flatten: the arguments of a call of the original module -> those tensors by name; None where they are the same.
         notes: the arguments that are no tensors, and so are constants of the trace; for the user.
     """
 
     model: nn.Module
     inputs: tuple[InputSpec, ...]
+    examples: Mapping[str, torch.Tensor]
     flatten: Flatten | None
     notes: tuple[str, ...]
 
@@ -74,12 +77,13 @@ def called(
     names = _names(model, tensors)
     axes = _axes(dynamic or {}, names, tensors, model)
     inputs = tuple(_input(names[path], value, axes.get(names[path], {})) for path, value in tensors.items())
+    copies = {names[path]: value.detach().cpu().clone() for path, value in tensors.items()}
     fixed = {path: value for path, value in leaves.items() if path not in tensors}
     notes = [_constant(model, path, value) for path, value in fixed.items() if _tells(model, path, value)]
     if not fixed and all(_plain(model, path, names[path]) for path in tensors):
-        return Called(model, inputs, None, tuple(notes))
+        return Called(model, inputs, copies, None, tuple(notes))
     flat = _with_flat_inputs(model, arguments, names)
-    return Called(flat, inputs, _flattening(model, names, fixed), tuple(notes))
+    return Called(flat, inputs, copies, _flattening(model, names, fixed), tuple(notes))
 
 
 def _bound(model: nn.Module, examples: Sequence[Any] | Mapping[str, Any]) -> dict[str, Any]:
@@ -226,8 +230,8 @@ def _input(name: str, value: torch.Tensor, axes: Mapping[int, str]) -> InputSpec
     """The input that an example tensor stands for."""
     dims = tuple(axes.get(index, size) for index, size in enumerate(value.shape))
     dtype = str(value.dtype).removeprefix("torch.")
-    high = max(int(value.max()) + 1, 1) if not value.dtype.is_floating_point and value.numel() else None
-    return replace(InputSpec(name, dtype, dims), high=high, example=tuple(value.shape))
+    spec = InputSpec(name, dtype, dims)
+    return replace(spec, example=tuple(value.shape), values=values_of(name, [value]))
 
 
 def _tells(model: nn.Module, path: Path, value: Any) -> bool:

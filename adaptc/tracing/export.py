@@ -6,7 +6,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from typing import Any, TextIO, cast
 
 import torch
@@ -19,8 +19,10 @@ from adaptc.errors import TraceError
 from adaptc.inputs import LABELS, InputSpec
 from adaptc.ir.example_inputs import example_sizes, example_tensors
 from adaptc.ir.nodes import follow_device, writes_in_place
+from adaptc.ir.recurrent import recurrent_shapes
 from adaptc.ir.state import number_notes, numbers_of, restored
 from adaptc.tracing.containers import register_containers, step_of
+from adaptc.tracing.huggingface_code import check_images_together, images_together, masks_by_broadcasting
 from adaptc.tracing.shape_guards import check_sizes, fixing_line
 from adaptc.tracing.trace_errors import check_signature, check_traceable, explain, fixed_dimension
 
@@ -36,6 +38,8 @@ ASSERTIONS = (
     cast(Any, torch)._check,
 )
 """The operations by which a trace asserts what it assumed."""
+CHECKS = (aten._assert_async.default, aten._assert_async.msg, aten._linalg_check_errors.default)
+"""The operations by which torch checks values while a model runs, and raises an error."""
 
 
 def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False) -> fx.GraphModule:
@@ -67,17 +71,12 @@ def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False
 
     hook = model.register_forward_hook(after_call)
     model.train(training)
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(
-        False
-    )  # it fuses a layer, so that nothing could be adapted inside
     try:
-        # Without gradients a trace leaves out conversions, whatever the caller has set.
         with (
-            quietly(),
+            traceable(),
             restored(model),
-            torch.enable_grad(),
-            torch.compiler.set_stance("force_eager"),
+            masks_by_broadcasting(),
+            images_together() if any(spec.placeholders for spec in inputs) else nullcontext(),
         ):
             program = torch.export.export(
                 model, (), examples, dynamic_shapes=dynamic_shapes(inputs), strict=False
@@ -93,10 +92,10 @@ def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False
         raise explain(model, error, examples) from error
     finally:
         hook.remove()
-        torch.backends.mha.set_fastpath_enabled(fast)
         for module, mode in training_of.items():
             module.training = mode
     traced = normalise(program.module(check_guards=False))
+    check_images_together(traced.graph.nodes)
     traced.meta[CHANGED] = changed
     return traced
 
@@ -113,8 +112,8 @@ def normalise(module: fx.GraphModule) -> fx.GraphModule:
     """Normalise an exported module.
 
     Inputs have the names of forward's arguments, which torch spells in small letters. Regions without gradients or with
-    autocast are inlined, the trace's own assertions are removed, and tensors made on a constant device are made on the
-    device of the first input that is no label.
+    autocast are inlined. The trace's own assertions, and what no output depends on, are removed. Tensors made on a
+    constant device are made on the device of the first input that is no label.
 
     Returns:
         A new graph module; the tensors are shared.
@@ -139,10 +138,15 @@ def normalise(module: fx.GraphModule) -> fx.GraphModule:
             node.update_arg(4, False)  # `sparse`: an adapted table is no leaf, as sparse gradients need
     if followed is not None:
         follow_device(graph, followed, placeholders[-1])
-    graph.eliminate_dead_code()
+    graph.eliminate_dead_code(_has_effect)
     graph.lint()
     module.recompile()
     return module
+
+
+def _has_effect(node: fx.Node) -> bool:
+    """Whether a node does something that no other node reads; drawing random numbers, as attention may, is nothing."""
+    return node.is_impure(impure_random=False)
 
 
 def _inline_regions(module: fx.GraphModule) -> None:
@@ -226,6 +230,7 @@ LOGGERS = (
     "torch._subclasses.fake_tensor",
     "torch.onnx._internal.exporter._registration",  # logs every operation of packages that are not installed
     "onnx_ir._convenience",  # logs an empty list of indices, which is intended
+    "onnxscript.optimizer._constant_folding",  # logs what it does not fold
 )
 """The loggers that are silenced while a model is traced or translated."""
 
@@ -242,6 +247,22 @@ class _WithoutGraphs:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+@contextmanager
+def traceable() -> Generator[None]:
+    """Let torch trace within a `with` block what it runs: silently, no layer fused, whatever the caller has set."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(
+        False
+    )  # it fuses a layer, so that nothing inside could be adapted
+    try:
+        # Without gradients a trace leaves out conversions.
+        stance = torch.compiler.set_stance("force_eager")
+        with quietly(), torch.enable_grad(), stance, recurrent_shapes():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 @contextmanager

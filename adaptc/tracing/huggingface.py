@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +21,9 @@ from adaptc.inputs import InputSpec
 from adaptc.ir.base import Base, Bound, Pretrained
 from adaptc.optional import optional
 from adaptc.spec.base import BaseEntry
-from adaptc.tracing.huggingface_inputs import derive_inputs
+from adaptc.tracing.huggingface_heads import heads_of
+from adaptc.tracing.huggingface_inputs import chosen_inputs
+from adaptc.tracing.huggingface_processor import given_inputs
 from adaptc.tracing.huggingface_settings import alternative_notes, set_for_tracing
 from adaptc.tracing.huggingface_tasks import auto_class
 from adaptc.tracing.missing_parameters import drawing_from, initialised, missing_parameters
@@ -48,7 +50,7 @@ def load(model: str, entry: BaseEntry, seed: int, inputs: tuple[InputSpec, ...])
     auto, config = pretrained.auto, pretrained.config
     whole = auto if isinstance(auto, SentenceEmbedding) else None
     directory = Path(pretrained.transformer)
-    dtype = entry.dtype or _dtype_of(config)
+    dtype = entry.dtype or str(config.dtype).removeprefix("torch.")
     config.dtype = getattr(torch, dtype)
     quantization = _take_quantization(config)
     pretrained = replace(pretrained, config=copy.deepcopy(config))
@@ -58,10 +60,9 @@ def load(model: str, entry: BaseEntry, seed: int, inputs: tuple[InputSpec, ...])
             module: nn.Module = auto.from_config(
                 config, dtype=config.dtype, trust_remote_code=entry.trust_remote_code
             )
-    except ValueError as error:
-        raise TraceError(
-            f"{model} cannot be loaded for task {entry.task!r}: {str(error).splitlines()[0]}"
-        ) from error
+    except (ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise TraceError(f"{model} cannot be loaded for task {entry.task!r}: {reason}") from error
     notes += alternative_notes(module)
     notes += left_out_notes(directory) if auto is optional("transformers").AutoModel else []
     files = tuple(sorted(directory.glob("*.safetensors"))) if directory.is_dir() else ()
@@ -74,6 +75,10 @@ def load(model: str, entry: BaseEntry, seed: int, inputs: tuple[InputSpec, ...])
             f"quantized by {quantization['quant_method']}, and its files are not here: planned as floats"
         )
 
+    given, unread = given_inputs(pretrained.transformer, entry.trust_remote_code)
+    derived = chosen_inputs(module, config, inputs, given)
+    notes += unread
+
     def find() -> Bound:
         others: dict[str, Weight] = dict(whole.weights(module)) if whole else {}
         if quantization:
@@ -85,12 +90,13 @@ def load(model: str, entry: BaseEntry, seed: int, inputs: tuple[InputSpec, ...])
         describe=f"{model} ({type(module).__name__}, {dtype})",
         model=module,
         find=find,
-        heads=_heads(module) | (whole.heads(module) if whole else set[str]()),
-        inputs=inputs or (*derive_inputs(module, config), *(whole.inputs(module) if whole else ())),
+        heads=heads_of(module) | (whole.heads(module) if whole else set[str]()),
+        inputs=(*derived.inputs, *(whole.inputs(module) if whole and not inputs else ())),
         files=files,
         packed=packed,
         notes=notes,
         pretrained=pretrained,
+        left_out=derived.left_out,
     )
 
 
@@ -111,14 +117,23 @@ def read_pretrained(model: str, task: str, trust: bool, overrides: Mapping[str, 
         (auto.folders, auto.files.config) if isinstance(auto, SentenceEmbedding) else ({"": ""}, {})
     )
     pretrained = Pretrained(model, auto, None, trust, folders)
+    return replace(pretrained, config=read_config(pretrained.transformer, trust, {**stated, **overrides}))
+
+
+def read_config(model: str, trust: bool, overrides: Mapping[str, Any]) -> Any:
+    """Read the configuration of a Hugging Face model, its dtype among it.
+
+    Raises:
+        TraceError: it cannot be read.
+    """
+    auto: Any = optional("transformers").AutoConfig
     try:
-        config: Any = optional("transformers").AutoConfig.from_pretrained(
-            pretrained.transformer, trust_remote_code=trust, **{**stated, **overrides}
-        )
+        config: Any = auto.from_pretrained(model, trust_remote_code=trust, **overrides)
     except Exception as error:
         first = str(error).strip().splitlines()[0]
         raise TraceError(f"{model}: its configuration cannot be read: {first}") from error
-    return replace(pretrained, config=config)
+    config.dtype = getattr(config, "dtype", None) or torch.float32
+    return config
 
 
 def _take_quantization(config: Any) -> dict[str, Any]:
@@ -179,14 +194,22 @@ def fake_parameters(model: nn.Module) -> None:
             if buffer is not None and name not in module._non_persistent_buffers_set:
                 fakes.setdefault(id(buffer), FakeTensor(mode, buffer, cpu))
                 module._buffers[name] = fakes[id(buffer)]
-    for module in model.modules():
+    for module, whole in _with_their_models(model, model):
         transient = [n for n in module._non_persistent_buffers_set if module._buffers.get(n) is not None]
         for name in transient:
             buffer = module._buffers[name]
             assert buffer is not None
             module._buffers[name] = torch.empty_like(buffer, device="cpu")
         if transient:  # transformers computes these where it initialises weights; they are in no checkpoint
-            cast(Any, model)._init_weights(module)
+            cast(Any, whole)._init_weights(module)
+
+
+def _with_their_models(module: nn.Module, whole: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """Every module, and the innermost model of transformers that it is in, such as the vision tower of a model."""
+    whole = module if hasattr(module, "_init_weights") else whole
+    yield module, whole
+    for child in module.children():
+        yield from _with_their_models(child, whole)
 
 
 def pretrained_weights(pretrained: Pretrained, seed: int) -> Bound:
@@ -236,19 +259,3 @@ def load_pretrained(pretrained: Pretrained) -> tuple[nn.Module, dict[str, Any]]:
     finally:
         transformers.logging.set_verbosity(verbosity)
         transformers.logging.enable_progress_bar()
-
-
-def _dtype_of(config: Any) -> str:
-    dtype: object = getattr(config, "dtype", None) or torch.float32
-    return str(dtype).removeprefix("torch.")
-
-
-def _heads(model: nn.Module) -> frozenset[str]:
-    """The names of the modules that are output heads, or belong to one."""
-    get = getattr(model, "get_output_embeddings", None)
-    head = get() if get is not None else None
-    modules = dict(cast(Iterable[tuple[str, nn.Module]], model.named_modules()))
-    names = {name for name, module in modules.items() if head is not None and module is head}
-    if not names and type(model).__name__.endswith("Classification"):
-        names = {name for name in modules if name.split(".")[0] in ("classifier", "score")}
-    return frozenset(names)

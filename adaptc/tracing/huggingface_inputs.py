@@ -1,10 +1,14 @@
-"""The inputs of a Hugging Face model, derived from its main input and its configuration: one table, no model's name."""
+"""The inputs of a Hugging Face model: what it was trained with, from its tokenizer or its configuration.
+
+One table, no model's name. What forward could take beside them is named, with what stands for it.
+"""
 
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from string import Formatter
 from typing import Any, cast
 
@@ -12,6 +16,11 @@ from torch import nn
 
 from adaptc.errors import TraceError
 from adaptc.inputs import InputSpec
+from adaptc.tracing.image_tokens import IMAGES, MARKS, image_token, with_image_tokens
+
+
+class UnknownInputsError(TraceError):
+    """No rule says what the inputs of a model are."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +39,33 @@ class InputRule:
     inputs: Mapping[str, str]
 
 
+@dataclass(frozen=True)
+class DerivedInputs:
+    """The inputs of a model.
+
+    Attributes:
+        inputs: the inputs, in the order of the table.
+        left_out: what its forward could take beside them -> what stands for it.
+    """
+
+    inputs: tuple[InputSpec, ...]
+    left_out: Mapping[str, str]
+
+
+TOKENS = "int64[batch, seq]"
+PICTURE = "{dtype}[batch, {channels}, {height}, {width}]"
+TEXT_INPUTS = {
+    "input_ids": TOKENS,
+    "attention_mask": TOKENS,
+    "token_type_ids": TOKENS,
+    "position_ids": TOKENS,
+    "bbox": "{boxes}[batch, seq, 4]",
+    IMAGES: PICTURE,
+}
+"""The inputs that a text or an image can have; `_takes` says which of them a model was trained with."""
 INPUT_RULES = (
-    InputRule("input_ids", (), {"input_ids": "int64[batch, seq]", "attention_mask": "int64[batch, seq]"}),
-    InputRule("pixel_values", (), {"pixel_values": "{dtype}[batch, {channels}, {height}, {width}]"}),
+    InputRule("input_ids", (), TEXT_INPUTS),
+    InputRule(IMAGES, (), TEXT_INPUTS),
     InputRule(
         "input_features",
         ("num_mel_bins", "max_source_positions"),
@@ -50,7 +83,8 @@ DECODER_INPUTS = {"decoder_input_ids": "int64[batch, decoder_seq]"}
 """The inputs that an encoder-decoder takes in addition."""
 SIZES: Mapping[str, Callable[[Any], object]] = {
     "dtype": lambda config: str(config.dtype).removeprefix("torch."),
-    "channels": lambda config: getattr(config, "num_channels", 3),
+    "boxes": lambda config: "int64" if _box_limit(config) else str(config.dtype).removeprefix("torch."),
+    "channels": lambda config: getattr(_vision(config), "num_channels", 3),
     "height": lambda config: _image_side(config, 0) or "height",
     "width": lambda config: _image_side(config, 1) or "width",
     "frames": lambda config: 2 * config.max_source_positions,
@@ -59,33 +93,168 @@ SIZES: Mapping[str, Callable[[Any], object]] = {
 
 The height and width of an image are dynamic where the configuration fixes none.
 """
+STAND_INS = {
+    "attention_mask": "ones",
+    "decoder_attention_mask": "ones",
+    "pixel_mask": "ones",
+    "token_type_ids": "zeros",
+    "position_ids": "0..n-1, as the model counts them",
+    "decoder_position_ids": "0..n-1, as the model counts them",
+    "bbox": "zeros",
+    IMAGES: "none, text only",
+    "pixel_values_videos": "none, no video",
+    "input_features": "none, no sound",
+}
+"""A tensor that forward can do without -> what the model then computes with; `none` for any other."""
+VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+COMPUTED = re.compile(
+    r"past_key_values|(\w+_)?(inputs_embeds|embeds|outputs|states|labels?|lengths|hidden_states)|labels\w*"
+    r"|(start|end)_positions|logits_to_keep|encoder_attention_mask|cache|mems|bool_masked_pos|mask_time_indices|next_sentence_label"
+)
+"""The names of tensors that a loss takes, or that another part of the model has computed: no input of a person's."""
+BOXES = 1000
+"""The largest coordinate of a box on a page: LayoutLM and its kind scale a page to it."""
 
 
-def derive_inputs(model: nn.Module, config: Any) -> tuple[InputSpec, ...]:
-    """Derive the inputs of a model from the name of its main input and its configuration.
+def derive_inputs(
+    model: nn.Module | type[nn.Module], config: Any, given: frozenset[str] | None = None
+) -> DerivedInputs:
+    """Derive the inputs of a model from what its tokenizer gives, its main input and its configuration.
+
+    Args:
+        model: the model, or its class.
+        config: its configuration.
+        given: the names of what the tokenizer or processor gives; where it is None the configuration decides.
 
     Returns:
-        The inputs that its `forward` takes, in the order of the table.
+        The inputs that it was trained with and that its `forward` takes, and what else that could take.
 
     Raises:
-        TraceError: no rule of the table fits.
+        UnknownInputsError: no rule of the table fits.
     """
     main: str = getattr(model, "main_input_name", "input_ids")
     fitting = (
         rule for rule in INPUT_RULES if rule.main == main and all(hasattr(config, a) for a in rule.attributes)
     )
     rule = next(fitting, None)
-    if rule is None:
-        raise TraceError(
-            f"the inputs of {type(model).__name__} cannot be derived; write them in the spec, such as",
-            "inputs:",
-            f"  {main}: float32[batch, 80, 3000]",
-        )
     parameters = inspect.signature(model.forward).parameters
+    if rule is None:
+        raise _unknown(model, main)
     texts = {**rule.inputs, **(DECODER_INPUTS if getattr(config, "is_encoder_decoder", False) else {})}
-    return tuple(
-        InputSpec.parse(name, _filled(text, config)) for name, text in texts.items() if name in parameters
+    without_text = set[str]() if "input_ids" in parameters else set(TEXT_INPUTS) - {IMAGES}
+    usable = [name for name in texts if name in parameters and name not in without_text]
+    names = [name for name in usable if name == main or _takes(name, config, given)]
+    needed = [p.name for p in parameters.values() if p.default is p.empty and p.kind not in VARIABLE]
+    without = [name for name in needed if name not in (*names, "self")]
+    if without or not names:
+        raise _unknown(model, *without)
+    inputs = [limited(InputSpec.parse(name, _filled(texts[name], config)), config) for name in names]
+    return DerivedInputs(tuple(inputs), left_out(model, names))
+
+
+def _unknown(model: nn.Module | type[nn.Module], *names: str) -> UnknownInputsError:
+    """The error for inputs that no rule knows."""
+    title = model.__name__ if isinstance(model, type) else type(model).__name__
+    lines = [f"  {name}: float32[batch, 80, 3000]" for name in names or ("input_ids",)]
+    return UnknownInputsError(
+        f"the inputs of {title} cannot be derived; write them in the spec, such as", "inputs:", *lines
     )
+
+
+def chosen_inputs(
+    model: nn.Module, config: Any, inputs: Sequence[InputSpec], given: frozenset[str] | None
+) -> DerivedInputs:
+    """The inputs that a spec states, with what the configuration says of their values; derived where it states none.
+
+    Derived inputs are without images where a model needs more beside them than images of one size.
+
+    Raises:
+        UnknownInputsError: there are none, and they cannot be derived.
+        TraceError: images are among those stated, and the model cannot be traced with them.
+    """
+    stated = tuple(limited(spec, config) for spec in inputs)
+    derived = derive_inputs(model, config, given) if not inputs else None
+    chosen = derived or DerivedInputs(stated, left_out(model, [spec.name for spec in stated]))
+    try:
+        return replace(chosen, inputs=with_image_tokens(model, config, chosen.inputs))
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if derived is None:
+            raise TraceError(
+                f"{IMAGES} is no input that {type(model).__name__} can be traced with: {reason}",
+                "take it out of `inputs` to compile the model for texts alone",
+            ) from error
+        return _without_images(derived, config, f"{type(model).__name__} cannot be traced with it: {reason}")
+
+
+def _without_images(derived: DerivedInputs, config: Any, reason: str) -> DerivedInputs:
+    """The inputs without images, and without the marks of their tokens."""
+    dropped = {IMAGES} if _token_types(config) is not None else {IMAGES, *MARKS}
+    inputs = tuple(spec for spec in derived.inputs if spec.name not in dropped)
+    stand_ins = {spec.name: STAND_INS[spec.name] for spec in derived.inputs if spec.name in dropped}
+    stand_ins[IMAGES] = f"{STAND_INS[IMAGES]} ({reason})"
+    return DerivedInputs(inputs, {**stand_ins, **derived.left_out})
+
+
+def left_out(model: nn.Module | type[nn.Module], names: Sequence[str]) -> dict[str, str]:
+    """The tensors that a model's forward could take beside its inputs -> what stands for each."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    optional = [p.name for p in parameters if "Tensor" in str(p.annotation) and p.default is None]
+    others = [name for name in optional if name not in names and not COMPUTED.fullmatch(name)]
+    return {name: STAND_INS.get(name, "none") for name in others}
+
+
+def limited(spec: InputSpec, config: Any) -> InputSpec:
+    """An input with what the configuration says of its values: the number of token types, the corners of a box."""
+    if spec.name == "token_type_ids":
+        return replace(spec, high=_token_types(config))
+    if spec.name == "position_ids":
+        return replace(spec, high=getattr(_text(config), "max_position_embeddings", None))
+    if spec.name == "bbox":
+        return replace(spec, high=_box_limit(config), boxes=True)
+    return spec
+
+
+def _takes(name: str, config: Any, given: frozenset[str] | None) -> bool:
+    """Whether a model was trained with an input that its forward takes.
+
+    The tokenizer says so. Without one, the configuration: one of several token types was learned for each token. A
+    position is counted by the model itself unless the tokenizer gives it. A model of boxes has no other place for them
+    than `bbox`, whatever tokenizer its texts go through, and one of images none but `pixel_values`.
+    """
+    if name == "token_type_ids":
+        types = _token_types(config)
+        if types is None and image_token(config) is not None:
+            return True  # they mark the tokens of images
+        return (types or 0) > 1 if given is None else name in given and (types is None or types > 1)
+    if name == "position_ids":
+        return given is not None and name in given
+    if name == "attention_mask":
+        return given is None or name in given
+    if name == IMAGES:
+        return _image_side(config, 0) is not None
+    return True
+
+
+def _vision(config: Any) -> Any:
+    """The configuration of a model's image part; the whole one where it has no parts."""
+    return getattr(config, "vision_config", config)
+
+
+def _text(config: Any) -> Any:
+    """The configuration of a model's text part; the whole one where it has no parts."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _token_types(config: Any) -> int | None:
+    """The number of token types; None where the configuration has no table of them."""
+    return getattr(_text(config), "type_vocab_size", None)
+
+
+def _box_limit(config: Any) -> int | None:
+    """The number that coordinates of boxes stay below; None where they are fractions of the page."""
+    rows: int | None = getattr(_text(config), "max_2d_position_embeddings", None)
+    return min(rows, BOXES + 1) if rows else None
 
 
 def _filled(text: str, config: Any) -> str:
@@ -95,5 +264,6 @@ def _filled(text: str, config: Any) -> str:
 
 def _image_side(config: Any, index: int) -> int | None:
     """The height (0) or width (1) of an image in pixels; None where the configuration fixes none."""
-    size: Any = getattr(config, "image_size", None)
+    vision = _vision(config)
+    size: Any = getattr(vision, "image_size", getattr(vision, "input_size", None))
     return cast(Sequence[int], size)[index] if isinstance(size, (list, tuple)) else size

@@ -5,28 +5,68 @@ from __future__ import annotations
 import re
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from adaptc.errors import unknown
+from torch import nn
+
+from adaptc.errors import TraceError, unknown
 from adaptc.optional import optional
 from adaptc.tracing.sentence_embedding import SentenceEmbedding
 
 SENTENCE_EMBEDDING = "sentence-embedding"
 """The task of a SentenceTransformer directory as a whole."""
+FEATURES = "feature-extraction"
+"""The task of a model without a head."""
+PREFERRED = ("image-text-to-text", "speech-seq2seq", "seq2seq-lm", "causal-lm", "masked-lm", FEATURES)
+"""The tasks that say most of a model which the Auto classes of several tasks make, the best first."""
+VAGUE = ("multimodal-lm", "pre-training", "text-encoding")
+"""The tasks that say least of it."""
 
 
 @cache
 def tasks() -> dict[str, str]:
     """Task name -> Auto class, for every Auto class transformers has: `causal-lm` -> `AutoModelForCausalLM`."""
     transformers = optional("transformers")
-    autos = {"feature-extraction": "AutoModel"}
+    autos = {FEATURES: "AutoModel"}
     for name in dir(transformers):
         if name.startswith("AutoModelFor"):
-            dashed = re.sub(
-                r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", name.removeprefix("AutoModelFor")
-            )
-            autos[dashed.lower().replace("seq2-seq", "seq2seq")] = name
+            autos[dashed(name.removeprefix("AutoModelFor"))] = name
     return dict(sorted(autos.items()))
+
+
+def dashed(name: str) -> str:
+    """The name of a head as a task is spelled: `CausalLM` -> `causal-lm`."""
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", name)
+    return words.lower().replace("seq2-seq", "seq2seq")
+
+
+def task_of(config: Any, architecture: str) -> str:
+    """The task whose Auto class makes a model.
+
+    Args:
+        config: its configuration.
+        architecture: the name of its class; of a class that no Auto class makes, the model without its head is taken.
+
+    Raises:
+        TraceError: transformers has no Auto class for such a configuration.
+    """
+    classes = {task: model_classes(task, config) for task in tasks()}
+    making = [task for task, models in classes.items() if models]
+    exact = [task for task in making if architecture in (model.__name__ for model in classes[task])]
+    fitting = exact or ([FEATURES] if FEATURES in making else making)
+    if not fitting:
+        raise TraceError(f"transformers has no Auto class for a {type(config).__name__}")
+    order = [*PREFERRED, *(task for task in fitting if task not in PREFERRED + VAGUE), *VAGUE]
+    return min(fitting, key=order.index)
+
+
+def model_classes(task: str, config: Any) -> tuple[type[nn.Module], ...]:
+    """The classes of models that the Auto class of a task makes from a configuration; none where it makes none."""
+    mapping: Any = getattr(optional("transformers"), tasks()[task])._model_mapping
+    if type(config) not in mapping:
+        return ()
+    classes: Any = mapping[type(config)]
+    return tuple(cast("tuple[type[nn.Module], ...]", classes)) if isinstance(classes, tuple) else (classes,)
 
 
 def unknown_task(task: str) -> str | None:

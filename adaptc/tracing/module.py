@@ -17,6 +17,7 @@ from adaptc.ir.base import Base, Bound
 from adaptc.ir.training_mode import mark_training_arguments
 from adaptc.tracing.calls import called
 from adaptc.tracing.export import normalise
+from adaptc.tracing.huggingface_module import is_pretrained, set_copy, with_chosen_inputs
 from adaptc.tracing.saved_program import load_program
 from adaptc.tracing.wrappers import unwrapped
 from adaptc.weights import Held, Weight
@@ -30,21 +31,39 @@ def held_weights(module: nn.Module) -> dict[str, Weight]:
 
 
 def from_module(model: nn.Module, inputs: Sequence[InputSpec], describe: str = "") -> Base:
-    """The base that is a module in memory.
+    """The base that is a module in memory, without wrappers; a model of transformers is set for the trace.
 
     Args:
         model: the module.
-        inputs: the inputs of its `forward`.
+        inputs: the inputs of its `forward`; those of a model of transformers are derived where there are none.
         describe: where it comes from, for people; its class if left out.
+
+    Raises:
+        TraceError: the model does not hold its weights, or its inputs cannot be derived.
     """
-    describe = describe or f"{type(model).__module__}.{type(model).__qualname__}"
-    return Base(
-        describe=describe,
+    inner, notes = _prepared(model)
+    base = _held(inner, inputs, notes)
+    return replace(base, describe=describe or base.describe)
+
+
+def _prepared(model: nn.Module) -> tuple[nn.Module, list[str]]:
+    """A module without wrappers, and set for the trace if it is one of transformers; a note for each change."""
+    inner, wrappers = unwrapped(model)
+    inner, settings = set_copy(inner)
+    return inner, [*wrappers, *settings]
+
+
+def _held(model: nn.Module, inputs: Sequence[InputSpec], notes: Sequence[str]) -> Base:
+    """The base of a module that is prepared."""
+    base = Base(
+        describe=f"{type(model).__module__}.{type(model).__qualname__}",
         model=model,
         inputs=tuple(inputs),
         find=lambda: Bound(held_weights(model)),
         real=True,
+        notes=list(notes),
     )
+    return with_chosen_inputs(base, inputs) if is_pretrained(model) else base
 
 
 def from_factory(name: str, args: Mapping[str, Any], inputs: Sequence[InputSpec], dtype: str | None) -> Base:
@@ -134,7 +153,7 @@ def from_examples(
     Raises:
         TraceError: the examples do not fit `forward`, or `dynamic` names no input or no axis.
     """
-    inner, notes = unwrapped(model)
+    inner, notes = _prepared(model)
     call = called(inner, examples, dynamic)
-    base = from_module(call.model, call.inputs)
-    return replace(base, notes=[*notes, *call.notes], flatten=call.flatten)
+    base = _held(call.model, call.inputs, [*notes, *call.notes])
+    return replace(base, flatten=call.flatten, examples=call.examples)

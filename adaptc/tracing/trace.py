@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from adaptc.checkpoints.huggingface_weights import first_names
 from adaptc.errors import InputError, TraceError, WeightError
-from adaptc.inputs import InputSpec
+from adaptc.inputs import EXAMPLE, InputSpec
 from adaptc.ir.analysis.dataflow import walk
 from adaptc.ir.analysis.sites import find_sites
 from adaptc.ir.base import Base
@@ -90,6 +90,7 @@ def trace_base(base: Base) -> Graph:
         sites=tuple(find_sites(traced.graph, aliases, set(aliases) - buffers)),
         heads=base.heads,
         source=base,
+        examples={EXAMPLE: base.examples} if base.examples else {},
     )
     for node in graph.nodes:  # torch.export has just computed these values
         if "val" in node.meta:
@@ -179,12 +180,18 @@ def _upper_bound(node: fx.Node) -> int | None:
     """The rows of the smallest table that an integer input indexes; None where it indexes none."""
 
     def integers(node: fx.Node) -> list[fx.Node]:
-        users = [user for user in node.users if user.op == "call_function" and _choices(user, node) is None]
+        users = [user for user in node.users if user.op == "call_function" and not _selects(user, node)]
         values = [(user, user.meta.get("val")) for user in users]
         return [user for user, value in values if isinstance(value, torch.Tensor) and value.dtype in INTEGERS]
 
     bounds = [_choices(user, value) for value in walk([node], integers) for user in value.users]
     return min((bound for bound in bounds if bound is not None), default=None)
+
+
+def _selects(user: fx.Node, value: fx.Node) -> bool:
+    """Whether a value only selects among other values in an operation, so that it is no part of the result."""
+    gathers = user.target is aten.gather.default and user.args[2] is value
+    return gathers or _choices(user, value) is not None
 
 
 def _choices(user: fx.Node, value: fx.Node) -> int | None:

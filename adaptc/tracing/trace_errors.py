@@ -68,6 +68,13 @@ REASONS = (
         "write torch.no_grad() in place of torch.inference_mode()",
     ),
     Reason(
+        r"",
+        r"\b(pack_padded_sequence|pad_packed_sequence|pack_sequence)\(",
+        "a packed sequence has sizes that depend on the values of a tensor",
+        "sequences padded to one length",
+        "run the recurrent layer on the padded tensor, and select what is wanted of its outputs by a mask or by gather",
+    ),
+    Reason(
         r"padded input size|[Kk]ernel size can't be greater",
         r"",
         "an input is too short for a convolution, or for the window of one",
@@ -80,6 +87,13 @@ REASONS = (
         "the model returns a cache of keys and values",
         "outputs that are tensors; a graph has no cache yet",
         "write model.config.use_cache = False before it is compiled",
+    ),
+    Reason(
+        r"Pending unbacked symbols",
+        r"",
+        "a position or a size is taken from the values of a tensor",
+        "positions and sizes that follow from the shapes of the inputs",
+        "select by the tensor itself, with index_select, gather or a mask",
     ),
     Reason(
         ON_VALUES,
@@ -238,7 +252,8 @@ def explain(model: nn.Module, error: Exception, examples: Mapping[str, torch.Ten
     first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
     frames = _model_frames(error, text)
     source = linecache.getline(*frames[-1]).strip() if frames else ""
-    reason = next((reason for reason in REASONS if reason.fits(text, source)), None)
+    told = f"{type(error).__name__}: {text}"
+    reason = next((reason for reason in REASONS if reason.fits(told, source)), None)
     message = f"{type(model).__name__} could not be traced: {reason.message if reason else first}"
     searched = lines_with(model, reason.search) if reason and reason.search and not frames else []
     notes = [f"at {source_line(path, line)}" for path, line in [*_innermost(frames), *searched]]

@@ -129,10 +129,13 @@ def _other_readers(
 ) -> list[fx.Node]:
     """The nodes that read a tensor but not its adapted value, so that folding into it would change them.
 
-    These are the tensor's users besides `uses`. If there are none: those of `uses` that read another value than the
-    first, since a later method may have adapted the tensor for some of its uses only.
+    These are the tensor's users besides `uses`, and what reads a value that another method has put in its place. If
+    there are none: those of `uses` that read another value than the first, since a later method may have adapted the
+    tensor for some of its uses only.
     """
-    others = other_users(graph, name, uses)
+    names, here = set(alias_names(graph, name)), {use.node for use in uses}
+    replaced = [nodes[use] for tensor, use in graph.adapted_weights if tensor in names and use not in here]
+    others = list(dict.fromkeys([*other_users(graph, name, uses), *replaced]))
     value = graph.adapted_weights.get((name, uses[0].node))
     if others or value is None:
         return others

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 from pydantic import Field
 
 from adaptc.errors import Fault
+from adaptc.methods.low_rank import LORA_HOSTS, LORA_IGNORED, LORA_NEUTRAL
 from adaptc.methods.method import Alpha, Dropout, Rank, WeightMethod, method
 from adaptc.methods.param import Param
 from adaptc.methods.peft_format import PeftFormat
@@ -77,8 +78,16 @@ class Adalora(WeightMethod):
             **{name: name for name in ("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2")},
             **{name: name for name in ("orth_reg_weight", "total_step", "rank_pattern")},
         },
-        ignored=frozenset({"r", "megatron_core", "qalora_group_size", "runtime_config"}),
+        ignored=LORA_IGNORED | {"r", "init_lora_weights"},
+        neutral={
+            **LORA_NEUTRAL,
+            "bias": ("none",),
+            "use_rslora": (False, None),
+            "use_dora": (False, None),
+            "alpha_pattern": ({}, None),
+        },
         ties=True,
+        hosts=LORA_HOSTS,
         layers=frozenset({"Linear", "Conv1D", "Conv2d"}),
     )
 

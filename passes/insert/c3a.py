@@ -11,7 +11,7 @@ from pydantic import Field
 from adaptc.errors import Fault
 from adaptc.methods.method import WeightMethod, method
 from adaptc.methods.param import Param
-from adaptc.methods.peft_format import PeftFormat, of_pattern
+from adaptc.methods.peft_format import STARTS, PeftFormat, of_pattern
 from adaptc.methods.site import MATRIX_KINDS
 from adaptc.methods.tensors import unflatten
 
@@ -41,6 +41,7 @@ class C3a(WeightMethod):
     peft = PeftFormat(
         "C3A",
         options={name: name for name in ("block_size", "block_size_pattern")},
+        neutral={"init_weights": (*STARTS, "gaussian", "kaiming_uniform", "xavier_uniform")},
         layers=frozenset({"Linear"}),
     )
 

@@ -28,6 +28,7 @@ class Full(WeightMethod):
     parameters: Patterns = ("*",)
 
     kinds = frozenset({"parameter"})
+    replaces = True
     peft = PeftFormat(None, joins="modules_to_save", ties=True)
 
     def takes(self, site: WeightSite) -> bool:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from adaptc.methods.method import Dropout, Rank, method
 from adaptc.methods.param import Param
-from adaptc.methods.peft_format import PeftFormat
+from adaptc.methods.peft_format import STARTS, PeftFormat
 from adaptc.methods.rank import Ranked, factors
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ class Hira(Ranked):
     peft = PeftFormat(
         "HIRA",
         options={"r": "r", "dropout": "hira_dropout", "rank_pattern": "rank_pattern"},
+        neutral={"init_weights": (*STARTS, "gaussian")},
         layers=frozenset({"Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d"}),
     )
 

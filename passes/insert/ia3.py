@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Self
 from adaptc.errors import Fault
 from adaptc.methods.method import Patterns, WeightMethod, method
 from adaptc.methods.param import Param
-from adaptc.methods.peft_format import PeftFormat
+from adaptc.methods.peft_format import STARTS, PeftFormat
 from adaptc.methods.site import ATTENTION, MATRIX_KINDS, WeightSite
 from adaptc.patterns import matches_any
 
@@ -45,6 +45,7 @@ class Ia3(WeightMethod):
         type="IA3",
         options={"feedforward": "feedforward_modules"},
         modules=frozenset({"feedforward"}),
+        neutral={"init_ia3_weights": STARTS},
     )
 
     def at(self, site: WeightSite) -> Self:

@@ -24,6 +24,7 @@ class Layernorm(WeightMethod):
     """
 
     kinds = frozenset({"parameter"})
+    replaces = True
     peft = PeftFormat("LN_TUNING")
 
     def takes(self, site: WeightSite) -> bool:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from adaptc.methods.method import method
 from adaptc.methods.param import Param
-from adaptc.methods.peft_format import PeftFormat
+from adaptc.methods.peft_format import STARTS, PeftFormat
 from adaptc.methods.rank import Scaled
 from adaptc.methods.tensors import unflatten
 
@@ -43,6 +43,7 @@ class Lokr(Scaled):
             )
         },
         ignored=frozenset({"rank_dropout", "module_dropout", "rank_dropout_scale"}),
+        neutral={"init_weights": (*STARTS, "lycoris")},
         layers=frozenset({"Linear", "Conv1d", "Conv2d"}),
         grouped=True,
     )

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from adaptc.errors import Fault
 from adaptc.methods.low_rank import (
+    LORA_STARTS,
     NOT_AGAIN,
     CompensatesQuantization,
     LowRank,
@@ -74,6 +75,7 @@ class Lora(CompensatesQuantization, LowRank):
         {"lora_bias": "lora_bias", "init_weights": "init_lora_weights"},
         by_parameter=True,
         changes_base=("corda", "loftq", "lora_ga", "pissa_niter"),
+        starts=(*LORA_STARTS, *SPLITS),
         use_dora=False,
         adaptc_nested=False,
     )

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from adaptc.methods.method import method
 from adaptc.methods.param import Param
-from adaptc.methods.virtual_tokens import PROMPT_KEY, InputFormat, InputMethod
+from adaptc.methods.virtual_tokens import LAYER_SIZES, PROMPT_KEY, InputFormat, InputMethod
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,6 +56,7 @@ class PTuning(InputMethod):
     while_training = frozenset({"encoder_hidden_size", "encoder_num_layers"})
     peft = PTuningFormat.of(
         "P_TUNING",
+        unused=LAYER_SIZES,
         encoder_reparameterization_type="encoder_reparameterization_type",
         encoder_hidden_size="encoder_hidden_size",
         encoder_num_layers="encoder_num_layers",

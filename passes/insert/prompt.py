@@ -11,7 +11,7 @@ from pydantic import Field, Strict
 from adaptc.errors import Fault
 from adaptc.methods.method import method
 from adaptc.methods.param import Param
-from adaptc.methods.virtual_tokens import PROMPT_KEY, InputFormat, InputMethod
+from adaptc.methods.virtual_tokens import LAYER_SIZES, PROMPT_KEY, InputFormat, InputMethod
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -51,7 +51,7 @@ class Prompt(InputMethod):
     }
     small = {"num_virtual_tokens": 3}
     while_training = frozenset({"init", "init_text", "init_tokens"})
-    peft = InputFormat.of("PROMPT_TUNING")
+    peft = InputFormat.of("PROMPT_TUNING", unused=LAYER_SIZES)
 
     @property
     def texts(self) -> bool:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from pydantic import Field
 
-from adaptc.errors import Fault
+from adaptc.errors import Fault, InputError
 from adaptc.methods.method import WeightMethod, method
 from adaptc.methods.param import Param
 from adaptc.methods.peft_format import PeftFormat
@@ -18,6 +19,26 @@ if TYPE_CHECKING:
     from adaptc.methods.site import WeightSite
 
 Tokens = Annotated[tuple[int, ...], Field(description="the words whose rows are trained")]
+
+
+class TokensFormat(PeftFormat["TrainableTokens"]):
+    """PEFT's configuration of trainable tokens, alone or beside LoRA."""
+
+    def joined(self, value: Any) -> tuple[dict[str, Any], Sequence[str]]:
+        """The tokens of the input's embedding, or those of the modules that are named: the same for all."""
+        if not isinstance(value, dict):
+            return {"token_indices": value}, ()
+        by_module = cast(dict[str, object], value)
+        tokens = list(by_module.values())
+        first = tokens[0] if tokens else ()
+        if any(other != first for other in tokens):
+            raise InputError("adaptc trains the same tokens in all modules, and these differ")
+        return {"token_indices": first}, list(by_module)
+
+    def join(self, value: Any, modules: Sequence[str], options: Mapping[str, Any]) -> Any:
+        """The tokens by module."""
+        before = cast(dict[str, object], value or {})
+        return {**before, **{module: list(options["token_indices"]) for module in modules}}
 
 
 @method("trainable-tokens")
@@ -32,12 +53,14 @@ class TrainableTokens(WeightMethod):
 
     kinds = frozenset({"embedding"})
     small = {"token_indices": (*range(4, 24),)}
-    peft = PeftFormat(
+    peft = TokensFormat(
         "TRAINABLE_TOKENS",
         options={"token_indices": "token_indices"},
         layers=frozenset({"Embedding"}),
         tied=True,
-        hosts=False,
+        hosts=frozenset(),
+        joins="trainable_token_indices",
+        joined_as="token_adapter.",
     )
 
     def refuses(self, site: WeightSite) -> Fault | None:

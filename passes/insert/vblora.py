@@ -52,6 +52,7 @@ class Vblora(WeightMethod):
             **{name: name for name in ("r", "num_vectors", "vector_length", "topk")},
             **{name: name for name in ("init_vector_bank_bound", "init_logits_std")},
         },
+        neutral={"save_only_topk_weights": (False, None)},
     )
 
     def refuses(self, site: WeightSite) -> Fault | None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from adaptc.compiler.follow_training import FollowTraining
-from adaptc.compiler.proof import batches, prove, randomised, tolerance
+from adaptc.compiler.proof import prove, randomised, tolerance
+from adaptc.compiler.proof_inputs import batches
 from adaptc.emit.onnx.casts import Casts
 from adaptc.emit.onnx.decompose import OnnxOperations
 from adaptc.emit.onnx.evaluate import Evaluate
@@ -180,7 +181,7 @@ def test_shipped_passes_keep_results_unless_they_say_otherwise(zoo: Zoo) -> None
         assert item.name == name
         assert not item.changes_results
         before = randomised(graph)
-        reference = Interpreter(before).on(batches(graph.inputs))
+        reference = Interpreter(before).on(batches(graph))
         prove(name, reference, Interpreter(run(before, [item])).on(reference.taken), tolerance(graph))
     assert {load_passes()[name].changes_results for name in INSERTS} == {True}
     assert RoundActivations.changes_results

@@ -278,6 +278,6 @@ def configure(adapter: Path) -> Callable[..., None]:
 
     def change(**values: object) -> None:
         file = adapter / "adapter_config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | values))
+        file.write_text(json.dumps(json.loads(file.read_text()) | values, indent=2))
 
     return change

@@ -136,32 +136,6 @@ def test_configuration_is_no_mapping(refused: Callable[..., str], adapter: Path,
     assert "adapter_config.json" in refused()
 
 
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"r": "eight"},
-        {"r": 0},
-        {"r": -4},
-        {"r": None},
-        {"lora_alpha": "loud"},
-        {"lora_alpha": None},
-        {"target_modules": None},
-        {"target_modules": 3},
-        {"rank_pattern": {"query": 0}},
-        {"rank_pattern": [8]},
-        {"target_modules": "(query"},
-        {"layers_to_transform": "first"},
-    ],
-    ids=lambda values: json.dumps(values),
-)
-def test_configuration_holds_nonsense(
-    refused: Callable[..., str], configure: Callable[..., None], values: dict[str, Any]
-) -> None:
-    configure(**values)
-    text = refused()
-    assert "adapter_config.json" in text or next(iter(values)) in text
-
-
 def test_no_tensors(refused: Callable[..., str], adapter: Path) -> None:
     (adapter / "adapter_model.safetensors").unlink()
     assert f"{adapter}: no adapter_model.safetensors there" in refused()
@@ -308,16 +282,16 @@ def test_pickle_without_tensors(refused: Callable[..., str], adapter: Path) -> N
 # options that would change the result
 
 
-def test_unknown_type(refused: Callable[..., str], configure: Callable[..., None], adapter: Path) -> None:
+def test_unknown_type(refused: Callable[..., str], configure: Callable[..., None]) -> None:
     configure(peft_type="TRAINABLE_TOKENS_OF_2031")
     text = refused()
-    assert f"{adapter}: peft_type 'TRAINABLE_TOKENS_OF_2031' is not a method this adaptc has" in text
-    assert "LORA" in text
+    assert "adapter_config.json:" in text
+    assert "peft_type: 'TRAINABLE_TOKENS_OF_2031' is not a method this adaptc has; it reads ADALORA" in text
 
 
 def test_no_type(refused: Callable[..., str], configure: Callable[..., None]) -> None:
     configure(peft_type=None)
-    assert "peft_type None" in refused()
+    assert "peft_type: required: the method's name" in refused()
 
 
 def test_method_of_a_package_that_is_not_installed(
@@ -325,25 +299,6 @@ def test_method_of_a_package_that_is_not_installed(
 ) -> None:
     configure(peft_type=None, adaptc_method="diag-shift", adaptc_options={})
     assert "method 'diag-shift' is not installed; install the package that has it" in refused()
-
-
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [
-        ("layer_replication", [[0, 2], [1, 2]]),
-        ("use_qalora", True),
-        ("trainable_token_indices", [1, 2]),
-        ("alora_invocation_tokens", [5]),
-        ("use_bdlora", True),
-        ("an_option_of_2031", 0.5),
-    ],
-)
-def test_option_that_is_not_read(
-    refused: Callable[..., str], configure: Callable[..., None], option: str, value: object
-) -> None:
-    configure(**{option: value})
-    text = refused()
-    assert f"option {option}: {value!r} changes what lora computes" in text
 
 
 @pytest.mark.parametrize("init", ["pissa_niter_4", "corda", "loftq", "lora_ga"])

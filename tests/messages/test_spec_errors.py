@@ -230,11 +230,34 @@ ONE_PROBLEM = {
         HEAD + "passes: [a, {b: {}, c: {}}]\n", 3, 13, "passes.1",
         "a pass's name, or one name with its options",
     ),
+    # proof
+    "proof of nothing": (
+        HEAD + "proof: {}\n", 3, 1, "proof",
+        "expected inputs, tolerance or shapes, such as proof: {inputs: rows.jsonl}",
+    ),
+    "proof is text": (HEAD + "proof: rows.jsonl\n", 3, 8, "proof", "expected a mapping, got 'rows.jsonl'"),
+    "proof with another key": (
+        HEAD + "proof: {input: rows.jsonl}\n", 3, 9, "proof.input",
+        "unknown key 'input'; did you mean 'inputs'? known: inputs, tolerance, shapes",
+    ),
+    "tolerance 0": (
+        HEAD + "proof: {tolerance: 0}\n", 3, 20, "proof.tolerance", "must be greater than 0, got 0",
+    ),
+    "tolerance is text": (
+        HEAD + "proof: {tolerance: '1e-4'}\n", 3, 20, "proof.tolerance", "expected a number, got '1e-4'",
+    ),
+    "size 0": (
+        HEAD + "proof:\n  shapes:\n  - {batch: 2, seq: 0}\n", 5, 21, "proof.shapes.0.seq",
+        "must be at least 1, got 0",
+    ),
+    "shapes are no list": (
+        HEAD + "proof: {shapes: {batch: 2}}\n", 3, 17, "proof.shapes", "expected a list, got a mapping",
+    ),
     "negative seed": (HEAD + "seed: -1\n", 3, 7, "seed", "must be at least 0, got -1"),
     "unknown key": (
         HEAD + "adpt: []\n", 3, 1, "adpt",
         "unknown key 'adpt'; did you mean 'adapt'? known: version, base, inputs, adapt, quantize, "
-        "budget, calibration, emit, passes, seed",
+        "budget, calibration, proof, emit, passes, seed",
     ),
     "version missing": ("base: {model: m}\n", 1, 1, "version", "required, but missing"),
     "version is text": ("version: '1'\nbase: {model: m}\n", 1, 10, "version", "expected 1, got '1'"),

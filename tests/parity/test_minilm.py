@@ -46,7 +46,7 @@ def test_folded_onnx_equals_peft(adapted: tuple[Path, Any, adaptc.Compiled], tmp
     tokenizer = AutoTokenizer.from_pretrained(base)
     for sentences in (["A quiet triumph."], ["It drags on without a point .", "Go and see it", "no"]):
         encoded = tokenizer(sentences, return_tensors="pt", padding=True)
-        tensors = {key: encoded[key] for key in ("input_ids", "attention_mask")}
+        tensors = dict(encoded)
         with torch.no_grad():
             expected = reference(**tensors).last_hidden_state
         got = program(tensors)[0]

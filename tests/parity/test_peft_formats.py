@@ -87,6 +87,26 @@ class Parameters(nn.Module):
         return self.lin(self.inner(x))
 
 
+class Matrices(nn.Module):
+    """Weights that are called `weight`: of layers of torch, and of a layer that holds its own (in, out)."""
+
+    class Times(nn.Module):
+        def __init__(self, inner: int, out: int) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.empty(inner, out)), nn.Parameter(torch.empty(out))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.weight + self.bias
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.first = nn.Embedding(30, WIDTH), self.Times(WIDTH, 12)
+        self.second, self.lin = self.Times(12, 12), nn.Linear(12, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.lin(torch.tanh(self.second(torch.tanh(self.first(self.emb(x))))))
+
+
 class Experts(nn.Module):
     """Four matrices in one parameter, as transformers fuses them; `is_transposed` is its own word for (in, out)."""
 
@@ -172,6 +192,7 @@ BASES = {
     "attending": Base(Attending),
     "encoding": Base(Encoding),
     "parameters": Base(Parameters),
+    "matrices": Base(Matrices, inputs=words),
     "experts": Base(lambda: Experts(False)),
     "experts-turned": Base(lambda: Experts(True)),
     "layers": Base(Layers),
@@ -221,6 +242,11 @@ CASES = {
             "lin", target_parameters=["inner.E", "inner.W"], rank_pattern={"inner": 3, "E": 4}, alpha_pattern={"W": 5}
         ),
     ),
+    "matrices-in-out": (
+        "matrices", lora(target_parameters=["first.weight", "second.weight"], rank_pattern={"first.weight": 3}),
+    ),
+    "matrices-of-layers": ("matrices", lora(target_parameters=["emb.weight", "lin.weight", "second.weight"])),
+    "matrices-beside-layers": ("matrices", lora("lin", "emb", target_parameters=["first.weight"])),
     "lora-experts": ("experts", lora("lin", target_parameters=["inner.E"])),
     "lora-experts-turned": ("experts-turned", lora("lin", target_parameters=["inner.E"])),
     "layers-to-transform": ("layers", lora("conv", layers_to_transform=[0, 2])),
@@ -239,6 +265,7 @@ CASES = {
 }  # fmt: skip
 QUICK = {
     *("lora-conv1d", "lora-conv3d", "dora-conv2d", "lora-bias-conv1d", "bias-lora-only-conv2d", "ia3-conv2d"),
+    *("matrices-in-out", "matrices-of-layers"),
     *("dora-words", "patterns-attending", "bias-all-attending", "patterns-parameters", "lora-experts"),
     *(
         "lora-experts-turned",

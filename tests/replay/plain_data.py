@@ -7,7 +7,18 @@ from collections.abc import Iterator
 from typing import Any
 
 LEFT_OUT = frozenset(
-    {"seconds", "sha256", "bytes", "reference", "proof", "proofs", "quantization", "rounding", "provenance"}
+    {
+        "seconds",
+        "sha256",
+        "bytes",
+        "reference",
+        "proof",
+        "proofs",
+        "proved_on",
+        "quantization",
+        "rounding",
+        "provenance",
+    }
 )
 """What a manifest says of times, hashes and measured numbers, and what it says twice."""
 ELSEWHERE = frozenset({"latest", "spec", "spec_folder", "sites", "versions"})

@@ -12,6 +12,7 @@ import adaptc
 from adaptc.compiler.base import make_base
 from adaptc.errors import SpecError
 from adaptc.ir.base import Base
+from adaptc.ir.example_inputs import example_tensors
 from adaptc.ir.module import bind
 from adaptc.spec.spec import load
 from adaptc.tracing.trace import trace_base as trace
@@ -53,6 +54,9 @@ SPECTROGRAM = Model(
 )
 RECTANGLE = Model("ViTConfig", "image-classification", MODELS["vit"].options | {"image_size": [16, 24]})
 TAGGER = Model("T5Config", "token-classification", MODELS["t5"].options | {"num_labels": 3})
+UNTYPED = Model("DebertaV2Config", "masked-lm", TEXT | {"pooler_hidden_size": 32})
+"""Its tokenizer gives token types, and its configuration has no table of them."""
+PAGE = Model("LayoutLMConfig", "token-classification", TEXT)
 UNKNOWN = Model(
     "Speech2TextConfig",
     "speech-seq2seq",
@@ -77,6 +81,19 @@ def base_of(model: Model, path: Path, **more: Any) -> Base:
             {"input_ids": IDS, "attention_mask": IDS, "decoder_input_ids": "int64[batch, decoder_seq]"},
         ),
         (TAGGER, {"input_ids": IDS, "attention_mask": IDS}),
+        (MODELS["bert"], {"input_ids": IDS, "attention_mask": IDS, "token_type_ids": IDS}),
+        (MODELS["roberta"], {"input_ids": IDS, "attention_mask": IDS}),
+        (MODELS["gpt2"], {"input_ids": IDS, "attention_mask": IDS}),
+        (UNTYPED, {"input_ids": IDS, "attention_mask": IDS}),
+        (
+            PAGE,
+            {
+                "input_ids": IDS,
+                "attention_mask": IDS,
+                "token_type_ids": IDS,
+                "bbox": "int64[batch, seq, 4]",
+            },
+        ),
         (MODELS["vit"], {"pixel_values": "float32[batch, 3, 24, 24]"}),
         (RECTANGLE, {"pixel_values": "float32[batch, 3, 16, 24]"}),
         (MODELS["resnet"], {"pixel_values": "float32[batch, 3, height, width]"}),
@@ -91,6 +108,84 @@ def base_of(model: Model, path: Path, **more: Any) -> Base:
 )
 def test_inputs_follow_from_the_configuration(model: Model, inputs: dict[str, str], tmp_path: Path) -> None:
     assert {spec.name: str(spec) for spec in base_of(model, tmp_path).inputs} == inputs
+
+
+WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "c")
+
+
+def tokenizer_of(path: Path, **options: Any) -> None:
+    """A tokenizer of a few words, saved beside a model."""
+    import transformers
+
+    path.mkdir(exist_ok=True)
+    (path / "vocab.txt").write_text("\n".join(WORDS))
+    transformers.BertTokenizer(str(path / "vocab.txt"), **options).save_pretrained(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({}, ["input_ids", "attention_mask", "token_type_ids"]),
+        ({"model_input_names": ["input_ids", "attention_mask"]}, ["input_ids", "attention_mask"]),
+        ({"model_input_names": ["input_ids"]}, ["input_ids"]),
+        (
+            {"model_input_names": ["input_ids", "position_ids", "token_type_ids"]},
+            ["input_ids", "token_type_ids", "position_ids"],
+        ),
+    ],
+    ids=lambda value: (
+        "-".join(value.get("model_input_names", ["default"])) if isinstance(value, dict) else ""
+    ),
+)
+def test_a_tokenizer_says_what_is_an_input(options: dict[str, Any], names: list[str], tmp_path: Path) -> None:
+    tokenizer_of(tmp_path, **options)
+    assert [spec.name for spec in base_of(MODELS["bert"], tmp_path).inputs] == names
+
+
+def test_a_tokenizer_that_cannot_be_read_is_said(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    base = base_of(MODELS["bert"], tmp_path)
+    assert [spec.name for spec in base.inputs] == ["input_ids", "attention_mask", "token_type_ids"]
+    assert any(note.startswith("its tokenizer cannot be read, so the configuration") for note in base.notes)
+
+
+@pytest.mark.parametrize(
+    ("model", "left_out"),
+    [
+        (MODELS["bert"], {"position_ids": "0..n-1, as the model counts them"}),
+        (
+            MODELS["roberta"],
+            {"token_type_ids": "zeros", "position_ids": "0..n-1, as the model counts them"},
+        ),
+        (MODELS["llama"], {"position_ids": "0..n-1, as the model counts them"}),
+        (MODELS["t5"], {"decoder_attention_mask": "ones"}),
+        (WAVEFORM, {"attention_mask": "ones"}),
+        (MODELS["vit"], {"attention_mask": "ones"}),
+    ],
+    ids=lambda value: value.config if isinstance(value, Model) else "",
+)
+def test_what_stands_for_an_input_that_is_left_out_is_said(
+    model: Model, left_out: dict[str, str], tmp_path: Path
+) -> None:
+    assert dict(base_of(model, tmp_path).left_out) == left_out
+
+
+def test_an_input_that_the_spec_takes_in_is_not_left_out(tmp_path: Path) -> None:
+    base = base_of(MODELS["bert"], tmp_path, inputs={"input_ids": IDS, "position_ids": IDS})
+    assert dict(base.left_out) == {"attention_mask": "ones", "token_type_ids": "zeros"}
+    high = {spec.name: spec.high for spec in trace(base).inputs}
+    assert high == {"input_ids": TEXT["vocab_size"], "position_ids": TEXT["max_position_embeddings"]}
+
+
+def test_random_boxes_have_their_corners_in_order(tmp_path: Path) -> None:
+    (bbox,) = [spec for spec in base_of(PAGE, tmp_path).inputs if spec.name == "bbox"]
+    boxes = example_tensors([bbox], {"batch": 50, "seq": 40})["bbox"]
+    left, top, right, bottom = boxes.unbind(-1)
+    assert boxes.dtype == torch.int64
+    assert (left <= right).all()
+    assert (top <= bottom).all()
+    assert boxes.min() >= 0
+    assert 900 < boxes.max() <= 1000
 
 
 def test_inputs_have_the_dtype_of_the_base(tmp_path: Path) -> None:

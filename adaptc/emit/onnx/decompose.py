@@ -1,57 +1,36 @@
 """Operations that ONNX has: others are decomposed into these."""
 
-# pyright: reportPrivateUsage=false, reportMissingTypeStubs=false
-# The exporter's table of operations has no public name, and onnxscript's has no types.
+# pyright: reportPrivateUsage=false
+# torch's functionalization and its table of kernels have no public names.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable, Mapping
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from adaptc.emit.onnx.operations import translations
+from adaptc.emit.onnx.registry import OPSET, decompositions, has_form, registry_of
+from adaptc.emit.onnx.wrong_forms import is_wrong
 from adaptc.errors import Refusal, RefusedError
 from adaptc.ir.graph import Graph
-from adaptc.ir.nodes import PROVENANCE, provenance
+from adaptc.ir.nodes import PROVENANCE, map_operands, provenance, size_expression
 from adaptc.ir.stages import ADAPTC_LIBRARIES
 from adaptc.rewriter.pipeline import Pass
+from adaptc.tracing.export import ASSERTIONS, CHECKS
 
 EXPECTED = "expected operations that ONNX has a form for; artifacts in other formats (torch, hf) need none"
 """The note of an error about an operation that has no ONNX form."""
-
-
-@cache
-def vocabulary() -> tuple[Mapping[Any, Any], Mapping[Any, Callable[..., Any]]]:
-    """The operations that the exporter knows.
-
-    Returns:
-        Operation -> the exporter's function for it, and operation -> a decomposition, of those it has none for.
-    """
-    from onnxscript.function_libs.torch_lib import ops, registration
-    from torch.onnx._internal.exporter import _decomp, _registration
-    from torch.onnx._internal.exporter._torchlib import _torchlib_registry
-
-    quiet = logging.getLogger("torch.onnx._internal.exporter._registration")
-    quiet.setLevel(logging.ERROR)  # it warns of every operation of packages that are not installed
-    assert ops is not None  # they are registered when they are imported
-    functions: dict[Any, Any] = {
-        _registration._get_overload(name): overloads
-        for name, overloads in registration.default_registry.items()
-        if not name.startswith("internal::")
-    }
-    torchlib: list[Any] = list(_torchlib_registry.get_torchlib_ops())
-    for meta in torchlib:
-        functions.setdefault(meta.fx_target, registration.OverloadedFunction(""))
-    functions.pop(None, None)
-    decompositions: Any = _decomp
-    return functions, decompositions.create_onnx_friendly_decomposition_table(set(functions))
+WHOLE = "whole"
+"""The key of the operation that a node is a part of, where that was decomposed."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +39,12 @@ class OnnxOperations(Pass):
 
     Each operation is traced alone. Tensors made on the device of the inputs are made on the CPU: a program chooses no
     device.
+
+    Attributes:
+        opset: the opset whose operations count.
     """
+
+    opset: int = OPSET
 
     name: ClassVar[str] = "onnx-operations"
     takes: ClassVar[frozenset[str]] = frozenset({"evaluated"})
@@ -72,44 +56,57 @@ class OnnxOperations(Pass):
         Raises:
             RefusedError: one cannot be decomposed; names the first.
         """
-        functions, table = vocabulary()
-        known = _known(functions, graph)
+        table, registry = decompositions(self.opset), registry_of(graph.nodes, self.opset)
         nodes, changed = graph.module.graph, False
-        with graph.fake_mode:  # of operations that make a constant too
+        with graph.fake_mode, enable_python_dispatcher(), torch.no_grad():
             for node in list(nodes.nodes):
-                if node.op != "call_function" or node.target in known:
+                if node.op != "call_function" or has_form(node, registry):
                     continue
                 if node.target is getattr:
                     _put_on_cpu(nodes, node)
                 elif node.target in table or _is_composite(node.target):
                     _decompose(nodes, node, table)
+                    self._refuse_fixed(graph, node)
                 else:
                     continue
                 changed = True
         nodes.eliminate_dead_code()
-        self._refuse_unknown(graph.nodes, _known(functions, graph))
+        self._refuse_unknown(graph.nodes)
         return changed
 
-    def _refuse_unknown(self, nodes: Iterable[fx.Node], known: set[Any]) -> None:
+    def _refuse_fixed(self, graph: Graph, node: fx.Node) -> None:
+        """Refuse a node whose decomposition runs a loop, or chooses, by a size that is dynamic.
+
+        Raises:
+            RefusedError: there is no such size any more.
+        """
+        values = {str(n.target): n.meta["val"].shape for n in graph.placeholders}
+        sizes = [pair for spec in graph.inputs for pair in zip(spec.dims, values[spec.name], strict=True)]
+        fixed = [dim for dim, size in sizes if isinstance(dim, str) and size_expression(size).is_number]
+        if fixed:
+            reason = f"ONNX export failed: ONNX has no form of {node.target} for any size of `{fixed[0]}`"
+            advice = f"write the size that it is run with as a number in place of `{fixed[0]}`"
+            raise RefusedError([Refusal(reason, notes=(*provenance(node), advice))], self)
+
+    def _refuse_unknown(self, nodes: Iterable[fx.Node]) -> None:
         """Refuse the first operation that is not known.
 
         Raises:
             RefusedError: there is one.
         """
+        registry = registry_of(nodes, self.opset)
         for node in nodes:
             target = node.target
             if (
                 isinstance(target, torch._ops.OpOverload)
                 and target.namespace not in ADAPTC_LIBRARIES
-                and target not in known
+                and not has_form(node, registry)
             ):
-                reason = f"ONNX export failed: there is no ONNX form of {target}"
+                whole = node.meta.get(WHOLE)
+                by = f"{whole}, which torch computes by {target}" if whole else f"{target}"
+                by += " with these arguments" if is_wrong(node) else ""
+                reason = f"ONNX export failed: there is no ONNX form of {by}"
                 raise RefusedError([Refusal(reason, notes=(*provenance(node), EXPECTED))], self)
-
-
-def _known(functions: Mapping[Any, Any], graph: Graph) -> set[Any]:
-    """The operations that have an ONNX form, by the exporter or by ours, among others."""
-    return {*functions, *translations(node.target for node in graph.nodes)}
 
 
 def _put_on_cpu(nodes: fx.Graph, device: fx.Node) -> None:
@@ -128,7 +125,7 @@ def _is_composite(target: Any) -> bool:
 
 
 def _decompose(nodes: fx.Graph, node: fx.Node, table: Mapping[Any, Callable[..., Any]]) -> None:
-    """Replace a node by the operations that a trace of it alone gives."""
+    """Replace a node by the operations that a trace of it alone gives, none of which writes to its operands."""
     operands = node.all_input_nodes
     target: Any = node.target
 
@@ -136,14 +133,34 @@ def _decompose(nodes: fx.Graph, node: fx.Node, table: Mapping[Any, Callable[...,
         by_node = dict(zip(operands, values, strict=True))
         arguments: Any = map_arg((node.args, dict(node.kwargs)), by_node.__getitem__)
         args, kwargs = arguments
-        return target(*args, **kwargs)
+        with _Unchecked():
+            return target(*args, **kwargs)
 
-    traced = make_fx(call, dict(table))(*(operand.meta["val"] for operand in operands)).graph
+    functional: Any = dispatch_functionalize(call, FunctionalTensorMode())
+    traced = make_fx(functional, dict(table))(*(operand.meta["val"] for operand in operands)).graph
     inputs = [n for n in traced.nodes if n.op == "placeholder"]
-    provenance = {key: value for key, value in node.meta.items() if key in PROVENANCE}
+    origin = {key: value for key, value in node.meta.items() if key in PROVENANCE} | {WHOLE: str(target)}
     for part in traced.nodes:
-        part.meta = {"val": part.meta.get("val"), **provenance}
+        part.meta = {"val": part.meta.get("val"), **origin}
     with nodes.inserting_before(node):
         result: Any = nodes.graph_copy(traced, dict(zip(inputs, operands, strict=True)))
-    node.replace_all_uses_with(result)
+    _replace(nodes, node, result)
+
+
+class _Unchecked(TorchDispatchMode):
+    """Leaves out what only checks results, such as that a matrix has an inverse: a program raises no such errors."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return None if func in (*ASSERTIONS, *CHECKS) else func(*args, **(kwargs or {}))
+
+
+def _replace(nodes: fx.Graph, node: fx.Node, result: Any) -> None:
+    """Replace a node by its result: a node, a constant, or a list of such for an operation with several outputs."""
+    for user in list(node.users):
+        if user.target is operator.getitem and isinstance(result, (list, tuple)):
+            _replace(nodes, user, cast(Sequence[Any], result)[cast(int, user.args[1])])
+        else:
+            operands: dict[fx.Node, Any] = {operand: operand for operand in user.all_input_nodes}
+            operands[node] = result
+            user.args, user.kwargs = map_operands(user, operands.__getitem__)
     nodes.erase_node(node)

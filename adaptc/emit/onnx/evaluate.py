@@ -12,9 +12,11 @@ from torch.fx.graph import CodeGen
 
 from adaptc.inputs import LABELS
 from adaptc.ir.graph import Graph
-from adaptc.ir.nodes import is_tensor
+from adaptc.ir.laws import DROPOUTS
+from adaptc.ir.nodes import is_tensor, node_arg
 from adaptc.ir.state import written_weights
 from adaptc.rewriter.pipeline import PASSES, Pass, run
+from adaptc.tracing.export import CHECKS
 
 aten = torch.ops.aten
 
@@ -25,7 +27,7 @@ class Evaluate(Pass):
 
     A loss and its labels are left out where other outputs remain and need no labels. Operations that the exporter
     translates wrongly are replaced by equal ones: `view` by `reshape`, `conv3d` by `convolution`. What the model writes
-    to a weight or buffer goes to a copy.
+    to a weight or buffer goes to a copy. What only checks values is left out: a program raises no such errors.
     """
 
     name: ClassVar[str] = "evaluate"
@@ -43,6 +45,10 @@ class Evaluate(Pass):
                 node.target = aten.reshape.default  # the decompositions may lay a tensor out in another order
             elif node.target is aten.conv3d.default:
                 _spell_out(node)
+            elif node.target in CHECKS:
+                nodes.erase_node(node)
+            elif node.target in DROPOUTS and node.args[1] == 0:
+                node.replace_all_uses_with(node_arg(node, 0))
         _write_to_copies(graph)
         nodes.eliminate_dead_code()
         for node in [n for n in nodes.nodes if n.op == "placeholder" and not n.users]:

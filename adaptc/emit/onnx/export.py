@@ -15,15 +15,15 @@ from adaptc.emit.onnx.quantized_operations import (
     ir_version_needed,
     opset_needed,
 )
+from adaptc.emit.onnx.registry import OPSET
 from adaptc.emit.onnx.translate import translate
 from adaptc.emit.onnx.widen import widen
 from adaptc.errors import AdaptcError
 from adaptc.ir.graph import Graph
 from adaptc.rewriter.pipeline import run
+from adaptc.tracing.export import quietly
 from adaptc.weights import FileSlice, Weight
 
-OPSET = 20
-"""The default opset: every ONNX Runtime since 1.17 runs it."""
 INLINE_LIMIT = 2**28
 """Weights of more bytes in all go to a data file, which is written one tensor at a time. Chosen because a protobuf is
 made in memory as a whole."""
@@ -83,7 +83,8 @@ def export_onnx(
     packed = [weight.bits for weight in graph.weights.values() if isinstance(weight, Integers)]
     model = translate(graph, opset or max([OPSET, *map(opset_needed, packed)]))
     _attach(model, graph)
-    _clean_up(model, set(graph.weights))
+    with quietly():
+        _clean_up(model, set(graph.weights))
     _name(model, graph)
     widen(model)
     model.producer_name = "adaptc"
@@ -246,17 +247,21 @@ def _name_outputs(model: Any, names: Sequence[str]) -> None:
 
 
 def _separate_outputs(model: Any) -> None:
-    """Give each output a node of its own where one value is an output twice, or an input or weight too."""
+    """Give an output a node of its own where the graph, or branch, does not compute it, or it is an output twice."""
     import onnx_ir as ir
 
-    seen = set(model.graph.inputs) | set(model.graph.initializers.values())
-    for index, value in enumerate(model.graph.outputs):
-        if value in seen:
-            node = ir.node("Identity", [value])
-            node.outputs[0].type, node.outputs[0].shape = value.type, value.shape
-            model.graph.append(node)
-            model.graph.outputs[index] = node.outputs[0]
-        seen.add(value)
+    for number, graph in enumerate((model.graph, *model.graph.subgraphs())):
+        seen: set[Any] = set()
+        for index, value in enumerate(graph.outputs):
+            producer = value.producer()
+            if producer is None or producer.graph is not graph or value in seen:
+                node = ir.node("Identity", [value])
+                output = node.outputs[0]
+                output.name = f"{value.name}.output.{number}.{index}"
+                output.type, output.shape = value.type, value.shape
+                graph.append(node)
+                graph.outputs[index] = output
+            seen.add(value)
 
 
 def _text(dim: Any) -> str:

@@ -12,7 +12,7 @@ from adaptc.ir.graph import Graph
 from adaptc.ir.laws import nothing_is_written
 from adaptc.ir.nodes import writes_in_place
 from adaptc.rewriter.pipeline import Pass
-from adaptc.tracing.export import dynamic_shapes, normalise
+from adaptc.tracing.export import dynamic_shapes, normalise, traceable
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,9 @@ class Functional(Pass):
         examples = example_tensors(graph.inputs, example_sizes(graph.inputs))
         shapes = dynamic_shapes(graph.inputs)
         module = graph.module.eval()
-        program: Any = torch.export.export(module, (), examples, dynamic_shapes=shapes, strict=False)
-        traced = normalise(program.run_decompositions({}).module(check_guards=False))
+        with traceable():
+            program: Any = torch.export.export(module, (), examples, dynamic_shapes=shapes, strict=False)
+            traced = normalise(program.run_decompositions({}).module(check_guards=False))
         graph.module.graph = traced.graph
         return True
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from onnxscript.function_libs.torch_lib.ops import fft
 from onnxscript.function_libs.torch_lib.ops.nn import aten_scaled_dot_product_attention
 
 from adaptc.emit.onnx import quantized_operations
+from adaptc.emit.onnx.recurrent import rnn
 
 op: Any = onnxscript.opset18
 
@@ -26,8 +27,7 @@ def translations(targets: Iterable[Any]) -> dict[torch._ops.OpOverload[..., Any]
     overloads: set[torch._ops.OpOverload[..., Any]] = {
         target for target in targets if isinstance(target, torch._ops.OpOverload)
     }
-    forms = {**TRANSLATIONS, **quantized_operations.TRANSLATIONS}
-    return {target: forms[target.name()] for target in overloads if target.name() in forms}
+    return {target: FORMS[target.name()] for target in overloads if target.name() in FORMS}
 
 
 def attention(
@@ -76,12 +76,24 @@ def grouped_product(rows: Any, weight: Any, ends: Any) -> Any:
 def solved(A: Any, B: Any, left: bool = True, check_errors: bool = False) -> tuple[Any, ...]:
     """`A⁻¹ B`, or `B A⁻¹` if not `left`, by Newton's iteration X ← X (2 I - A X), which ONNX has the operations for.
 
-    A (..., n, n). From X = Aᵀ / (‖A‖₁ ‖A‖∞) it converges quadratically for every A that has an inverse (Ben-Israel
-    and Cohen 1966). `NEWTON` steps are enough for condition numbers up to about a thousand.
+    A (..., n, n), B (..., n, k), or (..., n) for one column. From X = Aᵀ / (‖A‖₁ ‖A‖∞) it converges quadratically for
+    every A that has an inverse (Ben-Israel and Cohen 1966). `NEWTON` steps are enough for condition numbers up to about
+    a thousand.
 
     Returns:
-        The result four times: the factors of A, which torch gives too, have no form here.
+        The result three times, as the factors of A, which torch gives too, have no form here; and that it was found.
     """
+    inverse, info = inverted(A)
+    if len(B.shape) == len(A.shape):
+        result = op.MatMul(inverse, B) if left else op.MatMul(B, inverse)
+    else:
+        last = op.Constant(value_ints=[-1])
+        result = op.Squeeze(op.MatMul(inverse, op.Unsqueeze(B, last)), last)
+    return result, result, result, info
+
+
+def inverted(A: Any, check_errors: bool = False) -> tuple[Any, ...]:
+    """`A⁻¹` as `solved` computes it, and a zero for each matrix: that it was found."""
     rank, axes = len(A.shape), [op.Constant(value_ints=[axis]) for axis in (-2, -1)]
     sums = [
         op.ReduceMax(op.ReduceSum(op.Abs(A), axis, keepdims=1), other) for axis, other in (axes, axes[::-1])
@@ -91,8 +103,17 @@ def solved(A: Any, B: Any, left: bool = True, check_errors: bool = False) -> tup
     twice = op.CastLike(op.Constant(value=ir.tensor(2 * np.eye(A.shape[-1], dtype=np.float32))), A)
     for _ in range(NEWTON):
         inverse = op.MatMul(inverse, op.Sub(twice, op.MatMul(A, inverse)))
-    result = op.MatMul(inverse, B) if left else op.MatMul(B, inverse)
-    return (result,) * 4
+    zero = ir.tensor(np.zeros(1, dtype=np.int32))
+    return inverse, op.ConstantOfShape(op.Shape(A, start=0, end=rank - 2), value=zero)
+
+
+def extreme(reduce: Callable[..., Any]) -> Callable[..., Any]:
+    """`amax` or `amin`, whose axes may be left out: then they are all."""
+
+    def reduced(x: Any, dim: Sequence[int] = (), keepdim: bool = False) -> Any:
+        return reduce(x, op.Constant(value_ints=list(dim)) if dim else None, keepdims=int(keepdim))
+
+    return reduced
 
 
 def in_double(transform: Callable[..., Any]) -> Callable[..., Any]:
@@ -114,8 +135,16 @@ TRANSLATIONS: Mapping[str, Callable[..., Any]] = {
     "transformers::grouped_mm_fallback": grouped_product,
     "aten::_grouped_mm": grouped_product,
     "aten::_linalg_solve_ex": solved,
+    "aten::linalg_inv_ex": inverted,
     "aten::_fft_r2c": in_double(fft.aten__fft_r2c),
     "aten::_fft_c2c": in_double(fft.aten__fft_c2c),
     "aten::_fft_c2r": in_double(fft.aten__fft_c2r),
+    "aten::amax": extreme(op.ReduceMax),
+    "aten::amin": extreme(op.ReduceMin),
+    "aten::sym_numel": op.Size,
+    "aten::rnn_tanh.input": rnn("Tanh"),
+    "aten::rnn_relu.input": rnn("Relu"),
 }
 """An operation by torch's name -> what computes it in ONNX."""
+FORMS: Mapping[str, Callable[..., Any]] = {**TRANSLATIONS, **quantized_operations.TRANSLATIONS}
+"""The same, with the operations that adaptc makes of quantized products."""

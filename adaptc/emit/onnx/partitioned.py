@@ -17,6 +17,8 @@ from adaptc.ir.interpreter import Batch, Batches, Outcome, Run
 
 PIECE = 2**25
 """The bytes of weights that a part has at most, unless one operation has more. Chosen as small against a model."""
+CHOICES = {"TopK": 1, "ArgMax": 0, "ArgMin": 0}
+"""Operations that choose among values -> which of their outputs is the indices."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,9 @@ class PartitionedProgram:
 
     @cached_property
     def choices(self) -> list[str]:
-        """The names of the indices that each TopK chooses or sorts, in order."""
-        return [node.output[1] for node in self.model.graph.node if node.op_type == "TopK"]
+        """The names of the indices that operations choose or sort by, in order."""
+        nodes = self.model.graph.node
+        return [node.output[CHOICES[node.op_type]] for node in nodes if node.op_type in CHOICES]
 
     def on(self, batches: Batches) -> Run:
         """One run of every batch, part after part."""
@@ -99,7 +102,7 @@ class PartitionedProgram:
             outcomes[name] = failed.get(index) or _tensors(values[index], self.outputs)
             choices[name] = [] if index in failed else _tensors(values[index], self.choices)
         coverage = f"whole, in {len(self.pieces)} pieces one after the other"
-        return Run(batches, outcomes, tuple(self.outputs), (coverage,), choices)
+        return Run(batches, outcomes, tuple(self.outputs), coverage, (), choices)
 
     def _sweep(self, batches: Sequence[Batch]) -> tuple[list[dict[str, Any]], dict[int, Exception]]:
         """Run each part on all batches before the next one.

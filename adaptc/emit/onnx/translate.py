@@ -22,40 +22,14 @@ from torch.export.graph_signature import (
 from torch.utils import _pytree as pytree
 
 from adaptc.emit.onnx.casts import Casts
-from adaptc.emit.onnx.decompose import EXPECTED, OnnxOperations, vocabulary
+from adaptc.emit.onnx.decompose import EXPECTED, OnnxOperations
 from adaptc.emit.onnx.functional import Functional
-from adaptc.emit.onnx.operations import COMPLEX, translations
+from adaptc.emit.onnx.registry import registry_of
 from adaptc.errors import AdaptcError, RefusedError, VerifyError
 from adaptc.ir.graph import Graph
 from adaptc.ir.nodes import get_tensor, provenance
 from adaptc.rewriter.pipeline import run
 from adaptc.tracing.export import quietly
-
-
-def _registry(graph: Graph, opset: int) -> Any:
-    """The exporter's registry of a graph's operations alone: making it of all would take longer than the export."""
-    from torch.onnx._internal.exporter import _constants, _registration
-    from torch.onnx._internal.exporter._torchlib import _torchlib_registry
-
-    registry: Any = _registration.ONNXRegistry()
-    registry._opset_version = max(opset, _constants.TORCHLIB_OPSET)
-    targets: dict[Any, None] = dict.fromkeys(n.target for n in graph.nodes if n.op == "call_function")
-    torchlib: list[Any] = list(_torchlib_registry.get_torchlib_ops())
-    for meta in torchlib:
-        if meta.fx_target in targets:
-            registry._register(meta.fx_target, meta)
-    for target in targets:
-        functions = vocabulary()[0].get(target)
-        if functions is None:
-            continue
-        for is_complex in (False, True):
-            for function in functions.complex if is_complex else functions.overloads:
-                meta = _registration.OnnxDecompMeta(function, target, None, is_complex=is_complex)
-                registry._register(target, meta)
-    registry._cleanup_registry_based_on_opset_version()
-    for target, function in translations(targets).items():
-        registry.register_op(target, function, is_complex=target.name() in COMPLEX)
-    return registry
 
 
 def translate(graph: Graph, opset: int) -> Any:
@@ -70,8 +44,8 @@ def translate(graph: Graph, opset: int) -> Any:
 
     try:
         with quietly(), torch.no_grad():
-            graph = run(graph, [Functional(), OnnxOperations(), Casts()])
-            program, registry = _program(graph), _registry(graph, opset)
+            graph = run(graph, [Functional(), OnnxOperations(opset), Casts()])
+            program, registry = _program(graph), registry_of(graph.nodes, opset)
             model = _core._exported_program_to_onnx_program(program, registry=registry).model
             converter: Any = version_converter
             converter.convert_version(model, opset, fallback=True)
@@ -79,11 +53,21 @@ def translate(graph: Graph, opset: int) -> Any:
     except (RefusedError, VerifyError):
         raise
     except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reasons = [line for line in lines if "No ONNX function" in line or "aten." in line] or [*lines, ""]
-        place = next((provenance(node) for node in graph.nodes if f"%{node.name} " in str(error)), ())
-        message = f"ONNX export failed: {type(error).__name__}: {reasons[0]}"
-        raise AdaptcError(message, *place, EXPECTED) from error
+        raise _failure(graph, error) from error
+
+
+def _failure(graph: Graph, error: Exception) -> AdaptcError:
+    """The error where the exporter fails: which operation it takes not so, and why."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    why = next((line.strip() for line in str(cause).splitlines() if line.strip()), "")
+    reason = f"{type(cause).__name__}: {why}"
+    node = next((node for node in graph.nodes if f"%{node.name} " in str(error)), None)
+    if node is None:
+        return AdaptcError(f"ONNX export failed: {reason}", EXPECTED)
+    message = f"ONNX export failed: the form of {node.target} does not take these arguments ({reason})"
+    return AdaptcError(message, *provenance(node), EXPECTED)
 
 
 def _program(graph: Graph) -> ExportedProgram:

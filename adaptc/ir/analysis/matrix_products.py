@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import fx
 
-from adaptc.ir.nodes import list_arg, operation
+from adaptc.ir.nodes import list_arg, node_arg, operation
 
 Shape = Sequence[int]
 
@@ -103,6 +103,8 @@ MATRIX_PRODUCTS: Mapping[str, MatrixProduct] = {
         )
         for n in (1, 2, 3)
     },
+    # also transposed ones, as its seventh argument says: no weight is adapted here, as `conv2d` and the like are usual
+    "convolution": MatrixProduct((0, 1), _convolution, bias=2),
     # a matrix product with one-hot rows
     "embedding": MatrixProduct((1, 0), _lookup, {0: Reading(out=1)}),
     # the weight is quantized: nothing is adapted here, and the node of the base says how it reads
@@ -115,9 +117,11 @@ MATRIX_PRODUCTS: Mapping[str, MatrixProduct] = {
 }
 """Name of an operation -> how it multiplies. A new spelling of a matrix product is one row.
 
-These operations mix features: what lies upstream of one belongs to another layer. Recurrent layers (`lstm`, `gru`) have
-no row: each is many matrix products with several weights in one operation, none of which is a site.
+These operations mix features: what lies upstream of one belongs to another layer. Recurrent layers have no row: each is
+many matrix products with several weights in one operation, none of which is a site. See `RECURRENT`.
 """
+RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
+"""The operations that are a recurrent layer, or several."""
 
 
 def operands_of(node: fx.Node) -> tuple[Any, ...]:
@@ -187,13 +191,25 @@ def flops_of(node: fx.Node, shape: Callable[[fx.Node], Shape]) -> int:
         node: any node.
         shape: gives the shape of a node's value, in numbers.
     """
+    if node.op == "call_function" and operation(node) in RECURRENT:
+        return _recurrent_flops(node, shape)
     product = MATRIX_PRODUCTS.get(operation(node)) if node.op == "call_function" else None
     if product is None:
         return 0
     shapes = [shape(operand) if isinstance(operand, fx.Node) else () for operand in operands_of(node)]
     if operation(node) == "einsum":
         return _einsum_flops(str(node.args[0]), shapes)
+    if operation(node) == "convolution" and node.args[6] is True:
+        return _transposed_convolution(shape(node), *shapes)
     return product.flops(shape(node), *shapes)
+
+
+def _recurrent_flops(node: fx.Node, shape: Callable[[fx.Node], Shape]) -> int:
+    """FLOPs of recurrent layers: every matrix among their weights multiplies one vector at each step of each row."""
+    packed = str(node.target).endswith(".data")
+    x, weights = node_arg(node, 0), list_arg(node, 3 if packed else 2)
+    matrices = [dims for dims in map(shape, weights) if len(dims) == 2]
+    return 2 * math.prod(shape(x)[:-1]) * sum(map(math.prod, matrices))
 
 
 def _einsum_terms(equation: str) -> tuple[list[str], str]:

@@ -20,6 +20,7 @@ from adaptc.methods.param import Param
 from adaptc.methods.point_sites import InputSite, Site
 from adaptc.methods.site import WeightSite
 from adaptc.methods.trial import TRIALS
+from adaptc.patterns import matches_any
 from adaptc.registry.author import place_of_function
 from adaptc.registry.calls import blamed, read_only
 from adaptc.rewriter.expression import extract_expression, trace_expression
@@ -51,7 +52,7 @@ class Insert(Pass, Generic[M, S]):
         seed: of the random numbers that its tensors start with.
         on_alias: what to do where the weight is used elsewhere too: `untie` gives the site a weight of its own, `live`
             leaves it out of a fold, `share` changes it everywhere, `refuse` refuses to fold.
-        as_stored: parameters named by themselves are (out, in) as they are stored, however the model multiplies.
+        as_stored: patterns of parameters that are (out, in) as they are stored, however the model multiplies.
         trained: it comes from a checkpoint, so what makes no sense to train, such as a rank above the layer's size, is
             taken as it is.
 
@@ -67,7 +68,7 @@ class Insert(Pass, Generic[M, S]):
     entry: int = 0
     seed: int = 0
     on_alias: OnAlias = "refuse"
-    as_stored: bool = False
+    as_stored: tuple[str, ...] = ()
     trained: bool = False
 
     takes: ClassVar[frozenset[str]] = frozenset({"traced", "adapted"})
@@ -109,7 +110,12 @@ class Insert(Pass, Generic[M, S]):
         selection = select(graph, self.target, self.exclude, self.method)
         if not self.as_stored:
             return selection
-        sites = (as_stored(s, graph) if isinstance(s, WeightSite) else s for s in selection.sites)
+        sites = (
+            as_stored(dataclasses.replace(site, named=True), graph)
+            if isinstance(site, WeightSite) and matches_any(self.as_stored, site.name)
+            else site
+            for site in selection.sites
+        )
         return dataclasses.replace(selection, sites=tuple(sites))
 
     def refused(self, site: S) -> Fault | None:

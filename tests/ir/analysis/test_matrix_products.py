@@ -63,6 +63,11 @@ SPELLINGS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[int, ...]]]
     "addmm": (lambda x, W: torch.addmm(W[0], x.flatten(0, 1), W), (4, 6)),
     "bmm": (lambda x, W: torch.bmm(x.transpose(0, 1), W), (10, 4, 6)),
     "baddbmm": (lambda x, W: torch.baddbmm(W[:, :1], x.transpose(0, 1), W), (10, 4, 6)),
+    "convolution": (lambda x, W: torch.convolution(x, W, None, [1], [0], [1], False, [0], 1), (6, 10, 3)),
+    "convolution-transposed": (
+        lambda x, W: torch.convolution(x, W, None, [2], [0], [1], True, [0], 1),
+        (10, 6, 3),
+    ),
     "einsum": (lambda x, W: torch.einsum("bsi,hoi->bsho", x, W), (3, 2, 4)),
     "einsum-ellipsis": (lambda x, W: torch.einsum("...i,oi->...o", x, W), (6, 4)),
     "einsum-batched": (lambda x, W: torch.einsum("bsi,sio->bso", x, W), (10, 4, 6)),
@@ -82,6 +87,23 @@ def test_operations_of_spellings(name: str) -> None:
         return
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # the others are not all counted
         assert flops(graph) == counted(model, x) > 0
+
+
+RECURRENT: dict[str, tuple[Any, dict[str, Any]]] = {
+    "lstm": (nn.LSTM, {"bidirectional": True, "num_layers": 2}),
+    "lstm-projected": (nn.LSTM, {"proj_size": 3}),
+    "gru": (nn.GRU, {"bias": False, "num_layers": 2}),
+    "rnn": (nn.RNN, {"nonlinearity": "relu"}),
+}
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_operations_of_recurrent_layers(name: str) -> None:
+    kind, options = RECURRENT[name]
+    model = kind(4, 6, batch_first=True, **options).eval()
+    graph = adaptc.trace(model, (torch.randn(2, 5, 4),), {"input": {0: "batch", 1: "time"}})
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    assert flops(graph) == 2 * BATCH * LENGTH * matrices
 
 
 TOKENS, EXPERTS, TOP, WIDTH, OUT = 10, 4, 2, 8, 16
