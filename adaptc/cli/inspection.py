@@ -100,6 +100,7 @@ def _proved(folder: Path, name: str, artifact: Mapping[str, Any]) -> str:
 
 
 def _runner(folder: Path, name: str, artifact: Mapping[str, Any]) -> Runner:
+    from adaptc.compiler.cached_runner import in_chunks
     from adaptc.compiler.runners import BatchRunner, module_call
     from adaptc.emit.onnx.partitioned import PartitionedProgram
     from adaptc.emit.onnx.runtime import onnx_runner
@@ -109,9 +110,9 @@ def _runner(folder: Path, name: str, artifact: Mapping[str, Any]) -> Runner:
         case "torch":
             return BatchRunner(module_call(load_torch(folder)))
         case "onnx" if set(artifact["files"]) - {name}:
-            return PartitionedProgram(folder / name, folder / name)
+            return in_chunks(folder / name, PartitionedProgram(folder / name, folder / name))
         case "onnx":
-            return BatchRunner(onnx_runner(folder / name))
+            return in_chunks(folder / name, BatchRunner(onnx_runner(folder / name)))
         case _:
             from adaptc.emit.huggingface import load_checkpoint
             from adaptc.tracing.huggingface import read_pretrained

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from adaptc.compiler.cached_runner import SCHEDULES, CachedRunner, padded_left, where_seen
 from adaptc.compiler.program import Program
 from adaptc.compiler.proof import Proof, effect
 from adaptc.compiler.provenance import describe_base
 from adaptc.compiler.reference import with_labels
-from adaptc.compiler.runners import BatchRunner
+from adaptc.compiler.runners import BatchRunner, Runner
 from adaptc.emit.manifest import versions
+from adaptc.emit.onnx.cached import NEW_TOKENS, read_signature
 from adaptc.emit.onnx.evaluate import evaluate
 from adaptc.emit.onnx.export import export_onnx
+from adaptc.emit.onnx.functional import Functional
 from adaptc.emit.onnx.partitioned import PartitionedProgram
 from adaptc.emit.onnx.rounding import RoundActivations, rounds_activations
 from adaptc.emit.onnx.runtime import onnx_runner
@@ -27,9 +31,14 @@ from adaptc.ir.graph import Graph
 from adaptc.ir.interpreter import Batches, Interpreter, Run
 from adaptc.ir.near_ties import floats_behind_labels
 from adaptc.ir.tie_breaks import makes_choice
+from adaptc.rewriter.cache.cache import Cache
+from adaptc.rewriter.cache.signature import CacheSignature, new_tokens
 from adaptc.rewriter.pipeline import run
 from adaptc.spec.emit import OnnxEmit
 from adaptc.weights import Weight
+
+ROUNDED = "against torch that rounds activations to 8 bits too"
+"""The title of a proof of a file that rounds activations."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +51,8 @@ class OnnxFile:
         final: where it will be put.
         outputs: the names of its outputs.
         weights: the weights in the data file, to be read back; empty where the program holds them itself.
-        unrounded: the graph that was written, where ONNX Runtime rounds activations of its matrix products; else None.
+        unrounded: the graph, where ONNX Runtime rounds activations of its matrix products; else None.
+        signature: what the program takes and gives, where it has a cache; else None.
         about: what a manifest says of it: `nodes`, `opset`, `inputs`, `outputs`.
     """
 
@@ -52,6 +62,7 @@ class OnnxFile:
     outputs: tuple[str, ...]
     weights: Mapping[str, Weight]
     unrounded: Graph | None
+    signature: CacheSignature | None
     about: Mapping[str, Any]
 
     @property
@@ -64,21 +75,23 @@ class OnnxFile:
         """A runner of the file that holds the weights of a few operations at a time."""
         return PartitionedProgram(self.path, self.final)
 
-    def on(self, batches: Batches) -> Run:
-        """One run of every batch: in pieces where there is a data file."""
-        if self.has_data_file:
-            return self.partitioned.on(batches)
+    @property
+    def runner(self) -> Runner:
+        """A runner of the file: in pieces where there is a data file."""
         exact = not self.entry.round_activations
-        return BatchRunner(onnx_runner(self.path, self.final, exact)).on(batches)
+        return (
+            self.partitioned if self.has_data_file else BatchRunner(onnx_runner(self.path, self.final, exact))
+        )
 
-    def unrounded_on(self, batches: Batches) -> Run:
-        """One run of every batch, by a file of the same graph that does not round activations."""
+    @contextmanager
+    def unrounded_runner(self) -> Generator[Runner]:
+        """A runner of a file of the same graph that does not round activations."""
         assert self.unrounded is not None
         with tempfile.TemporaryDirectory(dir=self.path.parent) as folder:
             exact = Path(folder) / self.path.name
-            runtime = self.entry.target_runtime
-            export_onnx(self.unrounded.copy(), exact, self.entry.opset, runtime=runtime, exact=True)
-            return BatchRunner(onnx_runner(exact, self.path, exact=True)).on(batches)
+            graph, runtime = lowered(self.unrounded.copy(), self.entry), self.entry.target_runtime
+            export_onnx(graph, exact, self.entry.opset, runtime=runtime, exact=True)
+            yield BatchRunner(onnx_runner(exact, self.path, exact=True))
 
     def staged(self, staging: Staging) -> list[Path]:
         """The program, and its data file if it has one, which is moved to a staged path of its own."""
@@ -97,6 +110,8 @@ def write_onnx(program: Program, graph: Graph, entry: OnnxEmit, staging: Staging
     path = staging.path(final)
     evaluated = evaluate(graph)
     unrounded = evaluated.copy() if entry.round_activations and rounds_activations(evaluated) else None
+    outputs = evaluated.outputs
+    evaluated = lowered(evaluated, entry)
     metadata = {
         "adaptc.version": versions().get("adaptc", ""),
         "adaptc.base": describe_base(program, final.parent),
@@ -104,6 +119,8 @@ def write_onnx(program: Program, graph: Graph, entry: OnnxEmit, staging: Staging
         "adaptc.adapters": entry.adapters,
         "adaptc.methods": ", ".join(p.insert.method.name for p in program.plan.entries),
     }
+    if entry.cache:
+        metadata[NEW_TOKENS] = new_tokens(evaluated)
     exact = not entry.round_activations
     written = export_onnx(evaluated, path, entry.opset, metadata, staging.wrote, entry.target_runtime, exact)
     about = {
@@ -112,7 +129,12 @@ def write_onnx(program: Program, graph: Graph, entry: OnnxEmit, staging: Staging
         "inputs": {spec.name: str(spec).replace("bfloat16", "float32") for spec in evaluated.inputs},
         "outputs": list(evaluated.outputs),
     }
-    return OnnxFile(entry, path, final, evaluated.outputs, written.weights, unrounded, about)
+    return OnnxFile(entry, path, final, outputs, written.weights, unrounded, read_signature(path), about)
+
+
+def lowered(graph: Graph, entry: OnnxEmit) -> Graph:
+    """A graph that only evaluates, as an entry asks for it: with a cache or without."""
+    return run(graph, [Functional(), Cache()]) if entry.cache else graph
 
 
 def prove_onnx(
@@ -139,6 +161,8 @@ def prove_onnx(
         ProofError: it computes something else.
     """
     name = f"onnx, {file.entry.adapters}"
+    if file.signature is not None:
+        return prove_cached(program, graph, file)
     reference, candidate = _side_by_side(program, graph, earlier, file)
     if file.unrounded is None:
         try:
@@ -149,15 +173,60 @@ def prove_onnx(
             reference, candidate = _with_choices(program, graph, file)
             proof = program.proofs.prove(name, graph, reference, candidate)
         return proof, with_labels(reference, candidate), None
-    program.proofs.prove(name, graph, reference, file.unrounded_on(reference.taken))
-    rounding = run(file.unrounded, [RoundActivations()])
+    with file.unrounded_runner() as unrounded:
+        program.proofs.prove(name, graph, reference, unrounded.on(reference.taken))
+    rounding, rounded, allowed = _rounded(program, graph, reference, file.unrounded)
+    proof = program.proofs.prove(f"{name}, {ROUNDED}", rounding, rounded, candidate, allowed)
+    return proof, with_labels(rounded, candidate), rounding
+
+
+def _rounded(program: Program, graph: Graph, reference: Run, unrounded: Graph) -> tuple[Graph, Run, float]:
+    """The graph that rounds activations as its file does, its run, and the relative error that is allowed to the file."""
+    rounding = run(unrounded, [RoundActivations()])
     rounded = Interpreter(rounding, torch.float32).on(reference.taken)
     behind = [floats_behind_labels(side, reference.taken, torch.float32) for side in (graph, rounding)]
     cost = max(effect(reference, rounded), effect(*behind))
-    allowed = max(2 * cost, program.proofs.tolerance(graph))
-    message = f"{name}, against torch that rounds activations to 8 bits too"
-    proof = program.proofs.prove(message, rounding, rounded, candidate, allowed)
-    return proof, with_labels(rounded, candidate), rounding
+    return rounding, rounded, max(2 * cost, program.proofs.tolerance(graph))
+
+
+def prove_cached(program: Program, graph: Graph, file: OnnxFile) -> tuple[Proof, Run, Graph | None]:
+    """Prove that an ONNX file with a cache computes what the graph does, whatever part of a text each call gets.
+
+    The file is fed the proof's inputs in several ways, see `SCHEDULES`, and rows padded on the left as well. It is
+    proved as in `prove_onnx`; positions that a mask hides are not compared.
+
+    Returns:
+        As `prove_onnx` does.
+
+    Raises:
+        ProofError: it computes something else.
+    """
+    signature, name = file.signature, f"onnx, {file.entry.adapters}, with a cache"
+    assert signature is not None
+    padded = {label: padded_left(signature, batch) for label, batch in program.proofs.batches.items()}
+    left = {f"{label} padded on the left": batch for label, batch in padded.items() if batch is not None}
+    run_of_graph = Interpreter(graph, torch.float32).on({**program.proofs.batches, **left})
+    reference = run_of_graph.only(file.outputs)
+
+    def proved(
+        about: str, runner: Runner, side: Graph, expected: Run, allowed: float | None
+    ) -> tuple[Proof, Run]:
+        worst: list[tuple[Proof, Run]] = []
+        for way, schedule in SCHEDULES.items():
+            got = CachedRunner(runner, signature, schedule).on(expected.taken)
+            got = where_seen(signature, expected, got)
+            title = ", ".join(part for part in (name, way, about) if part)
+            worst.append((program.proofs.prove(title, side, expected, got, allowed), got))
+        return max(worst, key=lambda pair: pair[0].relative)
+
+    if file.unrounded is None:
+        proof, got = proved("", file.runner, graph, reference, None)
+        return proof, with_labels(reference, got), None
+    with file.unrounded_runner() as unrounded:
+        proved("", unrounded, graph, reference, None)
+    rounding, rounded, allowed = _rounded(program, graph, reference, file.unrounded)
+    proof, got = proved(ROUNDED, file.runner, rounding, rounded, allowed)
+    return proof, with_labels(rounded, got), rounding
 
 
 def _side_by_side(program: Program, graph: Graph, earlier: Run | None, file: OnnxFile) -> tuple[Run, Run]:
@@ -169,7 +238,7 @@ def _side_by_side(program: Program, graph: Graph, earlier: Run | None, file: Onn
     if Interpreter(graph, torch.float32).widens and _chooses_alike(graph, file):
         return _with_choices(program, graph, file)
     reference = program.reference(graph, earlier, wide=True).only(file.outputs)
-    return reference, file.on(reference.taken)
+    return reference, file.runner.on(reference.taken)
 
 
 def _chooses_alike(graph: Graph, file: OnnxFile) -> bool:

@@ -144,6 +144,7 @@ def _sweep(
     last = _last_users(graph)
     written = {graph.aliases.get(name, name) for name in written_weights(graph.nodes)}
     states: list[dict[str, torch.Tensor]] = [{} for _ in batches]
+    inputs = {node: spec.name for node, spec in zip(graph.placeholders, graph.inputs, strict=True)}
     with torch.no_grad():
         for node in graph.nodes:
             if node.op == "get_attr":
@@ -154,7 +155,8 @@ def _sweep(
                 if outcomes[number] is None:
                     try:
                         operands = values[number] | _with_state(graph, weights, written, states[number])
-                        result = _step(node, batch, operands, least)
+                        given = batch[inputs[node]] if node in inputs else None
+                        result = _step(node, given, operands, least)
                         if makes_choice(node):
                             result = choices[number].make(node, operands[node.all_input_nodes[0]], result)
                     except Exception as error:
@@ -213,10 +215,10 @@ def _with_state(
     return {node: state.get(name, weights[node]) for node, name in names.items()}
 
 
-def _step(node: fx.Node, batch: Batch, values: Mapping[fx.Node, Any], least: torch.dtype | None) -> Any:
-    """The result of one node; of the output node the list of tensors."""
+def _step(node: fx.Node, given: Any, values: Mapping[fx.Node, Any], least: torch.dtype | None) -> Any:
+    """The result of one node: of an input what is given, of the output node the list of tensors."""
     if node.op == "placeholder":
-        return _widened(batch[str(node.target)], least)
+        return _widened(given, least)
     args, kwargs = map_operands(node, values.__getitem__)
     if least is not None:
         args, kwargs = pytree.tree_map(partial(_widened, least=least), (args, kwargs))

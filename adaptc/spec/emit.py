@@ -41,6 +41,10 @@ class OnnxEmit(Part):
         description="let ONNX Runtime multiply integers by activations in 8 bits; false is slower for few tokens, and "
         "for 2 and 8 bits always",
     )
+    cache: bool = Field(
+        False,
+        description="a decoder that takes the keys and values of past tokens, and gives those of the new ones",
+    )
 
 
 class PeftEmit(Part):

@@ -80,8 +80,8 @@ class OnnxOperations(Pass):
         Raises:
             RefusedError: there is no such size any more.
         """
-        values = {str(n.target): n.meta["val"].shape for n in graph.placeholders}
-        sizes = [pair for spec in graph.inputs for pair in zip(spec.dims, values[spec.name], strict=True)]
+        inputs = zip(graph.inputs, graph.placeholders, strict=True)
+        sizes = [p for spec, value in inputs for p in zip(spec.dims, value.meta["val"].shape, strict=True)]
         fixed = [dim for dim, size in sizes if isinstance(dim, str) and size_expression(size).is_number]
         if fixed:
             reason = f"ONNX export failed: ONNX has no form of {node.target} for any size of `{fixed[0]}`"

@@ -89,6 +89,7 @@ def _program(graph: Graph) -> ExportedProgram:
             copies[node] = weights[str(node.target)]
             continue
         copies[node] = nodes.node_copy(node, copies.__getitem__)
+        copies[node].meta.setdefault("nn_module_stack", {})  # the exporter logs a warning without one
         if node.op == "placeholder":
             specs.append(InputSpec(InputKind.USER_INPUT, TensorArgument(copies[node].name), None))
     results: Any = copies[next(node for node in graph.nodes if node.op == "output")].args[0]

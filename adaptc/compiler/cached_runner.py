@@ -1,0 +1,156 @@
+"""A program with a cache as a side of a proof: it is fed the tokens of a batch in several calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+
+from adaptc.compiler.runners import Runner
+from adaptc.emit.onnx.cached import read_signature
+from adaptc.inputs import InputSpec
+from adaptc.ir.interpreter import Batch, Batches, Outcome, Run
+from adaptc.rewriter.cache.past import TOTAL
+from adaptc.rewriter.cache.signature import CacheSignature
+
+Schedule = Callable[[int], Sequence[int]]
+"""From the number of tokens in a text to the number of tokens of each call."""
+
+
+def _chunks(count: int) -> list[int]:
+    first = (count + 1) // 2
+    second = (count - first + 1) // 2
+    return [n for n in (first, second, count - first - second) if n]
+
+
+SCHEDULES: dict[str, Schedule] = {
+    "the prompt whole": lambda count: [count],
+    "in chunks": _chunks,
+    "token by token": lambda count: [1] * count,
+}
+"""How the tokens of a batch are fed, from an empty past: a name -> a schedule."""
+
+
+@dataclass(frozen=True)
+class CachedRunner:
+    """A runner that feeds each batch, which is for all tokens, in several calls.
+
+    The outputs are those for all tokens. Where a mask hides a position, its outputs mean nothing.
+
+    Attributes:
+        steps: runs the calls; its outcomes have the outputs in the order of the signature.
+        signature: what the program takes and gives.
+        schedule: how many tokens each call gets.
+    """
+
+    steps: Runner
+    signature: CacheSignature
+    schedule: Schedule
+
+    def on(self, batches: Batches) -> Run:
+        """One run of every batch; a batch whose call fails has that error."""
+        texts = {label: _Text(self, batch) for label, batch in batches.items()}
+        run = Run({}, {})
+        while calls := {label: text.next_call() for label, text in texts.items() if text.goes_on}:
+            run = self.steps.on(calls)
+            for label, outcome in run.outcomes.items():
+                texts[label].take(outcome)
+        outcomes = {label: text.outcome() for label, text in texts.items()}
+        return replace(
+            run, batches=batches, outcomes=outcomes, outputs=tuple(self.signature.results), choices={}
+        )
+
+
+class _Text:
+    """A batch whose tokens are fed in several calls.
+
+    Args:
+        runner: the runner that feeds it.
+        batch: for all tokens.
+    """
+
+    def __init__(self, runner: CachedRunner, batch: Batch):
+        self.signature, self.batch = runner.signature, batch
+        self.ends = list(accumulate(runner.schedule(self.signature.count(batch))))
+        self.past = self.signature.empty(self.signature.sequences(batch))
+        self.steps: list[dict[str, torch.Tensor]] = []
+        self.error: Exception | None = None
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether there are tokens left."""
+        return self.error is None and len(self.steps) < len(self.ends)
+
+    def next_call(self) -> Batch:
+        """The inputs of the next call."""
+        number = len(self.steps)
+        start = self.ends[number - 1] if number else 0
+        return {**self.signature.part(self.batch, start, self.ends[number]), **self.past}
+
+    def take(self, outcome: Outcome) -> None:
+        """Take what the call gave."""
+        if isinstance(outcome, Exception):
+            self.error = outcome
+            return
+        outputs = dict(zip(self.signature.outputs, outcome, strict=True))
+        self.past = self.signature.next_past(outputs)
+        self.steps.append({name: outputs[name] for name in self.signature.results})
+
+    def outcome(self) -> Outcome:
+        """The outputs for all tokens, or the error."""
+        return self.error or self.signature.whole(self.steps)
+
+
+def masks_of(signature: CacheSignature) -> list[InputSpec]:
+    """The masks of a program: inputs `(batch, total)`."""
+    return [spec for spec in signature.inputs if spec.dims[1:] == (TOTAL,)]
+
+
+def padded_left(signature: CacheSignature, batch: Batch) -> Batch | None:
+    """A batch whose rows are padded on the left, as texts of different lengths are for generation.
+
+    Row `i` hides its first `i` tokens, up to all but one; positions count what is seen. None where the program has no
+    mask, or the batch is one row or one token.
+    """
+    masks = masks_of(signature)
+    if not masks or signature.count(batch) < 2 or signature.sequences(batch) < 2:
+        return None
+    rows, count = batch[masks[0].name].shape
+    hidden = torch.arange(rows).clamp(max=count - 1)[:, None]
+    seen = torch.arange(count)[None] >= hidden
+    padded = {**batch, **{mask.name: seen.to(batch[mask.name].dtype) for mask in masks}}
+    if "position_ids" in batch:
+        positions = (seen.long().cumsum(1) - 1).clamp(min=0)
+        padded["position_ids"] = positions.to(batch["position_ids"].dtype)
+    return padded
+
+
+def where_seen(signature: CacheSignature, reference: Run, candidate: Run) -> Run:
+    """A candidate's run, with the reference's values at the positions that a mask hides: they mean nothing."""
+    outcomes = dict(candidate.outcomes)
+    masks = [mask.name for mask in masks_of(signature)]
+    for label, batch in reference.taken.items():
+        expected, got = reference.outcomes[label], candidate.outcomes[label]
+        if masks and not isinstance(expected, Exception) and not isinstance(got, Exception):
+            seen = batch[masks[0]].bool()
+            pairs = zip(signature.results, expected, got, strict=True)
+            outcomes[label] = [_seen(signature, name, seen, a, b) for name, a, b in pairs]
+    return replace(candidate, outcomes=outcomes)
+
+
+def _seen(
+    signature: CacheSignature, name: str, seen: torch.Tensor, expected: torch.Tensor, got: torch.Tensor
+) -> torch.Tensor:
+    dims = signature.outputs[name]
+    if dims[:2] != (signature.pasts[0].dims[0], signature.new) or expected.shape != got.shape:
+        return got
+    return torch.where(seen.view(*seen.shape, *[1] * (got.dim() - 2)), got, expected)
+
+
+def in_chunks(path: Path, runner: Runner) -> Runner:
+    """A runner of an ONNX file that feeds it in chunks where it has a cache, or as it is."""
+    signature = read_signature(path)
+    return runner if signature is None else CachedRunner(runner, signature, SCHEDULES["in chunks"])

@@ -1,0 +1,132 @@
+"""What a program with a cache takes and gives, and how it is fed: the inputs of one call after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from adaptc.inputs import InputSpec
+from adaptc.ir.graph import Graph
+from adaptc.ir.nodes import size_expression
+from adaptc.rewriter.cache.cache import token_ids
+from adaptc.rewriter.cache.past import PAST, TOTAL
+
+Tensors = Mapping[str, torch.Tensor]
+PAST_PREFIX, PRESENT_PREFIX = "past_key_values.", "present."
+"""How the names of inputs and outputs that hold keys and values begin."""
+
+
+@dataclass(frozen=True)
+class CacheSignature:
+    """The inputs and outputs of a program with a cache.
+
+    Attributes:
+        inputs: what it takes.
+        outputs: the name of an output -> a name or a number for each of its dimensions.
+        new: the name of the dimension of the new tokens.
+    """
+
+    inputs: tuple[InputSpec, ...]
+    outputs: Mapping[str, tuple[Any, ...]]
+    new: str
+
+    @property
+    def pasts(self) -> list[InputSpec]:
+        """The inputs that hold keys and values."""
+        return [spec for spec in self.inputs if spec.name.startswith(PAST_PREFIX)]
+
+    @property
+    def results(self) -> list[str]:
+        """The outputs of the model itself."""
+        return [name for name in self.outputs if not name.startswith(PRESENT_PREFIX)]
+
+    def count(self, tensors: Tensors) -> int:
+        """How many tokens there are in inputs for all tokens."""
+        spec = next(spec for spec in self.inputs if self.new in spec.dims and spec.name in tensors)
+        return tensors[spec.name].shape[spec.dims.index(self.new)]
+
+    def empty(self, batch: int) -> dict[str, torch.Tensor]:
+        """The keys and values of no tokens, for so many sequences."""
+        return {
+            spec.name: torch.zeros([batch, *(_size(dim) for dim in spec.dims[1:])], dtype=dtype(spec))
+            for spec in self.pasts
+        }
+
+    def sequences(self, tensors: Tensors) -> int:
+        """How many sequences there are in inputs for all tokens."""
+        dim = self.pasts[0].dims[0]
+        spec = next(spec for spec in self.inputs if dim in spec.dims and spec.name in tensors)
+        return tensors[spec.name].shape[spec.dims.index(dim)]
+
+    def part(self, tensors: Tensors, start: int, end: int) -> dict[str, torch.Tensor]:
+        """The inputs of the tokens from `start` to `end`, without keys and values, of inputs for all tokens."""
+        return {spec.name: self._part(spec, tensors[spec.name], start, end) for spec in self._own()}
+
+    def _own(self) -> Iterator[InputSpec]:
+        return (spec for spec in self.inputs if not spec.name.startswith(PAST_PREFIX))
+
+    def _part(self, spec: InputSpec, value: torch.Tensor, start: int, end: int) -> torch.Tensor:
+        for axis, dim in enumerate(spec.dims):
+            if dim == TOTAL:
+                value = value.narrow(axis, 0, end)
+            elif dim == self.new:
+                value = value.narrow(axis, start, end - start)
+        return value
+
+    def next_past(self, outputs: Tensors) -> dict[str, torch.Tensor]:
+        """The keys and values that the next call takes."""
+        return {spec.name: outputs[present_of(spec.name)] for spec in self.pasts}
+
+    def whole(self, steps: Sequence[Tensors]) -> list[torch.Tensor]:
+        """The model's own outputs for all tokens, from those of calls one after the other.
+
+        An output that is not along the tokens is that of the last call.
+        """
+        return [self._whole(name, [step[name] for step in steps]) for name in self.results]
+
+    def _whole(self, name: str, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        dims = self.outputs[name]
+        return torch.cat(list(parts), dims.index(self.new)) if self.new in dims else parts[-1]
+
+
+def signature_of(graph: Graph) -> CacheSignature:
+    """The signature of a graph that has a cache."""
+    names: dict[Any, Any] = {}
+    for node, spec in zip(graph.placeholders, graph.inputs, strict=True):
+        for size, dim in zip(node.meta["val"].shape, spec.dims, strict=True):
+            names.setdefault(size_expression(size), dim)
+    results: Any = next(node for node in graph.nodes if node.op == "output").args[0]
+    outputs = {
+        name: tuple(names.get(size_expression(size), str(size)) for size in node.meta["val"].shape)
+        for name, node in zip(graph.outputs, results, strict=True)
+    }
+    return CacheSignature(graph.inputs, outputs, new_tokens(graph))
+
+
+def new_tokens(graph: Graph) -> str:
+    """The name of the dimension of the tokens."""
+    ids = token_ids(graph)
+    assert isinstance(ids, fx.Node)
+    spec = next(s for s, node in zip(graph.inputs, graph.placeholders, strict=True) if node is ids)
+    return str(spec.dims[1])
+
+
+def present_of(past: str) -> str:
+    """The output that the next call takes as this input: `present.0.key` of `past_key_values.0.key`."""
+    return PRESENT_PREFIX + past.removeprefix(PAST_PREFIX)
+
+
+def dtype(spec: InputSpec) -> torch.dtype:
+    """The dtype of an input."""
+    return getattr(torch, spec.dtype)
+
+
+def _size(dim: str | int) -> int:
+    if isinstance(dim, int):
+        return dim
+    assert dim == PAST, f"{dim} is no dimension of keys and values"
+    return 0
