@@ -10,6 +10,7 @@ from adaptc.inputs import InputSpec
 from adaptc.rewriter.cache.past import TOTAL
 from adaptc.rewriter.cache.signature import dtype
 
+
 class Buffers:
     """What each attention of a decoder has computed so far: a buffer for its keys, one for its values.
 

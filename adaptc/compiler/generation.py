@@ -68,11 +68,15 @@ class Step(nn.Module):
         seen = torch.empty(1, dtype=torch.bool, device=ids.device).expand(past.length)
         given = {self.ids: ids, SEEN: seen, **more}
         given |= {spec.name: tensor for spec, tensor in zip(self.buffers_of, past.tensors, strict=True)}
-        values = [self._mask(spec, mask, past, ids) if _is_mask(spec) else given.get(spec.name) for spec in self.inputs]
+        values = [
+            self._mask(spec, mask, past, ids) if _is_mask(spec) else given.get(spec.name)
+            for spec in self.inputs
+        ]
         missing = [spec.name for spec, value in zip(self.inputs, values, strict=True) if value is None]
         if missing:
             raise AdaptcError(
-                f"generate: the model takes {', '.join(missing)} too", f"pass it: generate(ids, {missing[0]}=...)"
+                f"generate: the model takes {', '.join(missing)} too",
+                f"pass it: generate(ids, {missing[0]}=...)",
             )
         outputs = self.graph(*values)
         past.length += count
@@ -103,7 +107,9 @@ def _words(graph: Graph) -> int:
         if node.meta["val"].dim() == 3:
             return position
     names = ", ".join(graph.outputs)
-    raise RefusedError([Refusal(f"no output is of the shape (batch, tokens, words) to write a text by: {names}")])
+    raise RefusedError(
+        [Refusal(f"no output is of the shape (batch, tokens, words) to write a text by: {names}")]
+    )
 
 
 @cache
@@ -121,7 +127,7 @@ def _decoder_class() -> type[nn.Module]:
         config_class = transformers.PreTrainedConfig
 
         def __init__(self, step: Step, config: Any, generation_config: Any) -> None:
-            super().__init__(config)
+            model_class.__init__(self, config)
             self.step, self.generation_config = step, generation_config
 
         def forward(
@@ -180,5 +186,6 @@ def _configuration(source: Base, transformers: Any) -> tuple[Any, Any]:
         except OSError:  # the directory has no file of defaults
             return origin.config, transformers.GenerationConfig.from_model_config(origin.config)
     if isinstance(model, transformers.PreTrainedModel):
-        return model.config, model.generation_config
+        written: Any = model
+        return written.config, written.generation_config
     return transformers.PreTrainedConfig(), transformers.GenerationConfig()

@@ -28,7 +28,7 @@ from adaptc.emit.onnx.runtime import onnx_runner
 from adaptc.emit.staging import Staging
 from adaptc.errors import ProofError
 from adaptc.ir.graph import Graph
-from adaptc.ir.interpreter import Batches, Interpreter, Run
+from adaptc.ir.interpreter import Interpreter, Run
 from adaptc.ir.near_ties import floats_behind_labels
 from adaptc.ir.tie_breaks import makes_choice
 from adaptc.rewriter.cache.cache import Cache
@@ -181,7 +181,7 @@ def prove_onnx(
 
 
 def _rounded(program: Program, graph: Graph, reference: Run, unrounded: Graph) -> tuple[Graph, Run, float]:
-    """The graph that rounds activations as its file does, its run, and the relative error that is allowed to the file."""
+    """The graph that rounds activations as its file does, its run, and the relative error that the file may have."""
     rounding = run(unrounded, [RoundActivations()])
     rounded = Interpreter(rounding, torch.float32).on(reference.taken)
     behind = [floats_behind_labels(side, reference.taken, torch.float32) for side in (graph, rounding)]

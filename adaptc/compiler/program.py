@@ -128,7 +128,8 @@ class Program:
             self._generator = shared, Generator(graph, self.base.source)
         generator = self._generator[1]
         if compiled:
-            generator.step.graph.compile(dynamic=True)
+            graph_module: Any = generator.step.graph
+            graph_module.compile(dynamic=True)
         return generator
 
     def compact_graph(self) -> Graph:

@@ -42,7 +42,8 @@ class Cache(Pass):
 
     Attributes:
         buffers: the inputs have room for all tokens, `(batch, heads, total, size)`, and those of the new tokens are
-            written into them. The input `seen` is as long as the past, and a mask as the room. There are no new outputs.
+            written into them. The input `seen` is as long as the past, and a mask as the room. There are no new
+            outputs.
     """
 
     buffers: bool = False

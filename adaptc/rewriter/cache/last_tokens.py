@@ -17,6 +17,7 @@ from adaptc.ir.nodes import is_tensor, map_operands, operation, size_expression
 from adaptc.rewriter.cache.past import Counts
 
 aten = torch.ops.aten
+algebra: Any = sympy  # it has no types
 
 
 class LastTokens:
@@ -108,7 +109,7 @@ class LastTokens:
     def _measured(self, size: fx.Node, tokens: fx.Node) -> fx.Node:
         """The size of an axis with other entries beside the tokens, or with several for each."""
         formula = size_expression(self.traced[size])
-        more, times = formula - self.tokens, sympy.cancel(formula / self.tokens)
+        more, times = formula - self.tokens, algebra.cancel(formula / self.tokens)
         if more.is_Integer:
             return self.call(operator.add, tokens, int(more), like=size)
         if times.is_Integer:
@@ -181,7 +182,9 @@ def _arange(tokens: LastTokens, node: fx.Node, axis: int) -> fx.Node | None:
     start, end = (0, *args)[-2:] if len(args) < 3 else (None, None)
     if not isinstance(start, int):
         return None
-    first = tokens.counts.past if start == 0 else tokens.call(operator.add, tokens.counts.past, start, like=node)
+    first = (
+        tokens.counts.past if start == 0 else tokens.call(operator.add, tokens.counts.past, start, like=node)
+    )
     options = {key: tokens.whole(value) for key, value in node.kwargs.items()}
     return tokens.graph.call(aten.arange.start, first, tokens.end(end), like=node, **options)
 
@@ -234,7 +237,9 @@ def _slice(tokens: LastTokens, node: fx.Node, axis: int) -> fx.Node | None:
         rest = [tokens.whole(argument) for argument in node.args[1:]]
         return tokens.call(node.target, tokens.last(source, axis), *rest, like=node)
     if start in (0, None) and step == 1:
-        return tokens.call(node.target, tokens.whole(source), axis, tokens.counts.past, tokens.end(end), like=node)
+        return tokens.call(
+            node.target, tokens.whole(source), axis, tokens.counts.past, tokens.end(end), like=node
+        )
     return None
 
 
