@@ -109,7 +109,7 @@ def _runner(folder: Path, name: str, artifact: Mapping[str, Any]) -> Runner:
     match artifact["format"]:
         case "torch":
             return BatchRunner(module_call(load_torch(folder)))
-        case "onnx" if set(artifact["files"]) - {name}:
+        case "onnx" if f"{name}.data" in artifact["files"]:
             return in_chunks(folder / name, PartitionedProgram(folder / name, folder / name))
         case "onnx":
             return in_chunks(folder / name, BatchRunner(onnx_runner(folder / name)))

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import torch
 
-from adaptc.compiler.runners import Runner
-from adaptc.emit.onnx.cached import read_signature
+from adaptc.compiler.runners import BatchRunner, Runner
+from adaptc.emit.onnx.cached import read_outputs, read_signature
+from adaptc.emit.onnx.partitioned import PartitionedProgram
+from adaptc.emit.onnx.runtime import onnx_runner
 from adaptc.inputs import InputSpec
 from adaptc.ir.interpreter import Batch, Batches, Outcome, Run
 from adaptc.rewriter.cache.past import TOTAL
-from adaptc.rewriter.cache.signature import CacheSignature
+from adaptc.rewriter.cache.signature import CacheSignature, past_of
 
 Schedule = Callable[[int], Sequence[int]]
 """From the number of tokens in a text to the number of tokens of each call."""
@@ -35,6 +37,30 @@ SCHEDULES: dict[str, Schedule] = {
 
 
 @dataclass(frozen=True)
+class EncoderRunner:
+    """Runs the file of an encoder.
+
+    Attributes:
+        path: the file.
+        exact: do not round activations.
+    """
+
+    path: Path
+    exact: bool = False
+
+    def on(self, batches: Batches) -> dict[str, Batch | Exception]:
+        """What a decoder takes, by the names of its inputs, for each batch; or the error of a batch."""
+        program = PartitionedProgram(self.path, self.path)
+        has_data = self.path.with_name(f"{self.path.name}.data").exists()
+        runner = program if has_data else BatchRunner(onnx_runner(self.path, exact=self.exact))
+        names = [past_of(name) for name in read_outputs(self.path)]
+        return {
+            label: outcome if isinstance(outcome, Exception) else dict(zip(names, outcome, strict=True))
+            for label, outcome in runner.on(batches).outcomes.items()
+        }
+
+
+@dataclass(frozen=True)
 class CachedRunner:
     """A runner that feeds each batch, which is for all tokens, in several calls.
 
@@ -44,15 +70,18 @@ class CachedRunner:
         steps: runs the calls; its outcomes have the outputs in the order of the signature.
         signature: what the program takes and gives.
         schedule: how many tokens each call gets.
+        encoder: runs the encoder once for each batch, where the program takes its keys and values.
     """
 
     steps: Runner
     signature: CacheSignature
     schedule: Schedule
+    encoder: EncoderRunner | None = None
 
     def on(self, batches: Batches) -> Run:
         """One run of every batch; a batch whose call fails has that error."""
-        texts = {label: _Text(self, batch) for label, batch in batches.items()}
+        encoded = self.encoder.on(batches) if self.encoder is not None else {}
+        texts = {label: _Text(self, batch, encoded.get(label, {})) for label, batch in batches.items()}
         run = Run({}, {})
         while calls := {label: text.next_call() for label, text in texts.items() if text.goes_on}:
             run = self.steps.on(calls)
@@ -70,14 +99,16 @@ class _Text:
     Args:
         runner: the runner that feeds it.
         batch: for all tokens.
+        encoded: what the encoder gave for it, or its error.
     """
 
-    def __init__(self, runner: CachedRunner, batch: Batch):
+    def __init__(self, runner: CachedRunner, batch: Batch, encoded: Batch | Exception):
         self.signature, self.batch = runner.signature, batch
+        self.encoded: Batch = {} if isinstance(encoded, Exception) else encoded
         self.ends = list(accumulate(runner.schedule(self.signature.count(batch))))
         self.past = self.signature.empty(self.signature.sequences(batch))
         self.steps: list[dict[str, torch.Tensor]] = []
-        self.error: Exception | None = None
+        self.error = encoded if isinstance(encoded, Exception) else None
 
     @property
     def goes_on(self) -> bool:
@@ -88,7 +119,7 @@ class _Text:
         """The inputs of the next call."""
         number = len(self.steps)
         start = self.ends[number - 1] if number else 0
-        return {**self.signature.part(self.batch, start, self.ends[number]), **self.past}
+        return {**self.signature.part(self.batch, start, self.ends[number]), **self.past, **self.encoded}
 
     def take(self, outcome: Outcome) -> None:
         """Take what the call gave."""
@@ -153,4 +184,7 @@ def _seen(
 def in_chunks(path: Path, runner: Runner) -> Runner:
     """A runner of an ONNX file that feeds it in chunks where it has a cache, or as it is."""
     signature = read_signature(path)
-    return runner if signature is None else CachedRunner(runner, signature, SCHEDULES["in chunks"])
+    if signature is None:
+        return runner
+    encoder = EncoderRunner(path.with_name(signature.encoder)) if signature.encoder else None
+    return CachedRunner(runner, signature, SCHEDULES["in chunks"], encoder)

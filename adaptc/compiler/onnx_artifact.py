@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from adaptc.compiler.cached_runner import SCHEDULES, CachedRunner, padded_left, where_seen
+from adaptc.compiler.cached_runner import SCHEDULES, CachedRunner, EncoderRunner, padded_left, where_seen
 from adaptc.compiler.program import Program
 from adaptc.compiler.proof import Proof, effect
 from adaptc.compiler.provenance import describe_base
 from adaptc.compiler.reference import with_labels
 from adaptc.compiler.runners import BatchRunner, Runner
 from adaptc.emit.manifest import versions
-from adaptc.emit.onnx.cached import NEW_TOKENS, read_signature
+from adaptc.emit.onnx.cached import ENCODER, NEW_TOKENS, encoder_beside, read_signature
 from adaptc.emit.onnx.evaluate import evaluate
 from adaptc.emit.onnx.export import export_onnx
 from adaptc.emit.onnx.functional import Functional
@@ -32,6 +32,7 @@ from adaptc.ir.interpreter import Interpreter, Run
 from adaptc.ir.near_ties import floats_behind_labels
 from adaptc.ir.tie_breaks import makes_choice
 from adaptc.rewriter.cache.cache import Cache
+from adaptc.rewriter.cache.cross import Decoder, Encoder, crossed
 from adaptc.rewriter.cache.inputs import new_tokens
 from adaptc.rewriter.cache.signature import CacheSignature
 from adaptc.rewriter.pipeline import run
@@ -54,6 +55,7 @@ class OnnxFile:
         weights: the weights in the data file, to be read back; empty where the program holds them itself.
         unrounded: the graph, where ONNX Runtime rounds activations of its matrix products; else None.
         signature: what the program takes and gives, where it has a cache; else None.
+        encoder: the file of an encoder whose keys and values the program takes; None where there is none.
         about: what a manifest says of it: `nodes`, `opset`, `inputs`, `outputs`.
     """
 
@@ -64,6 +66,7 @@ class OnnxFile:
     weights: Mapping[str, Weight]
     unrounded: Graph | None
     signature: CacheSignature | None
+    encoder: Path | None
     about: Mapping[str, Any]
 
     @property
@@ -84,21 +87,36 @@ class OnnxFile:
             self.partitioned if self.has_data_file else BatchRunner(onnx_runner(self.path, self.final, exact))
         )
 
+    @property
+    def encoder_runner(self) -> EncoderRunner | None:
+        """A runner of the encoder's file."""
+        return None if self.encoder is None else EncoderRunner(self.encoder, not self.entry.round_activations)
+
     @contextmanager
-    def unrounded_runner(self) -> Generator[Runner]:
-        """A runner of a file of the same graph that does not round activations."""
+    def unrounded_runners(self) -> Generator[tuple[Runner, EncoderRunner | None]]:
+        """Runners of files of the same graph, and of its encoder, that do not round activations."""
         assert self.unrounded is not None
         with tempfile.TemporaryDirectory(dir=self.path.parent) as folder:
             exact = Path(folder) / self.path.name
-            graph, runtime = lowered(self.unrounded.copy(), self.entry), self.entry.target_runtime
-            export_onnx(graph, exact, self.entry.opset, runtime=runtime, exact=True)
-            yield BatchRunner(onnx_runner(exact, self.path, exact=True))
+            encoder = encoder_beside(exact)
+            for path, graph in zip(
+                (exact, encoder), programs(self.unrounded.copy(), self.entry), strict=False
+            ):
+                export_onnx(graph, path, self.entry.opset, runtime=self.entry.target_runtime, exact=True)
+            runner = BatchRunner(onnx_runner(exact, self.path, exact=True))
+            yield runner, EncoderRunner(encoder, exact=True) if encoder.exists() else None
 
     def staged(self, staging: Staging) -> list[Path]:
-        """The program, and its data file if it has one, which is moved to a staged path of its own."""
-        if not self.has_data_file:
-            return [self.path]
-        return [self.path, _data_file(self.path).replace(staging.path(_data_file(self.final)))]
+        """The program, its encoder, and their data files, which are moved to staged paths of their own."""
+        programs = {self.path: self.final}
+        if self.encoder is not None:
+            programs[self.encoder] = encoder_beside(self.final)
+        data = [
+            _data_file(path).replace(staging.path(_data_file(final)))
+            for path, final in programs.items()
+            if _data_file(path).exists()
+        ]
+        return [*programs, *data]
 
 
 def write_onnx(program: Program, graph: Graph, entry: OnnxEmit, staging: Staging, final: Path) -> OnnxFile:
@@ -111,8 +129,7 @@ def write_onnx(program: Program, graph: Graph, entry: OnnxEmit, staging: Staging
     path = staging.path(final)
     evaluated = evaluate(graph)
     unrounded = evaluated.copy() if entry.round_activations and rounds_activations(evaluated) else None
-    outputs = evaluated.outputs
-    evaluated = lowered(evaluated, entry)
+    parts = programs(evaluated, entry)
     metadata = {
         "adaptc.version": versions().get("adaptc", ""),
         "adaptc.base": describe_base(program, final.parent),
@@ -120,22 +137,42 @@ def write_onnx(program: Program, graph: Graph, entry: OnnxEmit, staging: Staging
         "adaptc.adapters": entry.adapters,
         "adaptc.methods": ", ".join(p.insert.method.name for p in program.plan.entries),
     }
+    encoder = staging.path(encoder_beside(final)) if len(parts) > 1 else None
+    if encoder is not None:
+        metadata[ENCODER] = encoder.name
     if entry.cache:
-        metadata[NEW_TOKENS] = new_tokens(evaluated)
-    exact = not entry.round_activations
-    written = export_onnx(evaluated, path, entry.opset, metadata, staging.wrote, entry.target_runtime, exact)
+        metadata[NEW_TOKENS] = new_tokens(parts[0])
+    exact, runtime = not entry.round_activations, entry.target_runtime
+    weights: dict[str, Weight] = {}
+    if encoder is not None:
+        weights |= export_onnx(
+            parts[1], encoder, entry.opset, metadata, staging.wrote, runtime, exact
+        ).weights
+    written = export_onnx(parts[0], path, entry.opset, metadata, staging.wrote, runtime, exact)
+    weights |= written.weights
     about = {
         "nodes": written.nodes,
         "opset": written.opset,
-        "inputs": {spec.name: str(spec).replace("bfloat16", "float32") for spec in evaluated.inputs},
-        "outputs": list(evaluated.outputs),
+        "inputs": {spec.name: str(spec).replace("bfloat16", "float32") for spec in parts[0].inputs},
+        "outputs": list(parts[0].outputs),
     }
-    return OnnxFile(entry, path, final, outputs, written.weights, unrounded, read_signature(path), about)
+    signature = read_signature(path)
+    outputs = evaluated.outputs if signature is None else tuple(signature.results)
+    return OnnxFile(entry, path, final, outputs, weights, unrounded, signature, encoder, about)
 
 
-def lowered(graph: Graph, entry: OnnxEmit) -> Graph:
-    """A graph that only evaluates, as an entry asks for it: with a cache or without."""
-    return run(graph, [Functional(), Cache()]) if entry.cache else graph
+def programs(graph: Graph, entry: OnnxEmit) -> list[Graph]:
+    """The graphs of an entry's programs: its own first, then that of an encoder, where a decoder with a cache has one.
+
+    Args:
+        graph: it only evaluates.
+        entry: says whether there is a cache.
+    """
+    if not entry.cache:
+        return [graph]
+    functional = run(graph, [Functional()])
+    encoder = [run(functional, [Encoder()])] if crossed(functional) else []
+    return [run(functional, [Decoder(), Cache()]), *encoder]
 
 
 def prove_onnx(
@@ -174,7 +211,7 @@ def prove_onnx(
             reference, candidate = _with_choices(program, graph, file)
             proof = program.proofs.prove(name, graph, reference, candidate)
         return proof, with_labels(reference, candidate), None
-    with file.unrounded_runner() as unrounded:
+    with file.unrounded_runners() as (unrounded, _):
         program.proofs.prove(name, graph, reference, unrounded.on(reference.taken))
     rounding, rounded, allowed = _rounded(program, graph, reference, file.unrounded)
     proof = program.proofs.prove(f"{name}, {ROUNDED}", rounding, rounded, candidate, allowed)
@@ -210,23 +247,28 @@ def prove_cached(program: Program, graph: Graph, file: OnnxFile) -> tuple[Proof,
     reference = run_of_graph.only(file.outputs)
 
     def proved(
-        about: str, runner: Runner, side: Graph, expected: Run, allowed: float | None
+        about: str,
+        runners: tuple[Runner, EncoderRunner | None],
+        side: Graph,
+        expected: Run,
+        allowed: float | None,
     ) -> tuple[Proof, Run]:
-        worst: list[tuple[Proof, Run]] = []
+        proofs: list[tuple[Proof, Run]] = []
         for way, schedule in SCHEDULES.items():
-            got = CachedRunner(runner, signature, schedule).on(expected.taken)
+            got = CachedRunner(runners[0], signature, schedule, runners[1]).on(expected.taken)
             got = where_seen(signature, expected, got)
             title = ", ".join(part for part in (name, way, about) if part)
-            worst.append((program.proofs.prove(title, side, expected, got, allowed), got))
-        return max(worst, key=lambda pair: pair[0].relative)
+            proofs.append((program.proofs.prove(title, side, expected, got, allowed), got))
+        return max(proofs, key=lambda pair: pair[0].relative)
 
+    written = file.runner, file.encoder_runner
     if file.unrounded is None:
-        proof, got = proved("", file.runner, graph, reference, None)
+        proof, got = proved("", written, graph, reference, None)
         return proof, with_labels(reference, got), None
-    with file.unrounded_runner() as unrounded:
+    with file.unrounded_runners() as unrounded:
         proved("", unrounded, graph, reference, None)
     rounding, rounded, allowed = _rounded(program, graph, reference, file.unrounded)
-    proof, got = proved(ROUNDED, file.runner, rounding, rounded, allowed)
+    proof, got = proved(ROUNDED, written, rounding, rounded, allowed)
     return proof, with_labels(rounded, got), rounding
 
 

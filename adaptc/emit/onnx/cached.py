@@ -12,16 +12,35 @@ from adaptc.rewriter.cache.signature import CacheSignature
 
 NEW_TOKENS = "adaptc.cache"
 """The key in the metadata of a program with a cache: its value is the name of the dimension of the new tokens."""
+ENCODER = "adaptc.encoder"
+"""The key in the metadata of a decoder: its value is the name of the file, beside it, of its encoder."""
+
+
+def encoder_beside(path: Path) -> Path:
+    """Where the encoder of a decoder is written: `model.encoder.onnx` beside `model.onnx`."""
+    return path.with_name(f"{path.stem}.encoder{path.suffix}")
+
+
+def read_outputs(path: Path) -> list[str]:
+    """The names of a program's outputs."""
+    return [value.name for value in _read(path).graph.output]
 
 
 def read_signature(path: Path) -> CacheSignature | None:
     """What a program with a cache takes and gives; None where it has no cache."""
-    model: Any = cast(Any, onnx).load(path, format="protobuf", load_external_data=False)
-    new = next((entry.value for entry in model.metadata_props if entry.key == NEW_TOKENS), None)
+    model = _read(path)
+    metadata: dict[str, str] = {entry.key: entry.value for entry in model.metadata_props}
+    new = metadata.get(NEW_TOKENS)
     if new is None:
         return None
     inputs = tuple(InputSpec(value.name, _dtype(value), _dims(value)) for value in model.graph.input)
-    return CacheSignature(inputs, {value.name: _dims(value) for value in model.graph.output}, new)
+    outputs = {value.name: _dims(value) for value in model.graph.output}
+    return CacheSignature(inputs, outputs, new, metadata.get(ENCODER))
+
+
+def _read(path: Path) -> Any:
+    """A program without the content of its data file."""
+    return cast(Any, onnx).load(path, format="protobuf", load_external_data=False)
 
 
 def _dtype(value: Any) -> str:

@@ -75,7 +75,9 @@ class Decoder(Pass):
     changes_results: ClassVar[bool] = True
 
     def call(self, graph: Graph) -> bool:
-        """Leave the encoder out."""
+        """Leave the encoder out, if there is one."""
+        if not crossed(graph):
+            return False
         encoder = _without_ids(graph)
         inputs = [(join, _insert(graph, join)) for join in crossed(graph)]
         graph.inputs = (*graph.inputs, *(_spec(graph, join, node) for join, node in inputs))
@@ -84,7 +86,7 @@ class Decoder(Pass):
                 whole = as_operand(graph, join.tokens, node)
             replace_operand(join.tokens.user, join.tokens.argument, whole)
         _give(graph, {name: node for name, node in _results(graph).items() if name not in encoder})
-        return bool(inputs)
+        return True
 
 
 def _results(graph: Graph) -> dict[str, fx.Node]:
@@ -145,22 +147,25 @@ def _give(graph: Graph, results: dict[str, fx.Node]) -> None:
 
 
 def _measure_elsewhere(graph: Graph) -> None:
-    """Let a size that is read from an input, of which nothing else is read, be read from one that is needed."""
-    needed = [
-        node for node in graph.placeholders if any(operation(user) != "sym_size" for user in node.users)
-    ]
+    """Read sizes and devices from inputs that are needed, where only those are read of another input."""
+    needed = [node for node in graph.placeholders if not all(_measures(user) for user in node.users)]
     places = {
         size_expression(size): (node, axis)
         for node in reversed(needed)
         for axis, size in enumerate(node.meta["val"].shape)
     }
     for node in graph.placeholders:
-        if node not in needed:
-            for user in [user for user in node.users if operation(user) == "sym_size"]:
-                place = places.get(size_expression(user.meta["val"]))
-                if place is not None:
-                    user.args = place
+        for user in [] if node in needed else list(node.users):
+            if user.target is getattr:
+                user.replace_input_with(node, needed[0])
+            elif (place := places.get(size_expression(user.meta["val"]))) is not None:
+                user.args = place
     _in_order(graph)
+
+
+def _measures(user: fx.Node) -> bool:
+    """Whether a node reads the size or the device of a tensor alone."""
+    return user.target is getattr or operation(user) == "sym_size"
 
 
 def _in_order(graph: Graph) -> None:

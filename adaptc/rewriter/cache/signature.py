@@ -27,11 +27,13 @@ class CacheSignature:
         inputs: what it takes.
         outputs: the name of an output -> a name or a number for each of its dimensions.
         new: the name of the dimension of the new tokens.
+        encoder: the name of the file, beside the program, that gives the keys and values of `cross`; None without.
     """
 
     inputs: tuple[InputSpec, ...]
     outputs: Mapping[str, tuple[Any, ...]]
     new: str
+    encoder: str | None = None
 
     @property
     def pasts(self) -> list[InputSpec]:
@@ -122,6 +124,11 @@ def _is_cross(spec: InputSpec) -> bool:
 def present_of(past: str) -> str:
     """The output that the next call takes as this input: `present.0.key` of `past_key_values.0.key`."""
     return PRESENT_PREFIX + past.removeprefix(PAST_PREFIX)
+
+
+def past_of(present: str) -> str:
+    """The input that takes this output: `past_key_values.0.key` of `present.0.key`."""
+    return PAST_PREFIX + present.removeprefix(PRESENT_PREFIX)
 
 
 def dtype(spec: InputSpec) -> torch.dtype:
