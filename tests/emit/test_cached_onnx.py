@@ -1,0 +1,136 @@
+"""ONNX decoders with a cache: names, dimensions, proofs, and a program that is verified by itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+
+from adaptc.cli.inspection import verify
+from adaptc.compiler.cached_runner import SCHEDULES, EncoderRunner, in_chunks, padded_left, where_seen
+from adaptc.compiler.compiled import Compiled
+from adaptc.compiler.runners import BatchRunner
+from adaptc.emit.onnx.cached import encoder_beside, read_signature
+from adaptc.emit.onnx.runtime import onnx_runner
+from adaptc.errors import AdaptcError
+from adaptc.ir.interpreter import Run
+from tests.decoders import MIXES_TOKENS
+from tests.families import DECODERS, Zoo, entry, marked, perturb, randomise
+
+
+def emitted(compiled: Compiled, path: Path, **options: Any) -> Any:
+    """The ONNX program with a cache."""
+    compiled.emit("onnx", path, cache=True, **options)
+    return onnx.load(path)
+
+
+def dims(values: Any) -> dict[str, tuple[Any, ...]]:
+    return {v.name: tuple(d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim) for v in values}
+
+
+def test_names_and_dimensions(zoo: Zoo, tmp_path: Path) -> None:
+    compiled = zoo.compiled("llama", [entry("lora", "llama")])
+    perturb(compiled.module)
+    model = emitted(compiled, tmp_path / "decoder.onnx")
+    inputs, outputs = dims(model.graph.input), dims(model.graph.output)
+    assert inputs["input_ids"] == inputs["position_ids"] == ("batch", "seq")
+    assert inputs["attention_mask"] == ("batch", "total")
+    assert inputs["past_key_values.1.value"] == ("batch", 2, "past", 8)
+    assert outputs["present.0.key"] == ("batch", 2, "total", 8)
+    assert outputs["logits"][:2] == ("batch", "seq")
+    titles = [proof.name for proof in compiled.proofs if "with a cache" in proof.name]
+    assert titles == [f"onnx, folded, with a cache, {way}" for way in SCHEDULES]
+    padded = [proof for proof in compiled.proofs if any("padded on the left" in s for s in proof.shapes)]
+    assert len(padded) == len(SCHEDULES)
+
+
+@pytest.mark.parametrize("adapters", ["folded", "live"])
+@pytest.mark.parametrize("name", marked(DECODERS, ()))
+def test_every_decoder(zoo: Zoo, name: str, adapters: str, tmp_path: Path) -> None:
+    compiled = zoo.compiled(name, [entry("lora", name)])
+    perturb(compiled.module)
+    emitted(compiled, tmp_path / "decoder.onnx", adapters=adapters)
+    assert sum("with a cache" in proof.name for proof in compiled.proofs) >= len(SCHEDULES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["t5", "bart", "whisper"])
+def test_an_encoder_is_a_program_of_its_own(zoo: Zoo, name: str, tmp_path: Path) -> None:
+    compiled = zoo.compiled(name, [entry("lora", name)])
+    perturb(compiled.module)
+    path = tmp_path / "decoder.onnx"
+    model = emitted(compiled, path)
+    inputs, given = dims(model.graph.input), dims(onnx.load(encoder_beside(path)).graph.output)
+    assert not {"input_ids", "input_features"} & inputs.keys()
+    assert inputs["past_key_values.0.cross.key"] == given["present.0.cross.key"]
+    assert "encoder_last_hidden_state" in given
+    checked = {row["what"] for row in verify(path)}
+    assert {"decoder.onnx", "decoder.encoder.onnx"} <= checked
+
+
+def test_a_cached_program_is_verified_by_itself(zoo: Zoo, tmp_path: Path) -> None:
+    compiled = zoo.compiled("llama", [entry("lora", "llama")])
+    perturb(compiled.module)
+    emitted(compiled, tmp_path / "decoder.onnx")
+    rows = verify(tmp_path / "decoder.onnx")
+    assert any("computes what its graph did" in row["checked"] for row in rows)
+
+
+def test_a_wrong_cache_fails_the_proof(zoo: Zoo, tmp_path: Path) -> None:
+    """The runner of proofs sees what one call with the whole prompt would not: keys that are not passed on."""
+    compiled = zoo.compiled("llama", [])
+    path = tmp_path / "decoder.onnx"
+    emitted(compiled, path)
+    run = onnx_runner(path)
+
+    def forgetful(tensors: Any) -> Any:
+        forgotten = {n: t.roll(1, -1) if n.endswith(".key") else t for n, t in tensors.items()}
+        return run(forgotten)
+
+    batches = compiled.program.proofs.batches
+    right = in_chunks(path, BatchRunner(run)).on(batches)
+    wrong = in_chunks(path, BatchRunner(forgetful)).on(batches)
+    label = next(label for label, batch in batches.items() if batch["input_ids"].shape[1] > 4)
+    assert not torch.allclose(right.outcomes[label][0], wrong.outcomes[label][0], atol=1e-3)  # type: ignore[index]
+
+
+def test_rows_padded_on_the_left_count_from_their_first_token(zoo: Zoo, tmp_path: Path) -> None:
+    compiled = zoo.compiled("llama", [])
+    emitted(compiled, tmp_path / "decoder.onnx")
+    signature = read_signature(tmp_path / "decoder.onnx")
+    assert signature is not None
+    batch = next(b for b in compiled.program.proofs.batches.values() if len(b["input_ids"]) == 3)
+    padded = padded_left(signature, batch)
+    assert padded is not None
+    assert padded["attention_mask"].sum(1).tolist() == [17, 16, 15]
+    assert padded["position_ids"][2, :4].tolist() == [0, 0, 0, 1]
+    ones, twos = torch.ones(3, 17, 5), torch.full((3, 17, 5), 2.0)
+    label = {"padded": padded}
+    seen = where_seen(signature, Run(label, {"padded": [ones]}), Run(label, {"padded": [twos]}))
+    (merged,) = seen.outcomes["padded"]  # type: ignore[misc]
+    assert torch.equal(merged[:, :, 0], 1.0 + padded["attention_mask"])
+
+
+def test_what_can_have_no_cache_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    import adaptc
+
+    make, says = MIXES_TOKENS["mean"]
+    compiled = adaptc.compile({"inputs": {"input_ids": "int64[batch, seq]"}}, model=randomise(make()).eval())
+    with pytest.raises(AdaptcError, match=says):
+        compiled.emit("onnx", tmp_path / "decoder.onnx", cache=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_encoder_runner_names_what_the_decoder_takes(zoo: Zoo, tmp_path: Path) -> None:
+    compiled = zoo.compiled("t5", [])
+    path = tmp_path / "decoder.onnx"
+    emitted(compiled, path)
+    encoded = EncoderRunner(encoder_beside(path)).on(compiled.program.proofs.batches)
+    signature = read_signature(path)
+    assert signature is not None
+    for tensors in encoded.values():
+        assert not isinstance(tensors, Exception)
+        assert {spec.name for spec in signature.cross} <= tensors.keys()
