@@ -148,7 +148,7 @@ class Compiled:
 
         Args:
             input_ids: the prompts `(batch, tokens)`, int64; shorter ones are padded on the left, which
-                `attention_mask` says.
+                `attention_mask` says. Of an encoder-decoder what its encoder takes, padded on the right.
             max_new_tokens: how many tokens to write at most: 50 if neither this nor `max_length` says.
             compile: let torch compile the module, for this call and later ones.
             **options: what else transformers' `generate` takes.

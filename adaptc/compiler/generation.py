@@ -11,24 +11,56 @@ from torch import fx, nn
 
 from adaptc.compiler.buffers import Buffers
 from adaptc.errors import AdaptcError, Refusal, RefusedError
+from adaptc.inputs import InputSpec
 from adaptc.ir.base import Base
 from adaptc.ir.graph import Graph
 from adaptc.ir.module import bind
 from adaptc.optional import optional
 from adaptc.rewriter.cache.cache import Cache
-from adaptc.rewriter.cache.inputs import new_tokens, token_ids
+from adaptc.rewriter.cache.cross import Decoder, Encoder, crossed
+from adaptc.rewriter.cache.inputs import token_ids
 from adaptc.rewriter.cache.past import SEEN, TOTAL
+from adaptc.rewriter.cache.signature import PAST_PREFIX, dtype, past_of
 from adaptc.rewriter.pipeline import run
 
 NEW_TOKENS = 50
 """How many tokens are written, if nobody says."""
 
 
+class EncoderStep(nn.Module):
+    """The encoder of an encoder-decoder: what its decoder reads of it, by the names of the decoder's inputs.
+
+    Args:
+        graph: the encoder and the decoder; weights are loaded.
+    """
+
+    def __init__(self, graph: Graph):
+        super().__init__()
+        encoder = run(graph, [Encoder()])
+        self.inputs, self.gives = encoder.inputs, [past_of(name) for name in encoder.outputs]
+        self.main_input_name = self.inputs[0].name
+        self.graph = bind(encoder).eval()
+
+    def forward(self, **kwargs: Any) -> dict[str, torch.Tensor]:
+        """The keys and values for the decoder.
+
+        Raises:
+            AdaptcError: an input is missing.
+        """
+        main = kwargs[self.main_input_name]
+        given = {spec.name: kwargs.get(spec.name) for spec in self.inputs}
+        for spec in self.inputs:
+            if given[spec.name] is None and "mask" in spec.name:
+                given[spec.name] = torch.ones(main.shape[:2], dtype=dtype(spec), device=main.device)
+        _check_given(given)
+        return dict(zip(self.gives, self.graph(*given.values()), strict=True))
+
+
 class Step(nn.Module):
     """A decoder's graph on new tokens, beside buffers that hold the keys and values of the past.
 
     Args:
-        graph: without a cache; its weights are loaded.
+        graph: without a cache; its weights are loaded. What is computed of an encoder is an input.
 
     Raises:
         RefusedError: tokens meet outside attention, or no output is of words.
@@ -36,18 +68,18 @@ class Step(nn.Module):
 
     def __init__(self, graph: Graph):
         super().__init__()
-        cached = run(graph, [Cache(buffers=True)])
+        cached = run(graph, [Decoder(), Cache(buffers=True)])
         ids = token_ids(cached)
         assert isinstance(ids, fx.Node)
         names = {node: spec.name for node, spec in zip(cached.placeholders, cached.inputs, strict=True)}
-        self.ids, self.new, self.inputs = names[ids], new_tokens(cached), cached.inputs
+        self.ids, self.inputs = names[ids], cached.inputs
         self.words = _words(cached)
         self.graph = bind(cached).eval()
 
     @property
-    def buffers_of(self) -> list[Any]:
+    def buffers_of(self) -> list[InputSpec]:
         """The inputs that are buffers."""
-        return [spec for spec in self.inputs if spec.name.startswith("past_key_values.")]
+        return [spec for spec in self.inputs if spec.name.startswith(PAST_PREFIX) and TOTAL in spec.dims]
 
     def forward(
         self, ids: torch.Tensor, past: Buffers, mask: torch.Tensor | None, more: Mapping[str, torch.Tensor]
@@ -68,30 +100,35 @@ class Step(nn.Module):
         seen = torch.empty(1, dtype=torch.bool, device=ids.device).expand(past.length)
         given = {self.ids: ids, SEEN: seen, **more}
         given |= {spec.name: tensor for spec, tensor in zip(self.buffers_of, past.tensors, strict=True)}
-        values = [
-            self._mask(spec, mask, past, ids) if _is_mask(spec) else given.get(spec.name)
-            for spec in self.inputs
-        ]
-        missing = [spec.name for spec, value in zip(self.inputs, values, strict=True) if value is None]
-        if missing:
-            raise AdaptcError(
-                f"generate: the model takes {', '.join(missing)} too",
-                f"pass it: generate(ids, {missing[0]}=...)",
-            )
-        outputs = self.graph(*values)
+        for spec in self.inputs:
+            if spec.dims[1:] == (TOTAL,):
+                given[spec.name] = _mask(spec, mask, past, ids)
+        _check_given({spec.name: given.get(spec.name) for spec in self.inputs})
+        outputs = self.graph(*(given[spec.name] for spec in self.inputs))
         past.length += count
         return outputs[self.words]
 
-    def _mask(self, spec: Any, mask: torch.Tensor | None, past: Buffers, ids: torch.Tensor) -> torch.Tensor:
-        """A mask as long as the buffers; tokens behind the new ones are hidden by the graph itself."""
-        whole = torch.ones(len(ids), past.room, dtype=getattr(torch, spec.dtype), device=ids.device)
-        if mask is not None:
-            whole[:, : mask.shape[1]] = mask
-        return whole
+
+def _mask(spec: InputSpec, mask: torch.Tensor | None, past: Buffers, ids: torch.Tensor) -> torch.Tensor:
+    """A mask as long as the buffers; the graph itself hides what is behind the new tokens."""
+    whole = torch.ones(len(ids), past.room, dtype=dtype(spec), device=ids.device)
+    if mask is not None:
+        whole[:, : mask.shape[1]] = mask
+    return whole
 
 
-def _is_mask(spec: Any) -> bool:
-    return spec.dims[1:] == (TOTAL,)
+def _check_given(inputs: Mapping[str, torch.Tensor | None]) -> None:
+    """Check that every input is given.
+
+    Raises:
+        AdaptcError: one is missing.
+    """
+    missing = [name for name, value in inputs.items() if value is None]
+    if missing:
+        names = ", ".join(missing)
+        raise AdaptcError(
+            f"generate: the model takes {names} too", f"pass it: generate(ids, {missing[0]}=...)"
+        )
 
 
 def _words(graph: Graph) -> int:
@@ -113,40 +150,57 @@ def _words(graph: Graph) -> int:
 
 
 @cache
-def _decoder_class() -> type[nn.Module]:
+def _writer_class() -> type[nn.Module]:
     """The class of a module that writes texts by `GenerationMixin`; it needs transformers."""
     transformers: Any = optional("transformers")
     outputs: Any = optional("transformers.modeling_outputs")
     model_class: Any = transformers.PreTrainedModel
     mixin_class: Any = transformers.GenerationMixin
 
-    class Decoder(model_class, mixin_class):  # type: ignore[misc]
+    class Writer(model_class, mixin_class):  # type: ignore[misc]
         """A graph with a cache, as a model of transformers."""
 
-        main_input_name = "input_ids"
         config_class = transformers.PreTrainedConfig
 
-        def __init__(self, step: Step, config: Any, generation_config: Any) -> None:
+        def __init__(self, step: Step, encoder: EncoderStep | None, config: Any, defaults: Any) -> None:
             model_class.__init__(self, config)
-            self.step, self.generation_config = step, generation_config
+            self.step, self.encode, self.generation_config = step, encoder, defaults
+            self.main_input_name = "input_ids" if encoder is None else encoder.main_input_name
+
+        def get_encoder(self, modality: str | None = None) -> EncoderStep | None:
+            """What transformers runs once for each text."""
+            return self.encode
 
         def forward(
             self,
-            input_ids: torch.Tensor,
+            input_ids: torch.Tensor | None = None,
             attention_mask: torch.Tensor | None = None,
             position_ids: torch.Tensor | None = None,
             past_key_values: Buffers | None = None,
+            decoder_input_ids: torch.Tensor | None = None,
+            decoder_attention_mask: torch.Tensor | None = None,
+            encoder_outputs: Mapping[str, torch.Tensor] | None = None,
             **more: Any,
         ) -> Any:
             """The logits of new tokens."""
-            past = past_key_values or Buffers(self.step.buffers_of, input_ids.shape[1])
+            ids = input_ids if decoder_input_ids is None else decoder_input_ids
+            assert ids is not None
+            past = past_key_values or Buffers(self.step.buffers_of, ids.shape[1])
             tensors = {name: value for name, value in more.items() if isinstance(value, torch.Tensor)}
             if position_ids is not None:
-                tensors["position_ids"] = position_ids.expand(len(input_ids), -1)
-            logits = self.step(input_ids, past, attention_mask, tensors)
-            return outputs.CausalLMOutputWithPast(logits=logits, past_key_values=past)
+                tensors["position_ids"] = position_ids.expand(len(ids), -1)
+            mask = attention_mask
+            if encoder_outputs is not None:
+                mask, length = decoder_attention_mask, next(iter(encoder_outputs.values())).shape[-2]
+                ones = torch.ones(len(ids), length, dtype=torch.int64, device=ids.device)
+                tensors |= {
+                    **encoder_outputs,
+                    "attention_mask": ones if attention_mask is None else attention_mask,
+                }
+            logits = self.step(ids, past, mask, tensors)
+            return outputs.Seq2SeqLMOutput(logits=logits, past_key_values=past)
 
-    return Decoder
+    return Writer
 
 
 class Generator:
@@ -156,25 +210,29 @@ class Generator:
         step: the module that computes the logits of new tokens; `step.graph.compile()` lets torch compile it.
 
     Args:
-        graph: a decoder.
+        graph: a decoder, or an encoder and a decoder.
         source: where it comes from: what transformers is told of it.
     """
 
     def __init__(self, graph: Graph, source: Base):
         self.step = Step(graph)
+        encoder = EncoderStep(graph) if crossed(graph) else None
         transformers: Any = optional("transformers")
         config, defaults = _configuration(source, transformers)
-        self._decoder: Any = cast(Any, _decoder_class())(self.step, config, defaults)
+        self._writer: Any = cast(Any, _writer_class())(self.step, encoder, config, defaults)
 
-    def generate(self, input_ids: torch.Tensor, max_new_tokens: int | None, **options: Any) -> Any:
-        """What transformers' `generate` gives for a prompt `(batch, tokens)`."""
+    def generate(self, inputs: torch.Tensor, max_new_tokens: int | None, **options: Any) -> Any:
+        """What transformers' `generate` gives for a prompt `(batch, tokens)`, or for the inputs of an encoder."""
         if "max_length" not in options:
             options["max_new_tokens"] = NEW_TOKENS if max_new_tokens is None else max_new_tokens
-        room = max(options.get("max_length", 0), input_ids.shape[1] + options.get("max_new_tokens", 0))
+        prompt = inputs.shape[1]
+        if self._writer.encode is not None:  # a text begins with a token of its own
+            prompt = 1 + (options["decoder_input_ids"].shape[1] if "decoder_input_ids" in options else 0)
+        room = max(options.get("max_length", 0), prompt + options.get("max_new_tokens", 0))
         if options.get("use_cache", True):
             options["past_key_values"] = Buffers(self.step.buffers_of, room)
         with torch.no_grad():
-            return self._decoder.generate(input_ids, **options)
+            return self._writer.generate(inputs, **options)
 
 
 def _configuration(source: Base, transformers: Any) -> tuple[Any, Any]:

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from transformers import GenerationMixin
 
 import adaptc
 from adaptc.compiler.compiled import Compiled
 from tests.decoders import BY_HAND, MIXES_TOKENS, WORDS
-from tests.families import DECODERS, VOCABULARY, Zoo, entry, marked, outputs, perturb, randomise
+from tests.families import DECODERS, VOCABULARY, Zoo, entry, inputs, marked, outputs, perturb, randomise
 
 GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
 WAYS: dict[str, dict[str, Any]] = {
@@ -43,6 +44,26 @@ def test_as_transformers_writes(zoo: Zoo, name: str) -> None:
     one = ids[:1, :1]
     want = model.generate(one, max_new_tokens=12, **GREEDY)
     assert torch.equal(compiled.generate(one, 12, **GREEDY), want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["t5", "bart", "whisper"])
+def test_an_encoder_decoder_as_transformers_writes(zoo: Zoo, name: str) -> None:
+    model: Any = zoo.eager(name)
+    compiled = zoo.compiled(name, [])
+    tensors = inputs(name, 3, 7, pad=True)
+    options: dict[str, Any] = {**GREEDY, "max_new_tokens": 14, "decoder_start_token_id": 2}
+    if name == "whisper":
+        options["decoder_input_ids"] = torch.tensor([[2, 5]] * 3)
+        main = tensors["input_features"]
+    else:
+        options["attention_mask"] = tensors["attention_mask"]
+        main = tensors["input_ids"]
+    for more in WAYS.values():
+        torch.manual_seed(3)
+        want = GenerationMixin.generate(model, main, **{**options, **more})
+        torch.manual_seed(3)
+        assert torch.equal(compiled.generate(main, **{**options, **more}), want)
 
 
 def without_cache(compiled: Compiled, ids: torch.Tensor, count: int, name: str = "input_ids") -> torch.Tensor:
