@@ -88,6 +88,7 @@ LAYERS = (
     ("tracing",),
     ("rewriter",),
     ("emit",),
+    ("generation",),
     ("compiler",),
     ("training",),
     ("cli",),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,14 +17,15 @@ from adaptc.checkpoints.module_adapters import META
 from adaptc.checkpoints.peft_write import save
 from adaptc.checkpoints.records import assign
 from adaptc.compiler.folding import fold, prove_fold
-from adaptc.compiler.onnx_artifact import prove_onnx, write_onnx
+from adaptc.compiler.genai_artifact import write_genai
 from adaptc.compiler.output_paths import output_paths
 from adaptc.compiler.program import Program
+from adaptc.compiler.program_artifact import errors_of, losses, proved, write_program
 from adaptc.compiler.proof import Proof
-from adaptc.compiler.proofs import check_finite, check_gradients
+from adaptc.compiler.proofs import check_gradients
 from adaptc.compiler.provenance import provenance, without_times
 from adaptc.compiler.quantization_error import QuantizationErrors
-from adaptc.compiler.reference import recorded, with_labels
+from adaptc.compiler.reference import with_labels
 from adaptc.compiler.runners import BatchRunner, module_call
 from adaptc.compiler.schedule import bits_in_checkpoint
 from adaptc.compiler.trainable import reset_derived
@@ -34,11 +35,7 @@ from adaptc.emit.onnx.provenance import embed
 from adaptc.emit.staging import Staging
 from adaptc.emit.torch import PROGRAM, load_torch, save_torch
 from adaptc.errors import ProofError, RefusedError
-from adaptc.ir.graph import Graph
-from adaptc.ir.interpreter import Run
-from adaptc.rewriter.expression import FoldedWeight
-from adaptc.spec.emit import EmitEntry, HfEmit, OnnxEmit, PeftEmit, TorchEmit
-from adaptc.weights import Weight
+from adaptc.spec.emit import EmitEntry, GenaiEmit, HfEmit, OnnxEmit, PeftEmit, TorchEmit
 
 
 @dataclass(frozen=True)
@@ -124,42 +121,31 @@ def _torch(program: Program, entry: TorchEmit, staging: Staging, final: Path) ->
     write_manifest(
         manifest,
         common,
-        artifact | _proved(program, proof, with_labels(reference, candidate)) | _errors(errors),
+        artifact | proved(program, proof, with_labels(reference, candidate)) | errors_of(errors),
         files,
     )
     return errors
 
 
 def _onnx(program: Program, entry: OnnxEmit, staging: Staging, final: Path) -> QuantizationErrors | None:
-    graphs = fold(program) if entry.adapters == "folded" else None
-    graph = graphs.written if graphs is not None else _unfolded(program, entry.adapters)
-
-    file = write_onnx(program, graph, entry, staging, final)
-    losses = _losses(graph.weights)
-    graph.weights.update({n: w for n, w in file.weights.items() if n in graph.weights})
-
-    folded = prove_fold(program, graphs) if graphs is not None else None  # of the weights that were written
-    proof, reference, rounded = prove_onnx(program, graph, folded, file)
-
-    quantized = graphs.quantized if graphs is not None else None
-    errors = program.quantization_errors(quantized, rounded) if entry.adapters != "none" else None
-    artifact = {"name": final.name, "format": "onnx", "adapters": entry.adapters, **file.about}
-    if graphs is not None:
-        operations = {"base": len(program.base.operations), "folded": len(graph.operations)}
-        artifact |= {"rounding": losses, "operations": operations}
-    artifact |= _proved(program, proof, reference) | _errors(errors)
+    written = write_program(program, entry, staging.path(final), final, staging.wrote)
+    file, artifact = written.file, {"name": final.name, "format": "onnx", **written.about}
     common, files = provenance(program, final.parent), file.staged(staging)
     embed(file.path, product_entry(without_times(common), artifact, files[1:]))
     manifest = final.parent / MANIFEST
     earlier = staging.staged(manifest)
     write_manifest(staging.path(manifest), common, artifact, files, old=earlier or manifest)
-    return errors
+    return written.errors
 
 
-def _unfolded(program: Program, adapters: str) -> Graph:
-    """The graph of an ONNX file with live adapters, or with none."""
-    check_finite(program.graph)
-    return program.compact_graph() if adapters == "live" else program.bare_graph()
+def _genai(program: Program, entry: GenaiEmit, staging: Staging, final: Path) -> QuantizationErrors | None:
+    directory = staging.path(final)
+    written, about = write_genai(program, entry, directory, final, staging.wrote)
+    artifact, common = {"name": "genai", "format": "genai", **about}, provenance(program, final)
+    others = [file for file in _files_in(directory) if file != written.file.path]
+    embed(written.file.path, product_entry(without_times(common), artifact, others, directory))
+    write_manifest(directory / MANIFEST, common, artifact, _files_in(directory))
+    return written.errors
 
 
 def _peft(program: Program, entry: PeftEmit, staging: Staging, final: Path) -> None:
@@ -184,11 +170,11 @@ def _huggingface(program: Program, entry: HfEmit, staging: Staging, final: Path)
     graph, weights = graphs.written, dict(graphs.written.weights)
 
     about = save_checkpoint(graph, program.base, directory, entry.max_shard_size)
-    artifact = {"name": "checkpoint", "format": "hf", **about, "rounding": _losses(weights)}
+    artifact = {"name": "checkpoint", "format": "hf", **about, "rounding": losses(weights)}
 
     folded = prove_fold(program, graphs)  # of the weights that were written
     errors = program.quantization_errors(graphs.quantized)
-    artifact |= _errors(errors)
+    artifact |= errors_of(errors)
     if fits_in_memory(graph):
         origin = program.base.source.pretrained
         assert origin is not None
@@ -196,7 +182,7 @@ def _huggingface(program: Program, entry: HfEmit, staging: Staging, final: Path)
         reference = program.reference(graph, folded)
         candidate = BatchRunner(module_call(loaded)).on(reference.taken)
         proof = program.proofs.prove("hf", graph, reference, candidate)
-        artifact |= _proved(program, proof, with_labels(reference, candidate))
+        artifact |= proved(program, proof, with_labels(reference, candidate))
     else:
         artifact["checked"] = (
             f"read back tensor by tensor; not loaded, since it is over 1/{LOADED_SHARE} of memory"
@@ -208,6 +194,7 @@ def _huggingface(program: Program, entry: HfEmit, staging: Staging, final: Path)
 WRITERS: dict[str, Callable[[Program, Any, Staging, Path], QuantizationErrors | None]] = {
     "torch": _torch,
     "onnx": _onnx,
+    "genai": _genai,
     "peft": _peft,
     "hf": _huggingface,
 }
@@ -216,19 +203,3 @@ WRITERS: dict[str, Callable[[Program, Any, Staging, Path], QuantizationErrors | 
 
 def _files_in(directory: Path) -> list[Path]:
     return sorted(path for path in directory.rglob("*") if path.is_file())
-
-
-def _proved(program: Program, proof: Proof, reference: Run) -> dict[str, Any]:
-    """An artifact's `proof`, and the `reference` values that prove it again later."""
-    return {"proof": asdict(proof), "reference": recorded(reference, program.proofs, proof)}
-
-
-def _errors(errors: QuantizationErrors | None) -> dict[str, Any]:
-    """What quantization costs an artifact, as `quantization`; empty where nothing is quantized."""
-    return {"quantization": errors.to_json()} if errors else {}
-
-
-def _losses(weights: Mapping[str, Weight]) -> dict[str, float]:
-    """Each folded weight -> the error of rounding it to the storage dtype, relative to its largest value."""
-    folded = {name: weight for name, weight in weights.items() if isinstance(weight, FoldedWeight)}
-    return {name: weight.rounding for name, weight in folded.items() if weight.rounding is not None}

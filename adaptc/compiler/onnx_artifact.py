@@ -20,7 +20,7 @@ from adaptc.compiler.runners import BatchRunner, Runner
 from adaptc.emit.manifest import versions
 from adaptc.emit.onnx.cached import NEW_TOKENS, read_signature
 from adaptc.emit.onnx.evaluate import evaluate
-from adaptc.emit.onnx.export import export_onnx
+from adaptc.emit.onnx.export import Wrote, export_onnx
 from adaptc.emit.onnx.functional import Functional
 from adaptc.emit.onnx.partitioned import PartitionedProgram
 from adaptc.emit.onnx.rounding import RoundActivations, rounds_activations
@@ -28,7 +28,7 @@ from adaptc.emit.onnx.runtime import onnx_runner
 from adaptc.emit.staging import Staging
 from adaptc.errors import ProofError
 from adaptc.ir.graph import Graph
-from adaptc.ir.interpreter import Batches, Interpreter, Run
+from adaptc.ir.interpreter import Interpreter, Run
 from adaptc.ir.near_ties import floats_behind_labels
 from adaptc.ir.tie_breaks import makes_choice
 from adaptc.rewriter.cache.cache import Cache
@@ -51,6 +51,7 @@ class OnnxFile:
         final: where it will be put.
         outputs: the names of its outputs.
         weights: the weights in the data file, to be read back; empty where the program holds them itself.
+        large: whether the weights are too many to be in memory at once for a proof.
         unrounded: the graph, where ONNX Runtime rounds activations of its matrix products; else None.
         signature: what the program takes and gives, where it has a cache; else None.
         about: what a manifest says of it: `nodes`, `opset`, `inputs`, `outputs`.
@@ -61,6 +62,7 @@ class OnnxFile:
     final: Path
     outputs: tuple[str, ...]
     weights: Mapping[str, Weight]
+    large: bool
     unrounded: Graph | None
     signature: CacheSignature | None
     about: Mapping[str, Any]
@@ -77,11 +79,9 @@ class OnnxFile:
 
     @property
     def runner(self) -> Runner:
-        """A runner of the file: in pieces where there is a data file."""
+        """A runner of the file: in pieces where the weights are many."""
         exact = not self.entry.round_activations
-        return (
-            self.partitioned if self.has_data_file else BatchRunner(onnx_runner(self.path, self.final, exact))
-        )
+        return self.partitioned if self.large else BatchRunner(onnx_runner(self.path, self.final, exact))
 
     @contextmanager
     def unrounded_runner(self) -> Generator[Runner]:
@@ -100,14 +100,30 @@ class OnnxFile:
         return [self.path, _data_file(self.path).replace(staging.path(_data_file(self.final)))]
 
 
-def write_onnx(program: Program, graph: Graph, entry: OnnxEmit, staging: Staging, final: Path) -> OnnxFile:
+def write_onnx(
+    program: Program,
+    graph: Graph,
+    entry: OnnxEmit,
+    path: Path,
+    final: Path,
+    wrote: Wrote | None = None,
+    beside: bool = False,
+) -> OnnxFile:
     """Write a graph of a program as an ONNX file, whose metadata says what it was made of.
+
+    Args:
+        program: the program.
+        graph: the graph.
+        entry: how to write it.
+        path: where the file is written.
+        final: where it will be put.
+        wrote: called while its data file is written.
+        beside: write the weights in a data file whatever their size is.
 
     Raises:
         RefusedError: an operation has no ONNX form.
         AdaptcError: the exporter fails, or the file cannot be written.
     """
-    path = staging.path(final)
     evaluated = evaluate(graph)
     unrounded = evaluated.copy() if entry.round_activations and rounds_activations(evaluated) else None
     outputs = evaluated.outputs
@@ -122,14 +138,17 @@ def write_onnx(program: Program, graph: Graph, entry: OnnxEmit, staging: Staging
     if entry.cache:
         metadata[NEW_TOKENS] = new_tokens(evaluated)
     exact = not entry.round_activations
-    written = export_onnx(evaluated, path, entry.opset, metadata, staging.wrote, entry.target_runtime, exact)
+    written = export_onnx(
+        evaluated, path, entry.opset, metadata, wrote, entry.target_runtime, exact, beside=beside
+    )
     about = {
         "nodes": written.nodes,
         "opset": written.opset,
         "inputs": {spec.name: str(spec).replace("bfloat16", "float32") for spec in evaluated.inputs},
         "outputs": list(evaluated.outputs),
     }
-    return OnnxFile(entry, path, final, outputs, written.weights, unrounded, read_signature(path), about)
+    signature = read_signature(path)
+    return OnnxFile(entry, path, final, outputs, written.weights, written.large, unrounded, signature, about)
 
 
 def lowered(graph: Graph, entry: OnnxEmit) -> Graph:

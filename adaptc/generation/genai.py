@@ -1,0 +1,104 @@
+"""onnxruntime-genai: a directory that it serves, as a model that continues texts. Its telemetry is switched off."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from adaptc.emit.genai.config import read_config
+from adaptc.errors import AdaptcError
+from adaptc.optional import optional
+
+PLAIN: Mapping[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+}
+"""Settings under which the largest logit is the next token."""
+
+
+def genai() -> Any:
+    """The package onnxruntime-genai, whose telemetry is switched off.
+
+    Raises:
+        MissingPackageError: it is not installed; says how to install it.
+    """
+    package = optional("onnxruntime_genai")
+    package.disable_telemetry_events()
+    return package
+
+
+class GenaiModel:
+    """A directory of onnxruntime-genai, loaded.
+
+    Args:
+        directory: the directory.
+        shown: the path that an error names, if not the directory's own.
+
+    Attributes:
+        model: the package's own model.
+        config: the content of genai_config.json.
+
+    Raises:
+        MissingPackageError: the package is not installed.
+        AdaptcError: it does not take the directory.
+    """
+
+    def __init__(self, directory: Path, shown: Path | None = None):
+        self.package, self.config = genai(), read_config(directory)
+        try:
+            self.model = self.package.Model(str(directory))
+        except RuntimeError as error:
+            raise AdaptcError(f"{shown or directory}: onnxruntime-genai does not take it: {error}") from error
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """The tokens that end a text."""
+        eos = self.config["model"]["eos_token_id"]
+        return frozenset(eos if isinstance(eos, list) else [eos])
+
+    @property
+    def pad(self) -> int:
+        """The token that fills shorter texts of a batch up, behind them."""
+        return self.config["model"]["pad_token_id"]
+
+    def generator(self, texts: Sequence[Sequence[int]], new: int, **settings: Any) -> Any:
+        """A generator of the package's own that has read some texts, shorter ones padded behind.
+
+        Args:
+            texts: the token ids of each.
+            new: the most tokens that may follow the longest.
+            settings: of the package's search, in place of the directory's own.
+        """
+        import numpy as np
+
+        longest = max(map(len, texts))
+        rows = [[*text, *[self.pad] * (longest - len(text))] for text in texts]
+        params = self.package.GeneratorParams(self.model)
+        params.set_search_options(batch_size=len(texts), max_length=longest + new, **settings)
+        generator = self.package.Generator(self.model, params)
+        generator.append_tokens(np.array(rows, dtype=np.int32))
+        return generator
+
+    def greedy(self, texts: Sequence[Sequence[int]], new: int) -> list[list[int]]:
+        """The likeliest tokens that follow some texts, of one batch.
+
+        Args:
+            texts: the token ids of each.
+            new: how many tokens; fewer where one ends the text.
+        """
+        generator = self.generator(texts, new, **PLAIN)
+        while not generator.is_done():
+            generator.generate_next_token()
+        start = max(map(len, texts))
+        return [
+            self._until_end([int(t) for t in generator.get_sequence(n)[start:]]) for n in range(len(texts))
+        ]
+
+    def _until_end(self, tokens: Sequence[int]) -> list[int]:
+        end = next((place + 1 for place, token in enumerate(tokens) if token in self.ends), len(tokens))
+        return list(tokens[:end])
