@@ -45,10 +45,12 @@ class Artifact:
     Attributes:
         path: its file or folder.
         errors: what quantization costs it; None where nothing is quantized.
+        notes: what a person must know who uses it.
     """
 
     path: Path
     errors: QuantizationErrors | None = None
+    notes: tuple[str, ...] = ()
 
 
 class Observer(Protocol):
@@ -65,6 +67,9 @@ class Observer(Protocol):
 
     def proved(self, proof: Proof) -> None:
         """Called with each new proof that held."""
+
+    def noted(self, note: str) -> None:
+        """Called with what a person must know who uses an artifact."""
 
 
 def emit_all(
@@ -92,17 +97,20 @@ def emit_all(
             if observe:
                 observe.writing(f"{entry.format} {final}")
             before = list(program.proofs.held)
-            errors = WRITERS[entry.format](program, entry, staging, final)
-            artifacts.append(Artifact(final, errors))
-            if observe and errors is not None:
-                observe.measured(errors)
+            artifact = WRITERS[entry.format](program, entry, staging, final)
+            artifacts.append(artifact)
+            if observe and artifact.errors is not None:
+                observe.measured(artifact.errors)
             for proof in program.proofs.held:
                 if observe and not any(proof is other for other in before):
                     observe.proved(proof)
+            for note in artifact.notes:
+                if observe:
+                    observe.noted(note)
     return artifacts
 
 
-def _torch(program: Program, entry: TorchEmit, staging: Staging, final: Path) -> QuantizationErrors | None:
+def _torch(program: Program, entry: TorchEmit, staging: Staging, final: Path) -> Artifact:
     if program.graph.adapter_names:
         check_gradients(program.trainable_graph())
     directory = staging.path(final)
@@ -124,10 +132,10 @@ def _torch(program: Program, entry: TorchEmit, staging: Staging, final: Path) ->
         artifact | proved(program, proof, with_labels(reference, candidate)) | errors_of(errors),
         files,
     )
-    return errors
+    return Artifact(final, errors)
 
 
-def _onnx(program: Program, entry: OnnxEmit, staging: Staging, final: Path) -> QuantizationErrors | None:
+def _onnx(program: Program, entry: OnnxEmit, staging: Staging, final: Path) -> Artifact:
     written = write_program(program, entry, staging.path(final), final, staging.wrote)
     file, artifact = written.file, {"name": final.name, "format": "onnx", **written.about}
     common, files = provenance(program, final.parent), file.staged(staging)
@@ -135,20 +143,21 @@ def _onnx(program: Program, entry: OnnxEmit, staging: Staging, final: Path) -> Q
     manifest = final.parent / MANIFEST
     earlier = staging.staged(manifest)
     write_manifest(staging.path(manifest), common, artifact, files, old=earlier or manifest)
-    return written.errors
+    return Artifact(final, written.errors)
 
 
-def _genai(program: Program, entry: GenaiEmit, staging: Staging, final: Path) -> QuantizationErrors | None:
+def _genai(program: Program, entry: GenaiEmit, staging: Staging, final: Path) -> Artifact:
     directory = staging.path(final)
-    written, about = write_genai(program, entry, directory, final, staging.wrote)
-    artifact, common = {"name": "genai", "format": "genai", **about}, provenance(program, final)
+    served = write_genai(program, entry, directory, final, staging.wrote)
+    written, common = served.written, provenance(program, final)
+    artifact = {"name": "genai", "format": "genai", **written.about, **served.about}
     others = [file for file in _files_in(directory) if file != written.file.path]
     embed(written.file.path, product_entry(without_times(common), artifact, others, directory))
     write_manifest(directory / MANIFEST, common, artifact, _files_in(directory))
-    return written.errors
+    return Artifact(final, written.errors, served.notes)
 
 
-def _peft(program: Program, entry: PeftEmit, staging: Staging, final: Path) -> None:
+def _peft(program: Program, entry: PeftEmit, staging: Staging, final: Path) -> Artifact:
     directory = staging.path(final)
     records, values = compacted(records_of(program.graph), program.tensors())
     heads = {name: program.base.weights[name].load() for record in records for name in record.heads}
@@ -159,9 +168,10 @@ def _peft(program: Program, entry: PeftEmit, staging: Staging, final: Path) -> N
                 raise ProofError(f"{name} was not read back as it was written")
     artifact = {"name": "adapter", "format": "peft"}
     write_manifest(directory / MANIFEST, provenance(program, final), artifact, _files_in(directory))
+    return Artifact(final)
 
 
-def _huggingface(program: Program, entry: HfEmit, staging: Staging, final: Path) -> QuantizationErrors | None:
+def _huggingface(program: Program, entry: HfEmit, staging: Staging, final: Path) -> Artifact:
     refusal = bits_in_checkpoint(program.graph, program.plan.closing)
     if refusal:
         raise RefusedError([refusal])
@@ -188,17 +198,17 @@ def _huggingface(program: Program, entry: HfEmit, staging: Staging, final: Path)
             f"read back tensor by tensor; not loaded, since it is over 1/{LOADED_SHARE} of memory"
         )
     write_manifest(directory / MANIFEST, provenance(program, final), artifact, _files_in(directory))
-    return errors
+    return Artifact(final, errors)
 
 
-WRITERS: dict[str, Callable[[Program, Any, Staging, Path], QuantizationErrors | None]] = {
+WRITERS: dict[str, Callable[[Program, Any, Staging, Path], Artifact]] = {
     "torch": _torch,
     "onnx": _onnx,
     "genai": _genai,
     "peft": _peft,
     "hf": _huggingface,
 }
-"""Format -> the function that writes an artifact of it and proves it; returns what quantization costs."""
+"""Format -> the function that writes an artifact of it and proves it."""
 
 
 def _files_in(directory: Path) -> list[Path]:

@@ -1,12 +1,18 @@
-"""The artifact of onnxruntime-genai: a directory written, and proved by the tokens that the package generates from it."""
+"""The artifact of onnxruntime-genai: a directory, proved by the tokens that the package generates from it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from adaptc.compiler.greedy_proof import Answers, gaps_change_nothing, prove_greedy
+from adaptc.compiler.greedy_proof import (
+    NOT_INSTALLED,
+    gaps_change_nothing,
+    prove_greedy,
+)
 from adaptc.compiler.program import Program
 from adaptc.compiler.program_artifact import ProgramArtifact, write_program
 from adaptc.emit.genai.config import PROGRAM, Defaults, defaults_of, genai_config, write_config
@@ -15,16 +21,48 @@ from adaptc.emit.genai.tokenizer import copy_tokenizer
 from adaptc.emit.huggingface import fits_in_memory
 from adaptc.emit.onnx.export import Wrote
 from adaptc.errors import AdaptcError, Refusal, RefusedError
+from adaptc.generation.genai import PACKAGE, GenaiModel, other_tokens
 from adaptc.spec.emit import GenaiEmit
 
-PACKAGE = "onnxruntime_genai"
 ANY, ONE = "texts of any lengths", "texts of one length"
 """What a batch may hold."""
 
 
+@dataclass(frozen=True)
+class GenaiArtifact:
+    """A directory that was written and proved.
+
+    Attributes:
+        written: the program in it.
+        about: what a manifest says of the directory, besides what it says of the program.
+    """
+
+    written: ProgramArtifact
+    about: Mapping[str, Any]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a person must know who serves it."""
+        notes: list[str] = []
+        if not self.about["tokenizer"]:
+            notes.append("the base has no tokenizer, so that the directory takes token ids alone")
+        elif isinstance(self.about["tokenizer"], str):
+            notes.append(self.about["tokenizer"])
+        if self.about["batches"] == ONE:
+            notes.append(
+                "texts in one batch must have one length: the model has no attention_mask, or counts positions itself"
+            )
+        left_out = ", ".join(f"{name}: {value}" for name, value in self.about["generation_left_out"].items())
+        if left_out:
+            notes.append(f"onnxruntime-genai has no {left_out}, which the base generates with")
+        if isinstance(self.about["greedy"], str):
+            notes.append(f"onnxruntime-genai was {self.about['greedy']}")
+        return tuple(notes)
+
+
 def write_genai(
     program: Program, entry: GenaiEmit, directory: Path, final: Path, wrote: Wrote | None = None
-) -> tuple[ProgramArtifact, dict[str, Any]]:
+) -> GenaiArtifact:
     """Write a directory that onnxruntime-genai serves as it stands, and prove it.
 
     The program in it is proved as any with a cache. Where the package is installed, the tokens that it generates are
@@ -36,9 +74,6 @@ def write_genai(
         directory: the directory to write.
         final: where it will be put.
         wrote: called while the weights are written.
-
-    Returns:
-        The program in it, and what a manifest says of the directory.
 
     Raises:
         RefusedError: onnxruntime-genai does not serve such a model.
@@ -61,33 +96,33 @@ def write_genai(
     decoder = served(program.base, written.file.signature)
     defaults = defaults_of(program.base.source.pretrained)
     length, eos = _context_length(entry, defaults), _eos(entry, defaults, decoder)
-    has_tokenizer = copy_tokenizer(program.base.source.pretrained, directory)
+    tokenizer = copy_tokenizer(program.base.source.pretrained, directory)
     config = genai_config(decoder, defaults, length, eos)
     write_config(directory, config)
 
     exact = gaps_change_nothing(program, written, decoder)
-    answers = _answers(program, written, decoder, directory, exact, length)
+    unrun = _why_not_run(written)
+    model = None if unrun else GenaiModel(directory, final)
+    answers = prove_greedy(program, written, decoder, model, exact, length).to_json() if model else unrun
+    other = other_tokens(model, directory) if model and tokenizer else None
     about = {
-        **written.about,
         "batches": ANY if exact else ONE,
         "context_length": length,
-        "tokenizer": has_tokenizer,
+        "tokenizer": other or tokenizer,
         "generation": config["search"],
         "generation_left_out": dict(defaults.left_out),
-        "greedy": answers if isinstance(answers, str) else answers.to_json(),
+        "greedy": answers,
     }
-    return written, about
+    return GenaiArtifact(written, about)
 
 
-def _answers(
-    program: Program, written: ProgramArtifact, decoder: Served, directory: Path, exact: bool, length: int
-) -> Answers | str:
-    """The tokens that onnxruntime-genai generates, proved; or why it was not run."""
+def _why_not_run(written: ProgramArtifact) -> str | None:
+    """Why onnxruntime-genai does not run the directory; None where it does."""
     if find_spec(PACKAGE) is None:
-        return "not run: onnxruntime-genai is not installed: pip install 'adaptc[serve]'"
+        return NOT_INSTALLED
     if not fits_in_memory(written.computes):
         return "not run: memory does not hold the model and its proof"
-    return prove_greedy(program, written, decoder, directory, exact, length)
+    return None
 
 
 def _context_length(entry: GenaiEmit, defaults: Defaults) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,18 @@ from adaptc.compiler.program_artifact import ProgramArtifact
 from adaptc.compiler.proof import Proof
 from adaptc.emit.genai.decoder import IDS, MASK, POSITIONS, Served
 from adaptc.errors import ProofError
-from adaptc.generation.genai import GenaiModel
+from adaptc.generation.genai import PACKAGE, GenaiModel
 from adaptc.ir.graph import Graph
 from adaptc.ir.interpreter import Batch, Interpreter
 from adaptc.weights import seeded
 
+NOT_INSTALLED = "not run: onnxruntime-genai is not installed: pip install 'adaptc[serve]'"
 LENGTHS = (1, 5, 17)
 """The tokens of the texts that are continued."""
 NEW = 8
 """The tokens that follow each. Chosen as few, since each is a run of the model."""
+ALONE, TOGETHER = "one by one", "in one batch"
+"""How the texts are continued."""
 HIDDEN = 3
 """The hidden tokens in `gaps_change_nothing`."""
 
@@ -53,7 +57,12 @@ class Answers:
 
 
 def prove_greedy(
-    program: Program, written: ProgramArtifact, decoder: Served, directory: Path, together: bool, longest: int
+    program: Program,
+    written: ProgramArtifact,
+    decoder: Served,
+    model: GenaiModel,
+    together: bool,
+    longest: int,
 ) -> Answers:
     """Prove that the likeliest tokens that onnxruntime-genai generates are those of the graph without a cache.
 
@@ -63,18 +72,16 @@ def prove_greedy(
         program: the compiled program.
         written: the program in the directory.
         decoder: how onnxruntime-genai sees it.
-        directory: the directory.
+        model: the directory, loaded.
         together: continue the texts in one batch too, shorter ones padded behind.
         longest: the most tokens of a text.
 
     Raises:
         ProofError: another token is likelier.
     """
-    model = GenaiModel(directory)
     special = {model.pad, *model.ends}
     texts = _texts(decoder.vocabulary, special, longest, program.spec.seed)
-    alone = [model.greedy([text], NEW)[0] for text in texts]
-    ways = {"one by one": alone} | ({"in one batch": model.greedy(texts, NEW)} if together else {})
+    ways = _generated(model, texts, together)
     allowed = 2 * written.proof.tolerance
     sure: list[int] = []
     for way, answers in ways.items():
@@ -82,7 +89,43 @@ def prove_greedy(
         proof = _proof(f"genai, greedy, {way}", texts, answers, judged, allowed)
         program.proofs.keep(proof)
         sure = sure or [_sure(each, allowed) for each in judged]
-    return Answers(texts, alone, sure, together)
+    return Answers(texts, ways[ALONE], sure, together)
+
+
+def _generated(
+    model: GenaiModel, texts: Sequence[Sequence[int]], together: bool
+) -> dict[str, list[list[int]]]:
+    """What follows some texts: way of generating -> the answer to each."""
+    alone = {ALONE: [model.greedy([text], NEW)[0] for text in texts]}
+    return alone | ({TOGETHER: model.greedy(texts, NEW)} if together else {})
+
+
+def generated_again(answers: Mapping[str, Any] | str, directory: Path) -> str:
+    """Compare what onnxruntime-genai generates now with what a manifest keeps, up to the first near tie.
+
+    Args:
+        answers: `Answers` as plain data, or why there are none.
+        directory: the directory that is served.
+
+    Returns:
+        The result in words.
+
+    Raises:
+        ProofError: it generates other tokens.
+    """
+    if isinstance(answers, str):
+        return f"onnxruntime-genai was {answers}"
+    if find_spec(PACKAGE) is None:
+        return NOT_INSTALLED
+    kept = Answers(**answers)
+    ways = _generated(GenaiModel(directory), kept.texts, kept.together)
+    for way, again in ways.items():
+        for text, old, new, count in zip(kept.texts, kept.answers, again, kept.sure, strict=True):
+            if old[:count] != new[:count]:
+                raise ProofError(
+                    f"onnxruntime-genai continues {len(text)} tokens {way} with {new}, and with {old} as compiled"
+                )
+    return f"onnxruntime-genai generates the same tokens, {', '.join(ways)}"
 
 
 def _texts(vocabulary: int, special: set[int], longest: int, seed: int) -> list[list[int]]:
@@ -177,9 +220,10 @@ def _proof(
 
 
 def gaps_change_nothing(program: Program, written: ProgramArtifact, decoder: Served) -> bool:
-    """Whether hidden tokens in the middle of a text change nothing behind them, as where shorter texts are padded behind.
+    """Whether hidden tokens in the middle of a text change nothing behind them.
 
-    That is so where positions are an input, or none count.
+    onnxruntime-genai pads shorter texts behind, and goes on behind that. It changes nothing where positions are an
+    input, or none count.
     """
     if MASK not in decoder.inputs:
         return False

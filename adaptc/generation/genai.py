@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from adaptc.emit.genai.config import read_config
+from adaptc.emit.genai.tokenizer import TOKENIZER
 from adaptc.errors import AdaptcError
 from adaptc.optional import optional
 
+PACKAGE = "onnxruntime_genai"
+"""The name that it is imported by."""
+SAMPLES = (
+    "The quick brown fox jumps over the lazy dog.",
+    "  two  spaces\nand\ttwo lines",
+    "naïve Zürich, 東京, 🙂",
+    "def f(x): return x ** 2  # 3.14",
+)
+"""Texts on which the package's tokenizer is held against transformers'."""
 PLAIN: Mapping[str, Any] = {
     "do_sample": False,
     "num_beams": 1,
@@ -27,7 +38,7 @@ def genai() -> Any:
     Raises:
         MissingPackageError: it is not installed; says how to install it.
     """
-    package = optional("onnxruntime_genai")
+    package = optional(PACKAGE)
     package.disable_telemetry_events()
     return package
 
@@ -40,6 +51,8 @@ class GenaiModel:
         shown: the path that an error names, if not the directory's own.
 
     Attributes:
+        directory: the directory.
+        package: the package.
         model: the package's own model.
         config: the content of genai_config.json.
 
@@ -49,11 +62,27 @@ class GenaiModel:
     """
 
     def __init__(self, directory: Path, shown: Path | None = None):
-        self.package, self.config = genai(), read_config(directory)
+        self.directory, self.package, self.config = directory, genai(), read_config(directory)
         try:
             self.model = self.package.Model(str(directory))
         except RuntimeError as error:
             raise AdaptcError(f"{shown or directory}: onnxruntime-genai does not take it: {error}") from error
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The package's tokenizer, from the files of the directory.
+
+        Raises:
+            AdaptcError: there is none, or the package does not take it.
+        """
+        if not (self.directory / TOKENIZER).is_file():
+            raise AdaptcError(f"{self.directory}: there is no {TOKENIZER}, so that it takes token ids alone")
+        try:
+            return self.package.Tokenizer(self.model)
+        except RuntimeError as error:
+            raise AdaptcError(
+                f"{self.directory}: onnxruntime-genai does not take its tokenizer: {error}"
+            ) from error
 
     @property
     def ends(self) -> frozenset[int]:
@@ -102,3 +131,19 @@ class GenaiModel:
     def _until_end(self, tokens: Sequence[int]) -> list[int]:
         end = next((place + 1 for place, token in enumerate(tokens) if token in self.ends), len(tokens))
         return list(tokens[:end])
+
+
+def other_tokens(model: GenaiModel, directory: Path) -> str | None:
+    """The first text of `SAMPLES` that the package's tokenizer makes other tokens of than transformers'; None if none.
+
+    Args:
+        model: the directory, loaded.
+        directory: the directory with the tokenizer's files.
+    """
+    cls: Any = optional("transformers").AutoTokenizer
+    tokenizer = cls.from_pretrained(directory)
+    for text in SAMPLES:
+        expected, got = tokenizer(text)["input_ids"], [int(token) for token in model.tokenizer.encode(text)]
+        if expected != got:
+            return f"onnxruntime-genai makes the tokens {got} of {text!r}, and transformers {expected}"
+    return None

@@ -1,4 +1,4 @@
-"""genai_config.json: what onnxruntime-genai reads of a program, and how texts are generated unless a caller says otherwise."""
+"""genai_config.json: what onnxruntime-genai reads of a program, and how it generates unless a caller says otherwise."""
 
 from __future__ import annotations
 
