@@ -113,7 +113,7 @@ def _proved(folder: Path, name: str, artifact: Mapping[str, Any]) -> str:
 def _runner(folder: Path, name: str, artifact: Mapping[str, Any]) -> Runner:
     from adaptc.compiler.cached_runner import in_chunks
     from adaptc.compiler.runners import BatchRunner, module_call
-    from adaptc.emit.genai.config import PROGRAM
+    from adaptc.emit.genai.files import PROGRAM
     from adaptc.emit.onnx.export import INLINE_LIMIT
     from adaptc.emit.onnx.partitioned import PartitionedProgram
     from adaptc.emit.onnx.runtime import onnx_runner

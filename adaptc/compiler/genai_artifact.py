@@ -15,8 +15,9 @@ from adaptc.compiler.greedy_proof import (
 )
 from adaptc.compiler.program import Program
 from adaptc.compiler.program_artifact import ProgramArtifact, write_program
-from adaptc.emit.genai.config import PROGRAM, Defaults, defaults_of, genai_config, write_config
+from adaptc.emit.genai.config import Defaults, defaults_of, genai_config
 from adaptc.emit.genai.decoder import WAY_OUT, Served, served, unserved
+from adaptc.emit.genai.files import PROGRAM, write_config
 from adaptc.emit.genai.tokenizer import copy_tokenizer
 from adaptc.emit.huggingface import fits_in_memory
 from adaptc.emit.onnx.export import Wrote

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from adaptc.emit.genai.config import read_config
-from adaptc.emit.genai.tokenizer import TOKENIZER
+from adaptc.emit.genai.files import TOKENIZER, read_config
 from adaptc.errors import AdaptcError
+from adaptc.generation.settings import Settings, as_message
 from adaptc.optional import optional
 
 PACKAGE = "onnxruntime_genai"
@@ -21,6 +22,7 @@ SAMPLES = (
     "def f(x): return x ** 2  # 3.14",
 )
 """Texts on which the package's tokenizer is held against transformers'."""
+TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 PLAIN: Mapping[str, Any] = {
     "do_sample": False,
     "num_beams": 1,
@@ -113,6 +115,45 @@ class GenaiModel:
         generator.append_tokens(np.array(rows, dtype=np.int32))
         return generator
 
+    def tokens(self, prompt: str, chat: bool | None = None) -> list[int]:
+        """The token ids of a prompt, see `Decoder`."""
+        templated = self._templated(prompt) if chat is not False else None
+        if templated is None and chat:
+            raise AdaptcError(f"{self.directory}: its tokenizer has no chat template", "leave --chat out")
+        text = prompt if templated is None else templated
+        self.tokenizer.update_options(add_special_tokens="true" if templated is None else "false")
+        return [int(token) for token in self.tokenizer.encode(text)]
+
+    def _templated(self, prompt: str) -> str | None:
+        """A prompt in the chat template; None where the tokenizer has none."""
+        stated = json.loads((self.directory / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
+        if "chat_template" not in stated and not (self.directory / CHAT_TEMPLATE).is_file():
+            return None
+        return self.tokenizer.apply_chat_template(as_message(prompt), add_generation_prompt=True)
+
+    def search(self, settings: Settings) -> dict[str, Any]:
+        """The settings that are in force, see `Decoder`."""
+        return settings.over({**self.config["search"], "num_beams": 1, "num_return_sequences": 1})
+
+    def stream(self, tokens: Sequence[int], settings: Settings, seed: int) -> Iterator[tuple[int, str]]:
+        """The tokens that follow, and the text that each adds, see `Decoder`.
+
+        Raises:
+            AdaptcError: the prompt fills the context.
+        """
+        room = self.config["model"]["context_length"] - len(tokens)
+        if room < 1:
+            raise AdaptcError(f"the prompt has {len(tokens)} tokens, and the context {room + len(tokens)}")
+        search = self.search(settings)
+        del search["max_length"]
+        new = min(settings.max_new_tokens, room)
+        generator = self.generator([tokens], new, random_seed=seed, **search)
+        decode = self.tokenizer.create_stream().decode
+        while not generator.is_done():
+            generator.generate_next_token()
+            token = int(generator.get_next_tokens()[0])
+            yield token, decode(token)
+
     def greedy(self, texts: Sequence[Sequence[int]], new: int) -> list[list[int]]:
         """The likeliest tokens that follow some texts, of one batch.
 
@@ -136,12 +177,15 @@ class GenaiModel:
 def other_tokens(model: GenaiModel, directory: Path) -> str | None:
     """The first text of `SAMPLES` that the package's tokenizer makes other tokens of than transformers'; None if none.
 
+    The package adds the tokens that begin a text only where it is told to.
+
     Args:
         model: the directory, loaded.
         directory: the directory with the tokenizer's files.
     """
     cls: Any = optional("transformers").AutoTokenizer
     tokenizer = cls.from_pretrained(directory)
+    model.tokenizer.update_options(add_special_tokens="true")
     for text in SAMPLES:
         expected, got = tokenizer(text)["input_ids"], [int(token) for token in model.tokenizer.encode(text)]
         if expected != got:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from adaptc.emit.genai.decoder import Served
+from adaptc.emit.genai.files import PROGRAM
 from adaptc.ir.base import Pretrained
 from adaptc.optional import optional
 from adaptc.rewriter.cache.signature import PAST_PREFIX, PRESENT_PREFIX
 
-CONFIG, PROGRAM = "genai_config.json", "model.onnx"
 SEARCH = (
     *("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "no_repeat_ngram_size"),
     *("num_beams", "num_return_sequences", "length_penalty", "diversity_penalty", "early_stopping"),
@@ -112,13 +110,3 @@ def genai_config(
             "past_present_share_buffer": False,
         },
     }
-
-
-def write_config(directory: Path, content: Mapping[str, Any]) -> None:
-    """Write genai_config.json."""
-    (directory / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """Read genai_config.json."""
-    return json.loads((directory / CONFIG).read_text(encoding="utf-8"))

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from adaptc.emit.genai.files import TOKENIZER
 from adaptc.emit.huggingface import carry_over, files_of
 from adaptc.ir.base import Pretrained
 from adaptc.optional import optional
 
-TOKENIZER = "tokenizer.json"
-"""The file that onnxruntime-genai needs."""
 STATED = "tokenizer_config.json"
 """The file of which transformers makes a tokenizer."""
 
