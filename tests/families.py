@@ -198,6 +198,8 @@ FAMILIES = {
 }
 HUGGING_FACE = tuple(name for name, family in FAMILIES.items() if family.task)
 PLAIN = tuple(name for name, family in FAMILIES.items() if not family.task)
+DECODERS = ("llama", "gpt2", "qwen3", "mistral", "gemma2", "mixtral")
+"""The families that write texts, and take the position of each token."""
 QUICK = ("llama", "gpt2", "bert", "t5", *PLAIN)
 """The families that stand for all in the quick laws."""
 SHAPES = ((2, 7), (1, 5), (4, 1), (1, 1))
@@ -237,6 +239,8 @@ def inputs(
     found = {"input_ids": ids(batch, length), "attention_mask": mask}
     if name == "bert":
         found["token_type_ids"] = torch.randint(0, 2, (batch, length), generator=generator)
+    if name in DECODERS:
+        found["position_ids"] = torch.arange(length).expand(batch, length)
     if name in ("t5", "bart"):
         found["decoder_input_ids"] = ids(batch, length + 2)
     return found

@@ -143,7 +143,8 @@ def derive_inputs(
     texts = {**rule.inputs, **(DECODER_INPUTS if getattr(config, "is_encoder_decoder", False) else {})}
     without_text = set[str]() if "input_ids" in parameters else set(TEXT_INPUTS) - {IMAGES}
     usable = [name for name in texts if name in parameters and name not in without_text]
-    names = [name for name in usable if name == main or _takes(name, config, given)]
+    decodes = _decodes(model, config)
+    names = [name for name in usable if name == main or _takes(name, config, given, decodes)]
     needed = [p.name for p in parameters.values() if p.default is p.empty and p.kind not in VARIABLE]
     without = [name for name in needed if name not in (*names, "self")]
     if without or not names:
@@ -215,11 +216,19 @@ def limited(spec: InputSpec, config: Any) -> InputSpec:
     return spec
 
 
-def _takes(name: str, config: Any, given: frozenset[str] | None) -> bool:
+def _decodes(model: nn.Module | type[nn.Module], config: Any) -> bool:
+    """Whether a model writes texts, token by token: what could be an encoder too says in its configuration which it is."""
+    generates: Any = getattr(model, "can_generate", None)
+    encodes = hasattr(config, "add_cross_attention") and getattr(config, "is_decoder", True) is False
+    return generates is not None and bool(generates()) and not encodes and _vision(config) is config
+
+
+def _takes(name: str, config: Any, given: frozenset[str] | None, decodes: bool) -> bool:
     """Whether a model was trained with an input that its forward takes.
 
-    The tokenizer says so. Without one, the configuration: one of several token types was learned for each token. A
-    position is counted by the model itself unless the tokenizer gives it. A model of boxes has no other place for them
+    The tokenizer says so. Without one, the configuration: one of several token types was learned for each token.
+    Positions are an input of decoders, since those of texts that are padded on the left start behind the padding; any
+    other model counts them itself unless the tokenizer gives them. A model of boxes has no other place for them
     than `bbox`, whatever tokenizer its texts go through, and one of images none but `pixel_values`.
     """
     if name == "token_type_ids":
@@ -228,7 +237,7 @@ def _takes(name: str, config: Any, given: frozenset[str] | None) -> bool:
             return True  # they mark the tokens of images
         return (types or 0) > 1 if given is None else name in given and (types is None or types > 1)
     if name == "position_ids":
-        return given is not None and name in given
+        return decodes or (given is not None and name in given)
     if name == "attention_mask":
         return given is None or name in given
     if name == IMAGES:

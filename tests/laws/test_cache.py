@@ -18,9 +18,8 @@ from adaptc.spec.spec import load
 from adaptc.tracing.trace import trace_base
 from tests.chunked import chunked
 from tests.decoders import BY_HAND, MIXES_TOKENS, WORDS
-from tests.families import Zoo, close, entry, inputs, marked, outputs, perturb, randomise
+from tests.families import DECODERS, Zoo, close, entry, inputs, marked, outputs, perturb, randomise
 
-DECODERS = ("llama", "gpt2", "qwen3", "mistral", "gemma2", "mixtral")
 BESIDE_AN_ENCODER = ("t5", "bart", "whisper")
 CHUNKS = ((9,), (1,) * 9, (4, 1, 3, 1))
 
@@ -30,6 +29,7 @@ def left_padded(name: str) -> dict[str, torch.Tensor]:
     tensors = inputs(name, 3, 9)
     tensors["attention_mask"][1, :3] = 0
     tensors["attention_mask"][2, :5] = 0
+    tensors["position_ids"] = (tensors["attention_mask"].cumsum(1) - 1).clamp(min=0)
     return tensors
 
 

@@ -83,7 +83,7 @@ def base_of(model: Model, path: Path, **more: Any) -> Base:
         (TAGGER, {"input_ids": IDS, "attention_mask": IDS}),
         (MODELS["bert"], {"input_ids": IDS, "attention_mask": IDS, "token_type_ids": IDS}),
         (MODELS["roberta"], {"input_ids": IDS, "attention_mask": IDS}),
-        (MODELS["gpt2"], {"input_ids": IDS, "attention_mask": IDS}),
+        (MODELS["gpt2"], {"input_ids": IDS, "attention_mask": IDS, "position_ids": IDS}),
         (UNTYPED, {"input_ids": IDS, "attention_mask": IDS}),
         (
             PAGE,
@@ -157,7 +157,7 @@ def test_a_tokenizer_that_cannot_be_read_is_said(tmp_path: Path) -> None:
             MODELS["roberta"],
             {"token_type_ids": "zeros", "position_ids": "0..n-1, as the model counts them"},
         ),
-        (MODELS["llama"], {"position_ids": "0..n-1, as the model counts them"}),
+        (MODELS["llama"], {}),
         (MODELS["t5"], {"decoder_attention_mask": "ones"}),
         (WAVEFORM, {"attention_mask": "ones"}),
         (MODELS["vit"], {"attention_mask": "ones"}),
