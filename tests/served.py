@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-TEXT = "To be or not to be that is the question whether tis nobler in the mind to suffer the slings and arrows"
+import adaptc
+
+TEXT = (
+    "To be or not to be that is the question whether tis nobler in the mind to suffer the slings and arrows"
+)
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -77,3 +83,57 @@ def save_lora(base: Path, directory: Path) -> Path:
                 parameter.normal_(std=0.2)
     adapted.save_pretrained(str(directory))
     return directory
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model with an adapter, compiled for serving.
+
+    Attributes:
+        compiled: the compile.
+        base: the model's directory.
+        adapter: the adapter's.
+        directory: of onnxruntime-genai.
+        program: an ONNX file with a cache.
+        notes: what the compile told of the directory.
+    """
+
+    compiled: adaptc.Compiled
+    base: Path
+    adapter: Path
+    directory: Path
+    program: Path
+    notes: tuple[str, ...]
+
+    def merged(self) -> Any:
+        """The model of transformers with the adapter in its weights, as PEFT merges it."""
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(self.base)
+        merged: Any = PeftModel.from_pretrained(model, str(self.adapter)).merge_and_unload()
+        merged.generation_config.do_sample = False
+        for name in ("temperature", "top_k", "min_p"):
+            setattr(merged.generation_config, name, None)
+        return merged.eval()
+
+
+def save_served(root: Path) -> Served:
+    """The model, its adapter, and what is compiled of them, in a folder."""
+    from adaptc.compiler.artifacts import emit_all
+
+    base = save_llama(root / "llama", do_sample=True, temperature=0.75, top_k=20, min_p=0.05)
+    adapter = save_lora(base, root / "lora")
+    paths = [root / "serve", root / "cached" / "model.onnx"]
+    compiled = adaptc.compile(
+        {
+            "base": {"model": str(base), "task": "causal-lm"},
+            "adapt": [{"adapter": str(adapter)}],
+            "emit": [
+                {"format": "genai", "path": str(paths[0])},
+                {"format": "onnx", "path": str(paths[1]), "cache": True},
+            ],
+        }
+    )
+    artifacts = emit_all(compiled.program, compiled.spec.emit)
+    return Served(compiled, base, adapter, *paths, artifacts[0].notes)

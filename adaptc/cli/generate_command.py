@@ -116,28 +116,4 @@ def _decoder(path: Path, tokenizer: str | None) -> Decoder:
         raise SpecError([Problem("nothing that continues texts", file=str(path), notes=(ADVICE,))])
     from adaptc.generation.onnx import OnnxDecoder
 
-    return OnnxDecoder(path, tokenizer or _base_of(path))
-
-
-def _base_of(path: Path) -> str:
-    """The base that a program was compiled from, whose tokenizer it needs.
-
-    Raises:
-        AdaptcError: the program does not name one that is there.
-    """
-    from adaptc.emit.onnx.provenance import embedded
-
-    record = embedded(path)
-    base = (record or {}).get("provenance", {}).get("spec", {}).get("base") or {}
-    model = base.get("model")
-    if record is None or model is None:
-        raise AdaptcError(f"{path} names no base with a tokenizer", "name one: --tokenizer DIR")
-    folder = path.parent / record["provenance"]["spec_folder"]
-    directory = (folder / Path(model).expanduser()).resolve()
-    if directory.is_dir():
-        return str(directory)
-    if model.startswith((".", "/", "~")):
-        raise AdaptcError(
-            f"{path} was compiled from {directory}, which is not there", "name one: --tokenizer DIR"
-        )
-    return model
+    return OnnxDecoder(path, tokenizer)

@@ -23,7 +23,9 @@ from adaptc.emit.huggingface import fits_in_memory
 from adaptc.emit.onnx.export import Wrote
 from adaptc.errors import AdaptcError, Refusal, RefusedError
 from adaptc.generation.genai import PACKAGE, GenaiModel, other_tokens
+from adaptc.ir.graph import Graph
 from adaptc.spec.emit import GenaiEmit
+from adaptc.spec.spec import Spec
 
 ANY, ONE = "texts of any lengths", "texts of one length"
 """What a batch may hold."""
@@ -115,6 +117,18 @@ def write_genai(
         "greedy": answers,
     }
     return GenaiArtifact(written, about)
+
+
+def check_served(spec: Spec, base: Graph) -> None:
+    """Check that onnxruntime-genai serves such a model, where the spec asks for that.
+
+    Raises:
+        SpecError: it does not; says what does.
+    """
+    for index, entry in enumerate(spec.emit):
+        refusal = unserved(base) if entry.format == "genai" else None
+        if refusal is not None:
+            raise spec.error(("emit", index, "format"), refusal.reason, *refusal.notes)
 
 
 def _why_not_run(written: ProgramArtifact) -> str | None:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from adaptc.emit.onnx.cached import read_signature
+from adaptc.emit.onnx.provenance import embedded
 from adaptc.emit.onnx.runtime import as_array, open_session
-from adaptc.errors import AdaptcError
+from adaptc.errors import AdaptcError, Problem, SpecError
 from adaptc.generation.sampling import Sampler, stated_settings
 from adaptc.generation.settings import Settings
 from adaptc.generation.texts import PieceStream, Tokenizer
@@ -18,7 +19,6 @@ from adaptc.inputs import InputSpec
 from adaptc.rewriter.cache.past import TOTAL
 from adaptc.rewriter.cache.signature import PAST_PREFIX, CacheSignature
 
-WITHOUT = "it is compiled without a cache"
 ADVICE = "write `{format: onnx, path: model.onnx, cache: true}` or `{format: genai, path: serve}` in the spec's emit"
 
 
@@ -27,26 +27,27 @@ class OnnxDecoder:
 
     Args:
         path: the program.
-        tokenizer: a directory, or a hub id.
+        tokenizer: a directory, or a hub id; the base's if it is None.
 
     Attributes:
         tokenizer: the tokenizer.
         signature: what the program takes and gives.
 
     Raises:
-        AdaptcError: the program has no cache, or needs more than tokens, a mask and positions.
+        SpecError: the program has no cache.
+        AdaptcError: it needs more than tokens, a mask and positions.
     """
 
-    def __init__(self, path: Path, tokenizer: str):
+    def __init__(self, path: Path, tokenizer: str | None = None):
         signature = read_signature(path)
         if signature is None:
-            raise AdaptcError(
-                f"{path}: {WITHOUT}, so that every token would cost a run of the whole text", ADVICE
-            )
-        self.path, self.signature, self.tokenizer = path, signature, Tokenizer(tokenizer)
+            message = "it has no cache, so that every token would cost a run of the whole text"
+            raise SpecError([Problem(message, file=str(path), notes=(ADVICE,))])
+        name = tokenizer or base_of(path)
+        self.path, self.signature, self.tokenizer = path, signature, Tokenizer(name)
         self._fed = _fed(path, signature)
         self._session = open_session(path, threads=0)
-        self._defaults = stated_settings(tokenizer)
+        self._defaults = stated_settings(name)
 
     def tokens(self, prompt: str, chat: bool | None = None) -> list[int]:
         """The token ids of a prompt, see `Decoder`."""
@@ -110,3 +111,25 @@ def _kind(spec: InputSpec, signature: CacheSignature) -> str:
     if "mask" in spec.name:
         return "mask"
     return "positions" if "position" in spec.name else "ids" if spec.dtype.startswith("int") else ""
+
+
+def base_of(path: Path) -> str:
+    """The base that a program was compiled from, whose tokenizer it needs.
+
+    Raises:
+        AdaptcError: the program does not name one that is there.
+    """
+    record = embedded(path)
+    base: Mapping[str, Any] = (record or {}).get("provenance", {}).get("spec", {}).get("base") or {}
+    model: str | None = base.get("model")
+    if record is None or model is None:
+        raise AdaptcError(f"{path} names no base with a tokenizer", "name one: --tokenizer DIR")
+    folder = path.parent / record["provenance"]["spec_folder"]
+    directory = (folder / Path(model).expanduser()).resolve()
+    if directory.is_dir():
+        return str(directory)
+    if model.startswith((".", "/", "~")):
+        raise AdaptcError(
+            f"{path} was compiled from {directory}, which is not there", "name one: --tokenizer DIR"
+        )
+    return model

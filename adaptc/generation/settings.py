@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from adaptc.errors import AdaptcError
+from adaptc.errors import Problem, SpecError
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,9 @@ class Settings:
         top_k: draw among so many of the likeliest tokens.
         top_p: draw among the likeliest tokens that have this share together.
         seed: of the random numbers.
+
+    Raises:
+        SpecError: a setting is out of its range.
     """
 
     max_new_tokens: int = 256
@@ -31,13 +34,18 @@ class Settings:
 
     def __post_init__(self) -> None:
         wrong = {
-            "--max-new-tokens must be 1 or more": self.max_new_tokens < 1,
-            "--temperature must be 0 or more": self.temperature is not None and self.temperature < 0,
-            "--top-k must be 1 or more": self.top_k is not None and self.top_k < 1,
-            "--top-p must be above 0 and at most 1": self.top_p is not None and not 0 < self.top_p <= 1,
+            "--max-new-tokens": ("1 or more", self.max_new_tokens < 1),
+            "--temperature": ("0 or more", self.temperature is not None and self.temperature < 0),
+            "--top-k": ("1 or more", self.top_k is not None and self.top_k < 1),
+            "--top-p": ("above 0 and at most 1", self.top_p is not None and not 0 < self.top_p <= 1),
         }
-        for message in (message for message, is_wrong in wrong.items() if is_wrong):
-            raise AdaptcError(message)
+        problems = [
+            Problem(f"expected {range_}", file=option)
+            for option, (range_, is_wrong) in wrong.items()
+            if is_wrong
+        ]
+        if problems:
+            raise SpecError(problems)
 
     def over(self, defaults: dict[str, Any]) -> dict[str, Any]:
         """The settings of a search: these where they are stated, in place of a model's defaults.

@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from adaptc.errors import Refusal, RefusedError
 from adaptc.inputs import InputSpec
 from adaptc.ir.graph import Graph
-from adaptc.ir.nodes import operation, size_expression
+from adaptc.ir.nodes import node_arg, size_expression
 from adaptc.rewriter.cache.cache import token_ids
 from adaptc.rewriter.cache.past import TOTAL
 from adaptc.rewriter.cache.signature import PAST_PREFIX, CacheSignature
@@ -61,16 +62,16 @@ def unserved(graph: Graph) -> Refusal | None:
             f"onnxruntime-genai serves decoders alone, and this one reads what an encoder makes of {shown}",
             notes=(WAY_OUT,),
         )
-    if others:
-        return Refusal(
-            f"onnxruntime-genai feeds token ids, a mask and positions in integers, and nothing to {shown}",
-            notes=(f"write `inputs` without it, or {WAY_OUT}",),
-        )
     if _logits(graph, ids) is None:
         shapes = ", ".join(f"{n} ({', '.join(map(str, s))})" for n, s in _shapes(graph).items())
         return Refusal(
             f"onnxruntime-genai needs logits (batch, tokens, vocabulary) of every token, and the model gives {shapes}",
             notes=(f"a decoder has them under `task: causal-lm`; or {WAY_OUT}",),
+        )
+    if others:
+        return Refusal(
+            f"onnxruntime-genai feeds token ids, a mask and positions in integers, and nothing to {shown}",
+            notes=(f"write `inputs` without it, or {WAY_OUT}",),
         )
     return None
 
@@ -136,8 +137,8 @@ def _shapes(graph: Graph) -> dict[str, Sequence[Any]]:
 def _logits(graph: Graph, ids: fx.Node) -> str | None:
     """The output with a value for every token of the vocabulary: it is called logits, or is the only one."""
     tokens = [size_expression(size) for size in ids.meta["val"].shape]
-    tables = [node.all_input_nodes[0] for node in graph.nodes if "embedding" in operation(node)]
-    vocabularies = {size_expression(table.meta["val"].shape[0]) for table in tables}
+    lookups = [node for node in graph.nodes if node.target is torch.ops.aten.embedding.default]
+    vocabularies = {size_expression(node_arg(node, 0).meta["val"].shape[0]) for node in lookups}
     shapes = _shapes(graph)
     for name, shape in shapes.items():
         whole = len(shape) == 3 and list(shape[:2]) == tokens
