@@ -133,6 +133,36 @@ class Compiled:
         self.program.proofs.prove(f"kernels on {device}", graphs.written, reference, candidate)
         return module
 
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        max_new_tokens: int | None = None,
+        compile: bool = False,
+        **options: Any,
+    ) -> Any:
+        """Write the tokens that follow a prompt, with the adapters as they stand and a cache for keys and values.
+
+        transformers chooses the tokens, for any decoder: `options` are those of its `generate`, such as
+        `attention_mask`, `do_sample`, `num_beams`, `streamer` or `eos_token_id`. A Hugging Face base's own defaults
+        hold.
+
+        Args:
+            input_ids: the prompts `(batch, tokens)`, int64; shorter ones are padded on the left, which
+                `attention_mask` says.
+            max_new_tokens: how many tokens to write at most: 50 if neither this nor `max_length` says.
+            compile: let torch compile the module, for this call and later ones.
+            **options: what else transformers' `generate` takes.
+
+        Returns:
+            The prompts and the new tokens `(batch, tokens + new)`, or what `return_dict_in_generate` asks for.
+
+        Raises:
+            RefusedError: the model is no decoder, or its tokens meet outside causal attention, so that it can have no
+                cache; names the operation.
+            AdaptcError: transformers is not installed, or an input is missing.
+        """
+        return self.program.generator(compile).generate(input_ids, max_new_tokens, **options)
+
     def check_gradients(self) -> None:
         """Check with random inputs and adapters that every trained parameter gets a gradient.
 

@@ -200,7 +200,7 @@ def prove_onnx(
 
 
 def _rounded(program: Program, graph: Graph, reference: Run, unrounded: Graph) -> tuple[Graph, Run, float]:
-    """The graph that rounds activations as its file does, its run, and the relative error that is allowed to the file."""
+    """The graph that rounds activations as its file does, its run, and the relative error that the file may have."""
     rounding = run(unrounded, [RoundActivations()])
     rounded = Interpreter(rounding, torch.float32).on(reference.taken)
     behind = [floats_behind_labels(side, reference.taken, torch.float32) for side in (graph, rounding)]

@@ -15,6 +15,7 @@ from adaptc.checkpoints.compaction import compacted
 from adaptc.checkpoints.graph_records import records_of
 from adaptc.checkpoints.module_adapters import META, load_adapter_into
 from adaptc.compiler.adapter_weights import load_checkpoints
+from adaptc.compiler.generation import Generator
 from adaptc.compiler.plan_report import PlanReport
 from adaptc.compiler.proofs import Proofs
 from adaptc.compiler.quantization_error import QuantizationErrors, measure
@@ -59,6 +60,7 @@ class Program:
         self.spec, self.plan, self.base, self.after = spec, plan, base, after
         self.graph, self.factored = rewritten.adapted, rewritten.factored
         self.records = list(rewritten.records)
+        self._generator: tuple[bool, Generator] | None = None
         self.proofs = Proofs(base, spec.seed, spec.proof.tolerance if spec.proof else None)
         load_checkpoints(spec, plan.entries, base, self.graph, lambda: self.base_sha256)
 
@@ -110,6 +112,25 @@ class Program:
         graph = self.factored.copy()
         graph.weights.update((adapted or self.graph).weights)
         return graph
+
+    def generator(self, compiled: bool = False) -> Generator:
+        """What writes texts by the live graph. It is made once, and again when the trainable module is made.
+
+        Args:
+            compiled: let torch compile it.
+        """
+        shared = "module" in self.__dict__
+        if self._generator is None or self._generator[0] != shared:
+            graph = self.live_graph()
+            if shared:  # no weight is loaded twice, and training is followed
+                tensors = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+                graph.weights.update({n: Held(tensors[n]) for n in graph.weights.keys() & tensors.keys()})
+            self._generator = shared, Generator(graph, self.base.source)
+        generator = self._generator[1]
+        if compiled:
+            graph_module: Any = generator.step.graph
+            graph_module.compile(dynamic=True)
+        return generator
 
     def compact_graph(self) -> Graph:
         """The live graph without the ranks or entries that training has pruned."""

@@ -217,7 +217,7 @@ def limited(spec: InputSpec, config: Any) -> InputSpec:
 
 
 def _decodes(model: nn.Module | type[nn.Module], config: Any) -> bool:
-    """Whether a model writes texts, token by token: what could be an encoder too says in its configuration which it is."""
+    """Whether a model writes texts, token by token; what could be an encoder too has `is_decoder` to tell."""
     generates: Any = getattr(model, "can_generate", None)
     encodes = hasattr(config, "add_cross_attention") and getattr(config, "is_decoder", True) is False
     return generates is not None and bool(generates()) and not encodes and _vision(config) is config

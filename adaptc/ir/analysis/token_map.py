@@ -10,8 +10,8 @@ from torch import fx
 
 from adaptc.ir.analysis.attention import Attention, Tokens, find_attentions, keys_of, operand, values_of
 from adaptc.ir.analysis.dataflow import walk
-from adaptc.ir.analysis.token_axes import Axes, MixesTokensError, TokenAxis, TokenMap, holds_tensor
-from adaptc.ir.analysis.token_rules import SIZES_ALONE, axes_after, with_past
+from adaptc.ir.analysis.token_axes import Axes, MixesTokensError, TokenAxis, TokenMap, holds_tensor, with_past
+from adaptc.ir.analysis.token_rules import SIZES_ALONE, axes_after
 from adaptc.ir.nodes import is_tensor, memory_owner, operation, writes_in_place
 
 Place = tuple[fx.Node, int | tuple[int, int]]

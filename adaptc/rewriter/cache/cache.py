@@ -20,7 +20,7 @@ from adaptc.ir.graph import Graph
 from adaptc.ir.nodes import is_tensor, operation, size_expression
 from adaptc.ir.verify import refresh
 from adaptc.rewriter.cache.causal import Shares
-from adaptc.rewriter.cache.past import TOTAL, add_inputs
+from adaptc.rewriter.cache.past import TOTAL, Counts, add_inputs, add_seen
 from adaptc.rewriter.cache.restriction import Restriction, refusal
 from adaptc.rewriter.pipeline import Pass
 
@@ -39,7 +39,14 @@ class Cache(Pass):
 
     Each attention gets the inputs `past_key_values.{i}.key` and `.value`, `(batch, heads, past, size)`, of which the
     past may be empty, and the outputs `present.{i}.key` and `.value`. A mask is of past and new tokens.
+
+    Attributes:
+        buffers: the inputs have room for all tokens, `(batch, heads, total, size)`, and those of the new tokens are
+            written into them. The input `seen` is as long as the past, and a mask as the room. There are no new
+            outputs.
     """
+
+    buffers: bool = False
 
     name: ClassVar[str] = "cache"
     takes: ClassVar[frozenset[str]] = frozenset({"traced", "adapted", "factored", "folded", "evaluated"})
@@ -78,13 +85,19 @@ class Cache(Pass):
         ids = token_ids(graph)
         assert isinstance(ids, fx.Node)
         joins, tokens, _ = _analysed(graph, ids)
-        past = add_inputs(graph, joins, ids)
-        restriction = Restriction(graph, ids, tokens, past)
-        restriction.run()
-        _give(graph, restriction.presents)
-        spec = next(s for s, node in zip(graph.inputs, graph.placeholders, strict=False) if node is ids)
+        spec = next(s for s, node in zip(graph.inputs, graph.placeholders, strict=True) if node is ids)
+        past = add_inputs(graph, joins, ids, self.buffers)
         graph.inputs = (*graph.inputs, *(p.spec(spec.dims[0]) for p in past))
-        _shorten_inputs(graph, restriction)
+        seen = None
+        if self.buffers:
+            seen, length = add_seen(graph)
+            graph.inputs = (*graph.inputs, length)
+        restriction = Restriction(graph, ids, tokens, past, seen)
+        restriction.run()
+        _give(graph, {} if self.buffers else restriction.presents)
+        whole = _shorten_inputs(graph, restriction)
+        if whole is not None and not self.buffers:
+            _count_from(graph, restriction.counts, *whole)
         graph.module.graph.eliminate_dead_code(
             is_impure_node=lambda node: node.op in ("placeholder", "output")
         )
@@ -129,7 +142,7 @@ def _analysed(graph: Graph, ids: fx.Node) -> tuple[list[Join], TokenMap, list[Re
 
 
 def _give(graph: Graph, presents: Mapping[str, fx.Node]) -> None:
-    """Let the graph give the keys and values too."""
+    """Let the graph give the keys and values too, as a plain tuple."""
     output = next(node for node in graph.nodes if node.op == "output")
     results: Any = output.args[0]
     output.args = ((*cast(list[Any], results), *presents.values()),)
@@ -137,8 +150,12 @@ def _give(graph: Graph, presents: Mapping[str, fx.Node]) -> None:
     graph.module.graph.set_codegen(CodeGen())
 
 
-def _shorten_inputs(graph: Graph, restriction: Restriction) -> None:
-    """Inputs of which only the last tokens are read are of the new tokens; the others are of all, and tell how many."""
+def _shorten_inputs(graph: Graph, restriction: Restriction) -> tuple[fx.Node, int] | None:
+    """Inputs of which only the last tokens are read are of the new tokens; the others are of all.
+
+    Returns:
+        An input of all tokens, and which of its axes they lie along.
+    """
     whole: tuple[fx.Node, int] | None = None
     specs: list[InputSpec] = []
     for node, spec in zip(graph.placeholders, graph.inputs, strict=True):
@@ -157,17 +174,16 @@ def _shorten_inputs(graph: Graph, restriction: Restriction) -> None:
             whole = whole or (node, axis)
             specs.append(replace(spec, dims=(*spec.dims[:axis], TOTAL, *spec.dims[axis + 1 :])))
     graph.inputs = tuple(specs)
-    if whole is not None:
-        _count_from(graph, restriction, *whole)
+    return whole
 
 
-def _count_from(graph: Graph, restriction: Restriction, mask: fx.Node, axis: int) -> None:
+def _count_from(graph: Graph, counts: Counts, mask: fx.Node, axis: int) -> None:
     """Read the number of tokens from a mask: a past that is a shared buffer is longer than what is in it."""
-    with graph.module.graph.inserting_before(restriction.past):
-        total = graph.call(aten.sym_size.int, mask, axis, like=restriction.total)
-        past = graph.call(operator.sub, total, restriction.new, like=restriction.past)
-    restriction.past.replace_all_uses_with(past)
-    restriction.total.replace_all_uses_with(total)
+    with graph.module.graph.inserting_before(counts.past):
+        total = graph.call(aten.sym_size.int, mask, axis, like=counts.end)
+        past = graph.call(operator.sub, total, counts.new, like=counts.past)
+    counts.past.replace_all_uses_with(past)
+    counts.end.replace_all_uses_with(total)
 
 
 def _drop_unread(graph: Graph) -> None:

@@ -14,8 +14,10 @@ from adaptc.ir.analysis.token_axes import MixesTokensError, holds_tensor, shape_
 from adaptc.ir.analysis.token_rules import is_elementwise
 from adaptc.ir.graph import Graph
 from adaptc.ir.nodes import is_tensor, map_operands, operation, size_expression
+from adaptc.rewriter.cache.past import Counts
 
 aten = torch.ops.aten
+algebra: Any = sympy  # it has no types
 
 
 class LastTokens:
@@ -26,23 +28,12 @@ class LastTokens:
     Args:
         graph: rewritten in place; new nodes are inserted at the current insertion point.
         tokens: the number of tokens in the trace, as a formula.
-        past: the node of the number of tokens in the past.
-        new: the node of the number of new tokens.
-        total: the node of their sum.
+        counts: the nodes of the numbers of tokens in the graph with a cache.
         content: what is computed from the token ids.
     """
 
-    def __init__(
-        self,
-        graph: Graph,
-        tokens: Any,
-        past: fx.Node,
-        new: fx.Node,
-        total: fx.Node,
-        content: Collection[fx.Node],
-    ):
-        self.graph, self.tokens, self.content = graph, tokens, content
-        self.past, self.new, self.total = past, new, total
+    def __init__(self, graph: Graph, tokens: Any, counts: Counts, content: Collection[fx.Node]):
+        self.graph, self.tokens, self.counts, self.content = graph, tokens, counts, content
         self.traced = {node: node.meta["val"] for node in graph.nodes if "val" in node.meta}
         self.cuts: list[fx.Node] = []
         """Slices of what could not be computed for the new tokens alone."""
@@ -89,7 +80,7 @@ class LastTokens:
         if node.op != "call_function" or node.target is getattr:
             return node
         if isinstance(self.traced[node], torch.SymInt):
-            return self.count(node, self.total)
+            return self.count(node, self.counts.total)
         operands = {n: self.whole(n) for n in node.all_input_nodes}
         inputs = [n for n in node.all_input_nodes if n.op == "placeholder" and self.has_tokens(n)]
         if not inputs and all(n is other for n, other in operands.items()):
@@ -108,13 +99,17 @@ class LastTokens:
             self._counted[key] = again(value, tokens)
         return self._counted[key]
 
+    def end(self, value: Any) -> Any:
+        """A size that says where all tokens end: where the new ones do."""
+        return self.count(value, self.counts.end) if isinstance(value, fx.Node) else value
+
     def _computed(self, size: fx.Node, tokens: fx.Node) -> fx.Node:
         return self._again(size, lambda n: self.count(n, tokens))
 
     def _measured(self, size: fx.Node, tokens: fx.Node) -> fx.Node:
         """The size of an axis with other entries beside the tokens, or with several for each."""
         formula = size_expression(self.traced[size])
-        more, times = formula - self.tokens, sympy.cancel(formula / self.tokens)
+        more, times = formula - self.tokens, algebra.cancel(formula / self.tokens)
         if more.is_Integer:
             return self.call(operator.add, tokens, int(more), like=size)
         if times.is_Integer:
@@ -126,7 +121,7 @@ class LastTokens:
         if not isinstance(node, fx.Node) or node not in self.traced or node.op != "call_function":
             return node
         if isinstance(self.traced[node], torch.SymInt):
-            return self.count(node, self.new)
+            return self.count(node, self.counts.new)
         if node.target is getattr or not is_tensor(node):
             return node
         if node not in self._rows:
@@ -154,7 +149,9 @@ class LastTokens:
 
     def cut(self, node: fx.Node, axis: int) -> fx.Node:
         """The last rows of a value for all tokens."""
-        cut = self.call(aten.slice.Tensor, self.whole(node), axis, self.past, self.total, like=node)
+        cut = self.call(
+            aten.slice.Tensor, self.whole(node), axis, self.counts.past, self.counts.end, like=node
+        )
         self.cuts.append(cut)
         return cut
 
@@ -185,9 +182,11 @@ def _arange(tokens: LastTokens, node: fx.Node, axis: int) -> fx.Node | None:
     start, end = (0, *args)[-2:] if len(args) < 3 else (None, None)
     if not isinstance(start, int):
         return None
-    first = tokens.past if start == 0 else tokens.call(operator.add, tokens.past, start, like=node)
+    first = (
+        tokens.counts.past if start == 0 else tokens.call(operator.add, tokens.counts.past, start, like=node)
+    )
     options = {key: tokens.whole(value) for key, value in node.kwargs.items()}
-    return tokens.graph.call(aten.arange.start, first, tokens.whole(end), like=node, **options)
+    return tokens.graph.call(aten.arange.start, first, tokens.end(end), like=node, **options)
 
 
 def _moved(
@@ -238,7 +237,9 @@ def _slice(tokens: LastTokens, node: fx.Node, axis: int) -> fx.Node | None:
         rest = [tokens.whole(argument) for argument in node.args[1:]]
         return tokens.call(node.target, tokens.last(source, axis), *rest, like=node)
     if start in (0, None) and step == 1:
-        return tokens.call(node.target, tokens.whole(source), axis, tokens.past, tokens.whole(end), like=node)
+        return tokens.call(
+            node.target, tokens.whole(source), axis, tokens.counts.past, tokens.end(end), like=node
+        )
     return None
 
 
@@ -261,7 +262,7 @@ def _expand(tokens: LastTokens, node: fx.Node, axis: int) -> fx.Node:
     position = axis - (_rank(node) - tokens.traced[source].dim())
     cut = tokens.whole(source) if position < 0 else tokens.last(source, position)
     result = [tokens.whole(size) for size in sizes]
-    result[axis] = -1 if isinstance(sizes[axis], int) else tokens.new
+    result[axis] = -1 if isinstance(sizes[axis], int) else tokens.counts.new
     return tokens.call(node.target, cut, result, like=node)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +20,29 @@ from adaptc.ir.graph import Graph
 aten = torch.ops.aten
 PAST = "past"
 """The name of the dimension of the tokens in the past."""
+SEEN = "seen"
+"""The name of an input that tells how many tokens are in the past."""
 TOTAL = "total"
-"""The name of the dimension of all tokens, past and new."""
+"""The name of the dimension of all tokens, past and new; of the room for them, where they are in buffers."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """The nodes of the numbers of tokens in a graph with a cache.
+
+    Attributes:
+        batch: sequences.
+        new: new tokens of each.
+        past: tokens of the past of each.
+        end: past and new ones.
+        total: how long masks, keys and values are: `end`, or the room in buffers.
+    """
+
+    batch: fx.Node
+    new: fx.Node
+    past: fx.Node
+    end: fx.Node
+    total: fx.Node
 
 
 @dataclass(frozen=True)
@@ -31,11 +53,13 @@ class PastInput:
         join: where they are joined.
         node: the input, `(batch, heads, past, size)`.
         heads: how many heads it has.
+        buffer: whether it has room for the new tokens, `(batch, heads, total, size)`, which are written into it.
     """
 
     join: Join
     node: fx.Node
     heads: int
+    buffer: bool
 
     @property
     def name(self) -> str:
@@ -50,59 +74,99 @@ class PastInput:
     def spec(self, batch: str | int) -> InputSpec:
         """The input as a spec describes it."""
         value = self.node.meta["val"]
-        dims = (batch, self.heads, PAST, self.join.tokens.size)
+        dims = (batch, self.heads, TOTAL if self.buffer else PAST, self.join.tokens.size)
         return InputSpec(self.name, str(value.dtype).removeprefix("torch."), dims)
 
 
-def new_size(graph: Graph, name: str) -> Any:
-    """A size that no input has yet, in the graph's fake-tensor mode."""
+SHORT = 2
+"""The size that stands for that of the past while shapes are computed: tables of positions may have few rows more than
+are traced. Not 1, which broadcasts."""
+
+
+def new_size(graph: Graph, name: str, hint: int) -> Any:
+    """A size that no input has yet, in the graph's fake-tensor mode, computed with as if it were `hint`."""
     environment = graph.fake_mode.shape_env
-    symbol = environment.create_symbol(
-        5, source=ConstantSource(f"{name}_{id(graph)}"), dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None
-    )
-    return environment.create_symintnode(symbol, hint=5)
+    source = ConstantSource(f"{name}_{id(graph)}")
+    dynamic = DimDynamic.DYNAMIC
+    symbol = environment.create_symbol(hint, source=source, dynamic_dim=dynamic, constraint_dim=None)
+    return environment.create_symintnode(symbol, hint=hint)
 
 
-def add_inputs(graph: Graph, joins: Iterable[Join], ids: fx.Node) -> list[PastInput]:
+def add_inputs(graph: Graph, joins: Iterable[Join], ids: fx.Node, buffers: bool) -> list[PastInput]:
     """Insert an input for every join, behind the other inputs."""
-    batch, past = ids.meta["val"].shape[0], new_size(graph, PAST)
+    batch, tokens = ids.meta["val"].shape
+    length = new_size(graph, TOTAL, SHORT + tokens.node.hint + 1) if buffers else new_size(graph, PAST, SHORT)
     batches = [node.meta["val"].shape[0] for node in graph.placeholders if node.meta["val"].dim()]
-    last, inputs = graph.placeholders[-1], list[PastInput]()
+    inputs = list[PastInput]()
     for join in joins:
-        heads = join.tokens.count(batches)
+        heads, dtype = join.tokens.count(batches), join.tokens.node.meta["val"].dtype
         assert heads is not None
-        with graph.module.graph.inserting_after(last):
-            last = graph.module.graph.placeholder(f"past_{join.attention}_{join.kind}")
-        with graph.fake_mode:
-            dtype = join.tokens.node.meta["val"].dtype
-            last.meta["val"] = torch.empty(batch, heads, past, join.tokens.size, dtype=dtype)
-        inputs.append(PastInput(join, last, heads))
+        sizes = (batch, heads, length, join.tokens.size)
+        node = _input(graph, f"past_{join.attention}_{join.kind}", sizes, dtype)
+        inputs.append(PastInput(join, node, heads, buffers))
     return inputs
 
 
-def joined(graph: Graph, past: PastInput, own: fx.Node, sizes: Sequence[fx.Node]) -> tuple[fx.Node, fx.Node]:
-    """Join the past with the keys or values of the new tokens.
+def add_seen(graph: Graph) -> tuple[fx.Node, InputSpec]:
+    """Insert the input `seen`, which has an entry for each token of the past: only its length is read."""
+    node = _input(graph, SEEN, (new_size(graph, PAST, SHORT),), torch.bool)
+    return node, InputSpec(SEEN, "bool", (PAST,))
+
+
+def _input(graph: Graph, name: str, sizes: Sequence[Any], dtype: torch.dtype) -> fx.Node:
+    with graph.module.graph.inserting_after(graph.placeholders[-1]):
+        node = graph.module.graph.placeholder(name)
+    with graph.fake_mode:
+        node.meta["val"] = torch.empty(sizes, dtype=dtype)
+    return node
+
+
+def add_counts(graph: Graph, ids: fx.Node, past: PastInput, seen: fx.Node | None) -> Counts:
+    """Insert the numbers of tokens in front of the first operation.
+
+    Args:
+        graph: changed.
+        ids: the input of token ids.
+        past: the input of some keys.
+        seen: the input whose length is the number of tokens in the past; None where those of `past` are as many.
+    """
+    first = next(node for node in graph.nodes if node.op == "call_function")
+    with graph.module.graph.inserting_before(first):
+        batch, new = (graph.call(aten.sym_size.int, ids, axis, like=ids) for axis in (0, 1))
+        length = graph.call(aten.sym_size.int, past.node, 2, like=ids)
+        before = length if seen is None else graph.call(aten.sym_size.int, seen, 0, like=ids)
+        end = graph.call(operator.add, before, new, like=ids)
+    return Counts(batch, new, before, end, end if seen is None else length)
+
+
+def joined(graph: Graph, past: PastInput, own: fx.Node, counts: Counts) -> tuple[fx.Node, fx.Node]:
+    """Join the past with the keys or values of the new tokens: one behind the other, or written into the buffer.
 
     Args:
         graph: changed at its insertion point.
         past: the input.
         own: those of the new tokens, with their axes in the attention's order.
-        sizes: the nodes of the number of sequences, of new tokens, and of all tokens.
+        counts: the numbers of tokens.
 
     Returns:
         The joined ones in the attention's order; and as `(batch, heads, tokens, size)`.
     """
     tokens = past.join.tokens
-    batch, new, total = sizes
     order = _order(tokens)
     back = [order.index(axis) for axis in range(len(order))]
     part = _permuted(graph, own, order)
     if tokens.heads is None:
-        part = graph.call(aten.view.default, part, [batch, past.heads, new, tokens.size], like=own)
-    whole = graph.call(aten.cat.default, [past.node, part], 2, like=own)
+        sizes = [counts.batch, past.heads, counts.new, tokens.size]
+        part = graph.call(aten.view.default, part, sizes, like=own)
+    if past.buffer:
+        device = {"device": own.meta["val"].device}
+        places = graph.call(aten.arange.start, counts.past, counts.end, like=own, **device)
+        whole = graph.call(aten.index_copy_.default, past.node, 2, places, part, like=own)
+    else:
+        whole = graph.call(aten.cat.default, [past.node, part], 2, like=own)
     flat = whole
     if tokens.heads is None:
-        flat = graph.call(aten.view.default, whole, [-1, total, tokens.size], like=own)
+        flat = graph.call(aten.view.default, whole, [-1, counts.total, tokens.size], like=own)
     return _permuted(graph, flat, back), whole
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any, cast
 
 import torch
@@ -19,7 +18,7 @@ from adaptc.ir.nodes import is_tensor, operation, provenance, size_expression
 from adaptc.ir.verify import evaluate_again
 from adaptc.rewriter.cache.causal import is_causal, mask_of
 from adaptc.rewriter.cache.last_tokens import LastTokens
-from adaptc.rewriter.cache.past import PastInput, joined
+from adaptc.rewriter.cache.past import PastInput, add_counts, joined
 
 aten = torch.ops.aten
 
@@ -32,19 +31,17 @@ class Restriction:
         ids: the input of token ids.
         tokens: where the tokens are in every value, with those of the past where keys and values are joined.
         past: the inputs of keys and values.
+        seen: the input whose length is the number of tokens in the past, where those are in buffers.
     """
 
-    def __init__(self, graph: Graph, ids: fx.Node, tokens: TokenMap, past: list[PastInput]):
+    def __init__(
+        self, graph: Graph, ids: fx.Node, tokens: TokenMap, past: list[PastInput], seen: fx.Node | None
+    ):
         self.graph, self.ids, self.map, self.pasts = graph, ids, tokens, past
         self.order = list(graph.nodes)
-        first = next(node for node in self.order if node.op == "call_function")
-        with graph.module.graph.inserting_before(first):
-            self.batch = graph.call(aten.sym_size.int, ids, 0, like=ids)
-            self.new = graph.call(aten.sym_size.int, ids, 1, like=ids)
-            self.past = graph.call(aten.sym_size.int, past[0].node, 2, like=ids)
-            self.total = graph.call(operator.add, self.past, self.new, like=ids)
+        self.counts = add_counts(graph, ids, past[0], seen)
         self.tokens = size_expression(ids.meta["val"].shape[1])
-        self.last = LastTokens(graph, self.tokens, self.past, self.new, self.total, set(tokens.axes))
+        self.last = LastTokens(graph, self.tokens, self.counts, set(tokens.axes))
         self.causal: fx.Node | None = None
         self.presents: dict[str, fx.Node] = {}
         self._joined: dict[tuple[fx.Node, str], fx.Node] = {}
@@ -79,7 +76,7 @@ class Restriction:
         for node in self.order:
             if node.op == "placeholder" and node is not self.ids and self.last.has_tokens(node):
                 sizes = [
-                    self.total.meta["val"] if size_expression(size) == self.tokens else size
+                    self.counts.total.meta["val"] if size_expression(size) == self.tokens else size
                     for size in node.meta["val"].shape
                 ]
                 with self.graph.fake_mode:
@@ -156,9 +153,9 @@ class Restriction:
             if name != "slice":
                 raise MixesTokensError("it names a number of tokens, of the past or new ones")
             along = cast(int, node.args[1]) % self.last.traced[node].dim()
-            tokens = self.total if any(a.past and a.axis == along for a in source) else self.new
+            tokens = self.counts.total if any(a.past and a.axis == along for a in source) else self.counts.new
         else:
-            tokens = self.new
+            tokens = self.counts.new
         for size in sizes:
             node.replace_input_with(size, self.last.count(size, tokens))
 
@@ -167,14 +164,13 @@ class Restriction:
             return size
         if axis is None:
             raise MixesTokensError("its view names a number of tokens for another axis")
-        return self.last.count(size, self.total if axis.past else self.new)
+        return self.last.count(size, self.counts.total if axis.past else self.counts.new)
 
     def _join(self, node: fx.Node, past: PastInput) -> None:
         own = past.join.tokens.node
         key = (own, past.name)
         if key not in self._joined:
-            sizes = (self.batch, self.new, self.total)
-            self._joined[key], self.presents[past.present] = joined(self.graph, past, own, sizes)
+            self._joined[key], self.presents[past.present] = joined(self.graph, past, own, self.counts)
         replace_operand(node, past.join.tokens.argument, self._joined[key])
 
     def _mask(self, node: fx.Node) -> None:
@@ -193,8 +189,8 @@ class Restriction:
         device = {"device": torch.device("cpu")}
         first = next(n for n in self.order if n.op == "call_function")
         with self.graph.module.graph.inserting_before(first):
-            seen = self.last.call(aten.arange.default, self.total, like=like, **device)
-            seeing = self.last.call(aten.arange.start, self.past, self.total, like=like, **device)
+            seen = self.last.call(aten.arange.default, self.counts.total, like=like, **device)
+            seeing = self.last.call(aten.arange.start, self.counts.past, self.counts.end, like=like, **device)
             column = self.last.call(aten.unsqueeze.default, seeing, 1, like=like)
             return self.last.call(aten.le.Tensor, seen, column, like=like)
 
