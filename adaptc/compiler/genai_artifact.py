@@ -29,6 +29,10 @@ from adaptc.spec.spec import Spec
 
 ANY, ONE = "texts of any lengths", "texts of one length"
 """What a batch may hold."""
+WHY = (
+    "the model has no attention_mask, counts positions itself, or attends to a window that padding would fill"
+)
+"""Why it may not hold any texts."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +55,8 @@ class GenaiArtifact:
             notes.append("the base has no tokenizer, so that the directory takes token ids alone")
         elif isinstance(self.about["tokenizer"], str):
             notes.append(self.about["tokenizer"])
-        if self.about["batches"] == ONE:
-            notes.append(
-                "texts in one batch must have one length: the model has no attention_mask, or counts positions itself"
-            )
+        if self.about["batches"] != ANY:
+            notes.append(f"a batch may hold {self.about['batches']}: {WHY}")
         left_out = ", ".join(f"{name}: {value}" for name, value in self.about["generation_left_out"].items())
         if left_out:
             notes.append(f"onnxruntime-genai has no {left_out}, which the base generates with")
@@ -103,13 +105,13 @@ def write_genai(
     config = genai_config(decoder, defaults, length, eos)
     write_config(directory, config)
 
-    exact = gaps_change_nothing(program, written, decoder)
+    padded = _padded(program, written, decoder, length, defaults.window)
     unrun = _why_not_run(written)
     model = None if unrun else GenaiModel(directory, final)
-    answers = prove_greedy(program, written, decoder, model, exact, length).to_json() if model else unrun
+    answers = prove_greedy(program, written, decoder, model, padded, length).to_json() if model else unrun
     other = other_tokens(model, directory) if model and tokenizer else None
     about = {
-        "batches": ANY if exact else ONE,
+        "batches": _batches(padded, length),
         "context_length": length,
         "tokenizer": other or tokenizer,
         "generation": config["search"],
@@ -117,6 +119,22 @@ def write_genai(
         "greedy": answers,
     }
     return GenaiArtifact(written, about)
+
+
+def _padded(
+    program: Program, written: ProgramArtifact, decoder: Served, length: int, window: int | None
+) -> int:
+    """The most tokens that texts of several lengths may have in one batch with their answers; 0 if that takes none."""
+    if not gaps_change_nothing(program, written, decoder, length):
+        return 0
+    return min(length, window or length)
+
+
+def _batches(padded: int, length: int) -> str:
+    """What a batch may hold, in words."""
+    if padded == 0:
+        return ONE
+    return ANY if padded == length else f"{ANY} up to {padded} tokens with their answers"
 
 
 def check_served(spec: Spec, base: Graph) -> None:

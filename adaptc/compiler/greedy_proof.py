@@ -31,7 +31,7 @@ NEW = 8
 """The tokens that follow each. Chosen as few, since each is a run of the model."""
 ALONE, TOGETHER = "one by one", "in one batch"
 """How the texts are continued."""
-HIDDEN = 3
+HIDDEN = 64
 """The hidden tokens in `gaps_change_nothing`."""
 
 
@@ -61,7 +61,7 @@ def prove_greedy(
     written: ProgramArtifact,
     decoder: Served,
     model: GenaiModel,
-    together: bool,
+    padded: int,
     longest: int,
 ) -> Answers:
     """Prove that the likeliest tokens that onnxruntime-genai generates are those of the graph without a cache.
@@ -73,14 +73,17 @@ def prove_greedy(
         written: the program in the directory.
         decoder: how onnxruntime-genai sees it.
         model: the directory, loaded.
-        together: continue the texts in one batch too, shorter ones padded behind.
+        padded: the most tokens that texts may have with their answers where they are one batch too, shorter ones padded
+            behind.
         longest: the most tokens of a text.
 
     Raises:
         ProofError: another token is likelier.
     """
     special = {model.pad, *model.ends}
-    texts = _texts(decoder.vocabulary, special, longest, program.spec.seed)
+    lengths = [length for length in LENGTHS if length + NEW <= longest] or [1]
+    texts = [_text(decoder.vocabulary, special, length, program.spec.seed) for length in lengths]
+    together = max(map(len, texts)) + NEW <= padded
     ways = _generated(model, texts, together)
     allowed = 2 * written.proof.tolerance
     sure: list[int] = []
@@ -128,12 +131,11 @@ def generated_again(answers: Mapping[str, Any] | str, directory: Path) -> str:
     return f"onnxruntime-genai generates the same tokens, {', '.join(ways)}"
 
 
-def _texts(vocabulary: int, special: set[int], longest: int, seed: int) -> list[list[int]]:
-    """Random texts without tokens that end or pad one."""
-    generator = seeded(seed, "greedy")
+def _text(vocabulary: int, special: set[int], length: int, seed: int) -> list[int]:
+    """A random text without tokens that end or pad one."""
     usual = torch.tensor([token for token in range(vocabulary) if token not in special])
-    lengths = [length for length in LENGTHS if length + NEW <= longest] or [1]
-    return [usual[torch.randint(len(usual), (n,), generator=generator)].tolist() for n in lengths]
+    drawn = torch.randint(len(usual), (length,), generator=seeded(seed, f"{length} tokens"))
+    return usual[drawn].tolist()
 
 
 @dataclass(frozen=True)
@@ -219,7 +221,7 @@ def _proof(
     return Proof(name, worst, worst, allowed, shapes, notes=tuple(notes))
 
 
-def gaps_change_nothing(program: Program, written: ProgramArtifact, decoder: Served) -> bool:
+def gaps_change_nothing(program: Program, written: ProgramArtifact, decoder: Served, longest: int) -> bool:
     """Whether hidden tokens in the middle of a text change nothing behind them.
 
     onnxruntime-genai pads shorter texts behind, and goes on behind that. It changes nothing where positions are an
@@ -227,9 +229,10 @@ def gaps_change_nothing(program: Program, written: ProgramArtifact, decoder: Ser
     """
     if MASK not in decoder.inputs:
         return False
-    (text,) = [t for t in _texts(decoder.vocabulary, set(), 2**30, program.spec.seed) if len(t) == LENGTHS[1]]
-    gap = [*text[:2], *[text[0]] * HIDDEN, *text[2:]]
-    batches = {"whole": _batch(decoder, text), "gap": _batch(decoder, gap, range(2, 2 + HIDDEN))}
+    text = _text(decoder.vocabulary, set(), LENGTHS[1], program.spec.seed)
+    count = min(HIDDEN, longest - len(text))
+    gap = [*text[:2], *[text[0]] * count, *text[2:]]
+    batches = {"whole": _batch(decoder, text), "gap": _batch(decoder, gap, range(2, 2 + count))}
     logits = _logits(written.file.unrounded or written.computes, decoder, batches)
-    whole, apart = logits["whole"][:, 2:], logits["gap"][:, 2 + HIDDEN :]
+    whole, apart = logits["whole"][:, 2:], logits["gap"][:, 2 + count :]
     return float((whole - apart).abs().max()) <= written.proof.tolerance * scale(whole.flatten())

@@ -139,7 +139,8 @@ def test_a_decoder_written_by_hand(tmp_path: Path) -> None:
     (artifact,) = emit_all(compiled.program, load({"emit": [entry]}).emit)
     assert artifact.notes == (
         "the base has no tokenizer, so that the directory takes token ids alone",
-        "texts in one batch must have one length: the model has no attention_mask, or counts positions itself",
+        "a batch may hold texts of one length: the model has no attention_mask, counts positions itself, or attends "
+        "to a window that padding would fill",
     )
     ids = [3, 1, 4, 1, 5]
     answer = GenaiModel(tmp_path / "serve").greedy([ids], 10)[0]

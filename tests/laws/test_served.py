@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from adaptc.generation.genai import GenaiModel
 from adaptc.ir.module import bind
 from tests.families import DECODERS, VOCABULARY, Zoo, entry, perturb, without_cache
 
+WINDOWED = ("mistral", "gemma2")
+"""The families whose window is so short that padding fills it."""
 LENGTHS = (1, 4, 9)
 """Of the prompts; the last is longer than the sliding windows of the families, which are 4."""
-NEW = 40
+NEW, EOS = 40, 97
 INT4: dict[str, Any] = {
     "quantize": [{"method": "int4", "target": "all-linear", "block_size": 16}],
     "passes": ["quantize", "insert"],
@@ -84,25 +87,28 @@ def test_tokens_are_those_of_the_graph_without_a_cache(
     zoo: Zoo, family: str, kind: str, tmp_path: Path
 ) -> None:
     made, (_, _, options) = compiled(zoo, family, kind), KINDS[kind]
-    made.emit("genai", tmp_path / "serve", eos_token_id=2, **options)
+    made.emit("genai", tmp_path / "serve", eos_token_id=EOS, **options)
     model = GenaiModel(tmp_path / "serve")
     graph = made.live_graph() if "adapters" in options else made.folded_graph()
-    module, alone = bind(graph).eval(), list[list[int]]()
+    module, alone, compared = bind(graph).eval(), list[list[int]](), 0
     for prompt in prompts():
         want = uncached(module, prompt, NEW, model.ends)
         (got,) = model.greedy([prompt], NEW)
-        assert len(want) > 3
+        compared += len(want)
         assert got[: len(want)] == want
         alone.append(got)
-    batch = model.greedy(prompts(), 12)
-    assert [tokens[:12] for tokens in alone] == batch
+    assert compared > NEW, "too few tokens before an end or a near tie"
+    told = json.loads((tmp_path / "serve" / "manifest.json").read_text())["products"]["genai"]["batches"]
+    assert told == ("texts of one length" if family in WINDOWED else "texts of any lengths")
+    if family not in WINDOWED:
+        assert model.greedy(prompts(), 12) == [tokens[:12] for tokens in alone]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", DECODERS)
 def test_tokens_are_those_of_generate(zoo: Zoo, family: str, tmp_path: Path) -> None:
     """The base's own tokens, by transformers' `generate` with its cache."""
-    compiled(zoo, family, "base").emit("genai", tmp_path / "serve", eos_token_id=2)
+    compiled(zoo, family, "base").emit("genai", tmp_path / "serve", eos_token_id=EOS)
     model, eager = GenaiModel(tmp_path / "serve"), generating(zoo.directory(family))
     for prompt in prompts():
         with torch.no_grad():
@@ -111,7 +117,7 @@ def test_tokens_are_those_of_generate(zoo: Zoo, family: str, tmp_path: Path) -> 
                 attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
                 max_new_tokens=NEW,
                 do_sample=False,
-                eos_token_id=2,
+                eos_token_id=EOS,
                 pad_token_id=0,
             )
         assert model.greedy([prompt], NEW)[0] == made[0, len(prompt) :].tolist()
@@ -130,6 +136,6 @@ def generating(directory: Path) -> Any:
 def test_float16(zoo: Zoo, tmp_path: Path) -> None:
     made = zoo.compiled("llama", [entry("lora", "llama")], dtype="float16")
     perturb(made.module)
-    made.emit("genai", tmp_path / "serve", eos_token_id=2)
+    made.emit("genai", tmp_path / "serve", eos_token_id=EOS)
     names = {proof.name for proof in made.proofs}
     assert {"genai, greedy, one by one", "genai, greedy, in one batch"} <= names

@@ -19,6 +19,8 @@ SEARCH = (
     *("min_length", "max_length"),
 )
 """The settings of a generation that onnxruntime-genai has, under transformers' names."""
+WINDOWS = ("sliding_window", "attention_chunk_size")
+"""What configurations of transformers call the number of tokens that a token attends to."""
 SAYS_NOTHING = re.compile(r"_.*|transformers_version|use_cache|cache_\w+|output_\w+|return_\w+|\w+_token_id")
 """Settings that do not say which tokens come: they are not told as left out."""
 
@@ -32,18 +34,20 @@ class Defaults:
         search: the settings that onnxruntime-genai has.
         left_out: the settings that it does not have.
         context_length: the most tokens of a text; None where the base does not say.
+        window: how many tokens a token attends to at most; None where that is all.
     """
 
     ids: Mapping[str, Any]
     search: Mapping[str, Any]
     left_out: Mapping[str, Any]
     context_length: int | None
+    window: int | None
 
 
 def defaults_of(pretrained: Pretrained | None) -> Defaults:
     """The generation defaults of a base: of its generation_config.json, or else of its configuration."""
     if pretrained is None:
-        return Defaults({}, {}, {}, None)
+        return Defaults({}, {}, {}, None, None)
     config: Any = pretrained.config.get_text_config()
     settings = _settings(pretrained)
     ids = {
@@ -51,11 +55,13 @@ def defaults_of(pretrained: Pretrained | None) -> Defaults:
         for name in ("bos_token_id", "eos_token_id", "pad_token_id")
     }
     stated: dict[str, Any] = settings.to_diff_dict()
+    windows = [w for w in (getattr(config, name, None) for name in WINDOWS) if w is not None]
     return Defaults(
         {name: value for name, value in ids.items() if value is not None},
         {name: stated[name] for name in SEARCH if stated.get(name) is not None},
         {n: v for n, v in stated.items() if n not in SEARCH and not SAYS_NOTHING.fullmatch(n)},
         getattr(config, "max_position_embeddings", None),
+        min(windows, default=None),
     )
 
 
