@@ -17,7 +17,7 @@ from adaptc.compiler.program import Program
 from adaptc.compiler.program_artifact import ProgramArtifact, write_program
 from adaptc.emit.genai.config import Defaults, defaults_of, genai_config
 from adaptc.emit.genai.decoder import WAY_OUT, Served, served, unserved
-from adaptc.emit.genai.files import PROGRAM, write_config
+from adaptc.emit.genai.files import PROGRAM, tokens_of, write_config
 from adaptc.emit.genai.tokenizer import copy_tokenizer
 from adaptc.emit.huggingface import fits_in_memory
 from adaptc.emit.onnx.export import Wrote
@@ -173,19 +173,20 @@ def _context_length(entry: GenaiEmit, defaults: Defaults) -> int:
     return length
 
 
-def _eos(entry: GenaiEmit, defaults: Defaults, decoder: Served) -> Any:
-    """The token, or tokens, that end a text.
+def _eos(entry: GenaiEmit, defaults: Defaults, decoder: Served) -> list[int]:
+    """The tokens that end a text.
 
     Raises:
         AdaptcError: nothing says so, or there is no such token.
     """
-    eos = defaults.ids.get("eos_token_id") if entry.eos_token_id is None else entry.eos_token_id
-    if eos is None:
+    stated = defaults.ids.get("eos_token_id") if entry.eos_token_id is None else entry.eos_token_id
+    eos = tokens_of(stated)
+    if not eos:
         raise AdaptcError(
             "onnxruntime-genai must know which token ends a text, and the base does not say",
             "write it in the entry, such as `eos_token_id: 2`",
         )
-    wrong = [token for token in (eos if isinstance(eos, list) else [eos]) if token >= decoder.vocabulary]
+    wrong = [token for token in eos if token >= decoder.vocabulary]
     if wrong:
         raise AdaptcError(
             f"the token {wrong[0]} ends a text, and the model has the tokens 0 to {decoder.vocabulary - 1}",

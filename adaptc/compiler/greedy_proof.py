@@ -135,7 +135,7 @@ def _text(vocabulary: int, special: set[int], length: int, seed: int) -> list[in
     """A random text without tokens that end or pad one."""
     usual = torch.tensor([token for token in range(vocabulary) if token not in special])
     drawn = torch.randint(len(usual), (length,), generator=seeded(seed, f"{length} tokens"))
-    return usual[drawn].tolist()
+    return [int(token) for token in usual[drawn]]
 
 
 @dataclass(frozen=True)

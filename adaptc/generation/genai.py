@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from adaptc.emit.genai.files import TOKENIZER, read_config
+from adaptc.emit.genai.files import TOKENIZER, read_config, tokens_of
 from adaptc.errors import AdaptcError
 from adaptc.generation.settings import Settings, as_message
 from adaptc.optional import optional
@@ -89,8 +89,7 @@ class GenaiModel:
     @property
     def ends(self) -> frozenset[int]:
         """The tokens that end a text."""
-        eos = self.config["model"]["eos_token_id"]
-        return frozenset(eos if isinstance(eos, list) else [eos])
+        return frozenset(tokens_of(self.config["model"]["eos_token_id"]))
 
     @property
     def pad(self) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from adaptc.emit.genai.files import tokens_of
 from adaptc.optional import optional
 
 ALWAYS = {
@@ -54,10 +55,9 @@ def stated_settings(name: str) -> Stated:
         return Stated({}, frozenset())
     stated: dict[str, Any] = config.to_diff_dict()
     names = ("do_sample", *ALWAYS, *WHEN_DRAWN)
-    ends = config.eos_token_id
     return Stated(
         {n: stated[n] for n in names if stated.get(n) is not None},
-        frozenset(ends if isinstance(ends, list) else () if ends is None else (ends,)),
+        frozenset(tokens_of(config.eos_token_id)),
     )
 
 

@@ -73,6 +73,8 @@ class GenaiEmit(Part):
             format="onnx",
             path=self.path,
             adapters=self.adapters,
+            opset=None,
+            target_runtime="onnxruntime",
             round_activations=self.round_activations,
             cache=True,
         )

@@ -73,18 +73,16 @@ def _settings(pretrained: Pretrained) -> Any:
         return cls.from_model_config(pretrained.config)
 
 
-def genai_config(
-    decoder: Served, defaults: Defaults, context_length: int, eos: int | list[int]
-) -> dict[str, Any]:
+def genai_config(decoder: Served, defaults: Defaults, context_length: int, eos: list[int]) -> dict[str, Any]:
     """The content of genai_config.json.
 
     Args:
         decoder: the program.
         defaults: how the base generates texts.
         context_length: the most tokens of a text.
-        eos: the token, or tokens, that end a text; the first pads where the base has no token for that.
+        eos: the tokens that end a text; the first pads where the base has no token for that.
     """
-    ids = {"pad_token_id": eos[0] if isinstance(eos, list) else eos, **defaults.ids, "eos_token_id": eos}
+    ids = {"pad_token_id": eos[0], **defaults.ids, "eos_token_id": eos[0] if len(eos) == 1 else eos}
     return {
         "model": {
             "type": "decoder",

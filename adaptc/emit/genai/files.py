@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 CONFIG, PROGRAM, TOKENIZER = "genai_config.json", "model.onnx", "tokenizer.json"
 
@@ -18,3 +18,10 @@ def write_config(directory: Path, content: Mapping[str, Any]) -> None:
 def read_config(directory: Path) -> dict[str, Any]:
     """Read genai_config.json."""
     return json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+
+
+def tokens_of(stated: Any) -> list[int]:
+    """What a configuration says of the tokens that end a text: none, one, or a list."""
+    if stated is None:
+        return []
+    return list(cast("list[int]", stated)) if isinstance(stated, list) else [int(stated)]
