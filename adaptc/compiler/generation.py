@@ -15,9 +15,9 @@ from adaptc.ir.base import Base
 from adaptc.ir.graph import Graph
 from adaptc.ir.module import bind
 from adaptc.optional import optional
-from adaptc.rewriter.cache.cache import Cache, token_ids
+from adaptc.rewriter.cache.cache import Cache
+from adaptc.rewriter.cache.inputs import new_tokens, token_ids
 from adaptc.rewriter.cache.past import SEEN, TOTAL
-from adaptc.rewriter.cache.signature import new_tokens
 from adaptc.rewriter.pipeline import run
 
 NEW_TOKENS = 50

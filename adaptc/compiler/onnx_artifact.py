@@ -32,7 +32,8 @@ from adaptc.ir.interpreter import Interpreter, Run
 from adaptc.ir.near_ties import floats_behind_labels
 from adaptc.ir.tie_breaks import makes_choice
 from adaptc.rewriter.cache.cache import Cache
-from adaptc.rewriter.cache.signature import CacheSignature, new_tokens
+from adaptc.rewriter.cache.inputs import new_tokens
+from adaptc.rewriter.cache.signature import CacheSignature
 from adaptc.rewriter.pipeline import run
 from adaptc.spec.emit import OnnxEmit
 from adaptc.weights import Weight

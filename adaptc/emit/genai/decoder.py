@@ -13,7 +13,7 @@ from adaptc.errors import Refusal, RefusedError
 from adaptc.inputs import InputSpec
 from adaptc.ir.graph import Graph
 from adaptc.ir.nodes import node_arg, size_expression
-from adaptc.rewriter.cache.cache import token_ids
+from adaptc.rewriter.cache.inputs import token_ids
 from adaptc.rewriter.cache.past import TOTAL
 from adaptc.rewriter.cache.signature import PAST_PREFIX, CacheSignature
 

@@ -24,13 +24,23 @@ class Join:
 
     Attributes:
         attention: the number of the attention, in the order of execution.
-        kind: `key` or `value`.
+        kind: `key` or `value`, or `cross.key` and `cross.value` of those that an encoder gives.
         tokens: the argument that is joined, and its axes.
     """
 
     attention: int
     kind: str
     tokens: Tokens
+
+    @property
+    def name(self) -> str:
+        """The input, as in transformers' exports: `past_key_values.0.key`."""
+        return f"past_key_values.{self.attention}.{self.kind}"
+
+    @property
+    def present(self) -> str:
+        """The output that is the next call's input: `present.0.key`."""
+        return f"present.{self.attention}.{self.kind}"
 
     @property
     def place(self) -> Place:

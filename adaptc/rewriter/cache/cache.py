@@ -17,16 +17,15 @@ from adaptc.ir.analysis.attention import find_attentions
 from adaptc.ir.analysis.token_axes import TokenMap
 from adaptc.ir.analysis.token_map import Join, content_of, find_joins, map_tokens
 from adaptc.ir.graph import Graph
-from adaptc.ir.nodes import is_tensor, operation, size_expression
+from adaptc.ir.nodes import is_tensor, size_expression
 from adaptc.ir.verify import refresh
 from adaptc.rewriter.cache.causal import Shares
+from adaptc.rewriter.cache.inputs import drop_unread, token_ids
 from adaptc.rewriter.cache.past import TOTAL, Counts, add_inputs, add_seen
 from adaptc.rewriter.cache.restriction import Restriction, refusal
 from adaptc.rewriter.pipeline import Pass
 
 aten = torch.ops.aten
-IDS = ("decoder_input_ids", "input_ids")
-"""What transformers calls the input of token ids."""
 
 
 @dataclass(frozen=True)
@@ -101,26 +100,9 @@ class Cache(Pass):
         graph.module.graph.eliminate_dead_code(
             is_impure_node=lambda node: node.op in ("placeholder", "output")
         )
-        _drop_unread(graph)
+        drop_unread(graph)
         refresh(graph)
         return True
-
-
-def token_ids(graph: Graph) -> fx.Node | Refusal:
-    """The input of token ids: transformers' name, or the one input that an embedding reads."""
-    nodes = {str(node.target): node for node in graph.placeholders}
-    for name in IDS:
-        if name in nodes:
-            return nodes[name]
-    read = {n for node in graph.nodes if "embedding" in operation(node) for n in node.all_input_nodes}
-    ids = [node for node in nodes.values() if node in read and node.meta["val"].dim() == 2]
-    if len(ids) == 1:
-        return ids[0]
-    names = ", ".join(str(node.target) for node in ids) or "no input of the shape (batch, tokens)"
-    return Refusal(
-        f"a cache is of tokens, and {names} is read by an embedding",
-        notes=("call the input of the token ids input_ids",),
-    )
 
 
 def _analysed(graph: Graph, ids: fx.Node) -> tuple[list[Join], TokenMap, list[Refusal]]:
@@ -184,12 +166,3 @@ def _count_from(graph: Graph, counts: Counts, mask: fx.Node, axis: int) -> None:
         past = graph.call(operator.sub, total, counts.new, like=counts.past)
     counts.past.replace_all_uses_with(past)
     counts.end.replace_all_uses_with(total)
-
-
-def _drop_unread(graph: Graph) -> None:
-    """Remove inputs that only tell a size, which the token ids tell too."""
-    kept = [(node, spec) for node, spec in zip(graph.placeholders, graph.inputs, strict=True)]
-    for node, _ in kept:
-        if not node.users:
-            graph.module.graph.erase_node(node)
-    graph.inputs = tuple(spec for node, spec in kept if node.users)

@@ -61,21 +61,11 @@ class PastInput:
     heads: int
     buffer: bool
 
-    @property
-    def name(self) -> str:
-        """The input, as in transformers' exports: `past_key_values.0.key`."""
-        return f"past_key_values.{self.join.attention}.{self.join.kind}"
-
-    @property
-    def present(self) -> str:
-        """The output that is the next call's input: `present.0.key`."""
-        return f"present.{self.join.attention}.{self.join.kind}"
-
     def spec(self, batch: str | int) -> InputSpec:
         """The input as a spec describes it."""
         value = self.node.meta["val"]
         dims = (batch, self.heads, TOTAL if self.buffer else PAST, self.join.tokens.size)
-        return InputSpec(self.name, str(value.dtype).removeprefix("torch."), dims)
+        return InputSpec(self.join.name, str(value.dtype).removeprefix("torch."), dims)
 
 
 SHORT = 2
@@ -102,18 +92,19 @@ def add_inputs(graph: Graph, joins: Iterable[Join], ids: fx.Node, buffers: bool)
         heads, dtype = join.tokens.count(batches), join.tokens.node.meta["val"].dtype
         assert heads is not None
         sizes = (batch, heads, length, join.tokens.size)
-        node = _input(graph, f"past_{join.attention}_{join.kind}", sizes, dtype)
+        node = add_input(graph, f"past_{join.attention}_{join.kind}", sizes, dtype)
         inputs.append(PastInput(join, node, heads, buffers))
     return inputs
 
 
 def add_seen(graph: Graph) -> tuple[fx.Node, InputSpec]:
     """Insert the input `seen`, which has an entry for each token of the past: only its length is read."""
-    node = _input(graph, SEEN, (new_size(graph, PAST, SHORT),), torch.bool)
+    node = add_input(graph, SEEN, (new_size(graph, PAST, SHORT),), torch.bool)
     return node, InputSpec(SEEN, "bool", (PAST,))
 
 
-def _input(graph: Graph, name: str, sizes: Sequence[Any], dtype: torch.dtype) -> fx.Node:
+def add_input(graph: Graph, name: str, sizes: Sequence[Any], dtype: torch.dtype) -> fx.Node:
+    """Insert an input behind the others."""
     with graph.module.graph.inserting_after(graph.placeholders[-1]):
         node = graph.module.graph.placeholder(name)
     with graph.fake_mode:
@@ -151,23 +142,46 @@ def joined(graph: Graph, past: PastInput, own: fx.Node, counts: Counts) -> tuple
     Returns:
         The joined ones in the attention's order; and as `(batch, heads, tokens, size)`.
     """
-    tokens = past.join.tokens
-    order = _order(tokens)
-    back = [order.index(axis) for axis in range(len(order))]
-    part = _permuted(graph, own, order)
-    if tokens.heads is None:
-        sizes = [counts.batch, past.heads, counts.new, tokens.size]
-        part = graph.call(aten.view.default, part, sizes, like=own)
+    part = as_input(graph, past.join.tokens, own, past.heads)
     if past.buffer:
         device = {"device": own.meta["val"].device}
         places = graph.call(aten.arange.start, counts.past, counts.end, like=own, **device)
         whole = graph.call(aten.index_copy_.default, past.node, 2, places, part, like=own)
     else:
         whole = graph.call(aten.cat.default, [past.node, part], 2, like=own)
-    flat = whole
+    return as_operand(graph, past.join.tokens, whole, counts.total), whole
+
+
+def as_input(graph: Graph, tokens: Tokens, own: fx.Node, heads: int) -> fx.Node:
+    """An attention's keys or values as `(batch, heads, tokens, size)`.
+
+    Args:
+        graph: changed at its insertion point.
+        tokens: the axes of the keys or values.
+        own: the keys or values.
+        heads: how many heads they have.
+    """
+    part = _permuted(graph, own, _order(tokens))
+    if tokens.heads is not None:
+        return part
+    length = graph.call(aten.sym_size.int, part, 1, like=own)
+    return graph.call(aten.view.default, part, [-1, heads, length, tokens.size], like=own)
+
+
+def as_operand(graph: Graph, tokens: Tokens, whole: fx.Node, length: fx.Node | None = None) -> fx.Node:
+    """What is `(batch, heads, tokens, size)` in the order of an attention's keys or values.
+
+    Args:
+        graph: changed at its insertion point.
+        tokens: the axes of the keys or values.
+        whole: what is put in order.
+        length: the node of the number of tokens, where there is one.
+    """
+    order, flat = _order(tokens), whole
     if tokens.heads is None:
-        flat = graph.call(aten.view.default, whole, [-1, counts.total, tokens.size], like=own)
-    return _permuted(graph, flat, back), whole
+        length = length or graph.call(aten.sym_size.int, whole, 2, like=whole)
+        flat = graph.call(aten.view.default, whole, [-1, length, tokens.size], like=whole)
+    return _permuted(graph, flat, [order.index(axis) for axis in range(len(order))])
 
 
 def _order(tokens: Tokens) -> list[int]:

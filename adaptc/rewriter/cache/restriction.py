@@ -168,9 +168,9 @@ class Restriction:
 
     def _join(self, node: fx.Node, past: PastInput) -> None:
         own = past.join.tokens.node
-        key = (own, past.name)
+        key = (own, past.join.name)
         if key not in self._joined:
-            self._joined[key], self.presents[past.present] = joined(self.graph, past, own, self.counts)
+            self._joined[key], self.presents[past.join.present] = joined(self.graph, past, own, self.counts)
         replace_operand(node, past.join.tokens.argument, self._joined[key])
 
     def _mask(self, node: fx.Node) -> None:

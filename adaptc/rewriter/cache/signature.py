@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
 
 from adaptc.inputs import InputSpec
 from adaptc.ir.graph import Graph
 from adaptc.ir.nodes import size_expression
-from adaptc.rewriter.cache.cache import token_ids
+from adaptc.rewriter.cache.inputs import new_tokens
 from adaptc.rewriter.cache.past import PAST, TOTAL
 
 Tensors = Mapping[str, torch.Tensor]
@@ -36,8 +35,13 @@ class CacheSignature:
 
     @property
     def pasts(self) -> list[InputSpec]:
-        """The inputs that hold keys and values."""
-        return [spec for spec in self.inputs if spec.name.startswith(PAST_PREFIX)]
+        """The inputs that hold keys and values of past tokens."""
+        return [spec for spec in self.inputs if _is_past(spec) and not _is_cross(spec)]
+
+    @property
+    def cross(self) -> list[InputSpec]:
+        """The inputs that hold keys and values which an encoder gives."""
+        return [spec for spec in self.inputs if _is_cross(spec)]
 
     @property
     def results(self) -> list[str]:
@@ -67,7 +71,7 @@ class CacheSignature:
         return {spec.name: self._part(spec, tensors[spec.name], start, end) for spec in self._own()}
 
     def _own(self) -> Iterator[InputSpec]:
-        return (spec for spec in self.inputs if not spec.name.startswith(PAST_PREFIX))
+        return (spec for spec in self.inputs if not _is_past(spec))
 
     def _part(self, spec: InputSpec, value: torch.Tensor, start: int, end: int) -> torch.Tensor:
         for axis, dim in enumerate(spec.dims):
@@ -107,12 +111,12 @@ def signature_of(graph: Graph) -> CacheSignature:
     return CacheSignature(graph.inputs, outputs, new_tokens(graph))
 
 
-def new_tokens(graph: Graph) -> str:
-    """The name of the dimension of the tokens."""
-    ids = token_ids(graph)
-    assert isinstance(ids, fx.Node)
-    spec = next(s for s, node in zip(graph.inputs, graph.placeholders, strict=True) if node is ids)
-    return str(spec.dims[1])
+def _is_past(spec: InputSpec) -> bool:
+    return spec.name.startswith(PAST_PREFIX)
+
+
+def _is_cross(spec: InputSpec) -> bool:
+    return _is_past(spec) and ".cross." in spec.name
 
 
 def present_of(past: str) -> str:
