@@ -94,7 +94,7 @@ def write_genai(
         )
     except RefusedError as error:  # what a cache cannot hold
         refusals = [
-            Refusal(r.reason, r.nodes, (*r.notes, f"without a cache {WAY_OUT}")) for r in error.refusals
+            Refusal(r.reason, r.nodes, (*r.notes, f"or without a cache: {WAY_OUT}")) for r in error.refusals
         ]
         raise RefusedError(refusals, error.source) from error
     assert written.file.signature is not None

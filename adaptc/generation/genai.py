@@ -160,13 +160,11 @@ class GenaiModel:
             texts: the token ids of each.
             new: how many tokens; fewer where one ends the text.
         """
-        generator = self.generator(texts, new, **PLAIN)
+        generator, steps = self.generator(texts, new, **PLAIN), list[list[int]]()
         while not generator.is_done():
             generator.generate_next_token()
-        start = max(map(len, texts))
-        return [
-            self._until_end([int(t) for t in generator.get_sequence(n)[start:]]) for n in range(len(texts))
-        ]
+            steps.append([int(token) for token in generator.get_next_tokens()])
+        return [self._until_end(answer) for answer in zip(*steps, strict=True)]
 
     def _until_end(self, tokens: Sequence[int]) -> list[int]:
         end = next((place + 1 for place, token in enumerate(tokens) if token in self.ends), len(tokens))

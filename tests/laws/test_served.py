@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from adaptc.compiler.compiled import Compiled
+from adaptc.errors import RefusedError
 from adaptc.generation.genai import GenaiModel
 from adaptc.ir.module import bind
 from tests.families import DECODERS, VOCABULARY, Zoo, entry, perturb, without_cache
@@ -79,6 +80,7 @@ CASES = [
     pytest.param(family, kind, marks=[] if (family, kind) == ("llama", "lora, folded") else pytest.mark.slow)
     for family in DECODERS
     for kind in KINDS
+    if (family, kind) != ("mixtral", "prefix")  # a cache does not hold it: see below
 ]
 
 
@@ -139,3 +141,11 @@ def test_float16(zoo: Zoo, tmp_path: Path) -> None:
     made.emit("genai", tmp_path / "serve", eos_token_id=EOS)
     names = {proof.name for proof in made.proofs}
     assert {"genai, greedy, one by one", "genai, greedy, in one batch"} <= names
+
+
+@pytest.mark.slow
+def test_what_a_cache_does_not_hold_is_refused_with_the_way_out(zoo: Zoo, tmp_path: Path) -> None:
+    with pytest.raises(RefusedError, match="it cannot run on new tokens alone") as caught:
+        compiled(zoo, "mixtral", "prefix").emit("genai", tmp_path / "serve", adapters="live")
+    assert "or without a cache: emit onnx: ONNX Runtime runs it" in str(caught.value)
+    assert not any(tmp_path.iterdir())
