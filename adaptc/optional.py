@@ -8,7 +8,13 @@ from typing import Any
 
 from adaptc.errors import AdaptcError
 
-EXTRAS = {"transformers": "hf", "huggingface_hub": "hf", "tokenizers": "hf", "bitsandbytes": "quant"}
+EXTRAS = {
+    "transformers": "hf",
+    "huggingface_hub": "hf",
+    "tokenizers": "hf",
+    "bitsandbytes": "quant",
+    "onnxruntime_genai": "serve",
+}
 """A package -> the extra of adaptc that installs it."""
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.families import Zoo
+from tests.served import Served, save_served
 from tests.spec_bases import save_bert, save_peft_adapter
 
 torch.set_num_threads(1)
@@ -40,6 +41,12 @@ def spec_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def spec_adapter(spec_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of PEFT's for it."""
     return save_peft_adapter(spec_bert, tmp_path_factory.mktemp("adapter"))
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
+    """A small Llama with an adapter, compiled for onnxruntime-genai and for ONNX Runtime."""
+    return save_served(tmp_path_factory.mktemp("served"))
 
 
 @pytest.fixture(autouse=True)

@@ -88,6 +88,7 @@ LAYERS = (
     ("tracing",),
     ("rewriter",),
     ("emit",),
+    ("generation",),
     ("compiler",),
     ("training",),
     ("cli",),
@@ -399,7 +400,7 @@ def test_nothing_is_printed_and_no_code_is_run_from_data() -> None:
     assert not breaches
 
 
-THEMES = {"laws", "parity", "golden", "messages", "replay", "plugin", "docs", "data"}
+THEMES = {"laws", "parity", "golden", "messages", "replay", "plugin", "docs", "data", "examples"}
 """What tests are about that no room is about by itself; `laws` hold over a whole registry."""
 
 

@@ -105,6 +105,58 @@ def verify(path: Annotated[Path, typer.Argument(show_default=False)], as_json: J
 
 
 @app.command()
+def generate(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            help="a directory of format genai, or an ONNX file with cache: true", show_default=False
+        ),
+    ],
+    prompt: Annotated[str, typer.Option(help="the text to continue", show_default=False)],
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--raw",
+            help="put the prompt into the tokenizer's chat template, or take it as it is; "
+            "by default as the template wants it where there is one",
+            show_default=False,
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="the most tokens that follow")] = 256,
+    temperature: Annotated[
+        float | None, typer.Option(help="draw tokens, at this temperature; 0 takes the likeliest")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="draw among so many of the likeliest tokens")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="draw among the likeliest tokens that have this share together")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="of what is drawn; a new one if left out")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="a text that ends the answer; may be given several times")
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="the directory of the tokenizer for an ONNX file; the base's if left out"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt, and show the text as it grows. Settings that are left out are the model's own defaults."""
+    from adaptc.cli.generate_command import generate as continue_text
+    from adaptc.cli.generate_command import summary
+    from adaptc.generation.settings import Settings
+
+    settings = Settings(max_new_tokens, temperature, top_k, top_p, seed)
+    show = _silent if as_json else _write
+    result = continue_text(path, prompt, settings, chat, tuple(stop or ()), tokenizer, show)
+    if as_json:
+        _print_json(result)
+        return
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    sys.stderr.write(summary(result) + "\n")
+
+
+@app.command()
 def methods(as_json: Json = False) -> None:
     """List the methods for `adapt`, with their equations and options."""
     from adaptc.cli.listings import method_rows
@@ -144,3 +196,12 @@ def schema() -> None:
 
 def _print_json(document: Any) -> None:
     sys.stdout.write(json.dumps(document, indent=2, default=str) + "\n")
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _silent(text: str) -> None:
+    """Show nothing: standard output holds one JSON document."""

@@ -15,6 +15,12 @@ from adaptc.weights import read_safetensors, sha256_of_files
 if TYPE_CHECKING:
     from adaptc.compiler.runners import Runner
 
+SHOWN = (
+    *("adapters", "opset", "nodes", "class", "dtype", "inputs", "outputs", "checked"),
+    *("batches", "context_length", "tokenizer", "generation", "generation_left_out"),
+)
+"""What is shown of a manifest's entry, besides its size and proof."""
+
 
 def inspect(path: Path) -> list[dict[str, Any]]:
     """Describe an artifact, an adapter's checkpoint, or a model directory.
@@ -96,12 +102,19 @@ def _proved(folder: Path, name: str, artifact: Mapping[str, Any]) -> str:
 
     if "reference" not in artifact:
         return _finite(folder, artifact)
-    return proved_again(artifact["reference"], _runner(folder, name, artifact))
+    result = proved_again(artifact["reference"], _runner(folder, name, artifact))
+    if artifact["format"] == "genai":
+        from adaptc.compiler.greedy_proof import generated_again
+
+        result += f"; {generated_again(artifact['greedy'], folder)}"
+    return result
 
 
 def _runner(folder: Path, name: str, artifact: Mapping[str, Any]) -> Runner:
     from adaptc.compiler.cached_runner import in_chunks
     from adaptc.compiler.runners import BatchRunner, module_call
+    from adaptc.emit.genai.files import PROGRAM
+    from adaptc.emit.onnx.export import INLINE_LIMIT
     from adaptc.emit.onnx.partitioned import PartitionedProgram
     from adaptc.emit.onnx.runtime import onnx_runner
     from adaptc.emit.torch import load_torch
@@ -109,10 +122,11 @@ def _runner(folder: Path, name: str, artifact: Mapping[str, Any]) -> Runner:
     match artifact["format"]:
         case "torch":
             return BatchRunner(module_call(load_torch(folder)))
-        case "onnx" if f"{name}.data" in artifact["files"]:
-            return in_chunks(folder / name, PartitionedProgram(folder / name, folder / name))
-        case "onnx":
-            return in_chunks(folder / name, BatchRunner(onnx_runner(folder / name)))
+        case "onnx" | "genai":
+            file = folder / (PROGRAM if artifact["format"] == "genai" else name)
+            large = sum(each["bytes"] for each in artifact["files"].values()) > INLINE_LIMIT
+            runner = PartitionedProgram(file, file) if large else BatchRunner(onnx_runner(file))
+            return in_chunks(file, runner)
         case _:
             from adaptc.emit.huggingface import load_checkpoint
             from adaptc.tracing.huggingface import read_pretrained
@@ -177,9 +191,9 @@ def _described(artifacts: Mapping[str, Any]) -> dict[str, Any]:
     for name, artifact in artifacts.items():
         size = sum(file["bytes"] for file in artifact["files"].values())
         shown[name] = f"{artifact['format']}, {size:,} bytes" if size else artifact["format"]
-        for key in ("adapters", "opset", "nodes", "class", "dtype", "inputs", "outputs", "checked"):
+        for key in SHOWN:
             if key in artifact:
-                shown[f"{name}: {key}"] = artifact[key]
+                shown[f"{name}: {key.replace('_', ' ')}"] = artifact[key]
         if "proof" in artifact:
             proof = artifact["proof"]
             shown[f"{name}: proof"] = (

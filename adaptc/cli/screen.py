@@ -160,6 +160,10 @@ class EmitProgress:
         """Print a proof that held."""
         self.console.print(f"proved  {proof}", markup=False)
 
+    def noted(self, note: str) -> None:
+        """Print what a person must know who uses an artifact."""
+        self.console.print(f"note    {note}", markup=False)
+
 
 def _shown_errors(errors: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {error:.3g}" for name, error in errors.items())

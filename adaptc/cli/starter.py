@@ -39,10 +39,16 @@ EMIT_FOLDED = """\
   - {format: onnx, path: build/model.onnx}           # folded: the adapter costs nothing
   # - {format: onnx, path: build/live.onnx, adapters: live}
   # - {format: torch, path: build/trainable}         # to train on"""
+EMIT_SERVED = """\
+  - {format: genai, path: build/serve}               # for onnxruntime-genai: adaptc generate build/serve --prompt ...
+  # - {format: onnx, path: build/model.onnx, cache: true}
+  # - {format: torch, path: build/trainable}         # to train on"""
 EMIT_LIVE = """\
   - {format: onnx, path: build/model.onnx, adapters: live}   # the base stays quantized, the adapter beside it
   # passes: [insert, fold, quantize] folds it in and quantizes again; [insert, fold] leaves floats
   # - {format: torch, path: build/trainable}         # to train on"""
+WRITES = "causal-lm"
+"""The task of models that write texts."""
 PEFT_TASKS = {
     "SEQ_CLS": "sequence-classification",
     "TOKEN_CLS": "token-classification",
@@ -81,6 +87,7 @@ def starter_spec(model: Path, adapter: Path | None, folder: Path) -> str:
         if labels and (task in PEFT_TASKS.values() or architecture.endswith("Classification")):
             override = f"\n  config: {{num_labels: {labels}}}   # as the adapter's head has them"
     task, inputs = _start(model, config, task, architecture)
+    emit = EMIT_SERVED if task == WRITES else EMIT_FOLDED
     return TEXT.format(
         name="spec.yaml",
         model=_relative(model, folder),
@@ -88,7 +95,7 @@ def starter_spec(model: Path, adapter: Path | None, folder: Path) -> str:
         adapt=adapt,
         config=override,
         inputs=inputs,
-        emit=EMIT_TRAIN if adapter is None else EMIT_LIVE if "quantization_config" in config else EMIT_FOLDED,
+        emit=EMIT_TRAIN if adapter is None else EMIT_LIVE if "quantization_config" in config else emit,
     )
 
 

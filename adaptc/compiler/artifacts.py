@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,14 +17,15 @@ from adaptc.checkpoints.module_adapters import META
 from adaptc.checkpoints.peft_write import save
 from adaptc.checkpoints.records import assign
 from adaptc.compiler.folding import fold, prove_fold
-from adaptc.compiler.onnx_artifact import prove_onnx, write_onnx
+from adaptc.compiler.genai_artifact import write_genai
 from adaptc.compiler.output_paths import output_paths
 from adaptc.compiler.program import Program
+from adaptc.compiler.program_artifact import errors_of, losses, proved, write_program
 from adaptc.compiler.proof import Proof
-from adaptc.compiler.proofs import check_finite, check_gradients
+from adaptc.compiler.proofs import check_gradients
 from adaptc.compiler.provenance import provenance, without_times
 from adaptc.compiler.quantization_error import QuantizationErrors
-from adaptc.compiler.reference import recorded, with_labels
+from adaptc.compiler.reference import with_labels
 from adaptc.compiler.runners import BatchRunner, module_call
 from adaptc.compiler.schedule import bits_in_checkpoint
 from adaptc.compiler.trainable import reset_derived
@@ -34,11 +35,7 @@ from adaptc.emit.onnx.provenance import embed
 from adaptc.emit.staging import Staging
 from adaptc.emit.torch import PROGRAM, load_torch, save_torch
 from adaptc.errors import ProofError, RefusedError
-from adaptc.ir.graph import Graph
-from adaptc.ir.interpreter import Run
-from adaptc.rewriter.expression import FoldedWeight
-from adaptc.spec.emit import EmitEntry, HfEmit, OnnxEmit, PeftEmit, TorchEmit
-from adaptc.weights import Weight
+from adaptc.spec.emit import EmitEntry, GenaiEmit, HfEmit, OnnxEmit, PeftEmit, TorchEmit
 
 
 @dataclass(frozen=True)
@@ -48,10 +45,12 @@ class Artifact:
     Attributes:
         path: its file or folder.
         errors: what quantization costs it; None where nothing is quantized.
+        notes: what a person must know who uses it.
     """
 
     path: Path
     errors: QuantizationErrors | None = None
+    notes: tuple[str, ...] = ()
 
 
 class Observer(Protocol):
@@ -68,6 +67,9 @@ class Observer(Protocol):
 
     def proved(self, proof: Proof) -> None:
         """Called with each new proof that held."""
+
+    def noted(self, note: str) -> None:
+        """Called with what a person must know who uses an artifact."""
 
 
 def emit_all(
@@ -95,17 +97,20 @@ def emit_all(
             if observe:
                 observe.writing(f"{entry.format} {final}")
             before = list(program.proofs.held)
-            errors = WRITERS[entry.format](program, entry, staging, final)
-            artifacts.append(Artifact(final, errors))
-            if observe and errors is not None:
-                observe.measured(errors)
+            artifact = WRITERS[entry.format](program, entry, staging, final)
+            artifacts.append(artifact)
+            if observe and artifact.errors is not None:
+                observe.measured(artifact.errors)
             for proof in program.proofs.held:
                 if observe and not any(proof is other for other in before):
                     observe.proved(proof)
+            for note in artifact.notes:
+                if observe:
+                    observe.noted(note)
     return artifacts
 
 
-def _torch(program: Program, entry: TorchEmit, staging: Staging, final: Path) -> QuantizationErrors | None:
+def _torch(program: Program, entry: TorchEmit, staging: Staging, final: Path) -> Artifact:
     if program.graph.adapter_names:
         check_gradients(program.trainable_graph())
     directory = staging.path(final)
@@ -124,45 +129,35 @@ def _torch(program: Program, entry: TorchEmit, staging: Staging, final: Path) ->
     write_manifest(
         manifest,
         common,
-        artifact | _proved(program, proof, with_labels(reference, candidate)) | _errors(errors),
+        artifact | proved(program, proof, with_labels(reference, candidate)) | errors_of(errors),
         files,
     )
-    return errors
+    return Artifact(final, errors)
 
 
-def _onnx(program: Program, entry: OnnxEmit, staging: Staging, final: Path) -> QuantizationErrors | None:
-    graphs = fold(program) if entry.adapters == "folded" else None
-    graph = graphs.written if graphs is not None else _unfolded(program, entry.adapters)
-
-    file = write_onnx(program, graph, entry, staging, final)
-    losses = _losses(graph.weights)
-    graph.weights.update({n: w for n, w in file.weights.items() if n in graph.weights})
-
-    folded = prove_fold(program, graphs) if graphs is not None else None  # of the weights that were written
-    proof, reference, rounded = prove_onnx(program, graph, folded, file)
-
-    quantized = graphs.quantized if graphs is not None else None
-    errors = program.quantization_errors(quantized, rounded) if entry.adapters != "none" else None
-    artifact = {"name": final.name, "format": "onnx", "adapters": entry.adapters, **file.about}
-    if graphs is not None:
-        operations = {"base": len(program.base.operations), "folded": len(graph.operations)}
-        artifact |= {"rounding": losses, "operations": operations}
-    artifact |= _proved(program, proof, reference) | _errors(errors)
+def _onnx(program: Program, entry: OnnxEmit, staging: Staging, final: Path) -> Artifact:
+    written = write_program(program, entry, staging.path(final), final, staging.wrote)
+    file, artifact = written.file, {"name": final.name, "format": "onnx", **written.about}
     common, files = provenance(program, final.parent), file.staged(staging)
     embed(file.path, product_entry(without_times(common), artifact, files[1:]))
     manifest = final.parent / MANIFEST
     earlier = staging.staged(manifest)
     write_manifest(staging.path(manifest), common, artifact, files, old=earlier or manifest)
-    return errors
+    return Artifact(final, written.errors)
 
 
-def _unfolded(program: Program, adapters: str) -> Graph:
-    """The graph of an ONNX file with live adapters, or with none."""
-    check_finite(program.graph)
-    return program.compact_graph() if adapters == "live" else program.bare_graph()
+def _genai(program: Program, entry: GenaiEmit, staging: Staging, final: Path) -> Artifact:
+    directory = staging.path(final)
+    served = write_genai(program, entry, directory, final, staging.wrote)
+    written, common = served.written, provenance(program, final)
+    artifact = {"name": "genai", "format": "genai", **written.about, **served.about}
+    others = [file for file in _files_in(directory) if file != written.file.path]
+    embed(written.file.path, product_entry(without_times(common), artifact, others, directory))
+    write_manifest(directory / MANIFEST, common, artifact, _files_in(directory))
+    return Artifact(final, written.errors, served.notes)
 
 
-def _peft(program: Program, entry: PeftEmit, staging: Staging, final: Path) -> None:
+def _peft(program: Program, entry: PeftEmit, staging: Staging, final: Path) -> Artifact:
     directory = staging.path(final)
     records, values = compacted(records_of(program.graph), program.tensors())
     heads = {name: program.base.weights[name].load() for record in records for name in record.heads}
@@ -173,9 +168,10 @@ def _peft(program: Program, entry: PeftEmit, staging: Staging, final: Path) -> N
                 raise ProofError(f"{name} was not read back as it was written")
     artifact = {"name": "adapter", "format": "peft"}
     write_manifest(directory / MANIFEST, provenance(program, final), artifact, _files_in(directory))
+    return Artifact(final)
 
 
-def _huggingface(program: Program, entry: HfEmit, staging: Staging, final: Path) -> QuantizationErrors | None:
+def _huggingface(program: Program, entry: HfEmit, staging: Staging, final: Path) -> Artifact:
     refusal = bits_in_checkpoint(program.graph, program.plan.closing)
     if refusal:
         raise RefusedError([refusal])
@@ -184,11 +180,11 @@ def _huggingface(program: Program, entry: HfEmit, staging: Staging, final: Path)
     graph, weights = graphs.written, dict(graphs.written.weights)
 
     about = save_checkpoint(graph, program.base, directory, entry.max_shard_size)
-    artifact = {"name": "checkpoint", "format": "hf", **about, "rounding": _losses(weights)}
+    artifact = {"name": "checkpoint", "format": "hf", **about, "rounding": losses(weights)}
 
     folded = prove_fold(program, graphs)  # of the weights that were written
     errors = program.quantization_errors(graphs.quantized)
-    artifact |= _errors(errors)
+    artifact |= errors_of(errors)
     if fits_in_memory(graph):
         origin = program.base.source.pretrained
         assert origin is not None
@@ -196,39 +192,24 @@ def _huggingface(program: Program, entry: HfEmit, staging: Staging, final: Path)
         reference = program.reference(graph, folded)
         candidate = BatchRunner(module_call(loaded)).on(reference.taken)
         proof = program.proofs.prove("hf", graph, reference, candidate)
-        artifact |= _proved(program, proof, with_labels(reference, candidate))
+        artifact |= proved(program, proof, with_labels(reference, candidate))
     else:
         artifact["checked"] = (
             f"read back tensor by tensor; not loaded, since it is over 1/{LOADED_SHARE} of memory"
         )
     write_manifest(directory / MANIFEST, provenance(program, final), artifact, _files_in(directory))
-    return errors
+    return Artifact(final, errors)
 
 
-WRITERS: dict[str, Callable[[Program, Any, Staging, Path], QuantizationErrors | None]] = {
+WRITERS: dict[str, Callable[[Program, Any, Staging, Path], Artifact]] = {
     "torch": _torch,
     "onnx": _onnx,
+    "genai": _genai,
     "peft": _peft,
     "hf": _huggingface,
 }
-"""Format -> the function that writes an artifact of it and proves it; returns what quantization costs."""
+"""Format -> the function that writes an artifact of it and proves it."""
 
 
 def _files_in(directory: Path) -> list[Path]:
     return sorted(path for path in directory.rglob("*") if path.is_file())
-
-
-def _proved(program: Program, proof: Proof, reference: Run) -> dict[str, Any]:
-    """An artifact's `proof`, and the `reference` values that prove it again later."""
-    return {"proof": asdict(proof), "reference": recorded(reference, program.proofs, proof)}
-
-
-def _errors(errors: QuantizationErrors | None) -> dict[str, Any]:
-    """What quantization costs an artifact, as `quantization`; empty where nothing is quantized."""
-    return {"quantization": errors.to_json()} if errors else {}
-
-
-def _losses(weights: Mapping[str, Weight]) -> dict[str, float]:
-    """Each folded weight -> the error of rounding it to the storage dtype, relative to its largest value."""
-    folded = {name: weight for name, weight in weights.items() if isinstance(weight, FoldedWeight)}
-    return {name: weight.rounding for name, weight in folded.items() if weight.rounding is not None}

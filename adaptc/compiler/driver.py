@@ -12,6 +12,7 @@ from adaptc.compiler.base import make_base, trace
 from adaptc.compiler.calibration import calibrate
 from adaptc.compiler.changes import comparison
 from adaptc.compiler.compiled import Compiled
+from adaptc.compiler.genai_artifact import check_served
 from adaptc.compiler.plan import make_plan
 from adaptc.compiler.plan_report import PlanReport, plan_report
 from adaptc.compiler.program import Program
@@ -52,6 +53,7 @@ def compile(
     spec = load(spec, overrides)
     base = make_base(spec, model, example_inputs, dynamic)
     graph = trace(spec, base, after)
+    check_served(spec, graph)
     calibrate(spec, graph, calibration)
     take_examples(spec, graph)
     plan = make_plan(spec, graph, weighed=True)
@@ -78,6 +80,7 @@ def plan(
     spec = load(spec, overrides)
     base = make_base(spec)
     graph = trace(spec, base)
+    check_served(spec, graph)
     plan = make_plan(spec, graph)
     rewritten = rewrite(spec, graph, plan)
     check_artifacts(spec, rewritten.adapted, plan.closing)

@@ -20,7 +20,7 @@ from adaptc.compiler.runners import BatchRunner, Runner
 from adaptc.emit.manifest import versions
 from adaptc.emit.onnx.cached import ENCODER, NEW_TOKENS, encoder_beside, read_signature
 from adaptc.emit.onnx.evaluate import evaluate
-from adaptc.emit.onnx.export import export_onnx
+from adaptc.emit.onnx.export import Wrote, export_onnx
 from adaptc.emit.onnx.functional import Functional
 from adaptc.emit.onnx.partitioned import PartitionedProgram
 from adaptc.emit.onnx.rounding import RoundActivations, rounds_activations
@@ -53,6 +53,7 @@ class OnnxFile:
         final: where it will be put.
         outputs: the names of its outputs.
         weights: the weights in the data file, to be read back; empty where the program holds them itself.
+        large: whether the weights are too many to be in memory at once for a proof.
         unrounded: the graph, where ONNX Runtime rounds activations of its matrix products; else None.
         signature: what the program takes and gives, where it has a cache; else None.
         encoder: the file of an encoder whose keys and values the program takes; None where there is none.
@@ -64,6 +65,7 @@ class OnnxFile:
     final: Path
     outputs: tuple[str, ...]
     weights: Mapping[str, Weight]
+    large: bool
     unrounded: Graph | None
     signature: CacheSignature | None
     encoder: Path | None
@@ -81,11 +83,9 @@ class OnnxFile:
 
     @property
     def runner(self) -> Runner:
-        """A runner of the file: in pieces where there is a data file."""
+        """A runner of the file: in pieces where the weights are many."""
         exact = not self.entry.round_activations
-        return (
-            self.partitioned if self.has_data_file else BatchRunner(onnx_runner(self.path, self.final, exact))
-        )
+        return self.partitioned if self.large else BatchRunner(onnx_runner(self.path, self.final, exact))
 
     @property
     def encoder_runner(self) -> EncoderRunner | None:
@@ -107,26 +107,40 @@ class OnnxFile:
             yield runner, EncoderRunner(encoder, exact=True) if encoder.exists() else None
 
     def staged(self, staging: Staging) -> list[Path]:
-        """The program, its encoder, and their data files, which are moved to staged paths of their own."""
-        programs = {self.path: self.final}
+        """The program; its data file, its encoder and that one's data file are moved to staged paths of their own."""
+        beside = [_data_file(self.path)]
         if self.encoder is not None:
-            programs[self.encoder] = encoder_beside(self.final)
-        data = [
-            _data_file(path).replace(staging.path(_data_file(final)))
-            for path, final in programs.items()
-            if _data_file(path).exists()
+            beside += [self.encoder, _data_file(self.encoder)]
+        moved = [
+            file.replace(staging.path(self.final.with_name(file.name))) for file in beside if file.exists()
         ]
-        return [*programs, *data]
+        return [self.path, *moved]
 
 
-def write_onnx(program: Program, graph: Graph, entry: OnnxEmit, staging: Staging, final: Path) -> OnnxFile:
+def write_onnx(
+    program: Program,
+    graph: Graph,
+    entry: OnnxEmit,
+    path: Path,
+    final: Path,
+    wrote: Wrote | None = None,
+    beside: bool = False,
+) -> OnnxFile:
     """Write a graph of a program as an ONNX file, whose metadata says what it was made of.
+
+    Args:
+        program: the program.
+        graph: the graph.
+        entry: how to write it.
+        path: where the file is written.
+        final: where it will be put.
+        wrote: called while its data file is written.
+        beside: write the weights in a data file whatever their size is.
 
     Raises:
         RefusedError: an operation has no ONNX form.
         AdaptcError: the exporter fails, or the file cannot be written.
     """
-    path = staging.path(final)
     evaluated = evaluate(graph)
     unrounded = evaluated.copy() if entry.round_activations and rounds_activations(evaluated) else None
     parts = programs(evaluated, entry)
@@ -137,19 +151,18 @@ def write_onnx(program: Program, graph: Graph, entry: OnnxEmit, staging: Staging
         "adaptc.adapters": entry.adapters,
         "adaptc.methods": ", ".join(p.insert.method.name for p in program.plan.entries),
     }
-    encoder = staging.path(encoder_beside(final)) if len(parts) > 1 else None
+    encoder = encoder_beside(path) if len(parts) > 1 else None
     if encoder is not None:
         metadata[ENCODER] = encoder.name
     if entry.cache:
         metadata[NEW_TOKENS] = new_tokens(parts[0])
     exact, runtime = not entry.round_activations, entry.target_runtime
-    weights: dict[str, Weight] = {}
-    if encoder is not None:
-        weights |= export_onnx(
-            parts[1], encoder, entry.opset, metadata, staging.wrote, runtime, exact
-        ).weights
-    written = export_onnx(parts[0], path, entry.opset, metadata, staging.wrote, runtime, exact)
-    weights |= written.weights
+    files = [path] if encoder is None else [path, encoder]
+    written, *others = [
+        export_onnx(part, file, entry.opset, metadata, wrote, runtime, exact, beside=beside)
+        for part, file in zip(parts, files, strict=True)
+    ]
+    weights = {name: weight for each in (*others, written) for name, weight in each.weights.items()}
     about = {
         "nodes": written.nodes,
         "opset": written.opset,
@@ -158,7 +171,7 @@ def write_onnx(program: Program, graph: Graph, entry: OnnxEmit, staging: Staging
     }
     signature = read_signature(path)
     outputs = evaluated.outputs if signature is None else tuple(signature.results)
-    return OnnxFile(entry, path, final, outputs, weights, unrounded, signature, encoder, about)
+    return OnnxFile(entry, path, final, outputs, weights, written.large, unrounded, signature, encoder, about)
 
 
 def programs(graph: Graph, entry: OnnxEmit) -> list[Graph]:

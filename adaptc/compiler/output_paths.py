@@ -11,7 +11,7 @@ from adaptc.emit.manifest import MANIFEST
 from adaptc.errors import Problem, SpecError
 from adaptc.spec.spec import Spec, resolve_path
 
-FOLDERS = frozenset({"torch", "peft", "hf"})
+FOLDERS = frozenset({"torch", "genai", "peft", "hf"})
 """The formats whose artifact is a folder; the others write files."""
 
 

@@ -86,8 +86,11 @@ class Proofs:
             raise
         if proof.uncompared:
             self._check_weights()
-        proof = replace(proof, notes=(*proof.notes, *self._notes(proof, reference)))
-        self.held = [p for p in self.held if p.name != name] + [proof]
+        return self.keep(replace(proof, notes=(*proof.notes, *self._notes(proof, reference))))
+
+    def keep(self, proof: Proof) -> Proof:
+        """Keep a proof that held, in place of an earlier one of its name."""
+        self.held = [p for p in self.held if p.name != proof.name] + [proof]
         return proof
 
     def _check_weights(self) -> None:

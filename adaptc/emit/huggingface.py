@@ -84,7 +84,7 @@ def save_checkpoint(folded: Graph, base: Graph, directory: Path, max_shard_size:
         raise RefusedError([Refusal(reason, notes=("emit onnx, or leave the pass out",))])
     transformer = directory / pretrained.folders[""]
     transformer.mkdir(parents=True, exist_ok=True)
-    source = _files_of(pretrained)
+    source = files_of(pretrained)
     left_out = carry_over(source, directory)
     config.architectures = [type(model).__name__]
     if hasattr(config, "quantization_config"):
@@ -200,7 +200,7 @@ def _program(graph: Graph, base: Graph) -> list[str]:
     return lines
 
 
-def _files_of(pretrained: Pretrained) -> Path:
+def files_of(pretrained: Pretrained) -> Path:
     """The base's directory; for a hub id, the cached one, with all files but the weights.
 
     Raises:

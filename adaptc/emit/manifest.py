@@ -12,7 +12,7 @@ from typing import Any, cast
 from adaptc.weights import sha256_of_files
 
 MANIFEST = "manifest.json"
-PACKAGES = ("adaptc", "torch", "onnx", "onnxruntime", "onnxscript", "transformers")
+PACKAGES = ("adaptc", "torch", "onnx", "onnxruntime", "onnxruntime-genai", "onnxscript", "transformers")
 
 
 def versions() -> dict[str, str]:

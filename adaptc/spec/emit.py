@@ -47,6 +47,39 @@ class OnnxEmit(Part):
     )
 
 
+class GenaiEmit(Part):
+    """An artifact for onnxruntime-genai: a directory that it serves as it stands."""
+
+    format: Literal["genai"]
+    path: OutputPath
+    adapters: Literal["folded", "live", "none"] = Field(
+        "folded", description="folded into the weights, kept as operations of their own, or left out"
+    )
+    round_activations: bool = Field(
+        True, description="as in an artifact in ONNX: let integers be multiplied by activations in 8 bits"
+    )
+    context_length: Annotated[int, Field(ge=1)] | None = Field(
+        None,
+        description="the most tokens of a text and its answer; the base's configuration says if left out",
+    )
+    eos_token_id: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="the token that ends an answer; the base's generation defaults say if left out"
+    )
+
+    @property
+    def program(self) -> OnnxEmit:
+        """The program of the directory, as an entry of its own: what onnxruntime-genai is given is chosen here."""
+        return OnnxEmit(
+            format="onnx",
+            path=self.path,
+            adapters=self.adapters,
+            opset=None,
+            target_runtime="onnxruntime",
+            round_activations=self.round_activations,
+            cache=True,
+        )
+
+
 class PeftEmit(Part):
     """An artifact for PEFT: a checkpoint of the adapters alone."""
 
@@ -73,8 +106,16 @@ class HfEmit(Part):
     )
 
 
-FORMATS: dict[str, type[Part]] = {"torch": TorchEmit, "onnx": OnnxEmit, "peft": PeftEmit, "hf": HfEmit}
-EmitEntry: TypeAlias = Annotated[TorchEmit | OnnxEmit | PeftEmit | HfEmit, OneOf("format", lambda: FORMATS)]
+FORMATS: dict[str, type[Part]] = {
+    "torch": TorchEmit,
+    "onnx": OnnxEmit,
+    "genai": GenaiEmit,
+    "peft": PeftEmit,
+    "hf": HfEmit,
+}
+EmitEntry: TypeAlias = Annotated[
+    TorchEmit | OnnxEmit | GenaiEmit | PeftEmit | HfEmit, OneOf("format", lambda: FORMATS)
+]
 
 
 def _separate(entries: tuple[EmitEntry, ...]) -> tuple[EmitEntry, ...]:

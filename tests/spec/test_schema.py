@@ -69,6 +69,7 @@ def test_options_have_limits_defaults_and_words() -> None:
 
 def test_emits_are_told_apart_by_format() -> None:
     assert set(schema()["properties"]["emit"]["items"]["discriminator"]["mapping"]) == {
+        "genai",
         "hf",
         "onnx",
         "peft",

@@ -44,11 +44,13 @@ class Written:
         nodes: how many operations it has.
         opset: its opset.
         weights: the weights in its data file by name, to be read back; empty where there is none.
+        large: whether the weights are more than `INLINE_LIMIT`.
     """
 
     nodes: int
     opset: int
     weights: Mapping[str, FileSlice]
+    large: bool
 
 
 def export_onnx(
@@ -59,6 +61,7 @@ def export_onnx(
     wrote: Wrote | None = None,
     runtime: str = "onnxruntime",
     exact: bool = False,
+    beside: bool = False,
 ) -> Written:
     """Write a graph that only evaluates (see `evaluate`) as an ONNX program.
 
@@ -74,6 +77,7 @@ def export_onnx(
         wrote: called while the data file is written.
         runtime: `onnxruntime` to write quantized matrix products for ONNX Runtime, `standard` for any runtime.
         exact: never round activations, see `OnnxProducts`.
+        beside: write the data file whatever the size of the weights is.
 
     Raises:
         RefusedError: an operation has no ONNX form; names it.
@@ -92,7 +96,8 @@ def export_onnx(
     model.metadata_props.update(metadata or {})
     starts: dict[str, int] = {}
     data_file = path.with_name(f"{path.name}.data")
-    if sum(value.const_value.nbytes for value in model.graph.initializers.values()) > INLINE_LIMIT:
+    total = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+    if beside or total > INLINE_LIMIT:
         large = [v for v in model.graph.initializers.values() if v.const_value.nbytes > SMALL]
         starts = _write_data(large, data_file, wrote)
     path.write_bytes(_bytes(model))
@@ -101,7 +106,8 @@ def export_onnx(
         for name, start in starts.items()
         if name in graph.weights
     }
-    return Written(sum(1 for _ in model.graph), model.opset_imports[""], weights)
+    nodes = sum(1 for _ in model.graph)
+    return Written(nodes, model.opset_imports[""], weights, total > INLINE_LIMIT)
 
 
 def _bytes(model: Any) -> bytes:

@@ -1,0 +1,147 @@
+"""Which decoders onnxruntime-genai serves, and by which names it knows their inputs and outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from adaptc.errors import Refusal, RefusedError
+from adaptc.inputs import InputSpec
+from adaptc.ir.graph import Graph
+from adaptc.ir.nodes import node_arg, size_expression
+from adaptc.rewriter.cache.inputs import token_ids
+from adaptc.rewriter.cache.past import TOTAL
+from adaptc.rewriter.cache.signature import PAST_PREFIX, CacheSignature
+
+IDS, MASK, POSITIONS = "input_ids", "attention_mask", "position_ids"
+"""What onnxruntime-genai calls what it feeds to a decoder."""
+WAY_OUT = "emit onnx: ONNX Runtime runs it"
+"""What to do about a model that is not served."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """How onnxruntime-genai sees a decoder.
+
+    Attributes:
+        inputs: what it calls an input -> the program's name.
+        logits: the output of logits.
+        vocabulary: how many token ids there are.
+        layers: how many attentions have keys and values.
+        heads: how many heads these have.
+        size: of a key and of a value.
+    """
+
+    inputs: Mapping[str, str]
+    logits: str
+    vocabulary: int
+    layers: int
+    heads: int
+    size: int
+
+
+def unserved(graph: Graph) -> Refusal | None:
+    """Why onnxruntime-genai cannot serve a traced model, with the way out; None where it can.
+
+    It feeds a decoder token ids, a mask and positions, and takes logits of every token.
+    """
+    ids = token_ids(graph)
+    if isinstance(ids, Refusal):
+        return Refusal(
+            f"onnxruntime-genai serves decoders of tokens: {ids.reason}", notes=(*ids.notes, WAY_OUT)
+        )
+    first = _spec_of(graph, ids)
+    others = [spec for spec in graph.inputs if spec is not first and _fed_as(spec, first) is None]
+    shown = ", ".join(f"{spec.name} {spec}" for spec in others)
+    if others and first.name.startswith("decoder_"):
+        return Refusal(
+            f"onnxruntime-genai serves decoders alone, and this one reads what an encoder makes of {shown}",
+            notes=(WAY_OUT,),
+        )
+    if _logits(graph, ids) is None:
+        shapes = ", ".join(f"{n} ({', '.join(map(str, s))})" for n, s in _shapes(graph).items())
+        return Refusal(
+            f"onnxruntime-genai needs logits (batch, tokens, vocabulary) of every token, and the model gives {shapes}",
+            notes=(f"a decoder has them under `task: causal-lm`; or {WAY_OUT}",),
+        )
+    if others:
+        return Refusal(
+            f"onnxruntime-genai feeds token ids, a mask and positions in integers, and nothing to {shown}",
+            notes=(f"write `inputs` without it, or {WAY_OUT}",),
+        )
+    return None
+
+
+def served(graph: Graph, signature: CacheSignature) -> Served:
+    """How onnxruntime-genai sees a program with a cache.
+
+    Args:
+        graph: the traced model.
+        signature: of the program.
+
+    Raises:
+        RefusedError: it does not serve such a model, or one whose keys and values have several sizes.
+    """
+    refusal = unserved(graph)
+    if refusal is not None:
+        raise RefusedError([refusal])
+    ids = token_ids(graph)
+    assert isinstance(ids, fx.Node)
+    first = _spec_of(graph, ids)
+    own = [spec for spec in signature.inputs if not spec.name.startswith(PAST_PREFIX)]
+    fed = {_fed_as(spec, first): spec.name for spec in own if spec.name != first.name}
+    logits = _logits(graph, ids)
+    assert logits is not None
+    sizes = {spec.dims[1::2] for spec in signature.pasts}
+    if len(sizes) > 1:
+        shown = " and ".join(f"{heads} heads of {size}" for heads, size in sorted(sizes))
+        reason = f"onnxruntime-genai takes keys and values of one size, and these have {shown}"
+        raise RefusedError([Refusal(reason, notes=(WAY_OUT,))])
+    ((heads, size),) = sizes
+    return Served(
+        {IDS: first.name, **{name: fed[name] for name in (MASK, POSITIONS) if name in fed}},
+        logits,
+        int(signature.outputs[logits][-1]),
+        len(signature.pasts) // 2,
+        int(heads),
+        int(size),
+    )
+
+
+def _spec_of(graph: Graph, ids: fx.Node) -> InputSpec:
+    return next(spec for spec, node in zip(graph.inputs, graph.placeholders, strict=True) if node is ids)
+
+
+def _fed_as(spec: InputSpec, ids: InputSpec) -> str | None:
+    """What onnxruntime-genai feeds to an input: a mask, or positions; None where it has nothing for it."""
+    if spec.dtype not in ("int64", "int32") or len(spec.dims) != 2 or spec.dims[0] != ids.dims[0]:
+        return None
+    if spec.dims[1] not in (ids.dims[1], TOTAL):
+        return None
+    return MASK if "mask" in spec.name else POSITIONS if "position" in spec.name else None
+
+
+def _shapes(graph: Graph) -> dict[str, Sequence[Any]]:
+    """The shape of each output that is a tensor."""
+    results: Any = next(node for node in graph.nodes if node.op == "output").args[0]
+    values = dict(zip(graph.outputs, results, strict=True))
+    return {
+        name: [size_expression(s) for s in values[name].meta["val"].shape] for name in graph.tensor_outputs
+    }
+
+
+def _logits(graph: Graph, ids: fx.Node) -> str | None:
+    """The output with a value for every token of the vocabulary: it is called logits, or is the only one."""
+    tokens = [size_expression(size) for size in ids.meta["val"].shape]
+    lookups = [node for node in graph.nodes if node.target is torch.ops.aten.embedding.default]
+    vocabularies = {size_expression(node_arg(node, 0).meta["val"].shape[0]) for node in lookups}
+    shapes = _shapes(graph)
+    for name, shape in shapes.items():
+        whole = len(shape) == 3 and list(shape[:2]) == tokens
+        if whole and (name == "logits" or (len(shapes) == 1 and shape[2] in vocabularies)):
+            return name
+    return None
