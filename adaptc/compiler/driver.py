@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from adaptc.compiler.alternatives import make_alternatives
 from adaptc.compiler.base import make_base, trace
 from adaptc.compiler.calibration import calibrate
 from adaptc.compiler.changes import comparison
@@ -57,8 +58,11 @@ def compile(
     plan = make_plan(spec, graph, weighed=True)
     rewritten = rewrite(spec, graph, plan, after, comparison(spec.seed))
     check_artifacts(spec, rewritten.adapted, plan.closing)
+    alternatives = make_alternatives(spec, graph, plan, rewritten)
     report = plan_report(spec, graph, plan, rewritten, base.bound.notes)
-    program = Program(spec, report, graph, rewritten, after)
+    report.alternatives.update({name: other.plan for name, other in alternatives.items()})
+    others = {name: Program(a.spec, a.plan, graph, a.rewritten) for name, a in alternatives.items()}
+    program = Program(spec, report, graph, rewritten, after, others)
     program.prove_trace()
     return Compiled(program)
 
@@ -82,4 +86,6 @@ def plan(
     rewritten = rewrite(spec, graph, plan)
     check_artifacts(spec, rewritten.adapted, plan.closing)
     report = plan_report(spec, graph, plan, rewritten)
+    alternatives = make_alternatives(spec, graph, plan, rewritten)
+    report.alternatives.update({name: other.plan for name, other in alternatives.items()})
     return spec, report

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -51,12 +51,20 @@ class Program:
         records: what each pass did.
         proofs: what was proved so far.
         after: called with a pass's name and the graph after each pass that `records` tell of.
+        alternatives: the model with each of `adapters` beside what is always on, by name.
     """
 
     def __init__(
-        self, spec: Spec, plan: PlanReport, base: Graph, rewritten: Rewritten, after: After | None = None
+        self,
+        spec: Spec,
+        plan: PlanReport,
+        base: Graph,
+        rewritten: Rewritten,
+        after: After | None = None,
+        alternatives: Mapping[str, Program] | None = None,
     ):
         self.spec, self.plan, self.base, self.after = spec, plan, base, after
+        self.alternatives = dict(alternatives or {})
         self.graph, self.factored = rewritten.adapted, rewritten.factored
         self.records = list(rewritten.records)
         self.proofs = Proofs(base, spec.seed, spec.proof.tolerance if spec.proof else None)
