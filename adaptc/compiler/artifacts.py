@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,9 +28,12 @@ from adaptc.compiler.quantization_error import QuantizationErrors
 from adaptc.compiler.reference import recorded, with_labels
 from adaptc.compiler.runners import BatchRunner, module_call
 from adaptc.compiler.schedule import bits_in_checkpoint
+from adaptc.compiler.swap import Swap
+from adaptc.compiler.swap_artifact import BASE, prove_adapter, prove_swap, write_swap
 from adaptc.compiler.trainable import reset_derived
 from adaptc.emit.huggingface import LOADED_SHARE, fits_in_memory, load_checkpoint, save_checkpoint
 from adaptc.emit.manifest import MANIFEST, product_entry, write_manifest
+from adaptc.emit.onnx.adapter_file import write_adapter
 from adaptc.emit.onnx.provenance import embed
 from adaptc.emit.staging import Staging
 from adaptc.emit.torch import PROGRAM, load_torch, save_torch
@@ -37,7 +41,7 @@ from adaptc.errors import ProofError, RefusedError
 from adaptc.ir.graph import Graph
 from adaptc.ir.interpreter import Run
 from adaptc.rewriter.expression import FoldedWeight
-from adaptc.spec.emit import EmitEntry, HfEmit, OnnxEmit, PeftEmit, TorchEmit
+from adaptc.spec.emit import EmitEntry, HfEmit, OnnxAdapterEmit, OnnxEmit, PeftEmit, TorchEmit
 from adaptc.weights import Weight
 
 
@@ -131,10 +135,12 @@ def _torch(program: Program, entry: TorchEmit, staging: Staging, final: Path) ->
 
 
 def _onnx(program: Program, entry: OnnxEmit, staging: Staging, final: Path) -> QuantizationErrors | None:
+    if entry.adapters == "swap":
+        return _onnx_swap(program, entry, staging, final)
     graphs = fold(program) if entry.adapters == "folded" else None
     graph = graphs.written if graphs is not None else _unfolded(program, entry.adapters)
 
-    file = write_onnx(program, graph, entry, staging, final)
+    file = write_onnx(program, graph, entry, staging.path(final), final, staging.wrote)
     losses = _losses(graph.weights)
     graph.weights.update({n: w for n, w in file.weights.items() if n in graph.weights})
 
@@ -148,12 +154,46 @@ def _onnx(program: Program, entry: OnnxEmit, staging: Staging, final: Path) -> Q
         operations = {"base": len(program.base.operations), "folded": len(graph.operations)}
         artifact |= {"rounding": losses, "operations": operations}
     artifact |= _proved(program, proof, reference) | _errors(errors)
-    common, files = provenance(program, final.parent), file.staged(staging)
-    embed(file.path, product_entry(without_times(common), artifact, files[1:]))
+    _record_file(program, file.path, file.staged(staging), artifact, staging, final)
+    return errors
+
+
+def _record_file(
+    program: Program, path: Path, files: list[Path], artifact: dict[str, Any], staging: Staging, final: Path
+) -> None:
+    """Write what a manifest says of an ONNX program into the program itself, and into the manifest beside it."""
+    common = provenance(program, final.parent)
+    embed(path, product_entry(without_times(common), artifact, files[1:]))
     manifest = final.parent / MANIFEST
     earlier = staging.staged(manifest)
     write_manifest(staging.path(manifest), common, artifact, files, old=earlier or manifest)
-    return errors
+
+
+def _onnx_swap(program: Program, entry: OnnxEmit, staging: Staging, final: Path) -> None:
+    swap = Swap(program)
+    file = write_swap(swap, entry, staging.path(final), final, staging.wrote)
+    proof, reference, _ = prove_swap(swap, file)
+    alternatives = {name: asdict(program.proofs.named(f"{BASE}, {name}")) for name in program.alternatives}
+    artifact = {"name": final.name, "format": "onnx", "adapters": entry.adapters, **file.about}
+    artifact |= {"overridable": swap.dims(), "alternatives": alternatives}
+    artifact |= _proved(program, proof, reference)
+    _record_file(program, file.path, file.staged(staging), artifact, staging, final)
+
+
+def _onnx_adapter(program: Program, entry: OnnxAdapterEmit, staging: Staging, final: Path) -> None:
+    swap, path = Swap(program), staging.path(final)
+    tensors = swap.tensors(entry.name)
+    write_adapter(path, tensors, program.base_sha256)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        exact = OnnxEmit(format="onnx", path="base.onnx", adapters="swap", round_activations=False)
+        base = Path(folder) / exact.path
+        file = write_swap(swap, exact, base, base)
+        proof, _ = prove_adapter(swap, file, entry.name, tensors, path)
+    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    artifact = {"name": final.name, "format": "onnx-adapter", "adapter": entry.name, "tensors": shapes}
+    common, manifest = provenance(program, final.parent), final.parent / MANIFEST
+    old = staging.staged(manifest) or manifest
+    write_manifest(staging.path(manifest), common, artifact | {"proof": asdict(proof)}, [path], old=old)
 
 
 def _unfolded(program: Program, adapters: str) -> Graph:
@@ -208,6 +248,7 @@ def _huggingface(program: Program, entry: HfEmit, staging: Staging, final: Path)
 WRITERS: dict[str, Callable[[Program, Any, Staging, Path], QuantizationErrors | None]] = {
     "torch": _torch,
     "onnx": _onnx,
+    "onnx-adapter": _onnx_adapter,
     "peft": _peft,
     "hf": _huggingface,
 }

@@ -19,6 +19,7 @@ from adaptc.compiler.program import Program
 from adaptc.compiler.proof_inputs import take_examples
 from adaptc.compiler.rewrite import After, rewrite
 from adaptc.compiler.schedule import check_artifacts
+from adaptc.compiler.swap import swap_slots
 from adaptc.ir.interpreter import Batch
 from adaptc.spec.spec import Spec, load
 
@@ -62,7 +63,8 @@ def compile(
     report = plan_report(spec, graph, plan, rewritten, base.bound.notes)
     report.alternatives.update({name: other.plan for name, other in alternatives.items()})
     others = {name: Program(a.spec, a.plan, graph, a.rewritten) for name, a in alternatives.items()}
-    program = Program(spec, report, graph, rewritten, after, others)
+    slots = swap_slots(spec, rewritten.adapted, alternatives)
+    program = Program(spec, report, graph, rewritten, after, others, slots)
     program.prove_trace()
     return Compiled(program)
 
@@ -88,4 +90,5 @@ def plan(
     report = plan_report(spec, graph, plan, rewritten)
     alternatives = make_alternatives(spec, graph, plan, rewritten)
     report.alternatives.update({name: other.plan for name, other in alternatives.items()})
+    swap_slots(spec, rewritten.adapted, alternatives)
     return spec, report

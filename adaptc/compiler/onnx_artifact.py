@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from adaptc.compiler.reference import with_labels
 from adaptc.compiler.runners import BatchRunner
 from adaptc.emit.manifest import versions
 from adaptc.emit.onnx.evaluate import evaluate
-from adaptc.emit.onnx.export import export_onnx
+from adaptc.emit.onnx.adapter_file import read_adapter
+from adaptc.emit.onnx.export import Wrote, export_onnx
+from adaptc.emit.onnx.overridable import Dims
 from adaptc.emit.onnx.partitioned import PartitionedProgram
 from adaptc.emit.onnx.rounding import RoundActivations, rounds_activations
-from adaptc.emit.onnx.runtime import onnx_runner
+from adaptc.emit.onnx.runtime import open_session, session_call
 from adaptc.emit.staging import Staging
 from adaptc.errors import ProofError
 from adaptc.ir.graph import Graph
@@ -44,6 +47,9 @@ class OnnxFile:
         weights: the weights in the data file, to be read back; empty where the program holds them itself.
         unrounded: the graph that was written, where ONNX Runtime rounds activations of its matrix products; else None.
         about: what a manifest says of it: `nodes`, `opset`, `inputs`, `outputs`.
+        overridable: the sizes of the weights that a call may replace.
+        adapter: what replaces them in the runs of this object: tensors by name, or an `.onnx_adapter` file.
+        name: what proofs call the file.
     """
 
     entry: OnnxEmit
@@ -53,6 +59,10 @@ class OnnxFile:
     weights: Mapping[str, Weight]
     unrounded: Graph | None
     about: Mapping[str, Any]
+    session: Session
+    overridable: Dims
+    name: str
+    adapter: Mapping[str, torch.Tensor] | Path = field(default_factory=dict[str, torch.Tensor])
 
     @property
     def has_data_file(self) -> bool:
@@ -62,14 +72,18 @@ class OnnxFile:
     @property
     def partitioned(self) -> PartitionedProgram:
         """A runner of the file that holds the weights of a few operations at a time."""
-        return PartitionedProgram(self.path, self.final)
+        return PartitionedProgram(self.path, self.final, self._tensors)
+
+    @property
+    def _tensors(self) -> Mapping[str, torch.Tensor]:
+        """The tensors that replace weights."""
+        return read_adapter(self.adapter) if isinstance(self.adapter, Path) else self.adapter
 
     def on(self, batches: Batches) -> Run:
         """One run of every batch: in pieces where there is a data file."""
         if self.has_data_file:
             return self.partitioned.on(batches)
-        exact = not self.entry.round_activations
-        return BatchRunner(onnx_runner(self.path, self.final, exact)).on(batches)
+        return BatchRunner(session_call(self.session.opened, self.adapter)).on(batches)
 
     def unrounded_on(self, batches: Batches) -> Run:
         """One run of every batch, by a file of the same graph that does not round activations."""
@@ -77,8 +91,16 @@ class OnnxFile:
         with tempfile.TemporaryDirectory(dir=self.path.parent) as folder:
             exact = Path(folder) / self.path.name
             runtime = self.entry.target_runtime
-            export_onnx(self.unrounded.copy(), exact, self.entry.opset, runtime=runtime, exact=True)
-            return BatchRunner(onnx_runner(exact, self.path, exact=True)).on(batches)
+            export_onnx(
+                self.unrounded.copy(),
+                exact,
+                self.entry.opset,
+                runtime=runtime,
+                exact=True,
+                overridable=self.overridable,
+            )
+            session = open_session(exact, shown=self.path, exact=True)
+            return BatchRunner(session_call(session, self._tensors)).on(batches)
 
     def staged(self, staging: Staging) -> list[Path]:
         """The program, and its data file if it has one, which is moved to a staged path of its own."""
@@ -87,14 +109,52 @@ class OnnxFile:
         return [self.path, _data_file(self.path).replace(staging.path(_data_file(self.final)))]
 
 
-def write_onnx(program: Program, graph: Graph, entry: OnnxEmit, staging: Staging, final: Path) -> OnnxFile:
+@dataclass
+class Session:
+    """A session of an ONNX file that is opened when it is first needed, and then again used.
+
+    Attributes:
+        path: the file.
+        shown: the path that an error names.
+        exact: do not round activations.
+    """
+
+    path: Path
+    shown: Path
+    exact: bool
+
+    @cached_property
+    def opened(self) -> Any:
+        """The session."""
+        return open_session(self.path, shown=self.shown, exact=self.exact)
+
+
+def write_onnx(
+    program: Program,
+    graph: Graph,
+    entry: OnnxEmit,
+    path: Path,
+    final: Path,
+    wrote: Wrote | None = None,
+    overridable: Dims | None = None,
+    told: Mapping[str, str] | None = None,
+) -> OnnxFile:
     """Write a graph of a program as an ONNX file, whose metadata says what it was made of.
+
+    Args:
+        program: the program.
+        graph: the graph.
+        entry: the spec's entry that asks for the file.
+        path: where it is written.
+        final: where it will be put.
+        wrote: called while a data file is written.
+        overridable: the sizes of the weights that a call may replace.
+        told: metadata beside what every file has.
 
     Raises:
         RefusedError: an operation has no ONNX form.
         AdaptcError: the exporter fails, or the file cannot be written.
     """
-    path = staging.path(final)
     evaluated = evaluate(graph)
     unrounded = evaluated.copy() if entry.round_activations and rounds_activations(evaluated) else None
     metadata = {
@@ -104,15 +164,27 @@ def write_onnx(program: Program, graph: Graph, entry: OnnxEmit, staging: Staging
         "adaptc.adapters": entry.adapters,
         "adaptc.methods": ", ".join(p.insert.method.name for p in program.plan.entries),
     }
-    exact = not entry.round_activations
-    written = export_onnx(evaluated, path, entry.opset, metadata, staging.wrote, entry.target_runtime, exact)
+    metadata |= told or {}
+    exact, runtime = not entry.round_activations, entry.target_runtime
+    written = export_onnx(evaluated, path, entry.opset, metadata, wrote, runtime, exact, overridable)
     about = {
         "nodes": written.nodes,
         "opset": written.opset,
         "inputs": {spec.name: str(spec).replace("bfloat16", "float32") for spec in evaluated.inputs},
         "outputs": list(evaluated.outputs),
     }
-    return OnnxFile(entry, path, final, evaluated.outputs, written.weights, unrounded, about)
+    return OnnxFile(
+        entry,
+        path,
+        final,
+        evaluated.outputs,
+        written.weights,
+        unrounded,
+        about,
+        Session(path, final, exact),
+        overridable or {},
+        f"onnx, {entry.adapters}",
+    )
 
 
 def prove_onnx(
@@ -138,7 +210,7 @@ def prove_onnx(
     Raises:
         ProofError: it computes something else.
     """
-    name = f"onnx, {file.entry.adapters}"
+    name = file.name
     reference, candidate = _side_by_side(program, graph, earlier, file)
     if file.unrounded is None:
         try:

@@ -35,6 +35,7 @@ from adaptc.quantization.quantized_weight import QuantizedPart
 from adaptc.rewriter.insert.base import Insert
 from adaptc.rewriter.pipeline import PASSES, Pass, run
 from adaptc.rewriter.quantize import Quantize
+from adaptc.rewriter.swap.slots import Slots
 from adaptc.spec.spec import Spec
 from adaptc.weights import Deferred, Held, sha256_of_files, sha256_of_tensors
 
@@ -52,6 +53,7 @@ class Program:
         proofs: what was proved so far.
         after: called with a pass's name and the graph after each pass that `records` tell of.
         alternatives: the model with each of `adapters` beside what is always on, by name.
+        slots: what an ONNX program has to take any one of them; None where there are none, or one does not fit.
     """
 
     def __init__(
@@ -62,9 +64,10 @@ class Program:
         rewritten: Rewritten,
         after: After | None = None,
         alternatives: Mapping[str, Program] | None = None,
+        slots: Slots | None = None,
     ):
         self.spec, self.plan, self.base, self.after = spec, plan, base, after
-        self.alternatives = dict(alternatives or {})
+        self.alternatives, self.slots = dict(alternatives or {}), slots
         self.graph, self.factored = rewritten.adapted, rewritten.factored
         self.records = list(rewritten.records)
         self.proofs = Proofs(base, spec.seed, spec.proof.tolerance if spec.proof else None)

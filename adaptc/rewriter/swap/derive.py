@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from adaptc.methods.method import WeightMethod
 from adaptc.methods.param import Param
@@ -17,6 +18,9 @@ from adaptc.rewriter.expression import trace_expression
 from adaptc.rewriter.swap.algebra import form_of
 from adaptc.rewriter.swap.form import Form, NoFormError
 
+Described = tuple[str, tuple[int, ...], torch.dtype]
+"""A tensor by its name, shape and dtype."""
+_expressions: dict[Any, fx.Graph] = {}
 Read = Callable[[str], torch.Tensor]
 """Gives a tensor by its name: real, in float64 where it holds floats; or fake. Raises NoFormError where it is not
 there."""
@@ -30,13 +34,13 @@ class MethodOnSite:
         method: with the options of this site.
         site: the site.
         tensors: argument of its expression -> (name of the tensor, its declaration).
-        place: the entry that it comes from, as messages call it.
+        entry: the number of the spec's entry that it comes from.
     """
 
     method: Any
     site: Site
     tensors: Mapping[str, tuple[str, Param]]
-    place: str = ""
+    entry: int = 0
 
 
 @dataclass
@@ -70,7 +74,8 @@ def forms_of(members: Sequence[MethodOnSite], tensor: Read, base: Read) -> Adapt
         try:
             _add(forms, member, tensor, base)
         except NoFormError as error:
-            raise NoFormError(f"{member.method.name} on {member.site.module or 'the model'}: {error}") from None
+            message = f"{member.method.name} on {member.site.module or 'the model'}: {error}"
+            raise NoFormError(message, member.entry) from None
     return forms
 
 
@@ -105,7 +110,8 @@ def _composed(
     shape = (site.out_features, site.in_features)
     owned = method.stored(site)
     unpacked = _unpacked(member, theta)
-    expression = _traced(method, shape, {k: _one(k, v, site, owned, 0) for k, v in unpacked.items()})
+    first = {k: _one(k, v, site, owned, 0) for k, v in unpacked.items()}
+    expression = _traced(method, shape, tuple((k, tuple(v.shape), v.dtype) for k, v in first.items()))
     forms: list[Form] = []
     for index, before in enumerate(existing):
 
@@ -131,10 +137,18 @@ def _unpacked(member: MethodOnSite, theta: Mapping[str, torch.Tensor]) -> dict[s
     return {a: call(v) if (call := unpack[a]) is not None else v for a, v in theta.items()}
 
 
-def _traced(method: WeightMethod, shape: tuple[int, int], theta: Mapping[str, torch.Tensor]) -> Any:
-    """The expression of a method on a weight `(out, in)` in float64."""
-    mode = next((t.fake_mode for t in theta.values() if hasattr(t, "fake_mode")), None) or FakeTensorMode()
-    with mode:
-        W = torch.empty(shape, dtype=torch.float64)
-        fakes = {k: torch.empty(v.shape, dtype=v.dtype) for k, v in theta.items()}
-        return trace_expression(lambda W, **given: method.weight(W, **given), [W], fakes)
+def _traced(method: WeightMethod, shape: tuple[int, int], theta: Sequence[Described]) -> fx.Graph:
+    """The expression of a method on a weight `(out, in)` in float64; traced once for tensors of the same shapes.
+
+    Args:
+        method: the method.
+        shape: (out, in).
+        theta: its tensors: argument, shape and dtype.
+    """
+    key = (type(method), repr(method), shape, theta)
+    if key not in _expressions:
+        with unset_fake_temporarily(), FakeTensorMode():
+            W = torch.empty(shape, dtype=torch.float64)
+            fakes = {argument: torch.empty(sizes, dtype=dtype) for argument, sizes, dtype in theta}
+            _expressions[key] = trace_expression(lambda W, **given: method.weight(W, **given), [W], fakes)
+    return _expressions[key]

@@ -11,7 +11,16 @@ if TYPE_CHECKING:
 
 
 class NoFormError(Exception):
-    """A weight is not scales of the base's plus thin products; the message says what it is instead."""
+    """A method makes something else of a site than a program can take as inputs; the message says what.
+
+    Args:
+        message: what it is.
+        entry: the number of the spec's entry, where it is known.
+    """
+
+    def __init__(self, message: str, entry: int = 0):
+        super().__init__(message)
+        self.entry = entry
 
 
 @dataclass(frozen=True, eq=False)
