@@ -20,7 +20,9 @@ from adaptc.compiler.proof_inputs import take_examples
 from adaptc.compiler.rewrite import After, rewrite
 from adaptc.compiler.schedule import check_artifacts
 from adaptc.compiler.swap import swap_slots
+from adaptc.ir.graph import Graph
 from adaptc.ir.interpreter import Batch
+from adaptc.rewriter.pipeline import Compare
 from adaptc.spec.spec import Spec, load
 
 
@@ -56,17 +58,42 @@ def compile(
     graph = trace(spec, base, after)
     calibrate(spec, graph, calibration)
     take_examples(spec, graph)
-    plan = make_plan(spec, graph, weighed=True)
-    rewritten = rewrite(spec, graph, plan, after, comparison(spec.seed))
-    check_artifacts(spec, rewritten.adapted, plan.closing)
-    alternatives = make_alternatives(spec, graph, plan, rewritten)
-    report = plan_report(spec, graph, plan, rewritten, base.bound.notes)
-    report.alternatives.update({name: other.plan for name, other in alternatives.items()})
-    others = {name: Program(a.spec, a.plan, graph, a.rewritten) for name, a in alternatives.items()}
-    slots = swap_slots(spec, rewritten.adapted, alternatives)
-    program = Program(spec, report, graph, rewritten, after, others, slots)
+    program = program_of(spec, graph, base.bound.notes, after, comparison(spec.seed), weighed=True)
     program.prove_trace()
     return Compiled(program)
+
+
+def program_of(
+    spec: Spec,
+    graph: Graph,
+    notes: Sequence[str] = (),
+    after: After | None = None,
+    compare: Compare | None = None,
+    weighed: bool = False,
+) -> Program:
+    """Plan a spec on a traced graph, rewrite that, and check that every artifact can be made.
+
+    Args:
+        spec: the spec.
+        graph: the traced graph.
+        notes: on the weights of the base, where they were bound.
+        after: called with a pass's name and the graph after each pass.
+        compare: measures whether a user's pass changes results; None where weights are not to be read.
+        weighed: read weights to choose bits, where the spec has a budget.
+
+    Raises:
+        SpecError: something cannot be done; holds every problem of a step.
+        RefusedError: a pass refuses the graph.
+    """
+    plan = make_plan(spec, graph, weighed)
+    rewritten = rewrite(spec, graph, plan, after, compare)
+    check_artifacts(spec, rewritten.adapted, plan.closing)
+    alternatives = make_alternatives(spec, graph, plan, rewritten)
+    slots = swap_slots(spec, rewritten.adapted, alternatives)
+    report = plan_report(spec, graph, plan, rewritten, notes)
+    report.alternatives.update({name: other.plan for name, other in alternatives.items()})
+    others = {name: Program(a.spec, a.plan, graph, a.rewritten) for name, a in alternatives.items()}
+    return Program(spec, report, graph, rewritten, after, others, slots)
 
 
 def plan(
@@ -84,11 +111,4 @@ def plan(
     spec = load(spec, overrides)
     base = make_base(spec)
     graph = trace(spec, base)
-    plan = make_plan(spec, graph)
-    rewritten = rewrite(spec, graph, plan)
-    check_artifacts(spec, rewritten.adapted, plan.closing)
-    report = plan_report(spec, graph, plan, rewritten)
-    alternatives = make_alternatives(spec, graph, plan, rewritten)
-    report.alternatives.update({name: other.plan for name, other in alternatives.items()})
-    swap_slots(spec, rewritten.adapted, alternatives)
-    return spec, report
+    return spec, program_of(spec, graph).plan

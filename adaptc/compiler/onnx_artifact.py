@@ -17,8 +17,8 @@ from adaptc.compiler.provenance import describe_base
 from adaptc.compiler.reference import with_labels
 from adaptc.compiler.runners import BatchRunner
 from adaptc.emit.manifest import versions
-from adaptc.emit.onnx.evaluate import evaluate
 from adaptc.emit.onnx.adapter_file import read_adapter
+from adaptc.emit.onnx.evaluate import evaluate
 from adaptc.emit.onnx.export import Wrote, export_onnx
 from adaptc.emit.onnx.overridable import Dims
 from adaptc.emit.onnx.partitioned import PartitionedProgram

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from adaptc.checkpoints.key_parts import modules_holding
 from adaptc.compiler.alternatives import Alternative
 from adaptc.compiler.folding import fold_always_on
 from adaptc.compiler.program import Program
@@ -15,12 +16,15 @@ from adaptc.compiler.schedule import lower
 from adaptc.errors import Problem, SpecError
 from adaptc.ir.adaptation import Adaptation
 from adaptc.ir.aliases import alias_names
+from adaptc.ir.analysis.roles import SLICES
 from adaptc.ir.graph import Graph
+from adaptc.ir.slices import site_slices
 from adaptc.methods.site import MATRIX_KINDS, WeightSite
 from adaptc.rewriter.expression import extract_expression
 from adaptc.rewriter.pipeline import run
 from adaptc.rewriter.swap.derive import AdapterForms, MethodOnSite, Read, forms_of
 from adaptc.rewriter.swap.form import NoFormError
+from adaptc.rewriter.swap.record import Parameter, SlotRecord
 from adaptc.rewriter.swap.slots import Slots
 from adaptc.spec.spec import Spec
 from adaptc.weights import Held
@@ -35,7 +39,8 @@ Adapted = Mapping[str, tuple[Spec, Graph]]
 def emits_swap(spec: Spec) -> bool:
     """Whether a spec emits a program that takes its alternatives as inputs, or one of these."""
     return any(
-        entry.format == "onnx-adapter" or (entry.format == "onnx" and entry.adapters == "swap") for entry in spec.emit
+        entry.format == "onnx-adapter" or (entry.format == "onnx" and entry.adapters == "swap")
+        for entry in spec.emit
     )
 
 
@@ -131,6 +136,24 @@ class Swap:
         """The sizes of all that the program takes, a name for a rank."""
         whole = {name: self.base.weights[name].shape for name in self.slots.whole}
         return {**self.slots.dims(), **whole}
+
+    def record(self) -> SlotRecord:
+        """What the program says of its slots, for adapters that are made for it later."""
+        base, program = self.base, self.program
+        sites = {s.parameter: s.as_parameter() for s in base.sites}
+        parameters = {n: Parameter(sites[n], base.weights[n].dtype) for n in self.slots.whole}
+        pieces = {
+            name: {s.piece: s.rows for s in site_slices(slot.site, list(SLICES), program.base)}
+            for name, slot in self.slots.weights.items()
+        }
+        return SlotRecord(
+            program.base_sha256,
+            self.slots,
+            parameters,
+            {name: named for name, named in pieces.items() if named},
+            tuple(sorted(modules_holding(program.base.weights))),
+            tuple(program.base.weights),
+        )
 
     def graph(self, tensors: Mapping[str, torch.Tensor] | None = None) -> Graph:
         """The program's graph as it runs.

@@ -17,6 +17,7 @@ from adaptc.emit.onnx.export import Wrote
 from adaptc.errors import ProofError
 from adaptc.ir.graph import Graph
 from adaptc.ir.interpreter import Run
+from adaptc.rewriter.swap.record import KEY
 from adaptc.spec.emit import OnnxEmit
 from adaptc.weights import seeded
 
@@ -33,7 +34,8 @@ def write_swap(swap: Swap, entry: OnnxEmit, path: Path, final: Path, wrote: Wrot
         RefusedError: an operation has no ONNX form.
         AdaptcError: the exporter fails, or the file cannot be written.
     """
-    return write_onnx(swap.program, swap.graph(), entry, path, final, wrote, swap.dims())
+    told = {KEY: swap.record().to_json()}
+    return write_onnx(swap.program, swap.graph(), entry, path, final, wrote, swap.dims(), told)
 
 
 def prove_swap(swap: Swap, file: OnnxFile) -> tuple[Proof, Run, Graph | None]:
@@ -112,7 +114,9 @@ def _random(swap: Swap, strength: float) -> dict[str, torch.Tensor]:
             tensors[name] = 1 + 0.1 * strength * noise if scale else 0.1 * strength**0.5 * noise
     for name in swap.slots.whole:
         value = swap.base.weights[name].exact().double()
-        tensors[name] = value + 0.1 * strength * torch.randn(value.shape, generator=seeded(0, name), dtype=torch.float64)
+        tensors[name] = value + 0.1 * strength * torch.randn(
+            value.shape, generator=seeded(0, name), dtype=torch.float64
+        )
     return swap.rounded(tensors)
 
 

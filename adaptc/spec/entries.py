@@ -10,7 +10,6 @@ from pydantic import BeforeValidator, Field, create_model
 from pydantic_core import InitErrorDetails
 
 from adaptc.errors import got
-
 from adaptc.methods.method import METHODS, Method, Rank, summary
 from adaptc.quantization.scheme import SCHEMES, Scheme
 from adaptc.spec.diagnostics import fault, invalid

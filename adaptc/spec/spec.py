@@ -17,7 +17,6 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-
 from pydantic_core import InitErrorDetails
 
 from adaptc.errors import Problem, SpecError, WeightError, got, unknown

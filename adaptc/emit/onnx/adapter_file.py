@@ -25,7 +25,9 @@ def write_adapter(path: Path, tensors: Mapping[str, torch.Tensor], base_sha256: 
     import onnxruntime
 
     untyped: Any = onnxruntime
-    values = {name: untyped.OrtValue.ortvalue_from_numpy(as_array(t.contiguous())) for name, t in tensors.items()}
+    values = {
+        name: untyped.OrtValue.ortvalue_from_numpy(as_array(t.contiguous())) for name, t in tensors.items()
+    }
     file = untyped.AdapterFormat()
     file.set_adapter_version(VERSION)
     file.set_model_version(base_number(base_sha256))

@@ -22,7 +22,9 @@ SAME = frozenset({"clone", "detach", "alias", "contiguous", "to", "_to_copy", "l
 TRANSPOSES = frozenset({"t", "numpy_T", "mT"})
 
 
-def form_of(expression: fx.Graph, theta: Mapping[str, torch.Tensor], shape: tuple[int, int], dense: Dense) -> Form:
+def form_of(
+    expression: fx.Graph, theta: Mapping[str, torch.Tensor], shape: tuple[int, int], dense: Dense
+) -> Form:
     """The form of a weight's expression.
 
     Sums, scales of rows and columns, and products of two matrices without the weight are followed; anything else is

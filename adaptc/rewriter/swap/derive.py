@@ -98,11 +98,17 @@ def _add(forms: AdapterForms, member: MethodOnSite, tensor: Read, base: Read) ->
     forms.weights[site.name] = whole, _composed(member, whole, existing, theta, base)
     if site.bias is not None and method.adapts_bias():
         b = forms.whole[site.bias] if site.bias in forms.whole else base(site.bias)
-        forms.whole[site.bias] = site.bias_restored(method.bias(site.bias_of(b), **_unpacked(member, theta)), b)
+        forms.whole[site.bias] = site.bias_restored(
+            method.bias(site.bias_of(b), **_unpacked(member, theta)), b
+        )
 
 
 def _composed(
-    member: MethodOnSite, whole: WeightSite, existing: Sequence[Form], theta: Mapping[str, torch.Tensor], base: Read
+    member: MethodOnSite,
+    whole: WeightSite,
+    existing: Sequence[Form],
+    theta: Mapping[str, torch.Tensor],
+    base: Read,
 ) -> list[Form]:
     """The forms of a site's matrices with a method on top of earlier ones."""
     method, site = member.method, member.site
@@ -126,7 +132,9 @@ def _composed(
     return forms
 
 
-def _one(argument: str, value: torch.Tensor, site: WeightSite, owned: Mapping[str, Param], index: int) -> torch.Tensor:
+def _one(
+    argument: str, value: torch.Tensor, site: WeightSite, owned: Mapping[str, Param], index: int
+) -> torch.Tensor:
     """A tensor of a method for one of a site's matrices."""
     return value[index] if site.batch is not None and argument in owned else value
 

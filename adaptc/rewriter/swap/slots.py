@@ -14,7 +14,7 @@ from adaptc.methods.site import MATRIX_KINDS, WeightSite
 from adaptc.rewriter.insert.base import parameter_name
 from adaptc.rewriter.insert.weight import InsertWeight
 from adaptc.rewriter.swap.derive import AdapterForms
-from adaptc.rewriter.swap.form import Form
+from adaptc.rewriter.swap.form import Form, NoFormError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,10 +90,19 @@ class Slot:
         if any(product is not None for product in products):
             named[A] = [product.right for product in products if product is not None]
             named[B] = [product.left for product in products if product is not None]
+        for key, words in (
+            (ROWS, "scales its outputs"),
+            (COLUMNS, "scales its inputs"),
+            (A, "adds to its weight"),
+        ):
+            if key in named and key not in self.names:
+                raise NoFormError(f"the program has no place for what {words} on {self.site.module}")
         params = self.method.at(self.site).params(self.site)
         batch = self.site.batch
         return {
-            self.names[key]: torch.stack(values) if batch is not None else _packed(key, values[0], self.site, params[key])
+            self.names[key]: torch.stack(values)
+            if batch is not None
+            else _packed(key, values[0], self.site, params[key])
             for key, values in named.items()
         }
 
@@ -240,6 +249,10 @@ def _packed(key: str, value: Tensor, site: WeightSite, param: Param) -> Tensor:
         return value.t().contiguous()
     if key in (A, B) and len(param.shape) > 2:
         r_first = key == A
-        sizes = (value.shape[0], *param.shape[1:]) if r_first else (value.shape[0], value.shape[1], *param.shape[2:])
+        sizes = (
+            (value.shape[0], *param.shape[1:])
+            if r_first
+            else (value.shape[0], value.shape[1], *param.shape[2:])
+        )
         return value.reshape(sizes)
     return value
