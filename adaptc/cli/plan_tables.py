@@ -18,7 +18,7 @@ from adaptc.quantization.quantized_weight import bytes_of, matrix_size
 
 
 def insertion_table(place: str, planned: PlannedInsertion) -> Table:
-    """The sites of one entry of `adapt` or `adapters`, at a place of the spec. Sites that differ in the number of their layer alone share a row."""
+    """The sites of one entry, at a place of the spec. Sites that differ in the number of their layer share a row."""
     method, selection = planned.insert.method, planned.selection
     source = f", from {planned.checkpoint.path}" if planned.checkpoint else ""
     title = f"{place}: {method.name} {planned.insert.adapter!r}{source}"

@@ -95,7 +95,13 @@ def emit_all(
     paths = output_paths(program.spec, entries, into)
     artifacts: list[Artifact] = []
     with Staging(observe.wrote if observe else None) as staging:
+        adapters = {
+            final: entry for entry, final in zip(entries, paths, strict=True) if isinstance(entry, OnnxAdapterEmit)
+        }
         for entry, final in zip(entries, paths, strict=True):
+            if final in adapters:
+                artifacts.append(Artifact(final))
+                continue
             if observe:
                 observe.writing(f"{entry.format} {final}")
             before = list(program.proofs.held)
@@ -106,6 +112,8 @@ def emit_all(
             for proof in program.proofs.held:
                 if observe and not any(proof is other for other in before):
                     observe.proved(proof)
+        if adapters:
+            _onnx_adapters(program, adapters, staging, observe)
     return artifacts
 
 
@@ -180,20 +188,29 @@ def _onnx_swap(program: Program, entry: OnnxEmit, staging: Staging, final: Path)
     _record_file(program, file.path, file.staged(staging), artifact, staging, final)
 
 
-def _onnx_adapter(program: Program, entry: OnnxAdapterEmit, staging: Staging, final: Path) -> None:
-    swap, path = Swap(program), staging.path(final)
-    tensors = swap.tensors(entry.name)
-    write_adapter(path, tensors, program.base_sha256)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+def _onnx_adapters(
+    program: Program, entries: Mapping[Path, OnnxAdapterEmit], staging: Staging, observe: Observer | None
+) -> None:
+    """Write several adapters, and prove each from its file, in one program that is written for that alone."""
+    swap, paths = Swap(program), {final: staging.path(final) for final in entries}
+    with tempfile.TemporaryDirectory(dir=next(iter(paths.values())).parent) as folder:
         exact = OnnxEmit(format="onnx", path="base.onnx", adapters="swap", round_activations=False)
         base = Path(folder) / exact.path
         file = write_swap(swap, exact, base, base)
-        proof, _ = prove_adapter(swap, file, entry.name, tensors, path)
-    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    artifact = {"name": final.name, "format": "onnx-adapter", "adapter": entry.name, "tensors": shapes}
-    common, manifest = provenance(program, final.parent), final.parent / MANIFEST
-    old = staging.staged(manifest) or manifest
-    write_manifest(staging.path(manifest), common, artifact | {"proof": asdict(proof)}, [path], old=old)
+        for final, entry in entries.items():
+            if observe:
+                observe.writing(f"{entry.format} {final}")
+            tensors = swap.tensors(entry.name)
+            write_adapter(paths[final], tensors, program.base_sha256)
+            proof, _ = prove_adapter(swap, file, entry.name, tensors, paths[final])
+            if observe:
+                observe.proved(proof)
+            shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+            artifact = {"name": final.name, "format": "onnx-adapter", "adapter": entry.name, "tensors": shapes}
+            common, manifest = provenance(program, final.parent), final.parent / MANIFEST
+            old = staging.staged(manifest) or manifest
+            artifact |= {"proof": asdict(proof)}
+            write_manifest(staging.path(manifest), common, artifact, [paths[final]], old=old)
 
 
 def _unfolded(program: Program, adapters: str) -> Graph:
@@ -248,7 +265,6 @@ def _huggingface(program: Program, entry: HfEmit, staging: Staging, final: Path)
 WRITERS: dict[str, Callable[[Program, Any, Staging, Path], QuantizationErrors | None]] = {
     "torch": _torch,
     "onnx": _onnx,
-    "onnx-adapter": _onnx_adapter,
     "peft": _peft,
     "hf": _huggingface,
 }

@@ -47,7 +47,8 @@ class OnnxFile:
         weights: the weights in the data file, to be read back; empty where the program holds them itself.
         unrounded: the graph that was written, where ONNX Runtime rounds activations of its matrix products; else None.
         about: what a manifest says of it: `nodes`, `opset`, `inputs`, `outputs`.
-        overridable: the sizes of the weights that a call may replace.
+        session: of the file, where it holds its weights itself.
+        exact: of a file of the same graph that does not round; None where this one does not.
         adapter: what replaces them in the runs of this object: tensors by name, or an `.onnx_adapter` file.
         name: what proofs call the file.
     """
@@ -60,7 +61,7 @@ class OnnxFile:
     unrounded: Graph | None
     about: Mapping[str, Any]
     session: Session
-    overridable: Dims
+    exact: ExactSession | None
     name: str
     adapter: Mapping[str, torch.Tensor] | Path = field(default_factory=dict[str, torch.Tensor])
 
@@ -87,20 +88,8 @@ class OnnxFile:
 
     def unrounded_on(self, batches: Batches) -> Run:
         """One run of every batch, by a file of the same graph that does not round activations."""
-        assert self.unrounded is not None
-        with tempfile.TemporaryDirectory(dir=self.path.parent) as folder:
-            exact = Path(folder) / self.path.name
-            runtime = self.entry.target_runtime
-            export_onnx(
-                self.unrounded.copy(),
-                exact,
-                self.entry.opset,
-                runtime=runtime,
-                exact=True,
-                overridable=self.overridable,
-            )
-            session = open_session(exact, shown=self.path, exact=True)
-            return BatchRunner(session_call(session, self._tensors)).on(batches)
+        assert self.exact is not None
+        return BatchRunner(session_call(self.exact.opened, self._tensors)).on(batches)
 
     def staged(self, staging: Staging) -> list[Path]:
         """The program, and its data file if it has one, which is moved to a staged path of its own."""
@@ -127,6 +116,32 @@ class Session:
     def opened(self) -> Any:
         """The session."""
         return open_session(self.path, shown=self.shown, exact=self.exact)
+
+
+@dataclass
+class ExactSession:
+    """A session of a file that is written when it is first needed: of the same graph, and it does not round.
+
+    Attributes:
+        graph: the graph.
+        entry: the spec's entry that asks for the file that rounds.
+        path: that file.
+        overridable: the sizes of the weights that a call may replace.
+    """
+
+    graph: Graph
+    entry: OnnxEmit
+    path: Path
+    overridable: Dims
+
+    @cached_property
+    def opened(self) -> Any:
+        """The session."""
+        with tempfile.TemporaryDirectory(dir=self.path.parent) as folder:
+            exact = Path(folder) / self.path.name
+            options: Any = {"runtime": self.entry.target_runtime, "overridable": self.overridable}
+            export_onnx(self.graph, exact, self.entry.opset, exact=True, **options)
+            return open_session(exact, shown=self.path, exact=True)
 
 
 def write_onnx(
@@ -182,7 +197,7 @@ def write_onnx(
         unrounded,
         about,
         Session(path, final, exact),
-        overridable or {},
+        None if unrounded is None else ExactSession(unrounded.copy(), entry, path, overridable or {}),
         f"onnx, {entry.adapters}",
     )
 
