@@ -25,6 +25,7 @@ from adaptc.methods.site import WeightSite
 from adaptc.rewriter.swap.derive import MethodOnSite, forms_of
 from adaptc.rewriter.swap.form import NoFormError
 from adaptc.rewriter.swap.record import KEY, SlotRecord
+from adaptc.weights import seeded
 
 
 class DeployedProgram:
@@ -94,7 +95,9 @@ class DeployedProgram:
                 members.append(member)
                 values |= tensors
         try:
-            forms = forms_of(members, lambda name: _read(values, name), self.base)
+            for member in members:
+                values |= {n: self._derived(member, p) for n, p in member.tensors.values() if n not in values}
+            forms = forms_of(members, lambda name: _widened(values[name]), self.base)
             unplaced = [name for name in forms.whole if name not in self.record.parameters]
             if unplaced:
                 raise NoFormError(f"the program has no place for {unplaced[0]}: {self._places()}")
@@ -104,6 +107,14 @@ class DeployedProgram:
         dtypes = {name: slot.site.dtype for slot in self.record.slots.weights.values() for name in slot.dims}
         dtypes |= {name: parameter.dtype for name, parameter in self.record.parameters.items()}
         return {name: tensor.to(dtypes[name]).contiguous() for name, tensor in named.items()}
+
+    def _derived(self, member: MethodOnSite, param: Param) -> torch.Tensor:
+        """A tensor that no checkpoint holds, since it follows from the options and the base."""
+        init, site = param.init, member.site
+        if isinstance(init, str) or not isinstance(site, WeightSite):
+            raise NoFormError(f"its {param.key} is in no checkpoint")
+        W = site.matrix(self.base(site.parameter))
+        return init(W, seeded(0, param.key)).reshape(param.shape)
 
     def _places(self) -> str:
         return _places(self.record)
@@ -255,16 +266,8 @@ def _places(record: SlotRecord) -> str:
     )
 
 
-def _read(values: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
-    """A tensor of an adapter, in float64 where it holds floats.
-
-    Raises:
-        NoFormError: no checkpoint holds it.
-    """
-    if name not in values:
-        key = name.partition(".")[2]
-        raise NoFormError(f"its {key} is in no checkpoint, and is computed from the base and the spec")
-    value = values[name]
+def _widened(value: torch.Tensor) -> torch.Tensor:
+    """A tensor in float64, where it holds floats."""
     return value.double() if value.dtype.is_floating_point else value
 
 

@@ -12,6 +12,7 @@ from adaptc.checkpoints.key_parts import modules_holding
 from adaptc.compiler.alternatives import Alternative
 from adaptc.compiler.folding import fold_always_on
 from adaptc.compiler.program import Program
+from adaptc.compiler.proofs import check_finite
 from adaptc.compiler.schedule import lower
 from adaptc.errors import Problem, SpecError
 from adaptc.ir.adaptation import Adaptation
@@ -112,8 +113,13 @@ class Swap:
         self.base = fold_always_on(program)
 
     def forms(self, name: str) -> AdapterForms:
-        """The forms of an alternative, with its weights as they stand."""
+        """The forms of an alternative, with its weights as they stand.
+
+        Raises:
+            ProofError: a tensor of it is not finite.
+        """
         graph = self.program.alternatives[name].graph
+        check_finite(graph)
 
         def tensor(name: str) -> torch.Tensor:
             value = graph.weights[name].exact()
