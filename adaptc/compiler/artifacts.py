@@ -96,7 +96,9 @@ def emit_all(
     artifacts: list[Artifact] = []
     with Staging(observe.wrote if observe else None) as staging:
         adapters = {
-            final: entry for entry, final in zip(entries, paths, strict=True) if isinstance(entry, OnnxAdapterEmit)
+            final: entry
+            for entry, final in zip(entries, paths, strict=True)
+            if isinstance(entry, OnnxAdapterEmit)
         }
         for entry, final in zip(entries, paths, strict=True):
             if final in adapters:
@@ -194,7 +196,9 @@ def _onnx_adapters(
     """Write several adapters, and prove each from its file, in one program that is written for that alone."""
     swap, paths = Swap(program), {final: staging.path(final) for final in entries}
     with tempfile.TemporaryDirectory(dir=next(iter(paths.values())).parent) as folder:
-        exact = OnnxEmit(format="onnx", path="base.onnx", adapters="swap", round_activations=False)
+        exact = OnnxEmit.model_validate(
+            {"format": "onnx", "path": "base.onnx", "adapters": "swap", "round_activations": False}
+        )
         base = Path(folder) / exact.path
         file = write_swap(swap, exact, base, base)
         for final, entry in entries.items():
@@ -206,7 +210,12 @@ def _onnx_adapters(
             if observe:
                 observe.proved(proof)
             shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-            artifact = {"name": final.name, "format": "onnx-adapter", "adapter": entry.name, "tensors": shapes}
+            artifact = {
+                "name": final.name,
+                "format": "onnx-adapter",
+                "adapter": entry.name,
+                "tensors": shapes,
+            }
             common, manifest = provenance(program, final.parent), final.parent / MANIFEST
             old = staging.staged(manifest) or manifest
             artifact |= {"proof": asdict(proof)}

@@ -20,6 +20,7 @@ from adaptc.ir.aliases import alias_names
 from adaptc.ir.analysis.roles import SLICES
 from adaptc.ir.graph import Graph
 from adaptc.ir.slices import site_slices
+from adaptc.methods.method import WeightMethod
 from adaptc.methods.site import MATRIX_KINDS, WeightSite
 from adaptc.rewriter.expression import extract_expression
 from adaptc.rewriter.pipeline import run
@@ -217,7 +218,8 @@ def _member(base: Graph, a: Adaptation) -> MethodOnSite:
     own = next(s for s in base.sites if (s.module, s.leaf) == (site.module, site.leaf))
     site = replace(site, parameter=own.parameter, bias=own.bias if site.bias else None)
     replaced = [site.parameter] if site.kind not in MATRIX_KINDS else []
-    replaced += [site.bias] if site.bias and a.method.adapts_bias() else []
+    biased = isinstance(a.method, WeightMethod) and a.method.adapts_bias()
+    replaced += [site.bias] if site.bias and biased else []
     for name in replaced:
         fault = _fixed(base, name, shared=a.on_alias == "share")
         if fault:

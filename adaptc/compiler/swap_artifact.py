@@ -122,8 +122,10 @@ def _random(swap: Swap, strength: float) -> dict[str, torch.Tensor]:
 
 def _equal(first: Run, last: Run) -> bool:
     """Whether two runs gave the same bits."""
-    return all(
-        isinstance(a, Exception) == isinstance(b, Exception)
-        and (isinstance(a, Exception) or all(torch.equal(x, y) for x, y in zip(a, b, strict=True)))
-        for a, b in zip(first.outcomes.values(), last.outcomes.values(), strict=True)
-    )
+    for a, b in zip(first.outcomes.values(), last.outcomes.values(), strict=True):
+        if isinstance(a, Exception) or isinstance(b, Exception):
+            if type(a) is not type(b):
+                return False
+        elif not all(torch.equal(x, y) for x, y in zip(a, b, strict=True)):
+            return False
+    return True

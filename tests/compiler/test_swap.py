@@ -92,7 +92,12 @@ def test_a_program_has_places_for_what_the_alternatives_change_alone(built: tupl
         "down.weight": [6, 24],
         "down.bias": [6],
     }
-    assert sorted(read_adapter(folder / "bob.onnx_adapter")) == ["down.bias", "down.weight", "up.adapter_rows", "up.bias"]
+    assert sorted(read_adapter(folder / "bob.onnx_adapter")) == [
+        "down.bias",
+        "down.weight",
+        "up.adapter_rows",
+        "up.bias",
+    ]
 
 
 def test_alpha_is_in_the_tensors(built: tuple[Compiled, Path]) -> None:
@@ -114,7 +119,9 @@ def test_the_manifest_and_the_file_say_which_base_they_fit(built: tuple[Compiled
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_an_adapter_is_made_for_a_deployed_program(built: tuple[Compiled, Path], tmp_path: Path, name: str) -> None:
+def test_an_adapter_is_made_for_a_deployed_program(
+    built: tuple[Compiled, Path], tmp_path: Path, name: str
+) -> None:
     made, folder = built
     alternative = made.alternatives[name]
     alternative.save_adapter(tmp_path / "saved")
@@ -162,9 +169,18 @@ def test_other_methods_and_ranks_fit(
             {"method": "lora", "target": ["mid"]},
             "the program has no place for mid, which it adapts (and 1 tensors more)\n  it has places on up, down",
         ),
-        ({"method": "ia3", "target": ["down"]}, "the program has no place for what scales its outputs on down"),
-        ({"method": "oft", "target": ["up"], "block_size": 4}, "oft on up: it computes new weights from the base's"),
-        ({"method": "loha", "target": ["up"]}, "loha on up: what it adds to a weight is no product of thin matrices"),
+        (
+            {"method": "ia3", "target": ["down"]},
+            "the program has no place for what scales its outputs on down",
+        ),
+        (
+            {"method": "oft", "target": ["up"], "block_size": 4},
+            "oft on up: it computes new weights from the base's",
+        ),
+        (
+            {"method": "loha", "target": ["up"]},
+            "loha on up: what it adds to a weight is no product of thin matrices",
+        ),
     ],
 )
 def test_what_does_not_fit_a_program_is_refused(
@@ -181,7 +197,9 @@ def test_what_does_not_fit_a_program_is_refused(
 
 def test_an_adapter_of_another_base_is_refused(built: tuple[Compiled, Path], tmp_path: Path) -> None:
     _, folder = built
-    checkpoint = saved(randomise(Model(), seed=9).eval(), {"method": "lora", "target": ["up"]}, tmp_path / "saved")
+    checkpoint = saved(
+        randomise(Model(), seed=9).eval(), {"method": "lora", "target": ["up"]}, tmp_path / "saved"
+    )
     with pytest.raises(WeightError, match="this adapter was trained on another base: its own has SHA-256"):
         make_adapter(folder / "base.onnx", checkpoint, tmp_path / "more.onnx_adapter")
 
@@ -196,7 +214,9 @@ def test_a_program_without_places_is_refused(model: nn.Module, tmp_path: Path) -
 
 
 def test_what_is_always_on_is_in_the_base(model: nn.Module, tmp_path: Path) -> None:
-    made = compiled(model, {"alice": ADAPTERS["alice"]}, adapt=[{"method": "lora", "target": ["up", "mid"], "r": 2}])
+    made = compiled(
+        model, {"alice": ADAPTERS["alice"]}, adapt=[{"method": "lora", "target": ["up", "mid"], "r": 2}]
+    )
     always = made.module
     perturb(always, 7)
     made.emit("onnx", tmp_path / "base.onnx", adapters="swap")
@@ -223,7 +243,9 @@ def test_a_tensor_that_is_used_elsewhere_is_not_replaced(tmp_path: Path) -> None
     made = adaptc.compile(
         {"adapters": adapters}, model=randomise(Tied()).eval(), example_inputs=(torch.arange(6)[None],)
     )
-    with pytest.raises(SpecError, match=r"adapters\.a\.0: 'a' cannot be swapped: full on head: .* which would change"):
+    with pytest.raises(
+        SpecError, match=r"adapters\.a\.0: 'a' cannot be swapped: full on head: .* which would change"
+    ):
         made.emit("onnx", tmp_path / "base.onnx", adapters="swap")
 
 
@@ -246,7 +268,9 @@ def test_problems_of_every_alternative_are_told(model: nn.Module) -> None:
     assert "adapters.b.0.r: lora: rank r must be at most 16 here, got 90" in str(error.value)
 
 
-def test_an_adapter_that_is_not_finite_is_not_written(built: tuple[Compiled, Path], model: nn.Module, tmp_path: Path) -> None:
+def test_an_adapter_that_is_not_finite_is_not_written(
+    built: tuple[Compiled, Path], model: nn.Module, tmp_path: Path
+) -> None:
     made = compiled(model, {"alice": ADAPTERS["alice"]})
     with torch.no_grad():
         next(p for p in made.alternatives["alice"].module.parameters() if p.requires_grad)[0] = float("nan")

@@ -30,7 +30,11 @@ adapters:
     spec = load(written(tmp_path, text))
     assert list(spec.adapters) == ["alice", "bob"]
     bob = spec.alternative("bob")
-    assert [bob.place(index) for index in range(3)] == [("adapt", 0), ("adapters", "bob", 0), ("adapters", "bob", 1)]
+    assert [bob.place(index) for index in range(3)] == [
+        ("adapt", 0),
+        ("adapters", "bob", 0),
+        ("adapters", "bob", 1),
+    ]
     assert [entry.name for entry in bob.adapt] == ["default", "bob", "head"]
     assert spec.alternative("alice").default_name(1) == "alice"
     assert load(dump(spec)).adapters == spec.adapters
@@ -41,14 +45,25 @@ adapters:
     [
         ("adapters: [alice]", "3:11: adapters: expected a mapping of names to lists of entries, got"),
         ("adapters: {alice: []}", "3:19: adapters.alice: must not be empty: no adapter at all is the base"),
-        ("adapters: {a b: " + LORA + "}", "3:12: adapters.a b: the name of an adapter has letters, digits, - and _"),
+        (
+            "adapters: {a b: " + LORA + "}",
+            "3:12: adapters.a b: the name of an adapter has letters, digits, - and _",
+        ),
         ("adapters:\n  a: " + LORA + "\n  a: " + LORA, "5:3: duplicate key 'a'"),
-        ("adapters: {a: [{method: lorra, target: x}]}", "3:25: adapters.a.0.method: unknown method 'lorra'; did you"),
-        ("adapters: {a: [{method: lora, target: x, rank: 3}]}", "3:42: adapters.a.0.rank: unknown key 'rank'"),
+        (
+            "adapters: {a: [{method: lorra, target: x}]}",
+            "3:25: adapters.a.0.method: unknown method 'lorra'; did you",
+        ),
+        (
+            "adapters: {a: [{method: lora, target: x, rank: 3}]}",
+            "3:42: adapters.a.0.rank: unknown key 'rank'",
+        ),
         ("adapters: {a: {method: lora, target: x}}", "3:15: adapters.a: expected a list"),
         ("adaptors: {a: " + LORA + "}", "3:1: adaptors: unknown key 'adaptors'; did you mean 'adapters'?"),
         (
-            "adapters: {alice: " + LORA + "}\nemit: [{format: onnx-adapter, path: a.onnx_adapter, name: alise}]",
+            "adapters: {alice: "
+            + LORA
+            + "}\nemit: [{format: onnx-adapter, path: a.onnx_adapter, name: alise}]",
             "4:59: emit.0.name: unknown adapter 'alise'; did you mean 'alice'?",
         ),
         (

@@ -114,7 +114,7 @@ class PartitionedProgram:
             For each batch its outputs and choices by name, and the number of each batch that failed -> the error.
         """
         values: list[dict[str, Any]] = [
-            {k: as_array(v) for k, v in (batch | self.adapter).items()} for batch in batches
+            {k: as_array(v) for k, v in {**batch, **self.adapter}.items()} for batch in batches
         ]
         failed: dict[int, Exception] = {}
         results = {*self.outputs, *self.choices}

@@ -13,7 +13,7 @@ from adaptc.ir.nodes import map_operands, node_arg, operation
 from adaptc.rewriter.swap.form import Form, NoFormError, Product
 
 Value = Any
-"""A `Form`, a `Product`, a tensor or a plain number."""
+"""A `Form`, a `Product`, a tensor or a plain number: each operation asks which."""
 Dense = Callable[[], torch.Tensor]
 """Gives the weight that the expression starts from, `(out, in)`, for methods that read its numbers. Raises NoFormError
 where it is not there."""
@@ -119,9 +119,9 @@ class _Reader:
 
     def _multiplied(self, left: Value, right: Value) -> Value:
         """A product of a product and a matrix, which is thin too."""
-        if isinstance(left, Product) and _is_matrix(right):
+        if isinstance(left, Product) and isinstance(right, torch.Tensor) and right.dim() == 2:
             return Product(left.left, left.right @ right)
-        if isinstance(right, Product) and _is_matrix(left):
+        if isinstance(right, Product) and isinstance(left, torch.Tensor) and left.dim() == 2:
             return Product(left @ right.left, right.right)
         return None
 
@@ -142,7 +142,6 @@ class _Reader:
         if isinstance(scale, Form | Product) or not isinstance(matrix, Form | Product):
             return matrix * scale if not isinstance(matrix, Form | Product) else None
         out, inner = self._sides(matrix)
-        rows = columns = None
         size = tuple(scale.shape) if isinstance(scale, torch.Tensor) else ()
         if size in ((), (1,), (1, 1)):
             if isinstance(matrix, Product):
@@ -150,16 +149,10 @@ class _Reader:
             whole = torch.ones(out, dtype=torch.float64) * scale
             return matrix.scaled_rows(whole.reshape(-1))
         if size == (out, 1):
-            rows = scale.reshape(-1)
-        elif size in ((1, inner), (inner,)):
-            columns = scale.reshape(-1)
-        else:
-            return None
-        if isinstance(matrix, Form):
-            return matrix.scaled_rows(rows) if rows is not None else matrix.scaled_columns(columns)
-        if rows is not None:
-            return Product(rows.unsqueeze(1) * matrix.left, matrix.right)
-        return Product(matrix.left, matrix.right * columns)
+            return matrix.scaled_rows(scale.reshape(-1))
+        if size in ((1, inner), (inner,)):
+            return matrix.scaled_columns(scale.reshape(-1))
+        return None
 
     def _sides(self, matrix: Form | Product) -> tuple[int, int]:
         if isinstance(matrix, Product):

@@ -158,5 +158,5 @@ def _traced(method: WeightMethod, shape: tuple[int, int], theta: Sequence[Descri
         with unset_fake_temporarily(), FakeTensorMode():
             W = torch.empty(shape, dtype=torch.float64)
             fakes = {argument: torch.empty(sizes, dtype=dtype) for argument, sizes, dtype in theta}
-            _expressions[key] = trace_expression(lambda W, **given: method.weight(W, **given), [W], fakes)
+            _expressions[key] = trace_expression(method.weight, [W], fakes)
     return _expressions[key]

@@ -35,6 +35,14 @@ class Product:
         """Its transpose."""
         return Product(self.right.T, self.left.T)
 
+    def scaled_rows(self, scale: Tensor) -> Product:
+        """`diag(scale) left right`."""
+        return Product(scale.unsqueeze(1) * self.left, self.right)
+
+    def scaled_columns(self, scale: Tensor) -> Product:
+        """`left right diag(scale)`."""
+        return Product(self.left, self.right * scale)
+
     def dense(self) -> Tensor:
         """The product multiplied out `(out, in)`."""
         return self.left @ self.right
@@ -65,12 +73,12 @@ class Form:
 
     def scaled_rows(self, scale: Tensor) -> Form:
         """`diag(scale) W'`."""
-        products = tuple(Product(scale.unsqueeze(1) * p.left, p.right) for p in self.products)
+        products = tuple(product.scaled_rows(scale) for product in self.products)
         return Form(_times(self.rows, scale), self.columns, products)
 
     def scaled_columns(self, scale: Tensor) -> Form:
         """`W' diag(scale)`."""
-        products = tuple(Product(p.left, p.right * scale) for p in self.products)
+        products = tuple(product.scaled_columns(scale) for product in self.products)
         return Form(self.rows, _times(self.columns, scale), products)
 
     def then(self, later: Form) -> Form:
@@ -93,11 +101,11 @@ class Form:
 
     def applied(self, W: Tensor) -> Tensor:
         """W' `(out, in)` of W."""
-        W = W if self.rows is None else self.rows.unsqueeze(1) * W
-        W = W if self.columns is None else W * self.columns
+        value = W if self.rows is None else self.rows.unsqueeze(1) * W
+        value = value if self.columns is None else value * self.columns
         for product in self.products:
-            W = W + product.dense()
-        return W
+            value = value + product.dense()
+        return value
 
     @property
     def product(self) -> Product | None:

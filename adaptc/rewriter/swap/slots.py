@@ -157,9 +157,9 @@ class SlotMethod(WeightMethod):
         B: Tensor | None = None,
     ) -> Tensor:
         """The adapted weight, of shape (out, in)."""
-        W = W if rows is None else rows.unsqueeze(1) * W
-        W = W if columns is None else W * columns.unsqueeze(0)
-        return W if A is None or B is None else W + B @ A
+        scaled = W if rows is None else rows.unsqueeze(1) * W
+        scaled = scaled if columns is None else scaled * columns.unsqueeze(0)
+        return scaled if A is None or B is None else scaled + B @ A
 
 
 @dataclass(frozen=True)
