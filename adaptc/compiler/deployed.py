@@ -131,7 +131,7 @@ _FLOATS = (
 )
 
 
-def make_adapter(program: Path, adapter: Path, output: Path) -> dict[str, list[int]]:
+def make_adapter(program: str | Path, adapter: str | Path, output: str | Path) -> dict[str, list[int]]:
     """Write an `.onnx_adapter` for a program from an adapter's checkpoint.
 
     Returns:
@@ -141,7 +141,7 @@ def make_adapter(program: Path, adapter: Path, output: Path) -> dict[str, list[i
         SpecError: the program takes no adapters, or there is a file that adaptc did not write.
         WeightError: the adapter does not fit the program.
     """
-    deployed = DeployedProgram(program)
+    deployed, adapter, output = DeployedProgram(Path(program)), Path(adapter), Path(output)
     if output.suffix != ".onnx_adapter" or output.is_dir():
         raise _wrong(f"{output}: expected the name of a file that ends in .onnx_adapter")
     tensors = deployed.tensors(adapter)
