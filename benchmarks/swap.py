@@ -31,7 +31,9 @@ def swap() -> None:
     quiet()
     work = Path(tempfile.mkdtemp(prefix="adaptc-bench-"))
     _save_base(work / "base")
-    print("\n| all 42 linear layers, over the program without adapters | 1 token | 128 tokens |\n|---|---|---|")
+    print(
+        "\n| all 42 linear layers, over the program without adapters | 1 token | 128 tokens |\n|---|---|---|"
+    )
     lines: list[str] = []
     for bits in ("float32", "int4"):
         lines.append(_one(work, bits))
@@ -76,7 +78,10 @@ def _one(work: Path, bits: str) -> str:
         "LoRA of rank 8 as constants (`live`)": open_session(work / f"{bits}-live.onnx"),
         "swap": open_session(work / f"{bits}-swap.onnx"),
     }
-    files = {rank: _adapter(sessions["swap"], rank, work / f"{bits}-{rank}.onnx_adapter", rank) for rank in RANKS[1:]}
+    files = {
+        rank: _adapter(sessions["swap"], rank, work / f"{bits}-{rank}.onnx_adapter", rank)
+        for rank in RANKS[1:]
+    }
     kept = {rank: _options(path) for rank, path in files.items()}
     calls: dict[str, tuple[Any, Any]] = {
         "without adapters": (sessions["without adapters"], None),

@@ -16,7 +16,7 @@ from adaptc.checkpoints.graph_records import records_of
 from adaptc.checkpoints.grouping import group
 from adaptc.checkpoints.module_adapters import META
 from adaptc.checkpoints.peft_write import save
-from adaptc.checkpoints.records import assign
+from adaptc.checkpoints.records import AdapterRecord, assign
 from adaptc.compiler.folding import fold, prove_fold
 from adaptc.compiler.onnx_artifact import prove_onnx, write_onnx
 from adaptc.compiler.output_paths import output_paths
@@ -37,7 +37,7 @@ from adaptc.emit.onnx.adapter_file import write_adapter
 from adaptc.emit.onnx.provenance import embed
 from adaptc.emit.staging import Staging
 from adaptc.emit.torch import PROGRAM, load_torch, save_torch
-from adaptc.errors import ProofError, RefusedError
+from adaptc.errors import AdaptcError, ProofError, RefusedError
 from adaptc.ir.graph import Graph
 from adaptc.ir.interpreter import Run
 from adaptc.rewriter.expression import FoldedWeight
@@ -229,16 +229,37 @@ def _unfolded(program: Program, adapters: str) -> Graph:
 
 
 def _peft(program: Program, entry: PeftEmit, staging: Staging, final: Path) -> None:
+    """What is always on in the folder itself, and each alternative in a folder of its name below it."""
     directory = staging.path(final)
-    records, values = compacted(records_of(program.graph), program.tensors())
+    if program.graph.adaptations or not program.alternatives:
+        _save_checkpoint(program, records_of(program.graph), directory)
+    for name, alternative in program.alternatives.items():
+        if (directory / name).exists():
+            message = (
+                f"{final}: {name!r} is also the folder of an adapter that is always on; rename one of them"
+            )
+            raise AdaptcError(message)
+        added = [
+            record for record in records_of(alternative.graph) if record.entry >= len(program.spec.adapt)
+        ]
+        _save_checkpoint(alternative, added, directory / name)
+    artifact = {"name": "adapter", "format": "peft"}
+    write_manifest(directory / MANIFEST, provenance(program, final), artifact, _files_in(directory))
+
+
+def _save_checkpoint(program: Program, inserted: Sequence[AdapterRecord], directory: Path) -> None:
+    """Save adapters as checkpoints, and read them back.
+
+    Raises:
+        ProofError: a tensor is not read back as it was written.
+    """
+    records, values = compacted(inserted, program.tensors())
     heads = {name: program.base.weights[name].load() for record in records for name in record.heads}
     save(records, heads | values, directory, program.base_record)
     for path, members in zip(directories(directory), group(records), strict=True):
         for name, value in assign(read(path), members).items():
             if not torch.equal(value, values[name].to("cpu", value.dtype)):
                 raise ProofError(f"{name} was not read back as it was written")
-    artifact = {"name": "adapter", "format": "peft"}
-    write_manifest(directory / MANIFEST, provenance(program, final), artifact, _files_in(directory))
 
 
 def _huggingface(program: Program, entry: HfEmit, staging: Staging, final: Path) -> QuantizationErrors | None:

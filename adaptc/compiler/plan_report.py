@@ -105,7 +105,7 @@ def plan_report(
     notes += [
         f"{record.name} changes results: {record.change}" for record in rewritten.records if record.change
     ]
-    notes += [*_fold_notes(spec, plan, rewritten), *bound]
+    notes += [*_fold_notes(spec, plan, rewritten), *_alternative_notes(spec), *bound]
     return PlanReport(
         **vars(plan),
         budget=cost_of(graph, rewritten.adapted, rewritten.factored, rewritten.folded),
@@ -115,6 +115,18 @@ def plan_report(
         left_out=dict(graph.source.left_out),
         places=[spec.shown_place(planned.entry) for planned in plan.entries],
     )
+
+
+def _alternative_notes(spec: Spec) -> list[str]:
+    """The alternatives that no artifact holds, where the spec emits any."""
+    if not spec.emit or any(entry.format == "peft" for entry in spec.emit):
+        return []
+    held = {entry.name for entry in spec.emit if entry.format == "onnx-adapter"}
+    return [
+        f"adapters.{name}: no artifact holds it: emit {{format: onnx-adapter, path: ..., name: {name}}}"
+        for name in spec.adapters
+        if name not in held
+    ]
 
 
 def left_out_notes(graph: Graph) -> list[str]:

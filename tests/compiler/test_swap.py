@@ -277,3 +277,28 @@ def test_an_adapter_that_is_not_finite_is_not_written(
     with pytest.raises(AdaptcError, match="contains NaN or infinity"):
         made.emit("onnx-adapter", tmp_path / "alice.onnx_adapter", name="alice")
     assert not (tmp_path / "alice.onnx_adapter").exists()
+
+
+def test_checkpoints_of_every_alternative_are_saved_by_name(model: nn.Module, tmp_path: Path) -> None:
+    made = compiled(model, adapt=[{"method": "lora", "target": ["mid"], "r": 2}])
+    made.emit("peft", tmp_path / "saved")
+    again = adaptc.compile(
+        {
+            "adapt": [{"adapter": str(tmp_path / "saved")}],
+            "adapters": {name: [{"adapter": str(tmp_path / "saved" / name)}] for name in ADAPTERS},
+        },
+        model=model,
+        example_inputs=(X,),
+    )
+    for name, alternative in made.alternatives.items():
+        close(again.alternatives[name].module.eval()(X), alternative.module.eval()(X))
+
+
+def test_a_plan_notes_what_no_artifact_holds(model: nn.Module) -> None:
+    emit = [{"format": "onnx", "path": "base.onnx", "adapters": "swap"}]
+    emit.append({"format": "onnx-adapter", "path": "bob.onnx_adapter", "name": "bob"})
+    notes = compiled(model, emit=emit).plan.notes
+    assert (
+        "adapters.alice: no artifact holds it: emit {format: onnx-adapter, path: ..., name: alice}" in notes
+    )
+    assert not any("adapters.bob" in note for note in notes)

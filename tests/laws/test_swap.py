@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,15 @@ def alternatives(zoo: Zoo, method: str, name: str, **spec: Any) -> Compiled:
     return compiled
 
 
-@pytest.mark.parametrize("method", sorted(SWAPPED))
+QUICK = ("lora", "ia3", "oft", "prefix")
+"""The methods of the quick laws."""
+
+
+def marked(methods: Iterable[str]) -> list[Any]:
+    return [m if m in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in methods]
+
+
+@pytest.mark.parametrize("method", marked(sorted(SWAPPED)))
 def test_a_swapped_adapter_computes_what_its_module_does(zoo: Zoo, method: str, tmp_path: Path) -> None:
     name = one(method)
     compiled = alternatives(zoo, method, name)
@@ -83,7 +91,7 @@ def test_a_swapped_adapter_computes_what_its_module_does(zoo: Zoo, method: str, 
     }
 
 
-@pytest.mark.parametrize("method", REFUSED)
+@pytest.mark.parametrize("method", marked(REFUSED))
 def test_what_cannot_be_swapped_says_why(zoo: Zoo, method: str, tmp_path: Path) -> None:
     name = one(method)
     emit = [{"format": "onnx", "path": str(tmp_path / "base.onnx"), "adapters": "swap"}]
