@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import fx
 
 from adaptc.checkpoints.adapter import directories, read
 from adaptc.checkpoints.compaction import compacted
@@ -36,10 +37,11 @@ from adaptc.emit.manifest import MANIFEST, product_entry, write_manifest
 from adaptc.emit.onnx.adapter_file import write_adapter
 from adaptc.emit.onnx.provenance import embed
 from adaptc.emit.staging import Staging
-from adaptc.emit.torch import PROGRAM, load_torch, save_torch
+from adaptc.emit.torch import PROGRAM, load_torch, program_of, save_torch
 from adaptc.errors import AdaptcError, ProofError, RefusedError
 from adaptc.ir.graph import Graph
 from adaptc.ir.interpreter import Run
+from adaptc.ir.switched import SwitchedModule
 from adaptc.rewriter.expression import FoldedWeight
 from adaptc.spec.emit import EmitEntry, HfEmit, OnnxAdapterEmit, OnnxEmit, PeftEmit, TorchEmit
 from adaptc.weights import Weight
@@ -126,13 +128,15 @@ def _torch(program: Program, entry: TorchEmit, staging: Staging, final: Path) ->
     module = program.module
     reset_derived(program.graph, module)
     save_torch(module, directory)
-    files, manifest, common = [directory / PROGRAM], directory / MANIFEST, provenance(program, final)
+    manifest, common = directory / MANIFEST, provenance(program, final)
+    files = [directory / PROGRAM, *(directory / program_of(name) for name in program.alternatives)]
     artifact: dict[str, Any] = {"name": PROGRAM, "format": "torch", "module": module.meta[META]}
+    if isinstance(module, SwitchedModule):
+        artifact["module"] = module.meta_of(None)[META]
+        artifact["alternatives"] = {name: module.meta_of(name)[META] for name in module.adapters}
     write_manifest(manifest, common, artifact, files)  # what is loaded below needs one
 
-    reference = BatchRunner(module_call(module)).on(program.proofs.batches)
-    candidate = BatchRunner(module_call(load_torch(directory))).on(reference.taken)
-    proof = program.proofs.prove("torch artifact", program.graph, reference, candidate)
+    proof, reference, candidate = _prove_torch(program, module, load_torch(directory))
 
     errors = program.quantization_errors()
     write_manifest(
@@ -142,6 +146,35 @@ def _torch(program: Program, entry: TorchEmit, staging: Staging, final: Path) ->
         files,
     )
     return errors
+
+
+def _prove_torch(program: Program, module: fx.GraphModule, loaded: fx.GraphModule) -> tuple[Proof, Run, Run]:
+    """Prove that a loaded module computes what the module does that it was written from, with each alternative.
+
+    Returns:
+        The proof without an alternative, and its two runs.
+
+    Raises:
+        ProofError: it computes something else.
+    """
+    if isinstance(module, SwitchedModule) and isinstance(loaded, SwitchedModule):
+        active = module.active
+        for name in module.adapters:
+            module.set_adapter(name)
+            loaded.set_adapter(name)
+            runs = BatchRunner(module_call(module)).on(program.proofs.batches)
+            graph, again = program.alternatives[name].graph, BatchRunner(module_call(loaded)).on(runs.taken)
+            program.proofs.prove(f"torch artifact, {name}", graph, runs, again)
+        module.set_adapter(None)
+        loaded.set_adapter(None)
+    else:
+        active = None
+    reference = BatchRunner(module_call(module)).on(program.proofs.batches)
+    candidate = BatchRunner(module_call(loaded)).on(reference.taken)
+    proof = program.proofs.prove("torch artifact", program.graph, reference, candidate)
+    if isinstance(module, SwitchedModule):
+        module.set_adapter(active)
+    return proof, reference, candidate
 
 
 def _onnx(program: Program, entry: OnnxEmit, staging: Staging, final: Path) -> QuantizationErrors | None:

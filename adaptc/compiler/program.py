@@ -104,13 +104,13 @@ class Program:
         Raises:
             ProofError: the graph of one computes something else than its adapted graph.
         """
-        graphs: dict[str, Graph] = {}
-        records: dict[str, dict[str, Any]] = {}
+        modules: dict[str, fx.GraphModule] = {}
         for name, other in self.alternatives.items():
-            graph = graphs[name] = other.trainable_graph()
+            graph = other.trainable_graph()
             prove_trainable(self.proofs, other.graph, graph, f"trainable module, {name}")
-            records[name] = {META: module_record(graph, self.base_record)}
-        made = switched(module, graphs, records)
+            modules[name] = bind(graph, graph.adapter_names, tensors_of(module), f"{name}_")
+            modules[name].meta[META] = module_record(graph, self.base_record)
+        made = switched(module, modules)
         for other in self.alternatives.values():
             follow(other.graph, made)
         return made

@@ -107,7 +107,7 @@ def follow(adapted: Graph, module: fx.GraphModule) -> None:
         if param.stored:
             put_weight(adapted.weights[name], following(module, name, copy(adapted.weights[name])).make)
     for name, _ in module.named_buffers():  # what batch norm learns belongs to every artifact too
-        if name not in inserted:
+        if name in adapted.weights and name not in inserted:
             adapted.weights[name] = following(module, name, adapted.weights[name])
 
 

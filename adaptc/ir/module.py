@@ -138,7 +138,10 @@ def kept_activations(module: nn.Module) -> Generator[None, None, None]:
 
 
 def bind(
-    graph: Graph, trainable: Iterable[str] = (), shared: Mapping[str, torch.Tensor] | None = None
+    graph: Graph,
+    trainable: Iterable[str] = (),
+    shared: Mapping[str, torch.Tensor] | None = None,
+    prefix: str = "",
 ) -> fx.GraphModule:
     """Load the weights of a graph into a module of its own, under the base's names.
 
@@ -148,6 +151,7 @@ def bind(
         graph: is not changed.
         trainable: the names of the parameters that require gradients.
         shared: tensors of another module by name, which are taken as they are.
+        prefix: of the names of segments.
     """
     trained = set(trainable)
     module = fx.GraphModule(nn.Module(), fx.Graph())
@@ -162,5 +166,5 @@ def bind(
             tensors[first] = tensor
         set_tensor(module, name, tensors[first], persistent=name not in graph.transient)
     module.graph = copy_nodes(graph.module.graph)
-    with_segments(module)
+    with_segments(module, prefix)
     return module

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -13,9 +14,8 @@ import torch
 from torch import fx, nn
 
 from adaptc.errors import AdaptcError, unknown
-from adaptc.ir.graph import Graph
-from adaptc.ir.module import Segment, bind, with_segments
-from adaptc.ir.nodes import copy_nodes, set_tensor
+from adaptc.ir.module import Segment
+from adaptc.ir.nodes import set_tensor
 
 ALTERNATIVES = "adaptc.alternatives"
 """The key of a module's `meta` that holds its graphs, so that copies of the module have them."""
@@ -38,6 +38,10 @@ class SwitchedModule(fx.GraphModule):
         """The name of the active alternative; None where none is."""
         return self.meta["adaptc.active"]
 
+    def meta_of(self, name: str | None) -> Mapping[str, Any]:
+        """What the module's `meta` holds while this alternative is active."""
+        return self._alternatives[name][1]
+
     def set_adapter(self, name: str | None) -> None:
         """Make an alternative active; None is the model with what is always on alone. No tensor is touched.
 
@@ -57,36 +61,30 @@ class SwitchedModule(fx.GraphModule):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SwitchedModule:
         """A copy with the tensors of every alternative: torch copies those that the active graph reads."""
-        copied = cast("SwitchedModule", super().__deepcopy__(memo))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch's own, from copying its pytree specs
+            copied = cast("SwitchedModule", super().__deepcopy__(memo))
         _share(copied, self, memo)
         copied.set_adapter(self.active)
         return copied.train(self.training)
 
 
-def switched(
-    base: fx.GraphModule, alternatives: Mapping[str, Graph], metas: Mapping[str, Mapping[str, Any]]
-) -> SwitchedModule:
-    """A module with the weights of another one, and a graph for each alternative.
+def switched(base: fx.GraphModule, alternatives: Mapping[str, fx.GraphModule]) -> SwitchedModule:
+    """One module of several: the graph and `meta` of each, and the tensors of all, those of `base` first.
 
     Args:
         base: the module without an alternative.
-        alternatives: the graphs with one of them, in both modes. Their further tensors are loaded.
-        metas: what the module's `meta` holds while one of them is active.
+        alternatives: the modules with one of them.
     """
     module = SwitchedModule(nn.Module(), fx.Graph())
-    _share(module, base, None)
-    for name, child in base.named_children():
-        if isinstance(child, Segment):
-            module.add_module(name, child)
-    graphs: dict[str | None, tuple[fx.Graph, Mapping[str, Any]]] = {None: (base.graph, dict(base.meta))}
-    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    for name, graph in alternatives.items():
-        bound = bind(graph, graph.adapter_names, tensors)
-        _share(module, bound, None)
-        module.graph = copy_nodes(graph.module.graph)
-        with_segments(module, f"{name}_")
-        graphs[name] = (module.graph, metas[name])
-    module.meta = {**base.meta, ALTERNATIVES: graphs}
+    graphs: dict[str | None, tuple[fx.Graph, Mapping[str, Any]]] = {}
+    for name, other in {None: base, **alternatives}.items():
+        _share(module, other, None)
+        for child, part in other.named_children():
+            if isinstance(part, Segment):
+                module.add_module(child, part)
+        graphs[name] = (other.graph, dict(other.meta))
+    module.meta[ALTERNATIVES] = graphs
     module.set_adapter(None)
     return module
 
