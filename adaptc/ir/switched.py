@@ -98,7 +98,9 @@ def _share(target: nn.Module, source: nn.Module, memo: dict[int, Any] | None) ->
         memo: of a deep copy, which copies of its tensors are taken from; None to take the tensors themselves.
     """
     present = {n for n, _ in (*target.named_parameters(remove_duplicate=False), *target.named_buffers())}
-    for prefix, part in source.named_modules():
+    untyped: Any = source
+    parts: dict[str, nn.Module] = dict(untyped.named_modules())
+    for prefix, part in parts.items():
         tensors: dict[str, torch.Tensor | None] = {**part._parameters, **part._buffers}
         for leaf, tensor in tensors.items():
             name = f"{prefix}.{leaf}" if prefix else leaf

@@ -71,6 +71,7 @@ def test_emits_are_told_apart_by_format() -> None:
     assert set(schema()["properties"]["emit"]["items"]["discriminator"]["mapping"]) == {
         "hf",
         "onnx",
+        "onnx-adapter",
         "peft",
         "torch",
     }
