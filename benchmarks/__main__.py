@@ -16,6 +16,7 @@ from benchmarks.quantized import half_billion_in_bits, orders
 from benchmarks.runtime import runtime
 from benchmarks.start import start
 from benchmarks.steps import steps
+from benchmarks.swap import swap
 
 PARTS = {
     "start": start,
@@ -24,6 +25,7 @@ PARTS = {
     "runtime": runtime,
     "qlora": qlora,
     "orders": orders,
+    "swap": swap,
     "half-billion": half_billion,
     "half-billion-in-bits": half_billion_in_bits,
     "seven-billion": seven_billion,

@@ -18,11 +18,7 @@ from torch.nn import functional as F
 
 from adaptc.compiler.base import make_base
 from adaptc.compiler.compiled import Compiled
-from adaptc.compiler.plan import make_plan
-from adaptc.compiler.plan_report import plan_report
-from adaptc.compiler.program import Program
-from adaptc.compiler.rewrite import rewrite
-from adaptc.compiler.schedule import check_artifacts
+from adaptc.compiler.driver import program_of
 from adaptc.ir.graph import Graph
 from adaptc.methods.method import METHODS
 from adaptc.spec.spec import load
@@ -422,11 +418,7 @@ class Zoo:
         """`adaptc.compile` on a base that is traced already."""
         base = {"base": self.base_of(name)} if FAMILIES[name].task else {}
         loaded = load({**base, "adapt": list(adapt), **spec})
-        graph = self.graph(name, dtype)
-        plan = make_plan(loaded, graph)
-        rewritten = rewrite(loaded, graph, plan)
-        check_artifacts(loaded, rewritten.adapted, plan.closing)
-        return Compiled(Program(loaded, plan_report(loaded, graph, plan, rewritten), graph, rewritten))
+        return Compiled(program_of(loaded, self.graph(name, dtype)))
 
     def initial(self, method: str, name: str) -> Compiled:
         """A compiled model with a method as initialised; shared, so not to be changed."""

@@ -157,6 +157,28 @@ def generate(
 
 
 @app.command()
+def adapter(
+    program: Annotated[
+        Path, typer.Argument(help="an ONNX program with `adapters: swap`", show_default=False)
+    ],
+    checkpoint: Annotated[Path, typer.Argument(help="a PEFT or adaptc checkpoint", show_default=False)],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="the .onnx_adapter file to write", show_default=False)
+    ],
+    as_json: Json = False,
+) -> None:
+    """Make one more adapter for an ONNX program that is deployed, without the base's files."""
+    from adaptc.cli.screen import Screen
+    from adaptc.compiler.deployed import make_adapter
+
+    shapes = make_adapter(program, checkpoint, output)
+    if as_json:
+        _print_json({"path": str(output), "tensors": shapes})
+    else:
+        Screen().done([output])
+
+
+@app.command()
 def methods(as_json: Json = False) -> None:
     """List the methods for `adapt`, with their equations and options."""
     from adaptc.cli.listings import method_rows

@@ -139,9 +139,16 @@ def _runner(folder: Path, name: str, artifact: Mapping[str, Any]) -> Runner:
 def _finite(folder: Path, artifact: Mapping[str, Any]) -> str:
     import torch
 
-    for file in (folder / name for name in artifact["files"] if name.endswith(".safetensors")):
-        for key, weight in read_safetensors(file).items():
-            if not torch.isfinite(weight.load()).all():
+    from adaptc.emit.onnx.adapter_file import read_adapter
+
+    for file in (folder / name for name in artifact["files"]):
+        tensors: Mapping[str, torch.Tensor] = {}
+        if file.suffix == ".onnx_adapter":
+            tensors = read_adapter(file)
+        elif file.suffix == ".safetensors":
+            tensors = {key: weight.load() for key, weight in read_safetensors(file).items()}
+        for key, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
                 raise ProofError(f"{file}: {key} contains NaN or infinity (non-finite)")
     return "every tensor is finite"
 

@@ -17,11 +17,11 @@ from adaptc.methods.site import POINTS, WeightSite
 from adaptc.quantization.quantized_weight import bytes_of, matrix_size
 
 
-def insertion_table(planned: PlannedInsertion) -> Table:
-    """The sites of one entry of `adapt`. Sites that differ in the number of their layer alone share a row."""
+def insertion_table(place: str, planned: PlannedInsertion) -> Table:
+    """The sites of one entry, at a place of the spec. Sites that differ in the number of their layer share a row."""
     method, selection = planned.insert.method, planned.selection
     source = f", from {planned.checkpoint.path}" if planned.checkpoint else ""
-    title = f"adapt.{planned.entry}: {method.name} {planned.insert.adapter!r}{source}"
+    title = f"{place}: {method.name} {planned.insert.adapter!r}{source}"
     rows: Counter[tuple[str, ...]] = Counter()
     for site in selection.sites:
         trained = sum(math.prod(p.shape) for p in method.at(site).stored(site).values() if p.trained)

@@ -73,8 +73,9 @@ class Screen:
 
     def plan(self, plan: PlanReport) -> None:
         """Print a plan: the sites of each entry, the cost, the pipeline, the notes."""
-        for planned in plan.entries:
-            self.out.print(insertion_table(planned))
+        added = [entry for name in plan.alternatives for entry in plan.added(name)]
+        for place, planned in [*zip(plan.places, plan.entries, strict=True), *added]:
+            self.out.print(insertion_table(place, planned))
         for quantized, growth in zip(plan.quantized, plan.growth, strict=True):
             self.out.print(quantization_table(quantized, growth))
         self.out.print(
@@ -84,7 +85,11 @@ class Screen:
         self.out.print(f"passes:     {flow(plan.stated)}", markup=False)
         inputs = "; ".join(f"{name}: {shape}" for name, shape in plan.inputs.items())
         self.out.print(f"inputs      {inputs}", markup=False)
-        for note in plan.notes:
+        for name, alternative in plan.alternatives.items():
+            trained = alternative.budget.trainable - plan.budget.trainable
+            self.out.print(f"adapter     {name}: {trained:,} parameters of its own", markup=False)
+        others = [note for alternative in plan.alternatives.values() for note in alternative.notes]
+        for note in dict.fromkeys([*plan.notes, *others]):
             self.out.print(f"note        {note}", markup=False)
 
     @contextmanager

@@ -52,7 +52,7 @@ def load_checkpoints(
             check_base_weights(checkpoint, base.weights)
             values = assign(checkpoint, [_as_stored(adapted, r, p) for r, p in records])
         except WeightError as error:
-            raise spec.weight_error(("adapt", members[0].entry, "adapter"), error) from None
+            raise spec.weight_error((*spec.place(members[0].entry), "adapter"), error) from None
         for record, planned in records:
             if planned.whole is not None:
                 method = planned.insert.method

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import fx
 
 from adaptc.checkpoints.adapter import directories, read
 from adaptc.checkpoints.compaction import compacted
@@ -15,7 +17,7 @@ from adaptc.checkpoints.graph_records import records_of
 from adaptc.checkpoints.grouping import group
 from adaptc.checkpoints.module_adapters import META
 from adaptc.checkpoints.peft_write import save
-from adaptc.checkpoints.records import assign
+from adaptc.checkpoints.records import AdapterRecord, assign
 from adaptc.compiler.folding import fold, prove_fold
 from adaptc.compiler.genai_artifact import write_genai
 from adaptc.compiler.output_paths import output_paths
@@ -28,14 +30,19 @@ from adaptc.compiler.quantization_error import QuantizationErrors
 from adaptc.compiler.reference import with_labels
 from adaptc.compiler.runners import BatchRunner, module_call
 from adaptc.compiler.schedule import bits_in_checkpoint
+from adaptc.compiler.swap import Swap
+from adaptc.compiler.swap_artifact import BASE, prove_adapter, prove_swap, write_swap
 from adaptc.compiler.trainable import reset_derived
 from adaptc.emit.huggingface import LOADED_SHARE, fits_in_memory, load_checkpoint, save_checkpoint
 from adaptc.emit.manifest import MANIFEST, product_entry, write_manifest
+from adaptc.emit.onnx.adapter_file import write_adapter
 from adaptc.emit.onnx.provenance import embed
 from adaptc.emit.staging import Staging
-from adaptc.emit.torch import PROGRAM, load_torch, save_torch
-from adaptc.errors import ProofError, RefusedError
-from adaptc.spec.emit import EmitEntry, GenaiEmit, HfEmit, OnnxEmit, PeftEmit, TorchEmit
+from adaptc.emit.torch import PROGRAM, load_torch, program_of, save_torch
+from adaptc.errors import AdaptcError, ProofError, RefusedError
+from adaptc.ir.interpreter import Run
+from adaptc.ir.switched import SwitchedModule
+from adaptc.spec.emit import EmitEntry, GenaiEmit, HfEmit, OnnxAdapterEmit, OnnxEmit, PeftEmit, TorchEmit
 
 
 @dataclass(frozen=True)
@@ -93,7 +100,15 @@ def emit_all(
     paths = output_paths(program.spec, entries, into)
     artifacts: list[Artifact] = []
     with Staging(observe.wrote if observe else None) as staging:
+        adapters = {
+            final: entry
+            for entry, final in zip(entries, paths, strict=True)
+            if isinstance(entry, OnnxAdapterEmit)
+        }
         for entry, final in zip(entries, paths, strict=True):
+            if final in adapters:
+                artifacts.append(Artifact(final))
+                continue
             if observe:
                 observe.writing(f"{entry.format} {final}")
             before = list(program.proofs.held)
@@ -107,6 +122,8 @@ def emit_all(
             for note in artifact.notes:
                 if observe:
                     observe.noted(note)
+        if adapters:
+            _onnx_adapters(program, adapters, staging, observe)
     return artifacts
 
 
@@ -117,13 +134,15 @@ def _torch(program: Program, entry: TorchEmit, staging: Staging, final: Path) ->
     module = program.module
     reset_derived(program.graph, module)
     save_torch(module, directory)
-    files, manifest, common = [directory / PROGRAM], directory / MANIFEST, provenance(program, final)
+    manifest, common = directory / MANIFEST, provenance(program, final)
+    files = [directory / PROGRAM, *(directory / program_of(name) for name in program.alternatives)]
     artifact: dict[str, Any] = {"name": PROGRAM, "format": "torch", "module": module.meta[META]}
+    if isinstance(module, SwitchedModule):
+        artifact["module"] = module.meta_of(None)[META]
+        artifact["alternatives"] = {name: module.meta_of(name)[META] for name in module.adapters}
     write_manifest(manifest, common, artifact, files)  # what is loaded below needs one
 
-    reference = BatchRunner(module_call(module)).on(program.proofs.batches)
-    candidate = BatchRunner(module_call(load_torch(directory))).on(reference.taken)
-    proof = program.proofs.prove("torch artifact", program.graph, reference, candidate)
+    proof, reference, candidate = _prove_torch(program, module, load_torch(directory))
 
     errors = program.quantization_errors()
     write_manifest(
@@ -135,15 +154,97 @@ def _torch(program: Program, entry: TorchEmit, staging: Staging, final: Path) ->
     return Artifact(final, errors)
 
 
+def _prove_torch(program: Program, module: fx.GraphModule, loaded: fx.GraphModule) -> tuple[Proof, Run, Run]:
+    """Prove that a loaded module computes what the module does that it was written from, with each alternative.
+
+    Returns:
+        The proof without an alternative, and its two runs.
+
+    Raises:
+        ProofError: it computes something else.
+    """
+    if isinstance(module, SwitchedModule) and isinstance(loaded, SwitchedModule):
+        active = module.active
+        for name in module.adapters:
+            module.set_adapter(name)
+            loaded.set_adapter(name)
+            runs = BatchRunner(module_call(module)).on(program.proofs.batches)
+            graph, again = program.alternatives[name].graph, BatchRunner(module_call(loaded)).on(runs.taken)
+            program.proofs.prove(f"torch artifact, {name}", graph, runs, again)
+        module.set_adapter(None)
+        loaded.set_adapter(None)
+    else:
+        active = None
+    reference = BatchRunner(module_call(module)).on(program.proofs.batches)
+    candidate = BatchRunner(module_call(loaded)).on(reference.taken)
+    proof = program.proofs.prove("torch artifact", program.graph, reference, candidate)
+    if isinstance(module, SwitchedModule):
+        module.set_adapter(active)
+    return proof, reference, candidate
+
+
 def _onnx(program: Program, entry: OnnxEmit, staging: Staging, final: Path) -> Artifact:
+    if entry.adapters == "swap":
+        return _onnx_swap(program, entry, staging, final)
     written = write_program(program, entry, staging.path(final), final, staging.wrote)
     file, artifact = written.file, {"name": final.name, "format": "onnx", **written.about}
-    common, files = provenance(program, final.parent), file.staged(staging)
-    embed(file.path, product_entry(without_times(common), artifact, files[1:]))
+    _record_file(program, file.path, file.staged(staging), artifact, staging, final)
+    return Artifact(final, written.errors)
+
+
+def _record_file(
+    program: Program, path: Path, files: list[Path], artifact: dict[str, Any], staging: Staging, final: Path
+) -> None:
+    """Write what a manifest says of an ONNX program into the program itself, and into the manifest beside it."""
+    common = provenance(program, final.parent)
+    embed(path, product_entry(without_times(common), artifact, files[1:]))
     manifest = final.parent / MANIFEST
     earlier = staging.staged(manifest)
     write_manifest(staging.path(manifest), common, artifact, files, old=earlier or manifest)
-    return Artifact(final, written.errors)
+
+
+def _onnx_swap(program: Program, entry: OnnxEmit, staging: Staging, final: Path) -> Artifact:
+    swap = Swap(program)
+    file = write_swap(swap, entry, staging.path(final), final, staging.wrote)
+    proof, reference, _ = prove_swap(swap, file)
+    alternatives = {name: asdict(program.proofs.named(f"{BASE}, {name}")) for name in program.alternatives}
+    artifact = {"name": final.name, "format": "onnx", "adapters": entry.adapters, **file.about}
+    artifact |= {"overridable": swap.dims(), "alternatives": alternatives}
+    artifact |= proved(program, proof, reference)
+    _record_file(program, file.path, file.staged(staging), artifact, staging, final)
+    return Artifact(final)
+
+
+def _onnx_adapters(
+    program: Program, entries: Mapping[Path, OnnxAdapterEmit], staging: Staging, observe: Observer | None
+) -> None:
+    """Write several adapters, and prove each from its file, in one program that is written for that alone."""
+    swap, paths = Swap(program), {final: staging.path(final) for final in entries}
+    with tempfile.TemporaryDirectory(dir=next(iter(paths.values())).parent) as folder:
+        exact = OnnxEmit.model_validate(
+            {"format": "onnx", "path": "base.onnx", "adapters": "swap", "round_activations": False}
+        )
+        base = Path(folder) / exact.path
+        file = write_swap(swap, exact, base, base)
+        for final, entry in entries.items():
+            if observe:
+                observe.writing(f"{entry.format} {final}")
+            tensors = swap.tensors(entry.name)
+            write_adapter(paths[final], tensors, program.base_sha256)
+            proof, _ = prove_adapter(swap, file, entry.name, tensors, paths[final])
+            if observe:
+                observe.proved(proof)
+            shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+            artifact = {
+                "name": final.name,
+                "format": "onnx-adapter",
+                "adapter": entry.name,
+                "tensors": shapes,
+            }
+            common, manifest = provenance(program, final.parent), final.parent / MANIFEST
+            old = staging.staged(manifest) or manifest
+            artifact |= {"proof": asdict(proof)}
+            write_manifest(staging.path(manifest), common, artifact, [paths[final]], old=old)
 
 
 def _genai(program: Program, entry: GenaiEmit, staging: Staging, final: Path) -> Artifact:
@@ -158,17 +259,38 @@ def _genai(program: Program, entry: GenaiEmit, staging: Staging, final: Path) ->
 
 
 def _peft(program: Program, entry: PeftEmit, staging: Staging, final: Path) -> Artifact:
+    """What is always on in the folder itself, and each alternative in a folder of its name below it."""
     directory = staging.path(final)
-    records, values = compacted(records_of(program.graph), program.tensors())
+    if program.graph.adaptations or not program.alternatives:
+        _save_checkpoint(program, records_of(program.graph), directory)
+    for name, alternative in program.alternatives.items():
+        if (directory / name).exists():
+            message = (
+                f"{final}: {name!r} is also the folder of an adapter that is always on; rename one of them"
+            )
+            raise AdaptcError(message)
+        added = [
+            record for record in records_of(alternative.graph) if record.entry >= len(program.spec.adapt)
+        ]
+        _save_checkpoint(alternative, added, directory / name)
+    artifact = {"name": "adapter", "format": "peft"}
+    write_manifest(directory / MANIFEST, provenance(program, final), artifact, _files_in(directory))
+    return Artifact(final)
+
+
+def _save_checkpoint(program: Program, inserted: Sequence[AdapterRecord], directory: Path) -> None:
+    """Save adapters as checkpoints, and read them back.
+
+    Raises:
+        ProofError: a tensor is not read back as it was written.
+    """
+    records, values = compacted(inserted, program.tensors())
     heads = {name: program.base.weights[name].load() for record in records for name in record.heads}
     save(records, heads | values, directory, program.base_record)
     for path, members in zip(directories(directory), group(records), strict=True):
         for name, value in assign(read(path), members).items():
             if not torch.equal(value, values[name].to("cpu", value.dtype)):
                 raise ProofError(f"{name} was not read back as it was written")
-    artifact = {"name": "adapter", "format": "peft"}
-    write_manifest(directory / MANIFEST, provenance(program, final), artifact, _files_in(directory))
-    return Artifact(final)
 
 
 def _huggingface(program: Program, entry: HfEmit, staging: Staging, final: Path) -> Artifact:

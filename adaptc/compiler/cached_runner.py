@@ -11,7 +11,6 @@ import torch
 
 from adaptc.compiler.runners import BatchRunner, Runner
 from adaptc.emit.onnx.cached import read_outputs, read_signature
-from adaptc.emit.onnx.partitioned import PartitionedProgram
 from adaptc.emit.onnx.runtime import onnx_runner
 from adaptc.inputs import InputSpec
 from adaptc.ir.interpreter import Batch, Batches, Outcome, Run
@@ -38,25 +37,22 @@ SCHEDULES: dict[str, Schedule] = {
 
 @dataclass(frozen=True)
 class EncoderRunner:
-    """Runs the file of an encoder.
+    """Runs an encoder.
 
     Attributes:
-        path: the file.
-        exact: do not round activations.
+        runner: runs its program.
+        outputs: the names of that program's outputs.
     """
 
-    path: Path
-    exact: bool = False
+    runner: Runner
+    outputs: Sequence[str]
 
     def on(self, batches: Batches) -> dict[str, Batch | Exception]:
         """What a decoder takes, by the names of its inputs, for each batch; or the error of a batch."""
-        program = PartitionedProgram(self.path, self.path)
-        has_data = self.path.with_name(f"{self.path.name}.data").exists()
-        runner = program if has_data else BatchRunner(onnx_runner(self.path, exact=self.exact))
-        names = [past_of(name) for name in read_outputs(self.path)]
+        names = [past_of(name) for name in self.outputs]
         return {
             label: outcome if isinstance(outcome, Exception) else dict(zip(names, outcome, strict=True))
-            for label, outcome in runner.on(batches).outcomes.items()
+            for label, outcome in self.runner.on(batches).outcomes.items()
         }
 
 
@@ -186,5 +182,8 @@ def in_chunks(path: Path, runner: Runner) -> Runner:
     signature = read_signature(path)
     if signature is None:
         return runner
-    encoder = EncoderRunner(path.with_name(signature.encoder)) if signature.encoder else None
+    encoder = None
+    if signature.encoder is not None:
+        file = path.with_name(signature.encoder)
+        encoder = EncoderRunner(BatchRunner(onnx_runner(file)), read_outputs(file))
     return CachedRunner(runner, signature, SCHEDULES["in chunks"], encoder)

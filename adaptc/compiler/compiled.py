@@ -80,6 +80,11 @@ class Compiled:
         """The trainable module: only the adaptation requires grad, and train()/eval() are followed."""
         return self.program.module
 
+    @property
+    def alternatives(self) -> dict[str, Compiled]:
+        """The model with each of `adapters` beside what is always on, by name: to be trained, folded or saved."""
+        return {name: Compiled(program) for name, program in self.program.alternatives.items()}
+
     def live_graph(self) -> Graph:
         """The factored graph in evaluation mode, with the adapters as they stand."""
         return self.program.live_graph()
@@ -190,7 +195,8 @@ class Compiled:
             SpecError: the format or an option is unknown.
             AdaptcError: it cannot be made, or its proof failed; nothing is left at `path`.
         """
-        spec = load({"emit": [{"format": format, **options, "path": str(Path(path).absolute())}]})
+        entry = {"format": format, **options, "path": str(Path(path).absolute())}
+        spec = load({"adapters": self.spec.source.data.get("adapters", {}), "emit": [entry]})
         output_paths(spec, spec.emit)
         (artifact,) = emit_all(self.program, spec.emit)
         self.errors = artifact.errors

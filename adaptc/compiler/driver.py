@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from adaptc.compiler.alternatives import make_alternatives
 from adaptc.compiler.base import make_base, trace
 from adaptc.compiler.calibration import calibrate
 from adaptc.compiler.changes import comparison
@@ -19,7 +20,10 @@ from adaptc.compiler.program import Program
 from adaptc.compiler.proof_inputs import take_examples
 from adaptc.compiler.rewrite import After, rewrite
 from adaptc.compiler.schedule import check_artifacts
+from adaptc.compiler.swap import swap_slots
+from adaptc.ir.graph import Graph
 from adaptc.ir.interpreter import Batch
+from adaptc.rewriter.pipeline import Compare
 from adaptc.spec.spec import Spec, load
 
 
@@ -56,13 +60,42 @@ def compile(
     check_served(spec, graph)
     calibrate(spec, graph, calibration)
     take_examples(spec, graph)
-    plan = make_plan(spec, graph, weighed=True)
-    rewritten = rewrite(spec, graph, plan, after, comparison(spec.seed))
-    check_artifacts(spec, rewritten.adapted, plan.closing)
-    report = plan_report(spec, graph, plan, rewritten, base.bound.notes)
-    program = Program(spec, report, graph, rewritten, after)
+    program = program_of(spec, graph, base.bound.notes, after, comparison(spec.seed), weighed=True)
     program.prove_trace()
     return Compiled(program)
+
+
+def program_of(
+    spec: Spec,
+    graph: Graph,
+    notes: Sequence[str] = (),
+    after: After | None = None,
+    compare: Compare | None = None,
+    weighed: bool = False,
+) -> Program:
+    """Plan a spec on a traced graph, rewrite that, and check that every artifact can be made.
+
+    Args:
+        spec: the spec.
+        graph: the traced graph.
+        notes: on the weights of the base, where they were bound.
+        after: called with a pass's name and the graph after each pass.
+        compare: measures whether a user's pass changes results; None where weights are not to be read.
+        weighed: read weights to choose bits, where the spec has a budget.
+
+    Raises:
+        SpecError: something cannot be done; holds every problem of a step.
+        RefusedError: a pass refuses the graph.
+    """
+    plan = make_plan(spec, graph, weighed)
+    rewritten = rewrite(spec, graph, plan, after, compare)
+    check_artifacts(spec, rewritten.adapted, plan.closing)
+    alternatives = make_alternatives(spec, graph, plan, rewritten)
+    slots = swap_slots(spec, rewritten.adapted, alternatives)
+    report = plan_report(spec, graph, plan, rewritten, notes)
+    report.alternatives.update({name: other.plan for name, other in alternatives.items()})
+    others = {name: Program(a.spec, a.plan, graph, a.rewritten) for name, a in alternatives.items()}
+    return Program(spec, report, graph, rewritten, after, others, slots)
 
 
 def plan(
@@ -81,8 +114,4 @@ def plan(
     base = make_base(spec)
     graph = trace(spec, base)
     check_served(spec, graph)
-    plan = make_plan(spec, graph)
-    rewritten = rewrite(spec, graph, plan)
-    check_artifacts(spec, rewritten.adapted, plan.closing)
-    report = plan_report(spec, graph, plan, rewritten)
-    return spec, report
+    return spec, program_of(spec, graph).plan

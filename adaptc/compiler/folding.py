@@ -63,6 +63,21 @@ def fold(program: Program, floats: bool = False) -> FoldedGraphs:
     return FoldedGraphs(folded, quantized, lower(quantized))
 
 
+def fold_always_on(program: Program) -> Graph:
+    """The adapted graph with what is always on folded in, as passes take it: its quantized products are not lowered.
+
+    Raises:
+        RefusedError: a weight cannot be folded into.
+    """
+    adapted, closing = program.graph, program.plan.closing
+    if not adapted.adaptations:
+        return adapted.copy()
+    refusal = None if closing else folds_into_bits(adapted)
+    if refusal:
+        raise RefusedError([refusal])
+    return run(adapted, closing or [PASSES["fold"]()])
+
+
 def prove_fold(program: Program, graphs: FoldedGraphs) -> Run | None:
     """The folded graph computes what the live one does, with the adapters as they stand.
 

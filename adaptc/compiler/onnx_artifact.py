@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,19 @@ from adaptc.compiler.provenance import describe_base
 from adaptc.compiler.reference import with_labels
 from adaptc.compiler.runners import BatchRunner, Runner
 from adaptc.emit.manifest import versions
-from adaptc.emit.onnx.cached import ENCODER, NEW_TOKENS, encoder_beside, read_signature
+from adaptc.emit.onnx.adapter_file import read_adapter
+from adaptc.emit.onnx.cached import ENCODER, NEW_TOKENS, encoder_beside, read_outputs, read_signature
 from adaptc.emit.onnx.evaluate import evaluate
 from adaptc.emit.onnx.export import Wrote, export_onnx
 from adaptc.emit.onnx.functional import Functional
+from adaptc.emit.onnx.overridable import Dims
 from adaptc.emit.onnx.partitioned import PartitionedProgram
 from adaptc.emit.onnx.rounding import RoundActivations, rounds_activations
-from adaptc.emit.onnx.runtime import onnx_runner
+from adaptc.emit.onnx.runtime import open_session, session_call
 from adaptc.emit.staging import Staging
 from adaptc.errors import ProofError
 from adaptc.ir.graph import Graph
-from adaptc.ir.interpreter import Interpreter, Run
+from adaptc.ir.interpreter import Batches, Interpreter, Run
 from adaptc.ir.near_ties import floats_behind_labels
 from adaptc.ir.tie_breaks import makes_choice
 from adaptc.rewriter.cache.cache import Cache
@@ -58,6 +60,10 @@ class OnnxFile:
         signature: what the program takes and gives, where it has a cache; else None.
         encoder: the file of an encoder whose keys and values the program takes; None where there is none.
         about: what a manifest says of it: `nodes`, `opset`, `inputs`, `outputs`.
+        session: of the file, where it holds its weights itself.
+        exact: of a file of the same graph that does not round; None where this one does not.
+        adapter: what replaces them in the runs of this object: tensors by name, or an `.onnx_adapter` file.
+        name: what proofs call the file.
     """
 
     entry: OnnxEmit
@@ -70,6 +76,10 @@ class OnnxFile:
     signature: CacheSignature | None
     encoder: Path | None
     about: Mapping[str, Any]
+    session: Session
+    exact: ExactSession | None
+    name: str
+    adapter: Mapping[str, torch.Tensor] | Path = field(default_factory=dict[str, torch.Tensor])
 
     @property
     def has_data_file(self) -> bool:
@@ -79,32 +89,51 @@ class OnnxFile:
     @property
     def partitioned(self) -> PartitionedProgram:
         """A runner of the file that holds the weights of a few operations at a time."""
-        return PartitionedProgram(self.path, self.final)
+        return PartitionedProgram(self.path, self.final, self._tensors)
+
+    @property
+    def _tensors(self) -> Mapping[str, torch.Tensor]:
+        """The tensors that replace weights."""
+        return read_adapter(self.adapter) if isinstance(self.adapter, Path) else self.adapter
 
     @property
     def runner(self) -> Runner:
         """A runner of the file: in pieces where the weights are many."""
-        exact = not self.entry.round_activations
-        return self.partitioned if self.large else BatchRunner(onnx_runner(self.path, self.final, exact))
+        return (
+            self.partitioned if self.large else BatchRunner(session_call(self.session.opened, self.adapter))
+        )
+
+    @property
+    def unrounded_runner(self) -> Runner:
+        """A runner of a file of the same graph that does not round activations."""
+        assert self.exact is not None
+        return BatchRunner(session_call(self.exact.opened, self._tensors))
 
     @property
     def encoder_runner(self) -> EncoderRunner | None:
         """A runner of the encoder's file."""
-        return None if self.encoder is None else EncoderRunner(self.encoder, not self.entry.round_activations)
+        if self.encoder is None:
+            return None
+        large = PartitionedProgram(self.encoder, self.encoder, self._tensors)
+        small = Session(self.encoder, self.encoder, not self.entry.round_activations)
+        runner = large if self.large else BatchRunner(session_call(small.opened, self.adapter))
+        return EncoderRunner(runner, read_outputs(self.encoder))
 
-    @contextmanager
-    def unrounded_runners(self) -> Generator[tuple[Runner, EncoderRunner | None]]:
-        """Runners of files of the same graph, and of its encoder, that do not round activations."""
-        assert self.unrounded is not None
-        with tempfile.TemporaryDirectory(dir=self.path.parent) as folder:
-            exact = Path(folder) / self.path.name
-            encoder = encoder_beside(exact)
-            for path, graph in zip(
-                (exact, encoder), programs(self.unrounded.copy(), self.entry), strict=False
-            ):
-                export_onnx(graph, path, self.entry.opset, runtime=self.entry.target_runtime, exact=True)
-            runner = BatchRunner(onnx_runner(exact, self.path, exact=True))
-            yield runner, EncoderRunner(encoder, exact=True) if encoder.exists() else None
+    @property
+    def unrounded_encoder(self) -> EncoderRunner | None:
+        """A runner of a file of the encoder that does not round activations."""
+        if self.encoder is None:
+            return None
+        assert self.exact is not None
+        runner = BatchRunner(session_call(self.exact.encoder, self._tensors))
+        return EncoderRunner(runner, read_outputs(self.encoder))
+
+    def on(self, batches: Batches) -> Run:
+        """One run of every batch, in chunks where there is a cache."""
+        if self.signature is None:
+            return self.runner.on(batches)
+        chunks = SCHEDULES["in chunks"]
+        return CachedRunner(self.runner, self.signature, chunks, self.encoder_runner).on(batches)
 
     def staged(self, staging: Staging) -> list[Path]:
         """The program; its data file, its encoder and that one's data file are moved to staged paths of their own."""
@@ -117,6 +146,62 @@ class OnnxFile:
         return [self.path, *moved]
 
 
+@dataclass
+class Session:
+    """A session of an ONNX file that is opened when it is first needed, and then again used.
+
+    Attributes:
+        path: the file.
+        shown: the path that an error names.
+        exact: do not round activations.
+    """
+
+    path: Path
+    shown: Path
+    exact: bool
+
+    @cached_property
+    def opened(self) -> Any:
+        """The session."""
+        return open_session(self.path, shown=self.shown, exact=self.exact)
+
+
+@dataclass
+class ExactSession:
+    """A session of a file that is written when it is first needed: of the same graph, and it does not round.
+
+    Attributes:
+        graph: the graph.
+        entry: the spec's entry that asks for the file that rounds.
+        path: that file.
+        overridable: the sizes of the weights that a call may replace.
+    """
+
+    graph: Graph
+    entry: OnnxEmit
+    path: Path
+    overridable: Dims
+
+    @cached_property
+    def opened(self) -> Any:
+        """The session."""
+        return self._written(0)
+
+    @cached_property
+    def encoder(self) -> Any:
+        """The session of the encoder."""
+        return self._written(1)
+
+    def _written(self, number: int) -> Any:
+        """A session of one of the entry's programs."""
+        with tempfile.TemporaryDirectory(dir=self.path.parent) as folder:
+            exact, graph = Path(folder) / self.path.name, programs(self.graph.copy(), self.entry)[number]
+            overridable = _read_by(graph, self.overridable)
+            options: Any = {"runtime": self.entry.target_runtime, "overridable": overridable}
+            export_onnx(graph, exact, self.entry.opset, exact=True, **options)
+            return open_session(exact, shown=self.path, exact=True)
+
+
 def write_onnx(
     program: Program,
     graph: Graph,
@@ -125,17 +210,21 @@ def write_onnx(
     final: Path,
     wrote: Wrote | None = None,
     beside: bool = False,
+    overridable: Dims | None = None,
+    told: Mapping[str, str] | None = None,
 ) -> OnnxFile:
     """Write a graph of a program as an ONNX file, whose metadata says what it was made of.
 
     Args:
         program: the program.
         graph: the graph.
-        entry: how to write it.
-        path: where the file is written.
+        entry: the spec's entry that asks for the file.
+        path: where it is written.
         final: where it will be put.
-        wrote: called while its data file is written.
+        wrote: called while a data file is written.
         beside: write the weights in a data file whatever their size is.
+        overridable: the sizes of the weights that a call may replace.
+        told: metadata beside what every file has.
 
     Raises:
         RefusedError: an operation has no ONNX form.
@@ -156,10 +245,13 @@ def write_onnx(
         metadata[ENCODER] = encoder.name
     if entry.cache:
         metadata[NEW_TOKENS] = new_tokens(parts[0])
+    metadata |= told or {}
     exact, runtime = not entry.round_activations, entry.target_runtime
     files = [path] if encoder is None else [path, encoder]
     written, *others = [
-        export_onnx(part, file, entry.opset, metadata, wrote, runtime, exact, beside=beside)
+        export_onnx(
+            part, file, entry.opset, metadata, wrote, runtime, exact, beside, _read_by(part, overridable)
+        )
         for part, file in zip(parts, files, strict=True)
     ]
     weights = {name: weight for each in (*others, written) for name, weight in each.weights.items()}
@@ -171,7 +263,27 @@ def write_onnx(
     }
     signature = read_signature(path)
     outputs = evaluated.outputs if signature is None else tuple(signature.results)
-    return OnnxFile(entry, path, final, outputs, weights, written.large, unrounded, signature, encoder, about)
+    return OnnxFile(
+        entry,
+        path,
+        final,
+        outputs,
+        weights,
+        written.large,
+        unrounded,
+        signature,
+        encoder,
+        about,
+        Session(path, final, exact),
+        None if unrounded is None else ExactSession(unrounded.copy(), entry, path, overridable or {}),
+        f"onnx, {entry.adapters}",
+    )
+
+
+def _read_by(graph: Graph, overridable: Dims | None) -> Dims:
+    """Of the weights that a call may replace, those that a graph reads."""
+    read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    return {name: dims for name, dims in (overridable or {}).items() if name in read}
 
 
 def programs(graph: Graph, entry: OnnxEmit) -> list[Graph]:
@@ -211,7 +323,7 @@ def prove_onnx(
     Raises:
         ProofError: it computes something else.
     """
-    name = f"onnx, {file.entry.adapters}"
+    name = file.name
     if file.signature is not None:
         return prove_cached(program, graph, file)
     reference, candidate = _side_by_side(program, graph, earlier, file)
@@ -224,8 +336,7 @@ def prove_onnx(
             reference, candidate = _with_choices(program, graph, file)
             proof = program.proofs.prove(name, graph, reference, candidate)
         return proof, with_labels(reference, candidate), None
-    with file.unrounded_runners() as (unrounded, _):
-        program.proofs.prove(name, graph, reference, unrounded.on(reference.taken))
+    program.proofs.prove(name, graph, reference, file.unrounded_runner.on(reference.taken))
     rounding, rounded, allowed = _rounded(program, graph, reference, file.unrounded)
     proof = program.proofs.prove(f"{name}, {ROUNDED}", rounding, rounded, candidate, allowed)
     return proof, with_labels(rounded, candidate), rounding
@@ -252,7 +363,7 @@ def prove_cached(program: Program, graph: Graph, file: OnnxFile) -> tuple[Proof,
     Raises:
         ProofError: it computes something else.
     """
-    signature, name = file.signature, f"onnx, {file.entry.adapters}, with a cache"
+    signature, name = file.signature, f"{file.name}, with a cache"
     assert signature is not None
     padded = {label: padded_left(signature, batch) for label, batch in program.proofs.batches.items()}
     left = {f"{label} padded on the left": batch for label, batch in padded.items() if batch is not None}
@@ -278,8 +389,7 @@ def prove_cached(program: Program, graph: Graph, file: OnnxFile) -> tuple[Proof,
     if file.unrounded is None:
         proof, got = proved("", written, graph, reference, None)
         return proof, with_labels(reference, got), None
-    with file.unrounded_runners() as unrounded:
-        proved("", unrounded, graph, reference, None)
+    proved("", (file.unrounded_runner, file.unrounded_encoder), graph, reference, None)
     rounding, rounded, allowed = _rounded(program, graph, reference, file.unrounded)
     proof, got = proved(ROUNDED, written, rounding, rounded, allowed)
     return proof, with_labels(rounded, got), rounding

@@ -86,8 +86,7 @@ def make_plan(spec: Spec, graph: Graph, weighed: bool = False) -> Plan:
     entries = [planned for index in range(len(spec.adapt)) for planned in entries_of(spec, graph, index)]
     entries = without_replaced(graph, entries)
     quantized = quantizations_of(spec, graph)
-    problems = [problem for planned in entries for problem in _problems(spec, graph, planned)]
-    problems += _name_clashes(spec, entries)
+    problems = insertion_problems(spec, graph, entries)
     problems += [problem for planned in quantized for problem in quantize_problems(spec, graph, planned)]
     problems += named_twice(spec, quantized)
     if problems:
@@ -100,16 +99,47 @@ def make_plan(spec: Spec, graph: Graph, weighed: bool = False) -> Plan:
     return Plan(entries, quantized, passes, closing_of(spec, graph, passes), choice)
 
 
+def plan_alternative(spec: Spec, graph: Graph, base: Plan) -> Plan:
+    """The plan of one of `adapters`: its entries on top of a plan without it, whose passes come first.
+
+    Args:
+        spec: `Spec.alternative` of it.
+        graph: the traced graph.
+        base: the plan of `adapt` and `quantize`.
+
+    Raises:
+        SpecError: as `make_plan`.
+        WeightError: an adapter's checkpoint cannot be read.
+    """
+    first = sum(spec.place(index)[0] == "adapt" for index in range(len(spec.adapt)))
+    added = [p for index in range(first, len(spec.adapt)) for p in entries_of(spec, graph, index)]
+    added = without_replaced(graph, added)
+    entries = [*base.entries, *added]
+    problems = insertion_problems(spec, graph, entries)
+    if problems:
+        raise SpecError(problems)
+    match_checkpoints(spec, graph, added)
+    inserts = [planned.insert for planned in added]
+    passes = [*base.opening, *inserts, *base.closing]
+    return Plan(entries, base.quantized, passes, base.closing, base.choice)
+
+
+def insertion_problems(spec: Spec, graph: Graph, entries: Sequence[PlannedInsertion]) -> list[Problem]:
+    """Why entries cannot be done, each and together."""
+    problems = [problem for planned in entries for problem in _problems(spec, graph, planned)]
+    return problems + _name_clashes(spec, entries)
+
+
 def _problems(spec: Spec, graph: Graph, planned: PlannedInsertion) -> list[Problem]:
     """Why an entry cannot be done: its target matches nothing, or sites that the method cannot adapt."""
     method, selection = planned.insert.method, planned.selection
     key = "adapter" if planned.checkpoint is not None else "target"
     if not selection.sites:
         lines = no_match(graph, method, selection, planned.checkpoint is not None)
-        return [spec.source.problem(("adapt", planned.entry, key), *lines)]
+        return [spec.source.problem((*spec.place(planned.entry), key), *lines)]
     if selection.lacking:
         message, notes = selection.lacking[0], selection.lacking[1:]
-        return [spec.source.problem(("adapt", planned.entry, key), f"{method.name}: {message}", *notes)]
+        return [spec.source.problem((*spec.place(planned.entry), key), f"{method.name}: {message}", *notes)]
     problems: dict[Any, Problem] = {}  # one for each option at fault, and for each module on no path
     for site in selection.sites:
         refused = planned.insert.refused(site)
@@ -117,7 +147,7 @@ def _problems(spec: Spec, graph: Graph, planned: PlannedInsertion) -> list[Probl
             problems.setdefault(
                 refused.option,
                 spec.source.problem(
-                    ("adapt", planned.entry, *refused.option),
+                    (*spec.place(planned.entry), *refused.option),
                     f"{method.name}: {refused.reason}",
                     f"site {site}",
                 ),
@@ -126,7 +156,7 @@ def _problems(spec: Spec, graph: Graph, planned: PlannedInsertion) -> list[Probl
             problems.setdefault(
                 site.module,
                 spec.source.problem(
-                    ("adapt", planned.entry, key),
+                    (*spec.place(planned.entry), key),
                     f"{site.module} is on no path to the output that carries a gradient, so it cannot be trained",
                     f"site {site}",
                     "leave it out with `exclude`",
@@ -165,8 +195,8 @@ def _name_clashes(spec: Spec, entries: Sequence[PlannedInsertion]) -> list[Probl
             if clash:
                 problems.append(
                     spec.source.problem(
-                        ("adapt", planned.entry),
-                        f"{method.name}: entry {taken[clash].entry} puts an adapter named "
+                        spec.place(planned.entry),
+                        f"{method.name}: {spec.shown_place(taken[clash].entry)} puts an adapter named "
                         f"{planned.insert.adapter!r} on {site.module} already",
                         "give one of them another `name`",
                     )

@@ -102,7 +102,7 @@ def _calibrated(spec: Spec, graph: Graph, index: int, item: Insert[Any, Any]) ->
         if spec.calibration is None:
             message = f"{item.method.name} chooses by data, and there is none"
             advice = "name some: `calibration: rows.jsonl`, inputs with labels"
-            raise spec.error(("adapt", index), message, advice)
+            raise spec.error(spec.place(index), message, advice)
         return item
     sites = item.selection(graph).sites
     information = graph.fisher_information.of(site.parameter for site in sites)
@@ -117,7 +117,7 @@ def _trained(spec: Spec, graph: Graph, index: int, entry: AdapterEntry) -> list[
         SpecError: there is no checkpoint at its path, or its rank cannot be cut.
         WeightError: a checkpoint cannot be read.
     """
-    place, path = ("adapt", index, "adapter"), resolve_path(spec, entry.adapter)
+    place, path = (*spec.place(index), "adapter"), resolve_path(spec, entry.adapter)
     absent = why_missing(path)
     if absent:
         raise spec.error(place, absent)
@@ -126,13 +126,13 @@ def _trained(spec: Spec, graph: Graph, index: int, entry: AdapterEntry) -> list[
     try:
         for stored in _read(spec, index, entry, path):
             checkpoint = replace(shortened(stored, modules), unread=unread)
-            name = entry.name or (stored.path.name if stored.path != path else "default")
+            name = entry.name or (stored.path.name if stored.path != path else spec.default_name(index))
             common = _Common(name, index, spec.seed, entry.on_alias)
             planned += _from_checkpoint(graph, checkpoint, common, entry.r)
     except WeightError as error:
         raise spec.weight_error(place, error) from None
     except InputError as error:
-        raise spec.error((*place[:2], "r"), error.message, *error.notes) from None
+        raise spec.error((*spec.place(index), "r"), error.message, *error.notes) from None
     return planned
 
 
@@ -147,7 +147,7 @@ def _read(spec: Spec, index: int, entry: AdapterEntry, path: Path) -> list[Check
     try:
         return ignoring(checkpoints, entry.ignore)
     except WeightError as error:
-        raise spec.error(("adapt", index, "ignore"), error.message, *error.notes) from None
+        raise spec.error((*spec.place(index), "ignore"), error.message, *error.notes) from None
 
 
 def _from_checkpoint(
@@ -347,7 +347,7 @@ def match_checkpoints(spec: Spec, graph: Graph, entries: Sequence[PlannedInserti
         try:
             match(checkpoint, _expected(graph, members), _table_sizes(graph))
         except WeightError as error:
-            raise spec.weight_error(("adapt", members[0].entry, "adapter"), error) from None
+            raise spec.weight_error((*spec.place(members[0].entry), "adapter"), error) from None
 
 
 def _expected(graph: Graph, members: Sequence[PlannedInsertion]) -> dict[str, Param]:

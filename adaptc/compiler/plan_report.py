@@ -34,6 +34,8 @@ class PlanReport(Plan):
         growth: for each of `quantized`, by how much a layer's error grows in the model's outputs at most.
         inputs: name -> dtype and dimensions, of every input of the model.
         left_out: what the model could take beside them -> what stands for it.
+        places: for each of `entries`, its place in the spec: `adapt.0`.
+        alternatives: the plans of `adapters` by name, each with the entries that are always on in front.
     """
 
     budget: Cost = field(kw_only=True)
@@ -41,24 +43,41 @@ class PlanReport(Plan):
     growth: list[float] = field(kw_only=True)
     inputs: dict[str, str] = field(kw_only=True)
     left_out: dict[str, str] = field(kw_only=True)
+    places: list[str] = field(kw_only=True)
+    alternatives: dict[str, PlanReport] = field(kw_only=True, default_factory=dict[str, "PlanReport"])
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain data.
 
         Returns:
-            `inputs` and `left_out`, `entries`, `quantize`, `passes` as a spec states them, `pipeline` by name, `budget`
-            and `notes`.
+            `inputs` and `left_out`, `entries`, `adapters` by name, `quantize`, `passes` as a spec states them,
+            `pipeline` by name, `budget` and `notes`.
         """
         quantized = zip(self.quantized, self.growth, strict=True)
         return {
             "inputs": self.inputs,
             "left_out": self.left_out,
             "entries": [_entry_json(planned) for planned in self.entries],
+            "adapters": {name: self._alternative_json(name) for name in self.alternatives},
             "quantize": [_quantized_json(planned, growth) for planned, growth in quantized],
             "passes": self.stated,
             "pipeline": self.pipeline,
             "budget": dataclasses.asdict(self.budget) | {"trainable_share": self.budget.share},
             "notes": self.notes,
+        }
+
+    def added(self, name: str) -> list[tuple[str, PlannedInsertion]]:
+        """What an alternative adds to what is always on: the place of each entry in the spec, and the entry."""
+        plan = self.alternatives[name]
+        return list(zip(plan.places, plan.entries, strict=True))[len(self.entries) :]
+
+    def _alternative_json(self, name: str) -> dict[str, Any]:
+        """An alternative as plain data: what it adds to what is always on."""
+        plan = self.alternatives[name]
+        return {
+            "entries": [_entry_json(planned) | {"place": place} for place, planned in self.added(name)],
+            "trainable": plan.budget.trainable - self.budget.trainable,
+            "notes": [note for note in plan.notes if note not in self.notes],
         }
 
 
@@ -78,15 +97,15 @@ def plan_report(
         *left_out_notes(graph),
         *graph.source.notes,
         *state_notes(graph.nodes),
-        *_entry_notes(plan.entries),
-        *_alias_notes(graph, plan.entries),
+        *_entry_notes(spec, plan.entries),
+        *_alias_notes(spec, graph, plan.entries),
     ]
     notes += [plan.choice] if plan.choice else []
     notes += quantize_notes(graph, plan.quantized)
     notes += [
         f"{record.name} changes results: {record.change}" for record in rewritten.records if record.change
     ]
-    notes += [*_fold_notes(spec, plan, rewritten), *bound]
+    notes += [*_fold_notes(spec, plan, rewritten), *_alternative_notes(spec), *bound]
     return PlanReport(
         **vars(plan),
         budget=cost_of(graph, rewritten.adapted, rewritten.factored, rewritten.folded),
@@ -94,7 +113,20 @@ def plan_report(
         growth=[planned.growth(rewritten.adapted) for planned in plan.quantized],
         inputs={spec.name: str(spec) for spec in graph.inputs},
         left_out=dict(graph.source.left_out),
+        places=[spec.shown_place(planned.entry) for planned in plan.entries],
     )
+
+
+def _alternative_notes(spec: Spec) -> list[str]:
+    """The alternatives that no artifact holds, where the spec emits any."""
+    if not spec.emit or any(entry.format == "peft" for entry in spec.emit):
+        return []
+    held = {entry.name for entry in spec.emit if entry.format == "onnx-adapter"}
+    return [
+        f"adapters.{name}: no artifact holds it: emit {{format: onnx-adapter, path: ..., name: {name}}}"
+        for name in spec.adapters
+        if name not in held
+    ]
 
 
 def left_out_notes(graph: Graph) -> list[str]:
@@ -118,11 +150,11 @@ def _fold_notes(spec: Spec, plan: Plan, rewritten: Rewritten) -> list[str]:
     )
 
 
-def _entry_notes(entries: Sequence[PlannedInsertion]) -> list[str]:
+def _entry_notes(spec: Spec, entries: Sequence[PlannedInsertion]) -> list[str]:
     """Patterns without a match, layers left out, and methods that change the model before any training."""
     notes: list[str] = []
     for planned in entries:
-        where, selection = f"adapt.{planned.entry}", planned.selection
+        where, selection = spec.shown_place(planned.entry), planned.selection
         if planned.checkpoint is None:
             notes += [f"{where}: pattern {pattern!r} matches nothing" for pattern in selection.unused]
         method = planned.insert.method
@@ -152,7 +184,7 @@ def _checkpoint_notes(checkpoint: Checkpoint) -> list[str]:
     return notes
 
 
-def _alias_notes(graph: Graph, entries: Sequence[PlannedInsertion]) -> list[str]:
+def _alias_notes(spec: Spec, graph: Graph, entries: Sequence[PlannedInsertion]) -> list[str]:
     """What becomes of adapted tensors that are used elsewhere too; `refuse` is an error when they are folded."""
     notes: list[str] = []
     outcomes = {
@@ -169,7 +201,7 @@ def _alias_notes(graph: Graph, entries: Sequence[PlannedInsertion]) -> list[str]
             for name, bias in ((site.name, False), *([(str(site.bias), True)] if beside else [])):
                 others = used_elsewhere(graph, site, bias)
                 if others:
-                    use = f"adapt.{planned.entry}: {name} is also used by {module_names(others)}"
+                    use = f"{spec.shown_place(planned.entry)}: {name} is also used by {module_names(others)}"
                     notes.append(f"{use}; it is {outcomes[planned.insert.on_alias]}")
     return notes
 

@@ -28,7 +28,7 @@ def tokenized(spec: Spec, graph: Graph, index: int, item: Insert[Any, Any]) -> I
     if origin is None or tokenize is None:
         message = f"{method.name} starts from words, and {graph.source.describe} has no tokenizer"
         advice = "save one beside the model, or give the numbers: init_tokens: [[7], [12]]"
-        raise spec.error(("adapt", index), message, advice)
+        raise spec.error(spec.place(index), message, advice)
     by_number: dict[int, Any] = getattr(origin.config, "id2label", None) or {}
     labels = [str(by_number[number]) for number in sorted(by_number)]
     return replace(item, method=method.tokenized(tokenize, labels))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch import fx
 
 from adaptc.checkpoints.compaction import compacted
 from adaptc.checkpoints.graph_records import records_of
-from adaptc.checkpoints.module_adapters import META, load_adapter_into
+from adaptc.checkpoints.module_adapters import META, load_adapter_into, tensors_of
 from adaptc.compiler.adapter_weights import load_checkpoints
 from adaptc.compiler.generation import Generator
 from adaptc.compiler.plan_report import PlanReport
@@ -22,9 +22,9 @@ from adaptc.compiler.quantization_error import QuantizationErrors, measure
 from adaptc.compiler.rewrite import After, Rewritten
 from adaptc.compiler.schedule import lower
 from adaptc.compiler.trainable import (
+    base_of_both_modes,
     follow,
     following,
-    graph_of_both_modes,
     module_record,
     prove_trainable,
     take_original_calls,
@@ -32,10 +32,12 @@ from adaptc.compiler.trainable import (
 from adaptc.ir.graph import Graph
 from adaptc.ir.interpreter import Interpreter, Run
 from adaptc.ir.module import bind
+from adaptc.ir.switched import SwitchedModule, switched
 from adaptc.quantization.quantized_weight import QuantizedPart
 from adaptc.rewriter.insert.base import Insert
 from adaptc.rewriter.pipeline import PASSES, Pass, run
 from adaptc.rewriter.quantize import Quantize
+from adaptc.rewriter.swap.slots import Slots
 from adaptc.spec.spec import Spec
 from adaptc.weights import Deferred, Held, sha256_of_files, sha256_of_tensors
 
@@ -52,12 +54,26 @@ class Program:
         records: what each pass did.
         proofs: what was proved so far.
         after: called with a pass's name and the graph after each pass that `records` tell of.
+        alternatives: the model with each of `adapters` beside what is always on, by name.
+        slots: what an ONNX program has to take any one of them; None where there are none, or one does not fit.
+        main: of an alternative's program, that of what is always on, with whose module its own shares all tensors.
     """
 
     def __init__(
-        self, spec: Spec, plan: PlanReport, base: Graph, rewritten: Rewritten, after: After | None = None
+        self,
+        spec: Spec,
+        plan: PlanReport,
+        base: Graph,
+        rewritten: Rewritten,
+        after: After | None = None,
+        alternatives: Mapping[str, Program] | None = None,
+        slots: Slots | None = None,
     ):
         self.spec, self.plan, self.base, self.after = spec, plan, base, after
+        self.alternatives, self.slots = dict(alternatives or {}), slots
+        self.main: Program | None = None
+        for other in self.alternatives.values():
+            other.main = self
         self.graph, self.factored = rewritten.adapted, rewritten.factored
         self.records = list(rewritten.records)
         self._generator: tuple[bool, Generator] | None = None
@@ -75,11 +91,31 @@ class Program:
         """
         graph = self.trainable_graph()
         prove_trainable(self.proofs, self.graph, graph)
-        module = bind(graph, graph.adapter_names)
+        shared = tensors_of(self.main.module) if self.main is not None else None
+        module = bind(graph, graph.adapter_names, shared)
         module.meta[META] = module_record(graph, self.base_record)
+        if self.alternatives:
+            module = self._switched(module)
         take_original_calls(module, self.base.source.flatten)
         follow(self.graph, module)
         return module
+
+    def _switched(self, module: fx.GraphModule) -> SwitchedModule:
+        """A module with a graph for each alternative beside its own; their adapted graphs follow it too.
+
+        Raises:
+            ProofError: the graph of one computes something else than its adapted graph.
+        """
+        modules: dict[str, fx.GraphModule] = {}
+        for name, other in self.alternatives.items():
+            graph = other.trainable_graph()
+            prove_trainable(self.proofs, other.graph, graph, f"trainable module, {name}")
+            modules[name] = bind(graph, graph.adapter_names, tensors_of(module), f"{name}_")
+            modules[name].meta[META] = module_record(graph, self.base_record)
+        made = switched(module, modules)
+        for other in self.alternatives.values():
+            follow(other.graph, made)
+        return made
 
     def load_adapter(self, directory: Path, ignore: Sequence[str] = ()) -> None:
         """Replace the adapters' weights by those of a checkpoint, in the module and in the adapted graph.
@@ -104,8 +140,13 @@ class Program:
 
     @cached_property
     def _both_modes(self) -> Graph:
-        """The factored graph that reads `training`: made once, since it needs a second trace of the model."""
-        return graph_of_both_modes(self.base, self.plan.opening)
+        """The factored graph that reads `training`."""
+        return lower(run((self.main or self)._base_of_both_modes, self.plan.opening))
+
+    @cached_property
+    def _base_of_both_modes(self) -> Graph:
+        """The traced graph that reads `training`: made once, since it needs a second trace of the model."""
+        return base_of_both_modes(self.base)
 
     def live_graph(self, adapted: Graph | None = None) -> Graph:
         """The factored graph in evaluation mode, with the adapters of `adapted`, or as they stand."""

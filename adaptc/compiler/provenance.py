@@ -25,8 +25,8 @@ def provenance(program: Program, folder: Path) -> dict[str, Any]:
         folder: the folder of the manifest. Paths that the spec states relative to itself are told relative to that.
 
     Returns:
-        `versions`, `spec` and its folder `spec_folder`, `base`, `adapters`, `sites`, `passes`, `proved_on`,
-        `proofs`.
+        `versions`, `spec` and its folder `spec_folder`, `base`, `adapters`, `sites`, `alternatives` where there are
+        any, `passes`, `proved_on`, `proofs`.
     """
     source = program.base.source
     return {
@@ -42,6 +42,7 @@ def provenance(program: Program, folder: Path) -> dict[str, Any]:
         },
         "adapters": _adapters(program, folder),
         "sites": _sites(program),
+        **({"alternatives": _alternatives(program, folder)} if program.alternatives else {}),
         "passes": [asdict(record) for record in program.records],
         "proved_on": _proved_on(program, folder),
         "proofs": [asdict(proof) for proof in program.proofs.held],
@@ -78,6 +79,21 @@ def _adapters(program: Program, folder: Path) -> list[dict[str, Any]]:
             told = {"path": path, "sha256": checkpoint.sha256}
             rows.setdefault(checkpoint.path, told | ({"ignored": ignored} if ignored else {}))
     return list(rows.values())
+
+
+def _alternatives(program: Program, folder: Path) -> dict[str, Any]:
+    """What each alternative adds to what is always on: its checkpoints and its sites."""
+    added: dict[str, Any] = {}
+    for name, other in program.alternatives.items():
+        always = {row["path"] for row in _adapters(program, folder)}
+        sites = [
+            {**site_json(site), "methods": [planned.insert.method.name]}
+            for _, planned in program.plan.added(name)
+            for site in planned.selection.sites
+        ]
+        adapters = [row for row in _adapters(other, folder) if row["path"] not in always]
+        added[name] = {"adapters": adapters, "sites": sites}
+    return added
 
 
 def _proved_on(program: Program, folder: Path) -> dict[str, Any]:

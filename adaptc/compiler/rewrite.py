@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from adaptc.compiler.schedule import folds_into_bits, lowering
 from adaptc.errors import Refusal, RefusedError
 from adaptc.ir.graph import Graph
 from adaptc.rewriter.insert.base import Insert
-from adaptc.rewriter.pipeline import PASSES, Compare, PassRecord, run
+from adaptc.rewriter.pipeline import PASSES, Compare, Pass, PassRecord, run
 from adaptc.rewriter.quantize import Quantize
 from adaptc.spec.spec import Spec
 from adaptc.spec.yaml_text import Loc
@@ -62,7 +62,7 @@ def rewrite(
         if plan.closing:  # checks that it can run; artifacts run it again with the adapters as trained
             run(adapted, plan.closing, records, after, compare)
     except RefusedError as error:
-        place = _place_of(error.source)
+        place = _place_of(spec, error.source)
         if place is None:
             raise
         raise spec.error(place, error.message, *error.notes) from error
@@ -70,6 +70,30 @@ def rewrite(
     fold = PASSES["fold"]()
     stays = adapted.staying and adapted.stage in fold.takes and not refusals
     return Rewritten(adapted, factored, run(adapted, [fold]) if stays else None, refusals, records)
+
+
+def rewrite_alternative(spec: Spec, base: Rewritten, plan: Plan, added: Sequence[Pass]) -> Rewritten:
+    """Run the passes that an alternative adds to the adapted graph without it.
+
+    Args:
+        spec: `Spec.alternative` of it.
+        base: the graphs without it.
+        plan: its plan.
+        added: the passes.
+
+    Raises:
+        SpecError: a pass refuses the graph.
+    """
+    records: list[PassRecord] = []
+    try:
+        adapted = run(base.adapted, added, records)
+        factored = run(adapted, lowering(adapted), records)
+    except RefusedError as error:
+        place = _place_of(spec, error.source)
+        if place is None:
+            raise
+        raise spec.error(place, error.message, *error.notes) from error
+    return Rewritten(adapted, factored, None, _fold_refusals(adapted, plan), records)
 
 
 def _fold_refusals(adapted: Graph, plan: Plan) -> list[Refusal]:
@@ -80,10 +104,10 @@ def _fold_refusals(adapted: Graph, plan: Plan) -> list[Refusal]:
     return refusals or ([into_bits] if into_bits else [])
 
 
-def _place_of(source: object) -> Loc | None:
+def _place_of(spec: Spec, source: object) -> Loc | None:
     """The place of a spec that asks for a pass: its entry, or `base` for what the base stores in few bits."""
     if isinstance(source, Insert):
-        return ("adapt", source.entry)
+        return spec.place(source.entry)
     if isinstance(source, Quantize):
         return ("base",) if source.entry is None else ("quantize", source.entry)
     return None

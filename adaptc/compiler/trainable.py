@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from copy import copy
 from typing import Any
 
@@ -14,28 +14,23 @@ from adaptc.checkpoints.records import as_json
 from adaptc.compiler.adapter_weights import put_weight
 from adaptc.compiler.follow_training import FollowTraining
 from adaptc.compiler.proofs import Proofs
-from adaptc.compiler.schedule import lower
 from adaptc.ir.graph import Graph
 from adaptc.ir.nodes import get_tensor
-from adaptc.rewriter.pipeline import Pass, run
+from adaptc.rewriter.pipeline import run
 from adaptc.tracing.export import export, output_class
 from adaptc.weights import Deferred, Weight
 
 
-def graph_of_both_modes(base: Graph, opening: Sequence[Pass]) -> Graph:
-    """The factored graph that reads the module's `training`; of a program without a model, in evaluation mode alone.
-
-    Args:
-        base: the traced graph.
-        opening: the passes that every artifact starts with.
+def base_of_both_modes(base: Graph) -> Graph:
+    """The traced graph that reads the module's `training`; of a program without a model, in evaluation mode alone.
 
     Raises:
         TraceError: the model computes something else in training than dropout and the like.
     """
-    passes, source = list(opening), base.source
-    if source.model is not None:
-        passes.insert(0, FollowTraining(export(source.model, source.inputs, training=True)))
-    return lower(run(base, passes))
+    source = base.source
+    if source.model is None:
+        return base
+    return run(base, [FollowTraining(export(source.model, source.inputs, training=True))])
 
 
 def module_record(graph: Graph, base: dict[str, str]) -> dict[str, Any]:
@@ -78,8 +73,14 @@ def take_original_calls(
         )
 
 
-def prove_trainable(proofs: Proofs, adapted: Graph, trainable: Graph) -> None:
+def prove_trainable(proofs: Proofs, adapted: Graph, trainable: Graph, name: str = "trainable module") -> None:
     """The trainable graph computes what the adapted one does, with random adapters.
+
+    Args:
+        proofs: where the proof is kept.
+        adapted: the adapted graph.
+        trainable: the trainable one.
+        name: what is proved.
 
     Raises:
         ProofError: it computes something else.
@@ -92,7 +93,7 @@ def prove_trainable(proofs: Proofs, adapted: Graph, trainable: Graph) -> None:
         factored.weights.update({name: random.weights[name] for name in trainable.adapter_names})
         return random, factored
 
-    proofs.with_random_adapters("trainable module", adapted, sides)
+    proofs.with_random_adapters(name, adapted, sides)
 
 
 def follow(adapted: Graph, module: fx.GraphModule) -> None:
@@ -106,7 +107,7 @@ def follow(adapted: Graph, module: fx.GraphModule) -> None:
         if param.stored:
             put_weight(adapted.weights[name], following(module, name, copy(adapted.weights[name])).make)
     for name, _ in module.named_buffers():  # what batch norm learns belongs to every artifact too
-        if name not in inserted:
+        if name in adapted.weights and name not in inserted:
             adapted.weights[name] = following(module, name, adapted.weights[name])
 
 

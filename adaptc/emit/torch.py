@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import json
 from collections import namedtuple
-from collections.abc import Generator, Mapping
+from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,15 @@ from adaptc.emit.manifest import MANIFEST
 from adaptc.errors import WeightError
 from adaptc.inputs import InputSpec
 from adaptc.ir.example_inputs import example_sizes, example_tensors
-from adaptc.ir.module import kept_activations
+from adaptc.ir.module import Segment, kept_activations
 from adaptc.ir.nodes import set_tensor
+from adaptc.ir.switched import SwitchedModule, switched
 from adaptc.ir.training_mode import mark_training_arguments
 from adaptc.optional import optional
 from adaptc.tracing.export import dynamic_shapes, normalise, traceable
 from adaptc.tracing.saved_program import load_program
 
-PROGRAM = "program.pt2"
+PROGRAM, ALTERNATIVES = "program.pt2", "adapters"
 LIBRARIES = ("builtins", "collections", "torch", "transformers")
 """The packages whose classes of outputs are known wherever a program is loaded."""
 
@@ -37,7 +38,64 @@ LIBRARIES = ("builtins", "collections", "torch", "transformers")
 def save_torch(module: fx.GraphModule, directory: Path) -> None:
     """Write a trainable module as a program that loads without pickle and without the base's files.
 
-    The program is traced in training mode; `load_torch` makes its literals follow the module's mode again.
+    The program is traced in training mode; `load_torch` makes its literals follow the module's mode again. Of a module
+    with alternatives each has a program of its own, which holds the tensors of that alternative alone.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    if not isinstance(module, SwitchedModule):
+        _save(module, directory / PROGRAM)
+        return
+    active, base = module.active, module.meta_of(None)[META]["names"]
+    try:
+        for name in (None, *module.adapters):
+            module.set_adapter(name)
+            path = directory / PROGRAM if name is None else directory / program_of(name)
+            path.parent.mkdir(exist_ok=True)
+            _save(_alone(module, () if name is None else base), path)
+    finally:
+        module.set_adapter(active)
+
+
+def program_of(name: str) -> str:
+    """The file of an alternative in a torch artifact."""
+    return f"{ALTERNATIVES}/{name}.pt2"
+
+
+def _alone(module: SwitchedModule, elsewhere: Collection[str]) -> fx.GraphModule:
+    """The active graph of a module as a module of its own.
+
+    Args:
+        module: the module.
+        elsewhere: the names of tensors that another program holds: a number stands for each.
+    """
+    alone = fx.GraphModule(nn.Module(), fx.Graph())
+    tensors = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
+    about, made = module.meta[META], dict[str, torch.Tensor]()
+    for name, first in about["names"].items():
+        tensor = tensors[name]
+        if first not in made and name in elsewhere and not _may_be_written(tensor):
+            stand_in = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            made[first] = nn.Parameter(stand_in, requires_grad=False) if is_parameter else stand_in
+        set_tensor(alone, name, made.setdefault(first, tensor), name not in about["transient"])
+    for name, child in module.named_children():
+        if isinstance(child, Segment):
+            alone.add_module(name, child)
+    alone.graph = module.graph
+    alone.meta[META] = about
+    return alone.train(module.training)
+
+
+def _may_be_written(tensor: torch.Tensor) -> bool:
+    """Whether a graph may write to a tensor, as to the statistics of batch norm; codes of few bits are integers."""
+    return not isinstance(tensor, nn.Parameter) and (tensor.is_floating_point() or tensor.dim() == 0)
+
+
+def _save(module: fx.GraphModule, path: Path) -> None:
+    """Write one graph of a module as a program.
 
     Raises:
         OSError: the file cannot be written.
@@ -57,8 +115,7 @@ def save_torch(module: fx.GraphModule, directory: Path) -> None:
             program = torch.export.export(
                 module, (), examples, dynamic_shapes=dynamic_shapes(inputs), strict=False
             )
-            directory.mkdir(parents=True, exist_ok=True)
-            with _Deferring(directory / PROGRAM, "w") as file:
+            with _Deferring(path, "w") as file:
                 torch.export.save(program, file)
             if file.error is not None:
                 raise file.error
@@ -67,7 +124,8 @@ def save_torch(module: fx.GraphModule, directory: Path) -> None:
         registered.update(hooks)
         with torch.no_grad():
             for name, buffer in module.named_buffers():
-                buffer.copy_(buffers[name])
+                if 0 not in buffer.stride():  # one number in the place of a tensor is not written to
+                    buffer.copy_(buffers[name])
 
 
 @contextmanager
@@ -125,13 +183,27 @@ def load_torch(directory: Path) -> fx.GraphModule:
             f"{directory}: not a torch artifact of adaptc; expected {MANIFEST} and {PROGRAM} there"
         )
     try:
-        about = json.loads(manifest.read_text())["products"][PROGRAM]["module"]
+        artifact = json.loads(manifest.read_text())["products"][PROGRAM]
+        about, others = artifact["module"], artifact.get("alternatives", {})
     except (json.JSONDecodeError, KeyError) as error:
         raise WeightError(f"{manifest}: broken, or not of a torch artifact ({error})") from None
     home = about["output_class"].rpartition(".")[0]
     if home.startswith("transformers."):
         optional(home)  # makes its output class known to torch.export
-    program = load_program(directory / PROGRAM)
+    base = _load(directory / PROGRAM, about)
+    if not others:
+        return base
+    modules = {name: _load(directory / program_of(name), record) for name, record in others.items()}
+    return switched(base, modules).train()
+
+
+def _load(path: Path, about: Mapping[str, Any]) -> fx.GraphModule:
+    """One program as a trainable module.
+
+    Raises:
+        WeightError: it is broken.
+    """
+    program = load_program(path)
     module = normalise(program.module(check_guards=False))
     mark_training_arguments(module.graph)
     module.recompile()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
@@ -62,17 +62,21 @@ class Segment(nn.Module):
             self.again = False
 
 
-def with_segments(module: fx.GraphModule) -> None:
+def with_segments(module: fx.GraphModule, prefix: str = "") -> None:
     """Turn every segment of a module's graph, up to a node marked `CUT`, into a `Segment`, in place.
 
     The names of weights stay as they are. Operations after the last mark stay too: their gradients are computed first,
     so that dropping their activations would save nothing.
+
+    Args:
+        module: changed in place.
+        prefix: of the names of its segments.
     """
     nodes = [node for node in module.graph.nodes if node.op == "call_function" and not _only_counts(node)]
     ends = [index for index, node in enumerate(nodes) if node.meta.get(CUT)]
     start = 0
     for number, end in enumerate(ends):
-        _extract(module, nodes[start : end + 1], f"segment_{number}")
+        _extract(module, nodes[start : end + 1], f"{prefix}segment_{number}")
         start = end + 1
     if ends:
         module.graph.lint()
@@ -133,7 +137,12 @@ def kept_activations(module: nn.Module) -> Generator[None, None, None]:
             segment.recomputes = True
 
 
-def bind(graph: Graph, trainable: Iterable[str] = ()) -> fx.GraphModule:
+def bind(
+    graph: Graph,
+    trainable: Iterable[str] = (),
+    shared: Mapping[str, torch.Tensor] | None = None,
+    prefix: str = "",
+) -> fx.GraphModule:
     """Load the weights of a graph into a module of its own, under the base's names.
 
     A tensor with several names stays one tensor.
@@ -141,10 +150,12 @@ def bind(graph: Graph, trainable: Iterable[str] = ()) -> fx.GraphModule:
     Args:
         graph: is not changed.
         trainable: the names of the parameters that require gradients.
+        shared: tensors of another module by name, which are taken as they are.
+        prefix: of the names of segments.
     """
     trained = set(trainable)
     module = fx.GraphModule(nn.Module(), fx.Graph())
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = dict(shared or {})
     for name in graph.weights:
         first = graph.aliases.get(name, name)
         if first not in tensors:
@@ -155,5 +166,5 @@ def bind(graph: Graph, trainable: Iterable[str] = ()) -> fx.GraphModule:
             tensors[first] = tensor
         set_tensor(module, name, tensors[first], persistent=name not in graph.transient)
     module.graph = copy_nodes(graph.module.graph)
-    with_segments(module)
+    with_segments(module, prefix)
     return module

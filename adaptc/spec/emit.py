@@ -27,8 +27,10 @@ class OnnxEmit(Part):
 
     format: Literal["onnx"]
     path: OutputPath
-    adapters: Literal["folded", "live", "none"] = Field(
-        "folded", description="folded into the weights, kept as operations of their own, or left out"
+    adapters: Literal["folded", "live", "none", "swap"] = Field(
+        "folded",
+        description="folded into the weights, kept as operations of their own, or left out; swap: those under "
+        "`adapters` are inputs of the program that can be left out",
     )
     opset: Annotated[int, Field(ge=18, le=25)] | None = Field(
         None, description="ONNX opset; 20 if left out, or what the weights' bits need"
@@ -87,6 +89,14 @@ class PeftEmit(Part):
     path: OutputPath
 
 
+class OnnxAdapterEmit(Part):
+    """An artifact for ONNX Runtime: one of `adapters`, for a program with `adapters: swap`."""
+
+    format: Literal["onnx-adapter"]
+    path: OutputPath
+    name: str = Field(description="which of `adapters`")
+
+
 SIZE = r"^[1-9][0-9]*(\.[0-9]+)?(KB|MB|GB|TB)$"
 
 
@@ -110,11 +120,13 @@ FORMATS: dict[str, type[Part]] = {
     "torch": TorchEmit,
     "onnx": OnnxEmit,
     "genai": GenaiEmit,
+    "onnx-adapter": OnnxAdapterEmit,
     "peft": PeftEmit,
     "hf": HfEmit,
 }
 EmitEntry: TypeAlias = Annotated[
-    TorchEmit | OnnxEmit | GenaiEmit | PeftEmit | HfEmit, OneOf("format", lambda: FORMATS)
+    TorchEmit | OnnxEmit | GenaiEmit | OnnxAdapterEmit | PeftEmit | HfEmit,
+    OneOf("format", lambda: FORMATS),
 ]
 
 

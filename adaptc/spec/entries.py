@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field, create_model
+from pydantic import BeforeValidator, Field, create_model
+from pydantic_core import InitErrorDetails
 
+from adaptc.errors import got
 from adaptc.methods.method import METHODS, Method, Rank, summary
 from adaptc.quantization.scheme import SCHEMES, Scheme
+from adaptc.spec.diagnostics import fault, invalid
 from adaptc.spec.part import Many, OneOf, Part, PathText, Spelled, option_keys, option_names
 from adaptc.spec.targets import Patterns, Target
+from adaptc.spec.yaml_text import is_list, is_mapping
 
 Alias = Annotated[
     Literal["refuse", "untie", "live", "share"],
@@ -19,7 +24,8 @@ Alias = Annotated[
         "untie it, keep its adapter live when the rest is folded, or share the change with the others"
     ),
 ]
-AdapterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", description="the adapter's name")]
+NAME = r"^[A-Za-z0-9_-]+$"
+AdapterName = Annotated[str, Field(pattern=NAME, description="the adapter's name")]
 
 
 class MethodEntry(Spelled):
@@ -71,6 +77,27 @@ def _method_models() -> dict[str, type[MethodEntry]]:
 AdaptEntry: TypeAlias = Annotated[
     MethodEntry | AdapterEntry, OneOf("method", _method_models, {"adapter": AdapterEntry})
 ]
+
+
+def _alternatives(value: object) -> object:
+    """The names of alternatives are checked before their entries, so that each fault is at its own key."""
+    if not is_mapping(value):
+        raise invalid(fault(f"expected a mapping of names to lists of entries, got {got(value)}"))
+    faults: list[InitErrorDetails] = []
+    for name, entries in value.items():
+        if not re.fullmatch(NAME, str(name)):
+            message = f"the name of an adapter has letters, digits, - and _, got {name!r}"
+            faults.append(fault(message, loc=(name,), at_key=True))
+        elif is_list(entries) and not entries:
+            message = "must not be empty: no adapter at all is the base, which is always there"
+            faults.append(fault(message, loc=(name,)))
+    if faults:
+        raise invalid(*faults)
+    return value
+
+
+Alternatives = Annotated[dict[str, Many[AdaptEntry]], BeforeValidator(_alternatives)]
+"""Adapters of which one at a time is active, by name: each a list of entries as under `adapt`."""
 
 
 class QuantizeEntry(Spelled):

@@ -17,19 +17,21 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import InitErrorDetails
 
-from adaptc.errors import Problem, SpecError, WeightError, got
+from adaptc.errors import Problem, SpecError, WeightError, got, unknown
 from adaptc.inputs import InputSpec
 from adaptc.spec.base import BaseEntry, Inputs
 from adaptc.spec.diagnostics import fault, invalid, problems
 from adaptc.spec.emit import EmitEntries
-from adaptc.spec.entries import AdaptEntry, QuantizeEntries
+from adaptc.spec.entries import AdaptEntry, Alternatives, MethodEntry, QuantizeEntries
 from adaptc.spec.part import Many, Part, PathText
 from adaptc.spec.proof import ProofEntry
 from adaptc.spec.source import Source
 from adaptc.spec.yaml_text import Loc, is_mapping
 
 VERSION = 1
+NO_ALTERNATIVES = "there are no `adapters:` to choose from; `adapt:` is always on"
 """The version of the spec that this adaptc reads."""
 
 
@@ -75,6 +77,9 @@ class Spec(Part):
         {}, validate_default=True, description="name -> dtype[dims]; derived for `base.model`"
     )
     adapt: Many[AdaptEntry] = ()
+    adapters: Alternatives = Field(
+        {}, description="alternatives on one base, by name: each a list of entries as under `adapt`"
+    )
     quantize: Many[QuantizeEntries] = ()
     budget: QuantizeBudget | None = Field(
         None, description="bits are chosen for each layer that `quantize` names, within this"
@@ -94,6 +99,7 @@ class Spec(Part):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of new parameters and example inputs")
 
     _source: Source | None = PrivateAttr(default=None)
+    _alternative: tuple[str, int] | None = PrivateAttr(default=None)
 
     @model_validator(mode="before")
     @classmethod
@@ -126,6 +132,23 @@ class Spec(Part):
                 raise invalid(*faults)
         return emit
 
+    @field_validator("emit", mode="after")
+    @classmethod
+    def _alternatives_named(cls, emit: EmitEntries, info: ValidationInfo) -> EmitEntries:
+        names = info.data.get("adapters")
+        if names is None:  # wrong itself
+            return emit
+        faults: list[InitErrorDetails] = []
+        for index, entry in enumerate(emit):
+            if entry.format == "onnx-adapter" and entry.name not in names:
+                message = unknown("adapter", entry.name, names) if names else NO_ALTERNATIVES
+                faults.append(fault(message, loc=(index, "name")))
+            if entry.format == "onnx" and entry.adapters == "swap" and not names:
+                faults.append(fault(NO_ALTERNATIVES, loc=(index, "adapters")))
+        if faults:
+            raise invalid(*faults)
+        return emit
+
     @classmethod
     def from_source(cls, source: Source) -> Spec:
         """Validate a spec, and keep its source for later messages.
@@ -150,6 +173,37 @@ class Spec(Part):
         """The folder that paths in the spec are relative to: its file's, or else the working directory."""
         path = self.source.path
         return Path.cwd() if path is None else path.absolute().parent
+
+    def alternative(self, name: str) -> Spec:
+        """The spec of one of `adapters`: its entries follow those of `adapt`, and nothing is emitted.
+
+        A method without a name of its own has the alternative's.
+        """
+        entries = [
+            entry.model_copy(update={"name": name})
+            if isinstance(entry, MethodEntry) and "name" not in entry.model_fields_set
+            else entry
+            for entry in self.adapters[name]
+        ]
+        spec = self.model_copy(update={"adapt": (*self.adapt, *entries), "adapters": {}, "emit": ()})
+        spec._source, spec._alternative = self.source, (name, len(self.adapt))
+        return spec
+
+    def place(self, entry: int) -> Loc:
+        """The location of an entry of `adapt`, or of those of `adapters` that `alternative` put behind them."""
+        if self._alternative is None or entry < self._alternative[1]:
+            return ("adapt", entry)
+        name, first = self._alternative
+        return ("adapters", name, entry - first)
+
+    def shown_place(self, entry: int) -> str:
+        """The location of an entry in text: `adapt.0`."""
+        return ".".join(map(str, self.place(entry)))
+
+    def default_name(self, entry: int) -> str:
+        """The name of a trained adapter whose entry states none."""
+        place = self.place(entry)
+        return "default" if place[0] == "adapt" else str(place[1])
 
     def error(self, loc: Loc, message: str, *notes: str) -> SpecError:
         """An error at a location in this spec, for what is found wrong after it was read.

@@ -13,7 +13,7 @@ from adaptc.cli.inspection import verify
 from adaptc.compiler.cached_runner import SCHEDULES, EncoderRunner, in_chunks, padded_left, where_seen
 from adaptc.compiler.compiled import Compiled
 from adaptc.compiler.runners import BatchRunner
-from adaptc.emit.onnx.cached import encoder_beside, read_signature
+from adaptc.emit.onnx.cached import encoder_beside, read_outputs, read_signature
 from adaptc.emit.onnx.runtime import onnx_runner
 from adaptc.errors import AdaptcError
 from adaptc.ir.interpreter import Run
@@ -128,7 +128,9 @@ def test_the_encoder_runner_names_what_the_decoder_takes(zoo: Zoo, tmp_path: Pat
     compiled = zoo.compiled("t5", [])
     path = tmp_path / "decoder.onnx"
     emitted(compiled, path)
-    encoded = EncoderRunner(encoder_beside(path)).on(compiled.program.proofs.batches)
+    encoder = encoder_beside(path)
+    runner = EncoderRunner(BatchRunner(onnx_runner(encoder)), read_outputs(encoder))
+    encoded = runner.on(compiled.program.proofs.batches)
     signature = read_signature(path)
     assert signature is not None
     for tensors in encoded.values():

@@ -150,7 +150,7 @@ def test_rank_above_the_layer_by_set(refused: Callable[..., tuple[str, str]]) ->
 def test_two_entries_clash(refused: Callable[..., tuple[str, str]]) -> None:
     text, place = refused(NET + lora(target="*.query") + "  - {method: lora, target: all-linear, r: 2}\n")
     assert place.startswith("7:")
-    assert "adapt.1: lora: entry 0 puts an adapter named 'default' on layers.0.query already" in text
+    assert "adapt.1: lora: adapt.0 puts an adapter named 'default' on layers.0.query already" in text
     assert "give one of them another `name`" in text
 
 

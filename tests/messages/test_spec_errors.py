@@ -185,7 +185,7 @@ ONE_PROBLEM = {
     ),
     "unknown format": (
         HEAD + "emit: [{format: gguf, path: x}]\n", 3, 17, "emit.0.format",
-        "unknown format 'gguf'; known: hf, onnx, peft, torch",
+        "unknown format 'gguf'; known: hf, onnx, onnx-adapter, peft, torch",
     ),
     "hf of a python base": (
         PYTHON + "emit:\n- {format: onnx, path: a}\n- {format: hf, path: b}\n", 6, 12, "emit.1.format",
@@ -216,7 +216,7 @@ ONE_PROBLEM = {
     ),
     "adapters": (
         HEAD + "emit: [{format: onnx, path: x, adapters: fold}]\n", 3, 42, "emit.0.adapters",
-        "expected 'folded', 'live' or 'none', got 'fold'; did you mean 'folded'?",
+        "expected 'folded', 'live', 'none' or 'swap', got 'fold'; did you mean 'folded'?",
     ),
     "opset of torch": (
         HEAD + "emit: [{format: torch, path: x, opset: 20}]\n", 3, 33, "emit.0.opset", "unknown key 'opset'",
@@ -256,7 +256,7 @@ ONE_PROBLEM = {
     "negative seed": (HEAD + "seed: -1\n", 3, 7, "seed", "must be at least 0, got -1"),
     "unknown key": (
         HEAD + "adpt: []\n", 3, 1, "adpt",
-        "unknown key 'adpt'; did you mean 'adapt'? known: version, base, inputs, adapt, quantize, "
+        "unknown key 'adpt'; did you mean 'adapt'? known: version, base, inputs, adapt, adapters, quantize, "
         "budget, calibration, proof, emit, passes, seed",
     ),
     "version missing": ("base: {model: m}\n", 1, 1, "version", "required, but missing"),

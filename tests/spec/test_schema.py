@@ -72,6 +72,7 @@ def test_emits_are_told_apart_by_format() -> None:
         "genai",
         "hf",
         "onnx",
+        "onnx-adapter",
         "peft",
         "torch",
     }

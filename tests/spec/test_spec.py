@@ -134,7 +134,15 @@ def test_targets_are_patterns_or_a_mapping() -> None:
 def test_what_is_left_out() -> None:
     spec = load({})
     assert dump(spec) == dump(Spec(version=1))
-    assert dump(spec) == {"version": 1, "inputs": {}, "adapt": [], "quantize": [], "emit": [], "seed": 0}
+    assert dump(spec) == {
+        "version": 1,
+        "inputs": {},
+        "adapt": [],
+        "adapters": {},
+        "quantize": [],
+        "emit": [],
+        "seed": 0,
+    }
     base = require_base(load({"base": {"model": "m"}}))
     assert (base.task, base.dtype, base.trust_remote_code) == ("feature-extraction", None, False)
     (onnx,) = load({"emit": [{"format": "onnx", "path": "x"}]}).emit

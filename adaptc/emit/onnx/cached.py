@@ -33,7 +33,14 @@ def read_signature(path: Path) -> CacheSignature | None:
     new = metadata.get(NEW_TOKENS)
     if new is None:
         return None
-    inputs = tuple(InputSpec(value.name, _dtype(value), _dims(value)) for value in model.graph.input)
+    weights = {
+        weight.name for weight in model.graph.initializer
+    }  # those that a call may replace are inputs too
+    inputs = tuple(
+        InputSpec(value.name, _dtype(value), _dims(value))
+        for value in model.graph.input
+        if value.name not in weights
+    )
     outputs = {value.name: _dims(value) for value in model.graph.output}
     return CacheSignature(inputs, outputs, new, metadata.get(ENCODER))
 

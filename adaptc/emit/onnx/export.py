@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptc.emit.onnx.lower_quantized import Integers, OnnxProducts
+from adaptc.emit.onnx.overridable import Dims, make_overridable
 from adaptc.emit.onnx.quantized_operations import (
     integer_tensor,
     integer_type,
@@ -62,6 +63,7 @@ def export_onnx(
     runtime: str = "onnxruntime",
     exact: bool = False,
     beside: bool = False,
+    overridable: Dims | None = None,
 ) -> Written:
     """Write a graph that only evaluates (see `evaluate`) as an ONNX program.
 
@@ -78,6 +80,7 @@ def export_onnx(
         runtime: `onnxruntime` to write quantized matrix products for ONNX Runtime, `standard` for any runtime.
         exact: never round activations, see `OnnxProducts`.
         beside: write the data file whatever the size of the weights is.
+        overridable: weights that a call may replace, see `make_overridable`.
 
     Raises:
         RefusedError: an operation has no ONNX form; names it.
@@ -90,6 +93,7 @@ def export_onnx(
     with quietly():
         _clean_up(model, set(graph.weights))
     _name(model, graph)
+    make_overridable(model, overridable or {})
     widen(model)
     model.producer_name = "adaptc"
     model.ir_version = max([model.ir_version, *map(ir_version_needed, packed)])

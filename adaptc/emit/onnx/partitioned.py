@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -43,10 +43,12 @@ class PartitionedProgram:
     Attributes:
         path: the file.
         shown: the path that an error names.
+        adapter: tensors in the place of weights that a call may replace, by name.
     """
 
     path: Path
     shown: Path
+    adapter: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
 
     @cached_property
     def model(self) -> Any:
@@ -56,11 +58,12 @@ class PartitionedProgram:
 
     @cached_property
     def sizes(self) -> dict[str, int]:
-        """Weight -> its bytes."""
+        """Weight -> its bytes; without those that the adapter replaces."""
         dtype = onnx.helper.tensor_dtype_to_np_dtype
         return {
             t.name: int(np.prod(t.dims, dtype=np.int64)) * dtype(t.data_type).itemsize
             for t in self.model.graph.initializer
+            if t.name not in self.adapter
         }
 
     @cached_property
@@ -110,7 +113,9 @@ class PartitionedProgram:
         Returns:
             For each batch its outputs and choices by name, and the number of each batch that failed -> the error.
         """
-        values: list[dict[str, Any]] = [{k: as_array(v) for k, v in batch.items()} for batch in batches]
+        values: list[dict[str, Any]] = [
+            {k: as_array(v) for k, v in {**batch, **self.adapter}.items()} for batch in batches
+        ]
         failed: dict[int, Exception] = {}
         results = {*self.outputs, *self.choices}
         for number, partition in enumerate(self.pieces):
@@ -141,7 +146,9 @@ class PartitionedProgram:
         model.CopyFrom(self.frame)
         read = {name for node in partition.nodes for name in _reads(node)}
         model.graph.node.extend(partition.nodes)
-        model.graph.initializer.extend(t for t in self.model.graph.initializer if t.name in read)
+        model.graph.initializer.extend(
+            t for t in self.model.graph.initializer if t.name in read & self.sizes.keys()
+        )
         for name in partition.takes:
             dtype = onnx.helper.np_dtype_to_tensor_dtype(arrays[name].dtype)
             sizes = [None] * arrays[name].ndim

@@ -30,12 +30,34 @@ def onnx_runner(
     Raises:
         AdaptcError: ONNX Runtime does not take the program.
     """
-    session = open_session(path, shown=shown, exact=exact)
+    return session_call(open_session(path, shown=shown, exact=exact))
+
+
+def session_call(
+    session: Any, adapter: Path | Mapping[str, torch.Tensor] | None = None
+) -> Callable[[Mapping[str, torch.Tensor]], Sequence[torch.Tensor]]:
+    """A function that runs a session on named tensors, of which the program takes those it has, to its outputs.
+
+    Args:
+        session: the session.
+        adapter: what every call replaces of the program's weights: an `.onnx_adapter` file, or tensors by name.
+    """
+    import onnxruntime
+
+    untyped: Any = onnxruntime
     names = {value.name for value in session.get_inputs()}
+    options, loaded, fed = None, untyped.LoraAdapter(), {}
+    if isinstance(adapter, Path):
+        loaded.Load(str(adapter))
+        options = untyped.RunOptions()
+        options.add_active_adapter(loaded)
+    elif adapter is not None:
+        fed = {name: as_array(tensor) for name, tensor in adapter.items()}
 
     def call(tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        assert loaded  # options do not keep it alive, and without it a run gives the base's outputs
         feeds = {name: as_array(tensor) for name, tensor in tensors.items() if name in names}
-        return [torch.as_tensor(array) for array in session.run(None, feeds)]
+        return [torch.as_tensor(array) for array in session.run(None, feeds | fed, options)]
 
     return call
 

@@ -1,0 +1,70 @@
+"""The alternatives of a spec, its `adapters`: each planned and rewritten on top of what is always on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from adaptc.compiler.plan import Plan, plan_alternative
+from adaptc.compiler.plan_report import PlanReport, plan_report
+from adaptc.compiler.rewrite import Rewritten, rewrite_alternative
+from adaptc.errors import Problem, SpecError
+from adaptc.ir.graph import Graph
+from adaptc.spec.spec import Spec
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """One of `adapters`: the model with it beside what is always on.
+
+    Attributes:
+        spec: `Spec.alternative` of it.
+        plan: the plan with what is always on, and its entries behind.
+        rewritten: the graphs that the plan makes.
+    """
+
+    spec: Spec
+    plan: PlanReport
+    rewritten: Rewritten
+
+
+def make_alternatives(spec: Spec, graph: Graph, plan: Plan, base: Rewritten) -> dict[str, Alternative]:
+    """Plan and rewrite every alternative.
+
+    Args:
+        spec: the spec.
+        graph: the traced graph.
+        plan: the plan of what is always on.
+        base: the graphs that it makes.
+
+    Returns:
+        Name -> alternative, in the order of the spec.
+
+    Raises:
+        SpecError: an alternative cannot be done; holds the problems of all.
+        WeightError: an adapter's checkpoint cannot be read.
+    """
+    alternatives: dict[str, Alternative] = {}
+    problems: list[Problem] = []
+    for name in spec.adapters:
+        try:
+            alternatives[name] = _alternative(spec.alternative(name), graph, plan, base)
+        except SpecError as error:
+            problems += error.problems
+    if problems:
+        raise SpecError(problems)
+    return alternatives
+
+
+def _alternative(spec: Spec, graph: Graph, base_plan: Plan, base: Rewritten) -> Alternative:
+    """One alternative.
+
+    Args:
+        spec: `Spec.alternative` of it.
+        graph: the traced graph.
+        base_plan: the plan of what is always on.
+        base: the graphs that it makes.
+    """
+    plan = plan_alternative(spec, graph, base_plan)
+    added = [planned.insert for planned in plan.entries[len(base_plan.entries) :]]
+    rewritten = rewrite_alternative(spec, base, plan, added)
+    return Alternative(spec, plan_report(spec, graph, plan, rewritten), rewritten)

@@ -1,0 +1,131 @@
+"""Programs whose adapters are swapped, and the adapters: written, and proved together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from adaptc.compiler.onnx_artifact import OnnxFile, prove_onnx, write_onnx
+from adaptc.compiler.proof import Proof
+from adaptc.compiler.proofs import STRENGTHS
+from adaptc.compiler.swap import Swap
+from adaptc.emit.onnx.evaluate import evaluate
+from adaptc.emit.onnx.export import Wrote
+from adaptc.errors import ProofError
+from adaptc.ir.graph import Graph
+from adaptc.ir.interpreter import Run
+from adaptc.rewriter.swap.record import KEY
+from adaptc.spec.emit import OnnxEmit
+from adaptc.weights import seeded
+
+BASE = "onnx, swap"
+"""What proofs call a program without any adapter."""
+RANKS = (3, 1, 5)
+"""The ranks of the random adapter that a program is proved with, in turn: chosen to differ from site to site."""
+
+
+def write_swap(swap: Swap, entry: OnnxEmit, path: Path, final: Path, wrote: Wrote | None = None) -> OnnxFile:
+    """Write the base as a program that takes adapters as inputs: without them it is the base.
+
+    Raises:
+        RefusedError: an operation has no ONNX form.
+        AdaptcError: the exporter fails, or the file cannot be written.
+    """
+    told = {KEY: swap.record().to_json()}
+    return write_onnx(swap.program, swap.graph(), entry, path, final, wrote, False, swap.dims(), told)
+
+
+def prove_swap(swap: Swap, file: OnnxFile) -> tuple[Proof, Run, Graph | None]:
+    """Prove a program in one session: the base, each alternative, an adapter of other ranks, and the base again.
+
+    Each is compared with the torch graph that has this adapter live.
+
+    Returns:
+        As `prove_onnx`, of the base.
+
+    Raises:
+        ProofError: one differs, or the last run is not the first.
+    """
+    proofs = swap.program.proofs
+    base = proofs.run(swap.program.live_graph())
+    proved = prove_onnx(swap.program, swap.graph(), base, file)
+    first = file.on(proofs.batches)
+    for name in swap.program.alternatives:
+        prove_adapter(swap, file, name, swap.tensors(name))
+    _prove_random(swap, file, base)
+    if not _equal(first, file.on(proofs.batches)):
+        raise ProofError(f"{BASE}: after the adapters the program gives other outputs than before them")
+    return proved
+
+
+def prove_adapter(
+    swap: Swap, file: OnnxFile, name: str, tensors: Mapping[str, torch.Tensor], path: Path | None = None
+) -> tuple[Proof, Run]:
+    """Prove that a program with an alternative computes what the torch graph with that alternative does.
+
+    Args:
+        swap: the alternatives.
+        file: the program.
+        name: which alternative.
+        tensors: the alternative as the program takes it.
+        path: the `.onnx_adapter` file that has them, to be read in their place.
+
+    Raises:
+        ProofError: it computes something else.
+    """
+    live = swap.program.proofs.run(swap.program.alternatives[name].live_graph())
+    with_it = _with(swap, file, tensors, f"{BASE}, {name}", path)
+    proof, reference, _ = prove_onnx(swap.program, swap.graph(tensors), live, with_it)
+    return proof, reference
+
+
+def _with(
+    swap: Swap, file: OnnxFile, tensors: Mapping[str, torch.Tensor], name: str, path: Path | None = None
+) -> OnnxFile:
+    """A program whose runs have an adapter."""
+    unrounded = None if file.unrounded is None else evaluate(swap.graph(tensors))
+    return replace(file, adapter=path or tensors, unrounded=unrounded, name=name)
+
+
+def _prove_random(swap: Swap, file: OnnxFile, base: Run) -> None:
+    """Prove a program with random tensors in all its slots at once, of ranks that no alternative need have."""
+    for strength in STRENGTHS:
+        tensors = _random(swap, strength)
+        graph = swap.graph(tensors)
+        run = swap.program.proofs.run(graph)
+        strong = swap.program.proofs.shows(run, swap.program.proofs.tolerance(graph))
+        if strong or strength == STRENGTHS[-1]:
+            prove_onnx(swap.program, graph, run, _with(swap, file, tensors, f"{BASE}, other ranks"))
+            return
+
+
+def _random(swap: Swap, strength: float) -> dict[str, torch.Tensor]:
+    """Random tensors for every slot."""
+    tensors: dict[str, torch.Tensor] = {}
+    for number, slot in enumerate(swap.slots.weights.values()):
+        rank = RANKS[number % len(RANKS)]
+        for name, sizes in slot.dims.items():
+            shape = [rank if isinstance(size, str) else size for size in sizes]
+            noise = torch.randn(shape, generator=seeded(0, name), dtype=torch.float64)
+            scale = len(shape) == 1
+            tensors[name] = 1 + 0.1 * strength * noise if scale else 0.1 * strength**0.5 * noise
+    for name in swap.slots.whole:
+        value = swap.base.weights[name].exact().double()
+        tensors[name] = value + 0.1 * strength * torch.randn(
+            value.shape, generator=seeded(0, name), dtype=torch.float64
+        )
+    return swap.rounded(tensors)
+
+
+def _equal(first: Run, last: Run) -> bool:
+    """Whether two runs gave the same bits."""
+    for a, b in zip(first.outcomes.values(), last.outcomes.values(), strict=True):
+        if isinstance(a, Exception) or isinstance(b, Exception):
+            if type(a) is not type(b):
+                return False
+        elif not all(torch.equal(x, y) for x, y in zip(a, b, strict=True)):
+            return False
+    return True

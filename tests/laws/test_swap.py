@@ -1,0 +1,105 @@
+"""What holds for every method of the registry where an ONNX program takes its adapters as inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from adaptc.compiler.compiled import Compiled
+from adaptc.compiler.swap_artifact import BASE
+from adaptc.emit.onnx.runtime import open_session, session_call
+from adaptc.errors import AdaptcError, SpecError
+from adaptc.ir.module import bind
+from adaptc.methods.method import METHODS
+from adaptc.weights import Held
+from tests.families import Zoo, close, differs, entry, inputs, outputs, perturbed
+
+SWAPPED = {
+    *(
+        "adalora",
+        "bitfit",
+        "child-tuning",
+        "delora",
+        "dora",
+        "dylora",
+        "fishmask",
+        "full",
+        "ia3",
+        "layernorm",
+    ),
+    *("hra", "lora", "miss", "qalora", "randlora", "vblora", "vera"),
+}
+"""The methods that a program can take; the others are refused, each in its own words."""
+REFUSED = sorted(METHODS.keys() - SWAPPED)
+
+
+def one(method: str) -> str:
+    """The base that stands for all."""
+    kinds = METHODS[method].kinds
+    return "llama" if kinds <= {"embedding", "input"} else "bert" if "parameter" in kinds else "block"
+
+
+def alternatives(zoo: Zoo, method: str, name: str, **spec: Any) -> Compiled:
+    """A base with two alternatives: the method, and LoRA of another rank on the first layer."""
+    adapters = {"it": [entry(method, name)], "other": [entry("lora", name, r=2)]}
+    compiled = zoo.compiled(name, [], adapters=adapters, **spec)
+    for number, alternative in enumerate(compiled.program.alternatives.values()):
+        graph = alternative.graph
+        values = perturbed({n: graph.weights[n].load() for n in graph.adapter_names}, seed=number)
+        graph.weights.update({n: Held(value) for n, value in values.items()})
+    return compiled
+
+
+QUICK = ("lora", "ia3", "oft", "prefix")
+"""The methods of the quick laws."""
+
+
+def marked(methods: Iterable[str]) -> list[Any]:
+    return [m if m in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in methods]
+
+
+@pytest.mark.parametrize("method", marked(sorted(SWAPPED)))
+def test_a_swapped_adapter_computes_what_its_module_does(zoo: Zoo, method: str, tmp_path: Path) -> None:
+    name = one(method)
+    compiled = alternatives(zoo, method, name)
+    compiled.emit("onnx", tmp_path / "base.onnx", adapters="swap")
+    session = open_session(tmp_path / "base.onnx")
+    batch = inputs(name)
+    run: Callable[..., Any] = session_call(session)
+    base = dict(zip(compiled.base.outputs, run(batch), strict=True))
+    for output, value in zoo.run_eager(name, batch).items():
+        close(base[output], value)
+    for alternative, program in compiled.alternatives.items():
+        path = tmp_path / f"{alternative}.onnx_adapter"
+        compiled.emit("onnx-adapter", path, name=alternative)
+        want = outputs(bind(program.live_graph()).eval(), batch, compiled.base.outputs)
+        got = dict(zip(compiled.base.outputs, session_call(session, path)(batch), strict=True))
+        for output, value in want.items():
+            close(got[output], value, 4 * 512)
+            differs(got[output], base[output])
+    again = run(batch)
+    assert all(torch.equal(a, b) for a, b in zip(base.values(), again, strict=True))
+    assert {proof.name for proof in compiled.proofs} >= {
+        BASE,
+        f"{BASE}, it",
+        f"{BASE}, other",
+        f"{BASE}, other ranks",
+    }
+
+
+@pytest.mark.parametrize("method", marked(REFUSED))
+def test_what_cannot_be_swapped_says_why(zoo: Zoo, method: str, tmp_path: Path) -> None:
+    name = one(method)
+    emit = [{"format": "onnx", "path": str(tmp_path / "base.onnx"), "adapters": "swap"}]
+    with pytest.raises(
+        SpecError, match=rf"adapters\.it\.0: 'it' cannot be swapped: {method} on .*: "
+    ) as error:
+        alternatives(zoo, method, name, emit=emit)
+    assert "adapters: folded" in str(error.value)
+    compiled = alternatives(zoo, method, name)  # it is refused only where it is to be swapped
+    with pytest.raises(AdaptcError, match="cannot be swapped"):
+        compiled.emit("onnx", tmp_path / "base.onnx", adapters="swap")
