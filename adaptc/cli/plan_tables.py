@@ -1,4 +1,4 @@
-"""A plan on the screen: a table for each entry of the spec, and lines for what the model costs."""
+"""A plan on the screen: a table for each entry of the spec."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.table import Table
 
 from adaptc.compiler.plan_adapters import PlannedInsertion
 from adaptc.compiler.plan_quantization import PlannedQuantization, expected_error
-from adaptc.ir.cost import Cost
+from adaptc.ir.cost import shown_bytes
 from adaptc.methods.point_sites import Site
 from adaptc.methods.site import POINTS, WeightSite
 from adaptc.quantization.quantized_weight import bytes_of, matrix_size
@@ -62,28 +62,6 @@ def quantization_table(planned: PlannedQuantization, growth: float) -> Table:
     caption = "expected relative error of a layer (and an upper estimate for the outputs)"
     table.caption = escape(f"{planned.bits:.2f} bits a weight; {caption}: {orders}")
     return table
-
-
-def cost_lines(cost: Cost) -> str:
-    """The parameters, memory and operations of an adapted model, a line each."""
-    added = f"{cost.added_flops:,} ({cost.added_flops / max(1, cost.base_flops):.2%})"
-    folded = f"{cost.folded_flops:,} ({cost.folded_flops / max(1, cost.base_flops):.2%})"
-    return (
-        f"parameters  {cost.parameters:,} in the base, {cost.trainable:,} trainable ({cost.share:.3%})\n"
-        f"memory      {shown_bytes(cost.run_bytes)} to run, {shown_bytes(cost.train_bytes)} to train "
-        "(weights, gradients, Adam; no activations)\n"
-        f"operations  {cost.base_flops:,} for {cost.example} (matrix products, convolutions, attention); "
-        f"live adapters add {added}, folded ones {folded if cost.folded_flops else 'none'}"
-    )
-
-
-def shown_bytes(count: float) -> str:
-    """A size in bytes with three digits and a unit: `1.23 MB`, a million bytes each."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
 
 
 def _table(title: str, columns: tuple[str, ...], rows: Counter[tuple[str, ...]]) -> Table:

@@ -25,11 +25,11 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from adaptc.cli.plan_tables import cost_lines, insertion_table, quantization_table, shown_bytes
+from adaptc.cli.plan_tables import insertion_table, quantization_table
 from adaptc.compiler.plan_report import PlanReport
 from adaptc.compiler.proof import Proof
 from adaptc.compiler.quantization_error import QuantizationErrors
-from adaptc.spec.yaml_text import flow
+from adaptc.ir.cost import shown_bytes
 
 COLUMNS = (
     TextColumn("{task.description}"),
@@ -77,15 +77,7 @@ class Screen:
             self.out.print(insertion_table(planned))
         for quantized, growth in zip(plan.quantized, plan.growth, strict=True):
             self.out.print(quantization_table(quantized, growth))
-        self.out.print(
-            f"{cost_lines(plan.budget)}\n"
-            f"pipeline    {' > '.join(plan.pipeline) or 'none'}, then factor (trainable, live) or fold (folded)"
-        )
-        self.out.print(f"passes:     {flow(plan.stated)}", markup=False)
-        inputs = "; ".join(f"{name}: {shape}" for name, shape in plan.inputs.items())
-        self.out.print(f"inputs      {inputs}", markup=False)
-        for note in plan.notes:
-            self.out.print(f"note        {note}", markup=False)
+        self.out.print(plan.summary, markup=False)
 
     @contextmanager
     def emitting(self) -> Generator[EmitProgress]:

@@ -22,6 +22,7 @@ from adaptc.methods.virtual_tokens import PromptMethod
 from adaptc.quantization.quantized_weight import matrix_size
 from adaptc.rewriter.quantize import Quantize
 from adaptc.spec.spec import Spec
+from adaptc.spec.yaml_text import flow
 
 
 @dataclass
@@ -42,6 +43,34 @@ class PlanReport(Plan):
     inputs: dict[str, str] = field(kw_only=True)
     left_out: dict[str, str] = field(kw_only=True)
 
+    @property
+    def summary(self) -> str:
+        """The cost, the pipeline, the inputs and the notes, a line each."""
+        pipeline = " > ".join(self.pipeline) or "none"
+        inputs = "; ".join(f"{name}: {shape}" for name, shape in self.inputs.items())
+        lines = [
+            str(self.budget),
+            f"pipeline    {pipeline}, then factor (trainable, live) or fold (folded)",
+            f"passes:     {flow(self.stated)}",
+            f"inputs      {inputs}",
+            *(f"note        {note}" for note in self.notes),
+        ]
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        """The plan for a person: the sites of each entry, then `summary`."""
+        inserted = [
+            f"{f'adapt.{planned.entry}':<11} {planned.insert.method.name} {planned.insert.adapter!r}: "
+            f"{_names(planned.selection.sites)}"
+            for planned in self.entries
+        ]
+        quantized = [
+            f"{'base' if planned.entry is None else f'quantize.{planned.entry}':<11} {planned.item.scheme.text}: "
+            f"{_names(planned.selection.sites)}"
+            for planned in self.quantized
+        ]
+        return "\n".join([*inserted, *quantized, self.summary])
+
     def to_json(self) -> dict[str, Any]:
         """The plan as plain data.
 
@@ -60,6 +89,11 @@ class PlanReport(Plan):
             "budget": dataclasses.asdict(self.budget) | {"trainable_share": self.budget.share},
             "notes": self.notes,
         }
+
+
+def _names(sites: Sequence[Site]) -> str:
+    """How many sites, and their names."""
+    return f"{len(sites)} {'site' if len(sites) == 1 else 'sites'}, {', '.join(site.name for site in sites)}"
 
 
 def plan_report(

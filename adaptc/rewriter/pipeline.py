@@ -206,7 +206,9 @@ def _check_is_pass(item: Any) -> None:
 def _rewritten(graph: Graph, item: Pass, done: Sequence[str]) -> bool:
     """Let a pass rewrite the graph, and check the result; gives whether the pass says that it changed anything."""
     try:
-        modified = item.call(graph)
+        modified: object = item.call(graph)
+        if not isinstance(modified, bool):
+            raise VerifyError(f"call gives whether it changed anything, True or False; got {modified!r}")
         graph.stage = item.leaves or graph.stage
         with structure_checked():
             graph.clean()
