@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 
 from rich.markup import escape
@@ -11,9 +10,9 @@ from rich.table import Table
 
 from adaptc.compiler.plan_adapters import PlannedInsertion
 from adaptc.compiler.plan_quantization import PlannedQuantization, expected_error
+from adaptc.compiler.plan_report import pattern_of
 from adaptc.ir.cost import shown_bytes
-from adaptc.methods.point_sites import Site
-from adaptc.methods.site import POINTS, WeightSite
+from adaptc.methods.site import POINTS
 from adaptc.quantization.quantized_weight import bytes_of, matrix_size
 
 
@@ -30,7 +29,7 @@ def insertion_table(planned: PlannedInsertion) -> Table:
         if site.piece:
             shape = f"{site.out_features} x {site.in_features} of {shape}"
         kind = site.kind if site.kind in POINTS else site.type or site.kind
-        rows[(_pattern(site), kind, shape, each, site.source)] += 1
+        rows[(pattern_of(site), kind, shape, each, site.source)] += 1
     table = _table(title, ("site", "times", "kind", "shape", "trained each", "source"), rows)
     if selection.unused and planned.checkpoint is None:
         table.caption = (
@@ -53,7 +52,7 @@ def quantization_table(planned: PlannedQuantization, growth: float) -> Table:
         size = matrix_size(site)
         error = "0" if planned.entry is None else f"{expected_error(scheme, size[1]):.3f}"
         kind, each = site.type or site.kind, shown_bytes(bytes_of(scheme, *size))
-        rows[(_pattern(site), kind, " x ".join(map(str, size)), each, error, site.source)] += 1
+        rows[(pattern_of(site), kind, " x ".join(map(str, size)), each, error, site.source)] += 1
     columns = ("site", "times", "kind", "shape", "bytes each", "error", "source")
     table = _table(f"{entry} {scheme.text}", columns, rows)
     orders = "; ".join(
@@ -72,10 +71,3 @@ def _table(title: str, columns: tuple[str, ...], rows: Counter[tuple[str, ...]])
     for (first, *others), times in rows.items():
         table.add_row(first, str(times), *others)
     return table
-
-
-def _pattern(site: Site) -> str:
-    """The name of a site with `*` for the numbers in it."""
-    plain = isinstance(site, WeightSite) and site.kind == "linear" and site.module and not site.shared
-    name = (site.module if plain else site.name) + (f"[{site.piece}]" if site.piece else "")
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from adaptc.ir.graph import Graph
 from adaptc.ir.state import state_notes
 from adaptc.methods.method import WeightMethod
 from adaptc.methods.point_sites import Site
+from adaptc.methods.site import WeightSite
 from adaptc.methods.virtual_tokens import PromptMethod
 from adaptc.quantization.quantized_weight import matrix_size
 from adaptc.rewriter.quantize import Quantize
@@ -61,12 +63,12 @@ class PlanReport(Plan):
         """The plan for a person: the sites of each entry, then `summary`."""
         inserted = [
             f"{f'adapt.{planned.entry}':<11} {planned.insert.method.name} {planned.insert.adapter!r}: "
-            f"{_names(planned.selection.sites)}"
+            f"{_patterns(planned.selection.sites)}"
             for planned in self.entries
         ]
         quantized = [
             f"{'base' if planned.entry is None else f'quantize.{planned.entry}':<11} {planned.item.scheme.text}: "
-            f"{_names(planned.selection.sites)}"
+            f"{_patterns(planned.selection.sites)}"
             for planned in self.quantized
         ]
         return "\n".join([*inserted, *quantized, self.summary])
@@ -91,9 +93,17 @@ class PlanReport(Plan):
         }
 
 
-def _names(sites: Sequence[Site]) -> str:
-    """How many sites, and their names."""
-    return f"{len(sites)} {'site' if len(sites) == 1 else 'sites'}, {', '.join(site.name for site in sites)}"
+def pattern_of(site: Site) -> str:
+    """The name of a site with `*` for the numbers in it."""
+    plain = isinstance(site, WeightSite) and site.kind == "linear" and site.module and not site.shared
+    name = (site.module if plain else site.name) + (f"[{site.piece}]" if site.piece else "")
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+
+
+def _patterns(sites: Sequence[Site]) -> str:
+    """How many sites, and the patterns of their names."""
+    patterns = dict.fromkeys(pattern_of(site) for site in sites)
+    return f"{len(sites)} {'site' if len(sites) == 1 else 'sites'}, {', '.join(patterns)}"
 
 
 def plan_report(

@@ -107,7 +107,11 @@ class ExpressionTrial:
             ) from error
         values = self._trained(theta)
         first, second = self._attempt(hook, given, values), self._attempt(hook, given, values)
-        if first is not None and second is not None and not torch.equal(first.nan_to_num(), second.nan_to_num()):
+        if (
+            first is not None
+            and second is not None
+            and not torch.equal(first.nan_to_num(), second.nan_to_num())
+        ):
             raise self.definition.mistake(
                 f"{hook} gives another result each time; an expression draws no random numbers", hook
             )
@@ -140,9 +144,7 @@ class ExpressionTrial:
 
         function: Callable[..., Tensor] = getattr(self.method, hook)
         names = self.definition.base.expressions[hook]
-        on = " and ".join(
-            f"{name} of shape {list(t.shape)}" for name, t in zip(names, given, strict=True)
-        )
+        on = " and ".join(f"{name} of shape {list(t.shape)}" for name, t in zip(names, given, strict=True))
         with torch.no_grad(), blamed("method", self.definition.name, function, hook, on):
             result = read_only(function, names, given, theta)
         self._check_result(hook, result, given, theta)

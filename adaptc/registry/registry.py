@@ -96,7 +96,11 @@ class Registry(Mapping[str, T], Generic[T]):
         frame = inspect.currentframe()
         while frame is not None and re.match(r"adaptc\.(?!passes\.)", frame.f_globals.get("__name__", "")):
             frame = frame.f_back
-        place = Author.of(item, frame).place if frame is not None and hasattr(item, "__qualname__") else repr(item)
+        place = (
+            Author.of(item, frame).place
+            if frame is not None and hasattr(item, "__qualname__")
+            else repr(item)
+        )
         return DefinitionError(f'write @{decorator}("a-name"), with the name that a spec calls it by', place)
 
     def _check(self, name: str, item: Any, author: Author) -> None:

@@ -89,9 +89,9 @@ def test_a_plan_is_printed_as_text(zoo: Zoo, capsys: pytest.CaptureFixture[str])
     plan, _ = planned(zoo, {"adapt": [LORA, IA3], "quantize": [INT4]})
     lines = str(plan).splitlines()
     assert lines[:3] == [
-        "adapt.0     lora 'default': 1 site, up.weight",
-        "adapt.1     ia3 'default': 1 site, down.weight",
-        "quantize.0  int4: 1 site, mid.weight",
+        "adapt.0     lora 'default': 1 site, up",
+        "adapt.1     ia3 'default': 1 site, down",
+        "quantize.0  int4: 1 site, mid",
     ]
     assert lines[3].startswith(f"parameters  {plan.budget.parameters:,} in the base")
     Screen().plan(plan)

@@ -159,7 +159,7 @@ MISTAKES: list[tuple[str, str, str, str]] = [
     ("    kinds", "    identity_at_int = False\n    kinds", "did you mean 'identity_at_init'?", "identity_at_int"),
     ('@method("probe-method")', "@method", 'write @method("a-name")', "class Probe"),
     ("return W + self.gain * s", "return W + s.detach()", "get no gradient to s", "def weight"),
-    ("return W + self.gain * s", "return W + gian * s", "fails on W of shape [24, 16]: NameError: name 'gian'", "return W + gian"),
+    ("return W + self.gain * s", "return W + gian * s", "shape [24, 16]: NameError: name 'gian'", "return W + gian"),
 ]  # fmt: skip
 
 
