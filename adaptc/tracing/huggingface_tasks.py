@@ -36,8 +36,8 @@ def tasks() -> dict[str, str]:
 
 def dashed(name: str) -> str:
     """The name of a head as a task is spelled: `CausalLM` -> `causal-lm`."""
-    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", name)
-    return words.lower().replace("seq2-seq", "seq2seq")
+    hyphenated = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", name)
+    return hyphenated.lower().replace("seq2-seq", "seq2seq")
 
 
 def task_of(config: Any, architecture: str) -> str:
