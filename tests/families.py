@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.nn import functional as F
 
 from adaptc.compiler.base import make_base
@@ -26,11 +26,11 @@ from adaptc.compiler.schedule import check_artifacts
 from adaptc.ir.graph import Graph
 from adaptc.methods.method import METHODS
 from adaptc.spec.spec import load
-from adaptc.tracing.export import export
 from adaptc.tracing.module import from_examples
 from adaptc.tracing.trace import trace_base as trace
 from adaptc.weights import Held, seeded
 from tests import hugging_face
+from tests.traces import Traces
 
 VOCABULARY = hugging_face.VOCABULARY
 EPSILONS = 512
@@ -338,16 +338,15 @@ class Drawn:
 class Zoo:
     """Every family: built, saved and traced once."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, traces: Traces) -> None:
         import transformers
 
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
-        self.root = root
+        self.root, self._traces = root, traces
         self._eager: dict[str, nn.Module] = {}
         self._graphs: dict[tuple[str, str | None], Graph] = {}
         self._compiled: dict[tuple[str, str], Compiled] = {}
-        self._trained: dict[int, fx.GraphModule] = {}
 
     def eager(self, name: str) -> nn.Module:
         """The model itself, in evaluation mode; not to be changed."""
@@ -359,6 +358,7 @@ class Zoo:
             if FAMILIES[name].task:
                 model.save_pretrained(self.root / name)
             self._eager[name] = model.eval()
+            self._traces.share(model)
         return self._eager[name]
 
     def fresh(self, name: str) -> nn.Module:
@@ -397,15 +397,6 @@ class Zoo:
             self._graphs[name, dtype] = graph = trace(base)
             graph.fisher_information = Drawn(graph)  # type: ignore[assignment]
         return self._graphs[name, dtype]
-
-    def export(self, model: nn.Module, inputs: Any, training: bool = False) -> fx.GraphModule:
-        """`adaptc.tracing.export.export`, once for each base of the zoo."""
-        own = any(graph.source.model is model for graph in self._graphs.values())
-        if not own or not training:
-            return export(model, inputs, training)
-        if id(model) not in self._trained:
-            self._trained[id(model)] = export(model, inputs, training)
-        return self._trained[id(model)]
 
     def dynamic(self, name: str) -> dict[str, dict[int, str]]:
         """The dynamic dimensions of a plain module's inputs."""
