@@ -69,8 +69,9 @@ def twice_as_large(site: Site) -> Site:
         return dataclasses.replace(site, shape=tuple(2 * size for size in site.shape))
     if isinstance(site, AttentionSite):
         heads = site.heads
-        return dataclasses.replace(site, heads=Heads(2 * heads.count, 2 * heads.key, 2 * heads.value))
-    return dataclasses.replace(site, width=2 * site.width)
+        larger = heads and Heads(2 * heads.count, 2 * heads.key, 2 * heads.value)
+        return dataclasses.replace(site, heads=larger)
+    return dataclasses.replace(site, width=site.width and 2 * site.width)
 
 
 def operands(hook: str, site: Site) -> tuple[Tensor, ...]:

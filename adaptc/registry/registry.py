@@ -51,9 +51,8 @@ class Registry(Mapping[str, T], Generic[T]):
             DefinitionError: there is no name, it is not kebab-case, another author has registered it, or the check
                 finds a mistake.
         """
-        given: object = name
-        if not isinstance(given, str):
-            raise self._unnamed(given)
+        if not isinstance(cast(object, name), str):
+            raise self._unnamed(name)
 
         def decorate(item: D) -> D:
             frame = inspect.currentframe()

@@ -8,7 +8,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 from pydantic import TypeAdapter
 
@@ -206,8 +206,8 @@ def _check_is_pass(item: Any) -> None:
 def _rewritten(graph: Graph, item: Pass, done: Sequence[str]) -> bool:
     """Let a pass rewrite the graph, and check the result; gives whether the pass says that it changed anything."""
     try:
-        modified: object = item.call(graph)
-        if not isinstance(modified, bool):
+        modified = item.call(graph)
+        if not isinstance(cast(object, modified), bool):
             raise VerifyError(f"call gives whether it changed anything, True or False; got {modified!r}")
         graph.stage = item.leaves or graph.stage
         with structure_checked():
