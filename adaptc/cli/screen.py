@@ -10,7 +10,6 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -91,7 +90,7 @@ class Screen:
         for path in paths:
             self.out.print(f"wrote {path} ({shown_bytes(_size(path))})", markup=False)
 
-    def table(self, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    def table(self, title: str, rows: Sequence[Mapping[str, object]]) -> None:
         """Print rows as a table. Their keys, which are the same in each, are its columns."""
         table = Table(title=title, show_lines=False)
         for column in rows[0]:

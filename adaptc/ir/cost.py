@@ -119,7 +119,7 @@ def example_sizes(graph: Graph) -> dict[Any, int]:
     return numbers
 
 
-def example_shape(value: torch.Tensor, sizes: Mapping[Any, int]) -> list[int]:
+def example_shape(value: torch.Tensor, sizes: Mapping[object, int]) -> list[int]:
     """The shape of a value in numbers.
 
     Args:
@@ -127,7 +127,7 @@ def example_shape(value: torch.Tensor, sizes: Mapping[Any, int]) -> list[int]:
         sizes: symbol -> number, see `example_sizes`.
     """
 
-    def number(size: Any) -> int:
+    def number(size: object) -> int:
         expression = size_expression(size).subs(sizes)
         # Symbols that are left depend on values, not on the sizes of the inputs.
         return int(expression.subs(dict.fromkeys(expression.free_symbols, LENGTH)))

@@ -135,7 +135,7 @@ def _sweep(
     batches: Sequence[Batch],
     choices: Sequence[TieBreaks],
     least: torch.dtype | None,
-    observe: Callable[[fx.Node, Any], None] | None = None,
+    observe: Callable[[fx.Node, object], None] | None = None,
 ) -> list[Outcome]:
     """Run every node on every batch before the next node; see `Interpreter`."""
     values: list[dict[fx.Node, Any]] = [{} for _ in batches]
@@ -213,7 +213,7 @@ def _with_state(
     return {node: state.get(name, weights[node]) for node, name in names.items()}
 
 
-def _step(node: fx.Node, batch: Batch, values: Mapping[fx.Node, Any], least: torch.dtype | None) -> Any:
+def _step(node: fx.Node, batch: Batch, values: Mapping[fx.Node, object], least: torch.dtype | None) -> Any:
     """The result of one node; of the output node the list of tensors."""
     if node.op == "placeholder":
         return _widened(batch[str(node.target)], least)
@@ -225,7 +225,7 @@ def _step(node: fx.Node, batch: Batch, values: Mapping[fx.Node, Any], least: tor
     return cast(Callable[..., Any], node.target)(*args, **kwargs)
 
 
-def _widened(value: Any, least: torch.dtype | None) -> Any:
+def _widened(value: object, least: torch.dtype | None) -> Any:
     """A tensor of a narrower dtype, or such a dtype, in the `least` one; anything else as it is."""
     if isinstance(value, torch.dtype):
         return _wider(value, least)

@@ -245,7 +245,7 @@ def _is_authors(error: DefinitionError) -> bool:
 
 
 def failed(
-    definition: Definition, name: str, function: Callable[..., Any], error: BaseException
+    definition: Definition, name: str, function: Callable[..., object], error: BaseException
 ) -> DefinitionError:
     """The error that names the line of an author's function that failed; `name` is the function's in messages."""
     from adaptc.registry.author import place_in

@@ -85,7 +85,7 @@ def read_only(
 
 
 @contextmanager
-def blamed(kind: str, name: str, function: Callable[..., Any], hook: str, on: str = "") -> Generator[None]:
+def blamed(kind: str, name: str, function: Callable[..., object], hook: str, on: str = "") -> Generator[None]:
     """Turn an error raised by an author's function into one that names the author's line.
 
     Args:

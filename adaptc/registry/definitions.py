@@ -65,7 +65,7 @@ class Definition:
         return getattr(self.cls, attribute, None) is not getattr(self.base, attribute, None)
 
 
-def _function(attribute: Any) -> Any:
+def _function(attribute: object) -> Any:
     """The plain function of a method, property, static or class method; anything else is returned as it is."""
     return getattr(attribute, "fget", None) or getattr(attribute, "__func__", attribute)
 

@@ -89,7 +89,7 @@ class Registry(Mapping[str, T], Generic[T]):
         self._load()
         return len(self._items)
 
-    def _unnamed(self, item: Any) -> DefinitionError:
+    def _unnamed(self, item: object) -> DefinitionError:
         """The error on a decorator without its name, which gets the class or function instead."""
         decorator = decorator_of(self.kind)
         frame = inspect.currentframe()

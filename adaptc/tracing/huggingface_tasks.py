@@ -40,7 +40,7 @@ def dashed(name: str) -> str:
     return hyphenated.lower().replace("seq2-seq", "seq2seq")
 
 
-def task_of(config: Any, architecture: str) -> str:
+def task_of(config: object, architecture: str) -> str:
     """The task whose Auto class makes a model.
 
     Args:
@@ -60,7 +60,7 @@ def task_of(config: Any, architecture: str) -> str:
     return min(fitting, key=order.index)
 
 
-def model_classes(task: str, config: Any) -> tuple[type[nn.Module], ...]:
+def model_classes(task: str, config: object) -> tuple[type[nn.Module], ...]:
     """The classes of models that the Auto class of a task makes from a configuration; none where it makes none."""
     mapping: Any = getattr(optional("transformers"), tasks()[task])._model_mapping
     if type(config) not in mapping:

@@ -104,7 +104,7 @@ def export_onnx(
     return Written(sum(1 for _ in model.graph), model.opset_imports[""], weights)
 
 
-def _bytes(model: Any) -> bytes:
+def _bytes(model: object) -> bytes:
     """The program as the bytes of a file.
 
     Raises:
@@ -264,6 +264,6 @@ def _separate_outputs(model: Any) -> None:
             seen.add(value)
 
 
-def _text(dim: Any) -> str:
+def _text(dim: object) -> str:
     """A dimension as text: its size, or the name of its symbol."""
     return str(getattr(dim, "value", dim))
