@@ -24,7 +24,9 @@ from adaptc.compiler.program import Program
 from adaptc.compiler.rewrite import rewrite
 from adaptc.compiler.schedule import check_artifacts
 from adaptc.ir.graph import Graph
+from adaptc.ir.module import bind
 from adaptc.methods.method import METHODS
+from adaptc.quantization.scheme import SCHEMES
 from adaptc.spec.spec import load
 from adaptc.tracing.module import from_examples
 from adaptc.tracing.trace import trace_base as trace
@@ -301,6 +303,16 @@ def field_names(method: str) -> frozenset[str]:
     return frozenset(f.name for f in dataclasses.fields(METHODS[method]))  # type: ignore[arg-type]
 
 
+def scheme_entry(name: str) -> dict[str, Any]:
+    """A `quantize` entry of a scheme, without its target, with options that fit small layers."""
+    return {"method": name, **SCHEMES[name].small}
+
+
+def matrix(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    """Random numbers as a trained weight has them: small, and not around zero."""
+    return torch.randn((rows, columns), generator=torch.Generator().manual_seed(seed)) * 0.1 + 0.01
+
+
 EMBEDDINGS = ("*wte", "*word_embeddings", "*embed_tokens", "shared")
 
 
@@ -333,6 +345,12 @@ class Drawn:
 
     def of(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         return {name: self(name) for name in names}
+
+
+def evaluate(graph: Graph, tensors: dict[str, torch.Tensor], module: Any = None) -> dict[str, torch.Tensor]:
+    """The outputs of a graph, or of a module made of it, by name."""
+    with torch.no_grad():
+        return outputs(module or bind(graph).eval(), tensors, graph.outputs)
 
 
 class Zoo:
