@@ -84,7 +84,7 @@ class InputSpec:
         return {key: value for key, value in asdict(self).items() if key not in rare or value}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> InputSpec:
+    def from_json(cls, data: Mapping[str, object]) -> InputSpec:
         """Read what `to_json` wrote."""
         fields: dict[str, Any] = dict(data)
         for key in ("dims", "example", "placeholders"):

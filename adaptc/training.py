@@ -94,7 +94,7 @@ class TrainingStep:
 
         return Callback()
 
-    def _forward(self, module: nn.Module, _: Any) -> None:
+    def _forward(self, module: nn.Module, _: object) -> None:
         with torch.no_grad():
             for rule in self._rules:
                 rule.forward(module.training)

@@ -1,4 +1,4 @@
-"""Shared fixtures: one zoo of tiny random models a worker, traced once."""
+"""Shared fixtures: one zoo of tiny random models a worker; each model is traced once."""
 
 from __future__ import annotations
 
@@ -16,19 +16,27 @@ import torch
 from tests.families import Zoo
 from tests.served import Served, save_served
 from tests.spec_bases import save_bert, save_peft_adapter
+from tests.traces import Traces
 
 torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
-def zoo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zoo]:
-    root: Path = tmp_path_factory.mktemp("zoo")
-    made = Zoo(root)
+def traces() -> Traces:
+    return Traces()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _traced_once(traces: Traces) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "adaptc.compiler.trainable.export", made.export
-        )  # each base is traced in training mode once
-        yield made
+        patch.setattr("adaptc.tracing.trace.export", traces.export)
+        patch.setattr("adaptc.compiler.trainable.export", traces.export)
+        yield
+
+
+@pytest.fixture(scope="session")
+def zoo(tmp_path_factory: pytest.TempPathFactory, traces: Traces) -> Zoo:
+    return Zoo(tmp_path_factory.mktemp("zoo"), traces)
 
 
 @pytest.fixture(scope="session")

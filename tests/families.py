@@ -13,20 +13,22 @@ from typing import Any
 
 import pytest
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.nn import functional as F
 
 from adaptc.compiler.base import make_base
 from adaptc.compiler.compiled import Compiled
 from adaptc.compiler.driver import program_of
 from adaptc.ir.graph import Graph
+from adaptc.ir.module import bind
 from adaptc.methods.method import METHODS
+from adaptc.quantization.scheme import SCHEMES
 from adaptc.spec.spec import load
-from adaptc.tracing.export import export
 from adaptc.tracing.module import from_examples
 from adaptc.tracing.trace import trace_base as trace
 from adaptc.weights import Held, seeded
 from tests import hugging_face
+from tests.traces import Traces
 
 VOCABULARY = hugging_face.VOCABULARY
 EPSILONS = 512
@@ -301,6 +303,16 @@ def field_names(method: str) -> frozenset[str]:
     return frozenset(f.name for f in dataclasses.fields(METHODS[method]))  # type: ignore[arg-type]
 
 
+def scheme_entry(name: str) -> dict[str, Any]:
+    """A `quantize` entry of a scheme, without its target, with options that fit small layers."""
+    return {"method": name, **SCHEMES[name].small}
+
+
+def matrix(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    """Random numbers as a trained weight has them: small, and not around zero."""
+    return torch.randn((rows, columns), generator=torch.Generator().manual_seed(seed)) * 0.1 + 0.01
+
+
 EMBEDDINGS = ("*wte", "*word_embeddings", "*embed_tokens", "shared")
 
 
@@ -335,19 +347,24 @@ class Drawn:
         return {name: self(name) for name in names}
 
 
+def evaluate(graph: Graph, tensors: dict[str, torch.Tensor], module: Any = None) -> dict[str, torch.Tensor]:
+    """The outputs of a graph, or of a module made of it, by name."""
+    with torch.no_grad():
+        return outputs(module or bind(graph).eval(), tensors, graph.outputs)
+
+
 class Zoo:
     """Every family: built, saved and traced once."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, traces: Traces) -> None:
         import transformers
 
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
-        self.root = root
+        self.root, self._traces = root, traces
         self._eager: dict[str, nn.Module] = {}
         self._graphs: dict[tuple[str, str | None], Graph] = {}
         self._compiled: dict[tuple[str, str], Compiled] = {}
-        self._trained: dict[int, fx.GraphModule] = {}
 
     def eager(self, name: str) -> nn.Module:
         """The model itself, in evaluation mode; not to be changed."""
@@ -359,6 +376,7 @@ class Zoo:
             if FAMILIES[name].task:
                 model.save_pretrained(self.root / name)
             self._eager[name] = model.eval()
+            self._traces.share(model)
         return self._eager[name]
 
     def fresh(self, name: str) -> nn.Module:
@@ -397,15 +415,6 @@ class Zoo:
             self._graphs[name, dtype] = graph = trace(base)
             graph.fisher_information = Drawn(graph)  # type: ignore[assignment]
         return self._graphs[name, dtype]
-
-    def export(self, model: nn.Module, inputs: Any, training: bool = False) -> fx.GraphModule:
-        """`adaptc.tracing.export.export`, once for each base of the zoo."""
-        own = any(graph.source.model is model for graph in self._graphs.values())
-        if not own or not training:
-            return export(model, inputs, training)
-        if id(model) not in self._trained:
-            self._trained[id(model)] = export(model, inputs, training)
-        return self._trained[id(model)]
 
     def dynamic(self, name: str) -> dict[str, dict[int, str]]:
         """The dynamic dimensions of a plain module's inputs."""

@@ -349,6 +349,30 @@ def test_files_are_short() -> None:
     assert statistics.median(lines.values()) <= 170
 
 
+LINES = 60
+"""The most lines of a function, its docstring left out."""
+
+
+def test_functions_are_short() -> None:
+    long = []
+    for place, function in nodes_of(ast.FunctionDef):
+        first = function.body[1 if ast.get_docstring(function) and len(function.body) > 1 else 0]
+        if (function.end_lineno or 0) - first.lineno + 1 > LINES:
+            long.append(f"{place}: {function.name}")
+    assert not long
+
+
+VAGUE = {"found", "known", "kept", "own", "words", "tmp", "res", "obj", "stuff"}
+"""Names that say how a thing came about, or nothing; a name says what the thing is."""
+
+
+def test_names_say_what_a_thing_is() -> None:
+    names = [(place, name.id) for place, name in nodes_of(ast.Name) if isinstance(name.ctx, ast.Store)]
+    names += [(place, argument.arg) for place, argument in nodes_of(ast.arg)]
+    names += [(place, function.name) for place, function in nodes_of(ast.FunctionDef)]
+    assert not [f"{place}: {name}" for place, name in names if name.strip("_") in VAGUE]
+
+
 def undocumented(node: ast.AST, prefix: str = "") -> Iterator[str]:
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.If | ast.Try):

@@ -167,11 +167,11 @@ def _of_other_shape(
     module = next((name for name in vocabularies if base_name(key).startswith(f"{name}.")), "")
     other = [(a, b) for a, b in zip(shape, wanted, strict=False) if a != b]
     if module and len(shape) == len(wanted) and len(other) == 1 and other[0][1] == vocabularies[module]:
-        words = other[0][0]
+        entries = other[0][0]
         return WeightError(
-            f"{where} is for a vocabulary of {words} words, and {module} of this base has {vocabularies[module]}: "
+            f"{where} is for a vocabulary of {entries} words, and {module} of this base has {vocabularies[module]}: "
             "the vocabulary was resized before the adapter was trained",
-            f"resize the base in the same way and save it, model.resize_token_embeddings({words}) and "
+            f"resize the base in the same way and save it, model.resize_token_embeddings({entries}) and "
             "model.save_pretrained(folder), and name that folder as base.model",
         )
     return WeightError(

@@ -158,7 +158,7 @@ def stored_tensors(directory: Path) -> dict[str, Stored]:
     return stored
 
 
-def is_converted(model: Any, stored: Iterable[str]) -> bool:
+def is_converted(model: object, stored: Iterable[str]) -> bool:
     """Whether transformers computes some of a model's tensors from the checkpoint's, beyond giving them other names."""
     mapping, loading = (
         optional("transformers.conversion_mapping"),

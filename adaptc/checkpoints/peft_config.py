@@ -154,7 +154,7 @@ def check_options(checkpoint: Checkpoint, record: AdapterRecord) -> None:
         )
 
 
-def _differing(method: type[Method[Any]], options: Mapping[str, Any], record: AdapterRecord) -> str:
+def _differing(method: type[Method[Any]], options: Mapping[str, object], record: AdapterRecord) -> str:
     """The first option whose value differs from the one that the module was compiled with; "" if none does."""
     compiled = method.trained_options(dict(record.options))
     for key, value in options.items():

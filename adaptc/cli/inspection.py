@@ -225,7 +225,7 @@ def _origin(provenance: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _quantized(config: Mapping[str, Any]) -> str:
+def _quantized(config: Mapping[str, object]) -> str:
     """The settings in a checkpoint's `quantization_config`: plain values that are set, by name."""
     settings = {key: value for key, value in config.items() if isinstance(value, (bool, int, str)) and value}
     return ", ".join(f"{key} {value}" for key, value in sorted(settings.items()) if not key.startswith("_"))
@@ -235,7 +235,7 @@ def _tensors(tensors: Mapping[str, Any]) -> str:
     return f"{len(tensors)}, {sum(weight.nbytes for weight in tensors.values()):,} bytes"
 
 
-def _rows(pairs: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _rows(pairs: Mapping[str, object]) -> list[dict[str, Any]]:
     return [{"what": key, "value": value} for key, value in pairs.items()]
 
 

@@ -1,9 +1,8 @@
-"""A plan on the screen: a table for each entry of the spec, and lines for what the model costs."""
+"""A plan on the screen: a table for each entry of the spec."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 
 from rich.markup import escape
@@ -11,9 +10,9 @@ from rich.table import Table
 
 from adaptc.compiler.plan_adapters import PlannedInsertion
 from adaptc.compiler.plan_quantization import PlannedQuantization, expected_error
-from adaptc.ir.cost import Cost
-from adaptc.methods.point_sites import Site
-from adaptc.methods.site import POINTS, WeightSite
+from adaptc.compiler.plan_report import pattern_of
+from adaptc.ir.cost import shown_bytes
+from adaptc.methods.site import POINTS
 from adaptc.quantization.quantized_weight import bytes_of, matrix_size
 
 
@@ -30,7 +29,7 @@ def insertion_table(place: str, planned: PlannedInsertion) -> Table:
         if site.piece:
             shape = f"{site.out_features} x {site.in_features} of {shape}"
         kind = site.kind if site.kind in POINTS else site.type or site.kind
-        rows[(_pattern(site), kind, shape, each, site.source)] += 1
+        rows[(pattern_of(site), kind, shape, each, site.source)] += 1
     table = _table(title, ("site", "times", "kind", "shape", "trained each", "source"), rows)
     if selection.unused and planned.checkpoint is None:
         table.caption = (
@@ -53,7 +52,7 @@ def quantization_table(planned: PlannedQuantization, growth: float) -> Table:
         size = matrix_size(site)
         error = "0" if planned.entry is None else f"{expected_error(scheme, size[1]):.3f}"
         kind, each = site.type or site.kind, shown_bytes(bytes_of(scheme, *size))
-        rows[(_pattern(site), kind, " x ".join(map(str, size)), each, error, site.source)] += 1
+        rows[(pattern_of(site), kind, " x ".join(map(str, size)), each, error, site.source)] += 1
     columns = ("site", "times", "kind", "shape", "bytes each", "error", "source")
     table = _table(f"{entry} {scheme.text}", columns, rows)
     orders = "; ".join(
@@ -64,28 +63,6 @@ def quantization_table(planned: PlannedQuantization, growth: float) -> Table:
     return table
 
 
-def cost_lines(cost: Cost) -> str:
-    """The parameters, memory and operations of an adapted model, a line each."""
-    added = f"{cost.added_flops:,} ({cost.added_flops / max(1, cost.base_flops):.2%})"
-    folded = f"{cost.folded_flops:,} ({cost.folded_flops / max(1, cost.base_flops):.2%})"
-    return (
-        f"parameters  {cost.parameters:,} in the base, {cost.trainable:,} trainable ({cost.share:.3%})\n"
-        f"memory      {shown_bytes(cost.run_bytes)} to run, {shown_bytes(cost.train_bytes)} to train "
-        "(weights, gradients, Adam; no activations)\n"
-        f"operations  {cost.base_flops:,} for {cost.example} (matrix products, convolutions, attention); "
-        f"live adapters add {added}, folded ones {folded if cost.folded_flops else 'none'}"
-    )
-
-
-def shown_bytes(count: float) -> str:
-    """A size in bytes with three digits and a unit: `1.23 MB`, a million bytes each."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
-
-
 def _table(title: str, columns: tuple[str, ...], rows: Counter[tuple[str, ...]]) -> Table:
     """A table of rows, each with the number of its occurrences in the second column."""
     table = Table(title=escape(title), title_justify="left")
@@ -94,10 +71,3 @@ def _table(title: str, columns: tuple[str, ...], rows: Counter[tuple[str, ...]])
     for (first, *others), times in rows.items():
         table.add_row(first, str(times), *others)
     return table
-
-
-def _pattern(site: Site) -> str:
-    """The name of a site with `*` for the numbers in it."""
-    plain = isinstance(site, WeightSite) and site.kind == "linear" and site.module and not site.shared
-    name = (site.module if plain else site.name) + (f"[{site.piece}]" if site.piece else "")
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)

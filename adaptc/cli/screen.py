@@ -10,7 +10,6 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -25,11 +24,11 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from adaptc.cli.plan_tables import cost_lines, insertion_table, quantization_table, shown_bytes
+from adaptc.cli.plan_tables import insertion_table, quantization_table
 from adaptc.compiler.plan_report import PlanReport
 from adaptc.compiler.proof import Proof
 from adaptc.compiler.quantization_error import QuantizationErrors
-from adaptc.spec.yaml_text import flow
+from adaptc.ir.cost import shown_bytes
 
 COLUMNS = (
     TextColumn("{task.description}"),
@@ -78,19 +77,7 @@ class Screen:
             self.out.print(insertion_table(place, planned))
         for quantized, growth in zip(plan.quantized, plan.growth, strict=True):
             self.out.print(quantization_table(quantized, growth))
-        self.out.print(
-            f"{cost_lines(plan.budget)}\n"
-            f"pipeline    {' > '.join(plan.pipeline) or 'none'}, then factor (trainable, live) or fold (folded)"
-        )
-        self.out.print(f"passes:     {flow(plan.stated)}", markup=False)
-        inputs = "; ".join(f"{name}: {shape}" for name, shape in plan.inputs.items())
-        self.out.print(f"inputs      {inputs}", markup=False)
-        for name, alternative in plan.alternatives.items():
-            trained = alternative.budget.trainable - plan.budget.trainable
-            self.out.print(f"adapter     {name}: {trained:,} parameters of its own", markup=False)
-        others = [note for alternative in plan.alternatives.values() for note in alternative.notes]
-        for note in dict.fromkeys([*plan.notes, *others]):
-            self.out.print(f"note        {note}", markup=False)
+        self.out.print(plan.summary, markup=False)
 
     @contextmanager
     def emitting(self) -> Generator[EmitProgress]:
@@ -104,7 +91,7 @@ class Screen:
         for path in paths:
             self.out.print(f"wrote {path} ({shown_bytes(_size(path))})", markup=False)
 
-    def table(self, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    def table(self, title: str, rows: Sequence[Mapping[str, object]]) -> None:
         """Print rows as a table. Their keys, which are the same in each, are its columns."""
         table = Table(title=title, show_lines=False)
         for column in rows[0]:

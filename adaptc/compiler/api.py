@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import fx, nn
 
@@ -20,8 +19,8 @@ from adaptc.tracing.trace import trace_base
 
 def trace(
     model: nn.Module,
-    example_inputs: Sequence[Any] | Mapping[str, Any],
-    dynamic: Mapping[str, Any] | None = None,
+    example_inputs: Sequence[object] | Mapping[str, object],
+    dynamic: Mapping[str, object] | None = None,
 ) -> Graph:
     """Trace a module into a graph: ATen operations on weights that are bound later.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -30,8 +29,8 @@ from adaptc.tracing.wrappers import unwrapped
 def make_base(
     spec: Spec,
     model: nn.Module | None = None,
-    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
-    dynamic: Mapping[str, Any] | None = None,
+    example_inputs: Sequence[object] | Mapping[str, object] | None = None,
+    dynamic: Mapping[str, object] | None = None,
 ) -> Base:
     """The base that a call gives as `model`, or else the one that the spec names.
 

@@ -111,7 +111,7 @@ def _row(path: Path, number: int, line: str, inputs: Sequence[InputSpec]) -> Bat
     return {name: value.unsqueeze(0) if name in batched else value for name, value in tensors.items()}
 
 
-def _checked(batch: Any, inputs: Sequence[InputSpec], first: int) -> dict[str, torch.Tensor]:
+def _checked(batch: object, inputs: Sequence[InputSpec], first: int) -> dict[str, torch.Tensor]:
     """A user's batch in the dtypes of the inputs; `first` is the number of its first row, for errors."""
     expected = ", ".join(f"{spec.name}: {spec}" for spec in inputs)
     values = cast("Mapping[str, Any]", batch) if isinstance(batch, Mapping) else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from torch import nn
 
@@ -28,11 +27,11 @@ from adaptc.spec.spec import Spec, load
 
 
 def compile(
-    spec: str | os.PathLike[str] | Mapping[str, Any] | Spec,
+    spec: str | os.PathLike[str] | Mapping[str, object] | Spec,
     *,
     model: nn.Module | None = None,
-    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
-    dynamic: Mapping[str, Any] | None = None,
+    example_inputs: Sequence[object] | Mapping[str, object] | None = None,
+    dynamic: Mapping[str, object] | None = None,
     overrides: Sequence[str] = (),
     calibration: Iterable[Batch] | None = None,
     after: After | None = None,
@@ -99,7 +98,7 @@ def program_of(
 
 
 def plan(
-    spec: str | os.PathLike[str] | Mapping[str, Any] | Spec, overrides: Sequence[str] = ()
+    spec: str | os.PathLike[str] | Mapping[str, object] | Spec, overrides: Sequence[str] = ()
 ) -> tuple[Spec, PlanReport]:
     """Plan a spec: the steps of `compile` up to the plan's report, without reading a weight or a row of data.
 

@@ -367,9 +367,9 @@ def _expected(graph: Graph, members: Sequence[PlannedInsertion]) -> dict[str, Pa
 
 
 def _table_sizes(graph: Graph) -> dict[str, int]:
-    """The modules whose size is that of the vocabulary -> how many words this base has."""
-    words = {site.module: site.in_features for site in graph.sites if site.kind == "embedding"}
+    """The modules whose size is that of the vocabulary -> the entries it has."""
+    tables = {site.module: site.in_features for site in graph.sites if site.kind == "embedding"}
     heads = {
         s.module: s.out_features for s in graph.sites if s.module in graph.heads and s.kind in MATRIX_KINDS
     }
-    return words | {module: size for module, size in heads.items() if size in words.values()}
+    return tables | {module: size for module, size in heads.items() if size in tables.values()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,10 +19,12 @@ from adaptc.ir.graph import Graph
 from adaptc.ir.state import state_notes
 from adaptc.methods.method import WeightMethod
 from adaptc.methods.point_sites import Site
+from adaptc.methods.site import WeightSite
 from adaptc.methods.virtual_tokens import PromptMethod
 from adaptc.quantization.quantized_weight import matrix_size
 from adaptc.rewriter.quantize import Quantize
 from adaptc.spec.spec import Spec
+from adaptc.spec.yaml_text import flow
 
 
 @dataclass
@@ -45,6 +48,42 @@ class PlanReport(Plan):
     left_out: dict[str, str] = field(kw_only=True)
     places: list[str] = field(kw_only=True)
     alternatives: dict[str, PlanReport] = field(kw_only=True, default_factory=dict[str, "PlanReport"])
+
+    @property
+    def summary(self) -> str:
+        """The cost, the pipeline, the inputs, the alternatives and the notes, a line each."""
+        pipeline = " > ".join(self.pipeline) or "none"
+        inputs = "; ".join(f"{name}: {shape}" for name, shape in self.inputs.items())
+        alternatives = {
+            name: plan.budget.trainable - self.budget.trainable for name, plan in self.alternatives.items()
+        }
+        others = [note for plan in self.alternatives.values() for note in plan.notes]
+        lines = [
+            str(self.budget),
+            f"pipeline    {pipeline}, then factor (trainable, live) or fold (folded)",
+            f"passes:     {flow(self.stated)}",
+            f"inputs      {inputs}",
+            *(f"adapter     {name}: {count:,} parameters of its own" for name, count in alternatives.items()),
+            *(f"note        {note}" for note in dict.fromkeys([*self.notes, *others])),
+        ]
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        """The plan for a person: the sites of each entry, then `summary`."""
+        inserted = [
+            f"{place:<11} {planned.insert.method.name} {planned.insert.adapter!r}: "
+            f"{_patterns(planned.selection.sites)}"
+            for place, planned in [
+                *zip(self.places, self.entries, strict=True),
+                *(entry for name in self.alternatives for entry in self.added(name)),
+            ]
+        ]
+        quantized = [
+            f"{'base' if planned.entry is None else f'quantize.{planned.entry}':<11} {planned.item.scheme.text}: "
+            f"{_patterns(planned.selection.sites)}"
+            for planned in self.quantized
+        ]
+        return "\n".join([*inserted, *quantized, self.summary])
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain data.
@@ -79,6 +118,19 @@ class PlanReport(Plan):
             "trainable": plan.budget.trainable - self.budget.trainable,
             "notes": [note for note in plan.notes if note not in self.notes],
         }
+
+
+def pattern_of(site: Site) -> str:
+    """The name of a site with `*` for the numbers in it."""
+    plain = isinstance(site, WeightSite) and site.kind == "linear" and site.module and not site.shared
+    name = (site.module if plain else site.name) + (f"[{site.piece}]" if site.piece else "")
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+
+
+def _patterns(sites: Sequence[Site]) -> str:
+    """How many sites, and the patterns of their names."""
+    patterns = dict.fromkeys(pattern_of(site) for site in sites)
+    return f"{len(sites)} {'site' if len(sites) == 1 else 'sites'}, {', '.join(patterns)}"
 
 
 def plan_report(

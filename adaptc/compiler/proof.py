@@ -152,10 +152,10 @@ def _notes(verdicts: Sequence[Verdict], titles: Mapping[int, str]) -> list[str]:
     """What a proof must tell beside its error: what was not compared, and why, and labels of near ties."""
     notes: list[str] = []
     for output, title in titles.items():
-        own = [verdict for verdict in verdicts if verdict.output == output]
-        undefined = ", ".join(verdict.batch for verdict in own if verdict.difference.undefined)
-        noise = ", ".join(verdict.batch for verdict in own if verdict.noise)
-        ties = sum(verdict.ties for verdict in own)
+        of_output = [verdict for verdict in verdicts if verdict.output == output]
+        undefined = ", ".join(verdict.batch for verdict in of_output if verdict.difference.undefined)
+        noise = ", ".join(verdict.batch for verdict in of_output if verdict.noise)
+        ties = sum(verdict.ties for verdict in of_output)
         notes += [f"{title} is NaN on {undefined}, and not compared there"] if undefined else []
         notes += [f"{title} is lost in rounding on {noise}, and not compared there"] if noise else []
         notes += [f"{_differing(ties, title)} between near ties"] if ties else []

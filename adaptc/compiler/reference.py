@@ -50,11 +50,13 @@ def recorded(reference: Run, proofs: Proofs, proof: Proof) -> dict[str, Any]:
     """
     taken = reference.taken
     random = {label: asdict(draw) for label, draw in proofs.drawn.items() if label in taken}
-    own = {} if random else _kept({label: taken[label] for label in proofs.base.examples if label in taken})
+    examples = (
+        {} if random else _written({label: taken[label] for label in proofs.base.examples if label in taken})
+    )
     return {
         "inputs": [spec.to_json() for spec in proofs.base.inputs],
         "draws": random,
-        "own": own,
+        "own": examples,
         "tolerance": proof.tolerance,
         "values": {
             label: [
@@ -62,20 +64,20 @@ def recorded(reference: Run, proofs: Proofs, proof: Proof) -> dict[str, Any]:
                 for index, output in enumerate(outcome)
             ]
             for label, outcome in reference.outcomes.items()
-            if not isinstance(outcome, Exception) and label in {*random, *own}
+            if not isinstance(outcome, Exception) and label in {*random, *examples}
         },
     }
 
 
-def _kept(own: Batches) -> dict[str, dict[str, Any]]:
+def _written(examples: Batches) -> dict[str, dict[str, Any]]:
     """A person's own inputs as plain data, as many whole batches as may be kept."""
-    kept: dict[str, dict[str, Any]] = {}
+    written: dict[str, dict[str, Any]] = {}
     left = KEPT
-    for label, batch in own.items():
+    for label, batch in examples.items():
         left -= sum(tensor.numel() for tensor in batch.values())
         if left >= 0:
-            kept[label] = {name: cast(Any, tensor).tolist() for name, tensor in batch.items()}
-    return kept
+            written[label] = {name: cast(Any, tensor).tolist() for name, tensor in batch.items()}
+    return written
 
 
 def proved_again(reference: Mapping[str, Any], candidate: Runner) -> str:

@@ -109,7 +109,7 @@ def _starts(passes: Sequence[Pass], items: Sequence[Pass]) -> bool:
     return len(passes) >= len(items) and all(a is b for a, b in zip(passes, items, strict=False))
 
 
-def _pass_of(spec: Spec, index: int, cls: AnyPass, name: str, options: Mapping[str, Any]) -> Pass:
+def _pass_of(spec: Spec, index: int, cls: AnyPass, name: str, options: Mapping[str, object]) -> Pass:
     """The pass of one entry of `passes`.
 
     Raises:

@@ -59,7 +59,7 @@ def module_record(graph: Graph, base: dict[str, str]) -> dict[str, Any]:
 
 def take_original_calls(
     module: fx.GraphModule,
-    flatten: Callable[[tuple[Any, ...], Mapping[str, Any]], dict[str, torch.Tensor]] | None,
+    flatten: Callable[[tuple[object, ...], Mapping[str, object]], dict[str, torch.Tensor]] | None,
 ) -> None:
     """Let a module take calls as its author writes them too, with nested tensors; by the names of its inputs it does.
 

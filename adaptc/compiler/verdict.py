@@ -101,18 +101,18 @@ def _beside_float64(
 
     The reference itself must be as near to the model in float64; else it is another model's, and stays the reference.
     """
-    own = rounding.of(verdict.batch, verdict.output)
+    own_rounding = rounding.of(verdict.batch, verdict.output)
     wide = rounding.wide.outcomes[verdict.batch]
-    if isinstance(wide, Exception) or own is None or not isfinite(own):
+    if isinstance(wide, Exception) or own_rounding is None or not isfinite(own_rounding):
         return verdict
     ceiling = max(verdict.allowed, min(CEILING * verdict.allowed, HIGHEST))
-    allowed = max(verdict.allowed, min(ROUNDINGS * own, ceiling))
+    allowed = max(verdict.allowed, min(ROUNDINGS * own_rounding, ceiling))
     compared, same = (difference(wide[verdict.output], side) for side in (got, expected))
     furthest = max(compared.relative, same.relative)
-    noise = own > ceiling and allowed < furthest <= ROUNDINGS * own
+    noise = own_rounding > ceiling and allowed < furthest <= ROUNDINGS * own_rounding
     if not noise and same.relative > allowed:
         return verdict
-    return replace(verdict, difference=compared, allowed=allowed, rounding=own, noise=noise)
+    return replace(verdict, difference=compared, allowed=allowed, rounding=own_rounding, noise=noise)
 
 
 def _outputs(

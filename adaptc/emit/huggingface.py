@@ -171,7 +171,7 @@ def carry_over(source: Path, directory: Path) -> list[str]:
     return left_out
 
 
-def _model_of(pretrained: Pretrained, config: Any, graph: Graph) -> nn.Module:
+def _model_of(pretrained: Pretrained, config: object, graph: Graph) -> nn.Module:
     """The checkpoint's model without weights; `config` says that weights are untied where the graph has untied them."""
     with torch.device("meta"):
         model = pretrained.auto.from_config(config, trust_remote_code=pretrained.trust_remote_code)

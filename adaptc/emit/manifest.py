@@ -48,7 +48,10 @@ def write_manifest(
 
 
 def product_entry(
-    common: Mapping[str, Any], artifact: Mapping[str, Any], files: Iterable[Path], folder: Path | None = None
+    common: Mapping[str, object],
+    artifact: Mapping[str, object],
+    files: Iterable[Path],
+    folder: Path | None = None,
 ) -> dict[str, Any]:
     """What a manifest says of one artifact.
 
@@ -71,7 +74,7 @@ def is_unmodified(path: Path) -> bool:
     return text == _text(json.loads(text))
 
 
-def _text(manifest: Mapping[str, Any]) -> str:
+def _text(manifest: Mapping[str, object]) -> str:
     """The manifest as it is written, with the SHA-256 of its content under `sha256`."""
     content = {key: value for key, value in manifest.items() if key != "sha256"}
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

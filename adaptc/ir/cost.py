@@ -47,6 +47,27 @@ class Cost:
         """The number of trained parameters over that of the base's."""
         return self.trainable / max(1, self.parameters)
 
+    def __str__(self) -> str:
+        """Parameters, memory and operations, a line each."""
+        added = f"{self.added_flops:,} ({self.added_flops / max(1, self.base_flops):.2%})"
+        folded = f"{self.folded_flops:,} ({self.folded_flops / max(1, self.base_flops):.2%})"
+        return (
+            f"parameters  {self.parameters:,} in the base, {self.trainable:,} trainable ({self.share:.3%})\n"
+            f"memory      {shown_bytes(self.run_bytes)} to run, {shown_bytes(self.train_bytes)} to train "
+            "(weights, gradients, Adam; no activations)\n"
+            f"operations  {self.base_flops:,} for {self.example} (matrix products, convolutions, attention); "
+            f"live adapters add {added}, folded ones {folded if self.folded_flops else 'none'}"
+        )
+
+
+def shown_bytes(count: float) -> str:
+    """A size in bytes with three digits and a unit: `1.23 MB`, a million bytes each."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
 
 def cost_of(base: Graph, adapted: Graph, factored: Graph, folded: Graph | None) -> Cost:
     """The cost of training and running an adapted model. Activations are not counted.
@@ -98,7 +119,7 @@ def example_sizes(graph: Graph) -> dict[Any, int]:
     return numbers
 
 
-def example_shape(value: torch.Tensor, sizes: Mapping[Any, int]) -> list[int]:
+def example_shape(value: torch.Tensor, sizes: Mapping[object, int]) -> list[int]:
     """The shape of a value in numbers.
 
     Args:
@@ -106,7 +127,7 @@ def example_shape(value: torch.Tensor, sizes: Mapping[Any, int]) -> list[int]:
         sizes: symbol -> number, see `example_sizes`.
     """
 
-    def number(size: Any) -> int:
+    def number(size: object) -> int:
         expression = size_expression(size).subs(sizes)
         # Symbols that are left depend on values, not on the sizes of the inputs.
         return int(expression.subs(dict.fromkeys(expression.free_symbols, LENGTH)))

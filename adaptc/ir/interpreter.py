@@ -135,7 +135,7 @@ def _sweep(
     batches: Sequence[Batch],
     choices: Sequence[TieBreaks],
     least: torch.dtype | None,
-    observe: Callable[[fx.Node, Any], None] | None = None,
+    observe: Callable[[fx.Node, object], None] | None = None,
 ) -> list[Outcome]:
     """Run every node on every batch before the next node; see `Interpreter`."""
     values: list[dict[fx.Node, Any]] = [{} for _ in batches]
@@ -215,7 +215,7 @@ def _with_state(
     return {node: state.get(name, weights[node]) for node, name in names.items()}
 
 
-def _step(node: fx.Node, given: Any, values: Mapping[fx.Node, Any], least: torch.dtype | None) -> Any:
+def _step(node: fx.Node, given: object, values: Mapping[fx.Node, object], least: torch.dtype | None) -> Any:
     """The result of one node: of an input what is given, of the output node the list of tensors."""
     if node.op == "placeholder":
         return _widened(given, least)
@@ -227,7 +227,7 @@ def _step(node: fx.Node, given: Any, values: Mapping[fx.Node, Any], least: torch
     return cast(Callable[..., Any], node.target)(*args, **kwargs)
 
 
-def _widened(value: Any, least: torch.dtype | None) -> Any:
+def _widened(value: object, least: torch.dtype | None) -> Any:
     """A tensor of a narrower dtype, or such a dtype, in the `least` one; anything else as it is."""
     if isinstance(value, torch.dtype):
         return _wider(value, least)

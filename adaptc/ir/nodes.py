@@ -57,7 +57,9 @@ def list_arg(node: fx.Node, index: int) -> list[Any]:
     return list(cast(list[Any], argument))
 
 
-def map_operands(node: fx.Node, value_of: Callable[[fx.Node], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def map_operands(
+    node: fx.Node, value_of: Callable[[fx.Node], object]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a node, with a value in the place of every node, inside lists too.
 
     Returns:
@@ -77,7 +79,7 @@ def arguments_by_name(node: fx.Node) -> dict[str, Any]:
 # Operations
 
 
-def is_operator(target: Any) -> TypeGuard[OpOverload[..., Any]]:
+def is_operator(target: object) -> TypeGuard[OpOverload[..., Any]]:
     """Whether a node's target is a registered operation, such as `aten.mm.default`, and no Python function."""
     return isinstance(target, OpOverload)
 
@@ -89,7 +91,7 @@ def operation(node: fx.Node) -> str:
     return getattr(node.target, "__name__", str(node.target))
 
 
-def apply_operation(node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
+def apply_operation(node: fx.Node, value_of: Callable[[fx.Node], object]) -> Any:
     """What the operation of a node gives on these values of its operands."""
     args, kwargs = map_operands(node, value_of)
     return cast(Callable[..., Any], node.target)(*args, **kwargs)
@@ -108,7 +110,7 @@ def signature(node: fx.Node) -> tuple[Any, str]:
 # Memory: operations that write in place and views, as torch's schemas declare them
 
 
-def writes_in_place(target: Any) -> bool:
+def writes_in_place(target: object) -> bool:
     """Whether an operation, such as `mul_`, writes to its first operand."""
     schema = getattr(target, "_schema", None)
     return schema is not None and schema.is_mutable
@@ -138,7 +140,7 @@ def same_memory(node: fx.Node) -> list[fx.Node]:
     return [user for user in node.users if user.args[:1] == (node,) and returns_operand(user.target)]
 
 
-def returns_operand(target: Any) -> bool:
+def returns_operand(target: object) -> bool:
     """Whether an operation gives the memory of its first operand: a view of it, or an item of a list of views."""
     if target is operator.getitem:  # of a list of views; of other lists it has memory of its own
         return True
@@ -149,7 +151,7 @@ def returns_operand(target: Any) -> bool:
 # Values
 
 
-def is_tensor(value: Any) -> bool:
+def is_tensor(value: object) -> bool:
     """Whether this is a node that gives a tensor, not a size or a flag."""
     return isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor)
 
@@ -160,12 +162,12 @@ def keeps_shape(node: fx.Node) -> bool:
     return isinstance(operand, fx.Node) and str(operand.meta["val"].shape) == str(node.meta["val"].shape)
 
 
-def size_expression(size: Any) -> Any:
+def size_expression(size: object) -> Any:
     """A size of a recorded value as a `sympy` expression: an integer, or a formula in the sizes of the inputs."""
     return cast(Any, size).node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
 
 
-def traced_size(size: Any) -> Any:
+def traced_size(size: object) -> Any:
     """The number that a symbolic size had in the trace; anything else as it is."""
     return int(cast(Any, size).node.hint) if isinstance(size, torch.SymInt) else size
 

@@ -66,7 +66,7 @@ class Stage:
     operators: frozenset[OpOverload[..., Any]] = frozenset()
     library: str = ""
 
-    def allows(self, target: Any) -> bool:
+    def allows(self, target: object) -> bool:
         """Whether an operation is legal at this stage."""
         if not is_operator(target):
             return target in self.functions

@@ -100,7 +100,7 @@ def stateless(model: nn.Module) -> Generator[None]:
     """Let a module's parts have copies of their buffers and tensors inside this block, so that no call changes them."""
     copies: dict[int, torch.Tensor] = {}
 
-    def copied(value: Any) -> Any:
+    def copied(value: object) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
         return copies.setdefault(id(value), value.clone())

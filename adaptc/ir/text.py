@@ -26,7 +26,7 @@ def line_of(node: fx.Node) -> str:
     return f"%{node.name} = {name}({', '.join(operands)})  {shape}" + (f"  # {comment}" if comment else "")
 
 
-def _operand(value: Any) -> str:
+def _operand(value: object) -> str:
     if isinstance(value, fx.Node):
         return f"%{value.name}"
     if isinstance(value, (list, tuple)):
@@ -34,7 +34,7 @@ def _operand(value: Any) -> str:
     return str(value)
 
 
-def _shape(value: Any) -> str:
+def _shape(value: object) -> str:
     if not isinstance(value, torch.Tensor):
         return ""
     return f"{str(value.dtype).removeprefix('torch.')}[{', '.join(str(size) for size in value.shape)}]"

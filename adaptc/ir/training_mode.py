@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
 
 import torch
 from torch import fx
@@ -42,7 +41,7 @@ def mark_training_arguments(graph: fx.Graph) -> None:
                 node.update_kwarg(name, follows)
 
 
-def _following(graph: fx.Graph, node: fx.Node, argument: str, value: Any) -> fx.Node | None:
+def _following(graph: fx.Graph, node: fx.Node, argument: str, value: object) -> fx.Node | None:
     """The node that takes the place of an argument which holds in training mode only; None if it holds in both."""
     if argument in ("train", "training") and value is True:
         # without running statistics a batch norm is the same in both modes

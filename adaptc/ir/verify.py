@@ -49,7 +49,7 @@ def _evaluating(graph: Graph) -> Generator[None]:
         yield
 
 
-def _description(value: Any) -> Any:
+def _description(value: object) -> Any:
     """Dtype, shape and strides of a tensor as text; of a list that of its items; else the value as text."""
     if isinstance(value, torch.Tensor):
         return str(value.dtype), str(list(value.shape)), str(value.stride())
@@ -132,7 +132,7 @@ def _propagate(graph: Graph) -> None:
             node.meta[VERIFIED] = signature(node)
 
 
-def _differ(value: Any, recorded: torch.Tensor) -> bool:
+def _differ(value: object, recorded: torch.Tensor) -> bool:
     if not isinstance(value, torch.Tensor) or value.dtype != recorded.dtype or value.dim() != recorded.dim():
         return True
     shapes = cast(Any, value).shape, cast(Any, recorded).shape

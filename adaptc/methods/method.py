@@ -171,7 +171,7 @@ class WeightMethod(Method[WeightSite]):
         return type(self).bias is not WeightMethod.bias
 
 
-def _check(name: str, cls: Any, author: Author) -> None:
+def _check(name: str, cls: object, author: Author) -> None:
     """Whether a class is a method that adaptc can insert.
 
     Raises:

@@ -159,7 +159,7 @@ def matches_peft_key(key: str, name: str) -> bool:
     return re.match(rf"(.*\.)?({key})$", name) is not None
 
 
-def of_pattern(patterns: Mapping[str, Any], site: WeightSite, otherwise: Any) -> Any:
+def of_pattern(patterns: Mapping[str, object], site: WeightSite, otherwise: object) -> Any:
     """The value of the first of PEFT's patterns that names a site; `otherwise` where none does."""
     name = peft_name(site)
     return next((value for key, value in patterns.items() if matches_peft_key(key, name)), otherwise)

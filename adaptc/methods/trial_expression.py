@@ -11,7 +11,7 @@ from adaptc.errors import DefinitionError
 from adaptc.methods.param import Param
 from adaptc.methods.point_sites import Site
 from adaptc.methods.site import WeightSite
-from adaptc.methods.trial_sites import IN, numbers, operands, tokens_shape
+from adaptc.methods.trial_sites import IN, numbers, operands, tokens_shape, twice_as_large
 from adaptc.registry.definitions import Definition
 
 if TYPE_CHECKING:
@@ -92,41 +92,80 @@ class ExpressionTrial:
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         given = operands(hook, self.site)
-        result = self._call(hook, given, theta)
-        if result is None:
-            return None
-        again = self._call(hook, given, theta)
-        if again is not None and not torch.equal(result, again):
+        try:
+            result = self._call(hook, given, theta)
+        except DefinitionError as error:
+            if _is_authors(error):
+                raise
+            if not self._sized_by_site():
+                return None
+            raise DefinitionError(
+                error.message,
+                error.place,
+                "correct it; or, if it cannot compute on such a site, say so in `refuses`, or state options that fit "
+                "so small a site in `small`",
+            ) from error
+        values = self._trained(theta)
+        first, second = self._attempt(hook, given, values), self._attempt(hook, given, values)
+        if (
+            first is not None
+            and second is not None
+            and not torch.equal(first.nan_to_num(), second.nan_to_num())
+        ):
             raise self.definition.mistake(
                 f"{hook} gives another result each time; an expression draws no random numbers", hook
             )
         narrow = {k: t.bfloat16() if t.is_floating_point() else t for k, t in theta.items()}
-        self._call(hook, tuple(t.bfloat16() for t in given), narrow)
+        self._attempt(hook, tuple(t.bfloat16() for t in given), narrow)
         mode = FakeTensorMode()
         fakes: dict[str, Tensor] = {k: mode.from_tensor(t) for k, t in theta.items()}
         with mode:
-            self._call(hook, tuple(mode.from_tensor(t) for t in given), fakes)
+            self._attempt(hook, tuple(mode.from_tensor(t) for t in given), fakes)
         return result
 
-    def _call(self, hook: str, given: tuple[Tensor, ...], theta: Mapping[str, Tensor]) -> Tensor | None:
-        """The result of one call; None where it fails for a reason that may be the small site's."""
+    def _attempt(self, hook: str, given: tuple[Tensor, ...], theta: Mapping[str, Tensor]) -> Tensor | None:
+        """The result of one call; None where it fails for a reason that may be the small site's or the dtype's."""
+        try:
+            return self._call(hook, given, theta)
+        except DefinitionError as error:
+            if _is_authors(error):
+                raise
+            return None
+
+    def _call(self, hook: str, given: tuple[Tensor, ...], theta: Mapping[str, Tensor]) -> Tensor:
+        """The result of one call.
+
+        Raises:
+            DefinitionError: it fails, for whatever reason, or gives a tensor of another shape or dtype.
+        """
         import torch
 
-        from adaptc.registry.calls import ON_VALUES, blamed, read_only
+        from adaptc.registry.calls import blamed, read_only
 
         function: Callable[..., Tensor] = getattr(self.method, hook)
         names = self.definition.base.expressions[hook]
-        try:
-            with torch.no_grad(), blamed("method", self.definition.name, function, hook):
-                result = read_only(function, names, given, theta)
-        except DefinitionError as error:
-            cause = error.__cause__
-            authors = cause is None or isinstance(cause, AUTHORS_ERRORS)
-            if authors or re.search(ON_VALUES, f"{type(cause).__name__}: {cause}"):
-                raise
-            return None
+        on = " and ".join(f"{name} of shape {list(t.shape)}" for name, t in zip(names, given, strict=True))
+        with torch.no_grad(), blamed("method", self.definition.name, function, hook, on):
+            result = read_only(function, names, given, theta)
         self._check_result(hook, result, given, theta)
         return result
+
+    def _trained(self, theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors as after some training: random numbers, which require gradients, for those that are trained."""
+        return {
+            k: numbers(*t.shape).requires_grad_() if self.params[k].trained and t.is_floating_point() else t
+            for k, t in theta.items()
+        }
+
+    def _sized_by_site(self) -> bool:
+        """Whether the shapes of the tensors follow the site's, so that they should fit a site of any size."""
+        site = twice_as_large(self.site)
+        try:
+            method = self.method.at(site)
+            params: Mapping[str, Param] = {**method.params(site), **method.shared([site])}
+        except Exception:
+            return False
+        return any(params[k].shape != param.shape for k, param in self.params.items() if k in params)
 
     def _check_result(
         self, hook: str, result: object, given: Sequence[Tensor], theta: Mapping[str, Tensor]
@@ -170,10 +209,7 @@ class ExpressionTrial:
         """Every tensor that is trained gets a gradient from one of the expressions."""
         import torch
 
-        values = {
-            k: numbers(*t.shape).requires_grad_() if self.params[k].trained and t.is_floating_point() else t
-            for k, t in theta.items()
-        }
+        values = self._trained(theta)
         trained = {k: t for k, t in values.items() if t.requires_grad}
         reached: set[str] = set()
         for hook in hooks:
@@ -196,8 +232,20 @@ class ExpressionTrial:
             )  # fmt: skip
 
 
+def _is_authors(error: DefinitionError) -> bool:
+    """Whether a line of the author's causes an error, whatever the site and the dtype."""
+    from adaptc.registry.calls import ON_VALUES
+
+    cause = error.__cause__
+    return (
+        cause is None
+        or isinstance(cause, AUTHORS_ERRORS)
+        or re.search(ON_VALUES, f"{type(cause).__name__}: {cause}") is not None
+    )
+
+
 def failed(
-    definition: Definition, name: str, function: Callable[..., Any], error: BaseException
+    definition: Definition, name: str, function: Callable[..., object], error: BaseException
 ) -> DefinitionError:
     """The error that names the line of an author's function that failed; `name` is the function's in messages."""
     from adaptc.registry.author import place_in

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,17 @@ def _weight(
         bias="layer.bias" if has_bias else None,
         bias_uses=(Use("layer", 2),) if has_bias else (),
     )
+
+
+def twice_as_large(site: Site) -> Site:
+    """The same site with every size doubled."""
+    if isinstance(site, WeightSite):
+        return dataclasses.replace(site, shape=tuple(2 * size for size in site.shape))
+    if isinstance(site, AttentionSite):
+        heads = site.heads
+        larger = heads and Heads(2 * heads.count, 2 * heads.key, 2 * heads.value)
+        return dataclasses.replace(site, heads=larger)
+    return dataclasses.replace(site, width=site.width and 2 * site.width)
 
 
 def operands(hook: str, site: Site) -> tuple[Tensor, ...]:

@@ -37,7 +37,7 @@ def packed_tensors(tensors: Mapping[str, Weight], module: str) -> tuple[Weight, 
     return qweight, qzeros, scales
 
 
-def group_size(config: Mapping[str, Any]) -> int | None:
+def group_size(config: Mapping[str, object]) -> int | None:
     """How many inputs share a scale: `group_size`, 128 by default; None where all do, which is written -1.
 
     Raises:
@@ -117,7 +117,7 @@ def required_tensor(tensors: Mapping[str, Weight], key: str, shape: tuple[int, .
     return tensor
 
 
-def integer_option(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+def integer_option(config: Mapping[str, object], key: str, default: int | None = None) -> int:
     """A whole number of a checkpoint's `quantization_config`.
 
     Raises:

@@ -58,7 +58,7 @@ def _try(definition: Definition, scheme: Any) -> None:
         )
 
 
-def _is_mapping(value: Any) -> TypeGuard[Mapping[str, Any]]:
+def _is_mapping(value: object) -> TypeGuard[Mapping[str, Any]]:
     """Whether a hook gave a mapping, which its author's types may not say."""
     return isinstance(value, Mapping)
 
@@ -75,7 +75,7 @@ def _check_tensors(definition: Definition, stored: Mapping[str, Any], tensors: A
             raise definition.mistake(f"quantize gives {key} as {got}, stored says {wanted}", "quantize")
 
 
-def _called(definition: Definition, scheme: Any, hook: str, *arguments: Any) -> Any:
+def _called(definition: Definition, scheme: object, hook: str, *arguments: Any) -> Any:
     """The result of a hook, which must not write to its arguments; None where it does not run on so small a matrix."""
     import torch
 

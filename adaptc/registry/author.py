@@ -82,13 +82,13 @@ def _names(statement: ast.stmt) -> Iterator[str]:
     yield from (target.id for target in targets if isinstance(target, ast.Name))
 
 
-def place_of_function(function: Callable[..., Any]) -> str:
+def place_of_function(function: Callable[..., object]) -> str:
     """`file:line` of a function's definition; `an unknown place` of one that has no Python code."""
     code = getattr(function, "__code__", None)
     return f"{code.co_filename}:{code.co_firstlineno}" if code is not None else "an unknown place"
 
 
-def place_in(error: BaseException, function: Callable[..., Any]) -> str:
+def place_in(error: BaseException, function: Callable[..., object]) -> str:
     """`file:line    text` of the last line of a function's file that an error passed through.
 
     It is `file:line` of the function's definition where the error passed through none of that file's lines.

@@ -24,8 +24,12 @@ class _WriteError(Exception):
     """An operation wrote to a tensor that was given as an argument."""
 
 
+class _RandomError(Exception):
+    """An operation drew random numbers."""
+
+
 class _ReadOnly(TorchDispatchMode):
-    """A dispatch mode that refuses operations which write to some tensors, or to views of them.
+    """A dispatch mode that refuses operations which draw random numbers, or write to some tensors or views of them.
 
     Args:
         tensors: the name of each in messages -> the tensor.
@@ -38,6 +42,9 @@ class _ReadOnly(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        operation = func._schema.name.partition("::")[2]
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise _RandomError(operation)
         if func._schema.is_mutable:
             given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | dict(
                 kwargs or {}
@@ -46,7 +53,6 @@ class _ReadOnly(TorchDispatchMode):
                 value = given.get(argument.name)
                 written = argument.alias_info is not None and argument.alias_info.is_write
                 if written and isinstance(value, torch.Tensor) and _storage(value) in self.names:
-                    operation = func._schema.name.partition("::")[2]
                     raise _WriteError(f"{operation} writes into {self.names[_storage(value)]}")
         return func(*args, **(kwargs or {}))
 
@@ -61,7 +67,7 @@ def read_only(
     given: Sequence[Any],
     theta: Mapping[str, Any],
 ) -> torch.Tensor:
-    """Call `function(*given, **theta)`, and refuse that it writes to its arguments.
+    """Call `function(*given, **theta)`, and refuse that it writes to its arguments or draws random numbers.
 
     Args:
         function: what to call.
@@ -70,7 +76,8 @@ def read_only(
         theta: the keyword arguments.
 
     Raises:
-        _WriteError: it writes to an argument. `blamed` turns this into a DefinitionError.
+        _WriteError: it writes to an argument.
+        _RandomError: it draws random numbers. `blamed` turns both into a DefinitionError.
     """
     tensors = {**dict(zip(operands, given, strict=True)), **theta}
     with _ReadOnly(tensors):
@@ -78,7 +85,7 @@ def read_only(
 
 
 @contextmanager
-def blamed(kind: str, name: str, function: Callable[..., Any], hook: str, on: str = "") -> Generator[None]:
+def blamed(kind: str, name: str, function: Callable[..., object], hook: str, on: str = "") -> Generator[None]:
     """Turn an error raised by an author's function into one that names the author's line.
 
     Args:
@@ -100,6 +107,12 @@ def blamed(kind: str, name: str, function: Callable[..., Any], hook: str, on: st
             f"{kind} {name!r}: {hook} changes its arguments in place: {error}",
             place_in(error, function),
             "compute a new tensor, such as W + s in place of W.add_(s)",
+        ) from None
+    except _RandomError as error:
+        raise DefinitionError(
+            f"{kind} {name!r}: {hook} draws random numbers: {error}",
+            place_in(error, function),
+            "it must give the same result each time it is called; random starts are the init of a Param",
         ) from None
     except Exception as error:
         message = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

@@ -21,6 +21,9 @@ RESERVED = frozenset(
     }
 )
 """Names no option may have: the keys of a spec's entries, and the fields of the passes that insert and quantize."""
+MISSPELT = 0.88
+"""How alike, by difflib's ratio, an attribute is to one that adaptc reads for it to be a mistake: `kind` is 0.89 like
+`kinds`, while `restored`, another word, is 0.86 like `stored`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Definition:
         return getattr(self.cls, attribute, None) is not getattr(self.base, attribute, None)
 
 
-def _function(attribute: Any) -> Any:
+def _function(attribute: object) -> Any:
     """The plain function of a method, property, static or class method; anything else is returned as it is."""
     return getattr(attribute, "fget", None) or getattr(attribute, "__func__", attribute)
 
@@ -88,9 +91,30 @@ def check_class(
     definition = Definition(kind, name, cls, base, author)
     parameters: Any = cls.__dict__.get("__dataclass_params__")
     if parameters is None or not parameters.frozen:
-        decorator = "graph_pass" if kind == "pass" else kind
-        raise definition.mistake(f"write @{decorator} above @dataclass(frozen=True)")
+        raise definition.mistake(f"write @{decorator_of(kind)} above @dataclass(frozen=True)")
+    _check_spelling(definition)
     return definition
+
+
+def decorator_of(kind: str) -> str:
+    """The name of the decorator that registers a kind of class or function."""
+    return {"pass": "graph_pass", "reader": "stored_by"}.get(kind, kind)
+
+
+def _check_spelling(definition: Definition) -> None:
+    """Check that no attribute looks like a misspelt one of the base, which nothing would read."""
+    stated = [name for name in dir(definition.base) if not name.startswith("_")]
+    options = {option.name for option in dataclasses.fields(definition.cls)}
+    for name in vars(definition.cls):
+        inherited = any(hasattr(parent, name) for parent in definition.cls.__bases__)
+        if name.startswith("_") or name in options or inherited:
+            continue
+        if nearest(name, stated, 1, cutoff=MISSPELT):
+            raise definition.mistake(
+                f"{name} is nothing that adaptc reads{did_you_mean(name, stated)}",
+                name,
+                f"a helper of the class's own starts with an underscore: _{name}",
+            )
 
 
 def check_options(definition: Definition, reserved: Collection[str] = RESERVED) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar, cast
 
 from adaptc.errors import AdaptcError, DefinitionError
 from adaptc.registry.author import Author
+from adaptc.registry.definitions import decorator_of
 
 ENTRY_POINT_GROUP = "adaptc.passes"
 """The group of entry points by which an installed package extends adaptc."""
@@ -47,8 +48,11 @@ class Registry(Mapping[str, T], Generic[T]):
         """A decorator that registers a class or function and sets its attribute `name`.
 
         Raises:
-            DefinitionError: the name is not kebab-case, another author has registered it, or the check finds a mistake.
+            DefinitionError: there is no name, it is not kebab-case, another author has registered it, or the check
+                finds a mistake.
         """
+        if not isinstance(cast(object, name), str):
+            raise self._unnamed(name)
 
         def decorate(item: D) -> D:
             frame = inspect.currentframe()
@@ -84,6 +88,19 @@ class Registry(Mapping[str, T], Generic[T]):
     def __len__(self) -> int:
         self._load()
         return len(self._items)
+
+    def _unnamed(self, item: object) -> DefinitionError:
+        """The error on a decorator without its name, which gets the class or function instead."""
+        decorator = decorator_of(self.kind)
+        frame = inspect.currentframe()
+        while frame is not None and re.match(r"adaptc\.(?!passes\.)", frame.f_globals.get("__name__", "")):
+            frame = frame.f_back
+        place = (
+            Author.of(item, frame).place
+            if frame is not None and hasattr(item, "__qualname__")
+            else repr(item)
+        )
+        return DefinitionError(f'write @{decorator}("a-name"), with the name that a spec calls it by', place)
 
     def _check(self, name: str, item: Any, author: Author) -> None:
         if NAME.fullmatch(name) is None:

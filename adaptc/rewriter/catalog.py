@@ -76,7 +76,7 @@ class PassFactory:
         checked = create_model(self.__name__, **fields)(**pass_options)
         return self.pass_class(body, **{name: getattr(checked, name) for name in pass_options})
 
-    def _divided(self, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _divided(self, options: Mapping[str, object]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Options of the method or scheme, and options of the pass."""
         of_body = self._options(self.body)
         return (

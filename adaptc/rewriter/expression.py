@@ -23,8 +23,8 @@ PIECE = 2**15
 
 def trace_expression(
     function: Callable[..., torch.Tensor],
-    operands: Sequence[Any],
-    theta: Mapping[str, Any],
+    operands: Sequence[object],
+    theta: Mapping[str, object],
     whole: bool = False,
 ) -> fx.Graph:
     """Trace `function(*operands, **theta)` on fake tensors.
@@ -55,7 +55,7 @@ def splice(
     traced: fx.Graph,
     operands: Sequence[fx.Node],
     like: fx.Node,
-    mark: Mapping[str, Any],
+    mark: Mapping[str, object],
     before: fx.Node | None = None,
 ) -> fx.Node:
     """Copy a traced expression into a graph; gives the node of its result.

@@ -8,7 +8,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 from pydantic import TypeAdapter
 
@@ -56,7 +56,7 @@ class Pass:
         return None
 
 
-def changed_options(instance: Any) -> dict[str, Any]:
+def changed_options(instance: object) -> dict[str, Any]:
     """The fields of a dataclass that differ from their defaults, as data that YAML can hold."""
     options: dict[str, Any] = {}
     for field in dataclasses.fields(instance) if dataclasses.is_dataclass(instance) else ():
@@ -152,7 +152,7 @@ def run(
     graph: Graph,
     passes: Iterable[Pass],
     records: list[PassRecord] | None = None,
-    after: Callable[[str, Graph], Any] | None = None,
+    after: Callable[[str, Graph], object] | None = None,
     compare: Compare | None = None,
 ) -> Graph:
     """Run passes in the order written, on a copy, checking each.
@@ -198,7 +198,7 @@ def run(
     return graph
 
 
-def _check_is_pass(item: Any) -> None:
+def _check_is_pass(item: object) -> None:
     if not isinstance(item, Pass):
         raise TypeError(f"expected a pass such as adaptc.passes.Fold(), got {item!r}")
 
@@ -207,6 +207,8 @@ def _rewritten(graph: Graph, item: Pass, done: Sequence[str]) -> bool:
     """Let a pass rewrite the graph, and check the result; gives whether the pass says that it changed anything."""
     try:
         modified = item.call(graph)
+        if not isinstance(cast(object, modified), bool):
+            raise VerifyError(f"call gives whether it changed anything, True or False; got {modified!r}")
         graph.stage = item.leaves or graph.stage
         with structure_checked():
             graph.clean()

@@ -115,7 +115,7 @@ def _message(kind: str, value: object, context: Mapping[str, Any], message: str)
     return f"{message[:1].lower()}{message[1:]}, got {got(value)}"
 
 
-def _written(loc: Loc, data: Any) -> Loc:
+def _written(loc: Loc, data: object) -> Loc:
     """The part of a location that exists in the data as written, and the key that is missing after it, if one is."""
     for depth, part in enumerate(loc):
         if not isinstance(data, Mapping | list | tuple):

@@ -49,7 +49,7 @@ def option_keys(cls: Any) -> dict[str, Any]:
     return keys | {"method": (Literal[cls.name], ...)}
 
 
-def _from_list(hint: Any) -> Any:
+def _from_list(hint: object) -> Any:
     plain = get_args(hint)[0] if get_origin(hint) is Annotated else hint
     return Annotated[hint, Strict(False)] if get_origin(plain) in (tuple, frozenset) else hint
 
@@ -157,7 +157,7 @@ class OneOf:
             raise invalid(fault(unknown(self.key, name, sorted(models)), loc=(self.key,)))
         return models[name].model_validate(value)
 
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(self.choose)
 
     def __get_pydantic_json_schema__(

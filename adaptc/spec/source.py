@@ -77,7 +77,7 @@ def _bytes_of(path: Path) -> bytes:
         raise SpecError([Problem(message, file=str(path))]) from None
 
 
-def _with_value(data: Any, parts: Sequence[str], value: Any) -> tuple[Any, Loc]:
+def _with_value(data: object, parts: Sequence[str], value: object) -> tuple[Any, Loc]:
     """Set one value of plain data.
 
     Returns:

@@ -220,7 +220,7 @@ class Spec(Part):
         return WeightError(str(self.source.problem(loc, error.message, *error.notes)))
 
 
-def load(spec: str | os.PathLike[str] | Mapping[str, Any] | Spec, overrides: Sequence[str] = ()) -> Spec:
+def load(spec: str | os.PathLike[str] | Mapping[str, object] | Spec, overrides: Sequence[str] = ()) -> Spec:
     """Read and validate a spec.
 
     Args:

@@ -50,7 +50,7 @@ class Called:
 
 
 def called(
-    model: nn.Module, examples: Sequence[Any] | Mapping[str, Any], dynamic: Mapping[str, Any] | None
+    model: nn.Module, examples: Sequence[object] | Mapping[str, object], dynamic: Mapping[str, object] | None
 ) -> Called:
     """How a module is called with some examples.
 
@@ -86,7 +86,7 @@ def called(
     return Called(flat, inputs, copies, _flattening(model, names, fixed), tuple(notes))
 
 
-def _bound(model: nn.Module, examples: Sequence[Any] | Mapping[str, Any]) -> dict[str, Any]:
+def _bound(model: nn.Module, examples: Sequence[object] | Mapping[str, object]) -> dict[str, Any]:
     """The examples by the arguments of forward.
 
     Raises:
@@ -103,7 +103,7 @@ def _bound(model: nn.Module, examples: Sequence[Any] | Mapping[str, Any]) -> dic
 
 
 def _arguments(
-    signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]
+    signature: inspect.Signature, args: Sequence[object], kwargs: Mapping[str, object]
 ) -> dict[str, Any]:
     """What a call gives for each argument by name, those of `**kwargs` among the others.
 
@@ -138,7 +138,7 @@ def _flattening(model: nn.Module, names: Mapping[Path, str], fixed: Mapping[Path
     return flatten
 
 
-def _leaves(arguments: Mapping[str, Any]) -> Iterator[tuple[Path, Any]]:
+def _leaves(arguments: Mapping[str, object]) -> Iterator[tuple[Path, Any]]:
     """Every value of the arguments that is no container, with its place."""
     for name, value in arguments.items():
         register_containers(value)
@@ -234,17 +234,17 @@ def _input(name: str, value: torch.Tensor, axes: Mapping[int, str]) -> InputSpec
     return replace(spec, example=tuple(value.shape), values=values_of(name, [value]))
 
 
-def _tells(model: nn.Module, path: Path, value: Any) -> bool:
+def _tells(model: nn.Module, path: Path, value: object) -> bool:
     """Whether a constant differs from what forward takes where it is left out."""
     parameter = _parameter(model, path[0])
     return len(path) > 1 or parameter is None or not _same(parameter.default, value)
 
 
-def _same(default: Any, value: Any) -> bool:
+def _same(default: object, value: object) -> bool:
     return type(default) is type(value) and bool(default == value)
 
 
-def _constant(model: nn.Module, path: Path, value: Any) -> str:
+def _constant(model: nn.Module, path: Path, value: object) -> str:
     """The note about an argument that is no tensor."""
     return (
         f"{'.'.join(map(str, path))} of {type(model).__name__}.forward is {value!r} in every product: an argument that "

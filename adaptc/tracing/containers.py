@@ -51,16 +51,16 @@ def register_containers(value: Any) -> None:
         register_containers(child)
 
 
-def step_of(key: Any) -> Any:
+def step_of(key: object) -> Any:
     """The key, index or field that a step of a pytree's path takes."""
     return next((getattr(key, kind) for kind in ("key", "idx", "name") if hasattr(key, kind)), key)
 
 
-def _node_type(value: Any) -> Any:
+def _node_type(value: object) -> Any:
     return cast(Any, pytree)._get_node_type(value)
 
 
-def _is_known(value: Any) -> bool:
+def _is_known(value: object) -> bool:
     return _node_type(value) in pytree.SUPPORTED_NODES
 
 
@@ -69,7 +69,7 @@ def _register_dataclass(cls: Any) -> None:
     fields = [field.name for field in dataclasses.fields(cls)]
     constructs = set(fields) <= set(inspect.signature(cls).parameters)
 
-    def parts(value: Any) -> dict[str, Any]:
+    def parts(value: object) -> dict[str, Any]:
         return {name: getattr(value, name) for name in fields if getattr(value, name, None) is not None}
 
     def make(given: dict[str, Any]) -> Any:
@@ -96,7 +96,7 @@ def _register(
         step: the class of a step to a part.
     """
 
-    def flatten(value: Any) -> tuple[list[Any], list[Any]]:
+    def flatten(value: object) -> tuple[list[Any], list[Any]]:
         return list(parts(value).values()), list(parts(value))
 
     def with_keys(value: Any) -> tuple[list[tuple[Any, Any]], list[Any]]:
@@ -108,7 +108,7 @@ def _register(
     pytree.register_pytree_node(cls, flatten, unflatten, flatten_with_keys_fn=with_keys)
 
 
-def _holds_tensors(value: Any) -> bool:
+def _holds_tensors(value: object) -> bool:
     return any(isinstance(part, torch.Tensor) for part in getattr(value, "__dict__", {}).values())
 
 
@@ -116,7 +116,7 @@ def _full_name(cls: Any) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _message(cls: Any) -> str:
+def _message(cls: object) -> str:
     return f"{_full_name(cls)} holds tensors, and torch does not know how it is made of them"
 
 

@@ -193,7 +193,7 @@ def _region_body(module: fx.GraphModule, argument: object) -> fx.GraphModule | N
     return body if isinstance(body, fx.GraphModule) else None
 
 
-def _detached(graph: fx.Graph, value: Any) -> Any:
+def _detached(graph: fx.Graph, value: object) -> Any:
     if not isinstance(value, fx.Node) or not value.meta["val"].dtype.is_floating_point:
         return value
     node = graph.call_function(aten.detach.default, (value,))

@@ -100,7 +100,7 @@ def load(model: str, entry: BaseEntry, seed: int, inputs: tuple[InputSpec, ...])
     )
 
 
-def read_pretrained(model: str, task: str, trust: bool, overrides: Mapping[str, Any]) -> Pretrained:
+def read_pretrained(model: str, task: str, trust: bool, overrides: Mapping[str, object]) -> Pretrained:
     """Read what a checkpoint is: its configuration, and what makes the model of a task.
 
     Args:
@@ -120,7 +120,7 @@ def read_pretrained(model: str, task: str, trust: bool, overrides: Mapping[str, 
     return replace(pretrained, config=read_config(pretrained.transformer, trust, {**stated, **overrides}))
 
 
-def read_config(model: str, trust: bool, overrides: Mapping[str, Any]) -> Any:
+def read_config(model: str, trust: bool, overrides: Mapping[str, object]) -> Any:
     """Read the configuration of a Hugging Face model, its dtype among it.
 
     Raises:

@@ -117,7 +117,7 @@ BOXES = 1000
 
 
 def derive_inputs(
-    model: nn.Module | type[nn.Module], config: Any, given: frozenset[str] | None = None
+    model: nn.Module | type[nn.Module], config: object, given: frozenset[str] | None = None
 ) -> DerivedInputs:
     """Derive the inputs of a model from what its tokenizer gives, its main input and its configuration.
 
@@ -163,7 +163,7 @@ def _unknown(model: nn.Module | type[nn.Module], *names: str) -> UnknownInputsEr
 
 
 def chosen_inputs(
-    model: nn.Module, config: Any, inputs: Sequence[InputSpec], given: frozenset[str] | None
+    model: nn.Module, config: object, inputs: Sequence[InputSpec], given: frozenset[str] | None
 ) -> DerivedInputs:
     """The inputs that a spec states, with what the configuration says of their values; derived where it states none.
 
@@ -188,7 +188,7 @@ def chosen_inputs(
         return _without_images(derived, config, f"{type(model).__name__} cannot be traced with it: {reason}")
 
 
-def _without_images(derived: DerivedInputs, config: Any, reason: str) -> DerivedInputs:
+def _without_images(derived: DerivedInputs, config: object, reason: str) -> DerivedInputs:
     """The inputs without images, and without the marks of their tokens."""
     dropped = {IMAGES} if _token_types(config) is not None else {IMAGES, *MARKS}
     inputs = tuple(spec for spec in derived.inputs if spec.name not in dropped)
@@ -205,7 +205,7 @@ def left_out(model: nn.Module | type[nn.Module], names: Sequence[str]) -> dict[s
     return {name: STAND_INS.get(name, "none") for name in others}
 
 
-def limited(spec: InputSpec, config: Any) -> InputSpec:
+def limited(spec: InputSpec, config: object) -> InputSpec:
     """An input with what the configuration says of its values: the number of token types, the corners of a box."""
     if spec.name == "token_type_ids":
         return replace(spec, high=_token_types(config))
@@ -216,14 +216,14 @@ def limited(spec: InputSpec, config: Any) -> InputSpec:
     return spec
 
 
-def _decodes(model: nn.Module | type[nn.Module], config: Any) -> bool:
+def _decodes(model: nn.Module | type[nn.Module], config: object) -> bool:
     """Whether a model writes texts, token by token; what could be an encoder too has `is_decoder` to tell."""
     generates: Any = getattr(model, "can_generate", None)
     encodes = hasattr(config, "add_cross_attention") and getattr(config, "is_decoder", True) is False
     return generates is not None and bool(generates()) and not encodes and _vision(config) is config
 
 
-def _takes(name: str, config: Any, given: frozenset[str] | None, decodes: bool) -> bool:
+def _takes(name: str, config: object, given: frozenset[str] | None, decodes: bool) -> bool:
     """Whether a model was trained with an input that its forward takes.
 
     The tokenizer says so. Without one, the configuration: one of several token types was learned for each token.
@@ -245,7 +245,7 @@ def _takes(name: str, config: Any, given: frozenset[str] | None, decodes: bool) 
     return True
 
 
-def _vision(config: Any) -> Any:
+def _vision(config: object) -> Any:
     """The configuration of a model's image part; the whole one where it has no parts."""
     return getattr(config, "vision_config", config)
 
@@ -255,23 +255,23 @@ def _text(config: Any) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def _token_types(config: Any) -> int | None:
+def _token_types(config: object) -> int | None:
     """The number of token types; None where the configuration has no table of them."""
     return getattr(_text(config), "type_vocab_size", None)
 
 
-def _box_limit(config: Any) -> int | None:
+def _box_limit(config: object) -> int | None:
     """The number that coordinates of boxes stay below; None where they are fractions of the page."""
     rows: int | None = getattr(_text(config), "max_2d_position_embeddings", None)
     return min(rows, BOXES + 1) if rows else None
 
 
-def _filled(text: str, config: Any) -> str:
+def _filled(text: str, config: object) -> str:
     names = [name for _, name, _, _ in Formatter().parse(text) if name]
     return text.format(**{n: SIZES[n](config) if n in SIZES else getattr(config, n) for n in names})
 
 
-def _image_side(config: Any, index: int) -> int | None:
+def _image_side(config: object, index: int) -> int | None:
     """The height (0) or width (1) of an image in pixels; None where the configuration fixes none."""
     vision = _vision(config)
     size: Any = getattr(vision, "image_size", getattr(vision, "input_size", None))

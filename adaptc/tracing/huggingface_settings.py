@@ -44,7 +44,7 @@ SETTINGS = (
 """The settings that are applied before a model is built; each change becomes a note of the base."""
 
 
-def set_for_tracing(config: Any, model: nn.Module | None = None) -> list[str]:
+def set_for_tracing(config: object, model: nn.Module | None = None) -> list[str]:
     """Apply `SETTINGS` to a configuration and its parts, in place.
 
     Args:
@@ -85,7 +85,7 @@ def alternative_notes(model: Any) -> list[str]:
     ]
 
 
-def _has(model: Any, method: str) -> bool:
+def _has(model: object, method: str) -> bool:
     """Whether a model has a part, as its own method says; older ones have no such method."""
     return hasattr(model, method) and getattr(model, method)()
 

@@ -36,11 +36,11 @@ def tasks() -> dict[str, str]:
 
 def dashed(name: str) -> str:
     """The name of a head as a task is spelled: `CausalLM` -> `causal-lm`."""
-    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", name)
-    return words.lower().replace("seq2-seq", "seq2seq")
+    hyphenated = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", name)
+    return hyphenated.lower().replace("seq2-seq", "seq2seq")
 
 
-def task_of(config: Any, architecture: str) -> str:
+def task_of(config: object, architecture: str) -> str:
     """The task whose Auto class makes a model.
 
     Args:
@@ -60,7 +60,7 @@ def task_of(config: Any, architecture: str) -> str:
     return min(fitting, key=order.index)
 
 
-def model_classes(task: str, config: Any) -> tuple[type[nn.Module], ...]:
+def model_classes(task: str, config: object) -> tuple[type[nn.Module], ...]:
     """The classes of models that the Auto class of a task makes from a configuration; none where it makes none."""
     mapping: Any = getattr(optional("transformers"), tasks()[task])._model_mapping
     if type(config) not in mapping:

@@ -18,12 +18,12 @@ MARKS = ("token_type_ids", "mm_token_type_ids")
 """Inputs that are 1 where a token holds the place of an image."""
 
 
-def image_token(config: Any) -> int | None:
+def image_token(config: object) -> int | None:
     """The token that holds the place of an image's features in a text; None for a model without one."""
     return getattr(config, "image_token_id", getattr(config, "image_token_index", None))
 
 
-def with_image_tokens(model: nn.Module, config: Any, inputs: Sequence[InputSpec]) -> tuple[InputSpec, ...]:
+def with_image_tokens(model: nn.Module, config: object, inputs: Sequence[InputSpec]) -> tuple[InputSpec, ...]:
     """The inputs of a model that puts images into a text, with the tokens that hold their places.
 
     Args:
@@ -45,7 +45,7 @@ def with_image_tokens(model: nn.Module, config: Any, inputs: Sequence[InputSpec]
     )
 
 
-def _tokens_of_an_image(model: nn.Module, config: Any, images: InputSpec) -> int:
+def _tokens_of_an_image(model: nn.Module, config: object, images: InputSpec) -> int:
     """How many rows of features a model makes of one image, on fake tensors."""
     fake = (tensor for tensor in model.parameters() if isinstance(tensor, FakeTensor))
     mode = next((tensor.fake_mode for tensor in fake), None) or FakeTensorMode(allow_non_fake_inputs=True)

@@ -66,7 +66,9 @@ def _held(model: nn.Module, inputs: Sequence[InputSpec], notes: Sequence[str]) -
     return with_chosen_inputs(base, inputs) if is_pretrained(model) else base
 
 
-def from_factory(name: str, args: Mapping[str, Any], inputs: Sequence[InputSpec], dtype: str | None) -> Base:
+def from_factory(
+    name: str, args: Mapping[str, object], inputs: Sequence[InputSpec], dtype: str | None
+) -> Base:
     """The base that a factory returns.
 
     Args:
@@ -141,7 +143,7 @@ def _program_inputs(module: torch.fx.GraphModule) -> list[InputSpec]:
 
 
 def from_examples(
-    model: nn.Module, examples: Sequence[Any] | Mapping[str, Any], dynamic: Mapping[str, Any] | None
+    model: nn.Module, examples: Sequence[object] | Mapping[str, object], dynamic: Mapping[str, object] | None
 ) -> Base:
     """The base that is a module in memory, without the wrappers around it, and its inputs as in the examples.
 

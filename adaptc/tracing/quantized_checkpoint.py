@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -17,7 +16,7 @@ WEIGHT = ".weight"
 
 
 def packed_weights(
-    model: nn.Module, directory: Path, quantization: Mapping[str, Any]
+    model: nn.Module, directory: Path, quantization: Mapping[str, object]
 ) -> dict[str, PackedWeight]:
     """Find the weights that a checkpoint stores in another library's packed format.
 

@@ -37,7 +37,7 @@ class SentenceEmbedding:
     def __init__(self, directory: Path):
         self.files = read_sentence_transformer(directory)
 
-    def from_config(self, config: Any, **options: Any) -> nn.Module:
+    def from_config(self, config: object, **options: Any) -> nn.Module:
         """The model without its weights.
 
         Raises:
@@ -45,7 +45,9 @@ class SentenceEmbedding:
         """
         return _join(_auto(config).from_config(config, **options), self.files)
 
-    def from_pretrained(self, name: str, *, config: Any, **options: Any) -> tuple[nn.Module, dict[str, Any]]:
+    def from_pretrained(
+        self, name: str, *, config: object, **options: Any
+    ) -> tuple[nn.Module, dict[str, Any]]:
         """The model with its weights, and what transformers reports of the transformer's keys.
 
         Raises:

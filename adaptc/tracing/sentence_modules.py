@@ -120,7 +120,7 @@ POOLINGS: Mapping[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 """Mode -> its function of tokens (batch, seq, width), mask (batch, seq) and the tokens' places in their sentence."""
 
 
-def _modes(settings: Mapping[str, Any]) -> tuple[str, ...]:
+def _modes(settings: Mapping[str, object]) -> tuple[str, ...]:
     """The modes of a pooling, from either spelling of its configuration.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -50,35 +50,15 @@ def trace_base(base: Base) -> Graph:
     aliases = first_names(owner)
     buffers = {name for name, _ in owner.named_buffers(remove_duplicate=False)}
     persistent = set(owner.state_dict(keep_vars=True))
-    mode = next(n.meta["val"].fake_mode for n in traced.graph.nodes if n.op == "placeholder")
-
-    weights: dict[str, Weight] = {}
-    for name in aliases:
-        tensor = get_tensor(owner, name)
-        weights[name] = base.packed.get(name) or Deferred(
-            tuple(tensor.shape), tensor.dtype, _loader(base, name, tuple(tensor.shape))
-        )
+    weights: dict[str, Weight] = {
+        name: base.packed.get(name) or _deferred(base, name, get_tensor(owner, name)) for name in aliases
+    }
     _check_operations(traced.graph.nodes)
-    for node in traced.graph.nodes:
-        if node.op == "get_attr" and node.target not in weights and node.target != "training":
-            tensor = get_tensor(traced, str(node.target))
-            if not isinstance(cast(object, tensor), torch.Tensor):
-                raise _no_tensor(tensor, next(iter(node.users)))
-            if isinstance(tensor, FakeTensor):
-                raise TraceError(f"the trace holds a constant without a value: {node.target}")
-            weights[str(node.target)] = Held(tensor)
-            node.meta["constant"] = tensor
-            aliases[str(node.target)] = str(node.target)
-            buffers.add(str(node.target))
-
-    module = fx.GraphModule(nn.Module(), fx.Graph())
-    with mode:
-        for name, weight in weights.items():
-            fake = torch.empty(weight.shape, dtype=weight.dtype)
-            set_tensor(module, name, fake if name in buffers else nn.Parameter(fake, requires_grad=False))
-            for node in traced.graph.find_nodes(op="get_attr", target=name):
-                node.meta["val"] = fake
-    module.graph = traced.graph
+    constants = _constants(traced, weights)
+    weights |= constants
+    aliases |= {name: name for name in constants}
+    buffers |= constants.keys()
+    module = _with_fake_weights(traced, weights, buffers)
     graph = Graph(
         module=module,
         weights=weights,
@@ -105,17 +85,53 @@ BRANCHES = (
 """What to do about an operation of torch that runs a part of a graph."""
 
 
+def _constants(traced: fx.GraphModule, weights: Mapping[str, Weight]) -> dict[str, Held]:
+    """The tensors that the trace made of the author's plain values: those that its nodes read and no weight is.
+
+    Raises:
+        TraceError: one is no tensor, or has no value.
+    """
+    constants: dict[str, Held] = {}
+    for node in traced.graph.nodes:
+        if node.op != "get_attr" or node.target in weights or node.target == "training":
+            continue
+        tensor = get_tensor(traced, str(node.target))
+        if not isinstance(cast(object, tensor), torch.Tensor):
+            raise _no_tensor(tensor, next(iter(node.users)))
+        if isinstance(tensor, FakeTensor):
+            raise TraceError(f"the trace holds a constant without a value: {node.target}")
+        constants[str(node.target)] = Held(tensor)
+        node.meta["constant"] = tensor
+    return constants
+
+
+def _with_fake_weights(
+    traced: fx.GraphModule, weights: Mapping[str, Weight], buffers: Container[str]
+) -> fx.GraphModule:
+    """The traced graph in a module whose weights are fake, in the fake mode of the trace."""
+    mode = next(n.meta["val"].fake_mode for n in traced.graph.nodes if n.op == "placeholder")
+    module = fx.GraphModule(nn.Module(), fx.Graph())
+    with mode:
+        for name, weight in weights.items():
+            fake = torch.empty(weight.shape, dtype=weight.dtype)
+            set_tensor(module, name, fake if name in buffers else nn.Parameter(fake, requires_grad=False))
+            for node in traced.graph.find_nodes(op="get_attr", target=name):
+                node.meta["val"] = fake
+    module.graph = traced.graph
+    return module
+
+
 def _no_tensor(value: object, user: fx.Node) -> TraceError:
     """The error for a constant of a trace that is no tensor: a generator of random numbers, or a branch."""
     advice = {
         torch.Generator: "draw random numbers before the model is called, and hand them in as an input",
         fx.GraphModule: BRANCHES,
     }
-    known = next((text for cls, text in advice.items() if isinstance(value, cls)), "leave it out of forward")
+    remedy = next((text for cls, text in advice.items() if isinstance(value, cls)), "leave it out of forward")
     return TraceError(
         f"the trace holds a {type(value).__name__}, which {operation(user)} takes; a graph holds tensors only",
         *provenance(user),
-        known,
+        remedy,
     )
 
 
@@ -137,8 +153,9 @@ def _check_operations(nodes: Iterable[fx.Node]) -> None:
             )
 
 
-def _loader(base: Base, name: str, shape: tuple[int, ...]) -> Callable[[], torch.Tensor]:
-    """A function that loads a weight of the base; it finds the base's weights the first time one is asked for."""
+def _deferred(base: Base, name: str, fake: torch.Tensor) -> Deferred:
+    """A weight of the base, which finds the base's weights the first time one is asked for."""
+    shape = tuple(fake.shape)
 
     def load() -> torch.Tensor:
         weight = base.bound.weights[name]
@@ -148,7 +165,7 @@ def _loader(base: Base, name: str, shape: tuple[int, ...]) -> Callable[[], torch
             )
         return weight.load()
 
-    return load
+    return Deferred(shape, fake.dtype, load)
 
 
 def _inputs(base: Base, traced: fx.GraphModule) -> tuple[InputSpec, ...]:

@@ -98,7 +98,9 @@ class _Rewrite:
         self.node.replace_all_uses_with(result)
         self.graph.module.graph.erase_node(self.node)
 
-    def apply(self, product: AffineMap, x: fx.Node, E: fx.Node, flipped: bool, bias: Any = None) -> fx.Node:
+    def apply(
+        self, product: AffineMap, x: fx.Node, E: fx.Node, flipped: bool, bias: object = None
+    ) -> fx.Node:
         """`E x + b` for E (out, in), or (in, out) where it is `flipped`."""
         args: Any = E.args
         if not _is_expression(E):  # a parameter, of the base or of the method
@@ -132,7 +134,9 @@ class _Rewrite:
             return self.apply(product.after, self.apply(product, x, inner, flipped), outer, flipped, bias)
         return self.multiply(product, x, E, flipped, bias)
 
-    def scaled(self, product: AffineMap, x: fx.Node, E: fx.Node, flipped: bool, bias: Any) -> fx.Node | None:
+    def scaled(
+        self, product: AffineMap, x: fx.Node, E: fx.Node, flipped: bool, bias: object
+    ) -> fx.Node | None:
         """`E x + b` for E a matrix times, or divided by, a scalar or a vector along one side; None if E is neither."""
         matrix, scale = E.args[0], E.args[1]
         if isinstance(scale, fx.Node) and not _same_shape(matrix, E) and E.target is aten.mul.Tensor:
@@ -171,7 +175,7 @@ class _Rewrite:
         multiplied = self.emit(aten.einsum.default, "...nb,ncb->...nc", [blocks, M])
         return self.emit(aten.flatten.using_ints, multiplied, -2, -1)
 
-    def multiply(self, product: AffineMap, x: fx.Node, E: fx.Node, flipped: bool, bias: Any) -> fx.Node:
+    def multiply(self, product: AffineMap, x: fx.Node, E: fx.Node, flipped: bool, bias: object) -> fx.Node:
         """`E x + b` with E built."""
         return product.multiply(self.emit, x, E, flipped, bias)
 
@@ -224,7 +228,7 @@ class _Rewrite:
         operands = walk([E], lambda node: node.all_input_nodes)
         return any(node.op == "get_attr" and node.target in trained for node in operands)
 
-    def emit(self, target: Any, *args: Any) -> fx.Node:
+    def emit(self, target: object, *args: Any) -> fx.Node:
         """Insert an operation, recorded as coming from the base's product."""
         return self.graph.call(target, *args, like=self.node)
 
@@ -244,7 +248,7 @@ def _block_diagonal_factors(E: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     return (W, M) if b == c and n * b == columns else None
 
 
-def _without_exchange(E: Any) -> fx.Node | None:
+def _without_exchange(E: object) -> fx.Node | None:
     """The value whose first two axes E exchanges, seen through reshapes; None if E is no such exchange."""
     exchange = _unshaped(E)
     if exchange.target is not aten.transpose.int or exchange.args[1:] != (0, 1):
@@ -270,7 +274,7 @@ def _transposes(E: fx.Node) -> bool:
     return len({dim % 2 for dim in args[1:]}) != 1  # `transpose(0, 0)` exchanges nothing
 
 
-def _same_shape(value: Any, E: fx.Node) -> bool:
+def _same_shape(value: object, E: fx.Node) -> bool:
     return isinstance(value, fx.Node) and tuple(value.meta["val"].shape) == tuple(E.meta["val"].shape)
 
 

@@ -10,7 +10,7 @@ from adaptc.methods.method import method
 
 @method("bottleneck")
 @dataclass(frozen=True)
-class Sequential(SmallFeedForward):
+class Bottleneck(SmallFeedForward):
     """h' = h + s (W_up σ(W_down h + b_down) + b_up)    W_down (r, d)   W_up (d, r)    Houlsby et al. 2019, section 2.1
 
     h `(..., d)` is the output of a sub-layer, before the residual sum. Houlsby et al. put one after every attention

@@ -24,7 +24,7 @@ Tokens = Annotated[tuple[int, ...], Field(description="the words whose rows are 
 class TokensFormat(PeftFormat["TrainableTokens"]):
     """PEFT's configuration of trainable tokens, alone or beside LoRA."""
 
-    def joined(self, value: Any) -> tuple[dict[str, Any], Sequence[str]]:
+    def joined(self, value: object) -> tuple[dict[str, Any], Sequence[str]]:
         """The tokens of the input's embedding, or those of the modules that are named: the same for all."""
         if not isinstance(value, dict):
             return {"token_indices": value}, ()

@@ -59,7 +59,7 @@ class QuantizedLinear:
         """The tensor that the scheme stores under a name."""
         return self.weights[name].load()
 
-    def call(self, target: Any, *args: Any) -> fx.Node:
+    def call(self, target: object, *args: Any) -> fx.Node:
         """Insert an operation in front of the node."""
         return self.graph.call(target, *args, like=self.node)
 
@@ -130,7 +130,7 @@ def multiplies_bfloat16(device: str) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def four_bits(operation: Any, pack: Callable[[Tensor], Tensor]) -> Callable[[QuantizedLinear], fx.Node]:
+def four_bits(operation: object, pack: Callable[[Tensor], Tensor]) -> Callable[[QuantizedLinear], fx.Node]:
     """A kernel that calls `operation(x, pack(codes), block, ranges)`; see `_ranges`.
 
     Args:

@@ -50,9 +50,9 @@ def awq(config: Mapping[str, Any], module: str, tensors: Mapping[str, Weight]) -
     return integer_matrix(scheme, rows, columns, codes, zeros, scales, module)
 
 
-def _fields(words: Tensor) -> Tensor:
+def _fields(packed: Tensor) -> Tensor:
     """The eight numbers of each word, in the order of the outputs: int32 (n, words) as uint8 (n, 8 words)."""
     import torch
 
-    fields = torch.unflatten(unpack(words.contiguous().view(torch.uint8), BITS), -1, (-1, len(ORDER)))
+    fields = torch.unflatten(unpack(packed.contiguous().view(torch.uint8), BITS), -1, (-1, len(ORDER)))
     return fields[..., list(ORDER)].flatten(-2)

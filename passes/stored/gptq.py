@@ -62,8 +62,8 @@ def gptq(config: Mapping[str, Any], module: str, tensors: Mapping[str, Weight]) 
 
     def zeros() -> Tensor:
         # Added to whole words, since the format subtracts so: a zero of 0 borrows from its neighbour.
-        words = (qzeros.load().long() + subtracted).bitwise_and(2**32 - 1).int()
-        return unpack(words.view(torch.uint8), bits)[:, :rows].t()
+        packed = (qzeros.load().long() + subtracted).bitwise_and(2**32 - 1).int()
+        return unpack(packed.view(torch.uint8), bits)[:, :rows].t()
 
     matrix = integer_matrix(scheme, rows, columns, codes, zeros, scales, module)
     return matrix if order is None else matrix.with_part("order", lambda: order.int())

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from adaptc.ir.graph import Graph
-from adaptc.ir.module import bind
-from tests.families import Zoo, differs, entry, inputs, outputs, perturb, randomise
+from tests.families import Zoo, differs, entry, evaluate, inputs, perturb, randomise
 from tests.small_models import Normed, compiled, near
 
 
@@ -61,11 +58,6 @@ def test_a_name_that_ends_another_is_saved_unmistakably(tmp_path: Path) -> None:
     again = compiled(randomise(Nested()), [{"adapter": str(tmp_path / "a")}], x)
     assert [site.module for site in again.plan.sites] == ["fc"]
     assert near(again.module.eval()(x), first.module.eval()(x))
-
-
-def evaluate(graph: Graph, tensors: dict[str, torch.Tensor], module: Any = None) -> dict[str, torch.Tensor]:
-    with torch.no_grad():
-        return outputs(module or bind(graph).eval(), tensors, graph.outputs)
 
 
 def test_order_of_two_methods_is_kept_in_what_is_saved(zoo: Zoo, tmp_path: Path) -> None:

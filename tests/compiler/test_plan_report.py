@@ -83,3 +83,16 @@ def test_what_is_printed(
     again, twin = planned(zoo, spec, f"passes={line}")
     assert described(again.passes) == described(plan.passes)
     assert twin == adapted
+
+
+def test_a_plan_is_printed_as_text(zoo: Zoo, capsys: pytest.CaptureFixture[str]) -> None:
+    plan, _ = planned(zoo, {"adapt": [LORA, IA3], "quantize": [INT4]})
+    lines = str(plan).splitlines()
+    assert lines[:3] == [
+        "adapt.0     lora 'default': 1 site, up",
+        "adapt.1     ia3 'default': 1 site, down",
+        "quantize.0  int4: 1 site, mid",
+    ]
+    assert lines[3].startswith(f"parameters  {plan.budget.parameters:,} in the base")
+    Screen().plan(plan)
+    assert capsys.readouterr().out.endswith("\n".join(lines[3:]) + "\n"), "as `adaptc plan` prints it"

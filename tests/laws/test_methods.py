@@ -33,6 +33,7 @@ from tests.families import (
     close,
     differs,
     entry,
+    evaluate,
     field_names,
     inputs,
     outputs,
@@ -104,11 +105,6 @@ def adapted_graph(zoo: Zoo, method: str, name: str, dtype: str | None = None, **
     values = perturbed({n: graph.weights[n].load() for n in graph.adapter_names})
     graph.weights.update({n: Held(value) for n, value in values.items()})
     return graph
-
-
-def evaluate(graph: Graph, tensors: dict[str, torch.Tensor], module: Any = None) -> dict[str, torch.Tensor]:
-    with torch.no_grad():
-        return outputs(module or bind(graph).eval(), tensors, graph.outputs)
 
 
 @pytest.mark.parametrize(("method", "name"), EVERY)

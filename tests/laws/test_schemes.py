@@ -30,9 +30,11 @@ from tests.families import (
     entry,
     inputs,
     marked,
+    matrix,
     outputs,
     perturb,
     randomise,
+    scheme_entry,
     small,
 )
 from tests.small_models import Words
@@ -73,17 +75,9 @@ def variants() -> list[Any]:
     return [pytest.param(scheme, id=text) for text, scheme in found.items()]
 
 
-def values(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn((rows, columns), generator=torch.Generator().manual_seed(seed)) * 0.1 + 0.01
-
-
 def stored(scheme: Scheme, W: torch.Tensor) -> dict[str, torch.Tensor]:
-    given = values(50, W.shape[1], seed=7) if scheme.calibrated else None
+    given = matrix(50, W.shape[1], seed=7) if scheme.calibrated else None
     return {**scheme.quantize(W, given), **scheme.constants()}
-
-
-def options(name: str) -> dict[str, Any]:
-    return {"method": name, **SCHEMES[name].small}
 
 
 # the bits
@@ -92,7 +86,7 @@ def options(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("scheme", variants())
 @pytest.mark.parametrize("size", SIZES)
 def test_what_is_stored_is_what_was_said(scheme: Scheme, size: tuple[int, int]) -> None:
-    kept = scheme.quantize(values(*size), values(50, size[1], 7) if scheme.calibrated else None)
+    kept = scheme.quantize(matrix(*size), matrix(50, size[1], 7) if scheme.calibrated else None)
     said = scheme.stored(*size)
     assert {n: (tuple(t.shape), str(t.dtype)) for n, t in kept.items()} == {
         n: (k.shape, f"torch.{k.dtype}") for n, k in said.items()
@@ -107,7 +101,7 @@ def test_what_is_stored_is_what_was_said(scheme: Scheme, size: tuple[int, int]) 
 @pytest.mark.parametrize("scheme", variants())
 @pytest.mark.parametrize("size", SIZES)
 def test_the_fast_ways_give_the_same(scheme: Scheme, size: tuple[int, int]) -> None:
-    held = stored(scheme, values(*size))
+    held = stored(scheme, matrix(*size))
     back = scheme.dequantize(*size, held)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert torch.equal(scheme.unpack(*size, held, dtype), back.to(dtype))
@@ -118,7 +112,7 @@ def test_the_fast_ways_give_the_same(scheme: Scheme, size: tuple[int, int]) -> N
 
 @pytest.mark.parametrize("scheme", variants())
 def test_more_bits_are_nearer(scheme: Scheme) -> None:
-    W = values(64, 256)
+    W = matrix(64, 256)
     back = scheme.dequantize(64, 256, stored(scheme, W))
     allowed = {2: 0.7, 4: 0.2, 8: 0.02}[getattr(scheme, "bits", 4)]
     assert float((back - W).norm() / W.norm()) < allowed
@@ -128,7 +122,7 @@ def test_more_bits_are_nearer(scheme: Scheme) -> None:
 def test_rounding_is_to_the_nearest(name: str) -> None:
     """No other code of a value's block is nearer; what is rounded stays as it is when rounded again."""
     scheme = SCHEMES[name](**SCHEMES[name].small)
-    W = values(6, 48)
+    W = matrix(6, 48)
     held = stored(scheme, W)
     back = scheme.dequantize(6, 48, held)
     codes = held["codes"]
@@ -145,7 +139,7 @@ def test_rounding_is_to_the_nearest(name: str) -> None:
 @pytest.mark.parametrize("name", SCHEMES)
 def test_zeros_stay_zeros(name: str) -> None:
     scheme = SCHEMES[name](**SCHEMES[name].small)
-    W = values(4, 64)
+    W = matrix(4, 64)
     W[1] = 0
     back = scheme.dequantize(4, 64, stored(scheme, W))
     assert torch.isfinite(back).all()
@@ -192,7 +186,7 @@ def test_a_quantized_graph_is_the_model_with_rounded_weights(zoo: Zoo, family: s
         pytest.skip(f"{name} stands for {sorted(SCHEMES[name].kinds)}")
     if family == "resnet" and "conv" not in SCHEMES[name].kinds:
         target = ["classifier.1"]
-    made = zoo.compiled(family, [], quantize=[{**options(name), "target": target}])
+    made = zoo.compiled(family, [], quantize=[{**scheme_entry(name), "target": target}])
     assert made.graph.quantized
     model = replaced(zoo.eager(family), made)
     check(zoo, family, made, {"live": made.module, "folded": made.fold()}, model)
@@ -203,7 +197,7 @@ def test_a_quantized_graph_is_the_model_with_rounded_weights(zoo: Zoo, family: s
 @pytest.mark.parametrize("target", ["*.c_attn[q,v]", "*.c_attn[k]", "*.c_attn[0:20]"])
 @pytest.mark.parametrize("name", marked(PLAIN, STAND_FOR_ALL[:1]))
 def test_slices_leave_the_other_rows_alone(zoo: Zoo, name: str, target: str) -> None:
-    made = zoo.compiled("gpt2", [], quantize=[{**options(name), "target": target}])
+    made = zoo.compiled("gpt2", [], quantize=[{**scheme_entry(name), "target": target}])
     model = replaced(zoo.eager("gpt2"), made)
     check(zoo, "gpt2", made, {"live": made.module, "folded": made.fold()}, model)
     q = next(iter(made.graph.quantized.values()))
@@ -221,7 +215,7 @@ def test_slices_leave_the_other_rows_alone(zoo: Zoo, name: str, target: str) -> 
 def test_experts(zoo: Zoo, name: str) -> None:
     if "experts" not in SCHEMES[name].kinds:
         pytest.skip(f"{name} stands for {sorted(SCHEMES[name].kinds)}")
-    quantize = [{**options(name), "target": "*.experts.*"}]
+    quantize = [{**scheme_entry(name), "target": "*.experts.*"}]
     made = zoo.compiled("mixtral", [], quantize=quantize)
     assert {q.site.kind for q in made.graph.quantized.values()} == {"experts"}
     check(zoo, "mixtral", made, {"live": made.module}, replaced(zoo.eager("mixtral"), made))
@@ -237,7 +231,7 @@ def test_every_method_sits_on_every_quantized_weight(zoo: Zoo, method: str) -> N
         kinds = {s.kind for s in zoo.graph(family).sites} | {"parameter"}
         if not METHODS[method].kinds & kinds:
             continue
-        quantize = [{**options("nf4"), "target": list(FAMILIES[family].target)}]
+        quantize = [{**scheme_entry("nf4"), "target": list(FAMILIES[family].target)}]
         made = zoo.compiled(family, [target], quantize=quantize)
         perturb(made.module)
         floats = replaced(zoo.eager(family), made)
@@ -271,7 +265,7 @@ CALIBRATED = [param for param in variants() if param.values[0].calibrated]
 @pytest.mark.parametrize("scheme", CALIBRATED)
 def test_integers_in_other_columns_or_scales_are_plain_ones(scheme: Any) -> None:
     """x M = x' M': what kernels of plain integers are given."""
-    W, x = values(12, 40), values(7, 40, seed=3)
+    W, x = matrix(12, 40), matrix(7, 40, seed=3)
     held = stored(scheme, W)
     plain = scheme.without_inputs()
     inner = plain.dequantize(12, 40, {key: held[key] for key in plain.stored(12, 40)})
@@ -294,7 +288,7 @@ def test_onnx(name: str, runtime: str, tmp_path: Path) -> None:
         n for n in ("embed", "up", "down", "head") if n != "embed" or "embedding" in SCHEMES[name].kinds
     ]
     made = adaptc.compile(
-        {"quantize": [{**options(name), "target": target}]},
+        {"quantize": [{**scheme_entry(name), "target": target}]},
         model=model,
         example_inputs=(x,),
         dynamic={"x": {0: "batch", 1: "seq"}},
@@ -323,7 +317,7 @@ def test_onnx(name: str, runtime: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", marked(PLAIN, ()))
 def test_a_torch_artifact_holds_the_bits(zoo: Zoo, name: str, tmp_path: Path) -> None:
-    quantize = [{**options(name), "target": "all-linear"}]
+    quantize = [{**scheme_entry(name), "target": "all-linear"}]
     made = zoo.compiled("llama", [{"method": "lora", "target": "all-linear", "r": 2}], quantize=quantize)
     perturb(made.module)
     made.emit("torch", tmp_path / "artifact")
@@ -350,12 +344,12 @@ def test_a_torch_artifact_holds_the_bits(zoo: Zoo, name: str, tmp_path: Path) ->
 def test_operations(name: str) -> None:
     """torch's own checks of custom operations: shapes, aliases, autograd, compilation."""
     scheme = SCHEMES[name](**SCHEMES[name].small)
-    W = values(12, 40)
+    W = matrix(12, 40)
     held = list(stored(scheme, W).values())
-    x, bias = values(3, 40, 3).requires_grad_(), values(1, 12, 4)[0].requires_grad_()
+    x, bias = matrix(3, 40, 3).requires_grad_(), matrix(1, 12, 4)[0].requires_grad_()
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(quantized_linear, (x, held, bias, scheme.text, 12, 40), test_utils=checks)
-    torch.library.opcheck(quantized_product, (values(3, 12), held, scheme.text, 12, 40), test_utils=checks)
+    torch.library.opcheck(quantized_product, (matrix(3, 12), held, scheme.text, 12, 40), test_utils=checks)
     back = scheme.dequantize(12, 40, stored(scheme, W))
     got = quantized_linear(x, held, bias, scheme.text, 12, 40)
     close(got, F.linear(x, back, bias))
@@ -384,7 +378,7 @@ def test_inputs_make_it_better_than_rounding(name: str) -> None:
         torch.randn(512, 16, generator=generator) @ mix + 0.1 * torch.randn(512, 64, generator=generator)
         for _ in range(2)
     )
-    W, plain = values(48, 64), scheme.without_inputs()
+    W, plain = matrix(48, 64), scheme.without_inputs()
     errors = {}
     for which, given in ((scheme, seen), (plain, None)):
         held = {**which.quantize(W, given), **which.constants()}

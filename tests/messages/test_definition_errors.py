@@ -31,7 +31,7 @@ from adaptc.spec.entries import AdapterEntry, MethodEntry, QuantizeEntry
 HEAD = """\
 from dataclasses import dataclass, field
 from typing import ClassVar
-import torch
+import random, torch
 from adaptc import ActivationMethod, AttentionMethod, Fault, Graph, InputMethod, Param, Pass, WeightMethod
 from adaptc import graph_pass, method, scheme
 """
@@ -152,9 +152,14 @@ MISTAKES: list[tuple[str, str, str, str]] = [
     ("return W + self.gain * s", "return W + s * torch.ones(1)", "torch.bfloat16, got torch.float32", "def weight"),
     ("return W + self.gain * s", "return W + s if s.sum() > 0 else W", "depends on the values of a tensor", "return W"),
     ("return W + self.gain * s", "return W + s + 1", "the model before anything is trained, by 1", "def weight"),
-    ("return W + self.gain * s", "return W + s * torch.rand(1)", "draws no random numbers", "def weight"),
+    ("return W + self.gain * s", "return W + s * torch.rand(1)", "weight draws random numbers: rand", "return W"),
+    ("return W + self.gain * s", "return W + s * random.random()", "draws no random numbers", "def weight"),
+    ("(site.out_features, 1)", "(site.out_features,)", "on W of shape [24, 16]: RuntimeError: The size", "return W"),
+    ("def params", "def refuse(self, site): return None\n    def params", "did you mean 'refuses'?", "def refuse"),
+    ("    kinds", "    identity_at_int = False\n    kinds", "did you mean 'identity_at_init'?", "identity_at_int"),
+    ('@method("probe-method")', "@method", 'write @method("a-name")', "class Probe"),
     ("return W + self.gain * s", "return W + s.detach()", "get no gradient to s", "def weight"),
-    ("return W + self.gain * s", "return W + gian * s", "weight fails: NameError: name 'gian'", "return W + gian"),
+    ("return W + self.gain * s", "return W + gian * s", "shape [24, 16]: NameError: name 'gian'", "return W + gian"),
 ]  # fmt: skip
 
 
@@ -163,12 +168,7 @@ def test_a_mistake_in_a_method_is_told_when_it_is_registered(
     tmp_path: Path, right: str, wrong: str, words: str, line: str
 ) -> None:
     assert right in METHOD
-    text = METHOD.replace(right, wrong, 1)
-    if "torch.rand(1)" in wrong:  # at its start, s is zero
-        text = text.replace('"zeros"', '"ones"').replace(
-            "    kinds", "    identity_at_init: ClassVar = False\n    kinds"
-        )
-    message, named = told(tmp_path, text)
+    message, named = told(tmp_path, METHOD.replace(right, wrong, 1))
     assert words in message
     assert line in named, (named, message)
     assert "probe-method" not in METHODS

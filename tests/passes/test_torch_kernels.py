@@ -11,11 +11,7 @@ from torch import nn
 import adaptc
 from adaptc.compiler.compiled import Compiled
 from adaptc.passes.lower import torch_kernels as kernels
-from tests.families import Zoo, close, entry, inputs, randomise
-
-
-def values(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn((rows, columns), generator=torch.Generator().manual_seed(seed)) * 0.1 + 0.01
+from tests.families import Zoo, close, entry, inputs, matrix, randomise
 
 
 @pytest.mark.parametrize(
@@ -28,7 +24,7 @@ def test_torch_kernels(options: dict[str, Any]) -> None:
         .bfloat16()
         .eval()
     )
-    x = values(3, 128).bfloat16().unsqueeze(0)
+    x = matrix(3, 128).bfloat16().unsqueeze(0)
     block = {"block_size": 32} if options["method"] == "int4" else {}
     made = adaptc.compile(
         {"quantize": [{**options, **block, "target": "*"}]},

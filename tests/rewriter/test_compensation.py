@@ -9,13 +9,7 @@ import pytest
 import torch
 
 from adaptc.compiler.compiled import Compiled
-from adaptc.quantization.scheme import SCHEMES
-from tests.families import Zoo, close, inputs, outputs, perturb
-
-
-def options(name: str) -> dict[str, Any]:
-    return {"method": name, **SCHEMES[name].small}
-
+from tests.families import Zoo, close, inputs, outputs, perturb, scheme_entry
 
 # adapters that make up for what is lost
 
@@ -24,7 +18,7 @@ MAKES_UP = {"lora": {"r": 4, "alpha": 4}, "qalora": {"r": 4, "alpha": 4, "group_
 
 def compensation(zoo: Zoo, method: str, scheme: str = "int4", **more: Any) -> Compiled:
     entry = {"method": method, "target": ["up", "down"], **MAKES_UP[method], **more}
-    quantize = {**options(scheme), "target": ["up", "down"]}
+    quantize = {**scheme_entry(scheme), "target": ["up", "down"]}
     return zoo.compiled("mlp", [entry], quantize=[quantize])
 
 
@@ -52,7 +46,7 @@ def test_what_makes_up_is_saved_and_loaded(zoo: Zoo, method: str, rounds: int, t
     made = compensation(zoo, method, init_weights="loftq", loftq_iter=rounds)
     perturb(made.module)
     made.save_adapter(tmp_path / "adapter")
-    quantize = [{**options("int4"), "target": ["up", "down"]}]
+    quantize = [{**scheme_entry("int4"), "target": ["up", "down"]}]
     again = zoo.compiled("mlp", [{"adapter": str(tmp_path / "adapter")}], quantize=quantize)
     tensors = inputs("mlp")
     got, want = (outputs(m.module.eval(), tensors, m.base.outputs)["output"] for m in (again, made))

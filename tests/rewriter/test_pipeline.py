@@ -96,6 +96,11 @@ class Forgets(Bad):
         return False
 
 
+class SaysNothing(Bad):
+    def call(self, graph: Graph) -> bool:
+        return None  # type: ignore[return-value]
+
+
 class Ensures(Bad):
     def call(self, graph: Graph) -> bool:
         return True
@@ -116,6 +121,7 @@ class Ensures(Bad):
         (Raises, "bad.*mine"),
         (Unordered, "bad|before"),
         (Ensures, "promised"),
+        (SaysNothing, "call gives whether it changed anything, True or False; got None"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

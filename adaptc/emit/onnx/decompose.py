@@ -118,7 +118,7 @@ def _put_on_cpu(nodes: fx.Graph, device: fx.Node) -> None:
     nodes.erase_node(device)
 
 
-def _is_composite(target: Any) -> bool:
+def _is_composite(target: object) -> bool:
     """Whether torch computes an operation by others."""
     key = torch._C.DispatchKey.CompositeImplicitAutograd
     return isinstance(target, torch._ops.OpOverload) and target.has_kernel_for_dispatch_key(key)
@@ -154,7 +154,7 @@ class _Unchecked(TorchDispatchMode):
         return None if func in (*ASSERTIONS, *CHECKS) else func(*args, **(kwargs or {}))
 
 
-def _replace(nodes: fx.Graph, node: fx.Node, result: Any) -> None:
+def _replace(nodes: fx.Graph, node: fx.Node, result: object) -> None:
     """Replace a node by its result: a node, a constant, or a list of such for an operation with several outputs."""
     for user in list(node.users):
         if user.target is operator.getitem and isinstance(result, (list, tuple)):

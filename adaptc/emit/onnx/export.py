@@ -114,7 +114,7 @@ def export_onnx(
     return Written(nodes, model.opset_imports[""], weights, total > INLINE_LIMIT)
 
 
-def _bytes(model: Any) -> bytes:
+def _bytes(model: object) -> bytes:
     """The program as the bytes of a file.
 
     Raises:
@@ -274,6 +274,6 @@ def _separate_outputs(model: Any) -> None:
             seen.add(value)
 
 
-def _text(dim: Any) -> str:
+def _text(dim: object) -> str:
     """A dimension as text: its size, or the name of its symbol."""
     return str(getattr(dim, "value", dim))

@@ -180,7 +180,7 @@ class _Lowering:
         return self.call(aten.linear.default, x, W)
 
     def _nbits(
-        self, x: fx.Node, held: dict[str, Any], scheme: IntegerBlocks, rows: int, columns: int, bias: Any
+        self, x: fx.Node, held: dict[str, Any], scheme: IntegerBlocks, rows: int, columns: int, bias: object
     ) -> fx.Node:
         """The product with a weight of integers: MatMulNBits."""
         block = runtime_block(scheme, columns)
@@ -291,7 +291,7 @@ class _Lowering:
             traced = trace_expression(function, [], {k: n.meta["val"] for k, n in held.items()})
         return splice(self.graph, traced, list(held.values()), self.node, {})
 
-    def call(self, target: Any, *args: Any) -> fx.Node:
+    def call(self, target: object, *args: Any) -> fx.Node:
         """Insert one operation in front of the node."""
         return self.graph.call(target, *args, like=self.node)
 

@@ -166,7 +166,7 @@ class PartitionedProgram:
         return frame
 
 
-def _tensors(arrays: Mapping[str, Any], names: Sequence[str]) -> list[torch.Tensor]:
+def _tensors(arrays: Mapping[str, object], names: Sequence[str]) -> list[torch.Tensor]:
     """Some of the arrays as tensors."""
     return [torch.as_tensor(np.asarray(arrays[name])) for name in names]
 

@@ -16,7 +16,7 @@ KEY = "adaptc.provenance"
 """The key in a program's metadata."""
 
 
-def embed(path: Path, record: Mapping[str, Any]) -> None:
+def embed(path: Path, record: Mapping[str, object]) -> None:
     """Add a record to a program's metadata, with the SHA-256 of the file before that and of the record.
 
     Protocol buffers are merged when they are joined: so the entry is appended, and no byte before it changes.

@@ -10,6 +10,7 @@ import onnx_ir as ir
 import onnxscript
 import torch
 from onnxscript import values
+from onnxscript.onnx_types import TensorType
 
 op: Any = onnxscript.opset18
 FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
@@ -61,17 +62,17 @@ def _runtime(name: str, inputs: tuple[str, ...], attributes: tuple[str, ...], op
 
 
 def matmul_nbits(
-    x: Any,
-    codes: Any,
-    scales: Any,
-    zeros: Any = None,
-    bias: Any = None,
+    x: TensorType,
+    codes: TensorType,
+    scales: TensorType,
+    zeros: TensorType | None = None,
+    bias: TensorType | None = None,
     rows: int = 0,
     columns: int = 0,
     bits: int = 4,
     block: int = 32,
     accuracy: int = 0,
-) -> Any:
+) -> TensorType:
     """`x Wᵀ + bias` by ONNX Runtime's MatMulNBits: W (rows, columns) of codes of 2, 4 or 8 bits, in blocks."""
     operation = _runtime(
         "MatMulNBits",
@@ -84,16 +85,27 @@ def matmul_nbits(
 
 
 def matmul_bnb4(
-    x: Any, codes: Any, absmax: Any, rows: int = 0, columns: int = 0, block: int = 64, kind: int = 1
-) -> Any:
+    x: TensorType,
+    codes: TensorType,
+    absmax: TensorType,
+    rows: int = 0,
+    columns: int = 0,
+    block: int = 64,
+    kind: int = 1,
+) -> TensorType:
     """`x Wᵀ` by ONNX Runtime's MatMulBnb4: W (rows, columns) of a table of 16 values, `kind` 0 for fp4, 1 for nf4."""
     operation = _runtime("MatMulBnb4", ("x", "codes", "absmax"), ("K", "N", "block_size", "quant_type"))
     return operation(x, codes, op.CastLike(absmax, x), K=columns, N=rows, block_size=block, quant_type=kind)
 
 
 def gather_blocks(
-    ids: Any, codes: Any, scales: Any, zeros: Any = None, bits: int = 4, block: int = 32
-) -> Any:
+    ids: TensorType,
+    codes: TensorType,
+    scales: TensorType,
+    zeros: TensorType | None = None,
+    bits: int = 4,
+    block: int = 32,
+) -> TensorType:
     """Rows of a quantized matrix by ONNX Runtime's GatherBlockQuantized."""
     operation = _runtime(
         "GatherBlockQuantized",
@@ -105,8 +117,13 @@ def gather_blocks(
 
 
 def matmul_dequantized(
-    x: Any, codes: Any, scales: Any, zeros: Any = None, rows: int = 0, block: int = 0
-) -> Any:
+    x: TensorType,
+    codes: TensorType,
+    scales: TensorType,
+    zeros: TensorType | None = None,
+    rows: int = 0,
+    block: int = 0,
+) -> TensorType:
     """`x W` by DequantizeLinear and MatMul: W (in, out), blocks along the first axis or a scale for each column."""
     options = {"axis": 0, "block_size": block} if block else {"axis": 1}
     opset: Any = onnxscript.opset21
@@ -114,7 +131,7 @@ def matmul_dequantized(
     return op.MatMul(x, op.CastLike(W, x))
 
 
-def matmul_integer(x: Any, codes: Any, scales: Any) -> Any:
+def matmul_integer(x: TensorType, codes: TensorType, scales: TensorType) -> TensorType:
     """`x W` by DynamicQuantizeLinear, MatMulInteger and a scale, which ONNX Runtime fuses to one operation."""
     wide = op.Cast(x, to=ir.DataType.FLOAT)
     rounded, step, zero = op.DynamicQuantizeLinear(wide)
@@ -122,7 +139,7 @@ def matmul_integer(x: Any, codes: Any, scales: Any) -> Any:
     return op.CastLike(op.Mul(product, op.Mul(step, scales)), x)
 
 
-def shifted(x: Any, by: int) -> Any:
+def shifted(x: TensorType, by: int) -> TensorType:
     """`x >> by` of unsigned bytes; the exporter's own form makes them signed."""
     return op.BitShift(x, op.CastLike(op.Constant(value_int=by), x), direction="RIGHT")
 
@@ -137,12 +154,12 @@ TRANSLATIONS: Mapping[str, Callable[..., Any]] = {
 """The name of an operation -> the function that writes it in ONNX."""
 
 
-def integer_type(bits: int) -> Any:
+def integer_type(bits: int) -> ir.DataType:
     """ONNX's unsigned integer of so many bits."""
     return getattr(ir.DataType, f"UINT{bits}")
 
 
-def integer_tensor(codes: torch.Tensor, bits: int, name: str) -> Any:
+def integer_tensor(codes: torch.Tensor, bits: int, name: str) -> ir.TensorProtocol:
     """Codes, one in each byte, as a tensor of so many bits, which a file holds packed."""
     import ml_dtypes
 
@@ -186,25 +203,47 @@ def _rows_by(x: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 @untyped.register_fake("adaptc_onnx::matmul_nbits")
-def _(x: Any, codes: Any, scales: Any, zeros: Any, bias: Any, rows: int, *sizes: int) -> torch.Tensor:
+def _(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    rows: int,
+    *sizes: int,
+) -> torch.Tensor:
     return _rows_by(x, rows)
 
 
 @untyped.register_fake("adaptc_onnx::matmul_bnb4")
-def _(x: Any, codes: Any, absmax: Any, rows: int, *sizes: int) -> torch.Tensor:
+def _(x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor, rows: int, *sizes: int) -> torch.Tensor:
     return _rows_by(x, rows)
 
 
 @untyped.register_fake("adaptc_onnx::matmul_dequantized")
-def _(x: Any, codes: Any, scales: Any, zeros: Any, rows: int, block: int) -> torch.Tensor:
+def _(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    rows: int,
+    block: int,
+) -> torch.Tensor:
     return _rows_by(x, rows)
 
 
 @untyped.register_fake("adaptc_onnx::matmul_integer")
-def _(x: Any, codes: Any, scales: Any) -> torch.Tensor:
+def _(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return _rows_by(x, codes.shape[1])
 
 
 @untyped.register_fake("adaptc_onnx::gather_blocks")
-def _(ids: Any, codes: Any, scales: Any, zeros: Any, bits: int, block: int) -> torch.Tensor:
+def _(
+    ids: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bits: int,
+    block: int,
+) -> torch.Tensor:
     return scales.new_empty((*ids.shape, codes.shape[1] * 8 // bits))

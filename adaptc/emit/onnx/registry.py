@@ -43,7 +43,7 @@ def registry_of(nodes: Iterable[fx.Node], opset: int) -> Any:
     return registry
 
 
-def has_form(node: fx.Node, registry: Any) -> bool:
+def has_form(node: fx.Node, registry: object) -> bool:
     """Whether the exporter finds an ONNX form for a node, on real or on complex operands as this one has.
 
     A form that computes something else for this node's arguments is none.

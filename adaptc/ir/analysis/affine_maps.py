@@ -36,7 +36,7 @@ class AffineMap(Protocol):
         """The map that multiplies y by a further matrix, for `E = E2 E1`; None if E cannot be split into two maps."""
         ...
 
-    def multiply(self, emit: Emit, x: fx.Node, E: fx.Node, flipped: bool, bias: Any) -> fx.Node:
+    def multiply(self, emit: Emit, x: fx.Node, E: fx.Node, flipped: bool, bias: object) -> fx.Node:
         """Insert `E x + b`, spelled as the base spells it for a weight that is stored this way.
 
         Args:
@@ -79,7 +79,7 @@ class Linear:
         """A linear map too: y has the shape of x."""
         return self
 
-    def multiply(self, emit: Emit, x: fx.Node, E: fx.Node, flipped: bool, bias: Any) -> fx.Node:
+    def multiply(self, emit: Emit, x: fx.Node, E: fx.Node, flipped: bool, bias: object) -> fx.Node:
         """`linear` for E (out, in); `addmm` or `matmul` for E stored (in, out)."""
         if not flipped:
             return emit(aten.linear.default, x, E, *([] if bias is None else [bias]))
@@ -110,7 +110,7 @@ class Embedding:
         """A linear map: the rows that were looked up are dense."""
         return Linear()
 
-    def multiply(self, emit: Emit, x: fx.Node, E: fx.Node, flipped: bool, bias: Any) -> fx.Node:
+    def multiply(self, emit: Emit, x: fx.Node, E: fx.Node, flipped: bool, bias: object) -> fx.Node:
         """A lookup of rows in the table E stored (in, out)."""
         table = E if flipped else emit(aten.t.default, E)
         return emit(aten.embedding.default, table, x, *self.options)
@@ -156,7 +156,7 @@ class Convolution:
         plain = self.target.overloadpacket.default  # that of padding="same" takes no numbers
         return Convolution(plain, (0, *ones), ([*ones], [0] * len(ones), [*ones], 1), 1)
 
-    def multiply(self, emit: Emit, x: fx.Node, E: fx.Node, flipped: bool, bias: Any) -> fx.Node:
+    def multiply(self, emit: Emit, x: fx.Node, E: fx.Node, flipped: bool, bias: object) -> fx.Node:
         """The convolution with the rows of E as kernels; where E is kernels or a reshape of them, with those."""
         if E.meta["val"].dim() > 2:
             return emit(self.target, x, E, bias, *self.options)

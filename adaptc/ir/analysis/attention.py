@@ -77,7 +77,7 @@ class Tokens:
         """The number of features of a head."""
         return int(self.node.meta["val"].shape[self.features])
 
-    def count(self, batches: Sequence[Any]) -> int | None:
+    def count(self, batches: Sequence[object]) -> int | None:
         """The number of heads; None if unknown.
 
         Args:

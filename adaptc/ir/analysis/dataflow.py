@@ -166,7 +166,7 @@ def features_reaching(product: fx.Node, region: Mapping[fx.Node, None]) -> tuple
     return _ranges(sorted(reached))
 
 
-def _moved(node: fx.Node, labels: Mapping[fx.Node, Any]) -> Any:
+def _moved(node: fx.Node, labels: Mapping[fx.Node, object]) -> Any:
     """What a view gives of the labels of its operand."""
     if operation(node) == "to":
         return labels[node_arg(node, 0)]

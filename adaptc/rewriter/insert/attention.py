@@ -78,7 +78,7 @@ def _put_in_front(graph: Graph, real: Tokens, tokens: fx.Node, start: int, heads
     value = node.meta["val"]
     with graph.module.graph.inserting_before(user):
 
-        def call(target: Any, *args: Any) -> fx.Node:
+        def call(target: object, *args: Any) -> fx.Node:
             return graph.call(target, *args, like=user)
 
         flat = call(aten.slice.Tensor, tokens, 1, start, start + heads * size)

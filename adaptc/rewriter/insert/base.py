@@ -177,8 +177,8 @@ class Insert(Pass, Generic[M, S]):
         return f"{self.name} planned {', '.join(remaining)}, but did not rewrite it" if remaining else None
 
     def traced(
-        self, method: M, hook: str, site: S, expression: Callable[..., torch.Tensor], operands: Sequence[Any],
-        theta: Mapping[str, Any], whole: bool = False,
+        self, method: M, hook: str, site: S, expression: Callable[..., torch.Tensor], operands: Sequence[object],
+        theta: Mapping[str, object], whole: bool = False,
     ) -> fx.Graph:  # fmt: skip
         """A method's expression as a graph; `expression` calls the method's `hook`, which may not write to arguments.
 

@@ -96,7 +96,7 @@ class Masks:
             neutral = 0.0
         return self._wider(argument, neutral, node)
 
-    def _resize(self, node: fx.Node, length: Any) -> None:
+    def _resize(self, node: fx.Node, length: object) -> None:
         """Let a view that names the number of keys name the larger number."""
         sizes: list[Any] = list(cast("Any", node.args[1]))
         last = sizes[-1]
@@ -136,7 +136,7 @@ class Masks:
             self._padded[mask, neutral] = padded
         return self._padded[mask, neutral]
 
-    def _call(self, target: Any, *args: Any, like: fx.Node) -> fx.Node:
+    def _call(self, target: object, *args: Any, like: fx.Node) -> fx.Node:
         return self.graph.call(target, *args, like=like)
 
     def _not_understood(self, node: fx.Node, why: str) -> RefusedError:

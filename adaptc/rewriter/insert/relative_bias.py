@@ -83,7 +83,7 @@ class RelativeBias:
             raise ValueError(f"its bias comes through {name}, which is not followed")
         return [self.extended(args[0], inner), *args[1:]]
 
-    def _term(self, node: fx.Node, index: int, argument: Any, axis: int) -> Any:
+    def _term(self, node: fx.Node, index: int, argument: object, axis: int) -> Any:
         """An operand of an operation on single numbers: extended where it depends on positions; a mask is padded."""
         if not isinstance(argument, fx.Node) or not isinstance(argument.meta.get("val"), torch.Tensor):
             return argument

@@ -135,5 +135,5 @@ class TokenPlacement:
                     result = self.without(result, axis)
             output.replace_input_with(node, result)
 
-    def _call(self, target: Any, *args: Any) -> fx.Node:
+    def _call(self, target: object, *args: Any) -> fx.Node:
         return self.graph.call(target, *args, like=self.like)

@@ -153,17 +153,17 @@ def _unpacked(params: Mapping[str, Param], values: Mapping[str, torch.Tensor]) -
 
 
 def _weight_of(
-    method: WeightMethod, site: WeightSite, params: Mapping[str, Param], own: Collection[str]
+    method: WeightMethod, site: WeightSite, params: Mapping[str, Param], unshared: Collection[str]
 ) -> Callable[..., torch.Tensor]:
     """The method's expression on the stored weight: on each of its matrices, or the rows of a slice.
 
-    `own` are the arguments that a site has for itself; where it holds several matrices, one for each.
+    `unshared` are the arguments that a site has for itself; where it holds several matrices, one for each.
     """
 
     def one(W: torch.Tensor, theta: dict[str, torch.Tensor]) -> torch.Tensor:
         return method.weight(W, **theta)
 
-    each = (0, {argument: 0 if argument in own else None for argument in params})
+    each = (0, {argument: 0 if argument in unshared else None for argument in params})
     expression = torch.vmap(one, each) if site.batch is not None else one
 
     def weight(W: torch.Tensor, **values: torch.Tensor) -> torch.Tensor:
