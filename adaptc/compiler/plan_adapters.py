@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from adaptc.checkpoints.adapter import Checkpoint, directories, read, why_missin
 from adaptc.checkpoints.adapter_checks import match
 from adaptc.checkpoints.config_file import CONFIG, config_error
 from adaptc.checkpoints.config_keys import ignoring
+from adaptc.checkpoints.earlier_names import with_names_of_base
 from adaptc.checkpoints.graph_records import weight_order
 from adaptc.checkpoints.joined import joined_methods
 from adaptc.checkpoints.key_parts import ROOT, modules_holding
@@ -33,6 +34,7 @@ from adaptc.patterns import literal
 from adaptc.rewriter.insert.base import Insert
 from adaptc.spec.entries import AdapterEntry
 from adaptc.spec.spec import Spec, resolve_path
+from adaptc.tracing.huggingface_module import is_pretrained
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def _trained(spec: Spec, graph: Graph, index: int, entry: AdapterEntry) -> list[
     modules, unread = modules_holding(graph.weights), unread_modules(graph.module)
     try:
         for stored in _read(spec, index, entry, path):
-            checkpoint = replace(shortened(stored, modules), unread=unread)
+            checkpoint = replace(_named_as_in(graph, shortened(stored, modules), modules), unread=unread)
             name = entry.name or (stored.path.name if stored.path != path else "default")
             common = _Common(name, index, spec.seed, entry.on_alias)
             planned += _from_checkpoint(graph, checkpoint, common, entry.r)
@@ -134,6 +136,12 @@ def _trained(spec: Spec, graph: Graph, index: int, entry: AdapterEntry) -> list[
     except InputError as error:
         raise spec.error((*place[:2], "r"), error.message, *error.notes) from None
     return planned
+
+
+def _named_as_in(graph: Graph, checkpoint: Checkpoint, modules: Collection[str]) -> Checkpoint:
+    """A checkpoint with the names that a model of transformers has in the installed version."""
+    model = graph.source.model
+    return with_names_of_base(checkpoint, model, modules) if model and is_pretrained(model) else checkpoint
 
 
 def _read(spec: Spec, index: int, entry: AdapterEntry, path: Path) -> list[Checkpoint]:
