@@ -177,6 +177,7 @@ def _from_checkpoint(
         exclude=declaration.exclude,
         as_stored=declaration.as_stored,
         trained=True,
+        every=cls.peft is not None and cls.peft.any_module and not checkpoint.in_adaptc_format,
     )
     if not checkpoint.in_adaptc_format and any(
         site.type == ATTENTION for site in item.selection(graph).sites

@@ -44,7 +44,11 @@ class Selection(Generic[S]):
 
 
 def select(
-    graph: Graph, target: Target, exclude: Sequence[str], method: Method[Any] | Scheme
+    graph: Graph,
+    target: Target,
+    exclude: Sequence[str],
+    method: Method[Any] | Scheme,
+    every: bool = False,
 ) -> Selection[Any]:
     """The sites that a target matches, of the kinds that a method or scheme can be applied to.
 
@@ -56,10 +60,11 @@ def select(
         target: what the spec's entry names.
         exclude: patterns on module names to leave out.
         method: the method or scheme.
+        every: take every site of its kinds, whatever the method's `takes` says.
     """
     whole = "parameter" in method.kinds
     sites: Sequence[Any] = graph.parameter_sites if whole else _candidates(graph, method, target)
-    candidates = [site for site in sites if method.takes(site)]
+    candidates = [site for site in sites if every or method.takes(site)]
     patterns, wanted = _patterns(target, graph)
     criteria = _criteria(target)
     role = criteria.get("role")

@@ -46,6 +46,7 @@ class PeftFormat(Generic[M]):
         ties: whether PEFT's key `ensure_weight_tying` is read there.
         hosts: the keys by which other methods can join this configuration.
         heads: where `hosts` is empty, modules that PEFT adds itself.
+        any_module: whether PEFT trains every module that it is told to with it, whatever the module is.
         bare: whether keys have no `model.` in front, and keys of tensors of no module nothing at all.
     """
 
@@ -67,6 +68,7 @@ class PeftFormat(Generic[M]):
     ties: bool = False
     hosts: frozenset[str] = frozenset({"modules_to_save"})
     heads: frozenset[str] = frozenset()
+    any_module: bool = False
     bare: bool = False
 
     @property
@@ -97,6 +99,15 @@ class PeftFormat(Generic[M]):
 
         Args:
             options: our name -> our value.
+        """
+        return options
+
+    def stored(self, options: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        """Options of PEFT's configuration, by our names, where the tensors say otherwise what was trained.
+
+        Args:
+            options: our name -> PEFT's value.
+            shapes: key of each tensor -> its shape.
         """
         return options
 
