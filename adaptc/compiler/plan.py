@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from adaptc.checkpoints.asked_for import asked_for
 from adaptc.compiler.plan_adapters import PlannedInsertion, entries_of, match_checkpoints
 from adaptc.compiler.plan_quantization import (
     PlannedQuantization,
@@ -105,8 +106,9 @@ def _problems(spec: Spec, graph: Graph, planned: PlannedInsertion) -> list[Probl
     method, selection = planned.insert.method, planned.selection
     key = "adapter" if planned.checkpoint is not None else "target"
     if not selection.sites:
-        lines = no_match(graph, method, selection, planned.checkpoint is not None)
-        return [spec.source.problem(("adapt", planned.entry, key), *lines)]
+        lines = no_match(graph, method, selection)
+        asked = asked_for(planned.checkpoint) if planned.checkpoint is not None else []
+        return [spec.source.problem(("adapt", planned.entry, key), *lines, *asked)]
     if selection.lacking:
         message, notes = selection.lacking[0], selection.lacking[1:]
         return [spec.source.problem(("adapt", planned.entry, key), f"{method.name}: {message}", *notes)]

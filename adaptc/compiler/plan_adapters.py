@@ -9,6 +9,7 @@ from typing import Any
 
 from adaptc.checkpoints.adapter import Checkpoint, directories, read, why_missing
 from adaptc.checkpoints.adapter_checks import match
+from adaptc.checkpoints.asked_for import Layers
 from adaptc.checkpoints.config_file import CONFIG, config_error
 from adaptc.checkpoints.config_keys import ignoring
 from adaptc.checkpoints.earlier_names import with_names_of_base
@@ -21,6 +22,7 @@ from adaptc.checkpoints.peft_keys import PeftLayout
 from adaptc.checkpoints.peft_targets import named_modules
 from adaptc.checkpoints.saved_along import with_base_tensors
 from adaptc.checkpoints.tied import tied_in, tying_key
+from adaptc.checkpoints.whole_modules import check_whole_modules, with_state
 from adaptc.compiler.plan_texts import tokenized
 from adaptc.errors import InputError, WeightError
 from adaptc.ir.adaptation import OnAlias
@@ -128,6 +130,7 @@ def _trained(spec: Spec, graph: Graph, index: int, entry: AdapterEntry) -> list[
     try:
         for stored in _read(spec, index, entry, path):
             checkpoint = replace(_named_as_in(graph, shortened(stored, modules), modules), unread=unread)
+            check_whole_modules(checkpoint, modules)
             name = entry.name or (stored.path.name if stored.path != path else "default")
             common = _Common(name, index, spec.seed, entry.on_alias)
             planned += _from_checkpoint(graph, checkpoint, common, entry.r)
@@ -270,7 +273,8 @@ def _with_base_tensors(
     checkpoint = members[0].checkpoint
     assert checkpoint is not None
     base = {site.name: graph.weights[site.parameter] for site in graph.sites}
-    checkpoint = with_base_tensors(checkpoint, _expected(graph, members), base)
+    state = {name: graph.weights[name] for name in graph.buffers}
+    checkpoint = with_base_tensors(with_state(checkpoint, state), _expected(graph, members), base)
     planned = [replace(member, checkpoint=checkpoint) for member in members]
     if not checkpoint.changed:
         return planned
@@ -349,12 +353,13 @@ def match_checkpoints(spec: Spec, graph: Graph, entries: Sequence[PlannedInserti
     Raises:
         WeightError: they do not match.
     """
+    layers = Layers(modules_holding(graph.weights), _table_sizes(graph))
     for path in dict.fromkeys(p.checkpoint.path for p in entries if p.checkpoint is not None):
         members = [p for p in entries if p.checkpoint is not None and p.checkpoint.path == path]
         checkpoint = members[0].checkpoint
         assert checkpoint is not None
         try:
-            match(checkpoint, _expected(graph, members), _table_sizes(graph))
+            match(checkpoint, _expected(graph, members), layers)
         except WeightError as error:
             raise spec.weight_error(("adapt", members[0].entry, "adapter"), error) from None
 

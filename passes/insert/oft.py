@@ -71,7 +71,8 @@ class Oft(WeightMethod):
             return Fault(("r",), "write one of r (how many blocks) and block_size")
         if self._block(_turned(site)) == 1:
             return Fault(
-                ("block_size",), f"no block but of size 1 divides {_turned(site)}, and such a block cannot turn"
+                ("block_size",),
+                f"no block but of size 1 divides {_turned(site)}, and such a block cannot turn",
             )
         return None
 
