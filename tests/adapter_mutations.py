@@ -13,9 +13,43 @@ from safetensors.torch import load_file, save_file
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 VALUES: list[Any] = [
-    *(None, True, False, 0, 1, -1, 2, 3, 4, 8, 64, 0.5, 2.0, 1e30, 10**40, "", "x", "2", "none", "all", "lora_only"),
+    *(
+        None,
+        True,
+        False,
+        0,
+        1,
+        -1,
+        2,
+        3,
+        4,
+        8,
+        64,
+        0.5,
+        2.0,
+        1e30,
+        10**40,
+        "",
+        "x",
+        "2",
+        "none",
+        "all",
+        "lora_only",
+    ),
     *("lin0", "lin1", "emb", "all-linear", ".*", "(", "lin0|lin1", "re:lin0"),
-    *([], [""], ["lin0"], ["lin1"], ["lin0", "lin1"], ["emb", "lin0"], ["norm"], ["nowhere"], [0], [1, 2], [None]),
+    *(
+        [],
+        [""],
+        ["lin0"],
+        ["lin1"],
+        ["lin0", "lin1"],
+        ["emb", "lin0"],
+        ["norm"],
+        ["nowhere"],
+        [0],
+        [1, 2],
+        [None],
+    ),
     *({}, {"lin0": 2}, {"lin1": 3}, {"lin.": 2}, {"(": 2}, {"lin0": None}, {"lin0": "x"}, {"a": {"b": []}}),
 ]
 """What a key of a configuration is set to."""
@@ -96,9 +130,11 @@ def exchange(tensors: Tensors, key: str, random: Random) -> None:
 
 
 def add(tensors: Tensors, key: str, random: Random) -> None:
-    tensors[random.choice((f"{key}.more", "x", key.replace("lin", "lina"), key.replace("lin0", "lin7"), "base_model.x"))] = (
-        tensors[key]
-    )
+    tensors[
+        random.choice(
+            (f"{key}.more", "x", key.replace("lin", "lina"), key.replace("lin0", "lin7"), "base_model.x")
+        )
+    ] = tensors[key]
 
 
 def add_of_base(tensors: Tensors, key: str, random: Random) -> None:
@@ -142,7 +178,20 @@ def perturb(tensors: Tensors, key: str, random: Random) -> None:
 
 
 TENSOR_CHANGES = (
-    *(drop, drop_most, rename, rename, lengthen_all, exchange, add, add, add_of_base, cast, cast_all, reshape),
+    *(
+        drop,
+        drop_most,
+        rename,
+        rename,
+        lengthen_all,
+        exchange,
+        add,
+        add,
+        add_of_base,
+        cast,
+        cast_all,
+        reshape,
+    ),
     *(reshape, poison, perturb),
 )
 

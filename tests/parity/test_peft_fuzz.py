@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import warnings
@@ -16,7 +17,7 @@ from torch import nn
 
 import adaptc
 from adaptc.errors import AdaptcError
-from tests.adapter_mutations import TENSORS, mutate
+from tests.adapter_mutations import CONFIG, TENSORS, mutate
 from tests.families import randomise
 
 peft = pytest.importorskip("peft")
@@ -37,7 +38,10 @@ class Base(nn.Module):
 
 
 ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "lora": ("LORA", {"r": 4, "lora_alpha": 6, "target_modules": ["lin0", "lin1"], "rank_pattern": {"lin1": 2}}),
+    "lora": (
+        "LORA",
+        {"r": 4, "lora_alpha": 6, "target_modules": ["lin0", "lin1"], "rank_pattern": {"lin1": 2}},
+    ),
     "lora-beside": (
         "LORA",
         {"r": 2, "target_modules": ["lin0", "emb"], "modules_to_save": ["lin1"], "bias": "lora_only"},
@@ -81,11 +85,21 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return make
 
 
-def without_wrappers(directory: Path) -> Path:
-    """A copy whose keys have no parts that a wrapper or the adapter's name put there, which PEFT passes over."""
+IDLE = ("task_type", "peft_version", "revision", "module_dropout", "rank_dropout", "base_model_name_or_path")
+"""Options that no output depends on; PEFT refuses some values of them that are read here."""
+
+
+def plain(directory: Path) -> Path:
+    """A copy that PEFT reads as adaptc does the damaged one.
+
+    Its keys have no parts that a wrapper or the adapter's name put there, which PEFT passes over, and its configuration
+    no `IDLE` options.
+    """
     copied = directory.parent / "plain"
     shutil.rmtree(copied, ignore_errors=True)
     shutil.copytree(directory, copied)
+    config = json.loads((copied / CONFIG).read_text())
+    (copied / CONFIG).write_text(json.dumps({key: v for key, v in config.items() if key not in IDLE}))
     tensors = load_file(copied / TENSORS)
     save_file({re.sub(WRAPPERS, "", key): tensor for key, tensor in tensors.items()}, copied / TENSORS)
     return copied
@@ -94,7 +108,7 @@ def without_wrappers(directory: Path) -> Path:
 def theirs(directory: Path) -> torch.Tensor | str:
     """PEFT's outputs, or why it gives none: it refuses, or draws tensors that the file lacks at random."""
     try:
-        directory = without_wrappers(directory)
+        directory = plain(directory)
         model = peft.PeftModel.from_pretrained(base(), directory).eval()
         with torch.no_grad():
             first = model(X)
@@ -155,7 +169,9 @@ def test_many_damaged_adapters(saved: Any, name: str, tmp_path: Path) -> None:
     assert not wrong(name, saved(name), range(100, 140), tmp_path / "damaged")
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "lora")) for n in ADAPTERS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "lora")) for n in ADAPTERS]
+)
 def test_whole_adapters(saved: Any, name: str) -> None:
     """What is compared is an adapter that has an effect."""
     got = ours(saved(name))
