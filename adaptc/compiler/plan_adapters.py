@@ -376,7 +376,8 @@ def _expected(graph: Graph, members: Sequence[PlannedInsertion]) -> dict[str, Pa
             for param in method.at(site).stored(site).values():
                 key = site.key(param.key) if checkpoint.in_adaptc_format else layout.key(site, param)
                 expected[key] = param
-        expected |= {f"{ROOT}{param.key}": param for param in method.shared(sites).values()}
+        shared = method.shared(sites) if sites else {}
+        expected |= {f"{ROOT}{param.key}": param for param in shared.values()}
     return {key: param for key, param in expected.items() if param.stored}
 
 

@@ -1,4 +1,4 @@
-"""`replaces` on a method says that what it makes of a weight does not depend on the weight, and holds for every method."""
+"""`replaces` says of a method that what it makes of a weight does not depend on it; it holds for every method."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every type of PEFT that adaptc has, on every kind of layer that PEFT has it on: PEFT's outputs, or a refusal in words."""
+"""Every type of PEFT that adaptc has, on every kind of layer: PEFT's outputs, or a refusal in words."""
 
 from __future__ import annotations
 
@@ -134,7 +134,12 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
 """Type -> the options that it is tried with, small enough for these layers; "=" is the target."""
 TYPES = sorted({str(cls.peft.type) for cls in METHODS.values() if cls.peft is not None and cls.peft.type})
 LAYERED = [name for name in TYPES if "TUNING" not in name or name == "LN_TUNING"]
-REFUSED: dict[tuple[str, str], str] = {}
+REFUSED: dict[tuple[str, str], str] = {
+    (
+        "LN_TUNING",
+        "attention",
+    ): "ln_tuning_layers.weight' is missing",  # PEFT leaves its adapter's name in these keys
+}
 """(type, base) -> the words of the refusal, where PEFT computes what adaptc does not."""
 
 
@@ -144,10 +149,10 @@ def configured(name: str, options: dict[str, Any], target: Any) -> Any:
     return peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType[name]](**stated, **more)
 
 
-def trained(config: Any, model: nn.Module, directory: Path) -> nn.Module | None:
+def trained(configure: Callable[[], Any], model: nn.Module, directory: Path) -> nn.Module | None:
     """PEFT's model with random weights, saved; None where PEFT has no such adapter."""
     try:
-        adapted: Any = peft.get_peft_model(model, config).eval()
+        adapted: Any = peft.get_peft_model(model, configure()).eval()
     except (ValueError, TypeError, RuntimeError, NotImplementedError, KeyError, AttributeError, IndexError):
         return None
     with torch.no_grad():
@@ -165,7 +170,7 @@ def outcome(name: str, base: str, options: dict[str, Any], target: Any, director
     model, x = randomise(build()).eval(), example()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs = trained(configured(name, options, target), copy.deepcopy(model), directory)
+        theirs = trained(lambda: configured(name, options, target), copy.deepcopy(model), directory)
     if theirs is None:
         return ""
     with torch.no_grad():

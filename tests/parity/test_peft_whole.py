@@ -135,3 +135,15 @@ def test_a_layer_that_the_base_does_not_have(tmp_path: Path) -> None:
     message = refused(tmp_path)
     assert "this base has no side; it holds lin0, lin1, norm" in message
     assert "its tensors: base_model.model.lin0.lora_A.weight" in message
+
+
+@pytest.mark.parametrize("kind", ["VeraConfig", "RandLoraConfig", "VBLoRAConfig", "OFTConfig"])
+def test_a_target_that_names_nothing(kind: str, tmp_path: Path) -> None:
+    """Where the layers of an adapter share tensors, there is none to share them."""
+    options = {"OFTConfig": {"oft_block_size": 4}, "VBLoRAConfig": {"vector_length": 4}}.get(kind, {"r": 4})
+    saved(tmp_path, getattr(peft, kind)(target_modules=["lin0"], **options))
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": ["nowhere"]}))
+    message = refused(tmp_path)
+    assert "the target matches no" in message
+    assert 'its target_modules: ["nowhere"]' in message
