@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from adaptc.checkpoints.asked_for import asked_for
+from adaptc.compiler.continued import with_starts
 from adaptc.compiler.plan_adapters import PlannedInsertion, entries_of, match_checkpoints
 from adaptc.compiler.plan_quantization import (
     PlannedQuantization,
@@ -85,7 +86,7 @@ def make_plan(spec: Spec, graph: Graph, weighed: bool = False) -> Plan:
         WeightError: an adapter's checkpoint cannot be read.
     """
     entries = [planned for index in range(len(spec.adapt)) for planned in entries_of(spec, graph, index)]
-    entries = without_replaced(graph, entries)
+    entries = with_starts(spec, graph, without_replaced(graph, entries))
     quantized = quantizations_of(spec, graph)
     problems = [problem for planned in entries for problem in _problems(spec, graph, planned)]
     problems += _name_clashes(spec, entries)

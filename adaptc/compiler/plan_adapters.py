@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from adaptc.rewriter.insert.base import Insert
 from adaptc.spec.entries import AdapterEntry
 from adaptc.spec.spec import Spec, resolve_path
 from adaptc.tracing.huggingface_module import is_pretrained
+from adaptc.weights import Weight
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class PlannedInsertion:
         selection: the sites that its target matches.
         checkpoint: the checkpoint that holds its weights, if it is trained.
         whole: the method at the checkpoint's rank, where it is inserted at a smaller one.
+        starts: name of a site -> the tensor of an earlier adapter that its training starts from.
     """
 
     entry: int
@@ -56,6 +58,7 @@ class PlannedInsertion:
     selection: Selection[Any]
     checkpoint: Checkpoint | None = None
     whole: Method[Any] | None = None
+    starts: Mapping[str, Weight] = field(default_factory=dict[str, Weight])
 
     @property
     def stored_as(self) -> Method[Any]:

@@ -145,7 +145,9 @@ REFUSED: dict[tuple[str, str], str] = {
 
 def configured(name: str, options: dict[str, Any], target: Any) -> Any:
     more = target if isinstance(target, dict) else {"target_modules": target}
-    stated = {key: target if value == "=" else value for key, value in options.items()}
+    stated = {
+        key: more.get("target_modules", []) if value == "=" else value for key, value in options.items()
+    }
     return peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType[name]](**stated, **more)
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 import adaptc
 from adaptc.errors import AdaptcError
-from tests.families import close, differs, randomise
+from tests.families import close, differs, perturb, randomise
 
 peft = pytest.importorskip("peft")
 X = torch.randn(6, 12, generator=torch.Generator().manual_seed(0))
@@ -51,6 +51,11 @@ def saved(directory: Path, config: Any, batches: int = 0) -> torch.Tensor:
 
 def compiled(directory: Path) -> adaptc.Compiled:
     return adaptc.compile({"adapt": [{"adapter": str(directory)}]}, model=base(), example_inputs=(X,))
+
+
+def trained_on(directory: Path, *entries: dict[str, Any]) -> adaptc.Compiled:
+    adapt = [{"adapter": str(directory), "name": "first"}, *entries]
+    return adaptc.compile({"adapt": adapt}, model=base(), example_inputs=(X,))
 
 
 def refused(directory: Path) -> str:
@@ -147,3 +152,40 @@ def test_a_target_that_names_nothing(kind: str, tmp_path: Path) -> None:
     message = refused(tmp_path)
     assert "the target matches no" in message
     assert 'its target_modules: ["nowhere"]' in message
+
+
+@pytest.mark.parametrize("target", ["lin1", "lin1.weight"])
+def test_what_was_trained_whole_is_trained_on(target: str, tmp_path: Path) -> None:
+    want = saved(tmp_path / "a", peft.LoraConfig(r=2, target_modules=["lin0"], modules_to_save=["lin1"]))
+    ours = trained_on(tmp_path / "a", {"method": "full", "target": target, "name": "second"})
+    close(ours.module.eval()(X), want)
+    assert any("a later entry trains lin1 on, from what this one holds" in note for note in ours.plan.notes)
+    perturb(ours.module)
+    want = ours.module.eval()(X).detach()
+    close(ours.fold()(X), want)
+    ours.save_adapter(tmp_path / "b")
+    close(compiled(tmp_path / "b").module.eval()(X), want)
+
+
+def test_what_only_holds_a_head_is_trained_on(tmp_path: Path) -> None:
+    first = adaptc.compile(
+        {"adapt": [{"method": "full", "target": "lin1"}]}, model=base(), example_inputs=(X,)
+    )
+    perturb(first.module)
+    first.save_adapter(tmp_path)
+    ours = trained_on(tmp_path, {"method": "full", "target": "lin1", "name": "second"})
+    close(ours.module.eval()(X), first.module.eval()(X))
+    name = "base_model.model.lin1.weight"
+    change(tmp_path, add={name: torch.full((8, 20), torch.nan)})
+    with pytest.raises(AdaptcError, match="contains NaN"):
+        trained_on(tmp_path, {"method": "full", "target": "lin1", "name": "second"}).fold()
+    change(tmp_path, add={name: torch.ones(3)})
+    with pytest.raises(AdaptcError, match=r"has shape \[3\]"):
+        trained_on(tmp_path, {"method": "full", "target": "lin1", "name": "second"})
+
+
+def test_a_method_between_the_two_is_not_passed_over(tmp_path: Path) -> None:
+    saved(tmp_path, peft.LoraConfig(r=2, target_modules=["lin0"], modules_to_save=["lin1"]))
+    between = {"method": "lora", "r": 2, "target": "lin1", "name": "second"}
+    with pytest.raises(AdaptcError, match="full replaces what an earlier entry does to lin1; write it first"):
+        trained_on(tmp_path, between, {"method": "full", "target": "lin1", "name": "third"})
