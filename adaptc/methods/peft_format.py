@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
+
+from pydantic import AfterValidator
 
 from adaptc.methods.site import ATTENTION, Place, WeightSite
 
@@ -165,9 +167,25 @@ class PeftFormat(Generic[M]):
         return site.leaf == "weight" and site.type != ATTENTION and site.layer in self.layers
 
 
+def _regex(key: str) -> str:
+    try:
+        re.compile(_whole(key))
+    except re.error as error:
+        raise ValueError(f"{key!r} is not a regular expression: {error.msg}") from None
+    return key
+
+
+def _whole(key: str) -> str:
+    return rf"(.*\.)?({key})$"
+
+
+LayerKey = Annotated[str, AfterValidator(_regex)]
+"""A key of PEFT's `rank_pattern` and its like: a regular expression on the end of a layer's name."""
+
+
 def matches_peft_key(key: str, name: str) -> bool:
     r"""Whether a key of PEFT's `rank_pattern` or `alpha_pattern` covers this module: `(.*\.)?(key)$`."""
-    return re.match(rf"(.*\.)?({key})$", name) is not None
+    return re.match(_whole(key), name) is not None
 
 
 def of_pattern(patterns: Mapping[str, Any], site: WeightSite, otherwise: Any) -> Any:
