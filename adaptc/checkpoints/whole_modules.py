@@ -28,9 +28,11 @@ def check_whole_modules(checkpoint: Checkpoint, modules: Collection[str]) -> Non
         WeightError: it holds none of one of them.
     """
     endings = list_of(str, checkpoint.config.get(SAVED)) or []
+    held = [base_name(key) for key in (*checkpoint.tensors, *checkpoint.base_tensors)]
     for module in sorted(modules):
-        named = any(module.endswith(ending) for ending in endings)
-        if named and not any(base_name(key).startswith(f"{module}.") for key in checkpoint.tensors):
+        # adaptc writes whole names; PEFT, which takes them as endings, writes every module that it means by them
+        named = module in endings if checkpoint.base_sha256 else module.endswith(tuple(endings))
+        if named and not any(name.startswith(f"{module}.") for name in held):
             raise config_error(
                 checkpoint.path / CONFIG,
                 (SAVED,),
