@@ -131,13 +131,11 @@ def read(path: Path, allow_pickle: bool = False) -> Checkpoint:
     tensors = {with_plain_prefix(key): weight for key, weight in tensors.items()}
     if PROMPT_KEY in tensors:
         tensors = {_with_prefix(key): weight for key, weight in tensors.items()}
-    for key, weight in tensors.items():
+    for key in tensors:
         if not key.startswith(ROOT):
             raise WeightError(
                 f"{path}: tensor {key!r} does not start with {PREFIX!r}: not a checkpoint as PEFT writes it"
             )
-        if weight.dtype in (torch.uint8, torch.bool):
-            raise WeightError(f"{path}: tensor {key!r} is {dtype_name(weight)}, which no adapter has")
     named = {key.removeprefix(PREFIX): weight for key, weight in tensors.items()}
     of_base = {key: named.pop(key) for key in metadata.get(BASE_TENSORS, "").split() if key in named}
     endings = config.get("modules_to_save") or (

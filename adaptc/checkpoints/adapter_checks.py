@@ -8,10 +8,13 @@ from typing import Protocol
 import torch
 
 from adaptc.checkpoints.adapter import Checkpoint, dtype_name
-from adaptc.checkpoints.key_parts import PREFIX, ROOT, base_name
+from adaptc.checkpoints.asked_for import Layers, asked_for, in_base, quoted, spelled
+from adaptc.checkpoints.key_parts import base_name
 from adaptc.checkpoints.tied import is_tied_copy
 from adaptc.errors import WeightError
 from adaptc.weights import Weight
+
+NOT_SHOWN = Layers()
 
 
 class Expected(Protocol):
@@ -28,32 +31,23 @@ class Expected(Protocol):
         ...
 
 
-def spelled(key: str, bare: bool = False) -> str:
-    """A key as it is spelled in the file, with PEFT's prefix.
-
-    Args:
-        key: the key without PEFT's prefix.
-        bare: the file holds virtual tokens, whose keys have a shorter prefix.
-    """
-    if bare:
-        return key.removeprefix(ROOT) if key.startswith(ROOT) else ROOT + key
-    return key if key.startswith(ROOT) else PREFIX + key
-
-
-def match(
-    checkpoint: Checkpoint, expected: Mapping[str, Expected], vocabularies: Mapping[str, int] | None = None
-) -> None:
+def match(checkpoint: Checkpoint, expected: Mapping[str, Expected], layers: Layers = NOT_SHOWN) -> None:
     """Check the keys, shapes and dtypes of a checkpoint against what was inserted; no expected tensor is loaded.
 
     Args:
         checkpoint: the checkpoint.
         expected: key without PEFT's prefix -> what its tensor must be.
-        vocabularies: modules whose size is that of the vocabulary -> how many words this base has.
+        layers: what errors say of this base.
 
     Raises:
         WeightError: a tensor is missing or unexpected, or has another shape or dtype.
     """
     tensors, idle = checkpoint.tensors, checkpoint.idle
+    for key, weight in tensors.items():
+        if weight.dtype in (torch.uint8, torch.bool):
+            raise WeightError(
+                f"{checkpoint.path}: tensor {spelled(key)!r} is {dtype_name(weight)}, which no adapter has"
+            )
     absent = [key for key in expected if key not in tensors]
     unexpected = [
         key
@@ -67,23 +61,24 @@ def match(
         )
     if absent:
         raise WeightError(
-            f"{checkpoint.path}: tensor {spelled(absent[0])!r} is missing; the file is incomplete, "
-            "or the adapter was trained on another base"
+            f"{checkpoint.path}: tensor {spelled(absent[0])!r} is missing; of {len(expected)} tensors that its "
+            f"configuration asks for on this base, the file holds {len(expected) - len(absent)}",
+            *asked_for(checkpoint),
         )
     for key, requirement in expected.items():
         tensor = tensors[key]
         if tensor.shape != requirement.shape:
-            raise _of_other_shape(checkpoint, key, requirement.shape, vocabularies or {})
+            raise _of_other_shape(checkpoint, key, requirement.shape, layers.words)
         if requirement.below is None and not tensor.dtype.is_floating_point:
             raise WeightError(
                 f"{checkpoint.path}: tensor {spelled(key)!r} is {dtype_name(tensor)}; trained weights are "
                 "floating-point numbers"
             )
     if unexpected:
-        shown = ", ".join(repr(spelled(key)) for key in unexpected[:3])
         raise WeightError(
-            f"{checkpoint.path}: {len(unexpected)} tensors fit no layer this adapter was given: {shown}; "
-            "it was trained on another base, or holds something this version does not read"
+            f"{checkpoint.path}: {len(unexpected)} tensors fit no layer this adapter was given: {quoted(unexpected)}",
+            *in_base(unexpected[0], layers),
+            *asked_for(checkpoint),
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 ROOT = "base_model."
 PREFIX = f"{ROOT}model."
@@ -40,3 +40,15 @@ def modules_holding(weights: Iterable[str]) -> frozenset[str]:
 def base_name(key: str) -> str:
     """The name that a tensor of the base has there, of its key in a checkpoint."""
     return ".".join(part for part in key.split(".") if part not in NESTED)
+
+
+def behind_module(key: str, modules: Collection[str]) -> list[str]:
+    """The parts of a key behind the name of its module, the longest that the model has; all parts if it has none.
+
+    Args:
+        key: the key; one of `ROOT` belongs to the model itself.
+        modules: the names of the model's modules.
+    """
+    parts = [part for part in key.removeprefix(ROOT).split(".") if part not in NESTED]
+    end = next((n for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in modules), 0)
+    return parts[end:]

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from adaptc.checkpoints.adapter import Checkpoint
-from adaptc.checkpoints.key_parts import NESTED, ROOT, WRAPPERS, taken_out
+from adaptc.checkpoints.key_parts import ROOT, WRAPPERS, behind_module, taken_out
 from adaptc.weights import Weight
 
 LEAVES = frozenset({"weight", "bias"})
@@ -42,7 +42,7 @@ def _without(key: str, parts: Collection[str]) -> str:
 def _adapter_name(keys: Collection[str], modules: Collection[str]) -> str:
     """What stands behind the first word of every tensor of the adapter; "" where that is no name of its own."""
     rests = [rest for key in keys if (rest := _rest(key, modules)) and rest[0] not in LEAVES]
-    names = {rest[1] if len(rest) > 1 else "" for rest in rests}
+    names = {rest[1] if len(rest) - (rest[-1] in LEAVES) == 2 else "" for rest in rests}
     name = names.pop() if len(names) == 1 else ""
     return "" if name in LEAVES else name
 
@@ -57,7 +57,6 @@ def _without_name(key: str, name: str, modules: Collection[str]) -> str:
 
 
 def _rest(key: str, modules: Collection[str]) -> list[str]:
-    """The parts of a key behind the name of its module, the longest that the model has; [] if it has none."""
-    parts = [part for part in key.removeprefix(ROOT).split(".") if part not in NESTED]
-    end = next((n for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in modules), 0)
-    return parts[end:] if end or key.startswith(ROOT) else []
+    """The parts of a key behind the name of its module; [] if the model has no such module."""
+    rest = behind_module(key, modules)
+    return rest if rest != behind_module(key, ()) or key.startswith(ROOT) else []

@@ -21,6 +21,7 @@ from adaptc.checkpoints.peft_config import check_options
 from adaptc.checkpoints.peft_write import save
 from adaptc.checkpoints.records import AdapterRecord, assign
 from adaptc.checkpoints.saved_along import with_base_tensors
+from adaptc.checkpoints.whole_modules import with_state
 from adaptc.errors import WeightError
 from adaptc.ir.aliases import unread_modules
 from adaptc.weights import Held
@@ -86,7 +87,9 @@ def load_adapter_into(
 def _beside(checkpoint: Checkpoint, members: Sequence[AdapterRecord], module: fx.GraphModule) -> Checkpoint:
     """A checkpoint that says which of its tensors are those of a module's base."""
     base = {name: Held(tensor.detach().cpu()) for name, tensor in module.named_parameters()}
-    return with_base_tensors(checkpoint, [t.key for record in members for t in record.stored], base)
+    state = {name: Held(tensor.detach().cpu()) for name, tensor in module.named_buffers()}
+    keys = [t.key for record in members for t in record.stored]
+    return with_base_tensors(with_state(checkpoint, state), keys, base)
 
 
 def save_adapter_of(module: fx.GraphModule, directory: Path) -> None:

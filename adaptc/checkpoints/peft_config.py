@@ -66,7 +66,8 @@ def declared(checkpoint: Checkpoint, prefer: str = "") -> Declared:
     options = {ours: config[theirs] for ours, theirs in format.options.items() if theirs in config}
     for name in format.modules:
         options[name] = tuple(module_patterns(checkpoint, format.options[name]))
-    options = cls.trained_options(format.read(options))
+    shapes = {key: tensor.shape for key, tensor in checkpoint.tensors.items()}
+    options = cls.trained_options(format.read(format.stored(options, shapes)))
     spelled = format.options
     options = _checked(checkpoint, cls, options, lambda loc: (spelled.get(str(loc[0]), loc[0]), *loc[1:]))
     names = [literal(module) for module in checkpoint.saved_modules]

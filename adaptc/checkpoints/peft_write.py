@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors
 
 from adaptc.checkpoints.adapter import BASE_HASH, BASE_TENSORS, CONFIG, ORDER, TENSORS
-from adaptc.checkpoints.adapter_checks import spelled
+from adaptc.checkpoints.asked_for import spelled
 from adaptc.checkpoints.grouping import biases, group
 from adaptc.checkpoints.key_parts import ROOT
 from adaptc.checkpoints.records import AdapterRecord, AdapterTensor

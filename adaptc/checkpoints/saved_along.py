@@ -40,7 +40,7 @@ def with_base_tensors(
     ]
     return replace(
         checkpoint,
-        same=frozenset(along.keys() - changed.keys()),
+        same=checkpoint.same | (along.keys() - changed.keys()),
         changed=changed,
         notes=(*checkpoint.notes, *notes),
     )

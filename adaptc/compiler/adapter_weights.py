@@ -60,6 +60,11 @@ def load_checkpoints(
                 values |= record.by_name(cut)
         for name, value in values.items():
             put_weight(adapted.weights[name], value.detach)
+    for planned in entries:
+        for adaptation in (a for a in adapted.adaptations if a.entry == planned.entry):
+            if adaptation.site.name in planned.starts:
+                for name, _ in adaptation.params.values():
+                    put_weight(adapted.weights[name], planned.starts[adaptation.site.name].load)
 
 
 def _as_stored(adapted: Graph, record: AdapterRecord, planned: PlannedInsertion) -> AdapterRecord:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from adaptc.checkpoints.asked_for import asked_for
+from adaptc.compiler.continued import with_starts
 from adaptc.compiler.plan_adapters import PlannedInsertion, entries_of, match_checkpoints
 from adaptc.compiler.plan_quantization import (
     PlannedQuantization,
@@ -84,7 +86,7 @@ def make_plan(spec: Spec, graph: Graph, weighed: bool = False) -> Plan:
         WeightError: an adapter's checkpoint cannot be read.
     """
     entries = [planned for index in range(len(spec.adapt)) for planned in entries_of(spec, graph, index)]
-    entries = without_replaced(graph, entries)
+    entries = with_starts(spec, graph, without_replaced(graph, entries))
     quantized = quantizations_of(spec, graph)
     problems = insertion_problems(spec, graph, entries)
     problems += [problem for planned in quantized for problem in quantize_problems(spec, graph, planned)]
@@ -113,7 +115,7 @@ def plan_alternative(spec: Spec, graph: Graph, base: Plan) -> Plan:
     """
     first = sum(spec.place(index)[0] == "adapt" for index in range(len(spec.adapt)))
     added = [p for index in range(first, len(spec.adapt)) for p in entries_of(spec, graph, index)]
-    added = without_replaced(graph, added)
+    added = with_starts(spec, graph, without_replaced(graph, added))
     entries = [*base.entries, *added]
     problems = insertion_problems(spec, graph, entries)
     if problems:
@@ -135,8 +137,9 @@ def _problems(spec: Spec, graph: Graph, planned: PlannedInsertion) -> list[Probl
     method, selection = planned.insert.method, planned.selection
     key = "adapter" if planned.checkpoint is not None else "target"
     if not selection.sites:
-        lines = no_match(graph, method, selection, planned.checkpoint is not None)
-        return [spec.source.problem((*spec.place(planned.entry), key), *lines)]
+        lines = no_match(graph, method, selection)
+        asked = asked_for(planned.checkpoint) if planned.checkpoint is not None else []
+        return [spec.source.problem((*spec.place(planned.entry), key), *lines, *asked)]
     if selection.lacking:
         message, notes = selection.lacking[0], selection.lacking[1:]
         return [spec.source.problem((*spec.place(planned.entry), key), f"{method.name}: {message}", *notes)]

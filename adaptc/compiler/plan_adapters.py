@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from adaptc.checkpoints.adapter import Checkpoint, directories, read, why_missing
 from adaptc.checkpoints.adapter_checks import match
+from adaptc.checkpoints.asked_for import Layers
 from adaptc.checkpoints.config_file import CONFIG, config_error
 from adaptc.checkpoints.config_keys import ignoring
+from adaptc.checkpoints.earlier_names import with_names_of_base
 from adaptc.checkpoints.graph_records import weight_order
 from adaptc.checkpoints.joined import joined_methods
 from adaptc.checkpoints.key_parts import ROOT, modules_holding
@@ -20,6 +22,7 @@ from adaptc.checkpoints.peft_keys import PeftLayout
 from adaptc.checkpoints.peft_targets import named_modules
 from adaptc.checkpoints.saved_along import with_base_tensors
 from adaptc.checkpoints.tied import tied_in, tying_key
+from adaptc.checkpoints.whole_modules import check_whole_modules, with_state
 from adaptc.compiler.plan_texts import tokenized
 from adaptc.errors import InputError, WeightError
 from adaptc.ir.adaptation import OnAlias
@@ -33,6 +36,8 @@ from adaptc.patterns import literal
 from adaptc.rewriter.insert.base import Insert
 from adaptc.spec.entries import AdapterEntry
 from adaptc.spec.spec import Spec, resolve_path
+from adaptc.tracing.huggingface_module import is_pretrained
+from adaptc.weights import Weight
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ class PlannedInsertion:
         selection: the sites that its target matches.
         checkpoint: the checkpoint that holds its weights, if it is trained.
         whole: the method at the checkpoint's rank, where it is inserted at a smaller one.
+        starts: name of a site -> the tensor of an earlier adapter that its training starts from.
     """
 
     entry: int
@@ -52,6 +58,7 @@ class PlannedInsertion:
     selection: Selection[Any]
     checkpoint: Checkpoint | None = None
     whole: Method[Any] | None = None
+    starts: Mapping[str, Weight] = field(default_factory=dict[str, Weight])
 
     @property
     def stored_as(self) -> Method[Any]:
@@ -125,7 +132,8 @@ def _trained(spec: Spec, graph: Graph, index: int, entry: AdapterEntry) -> list[
     modules, unread = modules_holding(graph.weights), unread_modules(graph.module)
     try:
         for stored in _read(spec, index, entry, path):
-            checkpoint = replace(shortened(stored, modules), unread=unread)
+            checkpoint = replace(_named_as_in(graph, shortened(stored, modules), modules), unread=unread)
+            check_whole_modules(checkpoint, modules)
             name = entry.name or (stored.path.name if stored.path != path else spec.default_name(index))
             common = _Common(name, index, spec.seed, entry.on_alias)
             planned += _from_checkpoint(graph, checkpoint, common, entry.r)
@@ -134,6 +142,12 @@ def _trained(spec: Spec, graph: Graph, index: int, entry: AdapterEntry) -> list[
     except InputError as error:
         raise spec.error((*spec.place(index), "r"), error.message, *error.notes) from None
     return planned
+
+
+def _named_as_in(graph: Graph, checkpoint: Checkpoint, modules: Collection[str]) -> Checkpoint:
+    """A checkpoint with the names that a model of transformers has in the installed version."""
+    model = graph.source.model
+    return with_names_of_base(checkpoint, model, modules) if model and is_pretrained(model) else checkpoint
 
 
 def _read(spec: Spec, index: int, entry: AdapterEntry, path: Path) -> list[Checkpoint]:
@@ -169,6 +183,7 @@ def _from_checkpoint(
         exclude=declaration.exclude,
         as_stored=declaration.as_stored,
         trained=True,
+        every=cls.peft is not None and cls.peft.any_module and not checkpoint.in_adaptc_format,
     )
     if not checkpoint.in_adaptc_format and any(
         site.type == ATTENTION for site in item.selection(graph).sites
@@ -261,7 +276,8 @@ def _with_base_tensors(
     checkpoint = members[0].checkpoint
     assert checkpoint is not None
     base = {site.name: graph.weights[site.parameter] for site in graph.sites}
-    checkpoint = with_base_tensors(checkpoint, _expected(graph, members), base)
+    state = {name: graph.weights[name] for name in graph.buffers}
+    checkpoint = with_base_tensors(with_state(checkpoint, state), _expected(graph, members), base)
     planned = [replace(member, checkpoint=checkpoint) for member in members]
     if not checkpoint.changed:
         return planned
@@ -340,12 +356,13 @@ def match_checkpoints(spec: Spec, graph: Graph, entries: Sequence[PlannedInserti
     Raises:
         WeightError: they do not match.
     """
+    layers = Layers(modules_holding(graph.weights), _table_sizes(graph))
     for path in dict.fromkeys(p.checkpoint.path for p in entries if p.checkpoint is not None):
         members = [p for p in entries if p.checkpoint is not None and p.checkpoint.path == path]
         checkpoint = members[0].checkpoint
         assert checkpoint is not None
         try:
-            match(checkpoint, _expected(graph, members), _table_sizes(graph))
+            match(checkpoint, _expected(graph, members), layers)
         except WeightError as error:
             raise spec.weight_error((*spec.place(members[0].entry), "adapter"), error) from None
 
@@ -362,7 +379,8 @@ def _expected(graph: Graph, members: Sequence[PlannedInsertion]) -> dict[str, Pa
             for param in method.at(site).stored(site).values():
                 key = site.key(param.key) if checkpoint.in_adaptc_format else layout.key(site, param)
                 expected[key] = param
-        expected |= {f"{ROOT}{param.key}": param for param in method.shared(sites).values()}
+        shared = method.shared(sites) if sites else {}
+        expected |= {f"{ROOT}{param.key}": param for param in shared.values()}
     return {key: param for key, param in expected.items() if param.stored}
 
 

@@ -130,7 +130,7 @@ def quantize_problems(spec: Spec, graph: Graph, planned: PlannedQuantization) ->
     item, place = planned.item, ("quantize", planned.entry)
     scheme = item.scheme
     if not planned.selection.sites:
-        return [spec.source.problem((*place, "target"), *no_match(graph, scheme, planned.selection, False))]
+        return [spec.source.problem((*place, "target"), *no_match(graph, scheme, planned.selection))]
     if scheme.calibrated and spec.calibration is None and not graph.calibration_rows:
         message = f"{scheme.name} chooses by the layers' inputs, and there are none"
         return [spec.source.problem(place, message, "name some rows: `calibration: rows.jsonl`")]

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from adaptc.checkpoints.adapter import Checkpoint
 from adaptc.compiler.plan_adapters import PlannedInsertion
 from adaptc.ir.graph import Graph
 from adaptc.methods.point_sites import Site
@@ -30,7 +31,7 @@ def without_replaced(graph: Graph, entries: Sequence[PlannedInsertion]) -> list[
         if gone:
             idle.setdefault(planned.checkpoint.path, {}).update((site.module, None) for site in gone)
         if len(gone) < len(planned.selection.sites) or not gone:
-            counted.append(_without(graph, planned, gone) if gone else planned)
+            counted.append(without_sites(graph, planned, gone) if gone else planned)
         if planned.insert.method.replaces:
             later |= {site.name for site in planned.selection.sites}
     return [_told(planned, idle) for planned in reversed(counted)]
@@ -44,7 +45,7 @@ def _is_replaced(planned: PlannedInsertion, site: Site, later: set[str]) -> bool
     return bias is None or bias in later
 
 
-def _without(graph: Graph, planned: PlannedInsertion, gone: Sequence[Site]) -> PlannedInsertion:
+def without_sites(graph: Graph, planned: PlannedInsertion, gone: Sequence[Site]) -> PlannedInsertion:
     """A planned insertion without some of its sites."""
     names = tuple(literal(site.name) for site in gone)
     insert = replace(planned.insert, exclude=(*planned.insert.exclude, *names))
@@ -57,5 +58,10 @@ def _told(planned: PlannedInsertion, idle: Mapping[Path, Iterable[str]]) -> Plan
         return planned
     modules = tuple(idle[planned.checkpoint.path])
     note = f"a later adapter holds {', '.join(modules)} whole, so that this one has no effect there"
-    notes = (*planned.checkpoint.notes, note)
-    return replace(planned, checkpoint=replace(planned.checkpoint, replaced=modules, notes=notes))
+    return replace(planned, checkpoint=without_effect(planned.checkpoint, modules, note))
+
+
+def without_effect(checkpoint: Checkpoint, modules: Iterable[str], note: str) -> Checkpoint:
+    """A checkpoint that has no effect on some modules any more, and a note that says why."""
+    replaced = tuple(dict.fromkeys((*checkpoint.replaced, *modules)))
+    return replace(checkpoint, replaced=replaced, notes=(*checkpoint.notes, note))

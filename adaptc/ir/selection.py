@@ -44,7 +44,11 @@ class Selection(Generic[S]):
 
 
 def select(
-    graph: Graph, target: Target, exclude: Sequence[str], method: Method[Any] | Scheme
+    graph: Graph,
+    target: Target,
+    exclude: Sequence[str],
+    method: Method[Any] | Scheme,
+    every: bool = False,
 ) -> Selection[Any]:
     """The sites that a target matches, of the kinds that a method or scheme can be applied to.
 
@@ -56,10 +60,11 @@ def select(
         target: what the spec's entry names.
         exclude: patterns on module names to leave out.
         method: the method or scheme.
+        every: take every site of its kinds, whatever the method's `takes` says.
     """
     whole = "parameter" in method.kinds
     sites: Sequence[Any] = graph.parameter_sites if whole else _candidates(graph, method, target)
-    candidates = [site for site in sites if method.takes(site)]
+    candidates = [site for site in sites if every or method.takes(site)]
     patterns, wanted = _patterns(target, graph)
     criteria = _criteria(target)
     role = criteria.get("role")
@@ -182,16 +187,13 @@ RECOGNISED: Mapping[str, str] = {
 """Kind of point -> how such a point is recognised."""
 
 
-def no_match(
-    graph: Graph, method: Method[Any] | Scheme, selection: Selection[Any], trained: bool
-) -> tuple[str, ...]:
+def no_match(graph: Graph, method: Method[Any] | Scheme, selection: Selection[Any]) -> tuple[str, ...]:
     """The message on an entry whose target matches nothing.
 
     Args:
         graph: the graph.
         method: the method or scheme of the entry.
         selection: what its target gave.
-        trained: the entry comes from the checkpoint of an adapter.
 
     Returns:
         the message, and notes: what is lacking, what comes near, and which modules the method can be applied to.
@@ -213,6 +215,4 @@ def no_match(
         notes.append(f"on no path to the output: {', '.join(hidden[:4])}")
     modules = list(dict.fromkeys(s.module or "the model itself" for s in sites if s.kind in method.kinds))
     notes.append(f"such layers are: {', '.join(modules[:4]) or 'none'}{', ...' if len(modules) > 4 else ''}")
-    if trained:
-        notes.append("the adapter was trained on another base, or on another task's model: see base.task")
     return f"{method.name}: the target matches no {layers} of {graph.source.describe}", *notes

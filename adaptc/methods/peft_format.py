@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
+
+from pydantic import AfterValidator
 
 from adaptc.methods.site import ATTENTION, Place, WeightSite
 
@@ -46,6 +48,7 @@ class PeftFormat(Generic[M]):
         ties: whether PEFT's key `ensure_weight_tying` is read there.
         hosts: the keys by which other methods can join this configuration.
         heads: where `hosts` is empty, modules that PEFT adds itself.
+        any_module: whether PEFT trains every module that it is told to with it, whatever the module is.
         bare: whether keys have no `model.` in front, and keys of tensors of no module nothing at all.
     """
 
@@ -67,6 +70,7 @@ class PeftFormat(Generic[M]):
     ties: bool = False
     hosts: frozenset[str] = frozenset({"modules_to_save"})
     heads: frozenset[str] = frozenset()
+    any_module: bool = False
     bare: bool = False
 
     @property
@@ -97,6 +101,15 @@ class PeftFormat(Generic[M]):
 
         Args:
             options: our name -> our value.
+        """
+        return options
+
+    def stored(self, options: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        """Options of PEFT's configuration, by our names, where the tensors say otherwise what was trained.
+
+        Args:
+            options: our name -> PEFT's value.
+            shapes: key of each tensor -> its shape.
         """
         return options
 
@@ -154,9 +167,25 @@ class PeftFormat(Generic[M]):
         return site.leaf == "weight" and site.type != ATTENTION and site.layer in self.layers
 
 
+def _regex(key: str) -> str:
+    try:
+        re.compile(_whole(key))
+    except re.error as error:
+        raise ValueError(f"{key!r} is not a regular expression: {error.msg}") from None
+    return key
+
+
+def _whole(key: str) -> str:
+    return rf"(.*\.)?({key})$"
+
+
+LayerKey = Annotated[str, AfterValidator(_regex)]
+"""A key of PEFT's `rank_pattern` and its like: a regular expression on the end of a layer's name."""
+
+
 def matches_peft_key(key: str, name: str) -> bool:
     r"""Whether a key of PEFT's `rank_pattern` or `alpha_pattern` covers this module: `(.*\.)?(key)$`."""
-    return re.match(rf"(.*\.)?({key})$", name) is not None
+    return re.match(_whole(key), name) is not None
 
 
 def of_pattern(patterns: Mapping[str, object], site: WeightSite, otherwise: object) -> Any:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Self
 from adaptc.errors import Fault
 from adaptc.methods.method import Alpha, Rank, WeightMethod
 from adaptc.methods.param import Param
-from adaptc.methods.peft_format import matches_peft_key, of_pattern, peft_name
+from adaptc.methods.peft_format import LayerKey, matches_peft_key, of_pattern, peft_name
 from adaptc.methods.site import MATRIX_KINDS
 from adaptc.methods.tensors import unflatten
 
@@ -22,7 +22,7 @@ class Ranked(WeightMethod):
     """A method with a rank; PEFT's `rank_pattern` sets it for single layers."""
 
     r: Rank = 8
-    rank_pattern: Mapping[str, Rank] = field(default_factory=dict[str, Rank])
+    rank_pattern: Mapping[LayerKey, Rank] = field(default_factory=dict[str, Rank])
 
     kinds = MATRIX_KINDS
 
@@ -45,7 +45,7 @@ class Scaled(Ranked):
     """A method whose product is scaled by alpha / r; PEFT's `alpha_pattern` sets alpha for single layers."""
 
     alpha: Alpha = 8.0
-    alpha_pattern: Mapping[str, Alpha] = field(default_factory=dict[str, Alpha])
+    alpha_pattern: Mapping[LayerKey, Alpha] = field(default_factory=dict[str, Alpha])
 
     def at(self, site: WeightSite) -> Self:
         """The rank and alpha in force at this site."""

@@ -15,6 +15,8 @@ from adaptc.spec.yaml_text import Loc
 
 _OURS = "adaptc"
 """The type, for pydantic, of the errors that `fault` makes."""
+_KEY = "[key]"
+"""What pydantic puts behind the place of a key that is wrong itself."""
 _NOUNS = {
     "bool": "true or false",
     "dict": "a mapping",
@@ -80,7 +82,10 @@ def _explained(details: ErrorDetails, spellings: Mapping[str, str]) -> InitError
         return _unknown_key(loc, spellings)
     if kind == "invalid_key":
         return fault(f"a key must be text, got {got(value)}", loc=loc, at_key=True)
-    return fault(_message(kind, value, context, details["msg"]), loc=loc)
+    message = _message(kind, value, context, details["msg"])
+    if loc[-1:] == (_KEY,):
+        return fault(message, loc=loc[:-1], at_key=True)
+    return fault(message, loc=loc)
 
 
 def _unknown_key(loc: Loc, spellings: Mapping[str, str]) -> InitErrorDetails:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
@@ -20,6 +21,15 @@ if TYPE_CHECKING:
     from adaptc.methods.site import WeightSite
 
 Count = Annotated[int, Field(ge=0)]
+
+
+class BoftFormat(PeftFormat["Boft"]):
+    """PEFT's configuration of BOFT."""
+
+    def stored(self, options: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        """Without its CUDA extension PEFT trains and stores one factor, and writes down the number it was given."""
+        factors = {shape[0] for key, shape in shapes.items() if key.endswith(".boft_R") and shape}
+        return options | ({"n_butterfly_factor": 1} if factors == {1} else {})
 
 
 @method("boft")
@@ -43,7 +53,7 @@ class Boft(WeightMethod):
         "boft_block_num": "block_num",
         "boft_n_butterfly_factor": "n_butterfly_factor",
     }
-    peft = PeftFormat(
+    peft = BoftFormat(
         "BOFT",
         options={name: f"boft_{name}" for name in ("block_size", "block_num", "n_butterfly_factor")},
         ignored=frozenset({"boft_dropout"}),

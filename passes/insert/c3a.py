@@ -11,7 +11,7 @@ from pydantic import Field
 from adaptc.errors import Fault
 from adaptc.methods.method import WeightMethod, method
 from adaptc.methods.param import Param
-from adaptc.methods.peft_format import STARTS, PeftFormat, of_pattern
+from adaptc.methods.peft_format import STARTS, LayerKey, PeftFormat, of_pattern
 from adaptc.methods.site import MATRIX_KINDS
 from adaptc.methods.tensors import unflatten
 
@@ -33,7 +33,7 @@ class C3a(WeightMethod):
     """
 
     block_size: Count = 256
-    block_size_pattern: Mapping[str, Count] = field(default_factory=dict[str, Count])
+    block_size_pattern: Mapping[LayerKey, Count] = field(default_factory=dict[str, Count])
 
     kinds = MATRIX_KINDS
     small = {"block_size": 2}

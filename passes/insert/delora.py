@@ -10,7 +10,7 @@ from pydantic import Field
 
 from adaptc.methods.method import Dropout, method
 from adaptc.methods.param import Param
-from adaptc.methods.peft_format import PeftFormat, of_pattern
+from adaptc.methods.peft_format import LayerKey, PeftFormat, of_pattern
 from adaptc.methods.rank import Ranked
 from adaptc.methods.tensors import norm as norms
 
@@ -33,7 +33,7 @@ class Delora(Ranked):
 
     lambda_: Boundary = 15.0
     dropout: Dropout = 0.0
-    lambda_pattern: Mapping[str, Boundary] = field(default_factory=dict[str, Boundary])
+    lambda_pattern: Mapping[LayerKey, Boundary] = field(default_factory=dict[str, Boundary])
 
     aliases = {
         "delora_lambda": "lambda_",

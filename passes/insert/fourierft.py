@@ -11,7 +11,7 @@ from pydantic import Field
 from adaptc.errors import Fault
 from adaptc.methods.method import WeightMethod, method
 from adaptc.methods.param import Param
-from adaptc.methods.peft_format import PeftFormat, of_pattern
+from adaptc.methods.peft_format import LayerKey, PeftFormat, of_pattern
 from adaptc.methods.site import MATRIX_KINDS
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class FourierFT(WeightMethod):
     n_frequency: Count = 1000
     scaling: float = 150.0
     random_loc_seed: int = 777
-    n_frequency_pattern: Mapping[str, Count] = field(default_factory=dict[str, Count])
+    n_frequency_pattern: Mapping[LayerKey, Count] = field(default_factory=dict[str, Count])
 
     kinds = MATRIX_KINDS
     small = {"n_frequency": 9}

@@ -25,7 +25,7 @@ class Layernorm(WeightMethod):
 
     kinds = frozenset({"parameter"})
     replaces = True
-    peft = PeftFormat("LN_TUNING")
+    peft = PeftFormat("LN_TUNING", any_module=True)
 
     def takes(self, site: WeightSite) -> bool:
         """Whether a parameter belongs to a normalisation, by the class of its module or the operation that reads it."""

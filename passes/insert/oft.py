@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,6 +29,7 @@ class Oft(WeightMethod):
     """W' = W diag(R_1, …, R_n)ᵀ,  R = (I - Q) (I + Q)⁻¹,  Q skew        Q (n, b (b - 1) / 2),  n b = in
 
     Qiu et al. 2023, section 3.2, on the columns of W: the input is rotated, in blocks of `block_size` (or `r` blocks).
+    Of an embedding (words, features) what it gives is rotated instead, as in PEFT: W' = W diag(R_1, …, R_n).
     With `use_cayley_neumann` (Qiu et al. 2025, equation 4) R is I + 2 Q + 2 Q² + … instead, the inverse rotation as a
     series of `num_cayley_neumann_terms` terms, as in PEFT. `coft` keeps ‖Q‖ below `eps`; `block_share` rotates all
     blocks alike. A block size that does not divide the input becomes the nearest that does. Q is stored as upper
@@ -43,7 +44,7 @@ class Oft(WeightMethod):
     use_cayley_neumann: bool = True
     num_cayley_neumann_terms: Annotated[int, Field(ge=1)] = 5
 
-    kinds = MATRIX_KINDS - {"embedding"}
+    kinds = MATRIX_KINDS
     small = {"r": 0, "block_size": 4}
     aliases = {"oft_block_size": "block_size"}
     peft = PeftFormat(
@@ -55,7 +56,7 @@ class Oft(WeightMethod):
             "num_cayley_neumann_terms": "num_cayley_neumann_terms",
         },
         ignored=frozenset({"module_dropout"}),
-        layers=frozenset({"Linear", "Conv2d"}),
+        layers=frozenset({"Linear", "Conv2d", "Embedding"}),
         square=True,
     )
 
@@ -68,18 +69,20 @@ class Oft(WeightMethod):
         """Size and number of the blocks exclude each other, and a block of size 1 cannot rotate."""
         if self.r and self.block_size:
             return Fault(("r",), "write one of r (how many blocks) and block_size")
-        if self._block(site.in_features) == 1:
+        if self._block(_turned(site)) == 1:
             return Fault(
                 ("block_size",),
-                f"no block but of size 1 divides {site.in_features}, and such a block cannot turn",
+                f"no block but of size 1 divides {_turned(site)}, and such a block cannot turn",
             )
         return None
 
     def params(self, site: WeightSite) -> dict[str, Param]:
         """Q's upper triangles, zero: (blocks, b (b - 1) / 2)."""
-        b = self._block(site.in_features)
-        blocks = 1 if self.block_share else site.in_features // b
-        return {"Q": Param((blocks, b * (b - 1) // 2), "zeros", "oft_R.weight")}
+        b = self._block(_turned(site))
+        shape = (1 if self.block_share else _turned(site) // b, b * (b - 1) // 2)
+        if site.kind == "embedding":
+            return {"Q_of_rows": Param(shape, "zeros", "oft_embedding_R.weight")}
+        return {"Q": Param(shape, "zeros", "oft_R.weight")}
 
     def shared(self, sites: Sequence[WeightSite]) -> dict[str, Param]:
         """For each block size b, which entry of the upper triangle each of b x b entries is, and with which sign.
@@ -88,18 +91,30 @@ class Oft(WeightMethod):
             `place_{b}` (b b,) and `sign_{b}` (b, b), for every b.
         """
         params: dict[str, Param] = {}
-        for b in sorted({self._block(site.in_features) for site in sites}):
+        for b in sorted({self._block(_turned(site)) for site in sites}):
             params |= _skew(b)
         return params
 
-    def weight(self, W: Tensor, *, Q: Tensor, **of_blocks: Tensor) -> Tensor:
-        """Each block of W's columns times Rᵀ, of shape (out, in)."""
-        b = self._block(W.shape[1])
+    def weight(
+        self, W: Tensor, *, Q: Tensor | None = None, Q_of_rows: Tensor | None = None, **of_blocks: Tensor
+    ) -> Tensor:
+        """Each block of W's columns times Rᵀ, of shape (out, in); an embedding's rows times R on their left, turned."""
+        if Q is not None:
+            return self._times(W, self._rotations(Q, W.shape[1], of_blocks).transpose(1, 2))
+        assert Q_of_rows is not None
+        return self._times(W.T, self._rotations(Q_of_rows, W.shape[0], of_blocks)).T
+
+    def _rotations(self, Q: Tensor, size: int, of_blocks: Mapping[str, Tensor]) -> Tensor:
+        """R of every block of so many columns: (blocks, b, b)."""
+        b = self._block(size)
         S = unflatten(Q.index_select(1, of_blocks[f"place_{b}"]), 1, (b, b)) * of_blocks[f"sign_{b}"]
         R = self._rotation(_bounded(S, self.eps * len(Q) ** -0.5) if self.coft else S)
-        n = W.shape[1] // b
-        blocks = unflatten(W, 1, (n, b)).transpose(0, 1)
-        return blocks.bmm(R.expand(n, b, b).transpose(1, 2)).transpose(0, 1).flatten(1)
+        return R.expand(size // b, b, b)
+
+    def _times(self, W: Tensor, R: Tensor) -> Tensor:
+        """Each block of W's columns times its own matrix of R (blocks, b, b)."""
+        blocks = unflatten(W, 1, (len(R), R.shape[1])).transpose(0, 1)
+        return blocks.bmm(R).transpose(0, 1).flatten(1)
 
     def _rotation(self, Q: Tensor) -> Tensor:
         """R of skew-symmetric blocks (n, b, b), exact or as a series."""
@@ -123,18 +138,22 @@ class Oft(WeightMethod):
     def refuses_to_train(self, site: WeightSite) -> Fault | None:
         """The block size must divide the input; a trained adapter of PEFT has the nearest that does."""
         option, size = ("block_size", self.block_size) if self.block_size else ("r", self.r)
-        if site.in_features % size == 0 or size > site.in_features:
+        columns = _turned(site)
+        if columns % size == 0 or size > columns:
             return super().refuses_to_train(site)
-        fits = _nearest_divisor(site.in_features, size)
-        return Fault(
-            (option,), f"{option}={size} does not divide the {site.in_features} columns here; {fits} does"
-        )
+        fits = _nearest_divisor(columns, size)
+        return Fault((option,), f"{option}={size} does not divide the {columns} columns here; {fits} does")
 
     def _block(self, size: int) -> int:
         """The size of a block on so many columns."""
         if self.block_size:
             return _nearest_divisor(size, self.block_size)
         return size // _nearest_divisor(size, self.r)
+
+
+def _turned(site: WeightSite) -> int:
+    """How many columns are rotated: the inputs of a layer, the features of an embedding."""
+    return site.out_features if site.kind == "embedding" else site.in_features
 
 
 def _nearest_divisor(size: int, wanted: int) -> int:

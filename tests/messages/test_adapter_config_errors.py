@@ -121,6 +121,14 @@ def test_a_value_deep_inside_is_placed(refused: Callable[[], str], configure: Ca
     )
 
 
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
+def test_a_key_that_is_no_regular_expression(
+    refused: Callable[[], str], configure: Callable[..., None], key: str
+) -> None:
+    configure(**{key: {"query": 2, "(": 3}})
+    assert f"{key}.(: '(' is not a regular expression: missing )" in refused()
+
+
 def test_everything_wrong_is_told(refused: Callable[[], str], configure: Callable[..., None]) -> None:
     configure(r="eight", lora_alpha=None)
     text = refused()

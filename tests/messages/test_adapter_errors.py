@@ -184,7 +184,11 @@ def test_rank_of_another_configuration(refused: Callable[..., str], configure: C
 def test_missing_tensor(refused: Callable[..., str], tensors: Callable[..., None], adapter: Path) -> None:
     tensors(lambda values: values.pop(QUERY))
     text = refused()
-    assert f"{adapter}: tensor '{QUERY}' is missing" in text
+    assert f"{adapter}: tensor '{QUERY}' is missing; of 8 tensors that its configuration asks for" in text
+    assert "on this base, the file holds 7" in text
+    assert 'its target_modules: ["' in text
+    assert f"its tensors: {PREFIX}layers.0.query.lora_B.weight, " in text
+    assert "another base" not in text
 
 
 def test_no_tensor_at_all(refused: Callable[..., str], tensors: Callable[..., None]) -> None:
@@ -197,6 +201,8 @@ def test_extra_tensors(refused: Callable[..., str], tensors: Callable[..., None]
     tensors(lambda values: values.update({key: torch.ones(4, 16) for key in extra}))
     text = refused()
     assert f"{adapter}: 2 tensors fit no layer" in text
+    assert "this base has no layers.7; layers holds 0" in text
+    assert "another base" not in text
     assert f"'{extra[0]}'" in text
 
 
@@ -341,7 +347,9 @@ def test_layers_of_another_name(refused: Callable[..., str], configure: Callable
     configure(target_modules=["q_proj", "v_proj"])
     text = refused(code=2)
     assert "the target matches no" in text
-    assert "the adapter was trained on another base" in text
+    assert 'its target_modules: ["q_proj", "v_proj"]' in text
+    assert f"its tensors: {PREFIX}layers.0." in text
+    assert "another base" not in text
     assert "layers.0.query" in text
 
 

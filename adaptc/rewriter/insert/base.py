@@ -55,6 +55,7 @@ class Insert(Pass, Generic[M, S]):
         as_stored: patterns of parameters that are (out, in) as they are stored, however the model multiplies.
         trained: it comes from a checkpoint, so what makes no sense to train, such as a rank above the layer's size, is
             taken as it is.
+        every: it is on every site of its kinds that the target names, whatever the method's `takes` says.
 
     Raises:
         TypeError: this is not a method, or its class is not registered.
@@ -70,6 +71,7 @@ class Insert(Pass, Generic[M, S]):
     on_alias: OnAlias = "refuse"
     as_stored: tuple[str, ...] = ()
     trained: bool = False
+    every: bool = False
 
     takes: ClassVar[frozenset[str]] = frozenset({"traced", "adapted"})
     leaves: ClassVar[str | None] = "adapted"
@@ -107,7 +109,7 @@ class Insert(Pass, Generic[M, S]):
 
     def selection(self, graph: Graph) -> Selection[S]:
         """The sites that the target matches in this graph."""
-        selection = select(graph, self.target, self.exclude, self.method)
+        selection = select(graph, self.target, self.exclude, self.method, self.every)
         if not self.as_stored:
             return selection
         sites = (
