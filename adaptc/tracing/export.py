@@ -18,9 +18,10 @@ from torch.utils import _pytree as pytree
 from adaptc.errors import TraceError
 from adaptc.inputs import LABELS, InputSpec
 from adaptc.ir.example_inputs import example_sizes, example_tensors
-from adaptc.ir.nodes import follow_device, writes_in_place
+from adaptc.ir.nodes import follow_device, is_operator, writes_in_place
 from adaptc.ir.recurrent import recurrent_shapes
 from adaptc.ir.state import number_notes, numbers_of, restored
+from adaptc.tracing.autograd_functions import functions_traced
 from adaptc.tracing.containers import register_containers, step_of
 from adaptc.tracing.huggingface_code import check_images_together, images_together, masks_by_broadcasting
 from adaptc.tracing.shape_guards import check_sizes, fixing_line
@@ -29,7 +30,7 @@ from adaptc.tracing.trace_errors import check_signature, check_traceable, explai
 aten = torch.ops.aten
 REGIONS = (torch.ops.higher_order.wrap_with_set_grad_enabled, torch.ops.higher_order.wrap_with_autocast)
 CHANGED = "changed"
-"""The key of a traced module's `meta` for notes on the numbers that forward changes."""
+"""The key of a traced module's `meta` for notes on what a graph of it leaves out: changed numbers, gradients."""
 ASSERTIONS = (
     aten._assert_tensor_metadata.default,
     aten._assert_scalar.default,
@@ -51,7 +52,8 @@ def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False
         training: trace in training mode, not in evaluation mode.
 
     Returns:
-        The trace; in its `meta` are notes on numbers of the model that forward changes, under `CHANGED`.
+        The trace; in its `meta` are notes on numbers that forward changes, and on functions whose gradients are their
+        own, under `CHANGED`.
 
     Raises:
         InputError: the inputs are not those of forward, or a named dimension is fixed by the model.
@@ -74,6 +76,7 @@ def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False
     try:
         with (
             traceable(),
+            functions_traced() as backwards,
             restored(model),
             masks_by_broadcasting(),
             images_together() if any(spec.placeholders for spec in inputs) else nullcontext(),
@@ -96,7 +99,7 @@ def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False
             module.training = mode
     traced = normalise(program.module(check_guards=False))
     check_images_together(traced.graph.nodes)
-    traced.meta[CHANGED] = changed
+    traced.meta[CHANGED] = [*changed, *backwards]
     return traced
 
 
@@ -134,6 +137,8 @@ def normalise(module: fx.GraphModule) -> fx.GraphModule:
         if node.target in ASSERTIONS:
             graph.erase_node(node)
             continue
+        if is_operator(node.target) and "out" in node.kwargs:
+            node = _without_out(graph, node)
         if node.target is aten.embedding.default and len(node.args) > 4:
             node.update_arg(4, False)  # `sparse`: an adapted table is no leaf, as sparse gradients need
     if followed is not None:
@@ -142,6 +147,31 @@ def normalise(module: fx.GraphModule) -> fx.GraphModule:
     graph.lint()
     module.recompile()
     return module
+
+
+def _without_out(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """Let an operation that writes its result to `out` return it, and copy it there: `add(x, y, out=z)`.
+
+    Returns:
+        The copy; the node itself where torch has no such operation that returns one result.
+    """
+    written, target = node.kwargs["out"], cast(Any, node.target)
+    taken = [(a.name, str(a.type)) for a in target._schema.arguments if not a.is_out]
+    packet = target._overloadpacket
+    overloads = [getattr(packet, name) for name in packet.overloads()]
+    returning = [o for o in overloads if [(a.name, str(a.type)) for a in o._schema.arguments] == taken]
+    if not returning:
+        return node
+    with graph.inserting_before(node):
+        value = graph.call_function(
+            returning[0], node.args, {k: v for k, v in node.kwargs.items() if k != "out"}
+        )
+        value.meta = dict(node.meta)
+        copied = graph.call_function(aten.copy_.default, (cast(fx.Node, written), value))
+        copied.meta = dict(node.meta)
+    node.replace_all_uses_with(copied)
+    graph.erase_node(node)
+    return copied
 
 
 def _has_effect(node: fx.Node) -> bool:
