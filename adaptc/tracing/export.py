@@ -19,7 +19,7 @@ from adaptc.errors import TraceError
 from adaptc.inputs import LABELS, InputSpec
 from adaptc.ir.example_inputs import example_sizes, example_tensors
 from adaptc.ir.nodes import follow_device, is_operator, writes_in_place
-from adaptc.ir.recurrent import recurrent_shapes
+from adaptc.ir.shape_rules import shape_rules
 from adaptc.ir.state import number_notes, numbers_of, restored
 from adaptc.tracing.autograd_functions import functions_traced
 from adaptc.tracing.containers import register_containers, step_of
@@ -289,7 +289,7 @@ def traceable() -> Generator[None]:
     try:
         # Without gradients a trace leaves out conversions.
         stance = torch.compiler.set_stance("force_eager")
-        with quietly(), torch.enable_grad(), stance, recurrent_shapes():
+        with quietly(), torch.enable_grad(), stance, shape_rules():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
