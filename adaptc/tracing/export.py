@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from typing import Any, TextIO, cast
 
@@ -24,7 +24,7 @@ from adaptc.ir.state import number_notes, numbers_of, restored
 from adaptc.tracing.autograd_functions import functions_traced
 from adaptc.tracing.containers import register_containers, step_of
 from adaptc.tracing.huggingface_code import check_images_together, images_together, masks_by_broadcasting
-from adaptc.tracing.shape_guards import check_sizes, fixing_line
+from adaptc.tracing.shape_guards import fixing_line, for_every_size
 from adaptc.tracing.trace_errors import check_signature, check_traceable, explain, fixed_dimension
 
 aten = torch.ops.aten
@@ -71,6 +71,10 @@ def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False
         changed[:] = number_notes(module, numbers)
         modes.append(detect_fake_mode())
 
+    def traced_at(sizes: Mapping[str, int]) -> torch.export.ExportedProgram:
+        shapes, tensors = dynamic_shapes(inputs), example_tensors(inputs, sizes)
+        return torch.export.export(model, (), tensors, dynamic_shapes=shapes, strict=False)
+
     hook = model.register_forward_hook(after_call)
     model.train(training)
     try:
@@ -81,10 +85,7 @@ def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False
             masks_by_broadcasting(),
             images_together() if any(spec.placeholders for spec in inputs) else nullcontext(),
         ):
-            program = torch.export.export(
-                model, (), examples, dynamic_shapes=dynamic_shapes(inputs), strict=False
-            )
-            check_sizes(model, program, inputs, sizes)
+            program = for_every_size(model, traced_at, inputs, sizes)
     except TraceError:
         raise
     except Exception as error:
