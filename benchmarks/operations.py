@@ -41,7 +41,7 @@ from benchmarks.outcomes import KINDS, RUN_ELSEWHERE, Outcome, write
 from benchmarks.table import versions
 
 BOUND = 1e-3
-"""The largest error of a result that counts as right, over its largest value."""
+"""The largest error of a result that counts as right, over its largest value; a bfloat16's own rounding is more."""
 SECONDS = 120
 """The time that a case has."""
 LOG = Path(__file__).parents[1] / "build/operations.jsonl"
@@ -124,7 +124,8 @@ def judged(case: Setting, path: Path) -> str:
     except Exception as error:
         return f"wrong: {type(error).__name__}: {error}"
     error = largest_error(case.expected, got)
-    return "right" if error <= BOUND else f"wrong: by {error:.0e}"
+    rounding = [torch.finfo(t.dtype).eps for t in case.expected if t.is_floating_point()]
+    return "right" if error <= max([BOUND, *rounding]) else f"wrong: by {error:.0e}"
 
 
 def _in_child(case: Case, kind: str, covered: set[str], beside: bool, queue: Any) -> None:

@@ -23,6 +23,7 @@ from adaptc.ir.shape_rules import shape_rules
 from adaptc.ir.state import number_notes, numbers_of, restored
 from adaptc.tracing.autograd_functions import functions_traced
 from adaptc.tracing.containers import register_containers, step_of
+from adaptc.tracing.control_flow import inline_control_flow
 from adaptc.tracing.huggingface_code import check_images_together, images_together, masks_by_broadcasting
 from adaptc.tracing.shape_guards import fixing_line, for_every_size
 from adaptc.tracing.trace_errors import check_signature, check_traceable, explain, fixed_dimension
@@ -65,11 +66,13 @@ def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False
     examples = example_tensors(inputs, sizes)
     training_of = {module: module.training for module in model.modules()}
     numbers, changed, modes = numbers_of(model), list[str](), list[Any]()
+    weights: dict[str, torch.Tensor] = {}
 
     def after_call(module: nn.Module, args: object, result: object) -> None:
         register_containers(result)
         changed[:] = number_notes(module, numbers)
         modes.append(detect_fake_mode())
+        weights.update((*module.named_parameters(), *module.named_buffers()))
 
     def traced_at(sizes: Mapping[str, int]) -> torch.export.ExportedProgram:
         shapes, tensors = dynamic_shapes(inputs), example_tensors(inputs, sizes)
@@ -98,9 +101,9 @@ def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False
         hook.remove()
         for module, mode in training_of.items():
             module.training = mode
-    traced = normalise(program.module(check_guards=False))
+    traced = normalise(program.module(check_guards=False), weights)
     check_images_together(traced.graph.nodes)
-    traced.meta[CHANGED] = [*changed, *backwards]
+    traced.meta[CHANGED] += [*changed, *backwards]
     return traced
 
 
@@ -112,12 +115,16 @@ def dynamic_shapes(inputs: Sequence[InputSpec]) -> dict[str, dict[int, Any]]:
     }
 
 
-def normalise(module: fx.GraphModule) -> fx.GraphModule:
+def normalise(module: fx.GraphModule, weights: Mapping[str, torch.Tensor] | None = None) -> fx.GraphModule:
     """Normalise an exported module.
 
     Inputs have the names of forward's arguments, which torch spells in small letters. Regions without gradients or with
-    autocast are inlined. The trace's own assertions, and what no output depends on, are removed. Tensors made on a
-    constant device are made on the device of the first input that is no label.
+    autocast, branches and fixed loops are inlined. The trace's own assertions, and what no output depends on, are
+    removed. Tensors made on a constant device are made on the device of the first input that is no label.
+
+    Args:
+        module: the module.
+        weights: name -> weight, as it was while the module was traced; branches and loops read these.
 
     Returns:
         A new graph module; the tensors are shared.
@@ -128,6 +135,8 @@ def normalise(module: fx.GraphModule) -> fx.GraphModule:
     module = fx.GraphModule(module, module.graph)
     graph = module.graph
     _inline_regions(module)
+    names = {id(tensor): name for name, tensor in (weights or {}).items()}
+    module.meta[CHANGED] = inline_control_flow(module, names)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     arguments: list[str] = cast(Any, graph)._codegen.pytree_info.orig_args
     if len(arguments) == len(placeholders):

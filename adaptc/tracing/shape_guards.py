@@ -15,6 +15,7 @@ import torch
 from sympy import Equality, false  # pyright: ignore[reportMissingTypeStubs]
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.node import map_arg
 
 from adaptc.errors import TraceError
 from adaptc.inputs import InputSpec
@@ -90,7 +91,7 @@ def _operations(
             operands[node] = int(number) if number.is_Integer else str(number)
         elif node.op != "call_function" or value is not None:
             operands[node] = f"%{len(lines)}"
-            arguments: Any = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: operands.get(n, "?"))
+            arguments: Any = map_arg((node.args, dict(node.kwargs)), lambda n: operands.get(n, "?"))
             lines.append(f"{node.op} {node.target} {arguments}")
     return lines
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import nn
+from torch._higher_order_ops import scan, while_loop
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils import _pytree as pytree
@@ -104,6 +105,21 @@ def written_buffer(m: Any, x: torch.Tensor) -> torch.Tensor:
 def out_of_buffer(m: Any, x: torch.Tensor) -> torch.Tensor:
     torch.mul(x.detach().mean((0, 1)), 2, out=m.b)
     return m.l(x) + m.b
+
+
+def nested_branches(m: Any, x: torch.Tensor) -> torch.Tensor:
+    def inner(t: torch.Tensor) -> torch.Tensor:
+        return torch.cond(t.mean() > 1, lambda u: u + 1, lambda u: u * 3, (t,))
+
+    return torch.cond(m.l(x).sum() > 0, inner, lambda t: t - 1, (m.l(x),))
+
+
+def scanned(m: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def step(state: torch.Tensor, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        state = torch.tanh(m.o(state) + row)
+        return state, state * 2
+
+    return scan(step, x[:, 0] * 0, m.l(x), dim=1, reverse=True)
 
 
 def unfolded(m: Any, x: torch.Tensor) -> torch.Tensor:
@@ -228,6 +244,18 @@ CASES: dict[str, Case] = {
               nn.Conv2d(3, 4, 3, padding=1)),
         (2, 3, 16, 16), BATCH,
     ),
+    "branch": (
+        calls(lambda m, x: torch.cond(x.sum() > 0, lambda t: m.o(t), lambda t: t - 1, (m.l(x),)), o=nn.Linear(8, 8)),
+        X, TIME,
+    ),
+    "branch within a branch": (calls(nested_branches), X, TIME),
+    "branches with two results": (
+        calls(lambda m, x: torch.cond(
+            (m.l(x).sum() > 0).reshape(1), lambda t: (t * 2, t.sum(1)), lambda t: (t - 1, t.mean(1)), (m.l(x),)
+        )),
+        X, TIME,
+    ),
+    "scan": (calls(scanned, o=nn.Linear(8, 8)), X, BATCH),
     "halves of one": (calls(lambda m, x: F.glu(m.l(x), 1)), (3, 2, 8), {1: "time"}),
     "chain of products": (
         calls(lambda m, x: torch.linalg.multi_dot([m.l(x).T, x, m.l(x).T])), (5, 8), BATCH,
@@ -239,6 +267,7 @@ CASES: dict[str, Case] = {
     ),
 }  # fmt: skip
 QUICK = {
+    "branch",
     "dataclass",
     "complex buffer",
     "checkpointed, reentrant",
@@ -298,6 +327,21 @@ def test_a_weight_that_training_normalises_is_trained_as_in_torch() -> None:
     for name, value in theirs.named_buffers():
         assert near(buffers[name], value)
     assert near(ours.eval()(x), theirs.eval()(x))
+
+
+def test_a_branch_that_is_always_computed_is_told_and_trained() -> None:
+    model = Calls(
+        lambda m, x: torch.cond(x.sum() > 0, lambda t: m.l(t), lambda t: t - 1, (x,)), l=nn.Linear(8, 8)
+    )
+    made = compiled(model, torch.randn(2, 8), BATCH)
+    assert made.plan.notes == [
+        "both branches of torch.cond are computed, and one is selected (from small_models.py:27)"
+    ]
+    for sign, trained in ((1, True), (-1, False)):
+        made.module.zero_grad()
+        made.module(sign * torch.ones(3, 8)).sum().backward()
+        gradients = [p.grad for p in made.module.parameters() if p.grad is not None]
+        assert any(bool(gradient.any()) for gradient in gradients) == trained
 
 
 def test_a_gradient_that_is_no_part_of_a_graph_is_told() -> None:
@@ -382,6 +426,21 @@ REFUSED: dict[str, tuple[Callable[..., Any], dict[str, Any], torch.dtype, str]] 
         lambda m, x: m.l(torch.view_as_real(x).sum(-1)), {}, torch.complex64,
         "input x is complex, and ONNX Runtime takes and gives real numbers only\n"
         "  let forward take its real and imaginary parts",
+    ),
+    "loop over values": (
+        lambda m, x: while_loop(lambda t: t.sum() < 3, lambda t: (t + 1,), (m.l(x),))[0], {}, torch.float32,
+        "the trace holds while_loop, which is no operation on tensors\n  from small_models.py:LINE\n"
+        "  a graph has no loops: run the largest number of steps, and let torch.where keep each value once it is done",
+    ),
+    "branch by a size": (
+        lambda m, x: torch.cond(x.shape[0] > 6, lambda t: t * 2, lambda t: t - 1, (m.l(x),)), {}, torch.float32,
+        "the trace holds cond, which is no operation on tensors\n  from small_models.py:LINE\n"
+        "  a graph has no branches: both of torch.cond are computed",
+    ),
+    "scan over any size": (
+        lambda m, x: scan(lambda c, t: (c + t, c * t), m.l(x)[0] * 0, m.l(x))[1], {}, torch.float32,
+        "the trace holds scan, which is no operation on tensors\n  from small_models.py:LINE\n"
+        "  a graph has no loops: write the size that scan runs over as a number, so that its steps are written out",
     ),
     "quantized layer": (
         lambda m, x: m.q(m.l(x)), {"q": quantized}, torch.float32,
