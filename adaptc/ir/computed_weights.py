@@ -61,8 +61,7 @@ def _mend(layer: nn.Module, name: str) -> str | None:
     """What makes a layer's weight a parameter again; None where it is one."""
     if parametrize.is_parametrized(layer, "weight"):
         return f"torch.nn.utils.parametrize.remove_parametrizations(model.{name}, 'weight')"
-    hooks: Any = layer._forward_pre_hooks
-    for hook in hooks.values():
+    for hook in cast(Any, layer)._forward_pre_hooks.values():
         for cls, attribute, mend in HOOKS:
             if isinstance(hook, cls) and getattr(hook, attribute) == "weight":
                 return mend.format(module=name)

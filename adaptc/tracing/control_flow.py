@@ -100,7 +100,7 @@ def _call(graph: fx.Graph, node: fx.Node, target: Any, *args: Any) -> fx.Node:
     """An operation in place of another node, with the value that it gives."""
     call = graph.call_function(target, args)
     operands: Any = map_arg(args, lambda n: n.meta["val"])
-    mode = cast(Any, next(n for n in call.all_input_nodes).meta["val"]).fake_mode
+    mode = call.all_input_nodes[0].meta["val"].fake_mode
     with mode, torch.no_grad():
         call.meta = {**node.meta, "val": target(*operands)}
     return call
