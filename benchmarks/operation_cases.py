@@ -228,7 +228,7 @@ def _made(model: Around, templates: Sequence[torch.Tensor], axes: dict[int, int]
     randomness = _Randomness()
     try:
         with randomness:
-            model(*examples)
+            traced = model(*examples)
             expected = [result.detach() for result in model(*inputs)]
     except Exception as error:
         raise UnusableError(f"{type(error).__name__}: {error}") from error
@@ -236,7 +236,7 @@ def _made(model: Around, templates: Sequence[torch.Tensor], axes: dict[int, int]
         raise UnusableError("it draws random numbers")
     if len(expected) == len(inputs):
         raise UnusableError("it gives no tensor")
-    if any(t.is_floating_point() and not t.isfinite().all() for t in expected):
+    if any(t.is_floating_point() and not t.isfinite().all() for t in (*traced, *expected)):
         raise UnusableError("its results are not finite")
     dynamic = {f"inputs_{i}": {axis: "size"} for i, axis in axes.items()}
     return Setting(model, examples, dynamic, inputs, expected)

@@ -174,6 +174,7 @@ def quantize_notes(graph: Graph, planned: Sequence[PlannedQuantization]) -> list
         notes += [f"{place}: pattern {pattern!r} matches nothing" for pattern in selection.unused]
         if selection.heads:
             notes.append(f"{place}: all-linear leaves out the output head {', '.join(selection.heads)}")
+        notes += [f"{place}: left out: {message}" for message in selection.computed]
         for site in selection.sites:
             others = used_elsewhere(graph, site)
             if others:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from adaptc.errors import nearest
@@ -57,13 +57,16 @@ def lacking_criteria(criteria: Mapping[str, Any], candidates: Sequence[Site], gr
         yield f"op {criteria['op']!r}: the operations here are {', '.join(operations) or 'none'}"
 
 
-def similar_modules(graph: Graph, unused: Sequence[str], candidates: Sequence[Site]) -> tuple[str, ...]:
+def similar_modules(
+    graph: Graph, unused: Sequence[str], candidates: Sequence[Site], kinds: Collection[str]
+) -> tuple[str, ...]:
     """The names of modules that come near a pattern, six at most.
 
     Args:
         graph: the graph.
         unused: the patterns, which matched no site.
         candidates: the sites that the method can be applied to.
+        kinds: their kinds.
 
     Returns:
         modules that match but are of another kind, else those with a similar name; and those that end as the pattern
@@ -72,10 +75,10 @@ def similar_modules(graph: Graph, unused: Sequence[str], candidates: Sequence[Si
     modules = list(dict.fromkeys(site.module for site in candidates))
     by_leaf = {module.rpartition(".")[2]: module for module in modules}
     similar: list[str] = []
-    kinds = "/".join(kind for kind in KINDS if kind in {c.kind for c in candidates}) or "adaptable"
+    other = "/".join(kind for kind in KINDS if kind in kinds)
     for pattern in unused:
         other_kinds = [
-            f"{s.module} ({s.type}, not {kinds})" for s in graph.parameter_sites if matches(pattern, s.module)
+            f"{s.module} ({s.type}, not {other})" for s in graph.parameter_sites if matches(pattern, s.module)
         ][:2]
         leaf = pattern.removeprefix("re:").rpartition(".")[2].strip("*$^\\")
         ending = [m for m in modules if matches("*." + pattern, m)]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic
 
 from adaptc.ir.analysis.points import named_point
+from adaptc.ir.computed_weights import computed_weights
 from adaptc.ir.graph import Graph
 from adaptc.ir.near_misses import lacking_criteria, lacking_slices, similar_modules
 from adaptc.ir.slices import layers_beside, roles_of, site_slices, slices_with_role
@@ -33,6 +34,7 @@ class Selection(Generic[S]):
         near: modules whose names are similar to an unused pattern, or that match but are of another kind.
         heads: output heads that `all-linear` left out.
         lacking: messages on slices, roles, nodes and operations that the target names and the model lacks.
+        computed: messages on layers that it names, whose weight is not stored.
     """
 
     sites: tuple[S, ...]
@@ -41,6 +43,7 @@ class Selection(Generic[S]):
     near: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
     lacking: tuple[str, ...] = ()
+    computed: tuple[str, ...] = ()
 
 
 def select(
@@ -101,10 +104,26 @@ def select(
         sites=tuple(chosen),
         excluded=tuple(dict.fromkeys(excluded)),
         unused=unused,
-        near=similar_modules(graph, unused, candidates),
+        near=similar_modules(graph, unused, candidates, method.kinds),
         heads=tuple(heads),
         lacking=tuple(lacking),
+        computed=tuple(_computed(graph, patterns, exclude, method.kinds))
+        if set(criteria) <= {"name"}
+        else (),
     )
+
+
+def _computed(
+    graph: Graph, patterns: Sequence[str], exclude: Sequence[str], kinds: Collection[str]
+) -> list[str]:
+    """Messages on layers of these kinds that a pattern names, whose weight is not stored."""
+
+    def wanted(name: str) -> bool:
+        linear = ALL_LINEAR in patterns and name not in graph.heads
+        return (linear or matches_any(patterns, name)) and not matches_any(exclude, name)
+
+    layers = {"linear"} & set(kinds) if ALL_LINEAR in patterns else kinds
+    return computed_weights(graph, layers, wanted)
 
 
 def _candidates(graph: Graph, method: Method[Any] | Scheme, target: Target) -> Sequence[Site]:
@@ -202,16 +221,16 @@ def no_match(graph: Graph, method: Method[Any] | Scheme, selection: Selection[An
     points = method.kinds & POINTS
     sites = graph.points if points else graph.sites
     layers = kinds if points else f"{kinds} layer"
-    notes = [*selection.lacking]
+    notes = [*selection.lacking, *selection.computed]
     notes += [RECOGNISED[kind] for kind in sorted(points) if all(p.kind != kind for p in graph.points)]
     if selection.excluded:
         notes.append(f"`exclude` took out all that matched: {', '.join(selection.excluded[:4])}")
-    if selection.near:
+    if selection.near and not selection.computed:
         notes.append(f"near: {', '.join(selection.near)}")
     unused = [p.removeprefix("re:").strip("*.") for p in selection.unused if p.strip("*.")]
     unread = sorted({n.rpartition(".")[0] for n in graph.weights} - {s.module for s in graph.sites})
     hidden = [module for module in unread if any(pattern in module for pattern in unused)]
-    if hidden:
+    if hidden and not selection.computed:
         notes.append(f"on no path to the output: {', '.join(hidden[:4])}")
     modules = list(dict.fromkeys(s.module or "the model itself" for s in sites if s.kind in method.kinds))
     notes.append(f"such layers are: {', '.join(modules[:4]) or 'none'}{', ...' if len(modules) > 4 else ''}")

@@ -14,7 +14,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from adaptc.errors import VerifyError
 from adaptc.ir.graph import Graph
 from adaptc.ir.nodes import VERIFIED, evaluated, is_operator, provenance, signature
-from adaptc.ir.recurrent import recurrent_shapes
+from adaptc.ir.shape_rules import shape_rules
 from adaptc.ir.stages import Stage, stages_of
 
 
@@ -45,7 +45,7 @@ def _evaluating(graph: Graph) -> Generator[None]:
     """Evaluate operations on fake tensors; new symbols, for the size of a selection by a mask, belong to no value."""
     symbols = graph.fake_mode.shape_env.ignore_fresh_unbacked_symbols()
     # Some operations need the dispatcher for symbolic sizes.
-    with graph.fake_mode, symbols, enable_python_dispatcher(), recurrent_shapes(), torch.no_grad():
+    with graph.fake_mode, symbols, enable_python_dispatcher(), shape_rules(), torch.no_grad():
         yield
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from typing import Any, TextIO, cast
 
@@ -18,18 +18,20 @@ from torch.utils import _pytree as pytree
 from adaptc.errors import TraceError
 from adaptc.inputs import LABELS, InputSpec
 from adaptc.ir.example_inputs import example_sizes, example_tensors
-from adaptc.ir.nodes import follow_device, writes_in_place
-from adaptc.ir.recurrent import recurrent_shapes
+from adaptc.ir.nodes import follow_device, is_operator, writes_in_place
+from adaptc.ir.shape_rules import shape_rules
 from adaptc.ir.state import number_notes, numbers_of, restored
+from adaptc.tracing.autograd_functions import functions_traced
 from adaptc.tracing.containers import register_containers, step_of
+from adaptc.tracing.control_flow import inline_control_flow
 from adaptc.tracing.huggingface_code import check_images_together, images_together, masks_by_broadcasting
-from adaptc.tracing.shape_guards import check_sizes, fixing_line
+from adaptc.tracing.shape_guards import fixing_line, for_every_size
 from adaptc.tracing.trace_errors import check_signature, check_traceable, explain, fixed_dimension
 
 aten = torch.ops.aten
 REGIONS = (torch.ops.higher_order.wrap_with_set_grad_enabled, torch.ops.higher_order.wrap_with_autocast)
 CHANGED = "changed"
-"""The key of a traced module's `meta` for notes on the numbers that forward changes."""
+"""The key of a traced module's `meta` for notes on what a graph of it leaves out: changed numbers, gradients."""
 ASSERTIONS = (
     aten._assert_tensor_metadata.default,
     aten._assert_scalar.default,
@@ -51,7 +53,8 @@ def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False
         training: trace in training mode, not in evaluation mode.
 
     Returns:
-        The trace; in its `meta` are notes on numbers of the model that forward changes, under `CHANGED`.
+        The trace; in its `meta` are notes on numbers that forward changes, and on functions whose gradients are their
+        own, under `CHANGED`.
 
     Raises:
         InputError: the inputs are not those of forward, or a named dimension is fixed by the model.
@@ -63,25 +66,29 @@ def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False
     examples = example_tensors(inputs, sizes)
     training_of = {module: module.training for module in model.modules()}
     numbers, changed, modes = numbers_of(model), list[str](), list[Any]()
+    weights: dict[str, torch.Tensor] = {}
 
     def after_call(module: nn.Module, args: object, result: object) -> None:
         register_containers(result)
         changed[:] = number_notes(module, numbers)
         modes.append(detect_fake_mode())
+        weights.update((*module.named_parameters(), *module.named_buffers()))
+
+    def traced_at(sizes: Mapping[str, int]) -> torch.export.ExportedProgram:
+        shapes, tensors = dynamic_shapes(inputs), example_tensors(inputs, sizes)
+        return torch.export.export(model, (), tensors, dynamic_shapes=shapes, strict=False)
 
     hook = model.register_forward_hook(after_call)
     model.train(training)
     try:
         with (
             traceable(),
+            functions_traced() as backwards,
             restored(model),
             masks_by_broadcasting(),
             images_together() if any(spec.placeholders for spec in inputs) else nullcontext(),
         ):
-            program = torch.export.export(
-                model, (), examples, dynamic_shapes=dynamic_shapes(inputs), strict=False
-            )
-            check_sizes(model, program, inputs, sizes)
+            program = for_every_size(model, traced_at, inputs, sizes)
     except TraceError:
         raise
     except Exception as error:
@@ -94,9 +101,9 @@ def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False
         hook.remove()
         for module, mode in training_of.items():
             module.training = mode
-    traced = normalise(program.module(check_guards=False))
+    traced = normalise(program.module(check_guards=False), weights)
     check_images_together(traced.graph.nodes)
-    traced.meta[CHANGED] = changed
+    traced.meta[CHANGED] += [*changed, *backwards]
     return traced
 
 
@@ -108,12 +115,16 @@ def dynamic_shapes(inputs: Sequence[InputSpec]) -> dict[str, dict[int, Any]]:
     }
 
 
-def normalise(module: fx.GraphModule) -> fx.GraphModule:
+def normalise(module: fx.GraphModule, weights: Mapping[str, torch.Tensor] | None = None) -> fx.GraphModule:
     """Normalise an exported module.
 
     Inputs have the names of forward's arguments, which torch spells in small letters. Regions without gradients or with
-    autocast are inlined. The trace's own assertions, and what no output depends on, are removed. Tensors made on a
-    constant device are made on the device of the first input that is no label.
+    autocast, branches and fixed loops are inlined. The trace's own assertions, and what no output depends on, are
+    removed. Tensors made on a constant device are made on the device of the first input that is no label.
+
+    Args:
+        module: the module.
+        weights: name -> weight, as it was while the module was traced; branches and loops read these.
 
     Returns:
         A new graph module; the tensors are shared.
@@ -124,6 +135,8 @@ def normalise(module: fx.GraphModule) -> fx.GraphModule:
     module = fx.GraphModule(module, module.graph)
     graph = module.graph
     _inline_regions(module)
+    names = {id(tensor): name for name, tensor in (weights or {}).items()}
+    module.meta[CHANGED] = inline_control_flow(module, names)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     arguments: list[str] = cast(Any, graph)._codegen.pytree_info.orig_args
     if len(arguments) == len(placeholders):
@@ -134,6 +147,8 @@ def normalise(module: fx.GraphModule) -> fx.GraphModule:
         if node.target in ASSERTIONS:
             graph.erase_node(node)
             continue
+        if is_operator(node.target) and "out" in node.kwargs:
+            node = _without_out(graph, node)
         if node.target is aten.embedding.default and len(node.args) > 4:
             node.update_arg(4, False)  # `sparse`: an adapted table is no leaf, as sparse gradients need
     if followed is not None:
@@ -142,6 +157,31 @@ def normalise(module: fx.GraphModule) -> fx.GraphModule:
     graph.lint()
     module.recompile()
     return module
+
+
+def _without_out(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """Let an operation that writes its result to `out` return it, and copy it there: `add(x, y, out=z)`.
+
+    Returns:
+        The copy; the node itself where torch has no such operation that returns one result.
+    """
+    written, target = node.kwargs["out"], cast(Any, node.target)
+    taken = [(a.name, str(a.type)) for a in target._schema.arguments if not a.is_out]
+    packet = target._overloadpacket
+    overloads = [getattr(packet, name) for name in packet.overloads()]
+    returning = [o for o in overloads if [(a.name, str(a.type)) for a in o._schema.arguments] == taken]
+    if not returning:
+        return node
+    with graph.inserting_before(node):
+        value = graph.call_function(
+            returning[0], node.args, {k: v for k, v in node.kwargs.items() if k != "out"}
+        )
+        value.meta = dict(node.meta)
+        copied = graph.call_function(aten.copy_.default, (cast(fx.Node, written), value))
+        copied.meta = dict(node.meta)
+    node.replace_all_uses_with(copied)
+    graph.erase_node(node)
+    return copied
 
 
 def _has_effect(node: fx.Node) -> bool:
@@ -259,7 +299,7 @@ def traceable() -> Generator[None]:
     try:
         # Without gradients a trace leaves out conversions.
         stance = torch.compiler.set_stance("force_eager")
-        with quietly(), torch.enable_grad(), stance, recurrent_shapes():
+        with quietly(), torch.enable_grad(), stance, shape_rules():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

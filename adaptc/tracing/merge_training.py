@@ -43,6 +43,11 @@ class _Merge:
         self.noise = Noise(self.graph, mode)
         self.buffers = {name for name, _ in module.named_buffers()}
         self.pairs = _Pairs()
+        self.updated: set[fx.Node] = set()
+        self.copies = {
+            node: [user for user in node.users if user.target in IDENTITIES]
+            for node in self.graph.find_nodes(op="get_attr")
+        }
         self.unexplained: list[fx.Node] = []
         """Operations of training only whose value has not replaced one of ours yet."""
 
@@ -57,6 +62,7 @@ class _Merge:
                 self.pairs[theirs] = self._same_weight(theirs)
             elif theirs.target in IDENTITIES or self._passes_buffer(theirs):
                 self.pairs[theirs] = self.pairs[theirs.args[0]]
+                self._copy_after_update(theirs, ours)
             elif ours is None:
                 self._differs(theirs)
             elif not is_size(theirs) and self._corresponds(ours, theirs):
@@ -189,6 +195,15 @@ class _Merge:
             )
         return theirs.target is aten.detach.default and self._is_buffer(theirs.args[0])
 
+    def _copy_after_update(self, theirs: fx.Node, before: fx.Node | None) -> None:
+        """Let our copy of a buffer be made where theirs is: after what training has written to the buffer."""
+        buffer = self.pairs[theirs]
+        if buffer is None or theirs.target not in IDENTITIES or not self.copies.get(buffer):
+            return
+        copied = self.copies[buffer].pop(0)
+        if buffer in self.updated and before is not None:
+            before.prepend(copied)
+
     def _update(self, theirs: fx.Node, operand: Callable[[fx.Node], fx.Node], before: fx.Node) -> None:
         """Let a buffer that is written in training only keep its value in evaluation."""
         buffer = operand(cast(fx.Node, theirs.args[0]))
@@ -198,6 +213,7 @@ class _Merge:
             written = self.graph.call_function(aten.copy_.default, (buffer, value))
         written.meta = dict(updated.meta)
         self.pairs[theirs] = buffer
+        self.updated.add(buffer)
         self.unexplained.clear()
 
     def _insert_count(self, theirs: fx.Node, before: fx.Node) -> None:

@@ -6,14 +6,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from traceback import FrameSummary
 from typing import Any, cast
 
 import torch
 from sympy import Equality, false  # pyright: ignore[reportMissingTypeStubs]
-from torch import nn
+from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.node import map_arg
 
 from adaptc.errors import TraceError
 from adaptc.inputs import InputSpec
@@ -26,13 +28,81 @@ Chosen so that an odd size becomes even, and that usual limits (a window, a tabl
 """
 
 
-def check_sizes(
+Trace = Callable[[Mapping[str, int]], torch.export.ExportedProgram]
+"""Traces a model with inputs of these sizes: name of a dimension -> size."""
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A size at which a model takes another branch than it was traced with.
+
+    Attributes:
+        sizes: name of a dimension -> size, one of them larger.
+        error: what is told.
+    """
+
+    sizes: Mapping[str, int]
+    error: TraceError
+
+
+def for_every_size(
+    model: nn.Module, trace: Trace, inputs: Sequence[InputSpec], sizes: Mapping[str, int]
+) -> torch.export.ExportedProgram:
+    """The trace of a model: every condition on a named dimension, under which it was made, holds at larger sizes.
+
+    A size of the examples may be small by chance, such as one whose half is 1, which torch takes for a size that
+    broadcasts. So where a condition fails, the model is traced at twice the size, and that trace is taken if it is the
+    same at the smaller sizes.
+
+    Args:
+        model: the model.
+        trace: traces it.
+        inputs: the inputs as specified.
+        sizes: name of a dimension -> the size to trace with.
+
+    Raises:
+        TraceError: the model runs at a larger size, but takes another branch there.
+    """
+    program = trace(sizes)
+    branch = _branch(model, program, inputs, sizes)
+    if branch is None:
+        return program
+    if any(larger > FACTORS[0] * sizes[name] for name, larger in branch.sizes.items()):
+        raise branch.error
+    again = trace(branch.sizes)
+    if _operations(again, inputs, sizes) != _operations(program, inputs, sizes):
+        raise branch.error
+    if _branch(model, again, inputs, branch.sizes) is not None:
+        raise branch.error
+    return again
+
+
+def _operations(
+    program: torch.export.ExportedProgram, inputs: Sequence[InputSpec], sizes: Mapping[str, int]
+) -> list[str]:
+    """The operations of a program with their arguments, its sizes as the numbers that they are at these sizes."""
+    values = {symbol: sizes[dim] for symbol, dim in _symbols(program, inputs).items()}
+    operands: dict[fx.Node, Any] = {}
+    lines: list[str] = []
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt):
+            number = cast(Any, value).node.expr.subs(values)
+            operands[node] = int(number) if number.is_Integer else str(number)
+        elif node.op != "call_function" or value is not None:
+            operands[node] = f"%{len(lines)}"
+            arguments: Any = map_arg((node.args, dict(node.kwargs)), lambda n: operands.get(n, "?"))
+            lines.append(f"{node.op} {node.target} {arguments}")
+    return lines
+
+
+def _branch(
     model: nn.Module,
     program: torch.export.ExportedProgram,
     inputs: Sequence[InputSpec],
     sizes: Mapping[str, int],
-) -> None:
-    """Check that every condition on a named dimension under which the model was traced holds at larger sizes.
+) -> Branch | None:
+    """The first larger size at which a condition of a trace fails; None if there is none.
 
     A condition may fail where the model itself refuses that size, such as positions beyond its table. Whether it
     does is tried on fake tensors.
@@ -42,9 +112,6 @@ def check_sizes(
         program: its trace.
         inputs: the inputs as specified.
         sizes: name of a dimension -> the size it was traced with.
-
-    Raises:
-        TraceError: the model runs at a larger size, but takes another branch there.
     """
     symbols = _symbols(program, inputs)
     values = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"]
@@ -57,7 +124,7 @@ def check_sizes(
             continue
         spec = next(spec for spec in inputs if name in spec.dims)
         fixed = ", ".join(str(sizes[name] if dim == name else dim) for dim in spec.dims)
-        raise TraceError(
+        error = TraceError(
             f"{type(model).__name__} could not be traced: it takes another branch at {name}={larger[name]} than at "
             f"{name}={sizes[name]}, where `{failed.expr.subs(symbols)}`",
             *_location(failed.sloc),
@@ -65,6 +132,8 @@ def check_sizes(
             f"fix that dimension by a number, such as {spec.name}: {spec.dtype}[{fixed}], or move the choice out of "
             "forward",
         )
+        return Branch(larger, error)
+    return None
 
 
 def fixing_line(mode: FakeTensorMode | None, sizes: Collection[int]) -> tuple[str, int] | None:

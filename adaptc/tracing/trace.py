@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import torch
 from torch import fx, nn
-from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor
 
 from adaptc.checkpoints.huggingface_weights import first_names
@@ -28,6 +27,7 @@ from adaptc.ir.nodes import (
     signature,
 )
 from adaptc.ir.stages import STAGE_TABLE
+from adaptc.tracing.control_flow import ADVICE
 from adaptc.tracing.export import CHANGED, export, output_names
 from adaptc.weights import Deferred, Held, Weight
 
@@ -79,12 +79,6 @@ def trace_base(base: Base) -> Graph:
     return graph
 
 
-BRANCHES = (
-    "a graph has no branches: use torch.where in place of torch.cond, and a loop over shapes in place of scan"
-)
-"""What to do about an operation of torch that runs a part of a graph."""
-
-
 def _constants(traced: fx.GraphModule, weights: Mapping[str, Weight]) -> dict[str, Held]:
     """The tensors that the trace made of the author's plain values: those that its nodes read and no weight is.
 
@@ -125,7 +119,6 @@ def _no_tensor(value: object, user: fx.Node) -> TraceError:
     """The error for a constant of a trace that is no tensor: a generator of random numbers, or a branch."""
     advice = {
         torch.Generator: "draw random numbers before the model is called, and hand them in as an input",
-        fx.GraphModule: BRANCHES,
     }
     remedy = next((text for cls, text in advice.items() if isinstance(value, cls)), "leave it out of forward")
     return TraceError(
@@ -145,11 +138,10 @@ def _check_operations(nodes: Iterable[fx.Node]) -> None:
     for node in nodes:
         if node.op == "call_function" and not is_operator(node.target) and node.target not in legal:
             transform = "write it without torch.vmap and the transforms of torch.func, on the whole batch"
-            branches = isinstance(node.target, HigherOrderOperator)
             raise TraceError(
                 f"the trace holds {operation(node)}, which is no operation on tensors",
                 *provenance(node),
-                BRANCHES if branches else transform,
+                ADVICE.get(node.target, transform),
             )
 
 

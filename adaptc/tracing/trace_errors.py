@@ -218,11 +218,15 @@ def fixed_dimension(
     return InputError(message, f"at {source_line(*where)}", *mends)
 
 
+QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
+"""The packages of torch's layers whose weights are packed for a kernel."""
+
+
 def check_traceable(model: nn.Module) -> None:
     """Check that a model has no part that torch.export never traces.
 
     Raises:
-        TraceError: names one: a scripted module, or a lazy layer that has not been run.
+        TraceError: names one: a scripted or quantized module, or a lazy layer that has not been run.
     """
     for name, part in cast("Iterable[tuple[str, nn.Module]]", model.named_modules()):
         if isinstance(part, torch.jit.ScriptModule):
@@ -230,6 +234,12 @@ def check_traceable(model: nn.Module) -> None:
                 f"{name or 'the model'} is a scripted module ({cast(Any, part).original_name}), which torch.export "
                 "does not trace",
                 "leave out torch.jit.script or torch.jit.load there, and use the module that was scripted",
+            )
+        if type(part).__module__.startswith(QUANTIZED):
+            raise TraceError(
+                f"{name or 'the model'} is a quantized module of torch ({type(part).__name__}), which torch.export "
+                "does not trace",
+                "hand in the model as it was before torch quantized it, and quantize it by `quantize` in the spec",
             )
         lazy = [key for key, value in part.named_parameters(recurse=False) if is_lazy(value)]
         if lazy:

@@ -18,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from adaptc.emit.onnx.decompositions import COMPOSITE
 from adaptc.emit.onnx.registry import OPSET, decompositions, has_form, registry_of
 from adaptc.emit.onnx.wrong_forms import is_wrong
 from adaptc.errors import Refusal, RefusedError
@@ -127,7 +128,7 @@ def _is_composite(target: object) -> bool:
 def _decompose(nodes: fx.Graph, node: fx.Node, table: Mapping[Any, Callable[..., Any]]) -> None:
     """Replace a node by the operations that a trace of it alone gives, none of which writes to its operands."""
     operands = node.all_input_nodes
-    target: Any = node.target
+    target: Any = COMPOSITE.get(node.target, node.target)
 
     def call(*values: Any) -> Any:
         by_node = dict(zip(operands, values, strict=True))
@@ -139,7 +140,7 @@ def _decompose(nodes: fx.Graph, node: fx.Node, table: Mapping[Any, Callable[...,
     functional: Any = dispatch_functionalize(call, FunctionalTensorMode())
     traced = make_fx(functional, dict(table))(*(operand.meta["val"] for operand in operands)).graph
     inputs = [n for n in traced.nodes if n.op == "placeholder"]
-    origin = {key: value for key, value in node.meta.items() if key in PROVENANCE} | {WHOLE: str(target)}
+    origin = {key: value for key, value in node.meta.items() if key in PROVENANCE} | {WHOLE: str(node.target)}
     for part in traced.nodes:
         part.meta = {"val": part.meta.get("val"), **origin}
     with nodes.inserting_before(node):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -70,6 +70,11 @@ def copied(x: Tensor, src: Tensor, non_blocking: bool = False) -> Any:
     return NotImplemented if same else src.to(x.dtype).expand(x.shape)
 
 
+def chain(tensors: Sequence[Tensor]) -> Tensor:
+    """`multi_dot`: the product of a chain of matrices, from the left, whatever their sizes are."""
+    return reduce(torch.matmul, tensors)
+
+
 def without_axes(x: Tensor, dims: Sequence[int]) -> Tensor:
     """`squeeze` of the axes among these whose size is 1."""
     for dim in sorted((dim % x.dim() for dim in dims), reverse=True):
@@ -108,3 +113,5 @@ DECOMPOSITIONS: Mapping[Any, Callable[..., Any]] = {
     aten.scatter_reduce.two: scattered_mean,
 }
 """Operation -> what computes it, or gives NotImplemented where the operation has a form."""
+COMPOSITE: Mapping[Any, Callable[..., Any]] = {aten.linalg_multi_dot.default: chain}
+"""The same for operations that torch takes apart before it asks for a decomposition, by comparing their sizes."""

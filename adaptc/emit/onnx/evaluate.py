@@ -49,6 +49,7 @@ class Evaluate(Pass):
                 nodes.erase_node(node)
             elif node.target in DROPOUTS and node.args[1] == 0:
                 node.replace_all_uses_with(node_arg(node, 0))
+                nodes.erase_node(node)  # drawing random numbers, it is not taken for unused
         _write_to_copies(graph)
         nodes.eliminate_dead_code()
         for node in [n for n in nodes.nodes if n.op == "placeholder" and not n.users]:

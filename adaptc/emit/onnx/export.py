@@ -175,8 +175,9 @@ def _attach(model: Any, graph: Graph) -> None:
             if isinstance(weight, Integers):
                 kind = integer_type(weight.bits)
                 value.type = ir.TensorType(kind)
+            shape = (*weight.shape, 2) if weight.dtype.is_complex else weight.shape  # a number is a pair
             value.const_value = ir.LazyTensor(
-                _loader(weight, name), dtype=kind, shape=ir.Shape(weight.shape), name=name, cache=False
+                _loader(weight, name), dtype=kind, shape=ir.Shape(shape), name=name, cache=False
             )
 
 
@@ -184,11 +185,13 @@ def _loader(weight: Weight, name: str) -> Callable[[], Any]:
     """A function that loads a weight as a tensor of onnx_ir."""
 
     def load() -> Any:
+        import torch
         from torch.onnx._internal.exporter._core import TorchTensor
 
         if isinstance(weight, Integers):
             return integer_tensor(weight.load(), weight.bits, name)
-        return TorchTensor(weight.load().detach().contiguous(), name=name)
+        tensor = weight.load().detach().contiguous()
+        return TorchTensor(torch.view_as_real(tensor) if tensor.is_complex() else tensor, name=name)
 
     return load
 

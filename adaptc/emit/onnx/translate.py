@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -25,7 +25,7 @@ from adaptc.emit.onnx.casts import Casts
 from adaptc.emit.onnx.decompose import EXPECTED, OnnxOperations
 from adaptc.emit.onnx.functional import Functional
 from adaptc.emit.onnx.registry import registry_of
-from adaptc.errors import AdaptcError, RefusedError, VerifyError
+from adaptc.errors import AdaptcError, Refusal, RefusedError, VerifyError
 from adaptc.ir.graph import Graph
 from adaptc.ir.nodes import get_tensor, provenance
 from adaptc.rewriter.pipeline import run
@@ -36,12 +36,13 @@ def translate(graph: Graph, opset: int) -> Any:
     """The ONNX model (onnx_ir) of a graph that only evaluates; its initializers have shapes and no data.
 
     Raises:
-        RefusedError: an operation has no ONNX form; names it.
+        RefusedError: an operation has no ONNX form, or an input or output is complex; names it.
         AdaptcError: the exporter fails on an operation.
     """
     from onnxscript import version_converter
     from torch.onnx._internal.exporter import _core
 
+    _check_real(graph)
     try:
         with quietly(), torch.no_grad():
             graph = run(graph, [Functional(), OnnxOperations(opset), Casts()])
@@ -54,6 +55,28 @@ def translate(graph: Graph, opset: int) -> Any:
         raise
     except Exception as error:
         raise _failure(graph, error) from error
+
+
+def _check_real(graph: Graph) -> None:
+    """Check that no input and no output is complex: inside of a program complex numbers are pairs of real ones.
+
+    Raises:
+        RefusedError: names one that is.
+    """
+    results = cast("tuple[fx.Node, ...]", next(n for n in graph.nodes if n.op == "output").args[0])
+    values = [
+        *((f"input {node.target}", node, "take its real and imaginary parts") for node in graph.placeholders),
+        *(
+            (f"output {name}", node, "return torch.view_as_real of it")
+            for name, node in zip(graph.outputs, results, strict=True)
+        ),
+    ]
+    for name, node, mend in values:
+        if node.meta["val"].is_complex():
+            reason = (
+                f"ONNX export failed: {name} is complex, and ONNX Runtime takes and gives real numbers only"
+            )
+            raise RefusedError([Refusal(reason, notes=(*provenance(node), f"let forward {mend}"))])
 
 
 def _failure(graph: Graph, error: Exception) -> AdaptcError:
