@@ -25,6 +25,7 @@ from adaptc.emit.onnx.functional import Functional
 from adaptc.emit.onnx.partitioned import PartitionedProgram
 from adaptc.emit.onnx.rounding import RoundActivations, rounds_activations
 from adaptc.emit.onnx.runtime import onnx_runner
+from adaptc.emit.onnx.standard_attention import StandardAttention, attention_report
 from adaptc.emit.staging import Staging
 from adaptc.errors import ProofError
 from adaptc.ir.graph import Graph
@@ -33,7 +34,7 @@ from adaptc.ir.near_ties import floats_behind_labels
 from adaptc.ir.tie_breaks import makes_choice
 from adaptc.rewriter.cache.cache import Cache
 from adaptc.rewriter.cache.signature import CacheSignature, new_tokens
-from adaptc.rewriter.pipeline import run
+from adaptc.rewriter.pipeline import Pass, run
 from adaptc.spec.emit import OnnxEmit
 from adaptc.weights import Weight
 
@@ -123,18 +124,23 @@ def write_onnx(program: Program, graph: Graph, entry: OnnxEmit, staging: Staging
         metadata[NEW_TOKENS] = new_tokens(evaluated)
     exact = not entry.round_activations
     written = export_onnx(evaluated, path, entry.opset, metadata, staging.wrote, entry.target_runtime, exact)
-    about = {
+    about: dict[str, Any] = {
         "nodes": written.nodes,
         "opset": written.opset,
         "inputs": {spec.name: str(spec).replace("bfloat16", "float32") for spec in evaluated.inputs},
         "outputs": list(evaluated.outputs),
     }
+    if entry.attention_form != "plain":
+        about["attention"] = attention_report(evaluated, entry.attention_form)
     return OnnxFile(entry, path, final, outputs, written.weights, unrounded, read_signature(path), about)
 
 
 def lowered(graph: Graph, entry: OnnxEmit) -> Graph:
-    """A graph that only evaluates, as an entry asks for it: with a cache or without."""
-    return run(graph, [Functional(), Cache()]) if entry.cache else graph
+    """A graph that only evaluates, as an entry asks for it: with a cache or without, and its attention's form."""
+    passes: list[Pass] = [Functional(), Cache()] if entry.cache else []
+    if entry.attention_form == "standard":
+        passes.append(StandardAttention())
+    return run(graph, passes)
 
 
 def prove_onnx(
