@@ -11,21 +11,21 @@ from typing import Any
 
 import torch
 
-from adaptc.compiler.cached_runner import SCHEDULES, CachedRunner, padded_left, where_seen
+from adaptc.compiler.cached_runner import SCHEDULES, CachedRunner, shown, takes, where_seen
 from adaptc.compiler.program import Program
 from adaptc.compiler.proof import Proof, effect
 from adaptc.compiler.provenance import describe_base
 from adaptc.compiler.reference import with_labels
 from adaptc.compiler.runners import BatchRunner, Runner
 from adaptc.emit.manifest import versions
-from adaptc.emit.onnx.cached import NEW_TOKENS, read_signature
+from adaptc.emit.onnx.attention_forms import with_attention
+from adaptc.emit.onnx.cached import COUNTED, NEW_TOKENS, read_signature
 from adaptc.emit.onnx.evaluate import evaluate
 from adaptc.emit.onnx.export import export_onnx
 from adaptc.emit.onnx.functional import Functional
 from adaptc.emit.onnx.partitioned import PartitionedProgram
 from adaptc.emit.onnx.rounding import RoundActivations, rounds_activations
-from adaptc.emit.onnx.runtime import onnx_runner
-from adaptc.emit.onnx.standard_attention import StandardAttention, attention_report
+from adaptc.emit.onnx.runtime import buffer_runner, onnx_runner
 from adaptc.emit.staging import Staging
 from adaptc.errors import ProofError
 from adaptc.ir.graph import Graph
@@ -34,7 +34,7 @@ from adaptc.ir.near_ties import floats_behind_labels
 from adaptc.ir.tie_breaks import makes_choice
 from adaptc.rewriter.cache.cache import Cache
 from adaptc.rewriter.cache.signature import CacheSignature, new_tokens
-from adaptc.rewriter.pipeline import Pass, run
+from adaptc.rewriter.pipeline import run
 from adaptc.spec.emit import OnnxEmit
 from adaptc.weights import Weight
 
@@ -84,6 +84,13 @@ class OnnxFile:
             self.partitioned if self.has_data_file else BatchRunner(onnx_runner(self.path, self.final, exact))
         )
 
+    @property
+    def keeps_buffers(self) -> bool:
+        """Whether it can keep all keys and values in one buffer, and the program is one file."""
+        counts = dict(self.about.get("attention", {}))
+        others = [counts.get(form) for form in ("standard", "plain")]
+        return bool(counts.get("gqa")) and not any(others) and not self.has_data_file
+
     @contextmanager
     def unrounded_runner(self) -> Generator[Runner]:
         """A runner of a file of the same graph that does not round activations."""
@@ -112,7 +119,7 @@ def write_onnx(program: Program, graph: Graph, entry: OnnxEmit, staging: Staging
     evaluated = evaluate(graph)
     unrounded = evaluated.copy() if entry.round_activations and rounds_activations(evaluated) else None
     outputs = evaluated.outputs
-    evaluated = lowered(evaluated, entry)
+    evaluated, attentions = with_attention(_cached(evaluated, entry), entry.attention_form, entry.opset)
     metadata = {
         "adaptc.version": versions().get("adaptc", ""),
         "adaptc.base": describe_base(program, final.parent),
@@ -122,6 +129,8 @@ def write_onnx(program: Program, graph: Graph, entry: OnnxEmit, staging: Staging
     }
     if entry.cache:
         metadata[NEW_TOKENS] = new_tokens(evaluated)
+    if attentions.get("gqa"):
+        metadata[COUNTED] = "right"
     exact = not entry.round_activations
     written = export_onnx(evaluated, path, entry.opset, metadata, staging.wrote, entry.target_runtime, exact)
     about: dict[str, Any] = {
@@ -130,17 +139,18 @@ def write_onnx(program: Program, graph: Graph, entry: OnnxEmit, staging: Staging
         "inputs": {spec.name: str(spec).replace("bfloat16", "float32") for spec in evaluated.inputs},
         "outputs": list(evaluated.outputs),
     }
-    if entry.attention_form != "plain":
-        about["attention"] = attention_report(evaluated, entry.attention_form)
+    if attentions:
+        about["attention"] = attentions
     return OnnxFile(entry, path, final, outputs, written.weights, unrounded, read_signature(path), about)
 
 
 def lowered(graph: Graph, entry: OnnxEmit) -> Graph:
     """A graph that only evaluates, as an entry asks for it: with a cache or without, and its attention's form."""
-    passes: list[Pass] = [Functional(), Cache()] if entry.cache else []
-    if entry.attention_form == "standard":
-        passes.append(StandardAttention())
-    return run(graph, passes)
+    return with_attention(_cached(graph, entry), entry.attention_form, entry.opset)[0]
+
+
+def _cached(graph: Graph, entry: OnnxEmit) -> Graph:
+    return run(graph, [Functional(), Cache()]) if entry.cache else graph
 
 
 def prove_onnx(
@@ -209,30 +219,33 @@ def prove_cached(program: Program, graph: Graph, file: OnnxFile) -> tuple[Proof,
     """
     signature, name = file.signature, f"onnx, {file.entry.adapters}, with a cache"
     assert signature is not None
-    padded = {label: padded_left(signature, batch) for label, batch in program.proofs.batches.items()}
-    left = {f"{label} padded on the left": batch for label, batch in padded.items() if batch is not None}
-    run_of_graph = Interpreter(graph, torch.float32).on({**program.proofs.batches, **left})
+    run_of_graph = Interpreter(graph, torch.float32).on(shown(signature, program.proofs.batches))
     reference = run_of_graph.only(file.outputs)
 
     def proved(
         about: str, runner: Runner, side: Graph, expected: Run, allowed: float | None
     ) -> tuple[Proof, Run]:
+        ways = {way: CachedRunner(runner, signature, schedule) for way, schedule in SCHEDULES.items()}
+        if file.keeps_buffers:
+            in_buffers = BatchRunner(buffer_runner(file.path, file.final))
+            ways["in one buffer"] = CachedRunner(in_buffers, signature, SCHEDULES["token by token"], True)
         worst: list[tuple[Proof, Run]] = []
-        for way, schedule in SCHEDULES.items():
-            got = CachedRunner(runner, signature, schedule).on(expected.taken)
-            got = where_seen(signature, expected, got)
-            title = ", ".join(part for part in (name, way, about) if part)
-            worst.append((program.proofs.prove(title, side, expected, got, allowed), got))
+        for way, fed in ways.items():
+            fits = {label for label, batch in expected.taken.items() if takes(signature, fed.schedule, batch)}
+            part = expected.among(fits)
+            got = where_seen(signature, part, fed.on(part.taken))
+            title = ", ".join(word for word in (name, way, about) if word)
+            worst.append((program.proofs.prove(title, side, part, got, allowed), got))
         return max(worst, key=lambda pair: pair[0].relative)
 
     if file.unrounded is None:
         proof, got = proved("", file.runner, graph, reference, None)
-        return proof, with_labels(reference, got), None
+        return proof, with_labels(reference.among(got.outcomes), got), None
     with file.unrounded_runner() as unrounded:
         proved("", unrounded, graph, reference, None)
     rounding, rounded, allowed = _rounded(program, graph, reference, file.unrounded)
     proof, got = proved(ROUNDED, file.runner, rounding, rounded, allowed)
-    return proof, with_labels(rounded, got), rounding
+    return proof, with_labels(rounded.among(got.outcomes), got), rounding
 
 
 def _side_by_side(program: Program, graph: Graph, earlier: Run | None, file: OnnxFile) -> tuple[Run, Run]:

@@ -47,9 +47,10 @@ class OnnxEmit(Part):
         False,
         description="a decoder that takes the keys and values of past tokens, and gives those of the new ones",
     )
-    attention: Literal["standard", "plain"] | None = Field(
+    attention: Literal["standard", "gqa", "plain"] | None = Field(
         None,
-        description="how attention is computed: ONNX's Attention, or plain operations; if left out, standard for a "
+        description="how attention is computed: by ONNX's Attention; by ONNX Runtime's GroupQueryAttention, for a "
+        "cache in one buffer and sequences padded on the right; or by plain operations. If left out, standard for a "
         "decoder with a cache unless the opset is older",
     )
 

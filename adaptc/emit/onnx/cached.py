@@ -13,15 +13,19 @@ from adaptc.rewriter.cache.signature import CacheSignature
 NEW_TOKENS = "adaptc.cache"
 """The key in the metadata of a program with a cache: its value is the name of the dimension of the new tokens."""
 
+COUNTED = "adaptc.padding"
+"""The key in the metadata of a program that takes sequences padded on the right alone; its value is `right`."""
+
 
 def read_signature(path: Path) -> CacheSignature | None:
     """What a program with a cache takes and gives; None where it has no cache."""
     model: Any = cast(Any, onnx).load(path, format="protobuf", load_external_data=False)
-    new = next((entry.value for entry in model.metadata_props if entry.key == NEW_TOKENS), None)
-    if new is None:
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    if NEW_TOKENS not in metadata:
         return None
     inputs = tuple(InputSpec(value.name, _dtype(value), _dims(value)) for value in model.graph.input)
-    return CacheSignature(inputs, {value.name: _dims(value) for value in model.graph.output}, new)
+    outputs = {value.name: _dims(value) for value in model.graph.output}
+    return CacheSignature(inputs, outputs, metadata[NEW_TOKENS], COUNTED in metadata)
 
 
 def _dtype(value: Any) -> str:

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from adaptc.emit.onnx import attention_operations
 from adaptc.ir.analysis.attention import SAME, Attention, Tokens, find_attentions, keys_of, values_of
 from adaptc.ir.graph import Graph
 from adaptc.ir.nodes import arguments_by_name, operation, size_expression
@@ -113,7 +112,7 @@ def _read_by(node: fx.Node, attention: fx.Node) -> bool:
 def _replacement(graph: Graph, attention: Attention) -> fx.Node:
     node = attention.mixed
     options = arguments_by_name(node)
-    mask = _mask(graph, attention, options["attn_mask"])
+    mask = full_mask(graph, attention, options["attn_mask"])
     size = attention.query.meta["val"].shape[-1]
     scale = float(size**-0.5 if options["scale"] is None else options["scale"])
     key = read_keys(attention, keys_of(attention), attention.key)
@@ -136,7 +135,7 @@ def give(joined: fx.Node, present: fx.Node) -> None:
     joined.replace_all_uses_with(present, delete_user_cb=lambda user: user.op == "output")
 
 
-def _mask(graph: Graph, attention: Attention, mask: fx.Node | None) -> fx.Node | None:
+def full_mask(graph: Graph, attention: Attention, mask: fx.Node | None) -> fx.Node | None:
     """The mask with an axis for the heads, and an entry for each query and each key."""
     if mask is None:
         return None
@@ -154,8 +153,10 @@ def _size(value: torch.Tensor, axis: int) -> Any:
     return size_expression(value.shape[axis])
 
 
-def attention_report(graph: Graph, form: str) -> dict[str, Any]:
-    """How the attentions of a lowered graph are written: how many in which form, and why others are plain."""
-    written = sum(node.target in attention_operations.STANDARD for node in graph.nodes)
-    why = [f"%{a.mixed.name}: {unlike_standard(a)}" for a in find_attentions(graph.nodes)]
-    return {form: written, "plain": len(why), "why": why}
+def drop_unread(graph: Graph) -> None:
+    """Remove inputs that nothing reads any more."""
+    pairs = list(zip(graph.placeholders, graph.inputs, strict=True))
+    graph.inputs = tuple(spec for node, spec in pairs if node.users)
+    for node, _ in pairs:
+        if not node.users:
+            graph.module.graph.erase_node(node)
