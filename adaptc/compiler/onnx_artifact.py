@@ -23,6 +23,7 @@ from adaptc.emit.onnx.cached import COUNTED, NEW_TOKENS, read_signature
 from adaptc.emit.onnx.evaluate import evaluate
 from adaptc.emit.onnx.export import export_onnx
 from adaptc.emit.onnx.functional import Functional
+from adaptc.emit.onnx.norms import NormsOfSums, RootMeanSquareNorms
 from adaptc.emit.onnx.partitioned import PartitionedProgram
 from adaptc.emit.onnx.rounding import RoundActivations, rounds_activations
 from adaptc.emit.onnx.runtime import buffer_runner, onnx_runner
@@ -34,7 +35,7 @@ from adaptc.ir.near_ties import floats_behind_labels
 from adaptc.ir.tie_breaks import makes_choice
 from adaptc.rewriter.cache.cache import Cache
 from adaptc.rewriter.cache.signature import CacheSignature, new_tokens
-from adaptc.rewriter.pipeline import run
+from adaptc.rewriter.pipeline import Pass, run
 from adaptc.spec.emit import OnnxEmit
 from adaptc.weights import Weight
 
@@ -150,7 +151,11 @@ def lowered(graph: Graph, entry: OnnxEmit) -> Graph:
 
 
 def _cached(graph: Graph, entry: OnnxEmit) -> Graph:
-    return run(graph, [Functional(), Cache()]) if entry.cache else graph
+    if not entry.cache:
+        return graph
+    for_runtime = entry.target_runtime == "onnxruntime"
+    norms: list[Pass] = [RootMeanSquareNorms(), NormsOfSums()] if for_runtime else []
+    return run(graph, [Functional(), Cache(), *norms])
 
 
 def prove_onnx(
@@ -226,7 +231,7 @@ def prove_cached(program: Program, graph: Graph, file: OnnxFile) -> tuple[Proof,
         about: str, runner: Runner, side: Graph, expected: Run, allowed: float | None
     ) -> tuple[Proof, Run]:
         ways = {way: CachedRunner(runner, signature, schedule) for way, schedule in SCHEDULES.items()}
-        if file.keeps_buffers:
+        if file.keeps_buffers and (file.unrounded is None or about):  # it is the file itself that is run
             in_buffers = BatchRunner(buffer_runner(file.path, file.final))
             ways["in one buffer"] = CachedRunner(in_buffers, signature, SCHEDULES["token by token"], True)
         worst: list[tuple[Proof, Run]] = []

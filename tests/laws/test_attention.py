@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from adaptc.emit.onnx.cached import NEW_TOKENS, read_signature
 from adaptc.emit.onnx.evaluate import evaluate
 from adaptc.emit.onnx.export import export_onnx
 from adaptc.emit.onnx.functional import Functional
+from adaptc.emit.onnx.norms import NormsOfSums, RootMeanSquareNorms
 from adaptc.emit.onnx.runtime import onnx_runner
 from adaptc.ir.graph import Graph
 from adaptc.ir.module import bind
@@ -48,7 +50,9 @@ def in_chunks(path: Path, tensors: dict[str, torch.Tensor], chunks: Sequence[int
 
 def write(graph: Graph, form: str, path: Path) -> dict[str, Any]:
     """Write a decoder with a cache; gives how its attentions are written."""
-    cached, report = with_attention(run(evaluate(graph), [Functional(), Cache()]), form)
+    cached, report = with_attention(
+        run(evaluate(graph), [Functional(), Cache(), RootMeanSquareNorms(), NormsOfSums()]), form
+    )
     export_onnx(cached, path, metadata={NEW_TOKENS: new_tokens(cached)}, exact=True)
     return report
 
@@ -159,6 +163,10 @@ def test_rotary_positions_inside(tmp_path: Path, name: str) -> None:
     for node in grouped(path):
         assert attribute(node, "do_rotary") == 1
         assert attribute(node, "local_window_size") == ROTARY[name].get("sliding_window", -1)
+    counts = Counter(node.op_type for node in onnx.load(path).graph.node)
+    assert (counts["SimplifiedLayerNormalization"], counts["SkipSimplifiedLayerNormalization"]) == (1, 4)
+    products = 2 * len(("query, key and value", "output", "gate", "up", "down"))
+    assert counts["MatMul"] == products + 1, "the head, and query, key and value as one"
     held(graph, "gqa", path, right_padded("llama"))
 
 

@@ -95,7 +95,7 @@ library.define(
     "float scale) -> (Tensor, Tensor, Tensor)"
 )
 library.define(
-    "grouped_attention(Tensor q, Tensor k, Tensor v, Tensor past_key, Tensor past_value, Tensor lengths, "
+    "grouped_attention(Tensor q, Tensor? k, Tensor? v, Tensor past_key, Tensor past_value, Tensor lengths, "
     "Tensor total, Tensor? cos, Tensor? sin, Tensor? bias, int heads, int kv_heads, float scale, int window) "
     "-> (Tensor, Tensor, Tensor)"
 )
@@ -117,7 +117,8 @@ def _(q: Any, k: Any, v: Any, past_key: Any, past_value: Any, *rest: Any) -> Any
     def joined(past: Any) -> torch.Tensor:
         return past.new_empty((*past.shape[:2], past.shape[2] + q.shape[1], past.shape[3]))
 
-    return torch.empty_like(q), joined(past_key), joined(past_value)
+    heads, size = rest[5], past_key.shape[3]
+    return q.new_empty((*q.shape[:2], heads * size)), joined(past_key), joined(past_value)
 
 
 STANDARD: frozenset[Any] = frozenset(

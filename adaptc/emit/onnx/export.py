@@ -10,6 +10,7 @@ from typing import Any
 
 from adaptc.emit.onnx import attention_operations
 from adaptc.emit.onnx.lower_quantized import Integers, OnnxProducts
+from adaptc.emit.onnx.packed_products import PackedQueries
 from adaptc.emit.onnx.quantized_operations import (
     integer_tensor,
     integer_type,
@@ -80,7 +81,7 @@ def export_onnx(
         RefusedError: an operation has no ONNX form; names it.
         AdaptcError: the exporter fails, or a weight cannot be read.
     """
-    graph = run(graph, [OnnxProducts(runtime, exact)])
+    graph = run(graph, [OnnxProducts(runtime, exact), PackedQueries()])
     attentions = [node for node in graph.nodes if node.target in attention_operations.STANDARD]
     packed = [weight.bits for weight in graph.weights.values() if isinstance(weight, Integers)]
     needed = [*map(opset_needed, packed), *(attention_operations.OPSET for _ in attentions)]

@@ -13,8 +13,9 @@ from adaptc.emit.onnx.probes import Probes
 from adaptc.emit.onnx.rotary import Rotated, rotated
 from adaptc.emit.onnx.standard_attention import Keys, drop_unread, full_mask, give, read_keys, unlike_standard
 from adaptc.ir.analysis.attention import Attention, find_attentions, keys_of, values_of
+from adaptc.ir.analysis.dataflow import walk
 from adaptc.ir.graph import Graph
-from adaptc.ir.nodes import arguments_by_name, operation
+from adaptc.ir.nodes import arguments_by_name, keeps_shape, operation
 from adaptc.rewriter.cache.cache import token_ids
 from adaptc.rewriter.cache.past import TOTAL
 from adaptc.rewriter.pipeline import Pass
@@ -148,13 +149,12 @@ class _Grouping:
                 onnx.grouped_attention.default, *parts, key.past, value.past, *counts, *tables, bias, *options
             )
             y, keys, values = (self._call(operator.getitem, results, number) for number in range(3))
+            for flat in _flattened(node, y):
+                flat.replace_all_uses_with(y)
             sizes = [*(self._call(aten.sym_size.int, y, axis) for axis in (0, 1)), heads, size]
-            apart = self._call(aten.reshape.default, y, sizes)
-            mixed = self._call(aten.transpose.int, apart, 1, 2)
+            mixed = self._call(aten.transpose.int, self._call(aten.reshape.default, y, sizes), 1, 2)
         node.replace_all_uses_with(mixed)
         self.graph.module.graph.erase_node(node)
-        for user in [u for u in mixed.users if operation(u) == "transpose" and u.args[1:] == (1, 2)]:
-            user.replace_all_uses_with(apart)
         give(cast(fx.Node, key.joined), keys)
         give(cast(fx.Node, value.joined), values)
 
@@ -165,7 +165,7 @@ class _Grouping:
     def _flat(self, x: fx.Node) -> fx.Node:
         """`(batch, tokens, heads * size)` of `(batch, heads, tokens, size)`."""
         heads, size = x.meta["val"].shape[1], x.meta["val"].shape[3]
-        apart = _operand(x) if operation(x) == "transpose" and set(x.args[1:]) == {1, 2} else None
+        apart = _operand(x) if _swaps(x) else None
         if apart is not None and operation(apart) in ("view", "reshape"):
             source = _operand(apart)
             if source.meta["val"].dim() == 3 and source.meta["val"].shape[-1] == heads * size:
@@ -226,6 +226,29 @@ class _Grouping:
         self.graph.attach(name, Held(table), trained=False)
         self.tables.append((table, self.graph.parameter_node(name)))
         return self.tables[-1][1]
+
+
+def _flattened(node: fx.Node, like: fx.Node) -> list[fx.Node]:
+    """The values that give an attention's result its tokens first and its heads side by side, as `like` has them."""
+    tokens_first = [u for same in _same(node) for u in same.users if _swaps(u)]
+    wanted = str(like.meta["val"].shape)
+    return [
+        user
+        for value in tokens_first
+        for same in _same(value)
+        for user in same.users
+        if operation(user) in ("view", "reshape", "flatten") and str(user.meta["val"].shape) == wanted
+    ]
+
+
+def _same(node: fx.Node) -> list[fx.Node]:
+    """A node, and the views and copies of it that have its shape."""
+    views = ("view", "reshape", "contiguous", "clone")
+    return list(walk([node], lambda n: [u for u in n.users if operation(u) in views and keeps_shape(u)]))
+
+
+def _swaps(node: fx.Node) -> bool:
+    return operation(node) == "transpose" and set(node.args[1:]) == {1, 2}
 
 
 def longest_text(graph: Graph) -> int | None:
