@@ -67,12 +67,14 @@ class CachedRunner:
         signature: what the program takes and gives.
         schedule: how many tokens each call gets.
         encoder: runs the encoder once for each batch, where the program takes its keys and values.
+        buffers: whether keys and values stay in one buffer, with room for all tokens from the start.
     """
 
     steps: Runner
     signature: CacheSignature
     schedule: Schedule
     encoder: EncoderRunner | None = None
+    buffers: bool = False
 
     def on(self, batches: Batches) -> Run:
         """One run of every batch; a batch whose call fails has that error."""
@@ -101,8 +103,9 @@ class _Text:
     def __init__(self, runner: CachedRunner, batch: Batch, encoded: Batch | Exception):
         self.signature, self.batch = runner.signature, batch
         self.encoded: Batch = {} if isinstance(encoded, Exception) else encoded
-        self.ends = list(accumulate(runner.schedule(self.signature.count(batch))))
-        self.past = self.signature.empty(self.signature.sequences(batch))
+        count = self.signature.count(batch)
+        self.ends = list(accumulate(runner.schedule(count)))
+        self.past = self.signature.empty(self.signature.sequences(batch), count if runner.buffers else 0)
         self.steps: list[dict[str, torch.Tensor]] = []
         self.error = encoded if isinstance(encoded, Exception) else None
 
@@ -134,6 +137,47 @@ class _Text:
 def masks_of(signature: CacheSignature) -> list[InputSpec]:
     """The masks of a program: inputs `(batch, total)`."""
     return [spec for spec in signature.inputs if spec.dims[1:] == (TOTAL,)]
+
+
+def takes(signature: CacheSignature, schedule: Schedule, batch: Batch) -> bool:
+    """Whether a program takes a batch in calls of these numbers of tokens."""
+    if not signature.counted or signature.sequences(batch) == 1:
+        return True
+    _, *behind_a_past = schedule(signature.count(batch))
+    return set(behind_a_past) <= {1}
+
+
+def shown(signature: CacheSignature, batches: Batches) -> Batches:
+    """The batches that a program is proved on: those given, and others that are padded as it takes them."""
+    if not signature.counted:
+        padded = {label: padded_left(signature, batch) for label, batch in batches.items()}
+        left = {f"{label} padded on the left": batch for label, batch in padded.items() if batch is not None}
+        return {**batches, **left}
+    right = {label: _padded_right(signature, batch) for label, batch in batches.items()}
+    rows = {
+        f"{label}, its first row": _first_row(signature, batch)
+        for label, batch in batches.items()
+        if signature.count(batch) > 1 and signature.sequences(batch) > 1
+    }
+    return {**right, **rows}
+
+
+def _padded_right(signature: CacheSignature, batch: Batch) -> Batch:
+    """A batch whose masks hide as many tokens as they do, behind the others."""
+    counts = {mask.name: batch[mask.name].bool().sum(1, keepdim=True) for mask in masks_of(signature)}
+    right = {
+        name: (torch.arange(batch[name].shape[1])[None] < count.clamp(min=1)).to(batch[name].dtype)
+        for name, count in counts.items()
+    }
+    return {**batch, **right}
+
+
+def _first_row(signature: CacheSignature, batch: Batch) -> Batch:
+    """The first sequence of a batch, none of it hidden."""
+    dim = signature.pasts[0].dims[0]
+    axes = {spec.name: spec.dims.index(dim) for spec in signature.inputs if dim in spec.dims}
+    row = {name: value.narrow(axes[name], 0, 1) if name in axes else value for name, value in batch.items()}
+    return {**row, **{mask.name: torch.ones_like(row[mask.name]) for mask in masks_of(signature)}}
 
 
 def padded_left(signature: CacheSignature, batch: Batch) -> Batch | None:
@@ -178,7 +222,7 @@ def _seen(
 
 
 def in_chunks(path: Path, runner: Runner) -> Runner:
-    """A runner of an ONNX file that feeds it in chunks where it has a cache, or as it is."""
+    """A runner of an ONNX file that feeds it in chunks where it has a cache, token by token if need be; or as it is."""
     signature = read_signature(path)
     if signature is None:
         return runner
@@ -186,4 +230,5 @@ def in_chunks(path: Path, runner: Runner) -> Runner:
     if signature.encoder is not None:
         file = path.with_name(signature.encoder)
         encoder = EncoderRunner(BatchRunner(onnx_runner(file)), read_outputs(file))
-    return CachedRunner(runner, signature, SCHEDULES["in chunks"], encoder)
+    way = "token by token" if signature.counted else "in chunks"
+    return CachedRunner(runner, signature, SCHEDULES[way], encoder)

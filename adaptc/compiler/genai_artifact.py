@@ -102,7 +102,7 @@ def write_genai(
     defaults = defaults_of(program.base.source.pretrained)
     length, eos = _context_length(entry, defaults), _eos(entry, defaults, decoder)
     tokenizer = copy_tokenizer(program.base.source.pretrained, directory)
-    config = genai_config(decoder, defaults, length, eos)
+    config = genai_config(decoder, defaults, length, eos, written.file.has_one_buffer)
     write_config(directory, config)
 
     padded = _padded(program, written, decoder, length, defaults.window)

@@ -1,4 +1,4 @@
-"""The ONNX artifact: a graph written as an ONNX file, and that file proved against the graph."""
+"""The ONNX artifact: a graph written as an ONNX file."""
 
 from __future__ import annotations
 
@@ -11,38 +11,32 @@ from typing import Any
 
 import torch
 
-from adaptc.compiler.cached_runner import SCHEDULES, CachedRunner, EncoderRunner, padded_left, where_seen
+from adaptc.compiler.cached_runner import SCHEDULES, CachedRunner, EncoderRunner
 from adaptc.compiler.program import Program
-from adaptc.compiler.proof import Proof, effect
 from adaptc.compiler.provenance import describe_base
-from adaptc.compiler.reference import with_labels
 from adaptc.compiler.runners import BatchRunner, Runner
 from adaptc.emit.manifest import versions
 from adaptc.emit.onnx.adapter_file import read_adapter
-from adaptc.emit.onnx.cached import ENCODER, NEW_TOKENS, encoder_beside, read_outputs, read_signature
+from adaptc.emit.onnx.attention_forms import with_attention
+from adaptc.emit.onnx.cached import COUNTED, ENCODER, NEW_TOKENS, encoder_beside, read_outputs, read_signature
 from adaptc.emit.onnx.evaluate import evaluate
 from adaptc.emit.onnx.export import Wrote, export_onnx
 from adaptc.emit.onnx.functional import Functional
+from adaptc.emit.onnx.norms import NormsOfSums, RootMeanSquareNorms
 from adaptc.emit.onnx.overridable import Dims
 from adaptc.emit.onnx.partitioned import PartitionedProgram
-from adaptc.emit.onnx.rounding import RoundActivations, rounds_activations
+from adaptc.emit.onnx.rounding import rounds_activations
 from adaptc.emit.onnx.runtime import open_session, session_call
 from adaptc.emit.staging import Staging
-from adaptc.errors import ProofError
 from adaptc.ir.graph import Graph
-from adaptc.ir.interpreter import Batches, Interpreter, Run
-from adaptc.ir.near_ties import floats_behind_labels
-from adaptc.ir.tie_breaks import makes_choice
+from adaptc.ir.interpreter import Batches, Run
 from adaptc.rewriter.cache.cache import Cache
 from adaptc.rewriter.cache.cross import Decoder, Encoder, crossed
 from adaptc.rewriter.cache.inputs import new_tokens
 from adaptc.rewriter.cache.signature import CacheSignature
-from adaptc.rewriter.pipeline import run
+from adaptc.rewriter.pipeline import Pass, run
 from adaptc.spec.emit import OnnxEmit
 from adaptc.weights import Weight
-
-ROUNDED = "against torch that rounds activations to 8 bits too"
-"""The title of a proof of a file that rounds activations."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +96,17 @@ class OnnxFile:
         return (
             self.partitioned if self.large else BatchRunner(session_call(self.session.opened, self.adapter))
         )
+
+    @property
+    def keeps_buffers(self) -> bool:
+        """Whether it can keep all keys and values in one buffer, and is run as it stands."""
+        return self.has_one_buffer and not self.large and self.encoder is None and not self.adapter
+
+    @property
+    def has_one_buffer(self) -> bool:
+        """Whether the program can keep keys and values in a buffer with room for all: each attention is a `gqa`."""
+        counts = dict(self.about.get("attention", {}))
+        return bool(counts.get("gqa")) and not any(counts.get(form) for form in ("standard", "plain"))
 
     @property
     def unrounded_runner(self) -> Runner:
@@ -195,7 +200,7 @@ class ExactSession:
     def _written(self, number: int) -> Any:
         """A session of one of the entry's programs."""
         with tempfile.TemporaryDirectory(dir=self.path.parent) as folder:
-            exact, graph = Path(folder) / self.path.name, programs(self.graph.copy(), self.entry)[number]
+            exact, graph = Path(folder) / self.path.name, programs(self.graph.copy(), self.entry)[0][number]
             overridable = _read_by(graph, self.overridable)
             options: Any = {"runtime": self.entry.target_runtime, "overridable": overridable}
             export_onnx(graph, exact, self.entry.opset, exact=True, **options)
@@ -232,7 +237,7 @@ def write_onnx(
     """
     evaluated = evaluate(graph)
     unrounded = evaluated.copy() if entry.round_activations and rounds_activations(evaluated) else None
-    parts = programs(evaluated, entry)
+    parts, attentions = programs(evaluated, entry)
     metadata = {
         "adaptc.version": versions().get("adaptc", ""),
         "adaptc.base": describe_base(program, final.parent),
@@ -245,6 +250,8 @@ def write_onnx(
         metadata[ENCODER] = encoder.name
     if entry.cache:
         metadata[NEW_TOKENS] = new_tokens(parts[0])
+    if attentions.get("gqa"):
+        metadata[COUNTED] = "right"
     metadata |= told or {}
     exact, runtime = not entry.round_activations, entry.target_runtime
     files = [path] if encoder is None else [path, encoder]
@@ -255,12 +262,14 @@ def write_onnx(
         for part, file in zip(parts, files, strict=True)
     ]
     weights = {name: weight for each in (*others, written) for name, weight in each.weights.items()}
-    about = {
+    about: dict[str, Any] = {
         "nodes": written.nodes,
         "opset": written.opset,
         "inputs": {spec.name: str(spec).replace("bfloat16", "float32") for spec in parts[0].inputs},
         "outputs": list(parts[0].outputs),
     }
+    if attentions:
+        about["attention"] = attentions
     signature = read_signature(path)
     outputs = evaluated.outputs if signature is None else tuple(signature.results)
     return OnnxFile(
@@ -286,137 +295,26 @@ def _read_by(graph: Graph, overridable: Dims | None) -> Dims:
     return {name: dims for name, dims in (overridable or {}).items() if name in read}
 
 
-def programs(graph: Graph, entry: OnnxEmit) -> list[Graph]:
+def programs(graph: Graph, entry: OnnxEmit) -> tuple[list[Graph], dict[str, Any]]:
     """The graphs of an entry's programs: its own first, then that of an encoder, where a decoder with a cache has one.
 
     Args:
         graph: it only evaluates.
-        entry: says whether there is a cache.
+        entry: says whether there is a cache, and the form of attention.
+
+    Returns:
+        the graphs; and how many attentions of the first have which form, see `with_attention`.
     """
     if not entry.cache:
-        return [graph]
+        graph, attentions = with_attention(graph, entry.attention_form, entry.opset)
+        return [graph], attentions
     functional = run(graph, [Functional()])
     encoder = [run(functional, [Encoder()])] if crossed(functional) else []
-    return [run(functional, [Decoder(), Cache()]), *encoder]
-
-
-def prove_onnx(
-    program: Program, graph: Graph, earlier: Run | None, file: OnnxFile
-) -> tuple[Proof, Run, Graph | None]:
-    """Prove that an ONNX file computes what the graph does that it was written from.
-
-    A file that rounds activations is proved in two steps. A second file of the same graph that does not round must
-    meet the float tolerance. The file itself is compared with torch that rounds in the same way, and may differ by
-    twice the error that rounding causes: a value halfway between two codes takes either, and downstream layers then
-    round other values.
-
-    Args:
-        program: the program that the graph belongs to.
-        graph: the graph.
-        earlier: a run of the graph in float32, if there is one.
-        file: the file.
-
-    Returns:
-        The proof; the run that the file was compared with, with the file's own labels; the graph that rounds
-        activations as the file does, or None where the file rounds none.
-
-    Raises:
-        ProofError: it computes something else.
-    """
-    name = file.name
-    if file.signature is not None:
-        return prove_cached(program, graph, file)
-    reference, candidate = _side_by_side(program, graph, earlier, file)
-    if file.unrounded is None:
-        try:
-            proof = program.proofs.prove(name, graph, reference, candidate)
-        except ProofError:
-            if reference.flipped or not _chooses_alike(graph, file):
-                raise
-            reference, candidate = _with_choices(program, graph, file)
-            proof = program.proofs.prove(name, graph, reference, candidate)
-        return proof, with_labels(reference, candidate), None
-    program.proofs.prove(name, graph, reference, file.unrounded_runner.on(reference.taken))
-    rounding, rounded, allowed = _rounded(program, graph, reference, file.unrounded)
-    proof = program.proofs.prove(f"{name}, {ROUNDED}", rounding, rounded, candidate, allowed)
-    return proof, with_labels(rounded, candidate), rounding
-
-
-def _rounded(program: Program, graph: Graph, reference: Run, unrounded: Graph) -> tuple[Graph, Run, float]:
-    """The graph that rounds activations as its file does, its run, and the relative error that the file may have."""
-    rounding = run(unrounded, [RoundActivations()])
-    rounded = Interpreter(rounding, torch.float32).on(reference.taken)
-    behind = [floats_behind_labels(side, reference.taken, torch.float32) for side in (graph, rounding)]
-    cost = max(effect(reference, rounded), effect(*behind))
-    return rounding, rounded, max(2 * cost, program.proofs.tolerance(graph))
-
-
-def prove_cached(program: Program, graph: Graph, file: OnnxFile) -> tuple[Proof, Run, Graph | None]:
-    """Prove that an ONNX file with a cache computes what the graph does, whatever part of a text each call gets.
-
-    The file is fed the proof's inputs in several ways, see `SCHEDULES`, and rows padded on the left as well. It is
-    proved as in `prove_onnx`; positions that a mask hides are not compared.
-
-    Returns:
-        As `prove_onnx` does.
-
-    Raises:
-        ProofError: it computes something else.
-    """
-    signature, name = file.signature, f"{file.name}, with a cache"
-    assert signature is not None
-    padded = {label: padded_left(signature, batch) for label, batch in program.proofs.batches.items()}
-    left = {f"{label} padded on the left": batch for label, batch in padded.items() if batch is not None}
-    run_of_graph = Interpreter(graph, torch.float32).on({**program.proofs.batches, **left})
-    reference = run_of_graph.only(file.outputs)
-
-    def proved(
-        about: str,
-        runners: tuple[Runner, EncoderRunner | None],
-        side: Graph,
-        expected: Run,
-        allowed: float | None,
-    ) -> tuple[Proof, Run]:
-        proofs: list[tuple[Proof, Run]] = []
-        for way, schedule in SCHEDULES.items():
-            got = CachedRunner(runners[0], signature, schedule, runners[1]).on(expected.taken)
-            got = where_seen(signature, expected, got)
-            title = ", ".join(part for part in (name, way, about) if part)
-            proofs.append((program.proofs.prove(title, side, expected, got, allowed), got))
-        return max(proofs, key=lambda pair: pair[0].relative)
-
-    written = file.runner, file.encoder_runner
-    if file.unrounded is None:
-        proof, got = proved("", written, graph, reference, None)
-        return proof, with_labels(reference, got), None
-    proved("", (file.unrounded_runner, file.unrounded_encoder), graph, reference, None)
-    rounding, rounded, allowed = _rounded(program, graph, reference, file.unrounded)
-    proof, got = proved(ROUNDED, written, rounding, rounded, allowed)
-    return proof, with_labels(rounded, got), rounding
-
-
-def _side_by_side(program: Program, graph: Graph, earlier: Run | None, file: OnnxFile) -> tuple[Run, Run]:
-    """A run of a graph, with the outputs that its file has, and a run of the file.
-
-    Where a graph of float16 or bfloat16 chooses, as a router among experts, it takes the choices of the file, which
-    computes in float32.
-    """
-    if Interpreter(graph, torch.float32).widens and _chooses_alike(graph, file):
-        return _with_choices(program, graph, file)
-    reference = program.reference(graph, earlier, wide=True).only(file.outputs)
-    return reference, file.runner.on(reference.taken)
-
-
-def _chooses_alike(graph: Graph, file: OnnxFile) -> bool:
-    """Whether a graph chooses, as a router among experts, and its file has the same choices."""
-    choices = sum(makes_choice(node) for node in graph.nodes)
-    return choices > 0 and len(file.partitioned.choices) == choices
-
-
-def _with_choices(program: Program, graph: Graph, file: OnnxFile) -> tuple[Run, Run]:
-    """A run of a graph that takes the choices of its file between near equals, and the run of the file."""
-    candidate = file.partitioned.on(program.proofs.batches)
-    return program.proofs.run_like(candidate, graph).only(file.outputs), candidate
+    for_runtime = entry.target_runtime == "onnxruntime"
+    norms: list[Pass] = [RootMeanSquareNorms(), NormsOfSums()] if for_runtime else []
+    decoder = run(functional, [Decoder(), Cache(), *norms])
+    decoder, attentions = with_attention(decoder, entry.attention_form, entry.opset)
+    return [decoder, *encoder], attentions
 
 
 def _data_file(path: Path) -> Path:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from adaptc.compiler.folding import fold, prove_fold
-from adaptc.compiler.onnx_artifact import OnnxFile, prove_onnx, write_onnx
+from adaptc.compiler.onnx_artifact import OnnxFile, write_onnx
+from adaptc.compiler.onnx_proof import prove_onnx
 from adaptc.compiler.program import Program
 from adaptc.compiler.proof import Proof
 from adaptc.compiler.proofs import check_finite

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from adaptc.compiler.onnx_artifact import OnnxFile, prove_onnx, write_onnx
+from adaptc.compiler.onnx_artifact import OnnxFile, write_onnx
+from adaptc.compiler.onnx_proof import prove_onnx
 from adaptc.compiler.proof import Proof
 from adaptc.compiler.proofs import STRENGTHS
 from adaptc.compiler.swap import Swap

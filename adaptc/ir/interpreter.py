@@ -59,6 +59,15 @@ class Run:
         }
         return replace(self, outcomes=outcomes, outputs=tuple(outputs))
 
+    def among(self, labels: Container[str]) -> Run:
+        """This run of only some of its batches."""
+        return replace(
+            self,
+            batches={name: batch for name, batch in self.batches.items() if name in labels},
+            outcomes={name: outcome for name, outcome in self.outcomes.items() if name in labels},
+            choices={name: choices for name, choices in self.choices.items() if name in labels},
+        )
+
 
 class Interpreter:
     """A graph that runs in evaluation mode on several batches in one sweep.

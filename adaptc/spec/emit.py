@@ -6,12 +6,14 @@ import os
 import re
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import InitErrorDetails
 
 from adaptc.spec.diagnostics import fault, invalid
 from adaptc.spec.part import Many, OneOf, Part, PathText
 
+ATTENTION_OPSET = 23
+"""The first opset that has Attention."""
 OutputPath = Annotated[PathText, Field(description="where it goes, relative to the spec file")]
 
 
@@ -33,7 +35,7 @@ class OnnxEmit(Part):
         "`adapters` are inputs of the program that can be left out",
     )
     opset: Annotated[int, Field(ge=18, le=25)] | None = Field(
-        None, description="ONNX opset; 20 if left out, or what the weights' bits need"
+        None, description="ONNX opset; 20 if left out, or what the attention and the weights' bits need"
     )
     target_runtime: Literal["onnxruntime", "standard"] = Field(
         "onnxruntime", description="what quantized weights are multiplied by: its own operations, or ONNX's"
@@ -47,6 +49,29 @@ class OnnxEmit(Part):
         False,
         description="a decoder that takes the keys and values of past tokens, and gives those of the new ones",
     )
+    attention: Literal["standard", "gqa", "plain"] | None = Field(
+        None,
+        description="how attention is computed: by ONNX's Attention; by ONNX Runtime's GroupQueryAttention, for a "
+        "cache in one buffer and sequences padded on the right; or by plain operations. If left out, standard for a "
+        "decoder with a cache unless the opset is older",
+    )
+
+    @model_validator(mode="after")
+    def _has_operations(self) -> OnnxEmit:
+        if self.attention == "standard" and self.opset is not None and self.opset < ATTENTION_OPSET:
+            message = (
+                f"ONNX has Attention since opset {ATTENTION_OPSET}, and this entry asks for {self.opset}"
+            )
+            raise invalid(
+                fault(message, "leave `opset` out, or write `attention: plain`", loc=("attention",))
+            )
+        return self
+
+    @property
+    def attention_form(self) -> str:
+        """How attention is computed: as `attention` says, or its default."""
+        old = self.opset is not None and self.opset < ATTENTION_OPSET
+        return self.attention or ("standard" if self.cache and not old else "plain")
 
 
 class GenaiEmit(Part):
@@ -79,6 +104,7 @@ class GenaiEmit(Part):
             target_runtime="onnxruntime",
             round_activations=self.round_activations,
             cache=True,
+            attention="gqa",
         )
 
 

@@ -73,7 +73,9 @@ def _settings(pretrained: Pretrained) -> Any:
         return cls.from_model_config(pretrained.config)
 
 
-def genai_config(decoder: Served, defaults: Defaults, context_length: int, eos: list[int]) -> dict[str, Any]:
+def genai_config(
+    decoder: Served, defaults: Defaults, context_length: int, eos: list[int], one_buffer: bool
+) -> dict[str, Any]:
     """The content of genai_config.json.
 
     Args:
@@ -81,6 +83,7 @@ def genai_config(decoder: Served, defaults: Defaults, context_length: int, eos: 
         defaults: how the base generates texts.
         context_length: the most tokens of a text.
         eos: the tokens that end a text; the first pads where the base has no token for that.
+        one_buffer: whether keys and values stay in one buffer, which the program writes into.
     """
     ids = {"pad_token_id": eos[0], **defaults.ids, "eos_token_id": eos[0] if len(eos) == 1 else eos}
     return {
@@ -111,6 +114,6 @@ def genai_config(decoder: Served, defaults: Defaults, context_length: int, eos: 
             "do_sample": False,
             **defaults.search,
             "max_length": min(defaults.search.get("max_length", context_length), context_length),
-            "past_present_share_buffer": False,
+            "past_present_share_buffer": one_buffer,
         },
     }

@@ -26,6 +26,10 @@ def read_outputs(path: Path) -> list[str]:
     return [value.name for value in _read(path).graph.output]
 
 
+COUNTED = "adaptc.padding"
+"""The key in the metadata of a program that takes sequences padded on the right alone; its value is `right`."""
+
+
 def read_signature(path: Path) -> CacheSignature | None:
     """What a program with a cache takes and gives; None where it has no cache."""
     model = _read(path)
@@ -42,7 +46,7 @@ def read_signature(path: Path) -> CacheSignature | None:
         if value.name not in weights
     )
     outputs = {value.name: _dims(value) for value in model.graph.output}
-    return CacheSignature(inputs, outputs, new, metadata.get(ENCODER))
+    return CacheSignature(inputs, outputs, new, metadata.get(ENCODER), COUNTED in metadata)
 
 
 def _read(path: Path) -> Any:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adaptc.emit.onnx import attention_operations
 from adaptc.emit.onnx.lower_quantized import Integers, OnnxProducts
 from adaptc.emit.onnx.overridable import Dims, make_overridable
+from adaptc.emit.onnx.packed_products import PackedQueries
 from adaptc.emit.onnx.quantized_operations import (
     integer_tensor,
     integer_type,
@@ -86,9 +88,11 @@ def export_onnx(
         RefusedError: an operation has no ONNX form; names it.
         AdaptcError: the exporter fails, or a weight cannot be read.
     """
-    graph = run(graph, [OnnxProducts(runtime, exact)])
+    graph = run(graph, [OnnxProducts(runtime, exact), PackedQueries()])
+    attentions = [node for node in graph.nodes if node.target in attention_operations.STANDARD]
     packed = [weight.bits for weight in graph.weights.values() if isinstance(weight, Integers)]
-    model = translate(graph, opset or max([OPSET, *map(opset_needed, packed)]))
+    needed = [*map(opset_needed, packed), *(attention_operations.OPSET for _ in attentions)]
+    model = translate(graph, opset or max([OPSET, *needed]))
     _attach(model, graph)
     with quietly():
         _clean_up(model, set(graph.weights))

@@ -16,7 +16,7 @@ import torch
 from onnxscript.function_libs.torch_lib.ops import fft
 from onnxscript.function_libs.torch_lib.ops.nn import aten_scaled_dot_product_attention
 
-from adaptc.emit.onnx import quantized_operations
+from adaptc.emit.onnx import attention_operations, norm_operations, quantized_operations
 from adaptc.emit.onnx.recurrent import rnn
 
 op: Any = onnxscript.opset18
@@ -146,5 +146,10 @@ TRANSLATIONS: Mapping[str, Callable[..., Any]] = {
     "aten::rnn_relu.input": rnn("Relu"),
 }
 """An operation by torch's name -> what computes it in ONNX."""
-FORMS: Mapping[str, Callable[..., Any]] = {**TRANSLATIONS, **quantized_operations.TRANSLATIONS}
-"""The same, with the operations that adaptc makes of quantized products."""
+FORMS: Mapping[str, Callable[..., Any]] = {
+    **TRANSLATIONS,
+    **quantized_operations.TRANSLATIONS,
+    **attention_operations.TRANSLATIONS,
+    **norm_operations.TRANSLATIONS,
+}
+"""The same, with the operations that adaptc makes of quantized products and attentions."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from adaptc.errors import AdaptcError
+from adaptc.rewriter.cache.signature import PAST_PREFIX, present_of
 
 
 def onnx_runner(
@@ -58,6 +59,40 @@ def session_call(
         assert loaded  # options do not keep it alive, and without it a run gives the base's outputs
         feeds = {name: as_array(tensor) for name, tensor in tensors.items() if name in names}
         return [torch.as_tensor(array) for array in session.run(None, feeds | fed, options)]
+
+    return call
+
+
+def buffer_runner(
+    path: Path, shown: Path | None = None
+) -> Callable[[Mapping[str, torch.Tensor]], Sequence[torch.Tensor]]:
+    """A function that runs an ONNX file whose keys and values stay in buffers, as onnxruntime-genai runs it.
+
+    The buffer that an input `past_key_values.0.key` is given in is the output `present.0.key` too.
+
+    Raises:
+        AdaptcError: ONNX Runtime does not take the program.
+    """
+    import onnxruntime
+
+    untyped: Any = onnxruntime
+    session = open_session(path, shown=shown)
+    inputs = [value.name for value in session.get_inputs()]
+    outputs = [value.name for value in session.get_outputs()]
+    past_of = {present_of(name): name for name in inputs if name.startswith(PAST_PREFIX)}
+
+    def call(tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        given = {name: untyped.OrtValue.ortvalue_from_numpy(as_array(tensors[name])) for name in inputs}
+        binding = session.io_binding()
+        for name, value in given.items():
+            binding.bind_ortvalue_input(name, value)
+        for name in outputs:
+            if name in past_of:
+                binding.bind_ortvalue_output(name, given[past_of[name]])
+            else:
+                binding.bind_output(name)
+        session.run_with_iobinding(binding)
+        return [torch.tensor(value.numpy()) for value in binding.get_outputs()]  # the memory is the binding's
 
     return call
 

@@ -28,12 +28,15 @@ class CacheSignature:
         outputs: the name of an output -> a name or a number for each of its dimensions.
         new: the name of the dimension of the new tokens.
         encoder: the name of the file, beside the program, that gives the keys and values of `cross`; None without.
+        counted: whether it counts the tokens of each sequence by the mask: sequences are padded on the right, if at
+            all, and behind a past it takes several tokens of one sequence, or one token of several.
     """
 
     inputs: tuple[InputSpec, ...]
     outputs: Mapping[str, tuple[Any, ...]]
     new: str
     encoder: str | None = None
+    counted: bool = False
 
     @property
     def pasts(self) -> list[InputSpec]:
@@ -55,10 +58,15 @@ class CacheSignature:
         spec = next(spec for spec in self.inputs if self.new in spec.dims and spec.name in tensors)
         return tensors[spec.name].shape[spec.dims.index(self.new)]
 
-    def empty(self, batch: int) -> dict[str, torch.Tensor]:
-        """The keys and values of no tokens, for so many sequences."""
+    def empty(self, batch: int, room: int = 0) -> dict[str, torch.Tensor]:
+        """The keys and values of no tokens, for so many sequences.
+
+        Args:
+            batch: how many sequences.
+            room: how many tokens there is room for, in a program that keeps them in one buffer.
+        """
         return {
-            spec.name: torch.zeros([batch, *(_size(dim) for dim in spec.dims[1:])], dtype=dtype(spec))
+            spec.name: torch.zeros([batch, *(_size(dim, room) for dim in spec.dims[1:])], dtype=dtype(spec))
             for spec in self.pasts
         }
 
@@ -136,8 +144,8 @@ def dtype(spec: InputSpec) -> torch.dtype:
     return getattr(torch, spec.dtype)
 
 
-def _size(dim: str | int) -> int:
+def _size(dim: str | int, past: int) -> int:
     if isinstance(dim, int):
         return dim
     assert dim == PAST, f"{dim} is no dimension of keys and values"
-    return 0
+    return past
