@@ -103,11 +103,16 @@ def _modality(outcome: Outcome) -> str:
 
 def _counts(outcomes: Sequence[Outcome]) -> list[str]:
     """A table: for every kind of inputs how many types are right, of those that can be run."""
-    lines = ["| inputs | types run | torch.export takes | right in adaptc | share of those taken |", "|---|---|---|---|---|"]
+    lines = [
+        "| inputs | types run | torch.export takes | right in adaptc | share of those taken |",
+        "|---|---|---|---|---|",
+    ]
     run = [outcome for outcome in outcomes if outcome.adaptc]
     for name in ("all", *(name for name, _ in MODALITIES)):
         rows = [outcome for outcome in run if name in ("all", _modality(outcome))]
-        right, taken = (sum(check) for check in ((o.adaptc == "right" for o in rows), (o.taken for o in rows)))
+        right, taken = (
+            sum(check) for check in ((o.adaptc == "right" for o in rows), (o.taken for o in rows))
+        )
         share = f"{right / taken:.0%}" if taken else ""
         lines.append(f"| {name} | {len(rows)} | {taken} | {right} | {share} |")
     return lines

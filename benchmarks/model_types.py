@@ -28,13 +28,15 @@ from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
+from transformers.pytorch_utils import Conv1D
 
 import adaptc
 from adaptc.emit.onnx.runtime import onnx_runner
 from adaptc.errors import AdaptcError
 from adaptc.inputs import InputSpec
-from adaptc.ir.example_inputs import EXAMPLE_SIZES, example_sizes, example_tensors
+from adaptc.ir.example_inputs import example_sizes, example_tensors
 from adaptc.tracing.export import dynamic_shapes
+from adaptc.tracing.huggingface_heads import heads_of
 from adaptc.tracing.huggingface_inputs import UnknownInputsError, chosen_inputs
 from adaptc.tracing.huggingface_settings import set_for_tracing
 from adaptc.tracing.huggingface_tasks import FEATURES, PREFERRED, VAGUE, model_classes, tasks
@@ -49,6 +51,8 @@ SECONDS = 90
 LATE = f"late: takes more than {SECONDS} s"
 LARGEST = 80_000_000
 """The most parameters of a model that is still tiny."""
+LINEAR = (torch.nn.Linear, Conv1D)
+"""The classes of linear layers."""
 LOG = Path(__file__).parents[1] / "build/model_types.jsonl"
 SHAPES = ((2, 9, 6), (1, 5, 8), (4, 24, 3))
 """Sizes other than those traced, for dimensions of texts and batches: batch 1 among them."""
@@ -95,14 +99,14 @@ def built(name: str) -> tuple[Any, str]:
             with torch.device("meta"):
                 size = sum(tensor.numel() for tensor in auto.from_config(copy.deepcopy(config)).parameters())
             if size > LARGEST:
-                break
+                raise NoModelError(f"the smallest model that can be made has {size:,} parameters")
             torch.manual_seed(0)
             model = randomise(auto.from_config(config)).eval()
             inputs = chosen_inputs(model, config, (), None).inputs
             with torch.no_grad():
                 run(model, example_tensors(inputs, example_sizes(inputs)))
             return model, task
-        except UnknownInputsError:
+        except (UnknownInputsError, NoModelError):
             raise
         except Exception as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -150,9 +154,12 @@ def largest_error(want: Sequence[torch.Tensor], got: Sequence[torch.Tensor]) -> 
 def with_adaptc(model: Any, task: str, work: Path) -> tuple[str, tuple[str, ...]]:
     """How adaptc compiles a model with an adapter on every linear layer, and the inputs that it derives."""
     inputs: tuple[str, ...] = ()
+    heads = heads_of(model)
+    linear = any(isinstance(part, LINEAR) for name, part in model.named_modules() if name not in heads)
+    target = "all-linear" if linear else "*"  # convolutions
     spec = {
         "base": {"model": str(work / "base"), "task": task},
-        "adapt": [{"method": "lora", "target": "all-linear", "r": 2, "alpha": 4}],
+        "adapt": [{"method": "lora", "target": target, "r": 1, "alpha": 2}],
     }
     try:
         made = adaptc.compile(spec)
@@ -171,21 +178,28 @@ def with_adaptc(model: Any, task: str, work: Path) -> tuple[str, tuple[str, ...]
             "onnx": lambda tensors: program(tensors),
         }
         folded = made.fold()
-        return compared(model, work / "adapter", made.base.inputs, runs), inputs
+        reference = adapted(model, work / "adapter", folded.state_dict())
+        return compared(reference, made.base.inputs, runs), inputs
     except AdaptcError as error:
         return f"refused: {error}".replace(str(work) + "/", ""), inputs
     except Exception as error:
         return f"crash: {type(error).__name__}: {error}", inputs
 
 
-def compared(
-    model: Any, adapter: Path, inputs: Sequence[InputSpec], runs: Mapping[str, Callable[[Any], Any]]
-) -> str:
-    """How what was made compares with PEFT on the eager model."""
+def adapted(model: Any, adapter: Path, weights: Mapping[str, torch.Tensor]) -> Any:
+    """The eager model with an adapter by PEFT; with the folded weights where PEFT adapts no such parameters."""
     from peft import PeftModel
 
     set_for_tracing(model.config)
-    reference = PeftModel.from_pretrained(model, str(adapter)).eval().get_base_model()
+    try:
+        return PeftModel.from_pretrained(copy.deepcopy(model), str(adapter)).eval().get_base_model()
+    except (KeyError, ValueError):  # experts, routers and other parameters that are no layer
+        model.load_state_dict(weights, strict=False)
+        return model.eval()
+
+
+def compared(reference: Any, inputs: Sequence[InputSpec], runs: Mapping[str, Callable[[Any], Any]]) -> str:
+    """How what was made compares with the adapted eager model."""
     compared_at = 0
     with torch.no_grad():
         for tensors in batches(inputs):

@@ -1,4 +1,4 @@
-"""Tiny random models of every model type of transformers: their configurations are shrunk by rules, none by its name."""
+"""Tiny random models of every model type of transformers: rules shrink their configurations, none by its name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ WIDTH = re.compile(
     r".*(hidden|d_model|dim|size|width|channels?|embd|embed|ffn|inner|filters|rank|d_ff|d_kv|units|d_head|scalar)\w*"
 )
 """The names of widths. Numbers below 16 are none, such as the channels of an image."""
-DEPTH = re.compile(r"(?!.*feat_extract)((\w+_)?(num|n)?_?(layers?|blocks|depths?)|stage_num_blocks|num_block_repeats)")
+DEPTH = re.compile(
+    r"(?!.*feat_extract)((\w+_)?(num|n)?_?(layers?|blocks|depths?)|stage_num_blocks|num_block_repeats)"
+)
 """The names of numbers of layers."""
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth")
 """The names of the number of all layers of a model."""
@@ -110,7 +112,9 @@ def _small(name: str, value: Any, factor: int) -> Any:
     if isinstance(value, dict):
         return {key: _sections(key, item, factor) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_small(name, item, factor) for item in value) if not name.startswith("_") else value
+        return (
+            type(value)(_small(name, item, factor) for item in value) if not name.startswith("_") else value
+        )
     if isinstance(value, bool) or not isinstance(value, int):
         return value
     limit = next((most for pattern, most in LIMITS.items() if re.fullmatch(pattern, name)), None)
