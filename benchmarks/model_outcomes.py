@@ -16,7 +16,8 @@ A tiny random model of every type that transformers' `AutoModel` makes, its conf
 (`benchmarks/tiny.py`), its head that of the type's most telling task, its inputs as adaptc derives them. A LoRA adapter
 with random weights is on every linear layer. *Right*: the trainable module, the folded model and the ONNX program in
 ONNX Runtime equal PEFT on the eager model, at other sizes than traced, within {bound:.0e} of the largest value of each
-output. Made by `python -m benchmarks.model_types` ({versions}).
+output. Where PEFT adapts no such parameters, the eager model has the folded weights. {number} of {all} types have been run. Made
+by `python -m benchmarks.model_types` ({versions}).
 
 {counts}
 
@@ -82,12 +83,14 @@ MODALITIES: Sequence[tuple[str, Callable[[set[str]], bool]]] = (
 """The kinds of models by their inputs; the first that fits."""
 
 
-def write(outcomes: Sequence[Outcome], bound: float, versions: str) -> None:
-    """Write docs/model_types.md."""
+def write(outcomes: Sequence[Outcome], total: int, bound: float, versions: str) -> None:
+    """Write docs/model_types.md, of the outcomes so far among a total of types."""
     outcomes = sorted(outcomes, key=lambda outcome: outcome.name)
     PAGE.write_text(
         TEXT.format(
             bound=bound,
+            number=len(outcomes),
+            all=total,
             versions=versions,
             counts="\n".join(_counts(outcomes)),
             rows="\n".join(_rows(outcomes)),
