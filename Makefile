@@ -4,7 +4,7 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 PYTHON3 ?= python3
 
-.PHONY: help demo test test-all compat bench families methods operations sst2 check clean
+.PHONY: help demo test test-all compat bench families methods operations types sst2 check clean
 help:  ## list the commands
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -48,6 +48,9 @@ methods: $(READY)  ## every method on MiniLM beside PEFT: writes docs/methods.md
 
 operations: $(READY)  ## every operation of torch beside torch's own exporter: writes docs/operations.md, takes an hour
 	$(PYTHON) -m benchmarks.operations
+
+types: $(READY)  ## every model type of transformers beside PEFT: writes docs/model_types.md, takes two hours
+	$(PYTHON) -m benchmarks.model_types
 
 sst2: $(READY)  ## the accuracy of every method beside PEFT's: writes benchmarks/sst2.md, takes half an hour
 	$(PYTHON) -m benchmarks.sst2

@@ -59,7 +59,8 @@ class InputSpec:
         dtype: torch's name of the element type.
         dims: a name for each dynamic dimension (equal names are equal sizes), a number for each fixed one.
         high: the bound that example values stay below, such as a vocabulary's size. The model gives it, never a spec.
-        example: the sizes of the example that was given; empty where there is none.
+        example: the sizes of the example that was given, or usual ones, 1 where any will do; empty where there are
+            none.
         boxes: whether the last dimension holds boxes: left, top, right and bottom, right not before left and bottom not
             before top.
         values: what the values of examples are like; None where there are none.

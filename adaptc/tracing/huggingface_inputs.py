@@ -6,6 +6,7 @@ One table, no model's name. What forward could take beside them is named, with w
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -112,6 +113,10 @@ COMPUTED = re.compile(
     r"|(start|end)_positions|logits_to_keep|encoder_attention_mask|cache|mems|bool_masked_pos|mask_time_indices|next_sentence_label"
 )
 """The names of tensors that a loss takes, or that another part of the model has computed: no input of a person's."""
+IMAGE_SIZES = (1, 1, 160, 128)
+"""The sizes at which images are traced where they are open: height and width differ, and can be halved six times."""
+FRAMES = 40
+"""How many frames a waveform is traced with."""
 BOXES = 1000
 """The largest coordinate of a box on a page: LayoutLM and its kind scale a page to it."""
 
@@ -206,13 +211,21 @@ def left_out(model: nn.Module | type[nn.Module], names: Sequence[str]) -> dict[s
 
 
 def limited(spec: InputSpec, config: object) -> InputSpec:
-    """An input with what the configuration says of its values: the number of token types, the corners of a box."""
+    """An input with what is known of its values and sizes: the number of token types, the corners of a box.
+
+    An image, or a waveform, is traced at a usual size: models halve them many times, and one that is halved to nothing
+    is another branch, or none.
+    """
     if spec.name == "token_type_ids":
         return replace(spec, high=_token_types(config))
     if spec.name == "position_ids":
         return replace(spec, high=getattr(_text(config), "max_position_embeddings", None))
     if spec.name == "bbox":
         return replace(spec, high=_box_limit(config), boxes=True)
+    if spec.name == IMAGES and len(spec.dims) == len(IMAGE_SIZES):
+        return replace(spec, example=IMAGE_SIZES)
+    if spec.name == "input_values" and len(spec.dims) == 2 and hasattr(config, "conv_stride"):
+        return replace(spec, example=(1, FRAMES * math.prod(config.conv_stride)))
     return spec
 
 

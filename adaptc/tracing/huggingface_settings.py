@@ -29,6 +29,8 @@ class Setting:
     has: str = ""
 
 
+CACHES = ("use_cache", "use_mems_eval")
+"""The attributes that say whether a model returns what the next call could use."""
 EXPERTS = "_can_set_experts_implementation"
 SETTINGS = (
     Setting(r"\w*layer_?drop", bool, 0.0, "a graph has a fixed number of layers"),
@@ -55,8 +57,11 @@ def set_for_tracing(config: object, model: nn.Module | None = None) -> list[str]
         A note for each change.
     """
     for part in parts_of(config):
-        if hasattr(part, "use_cache"):
-            part.use_cache = False  # a graph has no cache yet; nothing that a trace computes depends on it
+        for name in CACHES:
+            if hasattr(part, name):
+                setattr(
+                    part, name, False
+                )  # a graph has no cache yet; nothing that a trace computes depends on it
     parts = [*parts_of(config), *(model.modules() if model is not None else ())]
     settings = [s for s in SETTINGS if model is None or not s.has or _has(model, s.has)]
     return list(dict.fromkeys(note for part in parts for note in _apply(settings, part)))

@@ -20,6 +20,7 @@ from torch.fx.node import map_arg
 from adaptc.errors import TraceError
 from adaptc.inputs import InputSpec
 from adaptc.tracing.author_lines import is_model_code, source_line
+from adaptc.tracing.same_trace import is_same_trace
 
 FACTORS = (2, 40, 1000)
 """How much longer than traced each named dimension is assumed to be.
@@ -104,8 +105,8 @@ def _branch(
 ) -> Branch | None:
     """The first larger size at which a condition of a trace fails; None if there is none.
 
-    A condition may fail where the model itself refuses that size, such as positions beyond its table. Whether it
-    does is tried on fake tensors.
+    A condition may fail where the model itself refuses that size, such as positions beyond its table, and where it
+    changes nothing that is computed. Both are tried on fake tensors.
 
     Args:
         model: the model.
@@ -120,7 +121,10 @@ def _branch(
     for name, larger in _larger(sizes, _longest(model)):
         values_of = {symbol: larger[dim] for symbol, dim in symbols.items()}
         failed = next((guard for guard in guards if guard.expr.subs(values_of) is false), None)
-        if failed is None or not _runs(model, inputs, larger):
+        if failed is None:
+            continue
+        examples = _examples(model, inputs, larger)
+        if not _runs(model, examples) or is_same_trace(model, program, examples, values_of):
             continue
         spec = next(spec for spec in inputs if name in spec.dims)
         fixed = ", ".join(str(sizes[name] if dim == name else dim) for dim in spec.dims)
@@ -178,19 +182,27 @@ def _longest(model: nn.Module) -> int:
     return length if isinstance(length, int) else sys.maxsize
 
 
-def _runs(model: nn.Module, inputs: Sequence[InputSpec], sizes: Mapping[str, int]) -> bool:
-    """Whether a model runs at these sizes, on fake tensors; its buffers stay as they are."""
+def _examples(
+    model: nn.Module, inputs: Sequence[InputSpec], sizes: Mapping[str, int]
+) -> dict[str, torch.Tensor]:
+    """Fake inputs of these sizes, of the same mode as the model's weights where those are fake."""
     fake = (tensor for tensor in model.parameters() if isinstance(tensor, FakeTensor))
     mode = next((tensor.fake_mode for tensor in fake), None) or FakeTensorMode(allow_non_fake_inputs=True)
-    buffers = {module: dict(module._buffers) for module in model.modules()}
-    with mode, torch.no_grad():
-        examples = {
+    with mode:
+        return {
             spec.name: torch.empty(
                 [sizes[dim] if isinstance(dim, str) else dim for dim in spec.dims],
                 dtype=getattr(torch, spec.dtype),
             )
             for spec in inputs
         }
+
+
+def _runs(model: nn.Module, examples: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a model runs on fake inputs; its buffers stay as they are."""
+    mode = next(tensor.fake_mode for tensor in examples.values() if isinstance(tensor, FakeTensor))
+    buffers = {module: dict(module._buffers) for module in model.modules()}
+    with mode, torch.no_grad():
         try:
             model(**examples)
         except Exception:  # the model's own limit, whatever it raises

@@ -46,6 +46,20 @@ def test_a_size_among_the_outputs_does_not_reach_onnx(tmp_path: Path) -> None:
     assert near(found, model(x)[0])
 
 
+def test_a_number_less_a_mask_of_integers_is_a_float(tmp_path: Path) -> None:
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        mask = (x[:, 0] > 0).long()
+        return m.l(x) * (1.0 - mask)[:, None] + torch.rsub(mask, 0.25, alpha=3)[:, None]
+
+    x = torch.randn(4, 6)
+    x[:, 0] = torch.tensor([1.0, -1.0, 2.0, -2.0])
+    model = Calls(forward, l=nn.Linear(6, 4))
+    made = compiled(model, [{**LORA, "target": "l"}], x)
+    made.emit("onnx", tmp_path / "m.onnx")
+    (got,) = onnx_runner(tmp_path / "m.onnx")({"x": x})
+    assert near(got, model(x))
+
+
 def test_labels_that_make_more_than_a_loss_stay(tmp_path: Path) -> None:
     class Generator(nn.Module):
         def __init__(self) -> None:

@@ -75,6 +75,12 @@ def chain(tensors: Sequence[Tensor]) -> Tensor:
     return reduce(torch.matmul, tensors)
 
 
+def taken_from(x: Tensor, number: float, alpha: float = 1) -> Any:
+    """`rsub`: a number of another kind less a tensor, such as `1.0 - mask` of integers; the tensor is cast first."""
+    dtype = torch.result_type(x, number)
+    return NotImplemented if dtype == x.dtype else x.to(dtype) * -alpha + number
+
+
 def without_axes(x: Tensor, dims: Sequence[int]) -> Tensor:
     """`squeeze` of the axes among these whose size is 1."""
     for dim in sorted((dim % x.dim() for dim in dims), reverse=True):
@@ -108,6 +114,7 @@ DECOMPOSITIONS: Mapping[Any, Callable[..., Any]] = {
     aten.fmax.default: greater,
     aten.fmin.default: lesser,
     aten.copy.default: copied,
+    aten.rsub.Scalar: taken_from,
     aten.squeeze.dims: without_axes,
     aten.squeeze.dim: without_axis,
     aten.scatter_reduce.two: scattered_mean,
