@@ -31,7 +31,7 @@ from adaptc.compiler.reference import with_labels
 from adaptc.compiler.runners import BatchRunner, module_call
 from adaptc.compiler.schedule import bits_in_checkpoint
 from adaptc.compiler.swap import Swap
-from adaptc.compiler.swap_artifact import BASE, prove_adapter, prove_swap, write_swap
+from adaptc.compiler.swap_artifact import prove_adapter, prove_swap, write_swap
 from adaptc.compiler.trainable import reset_derived
 from adaptc.emit.huggingface import LOADED_SHARE, fits_in_memory, load_checkpoint, save_checkpoint
 from adaptc.emit.manifest import MANIFEST, product_entry, write_manifest
@@ -206,8 +206,8 @@ def _record_file(
 def _onnx_swap(program: Program, entry: OnnxEmit, staging: Staging, final: Path) -> Artifact:
     swap = Swap(program)
     file = write_swap(swap, entry, staging.path(final), final, staging.wrote)
-    proof, reference, _ = prove_swap(swap, file)
-    alternatives = {name: asdict(program.proofs.named(f"{BASE}, {name}")) for name in program.alternatives}
+    proof, reference, others = prove_swap(swap, file)
+    alternatives = {name: asdict(other) for name, other in others.items()}
     artifact = {"name": final.name, "format": "onnx", "adapters": entry.adapters, **file.about}
     artifact |= {"overridable": swap.dims(), "alternatives": alternatives}
     artifact |= proved(program, proof, reference)

@@ -56,10 +56,6 @@ class Proofs:
         """Whether a proof of this name held."""
         return any(proof.name == name for proof in self.held)
 
-    def named(self, name: str) -> Proof:
-        """The proof of this name, which held."""
-        return next(proof for proof in self.held if proof.name == name)
-
     def prove(
         self, name: str, graph: Graph, reference: Run, candidate: Run, allowed: float | None = None
     ) -> Proof:

@@ -16,7 +16,6 @@ from adaptc.compiler.swap import Swap
 from adaptc.emit.onnx.evaluate import evaluate
 from adaptc.emit.onnx.export import Wrote
 from adaptc.errors import ProofError
-from adaptc.ir.graph import Graph
 from adaptc.ir.interpreter import Run
 from adaptc.rewriter.swap.record import KEY
 from adaptc.spec.emit import OnnxEmit
@@ -39,27 +38,28 @@ def write_swap(swap: Swap, entry: OnnxEmit, path: Path, final: Path, wrote: Wrot
     return write_onnx(swap.program, swap.graph(), entry, path, final, wrote, False, swap.dims(), told)
 
 
-def prove_swap(swap: Swap, file: OnnxFile) -> tuple[Proof, Run, Graph | None]:
+def prove_swap(swap: Swap, file: OnnxFile) -> tuple[Proof, Run, dict[str, Proof]]:
     """Prove a program in one session: the base, each alternative, an adapter of other ranks, and the base again.
 
     Each is compared with the torch graph that has this adapter live.
 
     Returns:
-        As `prove_onnx`, of the base.
+        The proof of the base; the run that the file was compared with; and the proof of each alternative, by name.
 
     Raises:
         ProofError: one differs, or the last run is not the first.
     """
     proofs = swap.program.proofs
     base = proofs.run(swap.program.live_graph())
-    proved = prove_onnx(swap.program, swap.graph(), base, file)
+    proof, reference, _ = prove_onnx(swap.program, swap.graph(), base, file)
     first = file.on(proofs.batches)
-    for name in swap.program.alternatives:
-        prove_adapter(swap, file, name, swap.tensors(name))
+    alternatives = {
+        name: prove_adapter(swap, file, name, swap.tensors(name))[0] for name in swap.program.alternatives
+    }
     _prove_random(swap, file, base)
     if not _equal(first, file.on(proofs.batches)):
         raise ProofError(f"{BASE}: after the adapters the program gives other outputs than before them")
-    return proved
+    return proof, reference, alternatives
 
 
 def prove_adapter(

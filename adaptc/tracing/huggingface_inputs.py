@@ -225,7 +225,7 @@ def limited(spec: InputSpec, config: object) -> InputSpec:
     if spec.name == IMAGES and len(spec.dims) == len(IMAGE_SIZES):
         return replace(spec, example=IMAGE_SIZES)
     if spec.name == "input_values" and len(spec.dims) == 2 and hasattr(config, "conv_stride"):
-        return replace(spec, example=(1, FRAMES * math.prod(config.conv_stride)))
+        return replace(spec, example=(1, FRAMES * math.prod(cast(Any, config).conv_stride)))
     return spec
 
 
