@@ -9,6 +9,7 @@ import onnx
 import pytest
 import torch
 
+import adaptc
 from adaptc.cli.inspection import verify
 from adaptc.compiler.cached_runner import SCHEDULES, EncoderRunner, in_chunks, padded_left, where_seen
 from adaptc.compiler.compiled import Compiled
@@ -79,6 +80,24 @@ def test_a_cached_program_is_verified_by_itself(zoo: Zoo, tmp_path: Path) -> Non
     assert any("computes what its graph did" in row["checked"] for row in rows)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [(), ("int4",)])
+def test_adapters_are_swapped_on_a_decoder_with_a_cache(
+    zoo: Zoo, bits: tuple[str, ...], tmp_path: Path
+) -> None:
+    compiled = adaptc.compile(
+        {
+            "base": zoo.base_of("llama"),
+            "quantize": [{"method": name, "target": "all-linear", "block_size": 16} for name in bits],
+            "adapters": {"alice": [entry("lora", "llama")], "bob": [entry("ia3", "llama")]},
+        }
+    )
+    emitted(compiled, tmp_path / "base.onnx", adapters="swap")
+    proved = {proof.name for proof in compiled.proofs}
+    for who in ("onnx, swap", "onnx, swap, alice", "onnx, swap, bob", "onnx, swap, other ranks"):
+        assert {f"{who}, with a cache, {way}" for way in SCHEDULES} <= proved
+
+
 def test_a_wrong_cache_fails_the_proof(zoo: Zoo, tmp_path: Path) -> None:
     """The runner of proofs sees what one call with the whole prompt would not: keys that are not passed on."""
     compiled = zoo.compiled("llama", [])
@@ -115,8 +134,6 @@ def test_rows_padded_on_the_left_count_from_their_first_token(zoo: Zoo, tmp_path
 
 
 def test_what_can_have_no_cache_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
-    import adaptc
-
     make, says = MIXES_TOKENS["mean"]
     compiled = adaptc.compile({"inputs": {"input_ids": "int64[batch, seq]"}}, model=randomise(make()).eval())
     with pytest.raises(AdaptcError, match=says):
