@@ -13,6 +13,7 @@ from adaptc.compiler.calibration import calibrate
 from adaptc.compiler.changes import comparison
 from adaptc.compiler.compiled import Compiled
 from adaptc.compiler.genai_artifact import check_served
+from adaptc.compiler.onnx_artifact import check_cached
 from adaptc.compiler.plan import make_plan
 from adaptc.compiler.plan_report import PlanReport, plan_report
 from adaptc.compiler.program import Program
@@ -57,6 +58,7 @@ def compile(
     base = make_base(spec, model, example_inputs, dynamic)
     graph = trace(spec, base, after)
     check_served(spec, graph)
+    check_cached(spec, graph)
     calibrate(spec, graph, calibration)
     take_examples(spec, graph)
     program = program_of(spec, graph, base.bound.notes, after, comparison(spec.seed), weighed=True)
@@ -113,4 +115,5 @@ def plan(
     base = make_base(spec)
     graph = trace(spec, base)
     check_served(spec, graph)
+    check_cached(spec, graph)
     return spec, program_of(spec, graph).plan

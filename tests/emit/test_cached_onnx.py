@@ -141,6 +141,16 @@ def test_what_can_have_no_cache_is_refused_and_nothing_is_written(tmp_path: Path
     assert not list(tmp_path.iterdir())
 
 
+def test_the_plan_refuses_a_cache_at_its_place_in_the_spec(tmp_path: Path) -> None:
+    make, says = MIXES_TOKENS["cumsum"]
+    emit = [{"format": "onnx", "path": str(tmp_path / "decoder.onnx"), "cache": True}]
+    with pytest.raises(adaptc.SpecError) as caught:
+        adaptc.compile({"inputs": {"input_ids": "int64[batch, seq]"}, "emit": emit}, model=randomise(make()))
+    assert "emit.0.cache: this model can have no cache" in str(caught.value)
+    assert says in str(caught.value)
+    assert "decoders.py:" in str(caught.value)
+
+
 def test_the_encoder_runner_names_what_the_decoder_takes(zoo: Zoo, tmp_path: Path) -> None:
     compiled = zoo.compiled("t5", [])
     path = tmp_path / "decoder.onnx"

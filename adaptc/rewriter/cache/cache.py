@@ -53,15 +53,12 @@ class Cache(Pass):
 
     def requires(self, graph: Graph) -> list[Refusal]:
         """Tokens meet in causal attention only."""
-        ids = token_ids(graph)
-        if isinstance(ids, Refusal):
-            return [ids]
-        joins, tokens, refusals = _analysed(graph, ids)
-        refusals += [
-            refusal(node, f"{why}, so that it cannot run on new tokens alone") for node, why in tokens.mixing
-        ]
+        refusals = tokens_meet(graph)
         if refusals:
             return refusals
+        ids = token_ids(graph)
+        assert isinstance(ids, fx.Node)
+        joins, tokens, _ = _analysed(graph, ids)
         shares = Shares(graph, set(tokens.axes))
         read = {join.attention for join in joins}
         attentions = [
@@ -103,6 +100,18 @@ class Cache(Pass):
         drop_unread(graph)
         refresh(graph)
         return True
+
+
+def tokens_meet(graph: Graph) -> list[Refusal]:
+    """Where tokens meet outside attention, so that a graph can have no cache. No weight is read."""
+    ids = token_ids(graph)
+    if isinstance(ids, Refusal):
+        return [ids]
+    _, tokens, refusals = _analysed(graph, ids)
+    mixing = [
+        refusal(node, f"{why}, so that it cannot run on new tokens alone") for node, why in tokens.mixing
+    ]
+    return refusals + mixing
 
 
 def _analysed(graph: Graph, ids: fx.Node) -> tuple[list[Join], TokenMap, list[Refusal]]:
