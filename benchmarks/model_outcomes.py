@@ -16,8 +16,8 @@ A tiny random model of every type that transformers' `AutoModel` makes, its conf
 (`benchmarks/tiny.py`), its head that of the type's most telling task, its inputs as adaptc derives them. A LoRA adapter
 with random weights is on every linear layer. *Right*: the trainable module, the folded model and the ONNX program in
 ONNX Runtime equal PEFT on the eager model, at other sizes than traced, within {bound:.0e} of the largest value of each
-output. Where PEFT adapts no such parameters, the eager model has the folded weights. {number} of {all} types have been run. Made
-by `python -m benchmarks.model_types` ({versions}).
+output. Where PEFT adapts no such parameters, the eager model has the folded weights. {number} of {all} types have been
+run. Made by `python -m benchmarks.model_types` ({versions}).
 
 {counts}
 
