@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +21,7 @@ from adaptc.inputs import InputSpec
 from adaptc.ir.base import Base, Bound, Pretrained
 from adaptc.optional import optional
 from adaptc.spec.base import BaseEntry
+from adaptc.tracing.computed_buffers import compute_buffers
 from adaptc.tracing.huggingface_heads import heads_of
 from adaptc.tracing.huggingface_inputs import chosen_inputs
 from adaptc.tracing.huggingface_processor import given_inputs
@@ -194,22 +195,7 @@ def fake_parameters(model: nn.Module) -> None:
             if buffer is not None and name not in module._non_persistent_buffers_set:
                 fakes.setdefault(id(buffer), FakeTensor(mode, buffer, cpu))
                 module._buffers[name] = fakes[id(buffer)]
-    for module, whole in _with_their_models(model, model):
-        transient = [n for n in module._non_persistent_buffers_set if module._buffers.get(n) is not None]
-        for name in transient:
-            buffer = module._buffers[name]
-            assert buffer is not None
-            module._buffers[name] = torch.empty_like(buffer, device="cpu")
-        if transient:  # transformers computes these where it initialises weights; they are in no checkpoint
-            cast(Any, whole)._init_weights(module)
-
-
-def _with_their_models(module: nn.Module, whole: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """Every module, and the innermost model of transformers that it is in, such as the vision tower of a model."""
-    whole = module if hasattr(module, "_init_weights") else whole
-    yield module, whole
-    for child in module.children():
-        yield from _with_their_models(child, whole)
+    compute_buffers(model)
 
 
 def pretrained_weights(pretrained: Pretrained, seed: int) -> Bound:

@@ -6,10 +6,17 @@ import copy
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from adaptc.compiler.base import make_base
+from adaptc.errors import TraceError
+from adaptc.spec.spec import load
+from adaptc.tracing.computed_buffers import compute_buffers
 
 pytest.importorskip("peft")
 from benchmarks.model_types import built, largest_error, model_types, outcomes, with_adaptc
-from benchmarks.tiny import LAYERS, tiny_configurations
+from benchmarks.tiny import HEAD, LAYERS, tiny_configurations
 
 QUICK = ("electra", "mistral", "vit")
 """An encoder with its head, a decoder, and images."""
@@ -31,16 +38,42 @@ def test_a_configuration_is_shrunk_with_its_parts() -> None:
 
     config = next(tiny_configurations(transformers.Qwen2VLConfig))
     text = config.get_text_config()
-    assert text.num_hidden_layers == LAYERS
-    assert config.vision_config.depth == LAYERS
-    assert sum(text.rope_parameters["mrope_section"]) * 2 == text.hidden_size // text.num_attention_heads
+    assert (text.num_hidden_layers, config.vision_config.depth) == (LAYERS, LAYERS)
+    assert text.hidden_size // text.num_attention_heads >= HEAD
 
 
 def test_an_output_of_another_shape_is_no_small_error() -> None:
-    import torch
-
     assert largest_error([torch.ones(2, 1)], [torch.ones(2, 2)]) == float("inf")
     assert largest_error([torch.ones(2)], [torch.ones(2) + 1e-3]) > 1e-4
+    assert largest_error([torch.tensor([1.0, float("nan")])], [torch.tensor([1.0, 0.0])]) == float("inf")
+
+
+@pytest.mark.parametrize("name", ["falcon_h1", "siglip"])
+def test_buffers_that_no_checkpoint_holds_are_those_of_the_model(name: str, tmp_path: Path) -> None:
+    model, task = built(name)
+    model.save_pretrained(tmp_path)
+    base = make_base(load({"base": {"model": str(tmp_path), "task": task}}))
+    assert base.model is not None
+    ours, wanted = dict(base.model.named_buffers()), dict(model.named_buffers())
+    assert wanted
+    assert [key for key, value in wanted.items() if not torch.equal(ours[key], value)] == []
+
+
+class Partial(PreTrainedModel):
+    """A model whose class does not compute one of its buffers."""
+
+    config_class = PretrainedConfig
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__(config)
+        self.register_buffer("scale", torch.tensor([2.0, 3.0]), persistent=False)
+
+
+def test_a_buffer_that_nothing_computes_is_an_error() -> None:
+    with pytest.raises(
+        TraceError, match=r"Partial\.scale is in no checkpoint.*does not compute(.|\n)*hand in"
+    ):
+        compute_buffers(Partial(PretrainedConfig()))
 
 
 @pytest.mark.slow
