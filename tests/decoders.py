@@ -118,6 +118,19 @@ class HeadsInBatch(Decoder):
         return torch.bmm(shares, v).view(batch, heads, n, size)
 
 
+class OneHot(Decoder):
+    """The table of words is a matrix, multiplied by ones and zeros."""
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        words = F.one_hot(input_ids, WORDS).float() @ self.embed.weight
+        x = words + F.one_hot(torch.arange(input_ids.shape[1]), LONGEST).float() @ self.place.weight
+        for packed, out in zip(self.packed, self.out, strict=True):
+            q, k, v = packed(x).chunk(3, -1)
+            heads = [t.view(*t.shape[:2], HEADS, -1).transpose(1, 2) for t in (q, k, v)]
+            x = x + out(self.attend(*heads).transpose(1, 2).flatten(2))
+        return self.head(x)
+
+
 class OtherName(Decoder):
     """The token ids have a name of their own."""
 
@@ -127,7 +140,7 @@ class OtherName(Decoder):
 
 BY_HAND = {
     cls.__name__: cls
-    for cls in (Decoder, BufferMask, AddedMask, Alibi, Einsum, Window, HeadsInBatch, OtherName)
+    for cls in (Decoder, BufferMask, AddedMask, Alibi, Einsum, Window, HeadsInBatch, OneHot, OtherName)
 }
 
 

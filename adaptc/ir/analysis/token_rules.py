@@ -27,55 +27,60 @@ from adaptc.ir.analysis.token_views import VIEWS
 from adaptc.ir.nodes import is_operator, list_arg, node_arg, operation
 
 ELEMENTWISE = frozenset(
-    {
-        *(
-            "where",
-            "masked_fill",
-            "masked_fill_",
-            "dropout",
-            "to",
-            "_to_copy",
-            "clone",
-            "contiguous",
-            "alias",
-        ),
-        *("detach", "type_as", "lift_fresh_copy", "full_like", "zeros_like", "ones_like", "empty_like"),
-        *("__and__", "__or__", "__xor__", "copy_", "fill_", "zero_", "prelu", "dropout_", "feature_dropout"),
-        *(
-            "floor_divide",
-            "true_divide",
-            "divide",
-            "multiply",
-            "subtract",
-            "square",
-            "absolute",
-            "negative",
-            "clip",
-        ),
-        *(
-            "relu6",
-            "selu",
-            "log_sigmoid",
-            "rsub",
-            "not_equal",
-            "greater",
-            "greater_equal",
-            "less",
-            "less_equal",
-        ),
-        *(
-            "fix",
-            "arctan2",
-            "float_power",
-            "one_hot",
-            "softshrink",
-            "hardshrink",
-            "celu",
-            "rrelu",
-            "isfinite",
-            "hardswish",
-        ),
-    }
+    [
+        "__and__",
+        "__or__",
+        "__xor__",
+        "_to_copy",
+        "absolute",
+        "alias",
+        "arctan2",
+        "celu",
+        "clip",
+        "clone",
+        "contiguous",
+        "copy_",
+        "detach",
+        "divide",
+        "dropout",
+        "dropout_",
+        "empty_like",
+        "feature_dropout",
+        "fill_",
+        "fix",
+        "float_power",
+        "floor_divide",
+        "full_like",
+        "greater",
+        "greater_equal",
+        "hardshrink",
+        "hardswish",
+        "isfinite",
+        "less",
+        "less_equal",
+        "lift_fresh_copy",
+        "log_sigmoid",
+        "masked_fill",
+        "masked_fill_",
+        "multiply",
+        "negative",
+        "not_equal",
+        "ones_like",
+        "prelu",
+        "relu6",
+        "rrelu",
+        "rsub",
+        "selu",
+        "softshrink",
+        "square",
+        "subtract",
+        "to",
+        "true_divide",
+        "type_as",
+        "where",
+        "zero_",
+        "zeros_like",
+    ]
 )
 """Operations on single entries that torch does not tag as such."""
 SIZES_ALONE = frozenset({"new_ones", "new_zeros", "new_full", "new_empty"})
@@ -192,6 +197,11 @@ def _norm(node: fx.Node, operands: Operands, tokens: Any) -> Axes:
     return axes
 
 
+def _one_hot(node: fx.Node, operands: Operands, tokens: Any) -> Axes:
+    """Each entry becomes a row, along a new last axis."""
+    return sole(operands, node)[1]
+
+
 def _batch_norm(node: fx.Node, operands: Operands, tokens: Any) -> Axes:
     """In evaluation mode a scale and a shift for each channel."""
     return sole(operands, node)[1]
@@ -225,6 +235,7 @@ RULES: Mapping[str, Rule] = {
     **VIEWS,
     **LOOKUPS,
     FUSED: _attention,
+    "one_hot": _one_hot,
     **dict.fromkeys(ALONG, _along),
     **dict.fromkeys(REDUCTIONS, _reduction),
     **dict.fromkeys(("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm"), _norm),
