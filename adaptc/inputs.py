@@ -64,6 +64,7 @@ class InputSpec:
         boxes: whether the last dimension holds boxes: left, top, right and bottom, right not before left and bottom not
             before top.
         values: what the values of examples are like; None where there are none.
+        counted: whether the model counts `0..n-1` itself where a call leaves the input out.
         placeholders: a value, and how many places in each row have it and no others: the tokens of an image in a text.
     """
 
@@ -75,13 +76,14 @@ class InputSpec:
     boxes: bool = False
     values: Values | None = None
     placeholders: tuple[int, int] | None = None
+    counted: bool = False
 
     def __str__(self) -> str:
         return f"{self.dtype}[{', '.join(str(dim) for dim in self.dims)}]"
 
     def to_json(self) -> dict[str, Any]:
         """The input as plain data, without what few inputs have."""
-        rare = ("boxes", "values", "placeholders")
+        rare = ("boxes", "values", "placeholders", "counted")
         return {key: value for key, value in asdict(self).items() if key not in rare or value}
 
     @classmethod

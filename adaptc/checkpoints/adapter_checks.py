@@ -68,7 +68,7 @@ def match(checkpoint: Checkpoint, expected: Mapping[str, Expected], layers: Laye
     for key, requirement in expected.items():
         tensor = tensors[key]
         if tensor.shape != requirement.shape:
-            raise _of_other_shape(checkpoint, key, requirement.shape, layers.words)
+            raise _of_other_shape(checkpoint, key, requirement.shape, layers.vocabularies)
         if requirement.below is None and not tensor.dtype.is_floating_point:
             raise WeightError(
                 f"{checkpoint.path}: tensor {spelled(key)!r} is {dtype_name(tensor)}; trained weights are "

@@ -24,11 +24,11 @@ class Layers:
 
     Attributes:
         modules: the names of its modules.
-        words: those whose size is that of the vocabulary -> how many words this base has.
+        vocabularies: those whose size is that of the vocabulary -> how many words this base has.
     """
 
     modules: Collection[str] = frozenset()
-    words: dict[str, int] = field(default_factory=dict[str, int])
+    vocabularies: dict[str, int] = field(default_factory=dict[str, int])
 
 
 def asked_for(checkpoint: Checkpoint) -> list[str]:

@@ -212,6 +212,32 @@ def where_seen(signature: CacheSignature, reference: Run, candidate: Run) -> Run
     return replace(candidate, outcomes=outcomes)
 
 
+def without_hidden(signature: CacheSignature, run: Run) -> Run:
+    """A run with zeros at the positions that a mask hides: they mean nothing."""
+    zeros = {
+        label: outcome if isinstance(outcome, Exception) else [torch.zeros_like(value) for value in outcome]
+        for label, outcome in run.outcomes.items()
+    }
+    return where_seen(signature, replace(run, outcomes=zeros), run)
+
+
+@dataclass(frozen=True)
+class SeenRunner:
+    """A runner whose outputs are zeros at the positions that a mask hides.
+
+    Attributes:
+        runner: gives the outputs for all tokens.
+        signature: of its program.
+    """
+
+    runner: Runner
+    signature: CacheSignature
+
+    def on(self, batches: Batches) -> Run:
+        """One run of every batch."""
+        return without_hidden(self.signature, self.runner.on(batches))
+
+
 def _seen(
     signature: CacheSignature, name: str, seen: torch.Tensor, expected: torch.Tensor, got: torch.Tensor
 ) -> torch.Tensor:
@@ -231,4 +257,4 @@ def in_chunks(path: Path, runner: Runner) -> Runner:
         file = path.with_name(signature.encoder)
         encoder = EncoderRunner(BatchRunner(onnx_runner(file)), read_outputs(file))
     way = "token by token" if signature.counted else "in chunks"
-    return CachedRunner(runner, signature, SCHEDULES[way], encoder)
+    return SeenRunner(CachedRunner(runner, signature, SCHEDULES[way], encoder), signature)

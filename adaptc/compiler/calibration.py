@@ -12,6 +12,7 @@ import torch
 from adaptc.compiler.fisher import FisherInformation
 from adaptc.errors import InputError, WeightError
 from adaptc.inputs import IGNORED, InputSpec
+from adaptc.ir.counted import counted_by, with_counted
 from adaptc.ir.graph import Graph
 from adaptc.ir.interpreter import Batch
 from adaptc.spec.entries import MethodEntry
@@ -115,6 +116,8 @@ def _checked(batch: object, inputs: Sequence[InputSpec], first: int) -> dict[str
     """A user's batch in the dtypes of the inputs; `first` is the number of its first row, for errors."""
     expected = ", ".join(f"{spec.name}: {spec}" for spec in inputs)
     values = cast("Mapping[str, Any]", batch) if isinstance(batch, Mapping) else None
+    if values is not None and all(isinstance(value, torch.Tensor) for value in values.values()):
+        values = with_counted(counted_by(inputs), values)
     if values is None or set(values) != {spec.name for spec in inputs}:
         kind: type = type(cast("object", batch))
         names = kind.__name__ if values is None else ", ".join(sorted(map(str, values)))

@@ -240,10 +240,10 @@ def _check_places(record: SlotRecord, checkpoint: Checkpoint, expected: Mapping[
     extra = [key for key in checkpoint.tensors if key not in expected and key not in idle]
     modules = [_module_of(record, key) for key in extra]
     if extra:
-        known = modules[0] in record.modules
-        what = f"{modules[0]}, which it adapts" if known else f"its tensor {spelled(extra[0])!r}"
+        recorded = modules[0] in record.modules
+        what = f"{modules[0]}, which it adapts" if recorded else f"its tensor {spelled(extra[0])!r}"
         more = f" (and {len(extra) - 1} tensors more)" if len(extra) > 1 else ""
-        why = "" if known else ": this base has no such layer, so the adapter was trained on another"
+        why = "" if recorded else ": this base has no such layer, so the adapter was trained on another"
         raise WeightError(
             f"{checkpoint.path}: the program has no place for {what}{more}{why}", _places(record), WAY_OUT
         )

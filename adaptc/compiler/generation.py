@@ -73,7 +73,7 @@ class Step(nn.Module):
         assert isinstance(ids, fx.Node)
         names = {node: spec.name for node, spec in zip(cached.placeholders, cached.inputs, strict=True)}
         self.ids, self.inputs = names[ids], cached.inputs
-        self.words = _words(cached)
+        self.words = _logits(cached)
         self.graph = bind(cached).eval()
 
     @property
@@ -131,7 +131,7 @@ def _check_given(inputs: Mapping[str, torch.Tensor | None]) -> None:
         )
 
 
-def _words(graph: Graph) -> int:
+def _logits(graph: Graph) -> int:
     """The position of the output of logits: `logits`, or the first `(batch, tokens, words)`.
 
     Raises:

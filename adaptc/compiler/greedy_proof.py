@@ -120,10 +120,10 @@ def generated_again(answers: Mapping[str, Any] | str, directory: Path) -> str:
         return f"onnxruntime-genai was {answers}"
     if find_spec(PACKAGE) is None:
         return NOT_INSTALLED
-    kept = Answers(**answers)
-    ways = _generated(GenaiModel(directory), kept.texts, kept.together)
+    recorded = Answers(**answers)
+    ways = _generated(GenaiModel(directory), recorded.texts, recorded.together)
     for way, again in ways.items():
-        for text, old, new, count in zip(kept.texts, kept.answers, again, kept.sure, strict=True):
+        for text, old, new, count in zip(recorded.texts, recorded.answers, again, recorded.sure, strict=True):
             if old[:count] != new[:count]:
                 raise ProofError(
                     f"onnxruntime-genai continues {len(text)} tokens {way} with {new}, and with {old} as compiled"
@@ -186,7 +186,7 @@ def _batch(decoder: Served, row: Sequence[int], hidden: Sequence[int] = ()) -> B
     seen = torch.ones_like(ids)
     seen[0, list(hidden)] = 0
     values = {IDS: ids, MASK: seen, POSITIONS: (seen.cumsum(1) - 1).clamp(min=0)}
-    return {name: values[known] for known, name in decoder.inputs.items()}
+    return {name: values[usual] for usual, name in decoder.inputs.items()}
 
 
 def _sure(tokens: Sequence[_Token], allowed: float) -> int:

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from adaptc.compiler.cached_runner import SCHEDULES, CachedRunner, EncoderRunner, shown, takes, where_seen
+from adaptc.compiler.cached_runner import (
+    SCHEDULES,
+    CachedRunner,
+    EncoderRunner,
+    shown,
+    takes,
+    where_seen,
+    without_hidden,
+)
 from adaptc.compiler.onnx_artifact import OnnxFile
 from adaptc.compiler.program import Program
 from adaptc.compiler.proof import Proof, effect
@@ -116,11 +124,11 @@ def prove_cached(program: Program, graph: Graph, file: OnnxFile) -> tuple[Proof,
     written = file.runner, file.encoder_runner
     if file.unrounded is None:
         proof, got = proved("", written, graph, reference, None)
-        return proof, with_labels(reference.among(got.outcomes), got), None
+        return proof, without_hidden(signature, with_labels(reference.among(got.outcomes), got)), None
     proved("", (file.unrounded_runner, file.unrounded_encoder), graph, reference, None)
     rounding, rounded, allowed = _rounded(program, graph, reference, file.unrounded)
     proof, got = proved(ROUNDED, written, rounding, rounded, allowed)
-    return proof, with_labels(rounded.among(got.outcomes), got), rounding
+    return proof, without_hidden(signature, with_labels(rounded.among(got.outcomes), got)), rounding
 
 
 def _side_by_side(program: Program, graph: Graph, earlier: Run | None, file: OnnxFile) -> tuple[Run, Run]:

@@ -215,8 +215,8 @@ def _member(base: Graph, a: Adaptation) -> MethodOnSite:
     site = a.site
     if not isinstance(site, WeightSite):
         return MethodOnSite(a.method, site, a.params, a.entry)
-    own = next(s for s in base.sites if (s.module, s.leaf) == (site.module, site.leaf))
-    site = replace(site, parameter=own.parameter, bias=own.bias if site.bias else None)
+    same = next(s for s in base.sites if (s.module, s.leaf) == (site.module, site.leaf))
+    site = replace(site, parameter=same.parameter, bias=same.bias if site.bias else None)
     replaced = [site.parameter] if site.kind not in MATRIX_KINDS else []
     biased = isinstance(a.method, WeightMethod) and a.method.adapts_bias()
     replaced += [site.bias] if site.bias and biased else []

@@ -21,6 +21,7 @@ from adaptc.checkpoints.module_adapters import META
 from adaptc.emit.manifest import MANIFEST
 from adaptc.errors import WeightError
 from adaptc.inputs import InputSpec
+from adaptc.ir.counted import counted_by, let_count
 from adaptc.ir.example_inputs import example_sizes, example_tensors
 from adaptc.ir.module import Segment, kept_activations
 from adaptc.ir.nodes import set_tensor
@@ -242,6 +243,7 @@ def _restore(module: fx.GraphModule, about: Mapping[str, Any]) -> fx.GraphModule
             set_tensor(result, name, tensor.detach(), persistent=False)
     result.graph = module.graph
     result.meta[META] = dict(about)
+    let_count(result, counted_by([InputSpec.from_json(spec) for spec in about["inputs"]]))
     return result.train()
 
 

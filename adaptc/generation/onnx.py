@@ -96,9 +96,9 @@ def _fed(path: Path, signature: CacheSignature) -> dict[str, tuple[str, str]]:
     Raises:
         AdaptcError: there is another input.
     """
-    own = [spec for spec in signature.inputs if not spec.name.startswith(PAST_PREFIX)]
-    fed = {spec.name: (_kind(spec, signature), spec.dtype) for spec in own}
-    others = [spec for spec in own if fed[spec.name][0] == ""]
+    others = [spec for spec in signature.inputs if not spec.name.startswith(PAST_PREFIX)]
+    fed = {spec.name: (_kind(spec, signature), spec.dtype) for spec in others}
+    others = [spec for spec in others if fed[spec.name][0] == ""]
     if others:
         shown = ", ".join(f"{spec.name} {spec}" for spec in others)
         raise AdaptcError(f"{path}: it takes {shown}, and a text gives tokens, a mask and positions alone")

@@ -11,6 +11,7 @@ import torch
 import torch.utils.checkpoint
 from torch import fx, nn
 
+from adaptc.ir.counted import counted_by, let_count
 from adaptc.ir.graph import Graph
 from adaptc.ir.nodes import CUT, copy_nodes, set_tensor, writes_in_place
 
@@ -167,4 +168,5 @@ def bind(
         set_tensor(module, name, tensors[first], persistent=name not in graph.transient)
     module.graph = copy_nodes(graph.module.graph)
     with_segments(module, prefix)
+    let_count(module, counted_by(graph.inputs))
     return module

@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 
 from adaptc.errors import AdaptcError, unknown
+from adaptc.ir.counted import COUNTED, let_count
 from adaptc.ir.module import Segment
 from adaptc.ir.nodes import set_tensor
 
@@ -85,6 +86,7 @@ def switched(base: fx.GraphModule, alternatives: Mapping[str, fx.GraphModule]) -
                 module.add_module(child, part)
         graphs[name] = (other.graph, dict(other.meta))
     module.meta[ALTERNATIVES] = graphs
+    let_count(module, base.meta.get(COUNTED, {}))
     module.set_adapter(None)
     return module
 

@@ -16,7 +16,7 @@ from adaptc.registry.author import Author, place_of_function
 RESERVED = frozenset(
     {
         *("method", "scheme", "name", "target", "exclude", "on_alias"),
-        *("adapter", "entry", "seed", "as_stored", "trained", "allow_pickle", "ignore"),
+        *("adapter", "entry", "seed", "as_stored", "trained", "every", "allow_pickle", "ignore"),
         *("options", "build", "spellings"),
     }
 )

@@ -219,7 +219,7 @@ def limited(spec: InputSpec, config: object) -> InputSpec:
     if spec.name == "token_type_ids":
         return replace(spec, high=_token_types(config))
     if spec.name == "position_ids":
-        return replace(spec, high=getattr(_text(config), "max_position_embeddings", None))
+        return replace(spec, high=getattr(_text(config), "max_position_embeddings", None), counted=True)
     if spec.name == "bbox":
         return replace(spec, high=_box_limit(config), boxes=True)
     if spec.name == IMAGES and len(spec.dims) == len(IMAGE_SIZES):

@@ -38,7 +38,8 @@ def test_a_plan_is_what_a_compile_starts_with() -> None:
     data = ("calibrate", "take_examples")  # a plan reads none
     done = steps(compiler.plan)
     assert done == [step for step in steps(compiler.compile) if step not in data][: len(done)]
-    assert done[-1] == "plan_report"
+    assert done[-1] == "check_cached"
+    assert "program_of(spec, graph)" in inspect.getsource(compiler.plan)
 
 
 def test_only_the_driver_knows_the_public_face() -> None:

@@ -68,7 +68,7 @@ def test_the_directory_is_whole(served: Served) -> None:
         "temperature": 0.75,
         "top_k": 20,
         "max_length": 128,
-        "past_present_share_buffer": False,
+        "past_present_share_buffer": True,
     }
 
 

@@ -15,11 +15,17 @@ from adaptc.emit.onnx.casts import Casts
 from adaptc.emit.onnx.decompose import OnnxOperations
 from adaptc.emit.onnx.evaluate import Evaluate
 from adaptc.emit.onnx.functional import Functional
+from adaptc.emit.onnx.grouped_attention import GroupedAttention
 from adaptc.emit.onnx.lower_quantized import OnnxProducts
+from adaptc.emit.onnx.norms import NormsOfSums, RootMeanSquareNorms
+from adaptc.emit.onnx.packed_products import PackedQueries
 from adaptc.emit.onnx.rounding import RoundActivations
+from adaptc.emit.onnx.standard_attention import StandardAttention
 from adaptc.ir.graph import Graph
 from adaptc.methods.method import METHODS
 from adaptc.quantization.scheme import SCHEMES
+from adaptc.rewriter.cache.cache import Cache
+from adaptc.rewriter.cache.cross import Decoder, Encoder
 from adaptc.rewriter.catalog import load_passes
 from adaptc.rewriter.pipeline import Pass
 from adaptc.tracing.export import export
@@ -100,6 +106,18 @@ def cases() -> dict[str, Callable[[], Case]]:
         "follow-training": lambda: (two, [follows_training()]),
         "evaluate": lambda: (two, [follows_training(), Evaluate()]),
         "functional": lambda: (traced(models.InPlace), [Evaluate(), Functional()]),
+        "cache": lambda: (traced(models.Writer), [Cache()]),
+        "cache in buffers": lambda: (traced(models.Writer), [Cache(buffers=True)]),
+        "encoder": lambda: (models.translating(), [Encoder()]),
+        "decoder": lambda: (models.translating(), [Decoder()]),
+        "root-mean-square-norms": lambda: (traced(models.Writer), [Evaluate(), RootMeanSquareNorms()]),
+        "norms-of-sums": lambda: (traced(models.Writer), [Evaluate(), RootMeanSquareNorms(), NormsOfSums()]),
+        "standard-attention": lambda: (traced(models.Writer), [Evaluate(), Cache(), StandardAttention()]),
+        "grouped-attention": lambda: (traced(models.Writer), [Evaluate(), Cache(), GroupedAttention()]),
+        "packed-queries": lambda: (
+            traced(models.Writer),
+            [Evaluate(), Cache(), GroupedAttention(), PackedQueries()],
+        ),
         "onnx-operations": lambda: (traced(models.Rare), [Evaluate(), OnnxOperations()]),
         "onnx-casts": lambda: (
             traced(models.InPlace),

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from adaptc.compiler.base import make_base
 from adaptc.ir.graph import Graph
+from adaptc.spec.spec import load
 from adaptc.tracing.module import from_examples
 from adaptc.tracing.trace import trace_base
 from tests.families import randomise
@@ -70,6 +72,41 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (layer(x).unflatten(-1, (2, 4)).transpose(1, 2) for layer in (self.q, self.k, self.v))
         return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Writer(nn.Module):
+    """Causal attention of one head between a norm and a sum, from token ids to words."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.scale = nn.Embedding(20, 16), nn.Parameter(torch.ones(16))
+        self.q, self.k, self.v, self.head = (nn.Linear(16, 16, bias=False) for _ in range(4))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        x = self.norm(x + self.attend(self.norm(x)))
+        return self.head(x)
+
+    def norm(self, x: Tensor) -> Tensor:
+        return self.scale * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+    def attend(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (1, 16)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+
+
+class Translator(nn.Module):
+    """Two tables of words: those that are written attend to each other, and to those that are read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.written = nn.Embedding(20, 8), nn.Embedding(20, 8)
+        self.k, self.v = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+
+    def forward(self, input_ids: Tensor, decoder_input_ids: Tensor) -> Tensor:
+        source, x = self.read(input_ids)[:, None], self.written(decoder_input_ids)[:, None]
+        x = F.scaled_dot_product_attention(x, x, x, is_causal=True)
+        return F.scaled_dot_product_attention(x, self.k(source), self.v(source))[:, 0]
 
 
 class Words(nn.Module):
@@ -159,8 +196,17 @@ EXAMPLES: dict[type[nn.Module], tuple[Mapping[str, Tensor], Mapping[int, str]]] 
     ),
     Image: ({"x": torch.zeros(2, 3, 8, 8)}, BATCH),
     Experts: ({"x": torch.zeros(2, 5, 8)}, {1: "rows"}),
+    Writer: ({"input_ids": torch.ones(2, 17, dtype=torch.int64)}, {0: "batch", 1: "seq"}),
 }
 """Inputs that a model is traced with, and the axes of each that have other sizes."""
+
+
+def translating() -> Graph:
+    """The graph of an encoder and a decoder, whose texts have lengths of their own."""
+    inputs = {
+        name: f"int64[batch, {dim}]" for name, dim in (("input_ids", "seq"), ("decoder_input_ids", "new"))
+    }
+    return trace_base(make_base(load({"inputs": inputs}), randomise(Translator()).eval()))
 
 
 @cache

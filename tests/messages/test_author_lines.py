@@ -52,7 +52,7 @@ class Generated(Base):
 
 class Conditional(Base):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cond(x.sum() > 0, lambda y: self.l(y), lambda y: -self.l(y), (x,))  # Conditional
+        return torch.while_loop(lambda y: y.sum() > 0, lambda y: (y - 1,), (self.l(x),))[0]  # Conditional
 
 
 class Mapped(Base):
@@ -72,7 +72,7 @@ CASES = {
     Data: "write x.detach() in place of x.data",
     Inference: "write torch.no_grad() in place of torch.inference_mode()",
     Generated: "draw random numbers before the model is called",
-    Conditional: "use torch.where in place of torch.cond",
+    Conditional: "let torch.where keep each value once it is done",
     Mapped: "write it without torch.vmap",
     Random: "expected a model that is random in training only",
 }

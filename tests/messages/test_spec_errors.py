@@ -185,7 +185,7 @@ ONE_PROBLEM = {
     ),
     "unknown format": (
         HEAD + "emit: [{format: gguf, path: x}]\n", 3, 17, "emit.0.format",
-        "unknown format 'gguf'; known: hf, onnx, onnx-adapter, peft, torch",
+        "unknown format 'gguf'; known: genai, hf, onnx, onnx-adapter, peft, torch",
     ),
     "hf of a python base": (
         PYTHON + "emit:\n- {format: onnx, path: a}\n- {format: hf, path: b}\n", 6, 12, "emit.1.format",

@@ -90,7 +90,7 @@ def test_a_peft_model_is_set_too() -> None:
     peft = pytest.importorskip("peft")
     model: Any = peft.get_peft_model(MODELS["llama"].build(), peft.LoraConfig(target_modules=["q_proj"]))
     base = make_base(load({}), model=model)
-    assert [spec.name for spec in base.inputs] == ["input_ids", "attention_mask"]
+    assert [spec.name for spec in base.inputs] == ["input_ids", "attention_mask", "position_ids"]
     assert model.config.use_cache
     assert base.model is not None
     assert not base.model.config.use_cache  # type: ignore[union-attr]

@@ -92,8 +92,8 @@ def served(graph: Graph, signature: CacheSignature) -> Served:
     ids = token_ids(graph)
     assert isinstance(ids, fx.Node)
     first = _spec_of(graph, ids)
-    own = [spec for spec in signature.inputs if not spec.name.startswith(PAST_PREFIX)]
-    fed = {_fed_as(spec, first): spec.name for spec in own if spec.name != first.name}
+    others = [spec for spec in signature.inputs if not spec.name.startswith(PAST_PREFIX)]
+    fed = {_fed_as(spec, first): spec.name for spec in others if spec.name != first.name}
     logits = _logits(graph, ids)
     assert logits is not None
     sizes = {spec.dims[1::2] for spec in signature.pasts}

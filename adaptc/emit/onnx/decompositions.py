@@ -75,10 +75,9 @@ def chain(tensors: Sequence[Tensor]) -> Tensor:
     return reduce(torch.matmul, tensors)
 
 
-def taken_from(x: Tensor, number: float, alpha: float = 1) -> Any:
-    """`rsub`: a number of another kind less a tensor, such as `1.0 - mask` of integers; the tensor is cast first."""
-    dtype = torch.result_type(x, number)
-    return NotImplemented if dtype == x.dtype else x.to(dtype) * -alpha + number
+def taken_from(x: Tensor, number: float, alpha: float = 1) -> Tensor:
+    """`rsub`: a number less a tensor; one of another kind, such as in `1.0 - mask` of integers, is cast first."""
+    return x.to(torch.result_type(x, number)) * -alpha + number
 
 
 def without_axes(x: Tensor, dims: Sequence[int]) -> Tensor:

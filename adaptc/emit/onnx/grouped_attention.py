@@ -115,11 +115,11 @@ class _Grouping:
         window = 0 if mask is None else self.probes.window(mask)
         if window is None:
             return _Reading(attention, attention.query, key.new, mask)
-        query, own = rotated(attention.query), rotated(key.new)
-        tables = self._tables(query, own) if query is not None and own is not None else None
-        if query is None or own is None or tables is None:
+        query, new_key = rotated(attention.query), rotated(key.new)
+        tables = self._tables(query, new_key) if query is not None and new_key is not None else None
+        if query is None or new_key is None or tables is None:
             return _Reading(attention, attention.query, key.new, None, window)
-        return _Reading(attention, query.x, own.x, None, window, tables)
+        return _Reading(attention, query.x, new_key.x, None, window, tables)
 
     def _tables(self, query: Rotated, key: Rotated) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The cosines and sines that rotate queries and keys alike; None if that is no table of positions."""
@@ -131,7 +131,9 @@ class _Grouping:
         )
         if cos is None or sin is None or cos.shape[-1] * 2 != size:
             return None
-        alike = all(o is not None and torch.equal(o, own) for o, own in zip(others, (cos, sin), strict=True))
+        alike = all(
+            o is not None and torch.equal(o, new_key) for o, new_key in zip(others, (cos, sin), strict=True)
+        )
         return (cos, sin) if alike else None
 
     def replace(self, reading: _Reading) -> None:

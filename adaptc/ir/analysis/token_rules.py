@@ -131,21 +131,24 @@ def _product(node: fx.Node, operands: Operands, terms: list[tuple[fx.Node, str]]
     Tokens are summed over only where a score of every token is multiplied with its value, and only tokens of the past
     meet those that ask.
     """
-    found: dict[str, TokenAxis] = {}
+    by_letter: dict[str, TokenAxis] = {}
     for operand, letters in terms:
         for axis in operands.get(operand, ()):
             letter = letters[axis.axis]
-            if found.setdefault(letter, axis).past != axis.past:
+            if by_letter.setdefault(letter, axis).past != axis.past:
                 raise MixesTokensError("each token meets other tokens in it")
-    for letter, axis in found.items():
+    for letter, axis in by_letter.items():
         if letter not in result and not axis.past:
             raise MixesTokensError("it sums over the tokens")
-        if letter not in result and len([o for o, own in terms if letter in own and operands.get(o)]) < 2:
+        if (
+            letter not in result
+            and len([o for o, of_operand in terms if letter in of_operand and operands.get(o)]) < 2
+        ):
             raise MixesTokensError("it sums over the tokens")
-    left = [letter for letter in found if letter in result]
-    if len([letter for letter in left if not found[letter].past]) > 1:
+    left = [letter for letter in by_letter if letter in result]
+    if len([letter for letter in left if not by_letter[letter].past]) > 1:
         raise MixesTokensError("each token meets every other token in it, and it is not seen to be attention")
-    return tuple(found[letter].at(result.index(letter)) for letter in left)
+    return tuple(by_letter[letter].at(result.index(letter)) for letter in left)
 
 
 def _attention(node: fx.Node, operands: Operands, tokens: Any) -> Axes:

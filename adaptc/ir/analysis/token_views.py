@@ -65,22 +65,22 @@ def _slice(node: fx.Node, operands: Operands, tokens: Any) -> Axes:
     """`x[start:end]` along an axis: all of the tokens, or the last ones."""
     first, axes = sole(operands, node)
     along = cast(int, argument(node, "dim")) % value_of(first).dim()
-    kept = tuple(axis for axis in axes if axis.axis != along)
-    if len(kept) == len(axes) or shape_of(first) == shape_of(node):
+    left = tuple(axis for axis in axes if axis.axis != along)
+    if len(left) == len(axes) or shape_of(first) == shape_of(node):
         return axes
     start, end = argument(node, "start"), argument(node, "end")
     if start == -1 and (end is None or (isinstance(end, int) and end > 2**31)) and all(a.alone for a in axes):
-        return kept
+        return left
     raise MixesTokensError("it takes some of the tokens, by their place")
 
 
 def _select(node: fx.Node, operands: Operands, tokens: Any) -> Axes:
     first, axes = sole(operands, node)
     along = cast(int, node.args[1]) % value_of(first).dim()
-    kept = tuple(axis for axis in axes if axis.axis != along)
-    if len(kept) < len(axes) and (node.args[2] != -1 or not all(axis.alone for axis in axes)):
+    left = tuple(axis for axis in axes if axis.axis != along)
+    if len(left) < len(axes) and (node.args[2] != -1 or not all(axis.alone for axis in axes)):
         raise MixesTokensError("it takes one of the tokens, by its place")
-    return tuple(axis.at(axis.axis - (axis.axis > along)) for axis in kept)
+    return tuple(axis.at(axis.axis - (axis.axis > along)) for axis in left)
 
 
 def _pieces(node: fx.Node, operands: Operands, tokens: Any) -> Axes:

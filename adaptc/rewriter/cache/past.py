@@ -130,42 +130,42 @@ def add_counts(graph: Graph, ids: fx.Node, past: PastInput, seen: fx.Node | None
     return Counts(batch, new, before, end, end if seen is None else length)
 
 
-def joined(graph: Graph, past: PastInput, own: fx.Node, counts: Counts) -> tuple[fx.Node, fx.Node]:
+def joined(graph: Graph, past: PastInput, new: fx.Node, counts: Counts) -> tuple[fx.Node, fx.Node]:
     """Join the past with the keys or values of the new tokens: one behind the other, or written into the buffer.
 
     Args:
         graph: changed at its insertion point.
         past: the input.
-        own: those of the new tokens, with their axes in the attention's order.
+        new: those of the new tokens, with their axes in the attention's order.
         counts: the numbers of tokens.
 
     Returns:
         The joined ones in the attention's order; and as `(batch, heads, tokens, size)`.
     """
-    part = as_input(graph, past.join.tokens, own, past.heads)
+    part = as_input(graph, past.join.tokens, new, past.heads)
     if past.buffer:
-        device = {"device": own.meta["val"].device}
-        places = graph.call(aten.arange.start, counts.past, counts.end, like=own, **device)
-        whole = graph.call(aten.index_copy_.default, past.node, 2, places, part, like=own)
+        device = {"device": new.meta["val"].device}
+        places = graph.call(aten.arange.start, counts.past, counts.end, like=new, **device)
+        whole = graph.call(aten.index_copy_.default, past.node, 2, places, part, like=new)
     else:
-        whole = graph.call(aten.cat.default, [past.node, part], 2, like=own)
+        whole = graph.call(aten.cat.default, [past.node, part], 2, like=new)
     return as_operand(graph, past.join.tokens, whole, counts.total), whole
 
 
-def as_input(graph: Graph, tokens: Tokens, own: fx.Node, heads: int) -> fx.Node:
+def as_input(graph: Graph, tokens: Tokens, new: fx.Node, heads: int) -> fx.Node:
     """An attention's keys or values as `(batch, heads, tokens, size)`.
 
     Args:
         graph: changed at its insertion point.
         tokens: the axes of the keys or values.
-        own: the keys or values.
+        new: the keys or values.
         heads: how many heads they have.
     """
-    part = _permuted(graph, own, _order(tokens))
+    part = _permuted(graph, new, _order(tokens))
     if tokens.heads is not None:
         return part
-    length = graph.call(aten.sym_size.int, part, 1, like=own)
-    return graph.call(aten.view.default, part, [-1, heads, length, tokens.size], like=own)
+    length = graph.call(aten.sym_size.int, part, 1, like=new)
+    return graph.call(aten.view.default, part, [-1, heads, length, tokens.size], like=new)
 
 
 def as_operand(graph: Graph, tokens: Tokens, whole: fx.Node, length: fx.Node | None = None) -> fx.Node:

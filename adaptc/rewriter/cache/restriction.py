@@ -116,9 +116,9 @@ class Restriction:
             letters = dict(terms[0])[operand]
             met = [
                 a
-                for other, own in terms[0]
+                for other, new in terms[0]
                 for a in self._axes_in(node, other)
-                if own[a.axis] == letters[axis]
+                if new[a.axis] == letters[axis]
             ]
         elif is_elementwise(node) or operation(node) in ("cat", "stack"):
             position = axis + self.last.traced[node].dim() - rank
@@ -167,10 +167,10 @@ class Restriction:
         return self.last.count(size, self.counts.total if axis.past else self.counts.new)
 
     def _join(self, node: fx.Node, past: PastInput) -> None:
-        own = past.join.tokens.node
-        key = (own, past.join.name)
+        new = past.join.tokens.node
+        key = (new, past.join.name)
         if key not in self._joined:
-            self._joined[key], self.presents[past.join.present] = joined(self.graph, past, own, self.counts)
+            self._joined[key], self.presents[past.join.present] = joined(self.graph, past, new, self.counts)
         replace_operand(node, past.join.tokens.argument, self._joined[key])
 
     def _mask(self, node: fx.Node) -> None:

@@ -78,9 +78,9 @@ class CacheSignature:
 
     def part(self, tensors: Tensors, start: int, end: int) -> dict[str, torch.Tensor]:
         """The inputs of the tokens from `start` to `end`, without keys and values, of inputs for all tokens."""
-        return {spec.name: self._part(spec, tensors[spec.name], start, end) for spec in self._own()}
+        return {spec.name: self._part(spec, tensors[spec.name], start, end) for spec in self._others()}
 
-    def _own(self) -> Iterator[InputSpec]:
+    def _others(self) -> Iterator[InputSpec]:
         return (spec for spec in self.inputs if not _is_past(spec))
 
     def _part(self, spec: InputSpec, value: torch.Tensor, start: int, end: int) -> torch.Tensor:

@@ -40,14 +40,18 @@ class TokenPlacement:
         A virtual token whose position is beyond the end of a short sequence goes to its end.
         """
         length = self._call(aten.sym_size.int, self.ids, 1)
-        numbers = self._call(aten.arange.default, self.count)
+        numbers = self._numbers(self.count)
         last = self._call(aten.add.Tensor, numbers, length)
         virtual = self._call(aten.minimum.default, positions, last)
         real_before = self._call(aten.sub.Tensor, virtual, numbers)  # each virtual token
-        real = self._call(aten.arange.default, length)
+        real = self._numbers(length)
         virtual_before = self._call(aten.le.Tensor, real_before, self._call(aten.unsqueeze.default, real, 1))
         self.real = self._call(aten.add.Tensor, real, self._call(aten.sum.dim_IntList, virtual_before, [1]))
         self.order = self._call(aten.argsort.default, self._call(aten.cat.default, [virtual, self.real]))
+
+    def _numbers(self, count: int | fx.Node) -> fx.Node:
+        """`0..count-1`, on the device of the token ids."""
+        return self._call(aten.arange.default, count, device=self._call(getattr, self.ids, "device"))
 
     def lengthen(self, node: fx.Node, axis: int, filler: int | str | None, first: fx.Node) -> None:
         """Let all that reads an input read a longer one.
@@ -69,7 +73,7 @@ class TokenPlacement:
             sizes[axis] = self.count
             if filler == "position":
                 virtual = self._call(aten.expand.default, self._call(aten.zeros_like.default, shown), sizes)
-                counted = self._call(aten.arange.default, self.count)
+                counted = self._numbers(self.count)
                 virtual = self._call(aten.add.Tensor, virtual, counted)
             else:
                 full = self._call(aten.full_like.default, shown, filler)
@@ -135,5 +139,5 @@ class TokenPlacement:
                     result = self.without(result, axis)
             output.replace_input_with(node, result)
 
-    def _call(self, target: object, *args: Any) -> fx.Node:
-        return self.graph.call(target, *args, like=self.like)
+    def _call(self, target: object, *args: Any, **kwargs: Any) -> fx.Node:
+        return self.graph.call(target, *args, like=self.like, **kwargs)

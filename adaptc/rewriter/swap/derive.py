@@ -126,8 +126,8 @@ def _composed(
             value = before.applied(matrix if site.batch is None else matrix[index])
             return value if not site.rows else torch.cat([value[a:b] for a, b in site.rows])
 
-        own = {k: _one(k, v, site, owned, index) for k, v in unpacked.items()}
-        form = form_of(expression, own, shape, dense)
+        unpacked_alone = {k: _one(k, v, site, owned, index) for k, v in unpacked.items()}
+        form = form_of(expression, unpacked_alone, shape, dense)
         forms.append(before.then(form.of_rows(site.rows, whole.out_features) if site.rows else form))
     return forms
 

@@ -90,13 +90,13 @@ class Slot:
         if any(product is not None for product in products):
             named[A] = [product.right for product in products if product is not None]
             named[B] = [product.left for product in products if product is not None]
-        for key, words in (
+        for key, reason in (
             (ROWS, "scales its outputs"),
             (COLUMNS, "scales its inputs"),
             (A, "adds to its weight"),
         ):
             if key in named and key not in self.names:
-                raise NoFormError(f"the program has no place for what {words} on {self.site.module}")
+                raise NoFormError(f"the program has no place for what {reason} on {self.site.module}")
         params = self.method.at(self.site).params(self.site)
         batch = self.site.batch
         return {
