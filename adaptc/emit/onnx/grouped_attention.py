@@ -168,7 +168,7 @@ class _Grouping:
         """`(batch, tokens, heads * size)` of `(batch, heads, tokens, size)`."""
         heads, size = x.meta["val"].shape[1], x.meta["val"].shape[3]
         apart = _operand(x) if _swaps(x) else None
-        if apart is not None and operation(apart) in ("view", "reshape"):
+        if apart is not None and operation(apart) in ("view", "reshape", "unflatten"):
             source = _operand(apart)
             if source.meta["val"].dim() == 3 and source.meta["val"].shape[-1] == heads * size:
                 return source
