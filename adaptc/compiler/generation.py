@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from functools import cache
 from typing import Any, cast
@@ -198,7 +199,7 @@ def _writer_class() -> type[nn.Module]:
                     "attention_mask": ones if attention_mask is None else attention_mask,
                 }
             logits = self.step(ids, past, mask, tensors)
-            return outputs.Seq2SeqLMOutput(logits=logits, past_key_values=past)
+            return outputs.Seq2SeqLMOutput(logits=logits, past_key_values=past_key_values)
 
     return Writer
 
@@ -218,7 +219,8 @@ class Generator:
         self.step = Step(graph)
         encoder = EncoderStep(graph) if crossed(graph) else None
         transformers: Any = optional("transformers")
-        config, defaults = _configuration(source, transformers)
+        config, defaults = (copy.deepcopy(item) for item in _configuration(source, transformers))
+        config._attn_implementation = "eager"  # transformers computes no attention here
         self._writer: Any = cast(Any, _writer_class())(self.step, encoder, config, defaults)
 
     def generate(self, inputs: torch.Tensor, max_new_tokens: int | None, **options: Any) -> Any:
@@ -229,7 +231,7 @@ class Generator:
         if self._writer.encode is not None:  # a text begins with a token of its own
             prompt = 1 + (options["decoder_input_ids"].shape[1] if "decoder_input_ids" in options else 0)
         room = max(options.get("max_length", 0), prompt + options.get("max_new_tokens", 0))
-        if options.get("use_cache", True):
+        if options.setdefault("use_cache", True):  # whatever the configuration says: training switches it off
             options["past_key_values"] = Buffers(self.step.buffers_of, room)
         with torch.no_grad():
             return self._writer.generate(inputs, **options)

@@ -46,6 +46,18 @@ def test_as_transformers_writes(zoo: Zoo, name: str) -> None:
     assert torch.equal(compiled.generate(one, 12, **GREEDY), want)
 
 
+def test_a_model_handed_in_whose_configuration_has_no_cache(zoo: Zoo) -> None:
+    """As after training, which switches the cache off."""
+    model: Any = zoo.fresh("llama")
+    model.config.use_cache = model.generation_config.use_cache = False
+    ids, mask = prompts()
+    options: dict[str, Any] = {**GREEDY, "attention_mask": mask, "max_new_tokens": 10}
+    want = model.generate(ids, **options)
+    compiled = adaptc.compile({}, model=model)
+    assert torch.equal(compiled.generate(ids, **options), want)
+    assert torch.equal(compiled.generate(ids, **options, use_cache=False), want)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["t5", "bart", "whisper"])
 def test_an_encoder_decoder_as_transformers_writes(zoo: Zoo, name: str) -> None:
