@@ -119,12 +119,24 @@ class NormsOfSums(Pass):
         norms = [n for n in graph.nodes if n.target is onnx.rms_norm.default and _is_sum(n.args[0])]
         for node in norms:
             total, weight, epsilon = cast(tuple[Any, ...], node.args)
-            with graph.module.graph.inserting_before(total):
+            first = _first_place(graph, node)
+            if first is None or not _is_sum(total):  # another norm of it was replaced
+                continue
+            with graph.module.graph.inserting_before(first):
                 both = graph.call(onnx.skip_rms_norm.default, *total.args, weight, epsilon, like=node)
                 normed, added = (graph.call(operator.getitem, both, n, like=node) for n in range(2))
             node.replace_all_uses_with(normed)
             total.replace_all_uses_with(added)
         return bool(norms)
+
+
+def _first_place(graph: Graph, norm: fx.Node) -> fx.Node | None:
+    """The node in front of which a sum and its norm can be computed together; None if there is none."""
+    place = {node: number for number, node in enumerate(graph.nodes)}
+    total, weight = cast(tuple[fx.Node, fx.Node], norm.args[:2])
+    if place[weight] < place[total]:
+        return total
+    return norm if all(place[user] >= place[norm] for user in total.users) else None
 
 
 def _is_sum(node: Any) -> bool:
