@@ -119,7 +119,8 @@ def _options(path: Path) -> tuple[Any, Any]:
 
 def _feeds(length: int) -> dict[str, Any]:
     ids = np.random.default_rng(0).integers(0, 2000, (1, length))
-    return {"input_ids": ids, "attention_mask": np.ones((1, length), np.int64)}
+    mask, positions = np.ones((1, length), np.int64), np.arange(length)[None]
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
 
 
 def _latencies(calls: dict[str, tuple[Any, Any]], length: int) -> dict[str, float]:
