@@ -156,7 +156,7 @@ def _judged(
 ) -> list[list[_Token]]:
     """Every token of the answers beside the logits of a graph."""
     rows = {str(n): [*text, *answer] for n, (text, answer) in enumerate(zip(texts, answers, strict=True))}
-    logits = _logits(graph, decoder, {label: _batch(decoder, row) for label, row in rows.items()})
+    logits = _logits(graph, decoder, {label: _batch(graph, decoder, row) for label, row in rows.items()})
     judged: list[list[_Token]] = []
     for number, (text, answer) in enumerate(zip(texts, answers, strict=True)):
         values = logits[str(number)][0]
@@ -180,13 +180,17 @@ def _logits(graph: Graph, decoder: Served, batches: Mapping[str, Batch]) -> dict
     return outcomes
 
 
-def _batch(decoder: Served, row: Sequence[int], hidden: Sequence[int] = ()) -> Batch:
-    """One text as the inputs of the graph without a cache; positions count what is not hidden."""
+def _batch(graph: Graph, decoder: Served, row: Sequence[int], hidden: Sequence[int] = ()) -> Batch:
+    """One text as the inputs of the graph without a cache; positions count what is not hidden.
+
+    The program may count positions itself where the graph takes them.
+    """
     ids = torch.tensor([row])
     seen = torch.ones_like(ids)
     seen[0, list(hidden)] = 0
     values = {IDS: ids, MASK: seen, POSITIONS: (seen.cumsum(1) - 1).clamp(min=0)}
-    return {name: values[usual] for usual, name in decoder.inputs.items()}
+    counted = {spec.name: values[POSITIONS] for spec in graph.inputs if spec.counted}
+    return {**counted, **{name: values[usual] for usual, name in decoder.inputs.items()}}
 
 
 def _sure(tokens: Sequence[_Token], allowed: float) -> int:
@@ -232,7 +236,9 @@ def gaps_change_nothing(program: Program, written: ProgramArtifact, decoder: Ser
     text = _text(decoder.vocabulary, set(), LENGTHS[1], program.spec.seed)
     count = min(HIDDEN, longest - len(text))
     gap = [*text[:2], *[text[0]] * count, *text[2:]]
-    batches = {"whole": _batch(decoder, text), "gap": _batch(decoder, gap, range(2, 2 + count))}
-    logits = _logits(written.file.unrounded or written.computes, decoder, batches)
+    graph = written.file.unrounded or written.computes
+    hidden = range(2, 2 + count)
+    batches = {"whole": _batch(graph, decoder, text), "gap": _batch(graph, decoder, gap, hidden)}
+    logits = _logits(graph, decoder, batches)
     whole, apart = logits["whole"][:, 2:], logits["gap"][:, 2 + count :]
     return float((whole - apart).abs().max()) <= written.proof.tolerance * scale(whole.flatten())

@@ -63,10 +63,10 @@ def example_tensors(
 ) -> dict[str, torch.Tensor]:
     """Random inputs of a model, like its examples where it has any.
 
-    Others are normal floats, boxes with their corners in order, integers below the input's `high`. Placeholders are at
-    the start of each row, after the first value. Masks of integers are ones; with `pad`, the last row ends with zeros
-    in its second half. Rows of booleans have both values, so that none masks a whole row, whether True means taken or
-    hidden.
+    What a model counts itself is counted. Others are normal floats, boxes with their corners in order, integers below
+    the input's `high`. Placeholders are at the start of each row, after the first value. Masks of integers are ones;
+    with `pad`, the last row ends with zeros in its second half. Rows of booleans have both values, so that none masks a
+    whole row, whether True means taken or hidden.
 
     Args:
         inputs: of the model.
@@ -84,6 +84,8 @@ def example_tensors(
         dtype = getattr(torch, spec.dtype)
         if spec.values is not None:
             tensor = draw(spec, spec.values, shape, generator)
+        elif spec.counted:
+            tensor = torch.arange(shape[-1]).expand(shape).to(dtype, copy=True)
         elif spec.boxes:
             tensor = _boxes(spec, shape, generator)
         elif dtype.is_floating_point:

@@ -20,7 +20,7 @@ from adaptc.generation.genai import GenaiModel
 from adaptc.ir.base import Pretrained
 from adaptc.spec.spec import load
 from tests.decoders import Decoder
-from tests.families import Zoo, entry, marked, randomise
+from tests.families import Zoo, entry, marked, perturb, randomise
 from tests.served import EOS, PAD, Served, save_tokenizer
 
 LENGTHS = (1, 3, 9, 20)
@@ -215,3 +215,30 @@ def test_a_family_that_is_not_served_is_refused_with_the_way_out(zoo: Zoo, name:
     with pytest.raises(adaptc.AdaptcError, match="onnxruntime-genai"):
         zoo.compiled(name, [entry("lora", name)]).emit("genai", tmp_path / "serve")
     assert not any(tmp_path.iterdir())
+
+
+def test_a_program_that_counts_positions_itself(tmp_path: Path) -> None:
+    """Rotary positions are inside the attention of heads of 16: they are no input of the program any more."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=99,
+        hidden_size=64,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        eos_token_id=2,
+    )
+    randomise(LlamaForCausalLM(config)).save_pretrained(tmp_path / "base")
+    spec = {"base": {"model": str(tmp_path / "base"), "task": "causal-lm"}}
+    compiled = adaptc.compile({**spec, "adapt": [{"method": "lora", "target": "all-linear", "r": 4}]})
+    perturb(compiled.module)
+    compiled.emit("genai", tmp_path / "serve")
+    settings = json.loads((tmp_path / "serve" / "genai_config.json").read_text())
+    assert settings["search"]["past_present_share_buffer"] is True
+    assert "position_ids" not in settings["model"]["decoder"]["inputs"]
+    proved = {proof.name for proof in compiled.proofs}
+    assert {"genai, greedy, one by one", "genai, greedy, in one batch"} <= proved
+    assert any("computes what its graph did" in row["checked"] for row in verify(tmp_path / "serve"))
