@@ -20,7 +20,7 @@ from adaptc.emit.onnx.adapter_file import read_adapter
 from adaptc.emit.onnx.attention_forms import with_attention
 from adaptc.emit.onnx.cached import COUNTED, ENCODER, NEW_TOKENS, encoder_beside, read_outputs, read_signature
 from adaptc.emit.onnx.evaluate import evaluate
-from adaptc.emit.onnx.export import Wrote, export_onnx
+from adaptc.emit.onnx.export import Wrote, data_file_of, export_onnx
 from adaptc.emit.onnx.functional import Functional
 from adaptc.emit.onnx.norms import NormsOfSums, RootMeanSquareNorms
 from adaptc.emit.onnx.overridable import Dims
@@ -76,11 +76,6 @@ class OnnxFile:
     exact: ExactSession | None
     name: str
     adapter: Mapping[str, torch.Tensor] | Path = field(default_factory=dict[str, torch.Tensor])
-
-    @property
-    def has_data_file(self) -> bool:
-        """Whether the weights are in a data file beside the program."""
-        return _data_file(self.path).exists()
 
     @property
     def partitioned(self) -> PartitionedProgram:
@@ -144,9 +139,9 @@ class OnnxFile:
 
     def staged(self, staging: Staging) -> list[Path]:
         """The program; its data file, its encoder and that one's data file are moved to staged paths of their own."""
-        beside = [_data_file(self.path)]
+        beside = [data_file_of(self.path)]
         if self.encoder is not None:
-            beside += [self.encoder, _data_file(self.encoder)]
+            beside += [self.encoder, data_file_of(self.encoder)]
         moved = [
             file.replace(staging.path(self.final.with_name(file.name))) for file in beside if file.exists()
         ]
@@ -334,8 +329,3 @@ def programs(graph: Graph, entry: OnnxEmit) -> tuple[list[Graph], dict[str, Any]
     decoder = run(functional, [Decoder(), Cache(), *norms])
     decoder, attentions = with_attention(decoder, entry.attention_form, entry.opset)
     return [decoder, *encoder], attentions
-
-
-def _data_file(path: Path) -> Path:
-    """The data file beside an ONNX program, which holds the weights where they are too many for one file."""
-    return path.with_name(path.name + ".data")

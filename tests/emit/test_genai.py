@@ -21,6 +21,7 @@ from adaptc.ir.base import Pretrained
 from adaptc.spec.spec import load
 from tests.decoders import Decoder
 from tests.families import Zoo, entry, marked, perturb, randomise
+from tests.hugging_face import MODELS
 from tests.served import EOS, PAD, Served, save_tokenizer
 
 LENGTHS = (1, 3, 9, 20)
@@ -219,19 +220,8 @@ def test_a_family_that_is_not_served_is_refused_with_the_way_out(zoo: Zoo, name:
 
 def test_a_program_that_counts_positions_itself(tmp_path: Path) -> None:
     """Rotary positions are inside the attention of heads of 16: they are no input of the program any more."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=99,
-        hidden_size=64,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        eos_token_id=2,
-    )
-    randomise(LlamaForCausalLM(config)).save_pretrained(tmp_path / "base")
+    base: Any = randomise(MODELS["llama"].build(head_dim=16))
+    base.save_pretrained(tmp_path / "base")
     spec = {"base": {"model": str(tmp_path / "base"), "task": "causal-lm"}}
     compiled = adaptc.compile({**spec, "adapt": [{"method": "lora", "target": "all-linear", "r": 4}]})
     perturb(compiled.module)

@@ -25,7 +25,7 @@ from adaptc.emit.onnx.runtime import onnx_runner
 from adaptc.ir.graph import Graph
 from adaptc.ir.module import bind
 from adaptc.rewriter.cache.cache import Cache
-from adaptc.rewriter.cache.signature import new_tokens
+from adaptc.rewriter.cache.inputs import new_tokens
 from adaptc.rewriter.pipeline import run
 from adaptc.spec.spec import load
 from adaptc.tracing.trace import trace_base

@@ -103,7 +103,7 @@ def export_onnx(
     model.ir_version = max([model.ir_version, *map(ir_version_needed, packed)])
     model.metadata_props.update(metadata or {})
     starts: dict[str, int] = {}
-    data_file = path.with_name(f"{path.name}.data")
+    data_file = data_file_of(path)
     total = sum(value.const_value.nbytes for value in model.graph.initializers.values())
     if beside or total > INLINE_LIMIT:
         large = [v for v in model.graph.initializers.values() if v.const_value.nbytes > SMALL]
@@ -116,6 +116,11 @@ def export_onnx(
     }
     nodes = sum(1 for _ in model.graph)
     return Written(nodes, model.opset_imports[""], weights, total > INLINE_LIMIT)
+
+
+def data_file_of(path: Path) -> Path:
+    """The data file beside an ONNX program, which holds the weights where they are too many for one file."""
+    return path.with_name(f"{path.name}.data")
 
 
 def _bytes(model: object) -> bytes:

@@ -13,8 +13,8 @@ from adaptc.ir.example_inputs import example_sizes, example_tensors
 from adaptc.ir.graph import Graph
 from adaptc.ir.nodes import size_expression
 from adaptc.ir.values import Values
+from adaptc.rewriter.cache.inputs import new_tokens
 from adaptc.rewriter.cache.past import PAST, TOTAL
-from adaptc.rewriter.cache.signature import new_tokens
 
 HIDDEN = -1e4
 """A bias that is no greater hides a key: its share is exactly 0 in float32."""

@@ -13,9 +13,8 @@ from torch.fx.graph import CodeGen
 
 from adaptc.errors import Refusal
 from adaptc.inputs import InputSpec
-from adaptc.ir.analysis.attention import find_attentions
 from adaptc.ir.analysis.token_axes import TokenMap
-from adaptc.ir.analysis.token_map import Join, content_of, find_joins, map_tokens
+from adaptc.ir.analysis.token_map import Join, attentions_of, content_of, find_joins, map_tokens
 from adaptc.ir.graph import Graph
 from adaptc.ir.nodes import is_tensor, size_expression
 from adaptc.ir.verify import refresh
@@ -53,22 +52,19 @@ class Cache(Pass):
 
     def requires(self, graph: Graph) -> list[Refusal]:
         """Tokens meet in causal attention only."""
-        refusals = tokens_meet(graph)
+        ids = token_ids(graph)
+        if isinstance(ids, Refusal):
+            return [ids]
+        joins, tokens, refusals = _analysed(graph, ids)
         if refusals:
             return refusals
-        ids = token_ids(graph)
-        assert isinstance(ids, fx.Node)
-        joins, tokens, _ = _analysed(graph, ids)
         shares = Shares(graph, set(tokens.axes))
         read = {join.attention for join in joins}
-        attentions = [
-            a for a in find_attentions(graph.nodes) if a.mixed in tokens.axes and a.key in tokens.axes
-        ]
         return [
             refusal(
                 a.mixed, "a token sees later ones (the attention is not causal), which a cache cannot hold"
             )
-            for number, a in enumerate(attentions)
+            for number, a in enumerate(attentions_of(graph.nodes, tokens.axes))
             if number in read and not shares.is_causal(a)
         ]
 
@@ -107,15 +103,11 @@ def tokens_meet(graph: Graph) -> list[Refusal]:
     ids = token_ids(graph)
     if isinstance(ids, Refusal):
         return [ids]
-    _, tokens, refusals = _analysed(graph, ids)
-    mixing = [
-        refusal(node, f"{why}, so that it cannot run on new tokens alone") for node, why in tokens.mixing
-    ]
-    return refusals + mixing
+    return _analysed(graph, ids)[2]
 
 
 def _analysed(graph: Graph, ids: fx.Node) -> tuple[list[Join], TokenMap, list[Refusal]]:
-    """Where keys and values are joined, where the tokens are, and why that is not known of some."""
+    """Where keys and values are joined, where the tokens are, and why that is not known or they meet elsewhere."""
     content = content_of(ids)
     joins, unclear = find_joins(graph.nodes, content)
     refusals = [refusal(node, why) for node, why in unclear]
@@ -129,7 +121,11 @@ def _analysed(graph: Graph, ids: fx.Node) -> tuple[list[Join], TokenMap, list[Re
         )
     if not joins and not refusals:
         refusals.append(Refusal("no token attends to another: there are no keys and values to hold"))
-    return joins, map_tokens(graph.nodes, ids, number, joins), refusals
+    tokens = map_tokens(graph.nodes, ids, number, joins)
+    refusals += [
+        refusal(node, f"{why}, so that it cannot run on new tokens alone") for node, why in tokens.mixing
+    ]
+    return joins, tokens, refusals
 
 
 def _give(graph: Graph, presents: Mapping[str, fx.Node]) -> None:

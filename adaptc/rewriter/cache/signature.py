@@ -9,9 +9,6 @@ from typing import Any
 import torch
 
 from adaptc.inputs import InputSpec
-from adaptc.ir.graph import Graph
-from adaptc.ir.nodes import size_expression
-from adaptc.rewriter.cache.inputs import new_tokens
 from adaptc.rewriter.cache.past import PAST, TOTAL
 
 Tensors = Mapping[str, torch.Tensor]
@@ -105,20 +102,6 @@ class CacheSignature:
     def _whole(self, name: str, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         dims = self.outputs[name]
         return torch.cat(list(parts), dims.index(self.new)) if self.new in dims else parts[-1]
-
-
-def signature_of(graph: Graph) -> CacheSignature:
-    """The signature of a graph that has a cache."""
-    names: dict[Any, Any] = {}
-    for node, spec in zip(graph.placeholders, graph.inputs, strict=True):
-        for size, dim in zip(node.meta["val"].shape, spec.dims, strict=True):
-            names.setdefault(size_expression(size), dim)
-    results: Any = next(node for node in graph.nodes if node.op == "output").args[0]
-    outputs = {
-        name: tuple(names.get(size_expression(size), str(size)) for size in node.meta["val"].shape)
-        for name, node in zip(graph.outputs, results, strict=True)
-    }
-    return CacheSignature(graph.inputs, outputs, new_tokens(graph))
 
 
 def _is_past(spec: InputSpec) -> bool:
