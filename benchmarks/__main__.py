@@ -9,8 +9,10 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
+from benchmarks.decoding import decoding, decoding_half_billion
 from benchmarks.large import half_billion, seven_billion
 from benchmarks.minilm import minilm
+from benchmarks.perplexity import perplexity
 from benchmarks.qlora import qlora
 from benchmarks.quantized import half_billion_in_bits, orders
 from benchmarks.runtime import runtime
@@ -26,6 +28,9 @@ PARTS = {
     "qlora": qlora,
     "orders": orders,
     "swap": swap,
+    "decoding": decoding,
+    "decoding-half-billion": decoding_half_billion,
+    "perplexity": perplexity,
     "half-billion": half_billion,
     "half-billion-in-bits": half_billion_in_bits,
     "seven-billion": seven_billion,

@@ -26,6 +26,8 @@ class Shape:
     layers: int
     heads: int
     dtype: str
+    key_value_heads: int = 0
+    """As many as heads, if it is zero."""
 
     def config(self) -> Any:
         """Its configuration."""
@@ -36,7 +38,7 @@ class Shape:
             intermediate_size=self.inner,
             num_hidden_layers=self.layers,
             num_attention_heads=self.heads,
-            num_key_value_heads=self.heads,
+            num_key_value_heads=self.key_value_heads or self.heads,
             dtype=self.dtype,
             architectures=["LlamaForCausalLM"],
         )
@@ -58,6 +60,7 @@ class Shape:
         )
 
 
+HUNDRED_MILLION = Shape(768, 2048, 10, 12, "float32", 4)
 HALF_BILLION = Shape(1536, 4096, 16, 16, "float32")
 SEVEN_BILLION = Shape(4096, 11008, 32, 32, "bfloat16")
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 import random
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ import torch
 
 import adaptc
 from adaptc.emit.onnx.runtime import open_session
+from benchmarks.builder import build, write_tokenizer
 from benchmarks.process import quiet
 
 TEXT = Path(__file__).parents[1].parent / "shared" / "data" / "tinyshakespeare.txt"
@@ -48,7 +47,7 @@ BUILDER = {
     "builder, to the nearest": {"algo_config": "default", "is_symmetric": "false"},
     "builder, k_quant": {"algo_config": "k_quant"},
 }
-EXACT = {"accuracy_level": "1", "block_size": str(BLOCK), "nodes_to_exclude": "/lm_head/MatMul"}
+SAME: dict[str, object] = {"block_size": BLOCK, "nodes_to_exclude": "/lm_head/MatMul"}
 
 
 @dataclass(frozen=True)
@@ -85,20 +84,7 @@ def perplexity() -> None:
 
 def _rows(text: str, folder: Path) -> torch.Tensor:
     """The text's tokens in rows, by a tokenizer that is trained on its first nine tenths and saved."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
-    tokenizer.train_from_iterator([text[: len(text) * 9 // 10]], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
-    fast.save_pretrained(folder)
+    tokenizer = write_tokenizer(text[: len(text) * 9 // 10], VOCABULARY, folder)
     ids = torch.tensor(tokenizer.encode(text).ids)
     return ids[: len(ids) // LENGTH * LENGTH].reshape(-1, LENGTH)
 
@@ -151,28 +137,11 @@ def _ours(work: Path, options: dict[str, Any], train: torch.Tensor, held: torch.
 def _builders(work: Path, options: dict[str, str], held: torch.Tensor) -> Measured:
     """The same base through `onnxruntime_genai.models.builder`."""
     values: list[float] = []
-    for level in ("1", "4"):
-        folder = work / f"builder-{level}"
-        more = [f"{key}={value}" for key, value in {**EXACT, **options, "accuracy_level": level}.items()]
-        command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", str(work / "base")]
-        command += [
-            "-o",
-            str(folder),
-            "-p",
-            "int4",
-            "-e",
-            "cpu",
-            "-c",
-            str(work / "cache"),
-            "--extra_options",
-            *more,
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"the builder failed:\n{done.stderr[-3000:]}")
-        values.append(_perplexity(folder / "model.onnx", held))
-    size = _size(folder / "model.onnx")
-    return Measured(*values, size)
+    for level in (1, 4):
+        more = {**SAME, **options, "accuracy_level": level}
+        path = build(work / "base", work / f"builder-{level}", "int4", **more)
+        values.append(_perplexity(path, held))
+    return Measured(*values, _size(path))
 
 
 def _perplexity(path: Path, rows: torch.Tensor) -> float:
