@@ -46,9 +46,10 @@ def let_count(module: fx.GraphModule, counted: Mapping[str, str]) -> None:
     if not counted:
         return
     module.meta[COUNTED] = dict(counted)
+    # read here, since torch.compile does not follow a graph's nodes
+    names = [str(node.target) for node in module.graph.nodes if node.op == "placeholder"]
 
     def fill(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        names = [str(node.target) for node in module.graph.nodes if node.op == "placeholder"]
         given = dict(zip(names, args, strict=False))
         filled = with_counted(counted, {**given, **kwargs})
         return args, {name: value for name, value in filled.items() if name not in given}

@@ -77,7 +77,7 @@ def load(model: str, entry: BaseEntry, seed: int, inputs: tuple[InputSpec, ...])
         )
 
     given, unread = given_inputs(pretrained.transformer, entry.trust_remote_code)
-    derived = chosen_inputs(module, config, inputs, given)
+    derived = chosen_inputs(module, config, inputs, given, whole.inputs(module) if whole else ())
     notes += unread
 
     def find() -> Bound:
@@ -92,7 +92,7 @@ def load(model: str, entry: BaseEntry, seed: int, inputs: tuple[InputSpec, ...])
         model=module,
         find=find,
         heads=heads_of(module) | (whole.heads(module) if whole else set[str]()),
-        inputs=(*derived.inputs, *(whole.inputs(module) if whole and not inputs else ())),
+        inputs=derived.inputs,
         files=files,
         packed=packed,
         notes=notes,

@@ -122,7 +122,10 @@ BOXES = 1000
 
 
 def derive_inputs(
-    model: nn.Module | type[nn.Module], config: object, given: frozenset[str] | None = None
+    model: nn.Module | type[nn.Module],
+    config: object,
+    given: frozenset[str] | None = None,
+    others: Sequence[InputSpec] = (),
 ) -> DerivedInputs:
     """Derive the inputs of a model from what its tokenizer gives, its main input and its configuration.
 
@@ -130,9 +133,11 @@ def derive_inputs(
         model: the model, or its class.
         config: its configuration.
         given: the names of what the tokenizer or processor gives; where it is None the configuration decides.
+        others: inputs that are certain already, of modules around the model.
 
     Returns:
-        The inputs that it was trained with and that its `forward` takes, and what else that could take.
+        The inputs that it was trained with and that its `forward` takes, the others behind, and what else that could
+        take.
 
     Raises:
         UnknownInputsError: no rule of the table fits.
@@ -151,11 +156,12 @@ def derive_inputs(
     decodes = _decodes(model, config)
     names = [name for name in usable if name == main or _takes(name, config, given, decodes)]
     needed = [p.name for p in parameters.values() if p.default is p.empty and p.kind not in VARIABLE]
-    without = [name for name in needed if name not in (*names, "self")]
+    certain = {"self", *names, *(spec.name for spec in others)}
+    without = [name for name in needed if name not in certain]
     if without or not names:
         raise _unknown(model, *without)
     inputs = [limited(InputSpec.parse(name, _filled(texts[name], config)), config) for name in names]
-    return DerivedInputs(tuple(inputs), left_out(model, names))
+    return DerivedInputs((*inputs, *others), left_out(model, [spec.name for spec in (*inputs, *others)]))
 
 
 def _unknown(model: nn.Module | type[nn.Module], *names: str) -> UnknownInputsError:
@@ -168,18 +174,23 @@ def _unknown(model: nn.Module | type[nn.Module], *names: str) -> UnknownInputsEr
 
 
 def chosen_inputs(
-    model: nn.Module, config: object, inputs: Sequence[InputSpec], given: frozenset[str] | None
+    model: nn.Module,
+    config: object,
+    inputs: Sequence[InputSpec],
+    given: frozenset[str] | None,
+    others: Sequence[InputSpec] = (),
 ) -> DerivedInputs:
     """The inputs that a spec states, with what the configuration says of their values; derived where it states none.
 
-    Derived inputs are without images where a model needs more beside them than images of one size.
+    Derived inputs are without images where a model needs more beside them than images of one size. `others` are those
+    of `derive_inputs`.
 
     Raises:
         UnknownInputsError: there are none, and they cannot be derived.
         TraceError: images are among those stated, and the model cannot be traced with them.
     """
     stated = tuple(limited(spec, config) for spec in inputs)
-    derived = derive_inputs(model, config, given) if not inputs else None
+    derived = derive_inputs(model, config, given, others) if not inputs else None
     chosen = derived or DerivedInputs(stated, left_out(model, [spec.name for spec in stated]))
     try:
         return replace(chosen, inputs=with_image_tokens(model, config, chosen.inputs))

@@ -50,6 +50,14 @@ def test_a_call_without_positions(compiled: adaptc.Compiled, kind: str, tmp_path
         close(made(*tensors.values())["logits"], want)
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_torch_compiles_a_call_as_one_graph(compiled: adaptc.Compiled, given: bool) -> None:
+    tensors, module = inputs("gpt2", 2, 7) if given else without_positions(), compiled.module.eval()
+    with torch.no_grad():
+        want = module(**tensors)["logits"]
+        close(torch.compile(module, fullgraph=True, backend="eager")(**tensors)["logits"], want)
+
+
 SPECS = (
     InputSpec("input_ids", "int64", ("batch", "seq"), high=9),
     InputSpec("position_ids", "int64", ("batch", "seq"), high=9, counted=True),
