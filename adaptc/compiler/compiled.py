@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -200,9 +201,14 @@ class Compiled:
         output_paths(spec, spec.emit)
         (artifact,) = emit_all(self.program, spec.emit)
         self.errors = artifact.errors
+        for note in artifact.notes:
+            warnings.warn(note, stacklevel=2)
 
     def save_adapter(self, directory: str | Path) -> None:
-        """Write the adapters as PEFT checkpoints."""
+        """Write the adapters as PEFT checkpoints.
+
+        A warning names the layers that the installed PEFT leaves out when it loads them.
+        """
         self.emit("peft", directory)
 
     def load_adapter(self, directory: str | Path, ignore: Sequence[str] = ()) -> None:
