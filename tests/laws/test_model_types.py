@@ -48,7 +48,9 @@ def test_an_output_of_another_shape_is_no_small_error() -> None:
     assert largest_error([torch.tensor([1.0, float("nan")])], [torch.tensor([1.0, 0.0])]) == float("inf")
 
 
-@pytest.mark.parametrize("name", ["falcon_h1", "siglip", pytest.param("kimi_k25", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["falcon_h1", "siglip", "modernbert", pytest.param("kimi_k25", marks=pytest.mark.slow)]
+)
 def test_buffers_that_no_checkpoint_holds_are_those_of_the_model(name: str, tmp_path: Path) -> None:
     model, task = built(name)
     model.save_pretrained(tmp_path)
