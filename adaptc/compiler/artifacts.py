@@ -55,11 +55,13 @@ class Artifact:
         path: its file or folder.
         errors: what quantization costs it; None where nothing is quantized.
         notes: what a person must know who uses it.
+        warnings: what another library does not read as it was written.
     """
 
     path: Path
     errors: QuantizationErrors | None = None
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 class Observer(Protocol):
@@ -121,7 +123,7 @@ def emit_all(
             for proof in program.proofs.held:
                 if observe and not any(proof is other for other in before):
                     observe.proved(proof)
-            for note in artifact.notes:
+            for note in (*artifact.notes, *artifact.warnings):
                 if observe:
                     observe.noted(note)
         if adapters:
@@ -278,7 +280,7 @@ def _peft(program: Program, entry: PeftEmit, staging: Staging, final: Path) -> A
     notes = list(dict.fromkeys(notes))
     artifact = {"name": "adapter", "format": "peft", **({"notes": notes} if notes else {})}
     write_manifest(directory / MANIFEST, provenance(program, final), artifact, _files_in(directory))
-    return Artifact(final, notes=tuple(notes))
+    return Artifact(final, warnings=tuple(notes))
 
 
 def _save_checkpoint(program: Program, inserted: Sequence[AdapterRecord], directory: Path) -> list[str]:

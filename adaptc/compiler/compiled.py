@@ -192,6 +192,8 @@ class Compiled:
     def emit(self, format: str, path: str | Path, **options: Any) -> None:
         """Write one artifact, as an `emit` entry of a spec would: `emit("onnx", path, adapters="folded")`.
 
+        A warning says what another library does not read as it was written.
+
         Raises:
             SpecError: the format or an option is unknown.
             AdaptcError: it cannot be made, or its proof failed; nothing is left at `path`.
@@ -201,8 +203,8 @@ class Compiled:
         output_paths(spec, spec.emit)
         (artifact,) = emit_all(self.program, spec.emit)
         self.errors = artifact.errors
-        for note in artifact.notes:
-            warnings.warn(note, stacklevel=2)
+        for warning in artifact.warnings:
+            warnings.warn(warning, stacklevel=2)
 
     def save_adapter(self, directory: str | Path) -> None:
         """Write the adapters as PEFT checkpoints.
