@@ -28,13 +28,13 @@ def with_names_of_base(checkpoint: Checkpoint, model: Any, modules: Collection[s
 
     Args:
         checkpoint: the checkpoint.
-        model: the base, a model of transformers.
+        model: the base, a model of transformers; None for another, which has no table of names.
         modules: the names of its modules.
 
     Raises:
         WeightError: it adapts layers that are parts of one tensor there, and no adapter of that tensor is the same.
     """
-    if checkpoint.in_adaptc_format:
+    if model is None or checkpoint.in_adaptc_format:
         return checkpoint
     loading: Any = optional("transformers.core_model_loading")
     table: Any = optional("transformers.conversion_mapping")

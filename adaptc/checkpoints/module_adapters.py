@@ -13,6 +13,7 @@ from adaptc.checkpoints.adapter import Checkpoint, directories, read
 from adaptc.checkpoints.adapter_checks import check_base
 from adaptc.checkpoints.compaction import compacted
 from adaptc.checkpoints.config_keys import ignoring
+from adaptc.checkpoints.earlier_names import with_names_of_base
 from adaptc.checkpoints.grouping import group
 from adaptc.checkpoints.joined import check_joined
 from adaptc.checkpoints.key_parts import modules_holding
@@ -45,7 +46,7 @@ def records(module: fx.GraphModule) -> list[AdapterRecord]:
 
 
 def load_adapter_into(
-    module: fx.GraphModule, directory: Path, ignore: Sequence[str] = ()
+    module: fx.GraphModule, directory: Path, ignore: Sequence[str] = (), model: nn.Module | None = None
 ) -> dict[str, torch.Tensor]:
     """Copy the tensors of checkpoints into a module's adapters; nothing is changed if they do not fit.
 
@@ -53,6 +54,7 @@ def load_adapter_into(
         module: a module that adaptc compiled.
         directory: one checkpoint, or several with their order.
         ignore: options of their configurations to read them without.
+        model: the base where it is a model of transformers; names of an earlier transformers are read by its table.
 
     Returns:
         Name -> tensor as the checkpoints hold it, in their dtype.
@@ -64,7 +66,8 @@ def load_adapter_into(
     unread = unread_modules(module)
     stored = ignoring([read(path) for path in directories(directory)], ignore)
     modules = modules_holding(tensors_of(module))
-    checkpoints = [shortened(replace(checkpoint, unread=unread), modules) for checkpoint in stored]
+    named = [with_names_of_base(shortened(checkpoint, modules), model, modules) for checkpoint in stored]
+    checkpoints = [replace(checkpoint, unread=unread) for checkpoint in named]
     groups = group(records(module))
     if len(checkpoints) != len(groups):
         raise WeightError(

@@ -15,6 +15,7 @@ from adaptc.checkpoints.adapter import directories, read
 from adaptc.checkpoints.compaction import compacted
 from adaptc.checkpoints.graph_records import records_of
 from adaptc.checkpoints.grouping import group
+from adaptc.checkpoints.left_out import left_out
 from adaptc.checkpoints.module_adapters import META
 from adaptc.checkpoints.peft_write import save
 from adaptc.checkpoints.records import AdapterRecord, assign
@@ -43,6 +44,7 @@ from adaptc.errors import AdaptcError, ProofError, RefusedError
 from adaptc.ir.interpreter import Run
 from adaptc.ir.switched import SwitchedModule
 from adaptc.spec.emit import EmitEntry, GenaiEmit, HfEmit, OnnxAdapterEmit, OnnxEmit, PeftEmit, TorchEmit
+from adaptc.tracing.huggingface_module import pretrained
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,13 @@ class Artifact:
         path: its file or folder.
         errors: what quantization costs it; None where nothing is quantized.
         notes: what a person must know who uses it.
+        warnings: what another library does not read as it was written.
     """
 
     path: Path
     errors: QuantizationErrors | None = None
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 class Observer(Protocol):
@@ -119,7 +123,7 @@ def emit_all(
             for proof in program.proofs.held:
                 if observe and not any(proof is other for other in before):
                     observe.proved(proof)
-            for note in artifact.notes:
+            for note in (*artifact.notes, *artifact.warnings):
                 if observe:
                     observe.noted(note)
         if adapters:
@@ -260,9 +264,9 @@ def _genai(program: Program, entry: GenaiEmit, staging: Staging, final: Path) ->
 
 def _peft(program: Program, entry: PeftEmit, staging: Staging, final: Path) -> Artifact:
     """What is always on in the folder itself, and each alternative in a folder of its name below it."""
-    directory = staging.path(final)
+    directory, notes = staging.path(final), list[str]()
     if program.graph.adaptations or not program.alternatives:
-        _save_checkpoint(program, records_of(program.graph), directory)
+        notes += _save_checkpoint(program, records_of(program.graph), directory)
     for name, alternative in program.alternatives.items():
         if (directory / name).exists():
             message = (
@@ -272,14 +276,18 @@ def _peft(program: Program, entry: PeftEmit, staging: Staging, final: Path) -> A
         added = [
             record for record in records_of(alternative.graph) if record.entry >= len(program.spec.adapt)
         ]
-        _save_checkpoint(alternative, added, directory / name)
-    artifact = {"name": "adapter", "format": "peft"}
+        notes += _save_checkpoint(alternative, added, directory / name)
+    notes = list(dict.fromkeys(notes))
+    artifact = {"name": "adapter", "format": "peft", **({"notes": notes} if notes else {})}
     write_manifest(directory / MANIFEST, provenance(program, final), artifact, _files_in(directory))
-    return Artifact(final)
+    return Artifact(final, warnings=tuple(notes))
 
 
-def _save_checkpoint(program: Program, inserted: Sequence[AdapterRecord], directory: Path) -> None:
+def _save_checkpoint(program: Program, inserted: Sequence[AdapterRecord], directory: Path) -> list[str]:
     """Save adapters as checkpoints, and read them back.
+
+    Returns:
+        What PEFT leaves out of them.
 
     Raises:
         ProofError: a tensor is not read back as it was written.
@@ -287,10 +295,13 @@ def _save_checkpoint(program: Program, inserted: Sequence[AdapterRecord], direct
     records, values = compacted(inserted, program.tensors())
     heads = {name: program.base.weights[name].load() for record in records for name in record.heads}
     save(records, heads | values, directory, program.base_record)
+    model, notes = pretrained(program.base.source.model), list[str]()
     for path, members in zip(directories(directory), group(records), strict=True):
         for name, value in assign(read(path), members).items():
             if not torch.equal(value, values[name].to("cpu", value.dtype)):
                 raise ProofError(f"{name} was not read back as it was written")
+        notes += left_out(path, [m for member in members for m in member.modules], model)
+    return notes
 
 
 def _huggingface(program: Program, entry: HfEmit, staging: Staging, final: Path) -> Artifact:

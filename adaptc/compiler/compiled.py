@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,8 @@ class Compiled:
     def emit(self, format: str, path: str | Path, **options: Any) -> None:
         """Write one artifact, as an `emit` entry of a spec would: `emit("onnx", path, adapters="folded")`.
 
+        A warning says what another library does not read as it was written.
+
         Raises:
             SpecError: the format or an option is unknown.
             AdaptcError: it cannot be made, or its proof failed; nothing is left at `path`.
@@ -200,9 +203,14 @@ class Compiled:
         output_paths(spec, spec.emit)
         (artifact,) = emit_all(self.program, spec.emit)
         self.errors = artifact.errors
+        for warning in artifact.warnings:
+            warnings.warn(warning, stacklevel=2)
 
     def save_adapter(self, directory: str | Path) -> None:
-        """Write the adapters as PEFT checkpoints."""
+        """Write the adapters as PEFT checkpoints.
+
+        A warning names the layers that the installed PEFT leaves out when it loads them.
+        """
         self.emit("peft", directory)
 
     def load_adapter(self, directory: str | Path, ignore: Sequence[str] = ()) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from adaptc.patterns import literal
 from adaptc.rewriter.insert.base import Insert
 from adaptc.spec.entries import AdapterEntry
 from adaptc.spec.spec import Spec, resolve_path
-from adaptc.tracing.huggingface_module import is_pretrained
+from adaptc.tracing.huggingface_module import pretrained
 from adaptc.weights import Weight
 
 
@@ -132,7 +132,8 @@ def _trained(spec: Spec, graph: Graph, index: int, entry: AdapterEntry) -> list[
     modules, unread = modules_holding(graph.weights), unread_modules(graph.module)
     try:
         for stored in _read(spec, index, entry, path):
-            checkpoint = replace(_named_as_in(graph, shortened(stored, modules), modules), unread=unread)
+            named = with_names_of_base(shortened(stored, modules), pretrained(graph.source.model), modules)
+            checkpoint = replace(named, unread=unread)
             check_whole_modules(checkpoint, modules)
             name = entry.name or (stored.path.name if stored.path != path else spec.default_name(index))
             common = _Common(name, index, spec.seed, entry.on_alias)
@@ -142,12 +143,6 @@ def _trained(spec: Spec, graph: Graph, index: int, entry: AdapterEntry) -> list[
     except InputError as error:
         raise spec.error((*spec.place(index), "r"), error.message, *error.notes) from None
     return planned
-
-
-def _named_as_in(graph: Graph, checkpoint: Checkpoint, modules: Collection[str]) -> Checkpoint:
-    """A checkpoint with the names that a model of transformers has in the installed version."""
-    model = graph.source.model
-    return with_names_of_base(checkpoint, model, modules) if model and is_pretrained(model) else checkpoint
 
 
 def _read(spec: Spec, index: int, entry: AdapterEntry, path: Path) -> list[Checkpoint]:

@@ -39,6 +39,7 @@ from adaptc.rewriter.pipeline import PASSES, Pass, run
 from adaptc.rewriter.quantize import Quantize
 from adaptc.rewriter.swap.slots import Slots
 from adaptc.spec.spec import Spec
+from adaptc.tracing.huggingface_module import pretrained
 from adaptc.weights import Deferred, Held, sha256_of_files, sha256_of_tensors
 
 
@@ -128,7 +129,8 @@ class Program:
             WeightError: it does not fit what was inserted.
         """
         module = self.module
-        for name, value in load_adapter_into(module, directory, ignore).items():
+        model = pretrained(self.graph.source.model)
+        for name, value in load_adapter_into(module, directory, ignore, model).items():
             stored = Deferred(tuple(value.shape), self.graph.weights[name].dtype, value.detach)
             self.graph.weights[name] = following(module, name, stored)
 

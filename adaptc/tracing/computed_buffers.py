@@ -5,13 +5,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import nn
 
 from adaptc.errors import TraceError
+
+INITIALISED = "_is_hf_initialized"
+"""The attribute by which transformers tells tensors that it must not initialise."""
 
 
 def compute_buffers(model: nn.Module) -> None:
@@ -31,15 +35,29 @@ def compute_buffers(model: nn.Module) -> None:
     for module, name in buffers:
         module._buffers[name] = _unset(cast(torch.Tensor, module._buffers[name]))
     holders = {module for module, _ in buffers}
-    for module, whole in _with_their_models(model, model):
-        if not holders.isdisjoint(module.modules()):
-            cast(Any, whole)._init_weights(module)
+    with _weights_left_alone(model):
+        for module, whole in _with_their_models(model, model):
+            if not holders.isdisjoint(module.modules()):
+                cast(Any, whole)._init_weights(module)
     for module, name in buffers:
         if _is_unset(cast(torch.Tensor, module._buffers[name])):
             raise TraceError(
                 f"{type(module).__name__}.{name} is in no checkpoint, and the model's class does not compute it",
                 "hand in the model itself: adaptc.compile(spec, model=...)",
             )
+
+
+@contextmanager
+def _weights_left_alone(model: nn.Module) -> Generator[None]:
+    """Let transformers pass over parameters within a `with` block: they have no values, which some classes read."""
+    parameters = [p for p in model.parameters() if not hasattr(p, INITIALISED)]
+    for parameter in parameters:
+        setattr(parameter, INITIALISED, True)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            delattr(parameter, INITIALISED)
 
 
 def _with_their_models(module: nn.Module, whole: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:

@@ -193,7 +193,7 @@ def fake_parameters(model: nn.Module) -> None:
                 module._parameters[name] = fakes[id(parameter)]
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
-                fakes.setdefault(id(buffer), FakeTensor(mode, buffer, cpu))
+                fakes.setdefault(id(buffer), FakeTensor(mode, buffer.to("meta"), cpu))
                 module._buffers[name] = fakes[id(buffer)]
     compute_buffers(model)
 

@@ -27,6 +27,11 @@ def is_pretrained(model: nn.Module) -> bool:
     return any(f"{cls.__module__}.{cls.__qualname__}" == PRETRAINED for cls in type(model).__mro__)
 
 
+def pretrained(model: nn.Module | None) -> nn.Module | None:
+    """A module if it is a model of transformers."""
+    return model if model is not None and is_pretrained(model) else None
+
+
 def set_copy(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
     """A model of transformers as it is traced: without a cache or layer drop; the caller's own stays as it is.
 

@@ -499,7 +499,7 @@ def test_init_for_a_model(cli: Callable[..., Ran], bert: Path, tmp_path: Path) -
     ("name", "task"),
     [
         pytest.param("roberta", "sequence-classification", marks=pytest.mark.slow),
-        ("whisper", "speech-seq2seq"),
+        pytest.param("whisper", "speech-seq2seq", marks=pytest.mark.slow),
         pytest.param("bart", "seq2seq-lm", marks=pytest.mark.slow),
     ],
 )

@@ -16,7 +16,7 @@ from torch import nn
 import adaptc
 from adaptc.cli.inspection import verify
 from adaptc.errors import ProofError, TraceError
-from tests.families import perturb, randomise
+from tests.families import marked, perturb, randomise
 
 LORA = {"method": "lora", "target": "l", "r": 2}
 
@@ -139,7 +139,7 @@ def made(name: str, **spec: Any) -> adaptc.Compiled:
     return compiled
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", marked(CASES, [name for name in CASES if name != "padded, fused"]))
 def test_a_model_is_proved_on_what_it_takes(name: str, tmp_path: Path) -> None:
     compiled, examples = made(name), CASES[name][1]
     compiled.emit("onnx", tmp_path / "model.onnx")

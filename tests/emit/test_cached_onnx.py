@@ -32,10 +32,19 @@ def dims(values: Any) -> dict[str, tuple[Any, ...]]:
     return {v.name: tuple(d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim) for v in values}
 
 
-def test_names_and_dimensions(zoo: Zoo, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def adapted(zoo: Zoo, tmp_path_factory: pytest.TempPathFactory) -> tuple[Compiled, Path]:
+    """A Llama with LoRA, and its folded program with a cache."""
     compiled = zoo.compiled("llama", [entry("lora", "llama")])
     perturb(compiled.module)
-    model = emitted(compiled, tmp_path / "decoder.onnx")
+    path = tmp_path_factory.mktemp("adapted") / "decoder.onnx"
+    emitted(compiled, path)
+    return compiled, path
+
+
+def test_names_and_dimensions(adapted: tuple[Compiled, Path]) -> None:
+    compiled, path = adapted
+    model = onnx.load(path)
     inputs, outputs = dims(model.graph.input), dims(model.graph.output)
     assert inputs["input_ids"] == inputs["position_ids"] == ("batch", "seq")
     assert inputs["attention_mask"] == ("batch", "total")
@@ -72,11 +81,8 @@ def test_an_encoder_is_a_program_of_its_own(zoo: Zoo, name: str, tmp_path: Path)
     assert {"decoder.onnx", "decoder.encoder.onnx"} <= checked
 
 
-def test_a_cached_program_is_verified_by_itself(zoo: Zoo, tmp_path: Path) -> None:
-    compiled = zoo.compiled("llama", [entry("lora", "llama")])
-    perturb(compiled.module)
-    emitted(compiled, tmp_path / "decoder.onnx")
-    rows = verify(tmp_path / "decoder.onnx")
+def test_a_cached_program_is_verified_by_itself(adapted: tuple[Compiled, Path]) -> None:
+    rows = verify(adapted[1])
     assert any("computes what its graph did" in row["checked"] for row in rows)
 
 
@@ -98,11 +104,9 @@ def test_adapters_are_swapped_on_a_decoder_with_a_cache(
         assert {f"{who}, with a cache, {way}" for way in SCHEDULES} <= proved
 
 
-def test_a_wrong_cache_fails_the_proof(zoo: Zoo, tmp_path: Path) -> None:
+def test_a_wrong_cache_fails_the_proof(adapted: tuple[Compiled, Path]) -> None:
     """The runner of proofs sees what one call with the whole prompt would not: keys that are not passed on."""
-    compiled = zoo.compiled("llama", [])
-    path = tmp_path / "decoder.onnx"
-    emitted(compiled, path)
+    compiled, path = adapted
     run = onnx_runner(path)
 
     def forgetful(tensors: Any) -> Any:
@@ -116,10 +120,9 @@ def test_a_wrong_cache_fails_the_proof(zoo: Zoo, tmp_path: Path) -> None:
     assert not torch.allclose(right.outcomes[label][0], wrong.outcomes[label][0], atol=1e-3)  # type: ignore[index]
 
 
-def test_rows_padded_on_the_left_count_from_their_first_token(zoo: Zoo, tmp_path: Path) -> None:
-    compiled = zoo.compiled("llama", [])
-    emitted(compiled, tmp_path / "decoder.onnx")
-    signature = read_signature(tmp_path / "decoder.onnx")
+def test_rows_padded_on_the_left_count_from_their_first_token(adapted: tuple[Compiled, Path]) -> None:
+    compiled, path = adapted
+    signature = read_signature(path)
     assert signature is not None
     batch = next(b for b in compiled.program.proofs.batches.values() if len(b["input_ids"]) == 3)
     padded = padded_left(signature, batch)
@@ -151,6 +154,7 @@ def test_the_plan_refuses_a_cache_at_its_place_in_the_spec(tmp_path: Path) -> No
     assert "decoders.py:" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_the_encoder_runner_names_what_the_decoder_takes(zoo: Zoo, tmp_path: Path) -> None:
     compiled = zoo.compiled("t5", [])
     path = tmp_path / "decoder.onnx"

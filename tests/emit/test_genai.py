@@ -218,6 +218,7 @@ def test_a_family_that_is_not_served_is_refused_with_the_way_out(zoo: Zoo, name:
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_program_that_counts_positions_itself(tmp_path: Path) -> None:
     """Rotary positions are inside the attention of heads of 16: they are no input of the program any more."""
     base: Any = randomise(MODELS["llama"].build(head_dim=16))

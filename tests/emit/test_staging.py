@@ -25,7 +25,7 @@ from adaptc.emit.onnx import export as onnx
 from adaptc.emit.staging import Staging
 from adaptc.errors import AdaptcError
 from adaptc.spec.spec import load
-from tests.families import Zoo, entry, perturb
+from tests.families import Zoo, entry, marked, perturb
 
 INPUTS = {"x": "float32[batch, 16]"}
 ENTRY = {"method": "lora", "target": ["*"], "r": 2}
@@ -463,6 +463,7 @@ def test_no_format_leaves_anything_on_a_full_disk(product: Callable[[], None], t
     product()
 
 
+@pytest.mark.parametrize("product", marked(FORMATS, ["peft"]), indirect=True)
 def test_no_format_is_written_to_a_read_only_folder(
     product: Callable[[], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

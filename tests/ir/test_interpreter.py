@@ -33,7 +33,7 @@ from tests.families import FAMILIES, Zoo, close, entry, perturb
 DTYPES = [None, "float16", "bfloat16"]
 
 
-QUICK = ("llama", "bert", "mlp")
+QUICK = ("llama", "mlp")
 
 
 EVERY = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in FAMILIES]

@@ -81,6 +81,7 @@ def test_tokens_that_meet_elsewhere_are_refused_with_node_and_line(name: str) ->
     assert "decoders.py:" in str(caught.value)
 
 
+QUICK = (("lora", True), ("prefix", False), ("bottleneck", False), ("lora over nf4", False))
 ENTRIES: dict[str, dict[str, Any]] = {
     "lora": {"adapt": [entry("lora", "llama")]},
     "prefix": {"adapt": [entry("prefix", "llama")]},
@@ -95,7 +96,12 @@ ENTRIES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize(
     ("name", "folded"),
-    [(name, folded) for name in ENTRIES for folded in (False, True) if not (folded and "over" in name)],
+    [
+        pytest.param(name, folded, marks=[pytest.mark.slow] * ((name, folded) not in QUICK))
+        for name in ENTRIES
+        for folded in (False, True)
+        if not (folded and "over" in name)
+    ],
 )
 def test_adapted_and_quantized_decoders(zoo: Zoo, name: str, folded: bool) -> None:
     spec = ENTRIES[name]

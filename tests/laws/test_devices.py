@@ -47,7 +47,7 @@ def test_a_graph_runs_where_its_weights_are(zoo: Zoo, name: str) -> None:
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_every_method_runs_where_its_weights_are(zoo: Zoo, method: str) -> None:
-    for name in ("llama", "bert", "mlp"):
+    for name in ("mlp", "llama", "bert"):
         try:
             made = zoo.compiled(name, [entry(method, name)])
         except adaptc.AdaptcError:

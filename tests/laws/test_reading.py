@@ -15,7 +15,7 @@ from adaptc.methods.method import METHODS
 from tests.families import Zoo, differs, entry, perturbed
 from tests.laws.test_methods import insert, one, skip_without_site
 
-QUICK = ("lora", "ia3", "bottleneck", "prefix")
+QUICK = ("lora", "bottleneck", "prefix")
 """One of each kind."""
 EVERY = [pytest.param(m, marks=[pytest.mark.slow] * (m not in QUICK)) for m in METHODS]
 
@@ -82,7 +82,7 @@ def test_reading_changes_nothing_that_is_written(zoo: Zoo, method: str) -> None:
         assert not changed
 
 
-@pytest.mark.parametrize("method", ["lora", "prefix"])
+@pytest.mark.parametrize("method", ["lora", pytest.param("prefix", marks=pytest.mark.slow)])
 def test_what_is_trained_is_written(zoo: Zoo, method: str) -> None:
     compiled = compiled_in_bfloat16(zoo, method)
     before = written(compiled)

@@ -63,7 +63,9 @@ def test_with_activations_as_they_are(
         close(a, b, epsilons=64)
 
 
-@pytest.mark.parametrize("shape", [(2, 5), (1, 1), (4, 33)])
+@pytest.mark.parametrize(
+    "shape", [(2, 5), *(pytest.param(s, marks=pytest.mark.slow) for s in ((1, 1), (4, 33)))]
+)
 def test_with_rounded_activations(made: Compiled, shape: tuple[int, int], tmp_path: Path) -> None:
     made.emit("onnx", tmp_path / "m.onnx")
     x = torch.randn(*shape, COLUMNS)

@@ -180,6 +180,21 @@ def test_names_of_transformers_4(name: str, tmp_path: Path) -> None:
     assert any("this transformers" in note or "earlier transformers" in note for note in result.plan.notes)
 
 
+@pytest.mark.parametrize("name", each(["vit", "llava", "gpt-neox", "mixtral", "olmoe"]))
+def test_an_adapter_that_is_loaded_later(name: str, tmp_path: Path) -> None:
+    """`load_adapter` reads the same names: into a module with another adapter of the same shapes."""
+    base = base_of(name, tmp_path / "base")
+    merged = adapter_of(name, base, tmp_path / "adapter")
+    result = compiled(name, base, tmp_path / "adapter")
+    with torch.no_grad():
+        for parameter in result.module.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.25)
+    differs(run(result.module, name), run(model_at(name, merged), name))
+    result.load_adapter(tmp_path / "adapter")
+    close(run(result.module, name), run(model_at(name, merged), name))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PEFT_CONVERTS)
 def test_as_peft_reads_them(name: str, tmp_path: Path) -> None:

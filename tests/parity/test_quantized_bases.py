@@ -336,7 +336,7 @@ def test_what_is_made_up_is_told(tmp_path: Path) -> None:
     ("lost", "words"),
     [
         (".weight.absmax", r"absmax is missing: the checkpoint is not whole"),
-        (".weight.quant_map", r"quant_map is missing"),
+        pytest.param(".weight.quant_map", r"quant_map is missing", marks=pytest.mark.slow),
         (".weight.quant_state.bitsandbytes__nf4", r"quant_state.bitsandbytes__nf4 is missing"),
         (".SCB", r"SCB is missing"),
     ],

@@ -30,8 +30,8 @@ BASES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     "base-bert-classifier": ({"task": "sequence-classification"}, INPUTS),
 }
 """Bases without a method, which the records of the specs are told against: more of `base`, and `inputs`."""
-QUICK = ("nf4", "own-model", "peft-to-huggingface", "peft-to-onnx")
-"""The journeys, and what stands for most methods and schemes."""
+QUICK = ("own-model", "peft-to-huggingface", "peft-to-onnx")
+"""The journeys; golden texts and laws stand for methods and schemes."""
 
 
 @pytest.mark.slow

@@ -103,7 +103,12 @@ def test_it_accepts_and_refuses_what_load_does() -> None:
     assert [spec for spec in bad if validator.is_valid(spec)] == []
 
 
-@pytest.mark.parametrize("path", sorted(SPECS.glob("*.yaml")), ids=lambda path: path.name)
-def test_every_spec_fits_it(path: Path) -> None:
+@pytest.fixture(scope="module")
+def validator() -> Any:
     jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed")
-    jsonschema.Draft202012Validator(schema()).validate(Source.read(path).data)
+    return jsonschema.Draft202012Validator(schema())
+
+
+@pytest.mark.parametrize("path", sorted(SPECS.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_spec_fits_it(validator: Any, path: Path) -> None:
+    validator.validate(Source.read(path).data)

@@ -48,7 +48,7 @@ def feed_forward(theta: dict[str, Tensor], site: str, method: str, z: Tensor, sc
     return scale * (inner @ of("up", "weight").T + of("up", "bias"))
 
 
-@pytest.mark.parametrize("name", marked(BEHIND, ("llama", "gpt2", "bert", "block")))
+@pytest.mark.parametrize("name", marked(BEHIND, ("llama", "block")))
 def test_a_bottleneck_stands_behind_every_sublayer(zoo: Zoo, name: str) -> None:
     compiled, theta = trained(zoo, name, {"method": "bottleneck", "r": 4, "activation": "gelu", "scale": 0.7})
     model = zoo.fresh(name)
@@ -70,7 +70,7 @@ def test_a_bottleneck_stands_behind_every_sublayer(zoo: Zoo, name: str) -> None:
         differs(want[compiled.graph.outputs[0]], zoo.run_eager(name, tensors)[compiled.graph.outputs[0]])
 
 
-@pytest.mark.parametrize("name", BEFORE)
+@pytest.mark.parametrize("name", marked(BEFORE, ("bert", "block")))
 def test_a_parallel_adapter_reads_the_input(zoo: Zoo, name: str) -> None:
     entry = {"method": "parallel", "r": 4, "activation": "gelu", "scale": 4.0}
     compiled, theta = trained(zoo, name, entry)
@@ -197,9 +197,13 @@ def by_hand(model: Attend, x: Tensor, mask: Tensor, P: Tensor) -> Tensor:
     return x + out(torch.stack(rows))
 
 
+OTHERS_STAND_FOR = (("matmul", 2), ("causal", 2), ("mha-weights", 2), ("matmul", 1))
 FORMS = [
-    *((form, 2) for form in ("matmul", "causal", "einsum", "flat", "mha", "mha-weights")),
-    *((form, 1) for form in ("matmul", "gqa", "causal")),
+    pytest.param(form, groups, marks=[pytest.mark.slow] * ((form, groups) in OTHERS_STAND_FOR))
+    for form, groups in (
+        *((form, 2) for form in ("matmul", "causal", "einsum", "flat", "mha", "mha-weights")),
+        *((form, 1) for form in ("matmul", "gqa", "causal")),
+    )
 ]
 
 
