@@ -44,12 +44,14 @@ class Answers:
         answers: the tokens that followed it.
         sure: how many of these come before the first that nearly ties with another.
         together: whether the texts were continued in one batch too.
+        sound: where an encoder hears sound: shape, dtype and seed of what it heard with each text; else None.
     """
 
     texts: Sequence[Sequence[int]]
     answers: Sequence[Sequence[int]]
     sure: Sequence[int]
     together: bool
+    sound: tuple[Sequence[int], str, int] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The answers as plain data."""
@@ -84,23 +86,42 @@ def prove_greedy(
     lengths = [length for length in LENGTHS if length + NEW <= longest] or [1]
     texts = [_text(decoder.vocabulary, special, length, program.spec.seed) for length in lengths]
     together = max(map(len, texts)) + NEW <= padded
-    ways = _generated(model, texts, together)
+    about = _about(decoder, program.spec.seed)
+    sounds = _sounds(about, len(texts))
+    ways = _generated(model, texts, together, sounds)
     allowed = 2 * written.proof.tolerance
     sure: list[int] = []
     for way, answers in ways.items():
-        judged = _judged(written.computes, decoder, texts, answers)
+        judged = _judged(written.computes, decoder, texts, answers, sounds)
         proof = _proof(f"genai, greedy, {way}", texts, answers, judged, allowed)
         program.proofs.keep(proof)
         sure = sure or [_sure(each, allowed) for each in judged]
-    return Answers(texts, ways[ALONE], sure, together)
+    return Answers(texts, ways[ALONE], sure, together, about)
 
 
 def _generated(
-    model: GenaiModel, texts: Sequence[Sequence[int]], together: bool
+    model: GenaiModel, texts: Sequence[Sequence[int]], together: bool, sounds: torch.Tensor | None
 ) -> dict[str, list[list[int]]]:
     """What follows some texts: way of generating -> the answer to each."""
-    alone = {ALONE: [model.greedy([text], NEW)[0] for text in texts]}
-    return alone | ({TOGETHER: model.greedy(texts, NEW)} if together else {})
+    heard = [None if sounds is None else sounds[number, None] for number in range(len(texts))]
+    answers = [model.greedy([text], NEW, sound)[0] for text, sound in zip(texts, heard, strict=True)]
+    return {ALONE: answers} | ({TOGETHER: model.greedy(texts, NEW, sounds)} if together else {})
+
+
+def _about(decoder: Served, seed: int) -> tuple[list[int], str, int] | None:
+    """What an encoder hears, see `Answers`."""
+    if decoder.encoder is None:
+        return None
+    features = decoder.encoder.features
+    return [int(size) for size in features.dims[1:]], features.dtype, seed
+
+
+def _sounds(about: tuple[Sequence[int], str, int] | None, count: int) -> torch.Tensor | None:
+    """Random features of sound, for so many texts, see `Answers`."""
+    if about is None:
+        return None
+    shape, dtype, seed = about
+    return torch.randn((count, *shape), generator=seeded(seed, "sound")).to(getattr(torch, dtype))
 
 
 def generated_again(answers: Mapping[str, Any] | str, directory: Path) -> str:
@@ -121,7 +142,8 @@ def generated_again(answers: Mapping[str, Any] | str, directory: Path) -> str:
     if find_spec(PACKAGE) is None:
         return NOT_INSTALLED
     recorded = Answers(**answers)
-    ways = _generated(GenaiModel(directory), recorded.texts, recorded.together)
+    sounds = _sounds(recorded.sound, len(recorded.texts))
+    ways = _generated(GenaiModel(directory), recorded.texts, recorded.together, sounds)
     for way, again in ways.items():
         for text, old, new, count in zip(recorded.texts, recorded.answers, again, recorded.sure, strict=True):
             if old[:count] != new[:count]:
@@ -152,11 +174,19 @@ class _Token:
 
 
 def _judged(
-    graph: Graph, decoder: Served, texts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
+    graph: Graph,
+    decoder: Served,
+    texts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    sounds: torch.Tensor | None,
 ) -> list[list[_Token]]:
     """Every token of the answers beside the logits of a graph."""
-    rows = {str(n): [*text, *answer] for n, (text, answer) in enumerate(zip(texts, answers, strict=True))}
-    logits = _logits(graph, decoder, {label: _batch(graph, decoder, row) for label, row in rows.items()})
+    rows = [[*text, *answer] for text, answer in zip(texts, answers, strict=True)]
+    batches = {str(n): {**_batch(graph, decoder, row)} for n, row in enumerate(rows)}
+    if decoder.encoder is not None and sounds is not None:
+        for label, batch in batches.items():
+            batch[decoder.encoder.features.name] = sounds[int(label), None]
+    logits = _logits(graph, decoder, batches)
     judged: list[list[_Token]] = []
     for number, (text, answer) in enumerate(zip(texts, answers, strict=True)):
         values = logits[str(number)][0]

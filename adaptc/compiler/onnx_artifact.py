@@ -229,6 +229,7 @@ def write_onnx(
     final: Path,
     wrote: Wrote | None = None,
     beside: bool = False,
+    encoder_path: Path | None = None,
     overridable: Dims | None = None,
     told: Mapping[str, str] | None = None,
 ) -> OnnxFile:
@@ -242,6 +243,7 @@ def write_onnx(
         final: where it will be put.
         wrote: called while a data file is written.
         beside: write the weights in a data file whatever their size is.
+        encoder_path: where an encoder is written; see `encoder_beside` if it is None.
         overridable: the sizes of the weights that a call may replace.
         told: metadata beside what every file has.
 
@@ -259,7 +261,7 @@ def write_onnx(
         "adaptc.adapters": entry.adapters,
         "adaptc.methods": ", ".join(p.insert.method.name for p in program.plan.entries),
     }
-    encoder = encoder_beside(path) if len(parts) > 1 else None
+    encoder = (encoder_path or encoder_beside(path)) if len(parts) > 1 else None
     if encoder is not None:
         metadata[ENCODER] = encoder.name
     if entry.cache:

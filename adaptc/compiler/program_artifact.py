@@ -49,6 +49,7 @@ def write_program(
     final: Path,
     wrote: Wrote | None = None,
     beside: bool = False,
+    encoder_path: Path | None = None,
 ) -> ProgramArtifact:
     """Write a program as `write_onnx` does, and prove it.
 
@@ -58,7 +59,7 @@ def write_program(
     graphs = fold(program) if entry.adapters == "folded" else None
     graph = graphs.written if graphs is not None else _unfolded(program, entry.adapters)
 
-    file = write_onnx(program, graph, entry, path, final, wrote, beside)
+    file = write_onnx(program, graph, entry, path, final, wrote, beside, encoder_path)
     rounding = losses(graph.weights)
     graph.weights.update({n: w for n, w in file.weights.items() if n in graph.weights})
 

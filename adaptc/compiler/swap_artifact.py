@@ -35,7 +35,9 @@ def write_swap(swap: Swap, entry: OnnxEmit, path: Path, final: Path, wrote: Wrot
         AdaptcError: the exporter fails, or the file cannot be written.
     """
     told = {KEY: swap.record().to_json()}
-    return write_onnx(swap.program, swap.graph(), entry, path, final, wrote, False, swap.dims(), told)
+    return write_onnx(
+        swap.program, swap.graph(), entry, path, final, wrote, overridable=swap.dims(), told=told
+    )
 
 
 def prove_swap(swap: Swap, file: OnnxFile) -> tuple[Proof, Run, dict[str, Proof]]:

@@ -96,12 +96,19 @@ class GenaiModel:
         """The token that fills shorter texts of a batch up, behind them."""
         return self.config["model"]["pad_token_id"]
 
-    def generator(self, texts: Sequence[Sequence[int]], new: int, **settings: Any) -> Any:
+    @property
+    def hears(self) -> str | None:
+        """The input of the features of sound; None in a model of text alone."""
+        encoder = self.config["model"].get("encoder")
+        return None if encoder is None else encoder["inputs"]["audio_features"]
+
+    def generator(self, texts: Sequence[Sequence[int]], new: int, sound: Any = None, **settings: Any) -> Any:
         """A generator of the package's own that has read some texts, shorter ones padded behind.
 
         Args:
             texts: the token ids of each.
             new: the most tokens that may follow the longest.
+            sound: what is heard with each, `(texts, features, frames)`, where the model hears.
             settings: of the package's search, in place of the directory's own.
         """
         import numpy as np
@@ -111,6 +118,10 @@ class GenaiModel:
         params = self.package.GeneratorParams(self.model)
         params.set_search_options(batch_size=len(texts), max_length=longest + new, **settings)
         generator = self.package.Generator(self.model, params)
+        if self.hears is not None:
+            heard = self.package.NamedTensors()
+            heard[self.hears] = np.ascontiguousarray(sound)
+            generator.set_inputs(heard)
         generator.append_tokens(np.array(rows, dtype=np.int32))
         return generator
 
@@ -138,8 +149,13 @@ class GenaiModel:
         """The tokens that follow, and the text that each adds, see `Decoder`.
 
         Raises:
-            AdaptcError: the prompt fills the context.
+            AdaptcError: the prompt fills the context, or the model hears sound.
         """
+        if self.hears is not None:
+            raise AdaptcError(
+                f"{self.directory}: it writes down what it hears, and a prompt is no sound",
+                f"call onnxruntime-genai, and give it {self.hears}: docs/serving.md",
+            )
         room = self.config["model"]["context_length"] - len(tokens)
         if room < 1:
             raise AdaptcError(f"the prompt has {len(tokens)} tokens, and the context {room + len(tokens)}")
@@ -153,14 +169,15 @@ class GenaiModel:
             token = int(generator.get_next_tokens()[0])
             yield token, decode(token)
 
-    def greedy(self, texts: Sequence[Sequence[int]], new: int) -> list[list[int]]:
+    def greedy(self, texts: Sequence[Sequence[int]], new: int, sound: Any = None) -> list[list[int]]:
         """The likeliest tokens that follow some texts, of one batch.
 
         Args:
             texts: the token ids of each.
             new: how many tokens; fewer where one ends the text.
+            sound: see `generator`.
         """
-        generator, steps = self.generator(texts, new, **PLAIN), list[list[int]]()
+        generator, steps = self.generator(texts, new, sound, **PLAIN), list[list[int]]()
         while not generator.is_done():
             generator.generate_next_token()
             steps.append([int(token) for token in generator.get_next_tokens()])
