@@ -198,8 +198,8 @@ class ExactSession:
         """A session of one of the entry's programs."""
         with tempfile.TemporaryDirectory(dir=self.path.parent) as folder:
             exact, graph = Path(folder) / self.path.name, programs(self.graph.copy(), self.entry)[0][number]
-            overridable = _read_by(graph, self.overridable)
-            options: Any = {"runtime": self.entry.target_runtime, "overridable": overridable}
+            overridable, unread = _split(self.graph, graph, self.overridable)
+            options: Any = {"runtime": self.entry.target_runtime, "overridable": overridable, "unread": unread}
             export_onnx(graph, exact, self.entry.opset, exact=True, **options)
             return open_session(exact, shown=self.path, exact=True)
 
@@ -273,7 +273,15 @@ def write_onnx(
     files = [path] if encoder is None else [path, encoder]
     written, *others = [
         export_onnx(
-            part, file, entry.opset, metadata, wrote, runtime, exact, beside, _read_by(part, overridable)
+            part,
+            file,
+            entry.opset,
+            metadata,
+            wrote,
+            runtime,
+            exact,
+            beside,
+            *_split(evaluated, part, overridable or {}),
         )
         for part, file in zip(parts, files, strict=True)
     ]
@@ -305,10 +313,24 @@ def write_onnx(
     )
 
 
-def _read_by(graph: Graph, overridable: Dims | None) -> Dims:
-    """Of the weights that a call may replace, those that a graph reads."""
-    read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
-    return {name: dims for name, dims in (overridable or {}).items() if name in read}
+def _split(
+    whole: Graph, part: Graph, overridable: Dims
+) -> tuple[Dims, dict[str, tuple[int, torch.dtype]]]:
+    """Of the weights that a call may replace, those that a program reads, and those that only one beside it does.
+
+    Args:
+        whole: the graph of both.
+        part: the program's own.
+        overridable: the sizes of all of them.
+    """
+    names = {str(node.target) for node in part.nodes if node.op == "get_attr"}
+    read = {name: sizes for name, sizes in overridable.items() if name in names}
+    unread = {
+        name: (len(sizes), whole.weights[name].dtype)
+        for name, sizes in overridable.items()
+        if name not in names
+    }
+    return read, unread
 
 
 def programs(graph: Graph, entry: OnnxEmit) -> tuple[list[Graph], dict[str, Any]]:
