@@ -25,6 +25,7 @@ def generate(
     stop: tuple[str, ...],
     tokenizer: str | None,
     show: Callable[[str], None],
+    adapter: Path | None = None,
 ) -> dict[str, Any]:
     """Continue a prompt.
 
@@ -36,6 +37,7 @@ def generate(
         stop: texts that end the answer, and are not shown.
         tokenizer: a directory with a tokenizer, in place of the base's.
         show: called with each piece of the answer.
+        adapter: an `.onnx_adapter` file, where the path takes adapters; None for the base.
 
     Returns:
         `text`; `finished` (`end` of the text, `length`, or `stop`); `tokens` and `prompt_tokens`;
@@ -45,7 +47,7 @@ def generate(
     Raises:
         AdaptcError: the path holds nothing that continues texts, or the prompt is empty.
     """
-    decoder, seed = _decoder(path, tokenizer), settings.drawn_from()
+    decoder, seed = _decoder(path, tokenizer, adapter), settings.drawn_from()
     tokens = decoder.tokens(prompt, chat)
     if not tokens:
         raise AdaptcError("the prompt has no token", "write one: --prompt 'Once upon a time'")
@@ -96,7 +98,7 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _decoder(path: Path, tokenizer: str | None) -> Decoder:
+def _decoder(path: Path, tokenizer: str | None, adapter: Path | None) -> Decoder:
     """What continues texts at a path.
 
     Raises:
@@ -111,9 +113,10 @@ def _decoder(path: Path, tokenizer: str | None) -> Decoder:
             raise AdaptcError(f"{path} has a tokenizer of its own, so --tokenizer is not read; leave it out")
         from adaptc.generation.genai import GenaiModel
 
-        return GenaiModel(path)
+        model = GenaiModel(path)
+        return model if adapter is None else model.adapted(adapter)
     if path.suffix != ".onnx":
         raise SpecError([Problem("nothing that continues texts", file=str(path), notes=(ADVICE,))])
     from adaptc.generation.onnx import OnnxDecoder
 
-    return OnnxDecoder(path, tokenizer)
+    return OnnxDecoder(path, tokenizer, adapter)

@@ -12,9 +12,11 @@ from adaptc.compiler.greedy_proof import (
     NOT_INSTALLED,
     gaps_change_nothing,
     prove_greedy,
+    prove_swapped,
 )
 from adaptc.compiler.program import Program
 from adaptc.compiler.program_artifact import ProgramArtifact, write_program
+from adaptc.compiler.swap_artifact import write_swap_program
 from adaptc.emit.genai.config import Defaults, defaults_of, genai_config
 from adaptc.emit.genai.decoder import WAY_OUT, Served, served, unserved
 from adaptc.emit.genai.files import ENCODER, PROGRAM, tokens_of, write_config
@@ -96,7 +98,8 @@ def write_genai(
     try:
         paths = directory / PROGRAM, final / PROGRAM
         encoder = directory / ENCODER
-        written = write_program(program, entry.program, *paths, wrote, beside=True, encoder_path=encoder)
+        write = write_swap_program if entry.adapters == "swap" else write_program
+        written = write(program, entry.program, *paths, wrote, beside=True, encoder_path=encoder)
     except RefusedError as error:  # what a cache cannot hold
         refusals = [
             Refusal(r.reason, r.nodes, (*r.notes, f"or without a cache: {WAY_OUT}")) for r in error.refusals
@@ -114,6 +117,8 @@ def write_genai(
     unrun = _why_not_run(written)
     model = None if unrun else GenaiModel(directory, final)
     answers = prove_greedy(program, written, decoder, model, padded, length).to_json() if model else unrun
+    if model:
+        prove_swapped(program, written, decoder, model, padded, length)
     other = other_tokens(model, directory) if model and tokenizer else None
     about = {
         "batches": _batches(padded, length),

@@ -5,8 +5,9 @@ The graph without a cache reads each text together with the tokens that were gen
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from adaptc.compiler.program import Program
 from adaptc.compiler.program_artifact import ProgramArtifact
 from adaptc.compiler.proof import Proof
 from adaptc.emit.genai.decoder import IDS, MASK, POSITIONS, Served
+from adaptc.emit.onnx.adapter_file import write_adapter
 from adaptc.errors import ProofError
 from adaptc.generation.genai import PACKAGE, GenaiModel
 from adaptc.ir.graph import Graph
@@ -65,6 +67,7 @@ def prove_greedy(
     model: GenaiModel,
     padded: int,
     longest: int,
+    adapter: str = "",
 ) -> Answers:
     """Prove that the likeliest tokens that onnxruntime-genai generates are those of the graph without a cache.
 
@@ -78,6 +81,7 @@ def prove_greedy(
         padded: the most tokens that texts may have with their answers where they are one batch too, shorter ones padded
             behind.
         longest: the most tokens of a text.
+        adapter: the name of the adapter that the model has; "" without.
 
     Raises:
         ProofError: another token is likelier.
@@ -93,10 +97,34 @@ def prove_greedy(
     sure: list[int] = []
     for way, answers in ways.items():
         judged = _judged(written.computes, decoder, texts, answers, sounds)
-        proof = _proof(f"genai, greedy, {way}", texts, answers, judged, allowed)
+        title = ", ".join(word for word in ("genai", adapter, "greedy", way) if word)
+        proof = _proof(title, texts, answers, judged, allowed)
         program.proofs.keep(proof)
         sure = sure or [_sure(each, allowed) for each in judged]
     return Answers(texts, ways[ALONE], sure, together, about)
+
+
+def prove_swapped(
+    program: Program,
+    written: ProgramArtifact,
+    decoder: Served,
+    model: GenaiModel,
+    padded: int,
+    longest: int,
+) -> None:
+    """Prove the tokens with each adapter that the program takes, as `prove_greedy` does, and the base's after them.
+
+    Raises:
+        ProofError: another token is likelier.
+    """
+    for name, each in written.alternatives.items():
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / f"{name}.onnx_adapter"
+            write_adapter(file, each.tensors, program.base_sha256)
+            with_it = replace(written, computes=each.computes, proof=each.proof)
+            prove_greedy(program, with_it, decoder, model.adapted(file), padded, longest, name)
+    if written.alternatives:
+        prove_greedy(program, written, decoder, model, padded, longest, "the base again")
 
 
 def _generated(

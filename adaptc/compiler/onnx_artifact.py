@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from adaptc.compiler.cached_runner import SCHEDULES, CachedRunner, EncoderRunner
+from adaptc.compiler.cached_runner import CachedRunner, EncoderRunner, in_calls
 from adaptc.compiler.program import Program
 from adaptc.compiler.provenance import describe_base
 from adaptc.compiler.runners import BatchRunner, Runner
@@ -131,11 +131,11 @@ class OnnxFile:
         return EncoderRunner(runner, read_outputs(self.encoder))
 
     def on(self, batches: Batches) -> Run:
-        """One run of every batch, in chunks where there is a cache."""
+        """One run of every batch, in several calls where there is a cache."""
         if self.signature is None:
             return self.runner.on(batches)
-        chunks = SCHEDULES["in chunks"]
-        return CachedRunner(self.runner, self.signature, chunks, self.encoder_runner).on(batches)
+        calls = in_calls(self.signature)
+        return CachedRunner(self.runner, self.signature, calls, self.encoder_runner).on(batches)
 
     def staged(self, staging: Staging) -> list[Path]:
         """The program; its data file, its encoder and that one's data file are moved to staged paths of their own."""
@@ -199,7 +199,11 @@ class ExactSession:
         with tempfile.TemporaryDirectory(dir=self.path.parent) as folder:
             exact, graph = Path(folder) / self.path.name, programs(self.graph.copy(), self.entry)[0][number]
             overridable, unread = _split(self.graph, graph, self.overridable)
-            options: Any = {"runtime": self.entry.target_runtime, "overridable": overridable, "unread": unread}
+            options: Any = {
+                "runtime": self.entry.target_runtime,
+                "overridable": overridable,
+                "unread": unread,
+            }
             export_onnx(graph, exact, self.entry.opset, exact=True, **options)
             return open_session(exact, shown=self.path, exact=True)
 
@@ -313,9 +317,7 @@ def write_onnx(
     )
 
 
-def _split(
-    whole: Graph, part: Graph, overridable: Dims
-) -> tuple[Dims, dict[str, tuple[int, torch.dtype]]]:
+def _split(whole: Graph, part: Graph, overridable: Dims) -> tuple[Dims, dict[str, tuple[int, torch.dtype]]]:
     """Of the weights that a call may replace, those that a program reads, and those that only one beside it does.
 
     Args:

@@ -41,7 +41,7 @@ Adapted = Mapping[str, tuple[Spec, Graph]]
 def emits_swap(spec: Spec) -> bool:
     """Whether a spec emits a program that takes its alternatives as inputs, or one of these."""
     return any(
-        entry.format == "onnx-adapter" or (entry.format == "onnx" and entry.adapters == "swap")
+        entry.format == "onnx-adapter" or (entry.format in ("onnx", "genai") and entry.adapters == "swap")
         for entry in spec.emit
     )
 

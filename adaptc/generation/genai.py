@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from adaptc.emit.genai.files import TOKENIZER, read_config, tokens_of
+from adaptc.emit.genai.files import PROGRAM, TOKENIZER, read_config, tokens_of
+from adaptc.emit.onnx.adapter_check import check_adapter
 from adaptc.errors import AdaptcError
 from adaptc.generation.settings import Settings, as_message
 from adaptc.optional import optional
@@ -23,6 +25,8 @@ SAMPLES = (
 )
 """Texts on which the package's tokenizer is held against transformers'."""
 TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+ACTIVE = "active"
+"""What the package calls the adapter that is active."""
 PLAIN: Mapping[str, Any] = {
     "do_sample": False,
     "num_beams": 1,
@@ -57,6 +61,7 @@ class GenaiModel:
         package: the package.
         model: the package's own model.
         config: the content of genai_config.json.
+        adapters: the package's own, of which `ACTIVE` is active; None for the base.
 
     Raises:
         MissingPackageError: the package is not installed.
@@ -69,6 +74,25 @@ class GenaiModel:
             self.model = self.package.Model(str(directory))
         except RuntimeError as error:
             raise AdaptcError(f"{shown or directory}: onnxruntime-genai does not take it: {error}") from error
+        self.adapters: Any = None
+
+    def adapted(self, adapter: Path) -> GenaiModel:
+        """The same model with an adapter.
+
+        Args:
+            adapter: an `.onnx_adapter` file that was made for it.
+
+        Raises:
+            AdaptcError: it was not, or the package does not take it.
+        """
+        with_it = copy(self)
+        check_adapter(adapter, self.directory / PROGRAM)
+        with_it.adapters = self.package.Adapters(self.model)
+        try:
+            with_it.adapters.load(str(adapter), ACTIVE)
+        except RuntimeError as error:
+            raise AdaptcError(f"{adapter}: onnxruntime-genai does not take it: {error}") from error
+        return with_it
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -118,6 +142,8 @@ class GenaiModel:
         params = self.package.GeneratorParams(self.model)
         params.set_search_options(batch_size=len(texts), max_length=longest + new, **settings)
         generator = self.package.Generator(self.model, params)
+        if self.adapters is not None:
+            generator.set_active_adapter(self.adapters, ACTIVE)
         if self.hears is not None:
             heard = self.package.NamedTensors()
             heard[self.hears] = np.ascontiguousarray(sound)

@@ -79,8 +79,8 @@ class GenaiEmit(Part):
 
     format: Literal["genai"]
     path: OutputPath
-    adapters: Literal["folded", "live", "none"] = Field(
-        "folded", description="folded into the weights, kept as operations of their own, or left out"
+    adapters: Literal["folded", "live", "none", "swap"] = Field(
+        "folded", description="as in an artifact in ONNX; onnxruntime-genai loads those that are swapped"
     )
     round_activations: bool = Field(
         True, description="as in an artifact in ONNX: let integers be multiplied by activations in 8 bits"

@@ -37,16 +37,19 @@ def read_signature(path: Path) -> CacheSignature | None:
     new = metadata.get(NEW_TOKENS)
     if new is None:
         return None
-    weights = {
-        weight.name for weight in model.graph.initializer
-    }  # those that a call may replace are inputs too
-    inputs = tuple(
-        InputSpec(value.name, _dtype(value), _dims(value))
-        for value in model.graph.input
-        if value.name not in weights
-    )
     outputs = {value.name: _dims(value) for value in model.graph.output}
-    return CacheSignature(inputs, outputs, new, metadata.get(ENCODER), COUNTED in metadata)
+    return CacheSignature(_inputs(model), outputs, new, metadata.get(ENCODER), COUNTED in metadata)
+
+
+def read_inputs(path: Path) -> tuple[InputSpec, ...]:
+    """What a program takes, without weights that a call may replace."""
+    return _inputs(_read(path))
+
+
+def _inputs(model: Any) -> tuple[InputSpec, ...]:
+    weights = {weight.name for weight in model.graph.initializer}
+    given = [value for value in model.graph.input if value.name not in weights]
+    return tuple(InputSpec(value.name, _dtype(value), _dims(value)) for value in given)
 
 
 def _read(path: Path) -> Any:
