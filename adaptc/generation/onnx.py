@@ -160,9 +160,7 @@ def _fed(path: Path, signature: CacheSignature) -> Fed:
         shared = {spec.name for spec in read_inputs(path.with_name(signature.encoder))}
     others = [spec for spec in others if spec.name not in shared]
     along = (signature.new, TOTAL)
-    return _named(
-        path, others, {spec: _kind(spec) if spec.dims[1:] in ((d,) for d in along) else "" for spec in others}
-    )
+    return _named(path, others, {spec: _kind(spec) if spec.dims[-1] in along else "" for spec in others})
 
 
 def _named(path: Path, inputs: Sequence[InputSpec], kinds: Mapping[InputSpec, str]) -> Fed:

@@ -108,6 +108,10 @@ class GenaiEmit(Part):
         )
 
 
+PROGRAMS = (OnnxEmit, GenaiEmit)
+"""The entries that write ONNX programs."""
+
+
 class PeftEmit(Part):
     """An artifact for PEFT: a checkpoint of the adapters alone."""
 

@@ -109,7 +109,7 @@ def genai_config(
 
 def _programs(decoder: Served) -> dict[str, Any]:
     """The decoder's program, and its encoder's: files, sizes, and names of inputs and outputs."""
-    sizes = {
+    sizes: dict[str, Any] = {
         "session_options": {"provider_options": []},
         "num_hidden_layers": decoder.layers,
         "num_key_value_heads": decoder.heads,

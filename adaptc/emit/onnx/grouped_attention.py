@@ -146,7 +146,9 @@ class _Grouping:
         with self.graph.module.graph.inserting_before(node):
             parts = [self._flat(part) for part in (reading.query, reading.key, value.new)]
             bias = self._bias(reading) if reading.bias is not None else None
-            options = (heads, kv_heads, float(size**-0.5 if scale is None else scale), reading.window or -1)
+            cap = arguments_by_name(node).get("softcap")
+            factor = float(size**-0.5 if scale is None else scale)
+            options = (heads, kv_heads, factor, reading.window or -1, *([cap] if cap else []))
             results = self._call(
                 onnx.grouped_attention.default, *parts, key.past, value.past, *counts, *tables, bias, *options
             )
