@@ -40,9 +40,9 @@ def generate(
         adapter: an `.onnx_adapter` file, where the path takes adapters; None for the base.
 
     Returns:
-        `text`; `finished` (`end` of the text, `length`, or `stop`); `tokens` and `prompt_tokens`;
-        `seconds_to_first_token`, `tokens_per_second` after that, `peak_memory_bytes` of the process; `seed`, and the
-        `search` settings in force.
+        `text`; `finished` (`end` of the text, `length`, `context` where that is full, or `stop`); `tokens` and
+        `prompt_tokens`; `seconds_to_first_token`, `tokens_per_second` after that, `peak_memory_bytes` of the process;
+        `seed`, and the `search` settings in force.
 
     Raises:
         AdaptcError: the path holds nothing that continues texts, or the prompt is empty.
@@ -66,7 +66,7 @@ def generate(
     show(rest)
     return {
         "text": text + rest,
-        "finished": "stop" if ends.reached else "length" if count == settings.max_new_tokens else "end",
+        "finished": _finished(count, settings, len(tokens), decoder.longest) if not ends.reached else "stop",
         "tokens": count,
         "prompt_tokens": len(tokens),
         "seconds_to_first_token": first - start,
@@ -75,6 +75,13 @@ def generate(
         "seed": seed,
         "search": decoder.search(settings),
     }
+
+
+def _finished(count: int, settings: Settings, prompt: int, longest: int | None) -> str:
+    """Why an answer of so many tokens is over."""
+    if count == settings.max_new_tokens:
+        return "length"
+    return "context" if longest is not None and prompt + count >= longest else "end"
 
 
 def summary(result: dict[str, Any]) -> str:

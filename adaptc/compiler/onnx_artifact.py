@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import fx
 
 from adaptc.compiler.cached_runner import CachedRunner, EncoderRunner, in_calls
 from adaptc.compiler.program import Program
@@ -18,7 +19,15 @@ from adaptc.compiler.runners import BatchRunner, Runner
 from adaptc.emit.manifest import versions
 from adaptc.emit.onnx.adapter_file import read_adapter
 from adaptc.emit.onnx.attention_forms import with_attention
-from adaptc.emit.onnx.cached import COUNTED, ENCODER, NEW_TOKENS, encoder_beside, read_outputs, read_signature
+from adaptc.emit.onnx.cached import (
+    COUNTED,
+    ENCODER,
+    LONGEST,
+    NEW_TOKENS,
+    encoder_beside,
+    read_outputs,
+    read_signature,
+)
 from adaptc.emit.onnx.evaluate import evaluate
 from adaptc.emit.onnx.export import Wrote, data_file_of, export_onnx
 from adaptc.emit.onnx.functional import Functional
@@ -28,12 +37,13 @@ from adaptc.emit.onnx.partitioned import PartitionedProgram
 from adaptc.emit.onnx.rounding import rounds_activations
 from adaptc.emit.onnx.runtime import open_session, session_call
 from adaptc.emit.staging import Staging
+from adaptc.ir.analysis.longest_text import longest_text
 from adaptc.ir.graph import Graph
 from adaptc.ir.interpreter import Batches, Run
 from adaptc.ir.nodes import writes_in_place
 from adaptc.rewriter.cache.cache import Cache, tokens_meet
 from adaptc.rewriter.cache.cross import Decoder, Encoder, crossed
-from adaptc.rewriter.cache.inputs import new_tokens
+from adaptc.rewriter.cache.inputs import new_tokens, token_ids
 from adaptc.rewriter.cache.signature import CacheSignature
 from adaptc.rewriter.pipeline import Pass, run
 from adaptc.spec.emit import OnnxEmit
@@ -270,6 +280,9 @@ def write_onnx(
         metadata[ENCODER] = encoder.name
     if entry.cache:
         metadata[NEW_TOKENS] = new_tokens(parts[0])
+        ids = token_ids(evaluated)
+        limit = longest_text(evaluated, ids) if isinstance(ids, fx.Node) else None
+        metadata |= {LONGEST: str(limit.tokens)} if limit is not None else {}
     if attentions.get("gqa"):
         metadata[COUNTED] = "right"
     metadata |= told or {}

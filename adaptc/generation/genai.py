@@ -12,7 +12,7 @@ from typing import Any
 from adaptc.emit.genai.files import PROGRAM, TOKENIZER, read_config, tokens_of
 from adaptc.emit.onnx.adapter_check import check_adapter
 from adaptc.errors import AdaptcError
-from adaptc.generation.settings import Settings, as_message
+from adaptc.generation.settings import Settings, as_message, room_for
 from adaptc.optional import optional
 
 PACKAGE = "onnxruntime_genai"
@@ -121,6 +121,11 @@ class GenaiModel:
         return self.config["model"]["pad_token_id"]
 
     @property
+    def longest(self) -> int:
+        """The most tokens that a text can have with its answer."""
+        return self.config["model"]["context_length"]
+
+    @property
     def hears(self) -> str | None:
         """The input of the features of sound; None in a model of text alone."""
         encoder = self.config["model"].get("encoder")
@@ -182,12 +187,9 @@ class GenaiModel:
                 f"{self.directory}: it writes down what it hears, and a prompt is no sound",
                 f"call onnxruntime-genai, and give it {self.hears}: docs/serving.md",
             )
-        room = self.config["model"]["context_length"] - len(tokens)
-        if room < 1:
-            raise AdaptcError(f"the prompt has {len(tokens)} tokens, and the context {room + len(tokens)}")
+        new = room_for(settings.max_new_tokens, len(tokens), self.longest)
         search = self.search(settings)
         del search["max_length"]
-        new = min(settings.max_new_tokens, room)
         generator = self.generator([tokens], new, random_seed=seed, **search)
         decode = self.tokenizer.create_stream().decode
         while not generator.is_done():

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from adaptc.emit.onnx.adapter_check import check_adapter
-from adaptc.emit.onnx.cached import read_inputs, read_outputs, read_signature
+from adaptc.emit.onnx.cached import read_inputs, read_longest, read_outputs, read_signature
 from adaptc.emit.onnx.provenance import embedded
 from adaptc.emit.onnx.runtime import open_session, session_call
 from adaptc.errors import AdaptcError, Problem, SpecError
 from adaptc.generation.sampling import Sampler, stated_settings
-from adaptc.generation.settings import Settings
+from adaptc.generation.settings import Settings, room_for
 from adaptc.generation.texts import PieceStream, Tokenizer
 from adaptc.inputs import InputSpec
 from adaptc.rewriter.cache.past import TOTAL
@@ -34,6 +34,7 @@ class OnnxDecoder:
     Attributes:
         tokenizer: the tokenizer.
         signature: what the program takes and gives.
+        longest: the most tokens that a text can have with its answer; None where there is no such number.
 
     Raises:
         SpecError: the program has no cache.
@@ -49,6 +50,8 @@ class OnnxDecoder:
         if adapter is not None:
             check_adapter(adapter, path)
         self.path, self.signature, self.tokenizer = path, signature, Tokenizer(name)
+        limit = read_longest(path)
+        self.longest = None if limit is None else limit + 1  # the last token is not read
         self._fed = _fed(path, signature)
         self._call = session_call(open_session(path, threads=0), adapter)
         self._defaults = stated_settings(name)
@@ -69,13 +72,14 @@ class OnnxDecoder:
         sampler = Sampler(self.search(settings), seed)
         ends = self._defaults.ends or self.tokenizer.ends
         text, encoded = self._begin(tokens)
+        new = room_for(settings.max_new_tokens, len(text), self.longest)
         pieces, past, done = PieceStream(self.tokenizer), self.signature.empty(1), 0
-        for number in range(settings.max_new_tokens):
+        for number in range(new):
             outputs = self._run(text, done, past, encoded)
             past, done = self.signature.next_past(outputs), len(text)
             token = sampler.next(text, outputs[self.signature.results[0]][0, -1])
             text.append(token)
-            last = token in ends or number + 1 == settings.max_new_tokens
+            last = token in ends or number + 1 == new
             yield token, pieces.add(token, last)
             if token in ends:
                 return

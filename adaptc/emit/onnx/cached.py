@@ -16,6 +16,16 @@ ENCODER = "adaptc.encoder"
 """The key in the metadata of a decoder: its value is the name of the file, beside it, of its encoder."""
 
 
+LONGEST = "adaptc.longest_text"
+"""The key in the metadata of a decoder with tables of positions: its value is how many tokens they have places for."""
+
+
+def read_longest(path: Path) -> int | None:
+    """How many tokens a program can read at most; None where it has no such table."""
+    metadata = {entry.key: entry.value for entry in _read(path).metadata_props}
+    return int(metadata[LONGEST]) if LONGEST in metadata else None
+
+
 def encoder_beside(path: Path) -> Path:
     """Where the encoder of a decoder is written: `model.encoder.onnx` beside `model.onnx`."""
     return path.with_name(f"{path.stem}.encoder{path.suffix}")
