@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,23 @@ def test_an_encoder_is_a_program_of_its_own(zoo: Zoo, name: str, attention: str,
     assert "encoder_last_hidden_state" in given
     checked = {row["what"] for row in verify(path)}
     assert {"decoder.onnx", "decoder.encoder.onnx"} <= checked
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["standard", "gqa"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_each_form_of_attention_in_16_bits(
+    zoo: Zoo, name: str, dtype: str, form: str, tmp_path: Path
+) -> None:
+    """Errors are a few roundings of the dtype, whatever the proof allows."""
+    compiled = zoo.compiled(name, [entry("lora", name)], dtype=dtype)
+    perturb(compiled.module)
+    emitted(compiled, tmp_path / "decoder.onnx", attention=form)
+    product = json.loads((tmp_path / "manifest.json").read_text())["products"]["decoder.onnx"]
+    assert (product["attention"][form], product["attention"]["why"]) == (2, [])
+    assert product["proof"]["relative"] < 4 * torch.finfo(getattr(torch, dtype)).eps
+    assert max(p.relative for p in compiled.proofs if "cache" in p.name) == product["proof"]["relative"]
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What can have no cache, or is not served, is refused by a plan at its line of the spec, with the line of the model."""
+"""What can have no cache, or is not served, is refused by a plan at its place in the spec, with the model's line."""
 
 from __future__ import annotations
 
