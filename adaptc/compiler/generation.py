@@ -219,7 +219,7 @@ class Generator:
     def __init__(self, graph: Graph, source: Base):
         self.step, ids = Step(graph), token_ids(graph)
         assert isinstance(ids, fx.Node)  # the step has told otherwise
-        self._longest = longest_text(graph, ids)
+        self._longest = longest_text(graph.nodes, ids)
         encoder = EncoderStep(graph) if crossed(graph) else None
         transformers: Any = optional("transformers")
         config, defaults = (copy.deepcopy(item) for item in _configuration(source, transformers))

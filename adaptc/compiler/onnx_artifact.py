@@ -268,21 +268,8 @@ def write_onnx(
     evaluated = evaluate(graph)
     unrounded = evaluated.copy() if entry.round_activations and rounds_activations(evaluated) else None
     parts, attentions = programs(evaluated, entry)
-    metadata = {
-        "adaptc.version": versions().get("adaptc", ""),
-        "adaptc.base": describe_base(program, final.parent),
-        "adaptc.base_sha256": program.base_sha256,
-        "adaptc.adapters": entry.adapters,
-        "adaptc.methods": ", ".join(p.insert.method.name for p in program.plan.entries),
-    }
     encoder = (encoder_path or encoder_beside(path)) if len(parts) > 1 else None
-    if encoder is not None:
-        metadata[ENCODER] = encoder.name
-    if entry.cache:
-        metadata[NEW_TOKENS] = new_tokens(parts[0])
-        ids = token_ids(evaluated)
-        limit = longest_text(evaluated, ids) if isinstance(ids, fx.Node) else None
-        metadata |= {LONGEST: str(limit.tokens)} if limit is not None else {}
+    metadata = _metadata(program, entry, final, evaluated, parts[0], encoder)
     if attentions.get("gqa"):
         metadata[COUNTED] = "right"
     metadata |= told or {}
@@ -328,6 +315,35 @@ def write_onnx(
         None if unrounded is None else ExactSession(unrounded.copy(), entry, path, overridable or {}),
         f"onnx, {entry.adapters}",
     )
+
+
+def _metadata(
+    program: Program, entry: OnnxEmit, final: Path, whole: Graph, part: Graph, encoder: Path | None
+) -> dict[str, str]:
+    """What a program says of itself.
+
+    Args:
+        program: what it was compiled as.
+        entry: the spec's entry.
+        final: where it will be put.
+        whole: its graph without a cache.
+        part: its graph.
+        encoder: the file of the encoder beside it.
+    """
+    metadata = {
+        "adaptc.version": versions().get("adaptc", ""),
+        "adaptc.base": describe_base(program, final.parent),
+        "adaptc.base_sha256": program.base_sha256,
+        "adaptc.adapters": entry.adapters,
+        "adaptc.methods": ", ".join(p.insert.method.name for p in program.plan.entries),
+    }
+    if encoder is not None:
+        metadata[ENCODER] = encoder.name
+    if entry.cache:
+        metadata[NEW_TOKENS], ids = new_tokens(part), token_ids(whole)
+        limit = longest_text(whole.nodes, ids) if isinstance(ids, fx.Node) else None
+        metadata |= {LONGEST: str(limit.tokens)} if limit is not None else {}
+    return metadata
 
 
 def _split(whole: Graph, part: Graph, overridable: Dims) -> tuple[Dims, dict[str, tuple[int, torch.dtype]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -9,7 +10,6 @@ import sympy
 from torch import fx
 
 from adaptc.ir.analysis.token_map import content_of
-from adaptc.ir.graph import Graph
 from adaptc.ir.nodes import operation, size_expression
 
 FROM_ONE = "cumsum"
@@ -31,19 +31,19 @@ class LongestText:
     table: str
 
 
-def longest_text(graph: Graph, ids: fx.Node) -> LongestText | None:
+def longest_text(nodes: Iterable[fx.Node], ids: fx.Node) -> LongestText | None:
     """The longest text that a decoder's tables of positions have places for; None where it has none.
 
     A table is a weight or buffer whose rows are looked up by positions, or of which the first are taken, one for each
     token. Tables that are looked up by token ids are none.
 
     Args:
-        graph: without a cache.
+        nodes: of a graph without a cache.
         ids: its input of token ids.
     """
     tokens = size_expression(ids.meta["val"].shape[1])
     content = content_of(ids)
-    limits = [limit for node in graph.nodes if (limit := _limit(node, tokens, content)) is not None]
+    limits = [limit for node in nodes if (limit := _limit(node, tokens, content)) is not None]
     return min(limits, key=lambda limit: limit.tokens, default=None)
 
 

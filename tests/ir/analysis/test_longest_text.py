@@ -30,7 +30,7 @@ def test_families(zoo: Zoo, name: str) -> None:
     graph = zoo.graph(name)
     ids = token_ids(graph)
     assert isinstance(ids, fx.Node)
-    limit = longest_text(graph, ids)
+    limit = longest_text(graph.nodes, ids)
     if FAMILIES[name] is None:
         assert limit is None
         return
@@ -47,7 +47,7 @@ def test_decoders_written_by_hand(name: str) -> None:
     graph = traced(BY_HAND[name]())
     ids = token_ids(graph)
     assert isinstance(ids, fx.Node)
-    limit = longest_text(graph, ids)
+    limit = longest_text(graph.nodes, ids)
     assert limit is not None
     assert limit.tokens == LONGEST
 
@@ -69,7 +69,7 @@ def test_rows_in_front_of_the_first_token_are_no_places() -> None:
     graph = adaptc.compile({"inputs": dims}, model=Counted()).program.base
     ids = token_ids(graph)
     assert isinstance(ids, fx.Node)
-    limit = longest_text(graph, ids)
+    limit = longest_text(graph.nodes, ids)
     assert limit is not None
     assert limit.tokens == 10
     Counted()(torch.zeros(1, 10, dtype=torch.int64), torch.ones(1, 10, dtype=torch.int64))
