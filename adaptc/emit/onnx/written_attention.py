@@ -119,7 +119,7 @@ def _is_same(node: fx.Node) -> bool:
     name = operation(node)
     idle = name == "dropout" and (node.args[1] == 0 or node.args[2] is False)
     same = name in SAME or name in CASTS or idle
-    return same and keeps_shape(node) and node.meta["val"].dtype.is_floating_point
+    return bool(same and keeps_shape(node) and node.meta["val"].dtype.is_floating_point)
 
 
 def _factor(node: fx.Node) -> float | None:

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
-import sympy
 from torch import fx
 
 from adaptc.ir.analysis.token_map import content_of
@@ -47,13 +46,13 @@ def longest_text(nodes: Iterable[fx.Node], ids: fx.Node) -> LongestText | None:
     return min(limits, key=lambda limit: limit.tokens, default=None)
 
 
-def _limit(node: fx.Node, tokens: sympy.Expr, content: set[fx.Node]) -> LongestText | None:
+def _limit(node: fx.Node, tokens: Any, content: set[fx.Node]) -> LongestText | None:
     """The limit that a lookup or a slice of a table sets."""
     name = operation(node)
     table = node.args[0] if node.args else None
     if not isinstance(table, fx.Node) or table.op != "get_attr":
         return None
-    sizes = cast(Any, table.meta["val"]).shape
+    sizes = table.meta["val"].shape
     index = _index(node)
     if index is not None:
         along = [size_expression(size) == tokens for size in index.meta["val"].shape]
