@@ -49,7 +49,7 @@ def test_what_stays_plain_is_told_with_its_place(zoo: Zoo) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["standard", "gqa"])
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "t5"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "bart"])
 def test_the_manifest_counts_the_same(zoo: Zoo, tmp_path: Path, name: str, form: str) -> None:
     compiled = zoo.compiled(name, [entry("lora", name)])
     perturb(compiled.module)
@@ -64,3 +64,10 @@ def test_the_manifest_counts_the_same(zoo: Zoo, tmp_path: Path, name: str, form:
     ]
     assert first == "attention: " + ", ".join(counts)
     assert len(why) == len(product["attention"]["why"])
+
+
+@pytest.mark.slow
+def test_a_model_that_writes_into_its_tensors_is_told_later(zoo: Zoo) -> None:
+    assert told(zoo, "t5", cache=True) == [
+        "how attention is computed is told when it is compiled: the model writes into its tensors"
+    ]
