@@ -173,7 +173,7 @@ def make_app(engine: Engine) -> FastAPI:
     async def generate(wanted: Wanted) -> StreamingResponse:
         if wanted.adapter is not None and wanted.adapter not in engine.names:
             raise HTTPException(
-                404, f"no adapter {wanted.adapter!r}; there are: {', '.join(engine.names) or 'none'}"
+                404, f"no adapter {wanted.adapter!r}; there are: {', '.join(sorted(engine.names)) or 'none'}"
             )
         tokens = [int(token) for token in engine.tokenizer.encode(wanted.prompt)]
         if not 0 < len(tokens) < engine.context:

@@ -1,4 +1,4 @@
-"""A graph with a cache, fed in chunks."""
+"""A graph with a cache, fed in chunks as proofs feed programs."""
 
 from __future__ import annotations
 
@@ -6,21 +6,32 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import fx
+from torch.utils import _pytree as pytree
 
+from adaptc.compiler.cached_runner import CachedRunner
+from adaptc.compiler.runners import BatchRunner
 from adaptc.ir.graph import Graph
 from adaptc.ir.module import bind
-from adaptc.rewriter.cache.past import PAST, TOTAL
+from adaptc.ir.nodes import size_expression
+from adaptc.rewriter.cache.signature import CacheSignature
 
 
-def empty_past(graph: Graph, batch: int) -> dict[str, torch.Tensor]:
-    """The keys and values of no tokens."""
-    return {
-        spec.name: torch.zeros(
-            [batch, int(spec.dims[1]), 0, int(spec.dims[3])], dtype=getattr(torch, spec.dtype)
-        )
-        for spec in graph.inputs
-        if PAST in spec.dims
+def signature_of(graph: Graph, ids: str) -> CacheSignature:
+    """What a graph with a cache takes and gives; of outputs, only which axis has the new tokens is told."""
+    new = next(str(spec.dims[1]) for spec in graph.inputs if spec.name == ids)
+    count = next(
+        size_expression(node.meta["val"].shape[1])
+        for node, spec in zip(graph.placeholders, graph.inputs, strict=True)
+        if spec.name == ids
+    )
+    results: Any = next(node for node in graph.nodes if node.op == "output").args[0]
+    outputs = {
+        name: tuple(new if size_expression(size) == count else size for size in node.meta["val"].shape)
+        for name, node in zip(graph.outputs, results, strict=True)
+        if isinstance(node, fx.Node)
     }
+    return CacheSignature(graph.inputs, outputs, new)
 
 
 def chunked(
@@ -34,29 +45,15 @@ def chunked(
         ids: the input of token ids.
         chunks: how many tokens each call gets.
     """
-    module, past = bind(graph).eval(), empty_past(graph, len(tensors[ids]))
-    new = next(spec for spec in graph.inputs if spec.name == ids).dims[1]
-    outputs, start = list[torch.Tensor](), 0
-    for count in chunks:
-        end = start + count
-        given: dict[str, torch.Tensor] = dict(past)
-        for spec in graph.inputs:
-            if spec.name in past:
-                continue
-            value, axes = tensors[spec.name], dict(zip(spec.dims, range(len(spec.dims)), strict=True))
-            if TOTAL in axes:
-                value = value.narrow(axes[TOTAL], 0, end)
-            elif new in axes:
-                value = value.narrow(axes[new], start, count)
-            given[spec.name] = value
-        with torch.no_grad():
-            results: Any = module(*(given[spec.name] for spec in graph.inputs))
-        named = dict(
-            zip(graph.outputs, results.values() if isinstance(results, dict) else results, strict=True)
-        )
-        past = {
-            n.replace("present", "past_key_values"): v for n, v in named.items() if n.startswith("present.")
-        }
-        outputs.append(next(iter(named.values())))
-        start = end
-    return torch.cat(outputs, 1)
+    module = bind(graph).eval()
+
+    def call(step: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        with torch.no_grad():  # keys and values have names that are no arguments
+            return pytree.tree_leaves(module(*(step[spec.name] for spec in graph.inputs)))
+
+    given = {spec.name: tensors[spec.name] for spec in graph.inputs if spec.name in tensors}
+    run = CachedRunner(BatchRunner(call), signature_of(graph, ids), lambda _: chunks).on({"": given})
+    outcome = run.outcomes[""]
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome[0]

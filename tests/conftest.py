@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.families import Zoo
-from tests.served import Served, save_served
+from tests.served import Served, Swapped, save_served, save_swapped
 from tests.spec_bases import save_bert, save_peft_adapter
 from tests.traces import Traces
 
@@ -55,6 +55,12 @@ def spec_adapter(spec_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
     """A small Llama with an adapter, compiled for onnxruntime-genai and for ONNX Runtime."""
     return save_served(tmp_path_factory.mktemp("served"))
+
+
+@pytest.fixture(scope="session")
+def swapped(tmp_path_factory: pytest.TempPathFactory) -> Swapped:
+    """A small Llama with two adapters that are swapped, compiled for onnxruntime-genai and for ONNX Runtime."""
+    return save_swapped(tmp_path_factory.mktemp("swapped"))
 
 
 @pytest.fixture(autouse=True)

@@ -69,14 +69,14 @@ def save_llama(directory: Path, template: str | None = TEMPLATE, **generation: o
     return directory
 
 
-def save_lora(base: Path, directory: Path) -> Path:
+def save_lora(base: Path, directory: Path, seed: int = 1, r: int = 4) -> Path:
     """A PEFT checkpoint of LoRA on it, as if trained."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(base)
-    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"]))
+    adapted = get_peft_model(model, LoraConfig(r=r, target_modules=["q_proj", "v_proj", "down_proj"]))
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
@@ -107,15 +107,21 @@ class Served:
 
     def merged(self) -> Any:
         """The model of transformers with the adapter in its weights, as PEFT merges it."""
-        from peft import PeftModel
-        from transformers import AutoModelForCausalLM
+        return merged(self.base, self.adapter)
 
-        model = AutoModelForCausalLM.from_pretrained(self.base)
-        merged: Any = PeftModel.from_pretrained(model, str(self.adapter)).merge_and_unload()
-        merged.generation_config.do_sample = False
-        for name in ("temperature", "top_k", "min_p"):
-            setattr(merged.generation_config, name, None)
-        return merged.eval()
+
+def merged(base: Path, adapter: Path | None = None) -> Any:
+    """A model of transformers, with an adapter in its weights as PEFT merges it, that takes the likeliest tokens."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(base)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    model.generation_config.do_sample = False
+    for name in ("temperature", "top_k", "min_p"):
+        setattr(model.generation_config, name, None)
+    return model.eval()
 
 
 def save_served(root: Path) -> Served:
@@ -137,3 +143,55 @@ def save_served(root: Path) -> Served:
     )
     artifacts = emit_all(compiled.program, compiled.spec.emit)
     return Served(compiled, base, adapter, *paths, artifacts[0].notes)
+
+
+@dataclass(frozen=True)
+class Swapped:
+    """A model that is compiled for serving with adapters that are swapped.
+
+    Attributes:
+        base: the model's directory.
+        adapters: name -> PEFT's checkpoint.
+        files: name -> ONNX Runtime's file of it.
+        directory: of onnxruntime-genai.
+        program: an ONNX file with a cache.
+        proofs: the names of what was proved.
+    """
+
+    base: Path
+    adapters: dict[str, Path]
+    files: dict[str, Path]
+    directory: Path
+    program: Path
+    proofs: frozenset[str]
+
+    def merged(self, name: str | None) -> Any:
+        """The model of transformers with one of the adapters in its weights, or none."""
+        return merged(self.base, None if name is None else self.adapters[name])
+
+
+def save_swapped(root: Path) -> Swapped:
+    """The model, two adapters of different ranks, and what is compiled of them, in a folder."""
+    from adaptc.compiler.artifacts import emit_all
+
+    base = save_llama(root / "llama")
+    adapters = {
+        name: save_lora(base, root / name, seed, rank)
+        for name, seed, rank in (("alice", 1, 4), ("bob", 2, 2))
+    }
+    files = {name: root / f"{name}.onnx_adapter" for name in adapters}
+    paths = [root / "serve", root / "cached" / "model.onnx"]
+    compiled = adaptc.compile(
+        {
+            "base": {"model": str(base), "task": "causal-lm"},
+            "adapters": {name: [{"adapter": str(path)}] for name, path in adapters.items()},
+            "emit": [
+                {"format": "genai", "path": str(paths[0]), "adapters": "swap"},
+                {"format": "onnx", "path": str(paths[1]), "adapters": "swap", "cache": True},
+                *({"format": "onnx-adapter", "path": str(file), "name": n} for n, file in files.items()),
+            ],
+        }
+    )
+    emit_all(compiled.program, compiled.spec.emit)
+    names = frozenset(proof.name for proof in compiled.proofs)
+    return Swapped(base, adapters, files, *paths, names)

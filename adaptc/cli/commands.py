@@ -138,6 +138,10 @@ def generate(
         str | None,
         typer.Option(help="the directory of the tokenizer for an ONNX file; the base's if left out"),
     ] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(help="an .onnx_adapter file, where the path has `adapters: swap`; the base if left out"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Continue a prompt, and show the text as it grows. Settings that are left out are the model's own defaults."""
@@ -147,7 +151,7 @@ def generate(
 
     settings = Settings(max_new_tokens, temperature, top_k, top_p, seed)
     show = _silent if as_json else _write
-    result = continue_text(path, prompt, settings, chat, tuple(stop or ()), tokenizer, show)
+    result = continue_text(path, prompt, settings, chat, tuple(stop or ()), tokenizer, show, adapter)
     if as_json:
         _print_json(result)
         return

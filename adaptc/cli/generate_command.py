@@ -25,6 +25,7 @@ def generate(
     stop: tuple[str, ...],
     tokenizer: str | None,
     show: Callable[[str], None],
+    adapter: Path | None = None,
 ) -> dict[str, Any]:
     """Continue a prompt.
 
@@ -36,16 +37,17 @@ def generate(
         stop: texts that end the answer, and are not shown.
         tokenizer: a directory with a tokenizer, in place of the base's.
         show: called with each piece of the answer.
+        adapter: an `.onnx_adapter` file, where the path takes adapters; None for the base.
 
     Returns:
-        `text`; `finished` (`end` of the text, `length`, or `stop`); `tokens` and `prompt_tokens`;
-        `seconds_to_first_token`, `tokens_per_second` after that, `peak_memory_bytes` of the process; `seed`, and the
-        `search` settings in force.
+        `text`; `finished` (`end` of the text, `length`, `context` where that is full, or `stop`); `tokens` and
+        `prompt_tokens`; `seconds_to_first_token`, `tokens_per_second` after that, `peak_memory_bytes` of the process;
+        `seed`, and the `search` settings in force.
 
     Raises:
         AdaptcError: the path holds nothing that continues texts, or the prompt is empty.
     """
-    decoder, seed = _decoder(path, tokenizer), settings.drawn_from()
+    decoder, seed = _decoder(path, tokenizer, adapter), settings.drawn_from()
     tokens = decoder.tokens(prompt, chat)
     if not tokens:
         raise AdaptcError("the prompt has no token", "write one: --prompt 'Once upon a time'")
@@ -64,7 +66,7 @@ def generate(
     show(rest)
     return {
         "text": text + rest,
-        "finished": "stop" if ends.reached else "length" if count == settings.max_new_tokens else "end",
+        "finished": _finished(count, settings, len(tokens), decoder.longest) if not ends.reached else "stop",
         "tokens": count,
         "prompt_tokens": len(tokens),
         "seconds_to_first_token": first - start,
@@ -73,6 +75,13 @@ def generate(
         "seed": seed,
         "search": decoder.search(settings),
     }
+
+
+def _finished(count: int, settings: Settings, prompt: int, longest: int | None) -> str:
+    """Why an answer of so many tokens is over."""
+    if count == settings.max_new_tokens:
+        return "length"
+    return "context" if longest is not None and prompt + count >= longest else "end"
 
 
 def summary(result: dict[str, Any]) -> str:
@@ -96,7 +105,7 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _decoder(path: Path, tokenizer: str | None) -> Decoder:
+def _decoder(path: Path, tokenizer: str | None, adapter: Path | None) -> Decoder:
     """What continues texts at a path.
 
     Raises:
@@ -111,9 +120,10 @@ def _decoder(path: Path, tokenizer: str | None) -> Decoder:
             raise AdaptcError(f"{path} has a tokenizer of its own, so --tokenizer is not read; leave it out")
         from adaptc.generation.genai import GenaiModel
 
-        return GenaiModel(path)
+        model = GenaiModel(path)
+        return model if adapter is None else model.adapted(adapter)
     if path.suffix != ".onnx":
         raise SpecError([Problem("nothing that continues texts", file=str(path), notes=(ADVICE,))])
     from adaptc.generation.onnx import OnnxDecoder
 
-    return OnnxDecoder(path, tokenizer)
+    return OnnxDecoder(path, tokenizer, adapter)

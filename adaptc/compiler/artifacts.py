@@ -32,7 +32,7 @@ from adaptc.compiler.reference import with_labels
 from adaptc.compiler.runners import BatchRunner, module_call
 from adaptc.compiler.schedule import bits_in_checkpoint
 from adaptc.compiler.swap import Swap
-from adaptc.compiler.swap_artifact import prove_adapter, prove_swap, write_swap
+from adaptc.compiler.swap_artifact import prove_adapter, write_swap, write_swap_program
 from adaptc.compiler.trainable import reset_derived
 from adaptc.emit.huggingface import LOADED_SHARE, fits_in_memory, load_checkpoint, save_checkpoint
 from adaptc.emit.manifest import MANIFEST, product_entry, write_manifest
@@ -188,9 +188,8 @@ def _prove_torch(program: Program, module: fx.GraphModule, loaded: fx.GraphModul
 
 
 def _onnx(program: Program, entry: OnnxEmit, staging: Staging, final: Path) -> Artifact:
-    if entry.adapters == "swap":
-        return _onnx_swap(program, entry, staging, final)
-    written = write_program(program, entry, staging.path(final), final, staging.wrote)
+    write = write_swap_program if entry.adapters == "swap" else write_program
+    written = write(program, entry, staging.path(final), final, staging.wrote)
     file, artifact = written.file, {"name": final.name, "format": "onnx", **written.about}
     _record_file(program, file.path, file.staged(staging), artifact, staging, final)
     return Artifact(final, written.errors)
@@ -205,18 +204,6 @@ def _record_file(
     manifest = final.parent / MANIFEST
     earlier = staging.staged(manifest)
     write_manifest(staging.path(manifest), common, artifact, files, old=earlier or manifest)
-
-
-def _onnx_swap(program: Program, entry: OnnxEmit, staging: Staging, final: Path) -> Artifact:
-    swap = Swap(program)
-    file = write_swap(swap, entry, staging.path(final), final, staging.wrote)
-    proof, reference, others = prove_swap(swap, file)
-    alternatives = {name: asdict(other) for name, other in others.items()}
-    artifact = {"name": final.name, "format": "onnx", "adapters": entry.adapters, **file.about}
-    artifact |= {"overridable": swap.dims(), "alternatives": alternatives}
-    artifact |= proved(program, proof, reference)
-    _record_file(program, file.path, file.staged(staging), artifact, staging, final)
-    return Artifact(final)
 
 
 def _onnx_adapters(
@@ -235,7 +222,7 @@ def _onnx_adapters(
                 observe.writing(f"{entry.format} {final}")
             tensors = swap.tensors(entry.name)
             write_adapter(paths[final], tensors, program.base_sha256)
-            proof, _ = prove_adapter(swap, file, entry.name, tensors, paths[final])
+            proof = prove_adapter(swap, file, entry.name, tensors, paths[final]).proof
             if observe:
                 observe.proved(proof)
             shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}

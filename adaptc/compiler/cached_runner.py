@@ -147,6 +147,11 @@ def takes(signature: CacheSignature, schedule: Schedule, batch: Batch) -> bool:
     return set(behind_a_past) <= {1}
 
 
+def in_calls(signature: CacheSignature) -> Schedule:
+    """The schedule with the fewest calls behind a past that a program takes for any batch."""
+    return SCHEDULES["token by token" if signature.counted else "in chunks"]
+
+
 def shown(signature: CacheSignature, batches: Batches) -> Batches:
     """The batches that a program is proved on: those given, and others that are padded as it takes them."""
     if not signature.counted:
@@ -256,5 +261,4 @@ def in_chunks(path: Path, runner: Runner) -> Runner:
     if signature.encoder is not None:
         file = path.with_name(signature.encoder)
         encoder = EncoderRunner(BatchRunner(onnx_runner(file)), read_outputs(file))
-    way = "token by token" if signature.counted else "in chunks"
-    return SeenRunner(CachedRunner(runner, signature, SCHEDULES[way], encoder), signature)
+    return SeenRunner(CachedRunner(runner, signature, in_calls(signature), encoder), signature)

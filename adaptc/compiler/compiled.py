@@ -165,7 +165,8 @@ class Compiled:
         Raises:
             RefusedError: the model is no decoder, or its tokens meet outside causal attention, so that it can have no
                 cache; names the operation.
-            AdaptcError: transformers is not installed, or an input is missing.
+            AdaptcError: transformers is not installed, an input is missing, or the text could become longer than the
+                model's table of positions.
         """
         return self.program.generator(compile).generate(input_ids, max_new_tokens, **options)
 

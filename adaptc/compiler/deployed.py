@@ -17,7 +17,9 @@ from adaptc.checkpoints.key_parts import ROOT
 from adaptc.checkpoints.lengthened_keys import shortened
 from adaptc.checkpoints.peft_config import declared
 from adaptc.checkpoints.peft_keys import PeftLayout
+from adaptc.emit.genai.files import PROGRAM
 from adaptc.emit.onnx.adapter_file import read_adapter, write_adapter
+from adaptc.emit.onnx.cached import ENCODER
 from adaptc.errors import AdaptcError, Problem, SpecError, WeightError
 from adaptc.methods.method import METHODS, Method, WeightMethod
 from adaptc.methods.param import Param
@@ -32,14 +34,14 @@ class DeployedProgram:
     """An ONNX program that takes adapters as inputs, and says which.
 
     Args:
-        path: the program.
+        path: the program, or a directory of onnxruntime-genai that has it.
 
     Raises:
         SpecError: there is no such file, or it is no program of adaptc with `adapters: swap`.
     """
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path = path = path / PROGRAM if path.is_dir() else path
         loader: Any = onnx
         if not path.is_file():
             raise _wrong(f"{path}: no such file; expected an ONNX program with `adapters: swap`")
@@ -57,7 +59,19 @@ class DeployedProgram:
 
     @cached_property
     def _initializers(self) -> dict[str, Any]:
-        return {tensor.name: tensor for tensor in self.model.graph.initializer}
+        """The weights of the program, and of the encoder beside it."""
+        beside = [item.value for item in self.model.metadata_props if item.key == ENCODER]
+        loader: Any = onnx
+        encoders = [
+            loader.load(self.path.with_name(name), format="protobuf", load_external_data=False)
+            for name in beside
+        ]
+        return {
+            tensor.name: tensor
+            for model in (*encoders, self.model)
+            for tensor in model.graph.initializer
+            if 0 not in tensor.dims  # what the other program reads
+        }
 
     def base(self, name: str) -> torch.Tensor:
         """A weight of the base as the program holds it, in float64.

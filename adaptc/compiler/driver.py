@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 
 from adaptc.compiler.alternatives import make_alternatives
+from adaptc.compiler.attention_report import attention_notes
 from adaptc.compiler.base import make_base, trace
 from adaptc.compiler.calibration import calibrate
 from adaptc.compiler.changes import comparison
@@ -93,7 +94,8 @@ def program_of(
     check_artifacts(spec, rewritten.adapted, plan.closing)
     alternatives = make_alternatives(spec, graph, plan, rewritten)
     slots = swap_slots(spec, rewritten.adapted, alternatives)
-    report = plan_report(spec, graph, plan, rewritten, notes)
+    told = [*notes, *attention_notes(spec, graph, rewritten)]
+    report = plan_report(spec, graph, plan, rewritten, told)
     report.alternatives.update({name: other.plan for name, other in alternatives.items()})
     others = {name: Program(a.spec, a.plan, graph, a.rewritten) for name, a in alternatives.items()}
     return Program(spec, report, graph, rewritten, after, others, slots)

@@ -12,12 +12,15 @@ from adaptc.compiler.greedy_proof import (
     NOT_INSTALLED,
     gaps_change_nothing,
     prove_greedy,
+    prove_swapped,
 )
 from adaptc.compiler.program import Program
 from adaptc.compiler.program_artifact import ProgramArtifact, write_program
+from adaptc.compiler.swap_artifact import write_swap_program
 from adaptc.emit.genai.config import Defaults, defaults_of, genai_config
 from adaptc.emit.genai.decoder import WAY_OUT, Served, served, unserved
-from adaptc.emit.genai.files import PROGRAM, tokens_of, write_config
+from adaptc.emit.genai.files import ENCODER, PROGRAM, tokens_of, write_config
+from adaptc.emit.genai.sound import write_audio_processor
 from adaptc.emit.genai.tokenizer import copy_tokenizer
 from adaptc.emit.huggingface import fits_in_memory
 from adaptc.emit.onnx.export import Wrote
@@ -55,6 +58,10 @@ class GenaiArtifact:
             notes.append("the base has no tokenizer, so that the directory takes token ids alone")
         elif isinstance(self.about["tokenizer"], str):
             notes.append(self.about["tokenizer"])
+        if self.about.get("audio_processor") is False:
+            notes.append(
+                "the base has no feature extractor as Whisper's, so that features of sound are given"
+            )
         if self.about["batches"] != ANY:
             notes.append(f"a batch may hold {self.about['batches']}: {WHY}")
         left_out = ", ".join(f"{name}: {value}" for name, value in self.about["generation_left_out"].items())
@@ -89,9 +96,10 @@ def write_genai(
         raise RefusedError([refusal])
     directory.mkdir(parents=True)
     try:
-        written = write_program(
-            program, entry.program, directory / PROGRAM, final / PROGRAM, wrote, beside=True
-        )
+        paths = directory / PROGRAM, final / PROGRAM
+        encoder = directory / ENCODER
+        write = write_swap_program if entry.adapters == "swap" else write_program
+        written = write(program, entry.program, *paths, wrote, beside=True, encoder_path=encoder)
     except RefusedError as error:  # what a cache cannot hold
         refusals = [
             Refusal(r.reason, r.nodes, (*r.notes, f"or without a cache: {WAY_OUT}")) for r in error.refusals
@@ -109,6 +117,8 @@ def write_genai(
     unrun = _why_not_run(written)
     model = None if unrun else GenaiModel(directory, final)
     answers = prove_greedy(program, written, decoder, model, padded, length).to_json() if model else unrun
+    if model:
+        prove_swapped(program, written, decoder, model, padded, length)
     other = other_tokens(model, directory) if model and tokenizer else None
     about = {
         "batches": _batches(padded, length),
@@ -118,6 +128,8 @@ def write_genai(
         "generation_left_out": dict(defaults.left_out),
         "greedy": answers,
     }
+    if decoder.encoder is not None:
+        about["audio_processor"] = write_audio_processor(directory)
     return GenaiArtifact(written, about)
 
 

@@ -13,6 +13,7 @@ from torch import fx, nn
 from adaptc.compiler.buffers import Buffers
 from adaptc.errors import AdaptcError, Refusal, RefusedError
 from adaptc.inputs import InputSpec
+from adaptc.ir.analysis.longest_text import LongestText, longest_text
 from adaptc.ir.base import Base
 from adaptc.ir.graph import Graph
 from adaptc.ir.module import bind
@@ -216,7 +217,9 @@ class Generator:
     """
 
     def __init__(self, graph: Graph, source: Base):
-        self.step = Step(graph)
+        self.step, ids = Step(graph), token_ids(graph)
+        assert isinstance(ids, fx.Node)  # the step has told otherwise
+        self._longest = longest_text(graph.nodes, ids)
         encoder = EncoderStep(graph) if crossed(graph) else None
         transformers: Any = optional("transformers")
         config, defaults = (copy.deepcopy(item) for item in _configuration(source, transformers))
@@ -224,17 +227,44 @@ class Generator:
         self._writer: Any = cast(Any, _writer_class())(self.step, encoder, config, defaults)
 
     def generate(self, inputs: torch.Tensor, max_new_tokens: int | None, **options: Any) -> Any:
-        """What transformers' `generate` gives for a prompt `(batch, tokens)`, or for the inputs of an encoder."""
+        """What transformers' `generate` gives for a prompt `(batch, tokens)`, or for the inputs of an encoder.
+
+        Raises:
+            AdaptcError: the text could become longer than the model can read.
+        """
         if "max_length" not in options:
             options["max_new_tokens"] = NEW_TOKENS if max_new_tokens is None else max_new_tokens
         prompt = inputs.shape[1]
         if self._writer.encode is not None:  # a text begins with a token of its own
             prompt = 1 + (options["decoder_input_ids"].shape[1] if "decoder_input_ids" in options else 0)
         room = max(options.get("max_length", 0), prompt + options.get("max_new_tokens", 0))
+        if self._longest is not None:
+            _check_length(prompt, room, self._longest)
         if options.setdefault("use_cache", True):  # whatever the configuration says: training switches it off
             options["past_key_values"] = Buffers(self.step.buffers_of, room)
         with torch.no_grad():
             return self._writer.generate(inputs, **options)
+
+
+def _check_length(prompt: int, room: int, longest: LongestText) -> None:
+    """Check that a text does not outgrow a table; its last token is written, and not read.
+
+    Args:
+        prompt: the tokens of the prompt.
+        room: the most tokens that it can have with its answer.
+        longest: what the model can read.
+
+    Raises:
+        AdaptcError: it could.
+    """
+    new = longest.tokens + 1 - prompt
+    if room - prompt > new:
+        advice = f"pass max_new_tokens={new}, or less" if new > 0 else "shorten the prompt"
+        raise AdaptcError(
+            f"generate: {prompt} tokens and {room - prompt} new ones are more than the model can read: "
+            f"{longest.table} has places for {longest.tokens}",
+            advice,
+        )
 
 
 def _configuration(source: Base, transformers: Any) -> tuple[Any, Any]:

@@ -5,8 +5,9 @@ The graph without a cache reads each text together with the tokens that were gen
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from adaptc.compiler.program import Program
 from adaptc.compiler.program_artifact import ProgramArtifact
 from adaptc.compiler.proof import Proof
 from adaptc.emit.genai.decoder import IDS, MASK, POSITIONS, Served
+from adaptc.emit.onnx.adapter_file import write_adapter
 from adaptc.errors import ProofError
 from adaptc.generation.genai import PACKAGE, GenaiModel
 from adaptc.ir.graph import Graph
@@ -44,12 +46,14 @@ class Answers:
         answers: the tokens that followed it.
         sure: how many of these come before the first that nearly ties with another.
         together: whether the texts were continued in one batch too.
+        sound: where an encoder hears sound: shape, dtype and seed of what it heard with each text; else None.
     """
 
     texts: Sequence[Sequence[int]]
     answers: Sequence[Sequence[int]]
     sure: Sequence[int]
     together: bool
+    sound: tuple[Sequence[int], str, int] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The answers as plain data."""
@@ -63,6 +67,7 @@ def prove_greedy(
     model: GenaiModel,
     padded: int,
     longest: int,
+    adapter: str = "",
 ) -> Answers:
     """Prove that the likeliest tokens that onnxruntime-genai generates are those of the graph without a cache.
 
@@ -76,6 +81,7 @@ def prove_greedy(
         padded: the most tokens that texts may have with their answers where they are one batch too, shorter ones padded
             behind.
         longest: the most tokens of a text.
+        adapter: the name of the adapter that the model has; "" without.
 
     Raises:
         ProofError: another token is likelier.
@@ -84,23 +90,66 @@ def prove_greedy(
     lengths = [length for length in LENGTHS if length + NEW <= longest] or [1]
     texts = [_text(decoder.vocabulary, special, length, program.spec.seed) for length in lengths]
     together = max(map(len, texts)) + NEW <= padded
-    ways = _generated(model, texts, together)
+    about = _about(decoder, program.spec.seed)
+    sounds = _sounds(about, len(texts))
+    ways = _generated(model, texts, together, sounds)
     allowed = 2 * written.proof.tolerance
     sure: list[int] = []
     for way, answers in ways.items():
-        judged = _judged(written.computes, decoder, texts, answers)
-        proof = _proof(f"genai, greedy, {way}", texts, answers, judged, allowed)
+        judged = _judged(written.computes, decoder, texts, answers, sounds)
+        title = ", ".join(word for word in ("genai", adapter, "greedy", way) if word)
+        proof = _proof(title, texts, answers, judged, allowed)
         program.proofs.keep(proof)
         sure = sure or [_sure(each, allowed) for each in judged]
-    return Answers(texts, ways[ALONE], sure, together)
+    return Answers(texts, ways[ALONE], sure, together, about)
+
+
+def prove_swapped(
+    program: Program,
+    written: ProgramArtifact,
+    decoder: Served,
+    model: GenaiModel,
+    padded: int,
+    longest: int,
+) -> None:
+    """Prove the tokens with each adapter that the program takes, as `prove_greedy` does, and the base's after them.
+
+    Raises:
+        ProofError: another token is likelier.
+    """
+    for name, each in written.alternatives.items():
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / f"{name}.onnx_adapter"
+            write_adapter(file, each.tensors, program.base_sha256)
+            with_it = replace(written, computes=each.computes, proof=each.proof)
+            prove_greedy(program, with_it, decoder, model.adapted(file), padded, longest, name)
+    if written.alternatives:
+        prove_greedy(program, written, decoder, model, padded, longest, "the base again")
 
 
 def _generated(
-    model: GenaiModel, texts: Sequence[Sequence[int]], together: bool
+    model: GenaiModel, texts: Sequence[Sequence[int]], together: bool, sounds: torch.Tensor | None
 ) -> dict[str, list[list[int]]]:
     """What follows some texts: way of generating -> the answer to each."""
-    alone = {ALONE: [model.greedy([text], NEW)[0] for text in texts]}
-    return alone | ({TOGETHER: model.greedy(texts, NEW)} if together else {})
+    heard = [None if sounds is None else sounds[number, None] for number in range(len(texts))]
+    answers = [model.greedy([text], NEW, sound)[0] for text, sound in zip(texts, heard, strict=True)]
+    return {ALONE: answers} | ({TOGETHER: model.greedy(texts, NEW, sounds)} if together else {})
+
+
+def _about(decoder: Served, seed: int) -> tuple[list[int], str, int] | None:
+    """What an encoder hears, see `Answers`."""
+    if decoder.encoder is None:
+        return None
+    features = decoder.encoder.features
+    return [int(size) for size in features.dims[1:]], features.dtype, seed
+
+
+def _sounds(about: tuple[Sequence[int], str, int] | None, count: int) -> torch.Tensor | None:
+    """Random features of sound, for so many texts, see `Answers`."""
+    if about is None:
+        return None
+    shape, dtype, seed = about
+    return torch.randn((count, *shape), generator=seeded(seed, "sound")).to(getattr(torch, dtype))
 
 
 def generated_again(answers: Mapping[str, Any] | str, directory: Path) -> str:
@@ -121,7 +170,8 @@ def generated_again(answers: Mapping[str, Any] | str, directory: Path) -> str:
     if find_spec(PACKAGE) is None:
         return NOT_INSTALLED
     recorded = Answers(**answers)
-    ways = _generated(GenaiModel(directory), recorded.texts, recorded.together)
+    sounds = _sounds(recorded.sound, len(recorded.texts))
+    ways = _generated(GenaiModel(directory), recorded.texts, recorded.together, sounds)
     for way, again in ways.items():
         for text, old, new, count in zip(recorded.texts, recorded.answers, again, recorded.sure, strict=True):
             if old[:count] != new[:count]:
@@ -152,11 +202,19 @@ class _Token:
 
 
 def _judged(
-    graph: Graph, decoder: Served, texts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
+    graph: Graph,
+    decoder: Served,
+    texts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    sounds: torch.Tensor | None,
 ) -> list[list[_Token]]:
     """Every token of the answers beside the logits of a graph."""
-    rows = {str(n): [*text, *answer] for n, (text, answer) in enumerate(zip(texts, answers, strict=True))}
-    logits = _logits(graph, decoder, {label: _batch(graph, decoder, row) for label, row in rows.items()})
+    rows = [[*text, *answer] for text, answer in zip(texts, answers, strict=True)]
+    batches = {str(n): {**_batch(graph, decoder, row)} for n, row in enumerate(rows)}
+    if decoder.encoder is not None and sounds is not None:
+        for label, batch in batches.items():
+            batch[decoder.encoder.features.name] = sounds[int(label), None]
+    logits = _logits(graph, decoder, batches)
     judged: list[list[_Token]] = []
     for number, (text, answer) in enumerate(zip(texts, answers, strict=True)):
         values = logits[str(number)][0]

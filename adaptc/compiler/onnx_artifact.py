@@ -10,15 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import fx
 
-from adaptc.compiler.cached_runner import SCHEDULES, CachedRunner, EncoderRunner
+from adaptc.compiler.cached_runner import CachedRunner, EncoderRunner, in_calls
 from adaptc.compiler.program import Program
 from adaptc.compiler.provenance import describe_base
 from adaptc.compiler.runners import BatchRunner, Runner
 from adaptc.emit.manifest import versions
 from adaptc.emit.onnx.adapter_file import read_adapter
 from adaptc.emit.onnx.attention_forms import with_attention
-from adaptc.emit.onnx.cached import COUNTED, ENCODER, NEW_TOKENS, encoder_beside, read_outputs, read_signature
+from adaptc.emit.onnx.cached import (
+    COUNTED,
+    ENCODER,
+    LONGEST,
+    NEW_TOKENS,
+    encoder_beside,
+    read_outputs,
+    read_signature,
+)
 from adaptc.emit.onnx.evaluate import evaluate
 from adaptc.emit.onnx.export import Wrote, data_file_of, export_onnx
 from adaptc.emit.onnx.functional import Functional
@@ -28,12 +37,13 @@ from adaptc.emit.onnx.partitioned import PartitionedProgram
 from adaptc.emit.onnx.rounding import rounds_activations
 from adaptc.emit.onnx.runtime import open_session, session_call
 from adaptc.emit.staging import Staging
+from adaptc.ir.analysis.longest_text import longest_text
 from adaptc.ir.graph import Graph
 from adaptc.ir.interpreter import Batches, Run
 from adaptc.ir.nodes import writes_in_place
 from adaptc.rewriter.cache.cache import Cache, tokens_meet
 from adaptc.rewriter.cache.cross import Decoder, Encoder, crossed
-from adaptc.rewriter.cache.inputs import new_tokens
+from adaptc.rewriter.cache.inputs import new_tokens, token_ids
 from adaptc.rewriter.cache.signature import CacheSignature
 from adaptc.rewriter.pipeline import Pass, run
 from adaptc.spec.emit import OnnxEmit
@@ -131,11 +141,11 @@ class OnnxFile:
         return EncoderRunner(runner, read_outputs(self.encoder))
 
     def on(self, batches: Batches) -> Run:
-        """One run of every batch, in chunks where there is a cache."""
+        """One run of every batch, in several calls where there is a cache."""
         if self.signature is None:
             return self.runner.on(batches)
-        chunks = SCHEDULES["in chunks"]
-        return CachedRunner(self.runner, self.signature, chunks, self.encoder_runner).on(batches)
+        calls = in_calls(self.signature)
+        return CachedRunner(self.runner, self.signature, calls, self.encoder_runner).on(batches)
 
     def staged(self, staging: Staging) -> list[Path]:
         """The program; its data file, its encoder and that one's data file are moved to staged paths of their own."""
@@ -198,8 +208,12 @@ class ExactSession:
         """A session of one of the entry's programs."""
         with tempfile.TemporaryDirectory(dir=self.path.parent) as folder:
             exact, graph = Path(folder) / self.path.name, programs(self.graph.copy(), self.entry)[0][number]
-            overridable = _read_by(graph, self.overridable)
-            options: Any = {"runtime": self.entry.target_runtime, "overridable": overridable}
+            overridable, unread = _split(self.graph, graph, self.overridable)
+            options: Any = {
+                "runtime": self.entry.target_runtime,
+                "overridable": overridable,
+                "unread": unread,
+            }
             export_onnx(graph, exact, self.entry.opset, exact=True, **options)
             return open_session(exact, shown=self.path, exact=True)
 
@@ -229,6 +243,7 @@ def write_onnx(
     final: Path,
     wrote: Wrote | None = None,
     beside: bool = False,
+    encoder_path: Path | None = None,
     overridable: Dims | None = None,
     told: Mapping[str, str] | None = None,
 ) -> OnnxFile:
@@ -242,6 +257,7 @@ def write_onnx(
         final: where it will be put.
         wrote: called while a data file is written.
         beside: write the weights in a data file whatever their size is.
+        encoder_path: where an encoder is written; see `encoder_beside` if it is None.
         overridable: the sizes of the weights that a call may replace.
         told: metadata beside what every file has.
 
@@ -252,18 +268,8 @@ def write_onnx(
     evaluated = evaluate(graph)
     unrounded = evaluated.copy() if entry.round_activations and rounds_activations(evaluated) else None
     parts, attentions = programs(evaluated, entry)
-    metadata = {
-        "adaptc.version": versions().get("adaptc", ""),
-        "adaptc.base": describe_base(program, final.parent),
-        "adaptc.base_sha256": program.base_sha256,
-        "adaptc.adapters": entry.adapters,
-        "adaptc.methods": ", ".join(p.insert.method.name for p in program.plan.entries),
-    }
-    encoder = encoder_beside(path) if len(parts) > 1 else None
-    if encoder is not None:
-        metadata[ENCODER] = encoder.name
-    if entry.cache:
-        metadata[NEW_TOKENS] = new_tokens(parts[0])
+    encoder = (encoder_path or encoder_beside(path)) if len(parts) > 1 else None
+    metadata = _metadata(program, entry, final, evaluated, parts[0], encoder)
     if attentions.get("gqa"):
         metadata[COUNTED] = "right"
     metadata |= told or {}
@@ -271,7 +277,15 @@ def write_onnx(
     files = [path] if encoder is None else [path, encoder]
     written, *others = [
         export_onnx(
-            part, file, entry.opset, metadata, wrote, runtime, exact, beside, _read_by(part, overridable)
+            part,
+            file,
+            entry.opset,
+            metadata,
+            wrote,
+            runtime,
+            exact,
+            beside,
+            *_split(evaluated, part, overridable or {}),
         )
         for part, file in zip(parts, files, strict=True)
     ]
@@ -303,10 +317,51 @@ def write_onnx(
     )
 
 
-def _read_by(graph: Graph, overridable: Dims | None) -> Dims:
-    """Of the weights that a call may replace, those that a graph reads."""
-    read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
-    return {name: dims for name, dims in (overridable or {}).items() if name in read}
+def _metadata(
+    program: Program, entry: OnnxEmit, final: Path, whole: Graph, part: Graph, encoder: Path | None
+) -> dict[str, str]:
+    """What a program says of itself.
+
+    Args:
+        program: what it was compiled as.
+        entry: the spec's entry.
+        final: where it will be put.
+        whole: its graph without a cache.
+        part: its graph.
+        encoder: the file of the encoder beside it.
+    """
+    metadata = {
+        "adaptc.version": versions().get("adaptc", ""),
+        "adaptc.base": describe_base(program, final.parent),
+        "adaptc.base_sha256": program.base_sha256,
+        "adaptc.adapters": entry.adapters,
+        "adaptc.methods": ", ".join(p.insert.method.name for p in program.plan.entries),
+    }
+    if encoder is not None:
+        metadata[ENCODER] = encoder.name
+    if entry.cache:
+        metadata[NEW_TOKENS], ids = new_tokens(part), token_ids(whole)
+        limit = longest_text(whole.nodes, ids) if isinstance(ids, fx.Node) else None
+        metadata |= {LONGEST: str(limit.tokens)} if limit is not None else {}
+    return metadata
+
+
+def _split(whole: Graph, part: Graph, overridable: Dims) -> tuple[Dims, dict[str, tuple[int, torch.dtype]]]:
+    """Of the weights that a call may replace, those that a program reads, and those that only one beside it does.
+
+    Args:
+        whole: the graph of both.
+        part: the program's own.
+        overridable: the sizes of all of them.
+    """
+    names = {str(node.target) for node in part.nodes if node.op == "get_attr"}
+    read = {name: sizes for name, sizes in overridable.items() if name in names}
+    unread = {
+        name: (len(sizes), whole.weights[name].dtype)
+        for name, sizes in overridable.items()
+        if name not in names
+    }
+    return read, unread
 
 
 def programs(graph: Graph, entry: OnnxEmit) -> tuple[list[Graph], dict[str, Any]]:

@@ -127,6 +127,7 @@ def prove_cached(program: Program, graph: Graph, file: OnnxFile) -> tuple[Proof,
         return proof, without_hidden(signature, with_labels(reference.among(got.outcomes), got)), None
     proved("", (file.unrounded_runner, file.unrounded_encoder), graph, reference, None)
     rounding, rounded, allowed = _rounded(program, graph, reference, file.unrounded)
+    rounded = rounded.only(file.outputs)
     proof, got = proved(ROUNDED, written, rounding, rounded, allowed)
     return proof, without_hidden(signature, with_labels(rounded.among(got.outcomes), got)), rounding
 

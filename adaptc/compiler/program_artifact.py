@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from adaptc.compiler.folding import fold, prove_fold
 from adaptc.compiler.onnx_artifact import OnnxFile, write_onnx
@@ -33,6 +35,7 @@ class ProgramArtifact:
         proof: that it computes this.
         about: what a manifest says of it.
         errors: what quantization costs it; None where nothing is quantized.
+        alternatives: name -> the program with this one of the adapters that it takes.
     """
 
     file: OnnxFile
@@ -40,6 +43,22 @@ class ProgramArtifact:
     proof: Proof
     about: Mapping[str, Any]
     errors: QuantizationErrors | None
+    alternatives: Mapping[str, ProvedAlternative] = field(default_factory=dict[str, "ProvedAlternative"])
+
+
+@dataclass(frozen=True)
+class ProvedAlternative:
+    """An adapter that a program takes, proved.
+
+    Attributes:
+        tensors: the adapter as the program takes it.
+        computes: the graph that the program computes with it.
+        proof: that it does.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    computes: Graph
+    proof: Proof
 
 
 def write_program(
@@ -49,6 +68,7 @@ def write_program(
     final: Path,
     wrote: Wrote | None = None,
     beside: bool = False,
+    encoder_path: Path | None = None,
 ) -> ProgramArtifact:
     """Write a program as `write_onnx` does, and prove it.
 
@@ -58,7 +78,7 @@ def write_program(
     graphs = fold(program) if entry.adapters == "folded" else None
     graph = graphs.written if graphs is not None else _unfolded(program, entry.adapters)
 
-    file = write_onnx(program, graph, entry, path, final, wrote, beside)
+    file = write_onnx(program, graph, entry, path, final, wrote, beside, encoder_path)
     rounding = losses(graph.weights)
     graph.weights.update({n: w for n, w in file.weights.items() if n in graph.weights})
 

@@ -28,6 +28,7 @@ from adaptc.rewriter.swap.derive import AdapterForms, MethodOnSite, Read, forms_
 from adaptc.rewriter.swap.form import NoFormError
 from adaptc.rewriter.swap.record import Parameter, SlotRecord
 from adaptc.rewriter.swap.slots import Slots
+from adaptc.spec.emit import PROGRAMS
 from adaptc.spec.spec import Spec
 from adaptc.weights import Held
 
@@ -41,7 +42,7 @@ Adapted = Mapping[str, tuple[Spec, Graph]]
 def emits_swap(spec: Spec) -> bool:
     """Whether a spec emits a program that takes its alternatives as inputs, or one of these."""
     return any(
-        entry.format == "onnx-adapter" or (entry.format == "onnx" and entry.adapters == "swap")
+        entry.format == "onnx-adapter" or (isinstance(entry, PROGRAMS) and entry.adapters == "swap")
         for entry in spec.emit
     )
 

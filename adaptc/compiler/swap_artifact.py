@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from adaptc.compiler.onnx_artifact import OnnxFile, write_onnx
 from adaptc.compiler.onnx_proof import prove_onnx
-from adaptc.compiler.proof import Proof
+from adaptc.compiler.program import Program
+from adaptc.compiler.program_artifact import ProgramArtifact, ProvedAlternative, proved
 from adaptc.compiler.proofs import STRENGTHS
 from adaptc.compiler.swap import Swap
 from adaptc.emit.onnx.evaluate import evaluate
@@ -27,44 +29,79 @@ RANKS = (3, 1, 5)
 """The ranks of the random adapter that a program is proved with, in turn: chosen to differ from site to site."""
 
 
-def write_swap(swap: Swap, entry: OnnxEmit, path: Path, final: Path, wrote: Wrote | None = None) -> OnnxFile:
-    """Write the base as a program that takes adapters as inputs: without them it is the base.
+def write_swap(
+    swap: Swap,
+    entry: OnnxEmit,
+    path: Path,
+    final: Path,
+    wrote: Wrote | None = None,
+    beside: bool = False,
+    encoder_path: Path | None = None,
+) -> OnnxFile:
+    """Write the base as `write_onnx` does, as a program that takes adapters as inputs: without them it is the base.
 
     Raises:
         RefusedError: an operation has no ONNX form.
         AdaptcError: the exporter fails, or the file cannot be written.
     """
-    told = {KEY: swap.record().to_json()}
-    return write_onnx(swap.program, swap.graph(), entry, path, final, wrote, False, swap.dims(), told)
+    told, places = {KEY: swap.record().to_json()}, (path, final)
+    return write_onnx(
+        swap.program, swap.graph(), entry, *places, wrote, beside, encoder_path, swap.dims(), told
+    )
 
 
-def prove_swap(swap: Swap, file: OnnxFile) -> tuple[Proof, Run, dict[str, Proof]]:
+def write_swap_program(
+    program: Program,
+    entry: OnnxEmit,
+    path: Path,
+    final: Path,
+    wrote: Wrote | None = None,
+    beside: bool = False,
+    encoder_path: Path | None = None,
+) -> ProgramArtifact:
+    """Write a program as `write_swap` does, and prove it with each of its adapters.
+
+    Raises:
+        AdaptcError: it cannot be made or written, or a proof failed.
+    """
+    swap = Swap(program)
+    file = write_swap(swap, entry, path, final, wrote, beside, encoder_path)
+    base, reference, alternatives = prove_swap(swap, file)
+    proofs = {name: asdict(each.proof) for name, each in alternatives.items()}
+    about: dict[str, Any] = {"adapters": entry.adapters, **file.about}
+    about |= {"overridable": swap.dims(), "alternatives": proofs}
+    about |= proved(program, base.proof, reference)
+    return ProgramArtifact(file, base.computes, base.proof, about, None, alternatives)
+
+
+def prove_swap(swap: Swap, file: OnnxFile) -> tuple[ProvedAlternative, Run, dict[str, ProvedAlternative]]:
     """Prove a program in one session: the base, each alternative, an adapter of other ranks, and the base again.
 
     Each is compared with the torch graph that has this adapter live.
 
     Returns:
-        The proof of the base; the run that the file was compared with; and the proof of each alternative, by name.
+        The base; the run that the file was compared with; and each alternative, by name.
 
     Raises:
         ProofError: one differs, or the last run is not the first.
     """
     proofs = swap.program.proofs
     base = proofs.run(swap.program.live_graph())
-    proof, reference, _ = prove_onnx(swap.program, swap.graph(), base, file)
+    graph = swap.graph()
+    proof, reference, rounding = prove_onnx(swap.program, graph, base, file)
     first = file.on(proofs.batches)
     alternatives = {
-        name: prove_adapter(swap, file, name, swap.tensors(name))[0] for name in swap.program.alternatives
+        name: prove_adapter(swap, file, name, swap.tensors(name)) for name in swap.program.alternatives
     }
     _prove_random(swap, file, base)
     if not _equal(first, file.on(proofs.batches)):
         raise ProofError(f"{BASE}: after the adapters the program gives other outputs than before them")
-    return proof, reference, alternatives
+    return ProvedAlternative({}, rounding or graph, proof), reference, alternatives
 
 
 def prove_adapter(
     swap: Swap, file: OnnxFile, name: str, tensors: Mapping[str, torch.Tensor], path: Path | None = None
-) -> tuple[Proof, Run]:
+) -> ProvedAlternative:
     """Prove that a program with an alternative computes what the torch graph with that alternative does.
 
     Args:
@@ -79,8 +116,9 @@ def prove_adapter(
     """
     live = swap.program.proofs.run(swap.program.alternatives[name].live_graph())
     with_it = _with(swap, file, tensors, f"{BASE}, {name}", path)
-    proof, reference, _ = prove_onnx(swap.program, swap.graph(tensors), live, with_it)
-    return proof, reference
+    graph = swap.graph(tensors)
+    proof, _, rounding = prove_onnx(swap.program, graph, live, with_it)
+    return ProvedAlternative(tensors, rounding or graph, proof)
 
 
 def _with(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from adaptc.emit.genai.files import TOKENIZER, read_config, tokens_of
+from adaptc.emit.genai.files import PROGRAM, TOKENIZER, read_config, tokens_of
+from adaptc.emit.onnx.adapter_check import check_adapter
 from adaptc.errors import AdaptcError
-from adaptc.generation.settings import Settings, as_message
+from adaptc.generation.settings import Settings, as_message, room_for
 from adaptc.optional import optional
 
 PACKAGE = "onnxruntime_genai"
@@ -23,6 +25,8 @@ SAMPLES = (
 )
 """Texts on which the package's tokenizer is held against transformers'."""
 TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+ACTIVE = "active"
+"""What the package calls the adapter that is active."""
 PLAIN: Mapping[str, Any] = {
     "do_sample": False,
     "num_beams": 1,
@@ -57,6 +61,7 @@ class GenaiModel:
         package: the package.
         model: the package's own model.
         config: the content of genai_config.json.
+        adapters: the package's own, of which `ACTIVE` is active; None for the base.
 
     Raises:
         MissingPackageError: the package is not installed.
@@ -69,6 +74,25 @@ class GenaiModel:
             self.model = self.package.Model(str(directory))
         except RuntimeError as error:
             raise AdaptcError(f"{shown or directory}: onnxruntime-genai does not take it: {error}") from error
+        self.adapters: Any = None
+
+    def adapted(self, adapter: Path) -> GenaiModel:
+        """The same model with an adapter.
+
+        Args:
+            adapter: an `.onnx_adapter` file that was made for it.
+
+        Raises:
+            AdaptcError: it was not, or the package does not take it.
+        """
+        with_it = copy(self)
+        check_adapter(adapter, self.directory / PROGRAM)
+        with_it.adapters = self.package.Adapters(self.model)
+        try:
+            with_it.adapters.load(str(adapter), ACTIVE)
+        except RuntimeError as error:
+            raise AdaptcError(f"{adapter}: onnxruntime-genai does not take it: {error}") from error
+        return with_it
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -96,12 +120,24 @@ class GenaiModel:
         """The token that fills shorter texts of a batch up, behind them."""
         return self.config["model"]["pad_token_id"]
 
-    def generator(self, texts: Sequence[Sequence[int]], new: int, **settings: Any) -> Any:
+    @property
+    def longest(self) -> int:
+        """The most tokens that a text can have with its answer."""
+        return self.config["model"]["context_length"]
+
+    @property
+    def hears(self) -> str | None:
+        """The input of the features of sound; None in a model of text alone."""
+        encoder = self.config["model"].get("encoder")
+        return None if encoder is None else encoder["inputs"]["audio_features"]
+
+    def generator(self, texts: Sequence[Sequence[int]], new: int, sound: Any = None, **settings: Any) -> Any:
         """A generator of the package's own that has read some texts, shorter ones padded behind.
 
         Args:
             texts: the token ids of each.
             new: the most tokens that may follow the longest.
+            sound: what is heard with each, `(texts, features, frames)`, where the model hears.
             settings: of the package's search, in place of the directory's own.
         """
         import numpy as np
@@ -111,6 +147,12 @@ class GenaiModel:
         params = self.package.GeneratorParams(self.model)
         params.set_search_options(batch_size=len(texts), max_length=longest + new, **settings)
         generator = self.package.Generator(self.model, params)
+        if self.adapters is not None:
+            generator.set_active_adapter(self.adapters, ACTIVE)
+        if self.hears is not None:
+            heard = self.package.NamedTensors()
+            heard[self.hears] = np.ascontiguousarray(sound)
+            generator.set_inputs(heard)
         generator.append_tokens(np.array(rows, dtype=np.int32))
         return generator
 
@@ -138,14 +180,16 @@ class GenaiModel:
         """The tokens that follow, and the text that each adds, see `Decoder`.
 
         Raises:
-            AdaptcError: the prompt fills the context.
+            AdaptcError: the prompt fills the context, or the model hears sound.
         """
-        room = self.config["model"]["context_length"] - len(tokens)
-        if room < 1:
-            raise AdaptcError(f"the prompt has {len(tokens)} tokens, and the context {room + len(tokens)}")
+        if self.hears is not None:
+            raise AdaptcError(
+                f"{self.directory}: it writes down what it hears, and a prompt is no sound",
+                f"call onnxruntime-genai, and give it {self.hears}: docs/serving.md",
+            )
+        new = room_for(settings.max_new_tokens, len(tokens), self.longest)
         search = self.search(settings)
         del search["max_length"]
-        new = min(settings.max_new_tokens, room)
         generator = self.generator([tokens], new, random_seed=seed, **search)
         decode = self.tokenizer.create_stream().decode
         while not generator.is_done():
@@ -153,14 +197,15 @@ class GenaiModel:
             token = int(generator.get_next_tokens()[0])
             yield token, decode(token)
 
-    def greedy(self, texts: Sequence[Sequence[int]], new: int) -> list[list[int]]:
+    def greedy(self, texts: Sequence[Sequence[int]], new: int, sound: Any = None) -> list[list[int]]:
         """The likeliest tokens that follow some texts, of one batch.
 
         Args:
             texts: the token ids of each.
             new: how many tokens; fewer where one ends the text.
+            sound: see `generator`.
         """
-        generator, steps = self.generator(texts, new, **PLAIN), list[list[int]]()
+        generator, steps = self.generator(texts, new, sound, **PLAIN), list[list[int]]()
         while not generator.is_done():
             generator.generate_next_token()
             steps.append([int(token) for token in generator.get_next_tokens()])

@@ -41,10 +41,12 @@ class Stated:
     Attributes:
         search: the settings that are applied here.
         ends: the tokens that end a text.
+        start: the token that begins an answer beside an encoder; None where nothing says so.
     """
 
     search: Mapping[str, Any]
     ends: frozenset[int]
+    start: int | None = None
 
 
 def stated_settings(name: str) -> Stated:
@@ -58,6 +60,7 @@ def stated_settings(name: str) -> Stated:
     return Stated(
         {n: stated[n] for n in names if stated.get(n) is not None},
         frozenset(tokens_of(config.eos_token_id)),
+        config.decoder_start_token_id,
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from adaptc.errors import Problem, SpecError
+from adaptc.errors import AdaptcError, Problem, SpecError
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,16 @@ class Settings:
 
 
 class Decoder(Protocol):
-    """A model that continues texts."""
+    """A model that continues texts.
+
+    Attributes:
+        longest: the most tokens that a text can have with its answer; None where there is no such number.
+    """
+
+    @property
+    def longest(self) -> int | None:
+        """See above."""
+        ...
 
     def tokens(self, prompt: str, chat: bool | None) -> list[int]:
         """The token ids of a prompt.
@@ -87,6 +96,24 @@ class Decoder(Protocol):
     def stream(self, tokens: Sequence[int], settings: Settings, seed: int) -> Iterator[tuple[int, str]]:
         """The tokens that follow, and the text that each adds, until one ends the text."""
         ...
+
+
+def room_for(new: int, tokens: int, longest: int | None) -> int:
+    """How many tokens can follow a prompt, of those that may.
+
+    Args:
+        new: the most tokens that may follow.
+        tokens: of the prompt.
+        longest: the most tokens that a text can have; None where there is no such number.
+
+    Raises:
+        AdaptcError: the prompt leaves no room.
+    """
+    if longest is None:
+        return new
+    if tokens >= longest:
+        raise AdaptcError(f"the prompt has {tokens} tokens, and the context {longest}", "shorten the prompt")
+    return min(new, longest - tokens)
 
 
 def as_message(prompt: str) -> str:

@@ -58,14 +58,25 @@ class OnnxEmit(Part):
 
     @model_validator(mode="after")
     def _has_operations(self) -> OnnxEmit:
+        wrong = self._without_operation()
+        if wrong is not None:
+            raise invalid(fault(*wrong, loc=("attention",)))
+        return self
+
+    def _without_operation(self) -> tuple[str, str] | None:
+        """Why there is no such operation for attention, and what to do; None where there is one."""
         if self.attention == "standard" and self.opset is not None and self.opset < ATTENTION_OPSET:
             message = (
                 f"ONNX has Attention since opset {ATTENTION_OPSET}, and this entry asks for {self.opset}"
             )
-            raise invalid(
-                fault(message, "leave `opset` out, or write `attention: plain`", loc=("attention",))
-            )
-        return self
+            return message, "leave `opset` out, or write `attention: plain`"
+        if self.attention == "gqa" and self.target_runtime == "standard":
+            message = "GroupQueryAttention is ONNX Runtime's own, and this entry asks for ONNX's operations"
+            return message, "write `attention: standard`, or `target_runtime: onnxruntime`"
+        if self.attention == "gqa" and not self.cache:
+            message = "GroupQueryAttention is for keys and values of the past, and this entry has no cache"
+            return message, "write `cache: true`, or `attention: standard`"
+        return None
 
     @property
     def attention_form(self) -> str:
@@ -79,8 +90,8 @@ class GenaiEmit(Part):
 
     format: Literal["genai"]
     path: OutputPath
-    adapters: Literal["folded", "live", "none"] = Field(
-        "folded", description="folded into the weights, kept as operations of their own, or left out"
+    adapters: Literal["folded", "live", "none", "swap"] = Field(
+        "folded", description="as in an artifact in ONNX; onnxruntime-genai loads those that are swapped"
     )
     round_activations: bool = Field(
         True, description="as in an artifact in ONNX: let integers be multiplied by activations in 8 bits"
@@ -106,6 +117,10 @@ class GenaiEmit(Part):
             cache=True,
             attention="gqa",
         )
+
+
+PROGRAMS = (OnnxEmit, GenaiEmit)
+"""The entries that write ONNX programs."""
 
 
 class PeftEmit(Part):

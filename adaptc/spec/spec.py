@@ -23,7 +23,7 @@ from adaptc.errors import Problem, SpecError, WeightError, got, unknown
 from adaptc.inputs import InputSpec
 from adaptc.spec.base import BaseEntry, Inputs
 from adaptc.spec.diagnostics import fault, invalid, problems
-from adaptc.spec.emit import EmitEntries
+from adaptc.spec.emit import PROGRAMS, EmitEntries
 from adaptc.spec.entries import AdaptEntry, Alternatives, MethodEntry, QuantizeEntries
 from adaptc.spec.part import Many, Part, PathText
 from adaptc.spec.proof import ProofEntry
@@ -143,7 +143,7 @@ class Spec(Part):
             if entry.format == "onnx-adapter" and entry.name not in names:
                 message = unknown("adapter", entry.name, names) if names else NO_ALTERNATIVES
                 faults.append(fault(message, loc=(index, "name")))
-            if entry.format == "onnx" and entry.adapters == "swap" and not names:
+            if isinstance(entry, PROGRAMS) and entry.adapters == "swap" and not names:
                 faults.append(fault(NO_ALTERNATIVES, loc=(index, "adapters")))
         if faults:
             raise invalid(*faults)

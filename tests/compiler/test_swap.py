@@ -15,7 +15,8 @@ from torch import nn
 import adaptc
 from adaptc.compiler.compiled import Compiled
 from adaptc.compiler.deployed import make_adapter
-from adaptc.emit.onnx.adapter_file import base_number, read_adapter
+from adaptc.emit.onnx.adapter_check import base_number
+from adaptc.emit.onnx.adapter_file import read_adapter
 from adaptc.emit.onnx.runtime import open_session, session_call
 from adaptc.errors import AdaptcError, SpecError, WeightError
 from tests.families import close, differs, perturb, randomise

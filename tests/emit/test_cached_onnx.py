@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -67,18 +68,46 @@ def test_every_decoder(zoo: Zoo, name: str, adapters: str, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("attention", ["standard", "gqa"])
 @pytest.mark.parametrize("name", ["t5", "bart", "whisper"])
-def test_an_encoder_is_a_program_of_its_own(zoo: Zoo, name: str, tmp_path: Path) -> None:
+def test_an_encoder_is_a_program_of_its_own(zoo: Zoo, name: str, attention: str, tmp_path: Path) -> None:
     compiled = zoo.compiled(name, [entry("lora", name)])
     perturb(compiled.module)
     path = tmp_path / "decoder.onnx"
-    model = emitted(compiled, path)
+    model = emitted(compiled, path, attention=attention)
     inputs, given = dims(model.graph.input), dims(onnx.load(encoder_beside(path)).graph.output)
     assert not {"input_ids", "input_features"} & inputs.keys()
     assert inputs["past_key_values.0.cross.key"] == given["present.0.cross.key"]
     assert "encoder_last_hidden_state" in given
     checked = {row["what"] for row in verify(path)}
     assert {"decoder.onnx", "decoder.encoder.onnx"} <= checked
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["standard", "gqa"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_each_form_of_attention_in_16_bits(
+    zoo: Zoo, name: str, dtype: str, form: str, tmp_path: Path
+) -> None:
+    """Errors are a few roundings of the dtype, whatever the proof allows."""
+    compiled = zoo.compiled(name, [entry("lora", name)], dtype=dtype)
+    perturb(compiled.module)
+    emitted(compiled, tmp_path / "decoder.onnx", attention=form)
+    product = json.loads((tmp_path / "manifest.json").read_text())["products"]["decoder.onnx"]
+    assert (product["attention"][form], product["attention"]["why"]) == (2, [])
+    assert product["proof"]["relative"] < 4 * torch.finfo(getattr(torch, dtype)).eps
+    assert max(p.relative for p in compiled.proofs if "cache" in p.name) == product["proof"]["relative"]
+
+
+@pytest.mark.slow
+def test_a_decoder_that_rounds_activations_beside_its_encoder(zoo: Zoo, tmp_path: Path) -> None:
+    int4 = {"method": "int4", "target": "all-linear", "block_size": 16}
+    spec = {"base": zoo.base_of("bart"), "quantize": [int4]}
+    compiled = adaptc.compile(spec)
+    emitted(compiled, tmp_path / "decoder.onnx", adapters="none")
+    proved = [proof.name for proof in compiled.proofs if "rounds activations" in proof.name]
+    assert len(proved) == len(SCHEDULES)
 
 
 def test_a_cached_program_is_verified_by_itself(adapted: tuple[Compiled, Path]) -> None:
@@ -102,6 +131,28 @@ def test_adapters_are_swapped_on_a_decoder_with_a_cache(
     proved = {proof.name for proof in compiled.proofs}
     for who in ("onnx, swap", "onnx, swap, alice", "onnx, swap, bob", "onnx, swap, other ranks"):
         assert {f"{who}, with a cache, {way}" for way in SCHEDULES} <= proved
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["t5", "whisper"])
+def test_adapters_are_swapped_on_a_decoder_beside_its_encoder(zoo: Zoo, name: str, tmp_path: Path) -> None:
+    """An adapter has tensors for both programs; each takes those that it declares."""
+    compiled = adaptc.compile(
+        {
+            "base": zoo.base_of(name),
+            "adapters": {"alice": [entry("lora", name)], "bob": [entry("ia3", name)]},
+        }
+    )
+    path = tmp_path / "base.onnx"
+    model = emitted(compiled, path, adapters="swap")
+    proved = {proof.name for proof in compiled.proofs}
+    for who in ("onnx, swap", "onnx, swap, alice", "onnx, swap, bob", "onnx, swap, other ranks"):
+        assert {f"{who}, with a cache, {way}" for way in SCHEDULES} <= proved
+    declared = [
+        {weight.name for weight in each.graph.initializer} & {value.name for value in each.graph.input}
+        for each in (model, onnx.load(encoder_beside(path)))
+    ]
+    assert all(declared)
 
 
 def test_a_wrong_cache_fails_the_proof(adapted: tuple[Compiled, Path]) -> None:

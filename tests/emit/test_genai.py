@@ -107,8 +107,8 @@ def test_a_token_that_is_not_the_likeliest_fails_the_proof(served: Served, monke
     """The proof has teeth: one wrong token of 24 is found."""
     greedy = GenaiModel.greedy
 
-    def wrong(self: GenaiModel, texts: Any, new: int) -> list[list[int]]:
-        answers = greedy(self, texts, new)
+    def wrong(self: GenaiModel, texts: Any, new: int, sound: Any) -> list[list[int]]:
+        answers = greedy(self, texts, new, sound)
         answers[-1][-1] = (answers[-1][-1] + 1) % 320
         return answers
 
@@ -201,7 +201,7 @@ REFUSED = {
     "bert": "needs logits (batch, tokens, vocabulary) of every token, and the model gives logits",
     "t5": "this one reads what an encoder makes of input_ids int64[batch, seq], attention_mask int64[batch, seq]",
     "bart": "this one reads what an encoder makes of input_ids",
-    "whisper": "this one reads what an encoder makes of input_features",
+    "whisper": "hears 3000 frames of sound",
     "vit": "serves decoders of tokens",
 }
 

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import uvicorn
 
 from adaptc.generation.genai import GenaiModel
-from tests.served import Served
+from tests.served import Served, Swapped
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -49,6 +50,20 @@ def engine(server: Any, served: Served) -> Iterator[Any]:
 @pytest.fixture
 def port(server: Any, engine: Any) -> Iterator[int]:
     """The port on localhost that the server listens on."""
+    yield from listening_port(server, engine)
+
+
+@pytest.fixture
+def swapping_port(server: Any, swapped: Swapped) -> Iterator[int]:
+    """The same for a server that swaps two adapters."""
+    engine = server.Engine(swapped.directory, swapped.files)
+    engine.thread.start()
+    yield from listening_port(server, engine)
+    engine.waiting.put(None)
+
+
+def listening_port(server: Any, engine: Any) -> Iterator[int]:
+    """The port that an engine's application listens on, as long as it is asked for."""
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
     web = uvicorn.Server(uvicorn.Config(server.make_app(engine), log_level="error", lifespan="off"))
@@ -167,6 +182,64 @@ def test_who_hangs_up_is_generated_for_no_longer(
     assert got == [expected(served, prompt, 10) for prompt in PROMPTS[2:]]
     until(lambda: status(port)["batches"] == 0)
     assert len(steps) < 150, "it went on for clients that had left"
+
+
+WHO = ("alice", None, "bob")
+
+
+def written(swapped: Swapped, prompt: str, adapter: str | None, new: int) -> str:
+    """What transformers writes behind a prompt with an adapter in its weights, in the package's own characters."""
+    model = GenaiModel(swapped.directory)
+    tokens = model.tokens(prompt, False)
+    with torch.no_grad():
+        made = swapped.merged(adapter).generate(torch.tensor([tokens]), max_new_tokens=new, do_sample=False)
+    stream = model.tokenizer.create_stream()
+    answer = [token for token in made[0, len(tokens) :].tolist() if token not in model.ends]
+    return "".join(stream.decode(token) for token in answer)
+
+
+@pytest.mark.slow
+def test_adapters_and_the_base_are_mixed(swapped: Swapped, swapping_port: int) -> None:
+    wanted = [(prompt, who) for prompt in PROMPTS for who in WHO]
+    expected = [written(swapped, prompt, who, 12) for prompt, who in wanted]
+    assert len({*expected[:3]}) == 3, "each adapter writes otherwise"
+
+    def ask(request: tuple[str, str | None]) -> str:
+        return Client(swapping_port, request[0], adapter=request[1], max_new_tokens=12).whole()
+
+    with ThreadPoolExecutor(len(wanted)) as pool:
+        assert list(pool.map(ask, wanted)) == expected
+    until(lambda: status(swapping_port) == {"adapters": ["alice", "bob"], "running": 0, "batches": 0})
+
+
+@pytest.mark.slow
+def test_who_hangs_up_changes_no_answer_of_another_adapter(
+    server: Any, swapped: Swapped, swapping_port: int, monkeypatch: Any
+) -> None:
+    step = server.Batch.step
+
+    def slowly(self: Any, ends: Any) -> bool:
+        time.sleep(0.02)
+        return step(self, ends)
+
+    monkeypatch.setattr(server.Batch, "step", slowly)
+    prompt = PROMPTS[0]
+    expected = [written(swapped, prompt, who, 16) for who in WHO]
+    leaving = [Client(swapping_port, prompt, adapter=who, max_new_tokens=100) for who in WHO]
+    for client in leaving:
+        assert client.response.read1(1)
+    staying = [Client(swapping_port, prompt, adapter=who, max_new_tokens=16) for who in WHO]
+    for client in leaving:
+        client.leave()
+    assert [client.whole() for client in staying] == expected
+    until(lambda: status(swapping_port)["batches"] == 0)
+
+
+@pytest.mark.slow
+def test_an_adapter_that_is_not_there_is_told(swapping_port: int) -> None:
+    client = Client(swapping_port, "hi", adapter="carol")
+    assert client.response.status == 404
+    assert "no adapter 'carol'; there are: alice, bob" in client.whole()
 
 
 def test_what_cannot_be_served_is_told(port: int) -> None:

@@ -21,6 +21,7 @@ from adaptc.emit.onnx.norms import NormsOfSums, RootMeanSquareNorms
 from adaptc.emit.onnx.packed_products import PackedQueries
 from adaptc.emit.onnx.rounding import RoundActivations
 from adaptc.emit.onnx.standard_attention import StandardAttention
+from adaptc.emit.onnx.written_attention import FusedAttention
 from adaptc.ir.graph import Graph
 from adaptc.methods.method import METHODS
 from adaptc.quantization.scheme import SCHEMES
@@ -112,6 +113,7 @@ def cases() -> dict[str, Callable[[], Case]]:
         "decoder": lambda: (models.translating(), [Decoder()]),
         "root-mean-square-norms": lambda: (traced(models.Writer), [Evaluate(), RootMeanSquareNorms()]),
         "norms-of-sums": lambda: (traced(models.Writer), [Evaluate(), RootMeanSquareNorms(), NormsOfSums()]),
+        "fused-attention": lambda: (traced(models.ByHand), [Evaluate(), Cache(), FusedAttention()]),
         "standard-attention": lambda: (traced(models.Writer), [Evaluate(), Cache(), StandardAttention()]),
         "grouped-attention": lambda: (traced(models.Writer), [Evaluate(), Cache(), GroupedAttention()]),
         "packed-queries": lambda: (

@@ -95,6 +95,17 @@ class Writer(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
 
 
+class ByHand(Writer):
+    """The same attention, written out: scores are scaled, capped and masked."""
+
+    def attend(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (1, 16)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        scores = torch.tanh(q @ k.transpose(2, 3) * 0.25 / 30.0) * 30.0
+        later = torch.full((x.shape[1], x.shape[1]), float("-inf")).triu(1)
+        shares = torch.softmax(scores + later, -1, dtype=torch.float32).to(q.dtype)
+        return (shares @ v).transpose(1, 2).flatten(2)
+
+
 class Translator(nn.Module):
     """Two tables of words: those that are written attend to each other, and to those that are read."""
 
@@ -197,6 +208,7 @@ EXAMPLES: dict[type[nn.Module], tuple[Mapping[str, Tensor], Mapping[int, str]]] 
     Image: ({"x": torch.zeros(2, 3, 8, 8)}, BATCH),
     Experts: ({"x": torch.zeros(2, 5, 8)}, {1: "rows"}),
     Writer: ({"input_ids": torch.ones(2, 17, dtype=torch.int64)}, {0: "batch", 1: "seq"}),
+    ByHand: ({"input_ids": torch.ones(2, 17, dtype=torch.int64)}, {0: "batch", 1: "seq"}),
 }
 """Inputs that a model is traced with, and the axes of each that have other sizes."""
 

@@ -28,7 +28,50 @@ def adapted(option: str) -> str:
     return f"{LORA}    {option}\n"
 
 
+def emitted(options: str) -> str:
+    return f"{HEAD}emit:\n  - {{format: onnx, path: m.onnx, {options}}}\n"
+
+
 ONE_PROBLEM = {
+    # attention, caches, onnxruntime-genai
+    "a form of attention that there is not": (
+        emitted("attention: flash"), 4, 45, "emit.0.attention",
+        "expected 'standard', 'gqa' or 'plain', got 'flash'",
+    ),
+    "a cache that is a number": (
+        emitted("cache: 1"), 4, 41, "emit.0.cache", "expected true or false, got 1",
+    ),
+    "standard attention before ONNX had it": (
+        emitted("cache: true, opset: 20, attention: standard"), 4, 69, "emit.0.attention",
+        "ONNX has Attention since opset 23, and this entry asks for 20",
+    ),
+    "ONNX Runtime's attention for any runtime": (
+        emitted("cache: true, target_runtime: standard, attention: gqa"), 4, 84, "emit.0.attention",
+        "GroupQueryAttention is ONNX Runtime's own, and this entry asks for ONNX's operations",
+    ),
+    "attention with a past, without a cache": (
+        emitted("attention: gqa"), 4, 45, "emit.0.attention",
+        "GroupQueryAttention is for keys and values of the past, and this entry has no cache",
+    ),
+    "an opset that is too old": (
+        emitted("cache: true, opset: 17"), 4, 54, "emit.0.opset", "must be at least 18, got 17",
+    ),
+    "a form of attention in a served directory": (
+        HEAD + "emit:\n  - {format: genai, path: serve, attention: plain}\n", 4, 34, "emit.0.attention",
+        "unknown key 'attention'",
+    ),
+    "adapters to be swapped, and none": (
+        HEAD + "emit:\n  - {format: genai, path: serve, adapters: swap}\n", 4, 44, "emit.0.adapters",
+        "there are no `adapters:` to choose from",
+    ),
+    "a context without a token": (
+        HEAD + "emit:\n  - {format: genai, path: serve, context_length: 0}\n", 4, 50, "emit.0.context_length",
+        "must be at least 1, got 0",
+    ),
+    "an end that is no token": (
+        HEAD + "emit:\n  - {format: genai, path: serve, eos_token_id: -1}\n", 4, 48, "emit.0.eos_token_id",
+        "must be at least 0, got -1",
+    ),
     # options of a method
     "rank 0": (adapted("r: 0"), 6, 8, "adapt.0.r", "must be greater than 0, got 0"),
     "rank is text": (adapted("r: '8'"), 6, 8, "adapt.0.r", "expected a whole number, got '8'"),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from adaptc.emit.genai.decoder import Served
-from adaptc.emit.genai.files import PROGRAM
+from adaptc.emit.genai.files import ENCODER, PROGRAM
 from adaptc.ir.base import Pretrained
 from adaptc.optional import optional
 from adaptc.rewriter.cache.signature import PAST_PREFIX, PRESENT_PREFIX
@@ -19,6 +19,10 @@ SEARCH = (
     *("min_length", "max_length"),
 )
 """The settings of a generation that onnxruntime-genai has, under transformers' names."""
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+"""The tokens that onnxruntime-genai is told of."""
+LENGTHS = ("max_position_embeddings", "max_target_positions")
+"""What configurations of transformers call the most tokens of a text."""
 WINDOWS = ("sliding_window", "attention_chunk_size")
 """What configurations of transformers call the number of tokens that a token attends to."""
 SAYS_NOTHING = re.compile(r"_.*|transformers_version|use_cache|cache_\w+|output_\w+|return_\w+|\w+_token_id")
@@ -30,7 +34,7 @@ class Defaults:
     """How a base generates texts.
 
     Attributes:
-        ids: `bos_token_id`, `eos_token_id` and `pad_token_id`, those that there are; several may end a text.
+        ids: the tokens `IDS`, those that there are; several may end a text.
         search: the settings that onnxruntime-genai has.
         left_out: the settings that it does not have.
         context_length: the most tokens of a text; None where the base does not say.
@@ -52,7 +56,7 @@ def defaults_of(pretrained: Pretrained | None) -> Defaults:
     settings = _settings(pretrained)
     ids = {
         name: next((v for v in (getattr(s, name, None) for s in (settings, config)) if v is not None), None)
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+        for name in IDS
     }
     stated: dict[str, Any] = settings.to_diff_dict()
     windows = [w for w in (getattr(config, name, None) for name in WINDOWS) if w is not None]
@@ -60,7 +64,7 @@ def defaults_of(pretrained: Pretrained | None) -> Defaults:
         {name: value for name, value in ids.items() if value is not None},
         {name: stated[name] for name in SEARCH if stated.get(name) is not None},
         {n: v for n, v in stated.items() if n not in SEARCH and not SAYS_NOTHING.fullmatch(n)},
-        getattr(config, "max_position_embeddings", None),
+        next((length for length in (getattr(config, name, None) for name in LENGTHS) if length), None),
         min(windows, default=None),
     )
 
@@ -88,27 +92,11 @@ def genai_config(
     ids = {"pad_token_id": eos[0], **defaults.ids, "eos_token_id": eos[0] if len(eos) == 1 else eos}
     return {
         "model": {
-            "type": "decoder",
+            "type": "decoder" if decoder.encoder is None else "whisper",
             **ids,
             "vocab_size": decoder.vocabulary,
             "context_length": context_length,
-            "decoder": {
-                "session_options": {"provider_options": []},
-                "filename": PROGRAM,
-                "num_hidden_layers": decoder.layers,
-                "num_key_value_heads": decoder.heads,
-                "head_size": decoder.size,
-                "inputs": {
-                    **decoder.inputs,
-                    "past_key_names": f"{PAST_PREFIX}%d.key",
-                    "past_value_names": f"{PAST_PREFIX}%d.value",
-                },
-                "outputs": {
-                    "logits": decoder.logits,
-                    "present_key_names": f"{PRESENT_PREFIX}%d.key",
-                    "present_value_names": f"{PRESENT_PREFIX}%d.value",
-                },
-            },
+            **_programs(decoder),
         },
         "search": {
             "do_sample": False,
@@ -117,3 +105,36 @@ def genai_config(
             "past_present_share_buffer": one_buffer,
         },
     }
+
+
+def _programs(decoder: Served) -> dict[str, Any]:
+    """The decoder's program, and its encoder's: files, sizes, and names of inputs and outputs."""
+    sizes: dict[str, Any] = {
+        "session_options": {"provider_options": []},
+        "num_hidden_layers": decoder.layers,
+        "num_key_value_heads": decoder.heads,
+        "head_size": decoder.size,
+    }
+    encoder = decoder.encoder
+    inputs = {**decoder.inputs, **_keys("past", PAST_PREFIX)}
+    outputs = {"logits": decoder.logits, **_keys("present", PRESENT_PREFIX)}
+    if encoder is None:
+        return {"decoder": {"filename": PROGRAM, **sizes, "inputs": inputs, "outputs": outputs}}
+    inputs |= _keys("cross_past", PAST_PREFIX, ".cross")
+    sizes["num_attention_heads"] = decoder.heads
+    beside = {"encoder_hidden_states": encoder.hidden, **_keys("cross_present", PRESENT_PREFIX, ".cross")}
+    return {
+        "encoder": {
+            "filename": ENCODER,
+            **sizes,
+            "hidden_size": encoder.size,
+            "inputs": {"audio_features": encoder.features.name},
+            "outputs": beside,
+        },
+        "decoder": {"filename": PROGRAM, **sizes, "inputs": inputs, "outputs": outputs},
+    }
+
+
+def _keys(name: str, prefix: str, kind: str = "") -> dict[str, str]:
+    """What the keys and values of each layer are called."""
+    return {f"{name}_key_names": f"{prefix}%d{kind}.key", f"{name}_value_names": f"{prefix}%d{kind}.value"}

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from adaptc.emit.genai.sound import FRAMES, SoundEncoder, sound_encoder
 from adaptc.errors import Refusal, RefusedError
 from adaptc.inputs import InputSpec
 from adaptc.ir.graph import Graph
 from adaptc.ir.nodes import node_arg, size_expression
+from adaptc.rewriter.cache.cross import crossed
 from adaptc.rewriter.cache.inputs import token_ids
 from adaptc.rewriter.cache.past import TOTAL
 from adaptc.rewriter.cache.signature import PAST_PREFIX, CacheSignature
@@ -34,6 +36,7 @@ class Served:
         layers: how many attentions have keys and values.
         heads: how many heads these have.
         size: of a key and of a value.
+        encoder: of sound, whose keys and values the decoder reads; None where it stands alone.
     """
 
     inputs: Mapping[str, str]
@@ -42,12 +45,14 @@ class Served:
     layers: int
     heads: int
     size: int
+    encoder: SoundEncoder | None = None
 
 
 def unserved(graph: Graph) -> Refusal | None:
     """Why onnxruntime-genai cannot serve a traced model, with the way out; None where it can.
 
-    It feeds a decoder token ids, a mask and positions, and takes logits of every token.
+    It feeds a decoder token ids, a mask and positions, and takes logits of every token. Of encoders beside a decoder it
+    runs those of sound.
     """
     ids = token_ids(graph)
     if isinstance(ids, Refusal):
@@ -55,11 +60,15 @@ def unserved(graph: Graph) -> Refusal | None:
             f"onnxruntime-genai serves decoders of tokens: {ids.reason}", notes=(*ids.notes, WAY_OUT)
         )
     first = _spec_of(graph, ids)
-    others = [spec for spec in graph.inputs if spec is not first and _fed_as(spec, first) is None]
+    others = _not_fed(graph, first)
     shown = ", ".join(f"{spec.name} {spec}" for spec in others)
-    if others and first.name.startswith("decoder_"):
+    encoder = _encoder(graph, ids)
+    if isinstance(encoder, Refusal):
+        return Refusal(encoder.reason, notes=(*encoder.notes, WAY_OUT))
+    if others and first.name.startswith("decoder_") and encoder is None:
         return Refusal(
-            f"onnxruntime-genai serves decoders alone, and this one reads what an encoder makes of {shown}",
+            f"onnxruntime-genai serves decoders, alone or beside an encoder of {FRAMES} frames of sound, and this one "
+            f"reads what an encoder makes of {shown}",
             notes=(WAY_OUT,),
         )
     if _logits(graph, ids) is None:
@@ -68,7 +77,7 @@ def unserved(graph: Graph) -> Refusal | None:
             f"onnxruntime-genai needs logits (batch, tokens, vocabulary) of every token, and the model gives {shapes}",
             notes=(f"a decoder has them under `task: causal-lm`; or {WAY_OUT}",),
         )
-    if others:
+    if others and encoder is None:
         return Refusal(
             f"onnxruntime-genai feeds token ids, a mask and positions in integers, and nothing to {shown}",
             notes=(f"write `inputs` without it, or {WAY_OUT}",),
@@ -93,10 +102,17 @@ def served(graph: Graph, signature: CacheSignature) -> Served:
     assert isinstance(ids, fx.Node)
     first = _spec_of(graph, ids)
     others = [spec for spec in signature.inputs if not spec.name.startswith(PAST_PREFIX)]
+    encoder = _encoder(graph, ids)
+    assert not isinstance(encoder, Refusal)
     fed = {_fed_as(spec, first): spec.name for spec in others if spec.name != first.name}
     logits = _logits(graph, ids)
     assert logits is not None
-    sizes = {spec.dims[1::2] for spec in signature.pasts}
+    if encoder is not None and len(signature.cross) != len(signature.pasts):
+        reason = (
+            "onnxruntime-genai reads what an encoder gives in every layer of a decoder, and this one in some"
+        )
+        raise RefusedError([Refusal(reason, notes=(WAY_OUT,))])
+    sizes = {spec.dims[1::2] for spec in (*signature.pasts, *signature.cross)}
     if len(sizes) > 1:
         shown = " and ".join(f"{heads} heads of {size}" for heads, size in sorted(sizes))
         reason = f"onnxruntime-genai takes keys and values of one size, and these have {shown}"
@@ -109,7 +125,20 @@ def served(graph: Graph, signature: CacheSignature) -> Served:
         len(signature.pasts) // 2,
         int(heads),
         int(size),
+        encoder,
     )
+
+
+def _not_fed(graph: Graph, first: InputSpec) -> list[InputSpec]:
+    """The inputs besides the token ids that onnxruntime-genai feeds nothing to in a decoder."""
+    return [spec for spec in graph.inputs if spec is not first and _fed_as(spec, first) is None]
+
+
+def _encoder(graph: Graph, ids: fx.Node) -> SoundEncoder | Refusal | None:
+    """The encoder of sound of an encoder-decoder, or why it is not run; None without one."""
+    first = _spec_of(graph, ids)
+    others = [spec for spec in graph.inputs if spec is not first]
+    return sound_encoder(graph, ids, others) if crossed(graph) else None
 
 
 def _spec_of(graph: Graph, ids: fx.Node) -> InputSpec:

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-CONFIG, PROGRAM, TOKENIZER = "genai_config.json", "model.onnx", "tokenizer.json"
+CONFIG, PROGRAM, ENCODER = "genai_config.json", "model.onnx", "encoder.onnx"
+TOKENIZER = "tokenizer.json"
 
 
 def write_config(directory: Path, content: Mapping[str, Any]) -> None:

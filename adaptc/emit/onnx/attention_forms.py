@@ -10,6 +10,7 @@ import torch
 from adaptc.emit.onnx.attention_operations import STANDARD
 from adaptc.emit.onnx.grouped_attention import GroupedAttention, unlike_grouped
 from adaptc.emit.onnx.standard_attention import StandardAttention, unlike_standard
+from adaptc.emit.onnx.written_attention import FusedAttention, read_written
 from adaptc.ir.analysis.attention import Attention, find_attentions
 from adaptc.ir.graph import Graph
 from adaptc.ir.nodes import provenance
@@ -49,9 +50,11 @@ def with_attention(graph: Graph, form: str, opset: int | None = None) -> tuple[G
     """
     if form == PLAIN:
         return graph, {}
-    reasons = [(a.mixed, UNLIKE[form](a)) for a in find_attentions(graph.nodes)]
-    why = ["; ".join((f"%{node.name}: {reason}", *provenance(node))) for node, reason in reasons if reason]
     old = opset is not None and opset < FIRST_OPSET
+    if not old:
+        graph = run(graph, [FusedAttention()])
+    reasons = [(a.mixed, _unlike(form, a)) for a in find_attentions(graph.nodes)]
+    why = ["; ".join((f"%{node.name}: {reason}", *provenance(node))) for node, reason in reasons if reason]
     passes = [item() for item in PASSES[form] if not (old and item is StandardAttention)]
     written = run(graph, passes)
     counts = {
@@ -59,3 +62,24 @@ def with_attention(graph: Graph, form: str, opset: int | None = None) -> tuple[G
         for name, operations in OPERATIONS.items()
     }
     return written, {**counts, PLAIN: len(reasons) - sum(counts.values()), "why": why}
+
+
+def form_of(asked: str, attention: Attention, old: bool) -> tuple[str, str | None]:
+    """The form that an attention gets, and why not the one that is asked for, if it is another.
+
+    Args:
+        asked: `standard` or `gqa`.
+        attention: the attention, after `FusedAttention`.
+        old: whether the opset is older than Attention.
+    """
+    why = _unlike(asked, attention)
+    if why is None:
+        return asked, None
+    standard = asked == GROUPED and not old and _unlike(STANDARD_FORM, attention) is None
+    return (STANDARD_FORM if standard else PLAIN), why
+
+
+def _unlike(form: str, attention: Attention) -> str | None:
+    """Why an attention cannot have a form; None if it can."""
+    written = None if attention.fused else read_written(attention)
+    return written if isinstance(written, str) else UNLIKE[form](attention)

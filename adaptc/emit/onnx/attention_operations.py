@@ -14,16 +14,31 @@ OPSET = 24
 Attention: Any = values.Op(values.Opset("", OPSET), "Attention")
 
 
-def attention(q: Any, k: Any, v: Any, mask: Any = None, scale: float = 1.0, causal: bool = False) -> Any:
+def attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    mask: Any = None,
+    scale: float = 1.0,
+    causal: bool = False,
+    softcap: float = 0.0,
+) -> Any:
     """ONNX's Attention of a query `(batch, heads, tokens, size)` with all keys and values."""
-    return Attention(q, k, v, mask, scale=scale, is_causal=int(causal))[0]
+    return Attention(q, k, v, mask, scale=scale, is_causal=int(causal), softcap=softcap)[0]
 
 
 def cached_attention(
-    q: Any, k: Any, v: Any, mask: Any, past_key: Any, past_value: Any, scale: float = 1.0
+    q: Any,
+    k: Any,
+    v: Any,
+    mask: Any,
+    past_key: Any,
+    past_value: Any,
+    scale: float = 1.0,
+    softcap: float = 0.0,
 ) -> Any:
     """ONNX's Attention, which joins new keys and values with past ones, and gives the joined ones too."""
-    return tuple(Attention(q, k, v, mask, past_key, past_value, scale=scale))[:3]
+    return tuple(Attention(q, k, v, mask, past_key, past_value, scale=scale, softcap=softcap))[:3]
 
 
 @cache
@@ -53,7 +68,7 @@ def _grouped() -> Any:
         ],
         attributes=[
             *(OpSchema.Attribute(name, OpSchema.AttrType.INT, "") for name in whole),
-            OpSchema.Attribute("scale", OpSchema.AttrType.FLOAT, ""),
+            *(OpSchema.Attribute(name, OpSchema.AttrType.FLOAT, "") for name in ("scale", "softcap")),
         ],
     )
     return values.Op(values.Opset("com.microsoft", 1), "GroupQueryAttention", schema)
@@ -74,9 +89,11 @@ def grouped_attention(
     kv_heads: int = 1,
     scale: float = 1.0,
     window: int = -1,
+    softcap: float = 0.0,
 ) -> Any:
     """ONNX Runtime's GroupQueryAttention of new tokens `(batch, tokens, heads * size)`; it rotates them by a table."""
     options = {"num_heads": heads, "kv_num_heads": kv_heads, "scale": scale, "local_window_size": window}
+    options["softcap"] = softcap
     parts = (q, k, v, past_key, past_value, lengths, total, cos, sin, None, bias)
     return _grouped()(*parts, do_rotary=int(cos is not None), **options)
 
@@ -89,25 +106,35 @@ TRANSLATIONS: Mapping[str, Callable[..., Any]] = {
 
 library: Any = torch.library.Library("adaptc_onnx", "FRAGMENT")
 untyped: Any = torch.library
-library.define("attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool causal) -> Tensor")
+library.define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool causal, "
+    "float softcap=0.0) -> Tensor"
+)
 library.define(
     "cached_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor past_key, Tensor past_value, "
-    "float scale) -> (Tensor, Tensor, Tensor)"
+    "float scale, float softcap=0.0) -> (Tensor, Tensor, Tensor)"
 )
 library.define(
     "grouped_attention(Tensor q, Tensor? k, Tensor? v, Tensor past_key, Tensor past_value, Tensor lengths, "
-    "Tensor total, Tensor? cos, Tensor? sin, Tensor? bias, int heads, int kv_heads, float scale, int window) "
-    "-> (Tensor, Tensor, Tensor)"
+    "Tensor total, Tensor? cos, Tensor? sin, Tensor? bias, int heads, int kv_heads, float scale, int window, "
+    "float softcap=0.0) -> (Tensor, Tensor, Tensor)"
 )
 
 
+library.define(
+    "scaled_dot_product_attention(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, float dropout_p, bool is_causal, "
+    "float? scale, float softcap) -> Tensor"
+)  # torch's own, with a cap; one of the others takes its place
+
+
+@untyped.register_fake("adaptc_onnx::scaled_dot_product_attention")
 @untyped.register_fake("adaptc_onnx::attention")
 def _(q: Any, k: Any, v: Any, *rest: Any) -> torch.Tensor:
     return q.new_empty((*q.shape[:3], v.shape[3]))
 
 
 @untyped.register_fake("adaptc_onnx::cached_attention")
-def _(q: Any, k: Any, v: Any, mask: Any, past_key: Any, past_value: Any, scale: float) -> Any:
+def _(q: Any, k: Any, v: Any, mask: Any, past_key: Any, past_value: Any, *rest: Any) -> Any:
     joined = torch.cat([past_key, k], 2), torch.cat([past_value, v], 2)
     return q.new_empty((*q.shape[:3], v.shape[3])), *joined
 

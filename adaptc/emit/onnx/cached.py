@@ -16,6 +16,16 @@ ENCODER = "adaptc.encoder"
 """The key in the metadata of a decoder: its value is the name of the file, beside it, of its encoder."""
 
 
+LONGEST = "adaptc.longest_text"
+"""The key in the metadata of a decoder with tables of positions: its value is how many tokens they have places for."""
+
+
+def read_longest(path: Path) -> int | None:
+    """How many tokens a program can read at most; None where it has no such table."""
+    metadata = {entry.key: entry.value for entry in _read(path).metadata_props}
+    return int(metadata[LONGEST]) if LONGEST in metadata else None
+
+
 def encoder_beside(path: Path) -> Path:
     """Where the encoder of a decoder is written: `model.encoder.onnx` beside `model.onnx`."""
     return path.with_name(f"{path.stem}.encoder{path.suffix}")
@@ -37,16 +47,19 @@ def read_signature(path: Path) -> CacheSignature | None:
     new = metadata.get(NEW_TOKENS)
     if new is None:
         return None
-    weights = {
-        weight.name for weight in model.graph.initializer
-    }  # those that a call may replace are inputs too
-    inputs = tuple(
-        InputSpec(value.name, _dtype(value), _dims(value))
-        for value in model.graph.input
-        if value.name not in weights
-    )
     outputs = {value.name: _dims(value) for value in model.graph.output}
-    return CacheSignature(inputs, outputs, new, metadata.get(ENCODER), COUNTED in metadata)
+    return CacheSignature(_inputs(model), outputs, new, metadata.get(ENCODER), COUNTED in metadata)
+
+
+def read_inputs(path: Path) -> tuple[InputSpec, ...]:
+    """What a program takes, without weights that a call may replace."""
+    return _inputs(_read(path))
+
+
+def _inputs(model: Any) -> tuple[InputSpec, ...]:
+    weights = {weight.name for weight in model.graph.initializer}
+    given = [value for value in model.graph.input if value.name not in weights]
+    return tuple(InputSpec(value.name, _dtype(value), _dims(value)) for value in given)
 
 
 def _read(path: Path) -> Any:

@@ -6,11 +6,11 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adaptc.emit.onnx import attention_operations
 from adaptc.emit.onnx.lower_quantized import Integers, OnnxProducts
-from adaptc.emit.onnx.overridable import Dims, make_overridable
+from adaptc.emit.onnx.overridable import Dims, declare_unread, make_overridable
 from adaptc.emit.onnx.packed_products import PackedQueries
 from adaptc.emit.onnx.quantized_operations import (
     integer_tensor,
@@ -26,6 +26,9 @@ from adaptc.ir.graph import Graph
 from adaptc.rewriter.pipeline import run
 from adaptc.tracing.export import quietly
 from adaptc.weights import FileSlice, Weight
+
+if TYPE_CHECKING:
+    import torch
 
 INLINE_LIMIT = 2**28
 """Weights of more bytes in all go to a data file, which is written one tensor at a time. Chosen because a protobuf is
@@ -66,6 +69,7 @@ def export_onnx(
     exact: bool = False,
     beside: bool = False,
     overridable: Dims | None = None,
+    unread: Mapping[str, tuple[int, torch.dtype]] | None = None,
 ) -> Written:
     """Write a graph that only evaluates (see `evaluate`) as an ONNX program.
 
@@ -83,6 +87,7 @@ def export_onnx(
         exact: never round activations, see `OnnxProducts`.
         beside: write the data file whatever the size of the weights is.
         overridable: weights that a call may replace, see `make_overridable`.
+        unread: tensors that a call may give, and nothing reads, see `declare_unread`.
 
     Raises:
         RefusedError: an operation has no ONNX form; names it.
@@ -98,6 +103,7 @@ def export_onnx(
         _clean_up(model, set(graph.weights))
     _name(model, graph)
     make_overridable(model, overridable or {})
+    declare_unread(model, unread or {})
     widen(model)
     model.producer_name = "adaptc"
     model.ir_version = max([model.ir_version, *map(ir_version_needed, packed)])

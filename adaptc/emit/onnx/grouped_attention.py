@@ -17,7 +17,7 @@ from adaptc.ir.analysis.dataflow import walk
 from adaptc.ir.graph import Graph
 from adaptc.ir.nodes import arguments_by_name, keeps_shape, operation
 from adaptc.rewriter.cache.cache import token_ids
-from adaptc.rewriter.cache.past import TOTAL
+from adaptc.rewriter.cache.past import PAST, TOTAL
 from adaptc.rewriter.pipeline import Pass
 from adaptc.weights import Held
 
@@ -146,7 +146,9 @@ class _Grouping:
         with self.graph.module.graph.inserting_before(node):
             parts = [self._flat(part) for part in (reading.query, reading.key, value.new)]
             bias = self._bias(reading) if reading.bias is not None else None
-            options = (heads, kv_heads, float(size**-0.5 if scale is None else scale), reading.window or -1)
+            cap = arguments_by_name(node).get("softcap")
+            factor = float(size**-0.5 if scale is None else scale)
+            options = (heads, kv_heads, factor, reading.window or -1, *([cap] if cap else []))
             results = self._call(
                 onnx.grouped_attention.default, *parts, key.past, value.past, *counts, *tables, bias, *options
             )
@@ -201,8 +203,7 @@ class _Grouping:
                 if mask is not None:
                     total = self._call(aten.sym_size.int, mask, 1)
                 else:
-                    past = next(n for n in self.graph.placeholders if n.meta["val"].dim() == 4)
-                    sizes = (self._call(aten.sym_size.int, n, a) for n, a in ((past, 2), (ids, 1)))
+                    sizes = (self._call(aten.sym_size.int, n, a) for n, a in ((self._past(), 2), (ids, 1)))
                     total = self._call(operator.add, *sizes)
                 if mask is not None and counted:
                     lengths = self._call(aten.sum.dim_IntList, mask, [1])
@@ -218,6 +219,11 @@ class _Grouping:
         """The input that says which tokens are padding."""
         specs = zip(self.graph.placeholders, self.graph.inputs, strict=True)
         return next((node for node, spec in specs if spec.dims[1:] == (TOTAL,)), None)
+
+    def _past(self) -> fx.Node:
+        """An input of keys or values of past tokens."""
+        specs = zip(self.graph.placeholders, self.graph.inputs, strict=True)
+        return next(node for node, spec in specs if PAST in spec.dims)
 
     def _table(self, table: torch.Tensor) -> fx.Node:
         """The weight that holds a table."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adaptc.errors import AdaptcError
+
+if TYPE_CHECKING:
+    import torch
 
 Dims = Mapping[str, Sequence[int | str]]
 """Name of a weight -> its sizes; a text is the name of a size that may vary, and is 0 in the weight that is stored."""
@@ -34,6 +37,28 @@ def make_overridable(model: Any, dims: Dims) -> None:
             value.const_value = _widened(value.const_value, name)
         value.shape = ir.Shape(sizes)
         value.type = ir.TensorType(dtype)
+        model.graph.inputs.append(value)
+
+
+def declare_unread(model: Any, unread: Mapping[str, tuple[int, torch.dtype]]) -> None:
+    """Let a program take tensors that it does not read, in place: an adapter has them for a program beside it.
+
+    ONNX Runtime refuses an adapter with a tensor that a program does not take.
+
+    Args:
+        model: the program.
+        unread: name -> how many axes, and the dtype; bfloat16 is given as float32.
+    """
+    import onnx_ir as ir
+    from torch.onnx._internal.exporter._core import torch_dtype_to_onnx_dtype
+
+    for name, (axes, dtype) in unread.items():
+        kind = torch_dtype_to_onnx_dtype(dtype)
+        kind = ir.DataType.FLOAT if kind == ir.DataType.BFLOAT16 else kind
+        shape = ir.Shape([f"{name}.{axis}" for axis in range(axes)])
+        tensor = _empty([0] * axes, kind, name)
+        value = ir.Value(name=name, shape=shape, type=ir.TensorType(kind), const_value=tensor)
+        model.graph.register_initializer(value)
         model.graph.inputs.append(value)
 
 

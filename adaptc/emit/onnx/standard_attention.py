@@ -49,7 +49,7 @@ class StandardAttention(Pass):
 def unlike_standard(attention: Attention) -> str | None:
     """Why ONNX's Attention does not compute an attention; None if it does."""
     if not attention.fused:
-        return "it is written out in several operations"
+        return "it is written out in several operations that are not exactly one attention"
     q, k, v = (node.meta["val"] for node in (attention.query, attention.key, attention.value))
     options = arguments_by_name(attention.mixed)
     if not q.dim() == k.dim() == v.dim() == 4:
@@ -115,14 +115,14 @@ def _replacement(graph: Graph, attention: Attention) -> fx.Node:
     mask = full_mask(graph, attention, options["attn_mask"])
     size = attention.query.meta["val"].shape[-1]
     scale = float(size**-0.5 if options["scale"] is None else options["scale"])
+    cap = [options["softcap"]] if options.get("softcap") else []
     key = read_keys(attention, keys_of(attention), attention.key)
     value = read_keys(attention, values_of(attention), attention.value)
     if key.joined is None or value.joined is None:
         k, v = key.joined or key.new, value.joined or value.new
-        return graph.call(
-            onnx.attention.default, attention.query, k, v, mask, scale, options["is_causal"], like=node
-        )
-    parts = (attention.query, key.new, value.new, mask, key.past, value.past, scale)
+        operands = (attention.query, k, v, mask, scale, options["is_causal"], *cap)
+        return graph.call(onnx.attention.default, *operands, like=node)
+    parts = (attention.query, key.new, value.new, mask, key.past, value.past, scale, *cap)
     results = graph.call(onnx.cached_attention.default, *parts, like=node)
     mixed, keys, values = (graph.call(operator.getitem, results, n, like=node) for n in range(3))
     give(key.joined, keys)

@@ -1,0 +1,73 @@
+"""A plan tells how attention is computed in each ONNX program, as the manifest does afterwards."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adaptc.compiler.driver import plan
+from tests.families import Zoo, entry, perturb
+
+
+def told(zoo: Zoo, name: str, **emit: Any) -> list[str]:
+    """What the plan says of attention."""
+    spec = {"base": zoo.base_of(name), "adapt": [entry("lora", name)]}
+    written = {"format": "onnx", "path": "build/model.onnx", **emit}
+    notes = plan(spec | {"emit": [written]})[1].notes
+    return [note.removeprefix("emit.0: ") for note in notes if note.startswith("emit.0: ")]
+
+
+def test_the_default_is_told(zoo: Zoo) -> None:
+    assert told(zoo, "llama", cache=True) == ["attention: 2 by Attention"]
+
+
+@pytest.mark.slow
+def test_each_form_is_told(zoo: Zoo) -> None:
+    assert told(zoo, "llama", cache=True, attention="gqa") == ["attention: 2 by GroupQueryAttention"]
+    assert told(zoo, "llama", cache=True, attention="plain") == []
+    assert told(zoo, "llama") == []
+    assert told(zoo, "llama", cache=True, opset=20) == [
+        "attention stays in plain operations: ONNX has Attention since opset 23, and this entry asks for 20; leave "
+        "`opset` out for it"
+    ]
+    assert told(zoo, "llama", format="genai", path="build/serve") == ["attention: 2 by GroupQueryAttention"]
+
+
+@pytest.mark.slow
+def test_what_stays_plain_is_told_with_its_place(zoo: Zoo) -> None:
+    first, *why = told(zoo, "bart", cache=True, attention="gqa")
+    assert first == "attention: 2 by GroupQueryAttention, 2 by Attention"
+    assert len(why) == 2
+    assert "its keys are not those of the past and the new tokens alone" in why[0]
+    assert "modeling_bart.py:" in why[0]
+    first, *why = told(zoo, "bart", cache=True, attention="gqa", opset=21)
+    assert first == "attention: 2 by GroupQueryAttention, 2 by plain operations"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["standard", "gqa"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "bart"])
+def test_the_manifest_counts_the_same(zoo: Zoo, tmp_path: Path, name: str, form: str) -> None:
+    compiled = zoo.compiled(name, [entry("lora", name)])
+    perturb(compiled.module)
+    compiled.emit("onnx", tmp_path / "model.onnx", cache=True, attention=form)
+    product = json.loads((tmp_path / "manifest.json").read_text())["products"]["model.onnx"]
+    first, *why = told(zoo, name, cache=True, attention=form)
+    names = {"gqa": "GroupQueryAttention", "standard": "Attention", "plain": "plain operations"}
+    counts = [
+        f"{product['attention'][form]} by {text}"
+        for form, text in names.items()
+        if product["attention"][form]
+    ]
+    assert first == "attention: " + ", ".join(counts)
+    assert len(why) == len(product["attention"]["why"])
+
+
+@pytest.mark.slow
+def test_a_model_that_writes_into_its_tensors_is_told_later(zoo: Zoo) -> None:
+    assert told(zoo, "t5", cache=True) == [
+        "how attention is computed is told when it is compiled: the model writes into its tensors"
+    ]
