@@ -33,6 +33,7 @@ from adaptc.ir.interpreter import Batches, Run
 from adaptc.ir.nodes import writes_in_place
 from adaptc.rewriter.cache.cache import Cache, tokens_meet
 from adaptc.rewriter.cache.cross import Decoder, Encoder, crossed
+from adaptc.rewriter.cache.first_past import Behind, WithoutVirtualTokens, first_past
 from adaptc.rewriter.cache.inputs import new_tokens
 from adaptc.rewriter.cache.signature import CacheSignature
 from adaptc.rewriter.pipeline import Pass, run
@@ -322,10 +323,12 @@ def programs(graph: Graph, entry: OnnxEmit) -> tuple[list[Graph], dict[str, Any]
     if not entry.cache:
         graph, attentions = with_attention(graph, entry.attention_form, entry.opset)
         return [graph], attentions
-    functional = run(graph, [Functional()])
+    first = first_past(graph)
+    functional = run(graph, [WithoutVirtualTokens(), Functional()])
     encoder = [run(functional, [Encoder()])] if crossed(functional) else []
     for_runtime = entry.target_runtime == "onnxruntime"
     norms: list[Pass] = [RootMeanSquareNorms(), NormsOfSums()] if for_runtime else []
-    decoder = run(functional, [Decoder(), Cache(), *norms])
+    behind = [Behind(first)] if first else []
+    decoder = run(functional, [Decoder(), Cache(), *behind, *norms])
     decoder, attentions = with_attention(decoder, entry.attention_form, entry.opset)
     return [decoder, *encoder], attentions
