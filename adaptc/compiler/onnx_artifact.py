@@ -280,7 +280,10 @@ def write_onnx(
     about: dict[str, Any] = {
         "nodes": written.nodes,
         "opset": written.opset,
-        "inputs": {spec.name: str(spec).replace("bfloat16", "float32") for spec in parts[0].inputs},
+        "inputs": {spec.name: str(spec).replace("bfloat16", "float32")
+            for spec in parts[0].inputs
+            if spec.name not in (overridable or {})
+        },
         "outputs": list(parts[0].outputs),
     }
     if attentions:
@@ -307,6 +310,7 @@ def write_onnx(
 def _read_by(graph: Graph, overridable: Dims | None) -> Dims:
     """Of the weights that a call may replace, those that a graph reads."""
     read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    read |= {spec.name for spec in graph.inputs}
     return {name: dims for name, dims in (overridable or {}).items() if name in read}
 
 

@@ -23,9 +23,10 @@ from adaptc.ir.slices import site_slices
 from adaptc.methods.method import WeightMethod
 from adaptc.methods.site import MATRIX_KINDS, WeightSite
 from adaptc.rewriter.expression import extract_expression
-from adaptc.rewriter.pipeline import run
+from adaptc.rewriter.pipeline import Pass, run
 from adaptc.rewriter.swap.derive import AdapterForms, MethodOnSite, Read, forms_of
 from adaptc.rewriter.swap.form import NoFormError
+from adaptc.rewriter.swap.prefix import PREFIX, InsertPrefix
 from adaptc.rewriter.swap.record import Parameter, SlotRecord
 from adaptc.rewriter.swap.slots import Slots
 from adaptc.spec.spec import Spec
@@ -136,6 +137,8 @@ class Swap:
     def rounded(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Tensors in the dtypes that the program has for them."""
         dtypes = {name: slot.site.dtype for slot in self.slots.weights.values() for name in slot.dims}
+        if self.slots.prefix is not None:
+            dtypes[PREFIX] = self.slots.prefix.dtype
         dtypes |= {name: self.base.weights[name].dtype for name in self.slots.whole}
         return {name: tensor.to(dtypes[name]).contiguous() for name, tensor in tensors.items()}
 
@@ -162,6 +165,10 @@ class Swap:
             tuple(program.base.weights),
         )
 
+    def open_graph(self) -> Graph:
+        """The program's graph as it is written: a prefix of any number of tokens is an input."""
+        return self._with({}, [self.slots.prefix.insertion(None)] if self.slots.prefix is not None else [])
+
     def graph(self, tensors: Mapping[str, torch.Tensor] | None = None) -> Graph:
         """The program's graph as it runs.
 
@@ -169,9 +176,15 @@ class Swap:
             tensors: an adapter in its slots; None for the base.
         """
         given = tensors or {}
+        count = len(given.get(PREFIX, ()))
+        prefix = self.slots.prefix.insertion(count) if self.slots.prefix is not None and count else None
+        return self._with(given, [] if prefix is None else [prefix])
+
+    def _with(self, given: Mapping[str, torch.Tensor], prefix: Sequence[InsertPrefix]) -> Graph:
         ranks = {site: _rank(slot.dims, given) for site, slot in self.slots.weights.items() if slot.rank}
         slots = self.slots.insertion({site: rank for site, rank in ranks.items() if rank is not None})
-        graph = run(self.base, [slots]) if self.slots.weights else self.base.copy()
+        passes: list[Pass] = [*([slots] if self.slots.weights else []), *prefix]
+        graph = run(self.base, passes) if passes else self.base.copy()
         graph.weights.update({name: Held(value) for name, value in given.items()})
         return lower(graph)
 

@@ -17,6 +17,7 @@ from adaptc.emit.onnx.evaluate import evaluate
 from adaptc.emit.onnx.export import Wrote
 from adaptc.errors import ProofError
 from adaptc.ir.interpreter import Run
+from adaptc.rewriter.swap.prefix import PREFIX
 from adaptc.rewriter.swap.record import KEY
 from adaptc.spec.emit import OnnxEmit
 from adaptc.weights import seeded
@@ -35,7 +36,8 @@ def write_swap(swap: Swap, entry: OnnxEmit, path: Path, final: Path, wrote: Wrot
         AdaptcError: the exporter fails, or the file cannot be written.
     """
     told = {KEY: swap.record().to_json()}
-    return write_onnx(swap.program, swap.graph(), entry, path, final, wrote, False, swap.dims(), told)
+    file = write_onnx(swap.program, swap.open_graph(), entry, path, final, wrote, False, swap.dims(), told)
+    return file if file.unrounded is None else replace(file, unrounded=evaluate(swap.graph()))
 
 
 def prove_swap(swap: Swap, file: OnnxFile) -> tuple[Proof, Run, dict[str, Proof]]:
@@ -113,6 +115,10 @@ def _random(swap: Swap, strength: float) -> dict[str, torch.Tensor]:
             noise = torch.randn(shape, generator=seeded(0, name), dtype=torch.float64)
             scale = len(shape) == 1
             tensors[name] = 1 + 0.1 * strength * noise if scale else 0.1 * strength**0.5 * noise
+    if swap.slots.prefix is not None:
+        shape = (RANKS[0], swap.slots.prefix.columns)
+        noise = torch.randn(shape, generator=seeded(0, PREFIX), dtype=torch.float64)
+        tensors[PREFIX] = strength * noise
     for name in swap.slots.whole:
         value = swap.base.weights[name].exact().double()
         tensors[name] = value + 0.1 * strength * torch.randn(

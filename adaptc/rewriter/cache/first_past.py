@@ -174,9 +174,9 @@ class Behind(Pass):
 
 
 def _attached(graph: Graph, name: str, weight: Weight) -> fx.Node:
-    own = f"first.{name}"
-    graph.attach(own, weight, trained=False)
-    return graph.parameter_node(own)
+    tensor = f"first.{name}"
+    graph.attach(tensor, weight, trained=False)
+    return graph.parameter_node(tensor)
 
 
 def _put_in_front(graph: Graph, past: fx.Node, first: fx.Node, batch: fx.Node, count: int) -> None:

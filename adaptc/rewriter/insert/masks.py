@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -31,11 +32,11 @@ class Masks:
 
     Args:
         graph: the host.
-        count: how many virtual tokens.
+        count: how many virtual tokens, or the node of this number.
         source: the pass that asks, which refusals name.
     """
 
-    def __init__(self, graph: Graph, count: int, source: Pass):
+    def __init__(self, graph: Graph, count: int | fx.Node, source: Pass):
         self.graph, self.count, self.source = graph, count, source
         self._padded: dict[tuple[fx.Node, float], fx.Node] = {}
         self._relative = RelativeBias(graph, count, self._padded_to)
@@ -104,8 +105,15 @@ class Masks:
             with self.graph.module.graph.inserting_before(node):
                 sizes[-1] = self._call(aten.sym_size.int, node.args[0], -1, like=node)
         elif last not in (-1, 1) and last == length:
-            sizes[-1] = last + self.count
+            with self.graph.module.graph.inserting_before(node):
+                sizes[-1] = self._more(last, node)
         node.update_arg(1, sizes)
+
+    def _more(self, length: int, like: fx.Node) -> int | fx.Node:
+        """How many keys there are with the virtual tokens."""
+        if isinstance(self.count, int):
+            return length + self.count
+        return self._call(operator.add, self.count, length, like=like)
 
     def _wider(self, mask: fx.Node, neutral: float, node: fx.Node) -> fx.Node:
         """A mask with `count` neutral columns in front; a bias that depends on positions is computed for those too.
