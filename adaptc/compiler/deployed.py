@@ -22,8 +22,10 @@ from adaptc.errors import AdaptcError, Problem, SpecError, WeightError
 from adaptc.methods.method import METHODS, Method, WeightMethod
 from adaptc.methods.param import Param
 from adaptc.methods.site import WeightSite
-from adaptc.rewriter.swap.derive import MethodOnSite, forms_of
+from adaptc.methods.virtual_tokens import AttentionMethod
+from adaptc.rewriter.swap.derive import MethodOnSite, forms_of, no_form
 from adaptc.rewriter.swap.form import NoFormError
+from adaptc.rewriter.swap.prefix import PREFIX
 from adaptc.rewriter.swap.record import KEY, SlotRecord
 from adaptc.weights import seeded
 
@@ -106,6 +108,8 @@ class DeployedProgram:
             raise WeightError(f"{adapter}: {error}", WAY_OUT) from None
         dtypes = {name: slot.site.dtype for slot in self.record.slots.weights.values() for name in slot.dims}
         dtypes |= {name: parameter.dtype for name, parameter in self.record.parameters.items()}
+        if self.record.slots.prefix is not None:
+            dtypes[PREFIX] = self.record.slots.prefix.dtype
         return {name: tensor.to(dtypes[name]).contiguous() for name, tensor in named.items()}
 
     def _derived(self, member: MethodOnSite, param: Param) -> torch.Tensor:
@@ -169,11 +173,14 @@ def _members(
     """
     declaration = declared(checkpoint)
     method: Method[Any] = declaration.method(**declaration.options)
-    if not isinstance(method, WeightMethod):
-        raise WeightError(
-            f"{checkpoint.path}: {method.name} changes no weight, so it cannot be swapped here", WAY_OUT
-        )
-    sites = [site for site in _sites(record, method) if _held(record, checkpoint, method, site)]
+    if not isinstance(method, WeightMethod | AttentionMethod):
+        raise WeightError(f"{checkpoint.path}: {method.name} cannot be swapped: {no_form(method)}", WAY_OUT)
+    prefix = record.slots.prefix
+    if isinstance(method, AttentionMethod) and prefix is None:
+        message = f"{checkpoint.path}: the program has no place for virtual tokens"
+        raise WeightError(f"{message}: {_places(record)}", WAY_OUT)
+    sites: list[Any] = list(prefix.sites) if isinstance(method, AttentionMethod) and prefix else []
+    sites += [site for site in _sites(record, method) if _held(record, checkpoint, method, site)]
     whole = next(c for c in METHODS.values() if c.peft is not None and c.peft.joins == "modules_to_save")()
     saved = [site for site in _sites(record, whole) if site.module in checkpoint.saved_modules]
     groups = [(method, sites), (whole, saved)] if saved else [(method, sites)]
@@ -258,7 +265,11 @@ def _module_of(record: SlotRecord, key: str) -> str:
 
 def _places(record: SlotRecord) -> str:
     modules = dict.fromkeys(
-        [*(slot.site.module for slot in record.slots.weights.values()), *record.slots.whole]
+        [
+            *(slot.site.module for slot in record.slots.weights.values()),
+            *record.slots.whole,
+            *(site.module for site in (record.slots.prefix.sites if record.slots.prefix else ())),
+        ]
     )
     shown = list(modules)[:4]
     return f"it has places on {', '.join(shown)}" + (

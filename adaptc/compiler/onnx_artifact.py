@@ -280,7 +280,8 @@ def write_onnx(
     about: dict[str, Any] = {
         "nodes": written.nodes,
         "opset": written.opset,
-        "inputs": {spec.name: str(spec).replace("bfloat16", "float32")
+        "inputs": {
+            spec.name: str(spec).replace("bfloat16", "float32")
             for spec in parts[0].inputs
             if spec.name not in (overridable or {})
         },

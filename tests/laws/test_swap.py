@@ -31,7 +31,7 @@ SWAPPED = {
         "ia3",
         "layernorm",
     ),
-    *("hra", "lora", "miss", "qalora", "randlora", "vblora", "vera"),
+    *("hra", "lora", "miss", "p-tuning-v2", "prefix", "qalora", "randlora", "vblora", "vera"),
 }
 """The methods that a program can take; the others are refused, each in its own words."""
 REFUSED = sorted(METHODS.keys() - SWAPPED)
@@ -40,7 +40,13 @@ REFUSED = sorted(METHODS.keys() - SWAPPED)
 def one(method: str) -> str:
     """The base that stands for all."""
     kinds = METHODS[method].kinds
-    return "llama" if kinds <= {"embedding", "input"} else "bert" if "parameter" in kinds else "block"
+    return (
+        "llama"
+        if kinds <= {"embedding", "input", "attention"}
+        else "bert"
+        if "parameter" in kinds
+        else "block"
+    )
 
 
 def alternatives(zoo: Zoo, method: str, name: str, **spec: Any) -> Compiled:
@@ -54,7 +60,7 @@ def alternatives(zoo: Zoo, method: str, name: str, **spec: Any) -> Compiled:
     return compiled
 
 
-QUICK = ("lora", "ia3", "oft", "prefix")
+QUICK = ("lora", "ia3", "oft", "bottleneck", "prompt")
 """The methods of the quick laws."""
 
 

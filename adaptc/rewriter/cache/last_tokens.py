@@ -120,7 +120,7 @@ class LastTokens:
         raise MixesTokensError(f"%{size.name} counts other things than tokens")
 
     def _read_from_input(self, formula: Any, like: fx.Node) -> fx.Node | None:
-        """A size as that of an input which is not along the tokens, such as one of virtual tokens; None if there is none."""
+        """A size as that of an input that is not along the tokens, such as of virtual ones; None without one."""
         for node in self.graph.placeholders:
             shape = [] if node not in self.traced or self.has_tokens(node) else self.shape(node)
             if formula in shape:

@@ -14,6 +14,7 @@ from adaptc.ir.analysis.attention import Attention
 from adaptc.ir.analysis.dataflow import ancestors, walk
 from adaptc.ir.graph import Graph
 from adaptc.ir.nodes import operation, provenance
+from adaptc.rewriter.insert.positions import behind
 from adaptc.rewriter.insert.relative_bias import RelativeBias, bias_table, numeric_ancestors
 from adaptc.rewriter.pipeline import Pass
 
@@ -138,7 +139,7 @@ class Masks:
     def _padded_to(self, mask: fx.Node, neutral: float) -> fx.Node:
         """A mask with `count` columns of a value in front; the same node each time it is asked for."""
         if (mask, neutral) not in self._padded:
-            with self.graph.module.graph.inserting_after(mask):
+            with self.graph.module.graph.inserting_after(behind(mask, self.count)):
                 value = bool(neutral) if mask.meta["val"].dtype == torch.bool else neutral
                 padded = self._call(aten.constant_pad_nd.default, mask, [self.count, 0], value, like=mask)
             self._padded[mask, neutral] = padded

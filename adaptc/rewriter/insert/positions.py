@@ -33,9 +33,14 @@ def move_positions(graph: Graph, attentions: Sequence[Attention], count: int | f
     for user, argument in dict.fromkeys([*_rotary(attentions), *_looked_up(graph, nodes, attentions, count)]):
         positions = operand(user, argument)
         if positions not in shifted:
-            with graph.module.graph.inserting_after(positions):
+            with graph.module.graph.inserting_after(behind(positions, count)):
                 shifted[positions] = graph.call(aten.add.Tensor, positions, count, like=user)
         replace_operand(user, argument, shifted[positions])
+
+
+def behind(node: fx.Node, count: int | fx.Node) -> fx.Node:
+    """The later one of a node and a count, which stands in front of all other operations."""
+    return count if isinstance(count, fx.Node) and node.op != "call_function" else node
 
 
 def _rotary(attentions: Iterable[Attention]) -> Iterator[PositionUse]:

@@ -91,13 +91,8 @@ def forms_of(members: Sequence[MethodOnSite], tensor: Read, base: Read) -> Adapt
 def _add(forms: AdapterForms, member: MethodOnSite, tensor: Read, base: Read) -> None:
     """Add a method on a site to what the methods before it make of the base."""
     method, site = member.method, member.site
-    if isinstance(method, InputMethod):
-        raise NoFormError(
-            "its virtual tokens go through all layers, which a program without them has no place for; "
-            "a prefix has keys and values of its own, and can be swapped"
-        )
     if not isinstance(method, WeightMethod) or not isinstance(site, WeightSite):
-        raise NoFormError("it is computed between the layers, and is no change of a weight")
+        raise NoFormError(no_form(method))
     theta = {argument: tensor(name) for argument, (name, _) in member.tensors.items()}
     if site.kind not in MATRIX_KINDS:
         before = forms.whole.get(site.parameter)
@@ -117,6 +112,16 @@ def _add(forms: AdapterForms, member: MethodOnSite, tensor: Read, base: Read) ->
         )
 
 
+def no_form(method: object) -> str:
+    """Why a method that changes no weight, and is no prefix, has no form that a program takes."""
+    if isinstance(method, InputMethod):
+        return (
+            "its virtual tokens go through all layers, which a program without them has no place for; a prefix, "
+            "which has keys and values of its own, can be swapped"
+        )
+    return "it is computed between the layers, and changes no weight"
+
+
 def _add_prefix(
     forms: AdapterForms, member: MethodOnSite, members: Sequence[MethodOnSite], tensor: Read
 ) -> None:
@@ -127,7 +132,9 @@ def _add_prefix(
     sites = tuple(other.site for other in alike if isinstance(other.site, AttentionSite))
     theta = {argument: tensor(name) for argument, (name, _) in member.tensors.items()}
     tokens = member.method.tokens(**theta)
-    forms.prefix = PrefixSlot(sites, member.method.num_transformer_submodules, sites[0].dtype).merged(forms.prefix)
+    forms.prefix = PrefixSlot(sites, member.method.num_transformer_submodules, sites[0].dtype).merged(
+        forms.prefix
+    )
     forms.prefixes.append(tokens)
 
 

@@ -226,11 +226,18 @@ class Slots:
         return {name: dims for slot in every for name, dims in slot.dims.items()}
 
     def tensors(self, adapter: AdapterForms) -> dict[str, Tensor]:
-        """An adapter as the tensors that a program takes: name -> tensor."""
+        """An adapter as the tensors that a program takes: name -> tensor.
+
+        Raises:
+            NoFormError: the program has no place for some of it.
+        """
         named: dict[str, Any] = {}
         for name, (_, forms) in adapter.weights.items():
             named |= self.weights[name].tensors(forms)
         if adapter.prefixes:
+            if self.prefix is None:
+                raise NoFormError("the program has no place for virtual tokens")
+            self.prefix.merged(adapter.prefix)
             named[PREFIX] = in_order(adapter.prefixes)
         return named | adapter.whole
 
