@@ -15,8 +15,9 @@ from adaptc.compiler.proofs import STRENGTHS
 from adaptc.compiler.swap import Swap
 from adaptc.emit.onnx.evaluate import evaluate
 from adaptc.emit.onnx.export import Wrote
-from adaptc.errors import ProofError
+from adaptc.errors import ProofError, Refusal, RefusedError
 from adaptc.ir.interpreter import Run
+from adaptc.rewriter.cache.cross import crossed
 from adaptc.rewriter.swap.prefix import PREFIX
 from adaptc.rewriter.swap.record import KEY
 from adaptc.spec.emit import OnnxEmit
@@ -24,6 +25,8 @@ from adaptc.weights import seeded
 
 BASE = "onnx, swap"
 """What proofs call a program without any adapter."""
+TWO_PROGRAMS = "an encoder-decoder with a cache is two programs, and ONNX Runtime gives the one file of an adapter to one program"
+ONE_PROGRAM = "leave `cache` out, or fold each adapter into programs of its own: put it under `adapt`"
 RANKS = (3, 1, 5)
 """The ranks of the random adapter that a program is proved with, in turn: chosen to differ from site to site."""
 
@@ -32,9 +35,11 @@ def write_swap(swap: Swap, entry: OnnxEmit, path: Path, final: Path, wrote: Wrot
     """Write the base as a program that takes adapters as inputs: without them it is the base.
 
     Raises:
-        RefusedError: an operation has no ONNX form.
+        RefusedError: an operation has no ONNX form, or the program would be two.
         AdaptcError: the exporter fails, or the file cannot be written.
     """
+    if entry.cache and crossed(swap.base):
+        raise RefusedError([Refusal(TWO_PROGRAMS, notes=(ONE_PROGRAM,))])
     told = {KEY: swap.record().to_json()}
     file = write_onnx(swap.program, swap.open_graph(), entry, path, final, wrote, False, swap.dims(), told)
     return file if file.unrounded is None else replace(file, unrounded=evaluate(swap.graph()))
