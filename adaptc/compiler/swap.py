@@ -22,11 +22,12 @@ from adaptc.ir.graph import Graph
 from adaptc.ir.slices import site_slices
 from adaptc.methods.method import WeightMethod
 from adaptc.methods.site import MATRIX_KINDS, WeightSite
+from adaptc.methods.virtual_tokens import AttentionMethod
 from adaptc.rewriter.expression import extract_expression
 from adaptc.rewriter.pipeline import Pass, run
 from adaptc.rewriter.swap.derive import AdapterForms, MethodOnSite, Read, forms_of
 from adaptc.rewriter.swap.form import NoFormError
-from adaptc.rewriter.swap.prefix import PREFIX, InsertPrefix
+from adaptc.rewriter.swap.prefix import PREFIX, InsertPrefix, PrefixSlot
 from adaptc.rewriter.swap.record import Parameter, SlotRecord
 from adaptc.rewriter.swap.slots import Slots
 from adaptc.spec.spec import Spec
@@ -75,19 +76,39 @@ def slots_of(spec: Spec, base: Graph, alternatives: Adapted) -> Slots:
     """
     problems: list[Problem] = []
     forms: list[AdapterForms] = []
+    prefix: PrefixSlot | None = None
     for name, (stated, adapted) in alternatives.items():
         with FakeTensorMode():
             try:
                 read = {n: _fake(w.shape, w.dtype) for n, w in (adapted.weights | base.weights).items()}
                 read |= {n: _fake(leaf.site.shape, torch.float64) for n, leaf in base.quantized.items()}
                 members = _members(base, adapted, len(spec.adapt))
-                forms.append(forms_of(members, read.__getitem__, read.__getitem__))
+                form = forms_of(members, read.__getitem__, read.__getitem__)
+                prefix = _same_prefix(members, form, prefix)
+                forms.append(form)
             except NoFormError as error:
                 message = f"{name!r} cannot be swapped: {error}"
                 problems.append(spec.source.problem(stated.place(error.entry), message, WAY_OUT))
     if problems:
         raise SpecError(problems)
     return Slots.of(forms)
+
+
+def _same_prefix(
+    members: Sequence[MethodOnSite], form: AdapterForms, earlier: PrefixSlot | None
+) -> PrefixSlot | None:
+    """The place of an adapter's virtual tokens, which is that of earlier adapters'.
+
+    Raises:
+        NoFormError: it is another.
+    """
+    if form.prefix is None:
+        return earlier
+    try:
+        return form.prefix.merged(earlier)
+    except NoFormError as error:
+        entry = next(member.entry for member in members if isinstance(member.method, AttentionMethod))
+        raise NoFormError(str(error), entry) from None
 
 
 def _fake(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
