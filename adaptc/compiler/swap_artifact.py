@@ -25,7 +25,9 @@ from adaptc.weights import seeded
 
 BASE = "onnx, swap"
 """What proofs call a program without any adapter."""
-TWO_PROGRAMS = "an encoder-decoder with a cache is two programs, and the one file of an adapter fits one program"
+TWO_PROGRAMS = (
+    "an encoder-decoder with a cache is two programs, and the one file of an adapter fits one program"
+)
 ONE_PROGRAM = "leave `cache` out, or fold each adapter into programs of its own: put it under `adapt`"
 RANKS = (3, 1, 5)
 """The ranks of the random adapter that a program is proved with, in turn: chosen to differ from site to site."""

@@ -41,7 +41,8 @@ def in_onnx(form: str) -> Callable[[Compiled, Path], Continue]:
         made.emit("onnx", path, cache=True, attention=form, **options)
         signature = read_signature(path)
         assert signature is not None
-        return lambda prompt: greedy(onnx_runner(path), signature, prompt)
+        run = onnx_runner(path)
+        return lambda prompt: greedy(run, signature, prompt)
 
     return emitted
 
