@@ -25,7 +25,7 @@ from adaptc.methods.site import WeightSite
 from adaptc.methods.virtual_tokens import AttentionMethod
 from adaptc.rewriter.swap.derive import MethodOnSite, forms_of, no_form
 from adaptc.rewriter.swap.form import NoFormError
-from adaptc.rewriter.swap.prefix import PREFIX
+from adaptc.rewriter.swap.prefix import VIRTUAL_TOKENS
 from adaptc.rewriter.swap.record import KEY, SlotRecord
 from adaptc.weights import seeded
 
@@ -109,7 +109,7 @@ class DeployedProgram:
         dtypes = {name: slot.site.dtype for slot in self.record.slots.weights.values() for name in slot.dims}
         dtypes |= {name: parameter.dtype for name, parameter in self.record.parameters.items()}
         if self.record.slots.prefix is not None:
-            dtypes[PREFIX] = self.record.slots.prefix.dtype
+            dtypes[VIRTUAL_TOKENS] = self.record.slots.prefix.dtype
         return {name: tensor.to(dtypes[name]).contiguous() for name, tensor in named.items()}
 
     def _derived(self, member: MethodOnSite, param: Param) -> torch.Tensor:

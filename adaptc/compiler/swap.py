@@ -27,7 +27,7 @@ from adaptc.rewriter.expression import extract_expression
 from adaptc.rewriter.pipeline import Pass, run
 from adaptc.rewriter.swap.derive import AdapterForms, MethodOnSite, Read, forms_of
 from adaptc.rewriter.swap.form import NoFormError
-from adaptc.rewriter.swap.prefix import PREFIX, InsertPrefix, PrefixSlot
+from adaptc.rewriter.swap.prefix import VIRTUAL_TOKENS, InsertPrefix, PrefixSlot
 from adaptc.rewriter.swap.record import Parameter, SlotRecord
 from adaptc.rewriter.swap.slots import Slots
 from adaptc.spec.spec import Spec
@@ -159,7 +159,7 @@ class Swap:
         """Tensors in the dtypes that the program has for them."""
         dtypes = {name: slot.site.dtype for slot in self.slots.weights.values() for name in slot.dims}
         if self.slots.prefix is not None:
-            dtypes[PREFIX] = self.slots.prefix.dtype
+            dtypes[VIRTUAL_TOKENS] = self.slots.prefix.dtype
         dtypes |= {name: self.base.weights[name].dtype for name in self.slots.whole}
         return {name: tensor.to(dtypes[name]).contiguous() for name, tensor in tensors.items()}
 
@@ -197,7 +197,7 @@ class Swap:
             tensors: an adapter in its slots; None for the base.
         """
         given = tensors or {}
-        count = len(given.get(PREFIX, ()))
+        count = len(given.get(VIRTUAL_TOKENS, ()))
         prefix = self.slots.prefix.insertion(count) if self.slots.prefix is not None and count else None
         return self._with(given, [] if prefix is None else [prefix])
 

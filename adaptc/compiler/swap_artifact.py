@@ -18,7 +18,7 @@ from adaptc.emit.onnx.export import Wrote
 from adaptc.errors import ProofError, Refusal, RefusedError
 from adaptc.ir.interpreter import Run
 from adaptc.rewriter.cache.cross import crossed
-from adaptc.rewriter.swap.prefix import PREFIX
+from adaptc.rewriter.swap.prefix import VIRTUAL_TOKENS
 from adaptc.rewriter.swap.record import KEY
 from adaptc.spec.emit import OnnxEmit
 from adaptc.weights import seeded
@@ -124,8 +124,8 @@ def _random(swap: Swap, strength: float) -> dict[str, torch.Tensor]:
             tensors[name] = 1 + 0.1 * strength * noise if scale else 0.1 * strength**0.5 * noise
     if swap.slots.prefix is not None:
         shape = (RANKS[0], swap.slots.prefix.columns)
-        noise = torch.randn(shape, generator=seeded(0, PREFIX), dtype=torch.float64)
-        tensors[PREFIX] = strength * noise
+        noise = torch.randn(shape, generator=seeded(0, VIRTUAL_TOKENS), dtype=torch.float64)
+        tensors[VIRTUAL_TOKENS] = strength * noise
     for name in swap.slots.whole:
         value = swap.base.weights[name].exact().double()
         tensors[name] = value + 0.1 * strength * torch.randn(

@@ -140,7 +140,7 @@ def test_prefixes_are_swapped(zoo: Zoo, name: str, bits: str, cache: bool, tmp_p
     base = run()
     close(base, want(compiled.program), 4 * 512)
     columns = compiled.program.slots.prefix.columns  # type: ignore[union-attr]
-    assert torch.equal(run({"prefix": torch.zeros(0, columns)}), base)
+    assert torch.equal(run({"virtual_tokens": torch.zeros(0, columns)}), base)
     for alternative, program in compiled.alternatives.items():
         path = tmp_path / f"{alternative}.onnx_adapter"
         compiled.emit("onnx-adapter", path, name=alternative)

@@ -21,7 +21,7 @@ from adaptc.weights import Held
 if TYPE_CHECKING:
     from torch import Tensor
 
-PREFIX, VIRTUAL = "prefix", "virtual"
+VIRTUAL_TOKENS, VIRTUAL = "virtual_tokens", "virtual"
 """The name of the tensor in a program, and of the number of its tokens."""
 TRACED = 3
 """The number of virtual tokens that stands for any while shapes are computed; not 1, which broadcasts."""
@@ -54,7 +54,7 @@ class PrefixSlot:
     @property
     def dims(self) -> dict[str, tuple[int | str, ...]]:
         """Name in the program -> its sizes, with the name of the number of tokens in place of a number."""
-        return {PREFIX: (VIRTUAL, self.columns)}
+        return {VIRTUAL_TOKENS: (VIRTUAL, self.columns)}
 
     def merged(self, other: PrefixSlot | None) -> PrefixSlot:
         """A slot for what either takes.
@@ -91,16 +91,18 @@ class InsertPrefix(Pass):
         """Put P in front, let every mask show it, and count positions from behind it."""
         slot, aten = self.slot, torch.ops.aten
         if self.count is None:
-            node = add_input(graph, PREFIX, (new_size(graph, VIRTUAL, TRACED), slot.columns), slot.dtype)
+            node = add_input(
+                graph, VIRTUAL_TOKENS, (new_size(graph, VIRTUAL, TRACED), slot.columns), slot.dtype
+            )
             dtype = str(slot.dtype).removeprefix("torch.")
-            graph.inputs = (*graph.inputs, InputSpec(PREFIX, dtype, (VIRTUAL, slot.columns)))
+            graph.inputs = (*graph.inputs, InputSpec(VIRTUAL_TOKENS, dtype, (VIRTUAL, slot.columns)))
             first = next(other for other in graph.nodes if other.op == "call_function")
             with graph.module.graph.inserting_before(first):
                 count: Any = graph.call(aten.sym_size.int, node, 0, like=first)
         else:
             zeros = torch.zeros(self.count, slot.columns, dtype=slot.dtype)
-            graph.attach(PREFIX, Held(zeros), trained=False)
-            node, count = graph.parameter_node(PREFIX), self.count
+            graph.attach(VIRTUAL_TOKENS, Held(zeros), trained=False)
+            node, count = graph.parameter_node(VIRTUAL_TOKENS), self.count
         put_tokens(graph, slot.method, slot.sites, node, count, self)
         return True
 

@@ -62,7 +62,7 @@ class SlotRecord:
         }
         fields = {"base_sha256": self.base_sha256, "slots": slots, "parameters": parameters}
         if self.slots.prefix is not None:
-            fields["prefix"] = prefix_json(self.slots.prefix)
+            fields["virtual_tokens"] = prefix_json(self.slots.prefix)
         return json.dumps(fields | {"pieces": self.pieces, "modules": self.modules, "order": self.order})
 
     @classmethod
@@ -81,7 +81,7 @@ class SlotRecord:
             site: {name: _ranges(rows) for name, rows in pieces.items()}
             for site, pieces in data["pieces"].items()
         }
-        prefix = prefix_from_json(data["prefix"]) if "prefix" in data else None
+        prefix = prefix_from_json(data["virtual_tokens"]) if "virtual_tokens" in data else None
         held = Slots({slot.site.name: slot for slot in slots}, tuple(parameters), prefix)
         return cls(
             data["base_sha256"], held, parameters, pieces, tuple(data["modules"]), tuple(data["order"])

@@ -15,7 +15,7 @@ from adaptc.rewriter.insert.base import parameter_name
 from adaptc.rewriter.insert.weight import InsertWeight
 from adaptc.rewriter.swap.derive import AdapterForms
 from adaptc.rewriter.swap.form import Form, NoFormError
-from adaptc.rewriter.swap.prefix import PREFIX, PrefixSlot, in_order
+from adaptc.rewriter.swap.prefix import VIRTUAL_TOKENS, PrefixSlot, in_order
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -238,7 +238,7 @@ class Slots:
             if self.prefix is None:
                 raise NoFormError("the program has no place for virtual tokens")
             self.prefix.merged(adapter.prefix)
-            named[PREFIX] = in_order(adapter.prefixes)
+            named[VIRTUAL_TOKENS] = in_order(adapter.prefixes)
         return named | adapter.whole
 
 
