@@ -175,15 +175,11 @@ def _members(
     method: Method[Any] = declaration.method(**declaration.options)
     if not isinstance(method, WeightMethod | AttentionMethod):
         raise WeightError(f"{checkpoint.path}: {method.name} cannot be swapped: {no_form(method)}", WAY_OUT)
-    prefix = record.slots.prefix
-    if isinstance(method, AttentionMethod) and prefix is None:
-        message = f"{checkpoint.path}: the program has no place for virtual tokens"
-        raise WeightError(f"{message}: {_places(record)}", WAY_OUT)
-    sites: list[Any] = list(prefix.sites) if isinstance(method, AttentionMethod) and prefix else []
-    sites += [site for site in _sites(record, method) if _held(record, checkpoint, method, site)]
+    adapted: Any = method  # of one of the two kinds, as its sites are
+    sites = _sites_of(record, checkpoint, adapted)
     whole = next(c for c in METHODS.values() if c.peft is not None and c.peft.joins == "modules_to_save")()
     saved = [site for site in _sites(record, whole) if site.module in checkpoint.saved_modules]
-    groups = [(method, sites), (whole, saved)] if saved else [(method, sites)]
+    groups: list[tuple[Method[Any], Sequence[Any]]] = [(adapted, sites), (whole, saved)]
     expected: dict[str, Param] = {}
     members: list[tuple[MethodOnSite, dict[str, str]]] = []
     for instance, places in groups:
@@ -204,6 +200,20 @@ def _members(
         (member, {name: loaded[key] for name, key in names.items() if key in loaded})
         for member, names in members
     ]
+
+
+def _sites_of(record: SlotRecord, checkpoint: Checkpoint, method: Method[Any]) -> Sequence[Any]:
+    """The sites of a program that a checkpoint adapts.
+
+    Raises:
+        WeightError: it has virtual tokens, for which the program has no place.
+    """
+    if not isinstance(method, AttentionMethod):
+        return [site for site in _sites(record, method) if _held(record, checkpoint, method, site)]
+    if record.slots.prefix is None:
+        message = f"{checkpoint.path}: the program has no place for virtual tokens"
+        raise WeightError(f"{message}: {_places(record)}", WAY_OUT)
+    return record.slots.prefix.sites
 
 
 def _sites(record: SlotRecord, method: Method[Any]) -> list[WeightSite]:

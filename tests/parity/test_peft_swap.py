@@ -12,7 +12,9 @@ import torch
 
 import adaptc
 from adaptc.cli.app import main
+from adaptc.compiler.deployed import make_adapter
 from adaptc.emit.onnx.runtime import open_session, session_call
+from adaptc.errors import WeightError
 from tests.families import Zoo, close, differs, entry, inputs, perturb
 
 peft = pytest.importorskip("peft")
@@ -66,3 +68,12 @@ def test_a_peft_adapter_on_a_deployed_program(
     close(session_call(session, file)(tensors)[0], want)
     differs(base, want)
     assert torch.equal(session_call(session)(tensors)[0], base)
+
+
+@pytest.mark.slow
+def test_a_program_without_a_place_for_virtual_tokens_says_so(zoo: Zoo, tmp_path: Path) -> None:
+    made = adaptc.compile({"base": zoo.base_of("llama"), "adapters": {"any": [entry("lora", "llama")]}})
+    made.emit("onnx", tmp_path / "base.onnx", adapters="swap")
+    peft.get_peft_model(zoo.fresh("llama"), CONFIGURATIONS["prefix"]()).save_pretrained(tmp_path / "trained")
+    with pytest.raises(WeightError, match="the program has no place for virtual tokens: it has places on"):
+        make_adapter(tmp_path / "base.onnx", tmp_path / "trained", tmp_path / "x.onnx_adapter")
