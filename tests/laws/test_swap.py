@@ -140,7 +140,8 @@ def test_prefixes_are_swapped(zoo: Zoo, name: str, bits: str, cache: bool, tmp_p
     base = run()
     close(base, want(compiled.program), 4 * 512)
     slots = compiled.program.slots
-    assert slots is not None and slots.prefix is not None
+    assert slots is not None
+    assert slots.prefix is not None
     columns = slots.prefix.columns
     assert torch.equal(run({"virtual_tokens": torch.zeros(0, columns)}), base)
     for alternative, program in compiled.alternatives.items():
