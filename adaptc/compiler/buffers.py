@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -19,14 +19,20 @@ class Buffers:
     Args:
         specs: the inputs of a graph that are buffers, `(batch, heads, total, size)`.
         room: for how many tokens there is room at first.
+        first: keys and values of virtual tokens, `(1, heads, virtual, size)`, that stand in front of every text, by the
+            names of the inputs. Nobody counts them but the graph.
     """
 
     is_compileable = False
     """What transformers asks a cache: whether it may compile the model by itself."""
     is_sliding = (False,)
 
-    def __init__(self, specs: Sequence[InputSpec], room: int):
-        self.specs, self.room, self.length = specs, room, 0
+    def __init__(
+        self, specs: Sequence[InputSpec], room: int, first: Mapping[str, torch.Tensor] | None = None
+    ):
+        self.first = dict(first or {})
+        self.virtual = next((keys.shape[2] for keys in self.first.values()), 0)
+        self.specs, self.room, self.length = specs, room + self.virtual, self.virtual
         self.tensors: list[torch.Tensor] = []
 
     def reserve(self, batch: int, tokens: int, device: torch.device) -> None:
@@ -36,7 +42,8 @@ class Buffers:
             return
         self.room = max(self.room, needed)
         fresh = [self._empty(spec, batch, device) for spec in self.specs]
-        for new, old in zip(fresh, self.tensors, strict=False):
+        before = self.tensors or [self.first[spec.name] for spec in self.specs if self.first]
+        for new, old in zip(fresh, before, strict=False):
             new[:, :, : self.length] = old[:, :, : self.length]
         self.tensors = fresh
 
@@ -45,8 +52,8 @@ class Buffers:
         return torch.zeros([batch, *sizes], dtype=dtype(spec), device=device)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """How many tokens are in them."""
-        return self.length
+        """How many tokens are in them, without virtual ones."""
+        return self.length - self.virtual
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Take the sequences with these numbers, as a beam search goes on with some of them."""
@@ -54,4 +61,5 @@ class Buffers:
 
     def crop(self, max_length: int) -> None:
         """Forget the tokens behind so many; a negative number of tokens is forgotten."""
-        self.length = max_length if max_length >= 0 else max(self.length + max_length, 0)
+        count = self.get_seq_length()
+        self.length = self.virtual + (max_length if max_length >= 0 else max(count + max_length, 0))

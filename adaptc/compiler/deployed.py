@@ -24,8 +24,10 @@ from adaptc.errors import AdaptcError, Problem, SpecError, WeightError
 from adaptc.methods.method import METHODS, Method, WeightMethod
 from adaptc.methods.param import Param
 from adaptc.methods.site import WeightSite
-from adaptc.rewriter.swap.derive import MethodOnSite, forms_of
+from adaptc.methods.virtual_tokens import AttentionMethod
+from adaptc.rewriter.swap.derive import MethodOnSite, forms_of, no_form
 from adaptc.rewriter.swap.form import NoFormError
+from adaptc.rewriter.swap.prefix import VIRTUAL_TOKENS
 from adaptc.rewriter.swap.record import KEY, SlotRecord
 from adaptc.weights import seeded
 
@@ -120,6 +122,8 @@ class DeployedProgram:
             raise WeightError(f"{adapter}: {error}", WAY_OUT) from None
         dtypes = {name: slot.site.dtype for slot in self.record.slots.weights.values() for name in slot.dims}
         dtypes |= {name: parameter.dtype for name, parameter in self.record.parameters.items()}
+        if self.record.slots.prefix is not None:
+            dtypes[VIRTUAL_TOKENS] = self.record.slots.prefix.dtype
         return {name: tensor.to(dtypes[name]).contiguous() for name, tensor in named.items()}
 
     def _derived(self, member: MethodOnSite, param: Param) -> torch.Tensor:
@@ -183,14 +187,13 @@ def _members(
     """
     declaration = declared(checkpoint)
     method: Method[Any] = declaration.method(**declaration.options)
-    if not isinstance(method, WeightMethod):
-        raise WeightError(
-            f"{checkpoint.path}: {method.name} changes no weight, so it cannot be swapped here", WAY_OUT
-        )
-    sites = [site for site in _sites(record, method) if _held(record, checkpoint, method, site)]
+    if not isinstance(method, WeightMethod | AttentionMethod):
+        raise WeightError(f"{checkpoint.path}: {method.name} cannot be swapped: {no_form(method)}", WAY_OUT)
+    adapted: Any = method  # of one of the two kinds, as its sites are
+    sites = _sites_of(record, checkpoint, adapted)
     whole = next(c for c in METHODS.values() if c.peft is not None and c.peft.joins == "modules_to_save")()
     saved = [site for site in _sites(record, whole) if site.module in checkpoint.saved_modules]
-    groups = [(method, sites), (whole, saved)] if saved else [(method, sites)]
+    groups: list[tuple[Method[Any], Sequence[Any]]] = [(adapted, sites), (whole, saved)]
     expected: dict[str, Param] = {}
     members: list[tuple[MethodOnSite, dict[str, str]]] = []
     for instance, places in groups:
@@ -211,6 +214,20 @@ def _members(
         (member, {name: loaded[key] for name, key in names.items() if key in loaded})
         for member, names in members
     ]
+
+
+def _sites_of(record: SlotRecord, checkpoint: Checkpoint, method: Method[Any]) -> Sequence[Any]:
+    """The sites of a program that a checkpoint adapts.
+
+    Raises:
+        WeightError: it has virtual tokens, for which the program has no place.
+    """
+    if not isinstance(method, AttentionMethod):
+        return [site for site in _sites(record, method) if _held(record, checkpoint, method, site)]
+    if record.slots.prefix is None:
+        message = f"{checkpoint.path}: the program has no place for virtual tokens"
+        raise WeightError(f"{message}: {_places(record)}", WAY_OUT)
+    return record.slots.prefix.sites
 
 
 def _sites(record: SlotRecord, method: Method[Any]) -> list[WeightSite]:
@@ -272,7 +289,11 @@ def _module_of(record: SlotRecord, key: str) -> str:
 
 def _places(record: SlotRecord) -> str:
     modules = dict.fromkeys(
-        [*(slot.site.module for slot in record.slots.weights.values()), *record.slots.whole]
+        [
+            *(slot.site.module for slot in record.slots.weights.values()),
+            *record.slots.whole,
+            *(site.module for site in (record.slots.prefix.sites if record.slots.prefix else ())),
+        ]
     )
     shown = list(modules)[:4]
     return f"it has places on {', '.join(shown)}" + (

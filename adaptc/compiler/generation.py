@@ -20,6 +20,7 @@ from adaptc.ir.module import bind
 from adaptc.optional import optional
 from adaptc.rewriter.cache.cache import Cache
 from adaptc.rewriter.cache.cross import Decoder, Encoder, crossed
+from adaptc.rewriter.cache.first_past import FirstPast, WithoutVirtualTokens, one_token, virtual_tokens
 from adaptc.rewriter.cache.inputs import token_ids
 from adaptc.rewriter.cache.past import SEEN, TOTAL
 from adaptc.rewriter.cache.signature import PAST_PREFIX, dtype, past_of
@@ -58,6 +59,26 @@ class EncoderStep(nn.Module):
         return dict(zip(self.gives, self.graph(*given.values()), strict=True))
 
 
+class FirstStep(nn.Module):
+    """The keys and values of the virtual tokens in front of every text, by the names of the decoder's inputs.
+
+    Args:
+        graph: a graph with virtual tokens; weights are loaded.
+    """
+
+    def __init__(self, graph: Graph):
+        super().__init__()
+        part = run(graph, [FirstPast()])
+        self.inputs, self.gives = part.inputs, part.outputs
+        self.graph = bind(part).eval()
+
+    def forward(self) -> dict[str, torch.Tensor]:
+        """The keys and values, `(1, heads, virtual, size)`."""
+        device = next((tensor.device for tensor in self.graph.parameters()), None)
+        given = [value.to(device) for value in one_token(self.inputs).values()]
+        return dict(zip(self.gives, self.graph(*given), strict=True))
+
+
 class Step(nn.Module):
     """A decoder's graph on new tokens, beside buffers that hold the keys and values of the past.
 
@@ -70,13 +91,18 @@ class Step(nn.Module):
 
     def __init__(self, graph: Graph):
         super().__init__()
-        cached = run(graph, [Decoder(), Cache(buffers=True)])
+        self.first = FirstStep(graph) if virtual_tokens(graph) else None
+        cached = run(graph, [WithoutVirtualTokens(), Decoder(), Cache(buffers=True)])
         ids = token_ids(cached)
         assert isinstance(ids, fx.Node)
         names = {node: spec.name for node, spec in zip(cached.placeholders, cached.inputs, strict=True)}
         self.ids, self.inputs = names[ids], cached.inputs
         self.words = _logits(cached)
         self.graph = bind(cached).eval()
+
+    def empty(self, room: int) -> Buffers:
+        """The past of a text without tokens, with room for so many."""
+        return Buffers(self.buffers_of, room, None if self.first is None else self.first())
 
     @property
     def buffers_of(self) -> list[InputSpec]:
@@ -101,6 +127,8 @@ class Step(nn.Module):
         past.reserve(batch, count, ids.device)
         seen = torch.empty(1, dtype=torch.bool, device=ids.device).expand(past.length)
         given = {self.ids: ids, SEEN: seen, **more}
+        if past.virtual and "position_ids" in given:
+            given["position_ids"] = given["position_ids"] + past.virtual
         given |= {spec.name: tensor for spec, tensor in zip(self.buffers_of, past.tensors, strict=True)}
         for spec in self.inputs:
             if spec.dims[1:] == (TOTAL,):
@@ -115,7 +143,7 @@ def _mask(spec: InputSpec, mask: torch.Tensor | None, past: Buffers, ids: torch.
     """A mask as long as the buffers; the graph itself hides what is behind the new tokens."""
     whole = torch.ones(len(ids), past.room, dtype=dtype(spec), device=ids.device)
     if mask is not None:
-        whole[:, : mask.shape[1]] = mask
+        whole[:, past.virtual : past.virtual + mask.shape[1]] = mask
     return whole
 
 
@@ -187,7 +215,7 @@ def _writer_class() -> type[nn.Module]:
             """The logits of new tokens."""
             ids = input_ids if decoder_input_ids is None else decoder_input_ids
             assert ids is not None
-            past = past_key_values or Buffers(self.step.buffers_of, ids.shape[1])
+            past = past_key_values or self.step.empty(ids.shape[1])
             tensors = {name: value for name, value in more.items() if isinstance(value, torch.Tensor)}
             if position_ids is not None:
                 tensors["position_ids"] = position_ids.expand(len(ids), -1)
@@ -241,7 +269,8 @@ class Generator:
         if self._longest is not None:
             _check_length(prompt, room, self._longest)
         if options.setdefault("use_cache", True):  # whatever the configuration says: training switches it off
-            options["past_key_values"] = Buffers(self.step.buffers_of, room)
+            with torch.no_grad():
+                options["past_key_values"] = self.step.empty(room)
         with torch.no_grad():
             return self._writer.generate(inputs, **options)
 

@@ -43,6 +43,7 @@ from adaptc.ir.interpreter import Batches, Run
 from adaptc.ir.nodes import writes_in_place
 from adaptc.rewriter.cache.cache import Cache, tokens_meet
 from adaptc.rewriter.cache.cross import Decoder, Encoder, crossed
+from adaptc.rewriter.cache.first_past import Behind, WithoutVirtualTokens, first_past
 from adaptc.rewriter.cache.inputs import new_tokens, token_ids
 from adaptc.rewriter.cache.signature import CacheSignature
 from adaptc.rewriter.pipeline import Pass, run
@@ -293,7 +294,11 @@ def write_onnx(
     about: dict[str, Any] = {
         "nodes": written.nodes,
         "opset": written.opset,
-        "inputs": {spec.name: str(spec).replace("bfloat16", "float32") for spec in parts[0].inputs},
+        "inputs": {
+            spec.name: str(spec).replace("bfloat16", "float32")
+            for spec in parts[0].inputs
+            if spec.name not in (overridable or {})
+        },
         "outputs": list(parts[0].outputs),
     }
     if attentions:
@@ -355,9 +360,11 @@ def _split(whole: Graph, part: Graph, overridable: Dims) -> tuple[Dims, dict[str
         overridable: the sizes of all of them.
     """
     names = {str(node.target) for node in part.nodes if node.op == "get_attr"}
+    names |= {spec.name for spec in part.inputs}
+    dtypes = {spec.name: getattr(torch, spec.dtype) for spec in whole.inputs}
     read = {name: sizes for name, sizes in overridable.items() if name in names}
     unread = {
-        name: (len(sizes), whole.weights[name].dtype)
+        name: (len(sizes), dtypes[name] if name in dtypes else whole.weights[name].dtype)
         for name, sizes in overridable.items()
         if name not in names
     }
@@ -377,10 +384,12 @@ def programs(graph: Graph, entry: OnnxEmit) -> tuple[list[Graph], dict[str, Any]
     if not entry.cache:
         graph, attentions = with_attention(graph, entry.attention_form, entry.opset)
         return [graph], attentions
-    functional = run(graph, [Functional()])
+    first = first_past(graph)
+    functional = run(graph, [WithoutVirtualTokens(), Functional()])
     encoder = [run(functional, [Encoder()])] if crossed(functional) else []
     for_runtime = entry.target_runtime == "onnxruntime"
     norms: list[Pass] = [RootMeanSquareNorms(), NormsOfSums()] if for_runtime else []
-    decoder = run(functional, [Decoder(), Cache(), *norms])
+    behind = [Behind(first)] if first else []
+    decoder = run(functional, [Decoder(), Cache(), *behind, *norms])
     decoder, attentions = with_attention(decoder, entry.attention_form, entry.opset)
     return [decoder, *encoder], attentions

@@ -22,10 +22,12 @@ from adaptc.ir.graph import Graph
 from adaptc.ir.slices import site_slices
 from adaptc.methods.method import WeightMethod
 from adaptc.methods.site import MATRIX_KINDS, WeightSite
+from adaptc.methods.virtual_tokens import AttentionMethod
 from adaptc.rewriter.expression import extract_expression
-from adaptc.rewriter.pipeline import run
+from adaptc.rewriter.pipeline import Pass, run
 from adaptc.rewriter.swap.derive import AdapterForms, MethodOnSite, Read, forms_of
 from adaptc.rewriter.swap.form import NoFormError
+from adaptc.rewriter.swap.prefix import VIRTUAL_TOKENS, InsertPrefix, PrefixSlot
 from adaptc.rewriter.swap.record import Parameter, SlotRecord
 from adaptc.rewriter.swap.slots import Slots
 from adaptc.spec.emit import PROGRAMS
@@ -75,19 +77,39 @@ def slots_of(spec: Spec, base: Graph, alternatives: Adapted) -> Slots:
     """
     problems: list[Problem] = []
     forms: list[AdapterForms] = []
+    prefix: PrefixSlot | None = None
     for name, (stated, adapted) in alternatives.items():
         with FakeTensorMode():
             try:
                 read = {n: _fake(w.shape, w.dtype) for n, w in (adapted.weights | base.weights).items()}
                 read |= {n: _fake(leaf.site.shape, torch.float64) for n, leaf in base.quantized.items()}
                 members = _members(base, adapted, len(spec.adapt))
-                forms.append(forms_of(members, read.__getitem__, read.__getitem__))
+                form = forms_of(members, read.__getitem__, read.__getitem__)
+                prefix = _same_prefix(members, form, prefix)
+                forms.append(form)
             except NoFormError as error:
                 message = f"{name!r} cannot be swapped: {error}"
                 problems.append(spec.source.problem(stated.place(error.entry), message, WAY_OUT))
     if problems:
         raise SpecError(problems)
     return Slots.of(forms)
+
+
+def _same_prefix(
+    members: Sequence[MethodOnSite], form: AdapterForms, earlier: PrefixSlot | None
+) -> PrefixSlot | None:
+    """The place of an adapter's virtual tokens, which is that of earlier adapters'.
+
+    Raises:
+        NoFormError: it is another.
+    """
+    if form.prefix is None:
+        return earlier
+    try:
+        return form.prefix.merged(earlier)
+    except NoFormError as error:
+        entry = next(member.entry for member in members if isinstance(member.method, AttentionMethod))
+        raise NoFormError(str(error), entry) from None
 
 
 def _fake(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -137,6 +159,8 @@ class Swap:
     def rounded(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Tensors in the dtypes that the program has for them."""
         dtypes = {name: slot.site.dtype for slot in self.slots.weights.values() for name in slot.dims}
+        if self.slots.prefix is not None:
+            dtypes[VIRTUAL_TOKENS] = self.slots.prefix.dtype
         dtypes |= {name: self.base.weights[name].dtype for name in self.slots.whole}
         return {name: tensor.to(dtypes[name]).contiguous() for name, tensor in tensors.items()}
 
@@ -163,6 +187,10 @@ class Swap:
             tuple(program.base.weights),
         )
 
+    def open_graph(self) -> Graph:
+        """The program's graph as it is written: a prefix of any number of tokens is an input."""
+        return self._with({}, [self.slots.prefix.insertion(None)] if self.slots.prefix is not None else [])
+
     def graph(self, tensors: Mapping[str, torch.Tensor] | None = None) -> Graph:
         """The program's graph as it runs.
 
@@ -170,9 +198,15 @@ class Swap:
             tensors: an adapter in its slots; None for the base.
         """
         given = tensors or {}
+        count = len(given.get(VIRTUAL_TOKENS, ()))
+        prefix = self.slots.prefix.insertion(count) if self.slots.prefix is not None and count else None
+        return self._with(given, [] if prefix is None else [prefix])
+
+    def _with(self, given: Mapping[str, torch.Tensor], prefix: Sequence[InsertPrefix]) -> Graph:
         ranks = {site: _rank(slot.dims, given) for site, slot in self.slots.weights.items() if slot.rank}
         slots = self.slots.insertion({site: rank for site, rank in ranks.items() if rank is not None})
-        graph = run(self.base, [slots]) if self.slots.weights else self.base.copy()
+        passes: list[Pass] = [*([slots] if self.slots.weights else []), *prefix]
+        graph = run(self.base, passes) if passes else self.base.copy()
         graph.weights.update({name: Held(value) for name, value in given.items()})
         return lower(graph)
 

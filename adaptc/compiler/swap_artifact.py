@@ -19,6 +19,7 @@ from adaptc.emit.onnx.evaluate import evaluate
 from adaptc.emit.onnx.export import Wrote
 from adaptc.errors import ProofError
 from adaptc.ir.interpreter import Run
+from adaptc.rewriter.swap.prefix import VIRTUAL_TOKENS
 from adaptc.rewriter.swap.record import KEY
 from adaptc.spec.emit import OnnxEmit
 from adaptc.weights import seeded
@@ -45,9 +46,9 @@ def write_swap(
         AdaptcError: the exporter fails, or the file cannot be written.
     """
     told, places = {KEY: swap.record().to_json()}, (path, final)
-    return write_onnx(
-        swap.program, swap.graph(), entry, *places, wrote, beside, encoder_path, swap.dims(), told
-    )
+    options = (wrote, beside, encoder_path, swap.dims(), told)
+    file = write_onnx(swap.program, swap.open_graph(), entry, *places, *options)
+    return file if file.unrounded is None else replace(file, unrounded=evaluate(swap.graph()))
 
 
 def write_swap_program(
@@ -151,6 +152,10 @@ def _random(swap: Swap, strength: float) -> dict[str, torch.Tensor]:
             noise = torch.randn(shape, generator=seeded(0, name), dtype=torch.float64)
             scale = len(shape) == 1
             tensors[name] = 1 + 0.1 * strength * noise if scale else 0.1 * strength**0.5 * noise
+    if swap.slots.prefix is not None:
+        shape = (RANKS[0], swap.slots.prefix.columns)
+        noise = torch.randn(shape, generator=seeded(0, VIRTUAL_TOKENS), dtype=torch.float64)
+        tensors[VIRTUAL_TOKENS] = strength * noise
     for name in swap.slots.whole:
         value = swap.base.weights[name].exact().double()
         tensors[name] = value + 0.1 * strength * torch.randn(

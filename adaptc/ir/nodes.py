@@ -26,6 +26,9 @@ ADAPTATION = "adaptation"
 """The key of the adaptation whose expression a node is part of; a node of the base has none."""
 VERIFIED = "verified"
 """The key of the `signature` that a node had when its value was last computed."""
+REAL = "real"
+"""The key, at a value for virtual and real tokens: the name of the input of the real tokens' ids, the name of the node
+that has the value for the real tokens alone, and whether the virtual tokens are in front of them."""
 CUT = "cut"
 """The key that marks the last node of a segment whose activations are computed again for the gradient."""
 

@@ -24,12 +24,16 @@ from adaptc.emit.onnx.standard_attention import StandardAttention
 from adaptc.emit.onnx.written_attention import FusedAttention
 from adaptc.ir.graph import Graph
 from adaptc.methods.method import METHODS
+from adaptc.methods.point_sites import AttentionSite
 from adaptc.quantization.scheme import SCHEMES
 from adaptc.rewriter.cache.cache import Cache
 from adaptc.rewriter.cache.cross import Decoder, Encoder
+from adaptc.rewriter.cache.first_past import Behind, FirstPast, WithoutVirtualTokens
 from adaptc.rewriter.catalog import load_passes
 from adaptc.rewriter.pipeline import Pass
+from adaptc.rewriter.swap.prefix import PrefixSlot
 from adaptc.tracing.export import export
+from adaptc.weights import Held, Weight
 from tests.golden import models
 from tests.golden.models import traced
 
@@ -59,6 +63,20 @@ def lora(target: str = "*", **options: Any) -> Any:
 def calibrated() -> Graph:
     """With inputs, for schemes that look at them."""
     return dataclasses.replace(traced(models.Layer), calibration_rows=[{"x": torch.randn(9, 8)}])
+
+
+def prompt() -> Any:
+    return passes.InsertPrompt("*", num_virtual_tokens=2)
+
+
+def two_tokens() -> dict[str, Weight]:
+    """Keys and values of two virtual tokens."""
+    return {f"past_key_values.0.{kind}": Held(torch.zeros(1, 1, 2, 16)) for kind in ("key", "value")}
+
+
+def prefix_slot() -> PrefixSlot:
+    sites = tuple(site for site in traced(models.Attention).points if isinstance(site, AttentionSite))
+    return PrefixSlot(sites, 1, torch.float32)
 
 
 def follows_training() -> Pass:
@@ -111,6 +129,10 @@ def cases() -> dict[str, Callable[[], Case]]:
         "cache in buffers": lambda: (traced(models.Writer), [Cache(buffers=True)]),
         "encoder": lambda: (models.translating(), [Encoder()]),
         "decoder": lambda: (models.translating(), [Decoder()]),
+        "without-virtual-tokens": lambda: (traced(models.Writer), [prompt(), WithoutVirtualTokens()]),
+        "first-past": lambda: (traced(models.Writer), [prompt(), FirstPast()]),
+        "behind-first-past": lambda: (traced(models.Writer), [Cache(), Behind(two_tokens())]),
+        "insert-prefix-slot": lambda: (traced(models.Attention), [prefix_slot().insertion(None)]),
         "root-mean-square-norms": lambda: (traced(models.Writer), [Evaluate(), RootMeanSquareNorms()]),
         "norms-of-sums": lambda: (traced(models.Writer), [Evaluate(), RootMeanSquareNorms(), NormsOfSums()]),
         "fused-attention": lambda: (traced(models.ByHand), [Evaluate(), Cache(), FusedAttention()]),

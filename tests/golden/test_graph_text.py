@@ -38,7 +38,8 @@ def shown(graph: Graph) -> str:
         for size, name in zip(node.meta["val"].shape, spec.dims, strict=True):
             if isinstance(name, str):
                 text = re.sub(rf"\b{size}\b", name, text)
-    text = text.replace("seq + past", "past + seq")  # torch sorts its symbols by their names
+    for name in ("past", "virtual"):  # torch sorts its symbols by their names
+        text = text.replace(f"seq + {name}", f"{name} + seq")
     lines = text.splitlines()
     return "".join(textwrap.fill(line, COLUMNS, subsequent_indent="    ") + "\n" for line in lines)
 

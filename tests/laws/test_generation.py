@@ -59,6 +59,23 @@ def test_a_model_handed_in_whose_configuration_has_no_cache(zoo: Zoo) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "prompt", "prefix"])
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_an_adapted_encoder_decoder_writes_as_without_a_cache(zoo: Zoo, name: str, method: str) -> None:
+    compiled = zoo.compiled(name, [entry(method, name)])
+    perturb(compiled.module)
+    tensors = inputs(name, 3, 7, pad=True)
+    main, mask = tensors["input_ids"], tensors["attention_mask"]
+    got = compiled.generate(main, 14, attention_mask=mask, decoder_start_token_id=2, **GREEDY)
+    want, module = torch.full((3, 1), 2), compiled.module.eval()
+    for _ in range(14):
+        with torch.no_grad():
+            logits = module(input_ids=main, attention_mask=mask, decoder_input_ids=want)["logits"]
+        want = torch.cat([want, logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["t5", "bart", "whisper"])
 def test_an_encoder_decoder_as_transformers_writes(zoo: Zoo, name: str) -> None:
     model: Any = zoo.eager(name)

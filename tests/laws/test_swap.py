@@ -11,8 +11,9 @@ import torch
 
 from adaptc.compiler.compiled import Compiled
 from adaptc.compiler.swap_artifact import BASE
+from adaptc.emit.onnx.cached import read_signature
 from adaptc.emit.onnx.runtime import open_session, session_call
-from adaptc.errors import AdaptcError, SpecError
+from adaptc.errors import AdaptcError, RefusedError, SpecError
 from adaptc.ir.module import bind
 from adaptc.methods.method import METHODS
 from adaptc.weights import Held
@@ -31,7 +32,7 @@ SWAPPED = {
         "ia3",
         "layernorm",
     ),
-    *("hra", "lora", "miss", "qalora", "randlora", "vblora", "vera"),
+    *("hra", "lora", "miss", "p-tuning-v2", "prefix", "qalora", "randlora", "vblora", "vera"),
 }
 """The methods that a program can take; the others are refused, each in its own words."""
 REFUSED = sorted(METHODS.keys() - SWAPPED)
@@ -40,7 +41,13 @@ REFUSED = sorted(METHODS.keys() - SWAPPED)
 def one(method: str) -> str:
     """The base that stands for all."""
     kinds = METHODS[method].kinds
-    return "llama" if kinds <= {"embedding", "input"} else "bert" if "parameter" in kinds else "block"
+    return (
+        "llama"
+        if kinds <= {"embedding", "input", "attention"}
+        else "bert"
+        if "parameter" in kinds
+        else "block"
+    )
 
 
 def alternatives(zoo: Zoo, method: str, name: str, **spec: Any) -> Compiled:
@@ -54,7 +61,7 @@ def alternatives(zoo: Zoo, method: str, name: str, **spec: Any) -> Compiled:
     return compiled
 
 
-QUICK = ("lora", "ia3", "oft", "prefix")
+QUICK = ("lora", "ia3", "oft", "bottleneck")
 """The methods of the quick laws."""
 
 
@@ -103,3 +110,79 @@ def test_what_cannot_be_swapped_says_why(zoo: Zoo, method: str, tmp_path: Path) 
     compiled = alternatives(zoo, method, name)  # it is refused only where it is to be swapped
     with pytest.raises(AdaptcError, match="cannot be swapped"):
         compiled.emit("onnx", tmp_path / "base.onnx", adapters="swap")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize("bits", ["float", "int4"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "gemma2", "mixtral", "bert", "t5"])
+def test_prefixes_are_swapped(zoo: Zoo, name: str, bits: str, cache: bool, tmp_path: Path) -> None:
+    """Beyond a sliding window, over bits, behind a cache: no virtual tokens are the base, exactly."""
+    if cache and name in ("bert", "t5"):
+        pytest.skip("refused: see below")
+    spec = (
+        {"quantize": [{"method": "int4", "target": "all-linear", "block_size": 16}]} if bits == "int4" else {}
+    )
+    compiled = alternatives(zoo, "prefix", name, **spec)
+    options = {"cache": cache, "adapters": "swap", "round_activations": False}
+    compiled.emit("onnx", tmp_path / "base.onnx", **options)
+    session, batch = open_session(tmp_path / "base.onnx"), inputs(name)
+    signature = read_signature(tmp_path / "base.onnx")
+    whole = batch if signature is None else {**batch, **signature.empty(len(batch["input_ids"]))}
+    logits = compiled.base.outputs.index("logits")
+
+    def run(adapter: Any = None) -> torch.Tensor:
+        return session_call(session, adapter)(whole)[logits]
+
+    def want(program: Any) -> torch.Tensor:
+        return outputs(bind(program.live_graph()).eval(), batch, compiled.base.outputs)["logits"]
+
+    base = run()
+    close(base, want(compiled.program), 4 * 512)
+    slots = compiled.program.slots
+    assert slots is not None
+    assert slots.prefix is not None
+    columns = slots.prefix.columns
+    assert torch.equal(run({"virtual_tokens": torch.zeros(0, columns)}), base)
+    for alternative, program in compiled.alternatives.items():
+        path = tmp_path / f"{alternative}.onnx_adapter"
+        compiled.emit("onnx-adapter", path, name=alternative)
+        close(run(path), want(program), 4 * 512)
+        differs(run(path), base)
+    assert torch.equal(run(), base)
+
+
+@pytest.mark.slow
+def test_an_encoder_decoder_in_two_programs_takes_no_adapters(zoo: Zoo, tmp_path: Path) -> None:
+    compiled = alternatives(zoo, "lora", "t5")
+    with pytest.raises(RefusedError, match="an encoder-decoder with a cache is two programs") as caught:
+        compiled.emit("onnx", tmp_path / "base.onnx", adapters="swap", cache=True)
+    assert "leave `cache` out" in str(caught.value)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_prefixes_of_one_program_are_at_the_same_attentions(zoo: Zoo) -> None:
+    adapters = {
+        "all": [entry("prefix", "llama")],
+        "one": [{**entry("prefix", "llama"), "target": "*.layers.0.*"}],
+    }
+    emit = [{"format": "onnx", "path": "base.onnx", "adapters": "swap"}]
+    with pytest.raises(
+        SpecError, match=r"adapters\.one\.0.*at other attentions than those of another adapter"
+    ):
+        zoo.compiled("llama", [], adapters=adapters, emit=emit)
+
+
+@pytest.mark.parametrize(
+    ("method", "why"),
+    [
+        ("prompt", "its virtual tokens go through all layers"),
+        ("bottleneck", "it is computed between the layers, and changes no weight"),
+    ],
+)
+def test_what_is_no_weight_is_refused_in_clear_words(zoo: Zoo, method: str, why: str) -> None:
+    emit = [{"format": "onnx", "path": "base.onnx", "adapters": "swap"}]
+    with pytest.raises(SpecError, match=why) as caught:
+        zoo.compiled("llama", [], adapters={"it": [entry(method, "llama")]}, emit=emit)
+    assert "put it under `adapt`" in str(caught.value)

@@ -12,7 +12,9 @@ import torch
 
 import adaptc
 from adaptc.cli.app import main
+from adaptc.compiler.deployed import make_adapter
 from adaptc.emit.onnx.runtime import open_session, session_call
+from adaptc.errors import WeightError
 from tests.families import Zoo, close, differs, entry, inputs, perturb
 
 peft = pytest.importorskip("peft")
@@ -23,6 +25,7 @@ CONFIGURATIONS: dict[str, Callable[[], Any]] = {
     "ia3": lambda: peft.IA3Config(
         target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"
     ),
+    "prefix": lambda: peft.PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
 }
 
 
@@ -30,7 +33,11 @@ CONFIGURATIONS: dict[str, Callable[[], Any]] = {
 def program(zoo: Zoo, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The base, with places for adapters on all its layers."""
     path: Path = tmp_path_factory.mktemp("swap") / "base.onnx"
-    adapters = {"any": [entry("lora", "llama")], "scales": [entry("ia3", "llama")]}
+    adapters = {
+        "any": [entry("lora", "llama")],
+        "scales": [entry("ia3", "llama")],
+        "p": [entry("prefix", "llama")],
+    }
     adaptc.compile({"base": zoo.base_of("llama"), "adapters": adapters}).emit("onnx", path, adapters="swap")
     return path
 
@@ -51,10 +58,22 @@ def test_a_peft_adapter_on_a_deployed_program(
         main()
     assert ended.value.code == 0
     tensors = inputs("llama", 2, 9, pad=True)
+    if name == "prefix":  # PEFT counts positions itself
+        del tensors["position_ids"]
     with torch.no_grad():
         want = adapted.eval()(**tensors).logits
+    tensors = inputs("llama", 2, 9, pad=True)
     session = open_session(program)
     base = session_call(session)(tensors)[0]
     close(session_call(session, file)(tensors)[0], want)
     differs(base, want)
     assert torch.equal(session_call(session)(tensors)[0], base)
+
+
+@pytest.mark.slow
+def test_a_program_without_a_place_for_virtual_tokens_says_so(zoo: Zoo, tmp_path: Path) -> None:
+    made = adaptc.compile({"base": zoo.base_of("llama"), "adapters": {"any": [entry("lora", "llama")]}})
+    made.emit("onnx", tmp_path / "base.onnx", adapters="swap")
+    peft.get_peft_model(zoo.fresh("llama"), CONFIGURATIONS["prefix"]()).save_pretrained(tmp_path / "trained")
+    with pytest.raises(WeightError, match="the program has no place for virtual tokens: it has places on"):
+        make_adapter(tmp_path / "base.onnx", tmp_path / "trained", tmp_path / "x.onnx_adapter")

@@ -15,7 +15,7 @@ Dims = Mapping[str, Sequence[int | str]]
 
 
 def make_overridable(model: Any, dims: Dims) -> None:
-    """Let weights of a program be inputs of it that may be left out, in place.
+    """Let weights of a program, or inputs of it, be inputs that may be left out, in place.
 
     What ONNX Runtime knows of shapes below a weight whose size may vary must be forgotten already. A bfloat16 weight
     becomes float32: no array has that type.
@@ -25,19 +25,23 @@ def make_overridable(model: Any, dims: Dims) -> None:
     """
     import onnx_ir as ir
 
+    inputs = {value.name: value for value in model.graph.inputs}
     for name, sizes in dims.items():
-        value = model.graph.initializers.get(name)
+        value = model.graph.initializers.get(name) or inputs.get(name)
         if value is None:
             raise AdaptcError(f"{name} is no weight of the ONNX program, so no adapter can replace it")
-        narrow = value.const_value.dtype == ir.DataType.BFLOAT16
-        dtype = ir.DataType.FLOAT if narrow else value.const_value.dtype
+        narrow = value.dtype == ir.DataType.BFLOAT16
+        dtype = ir.DataType.FLOAT if narrow else value.dtype
         if any(isinstance(size, str) for size in sizes):
             value.const_value = _empty([0 if isinstance(size, str) else size for size in sizes], dtype, name)
         elif narrow:
             value.const_value = _widened(value.const_value, name)
         value.shape = ir.Shape(sizes)
         value.type = ir.TensorType(dtype)
-        model.graph.inputs.append(value)
+        if name in inputs:
+            model.graph.initializers.add(value)
+        else:
+            model.graph.inputs.append(value)
 
 
 def declare_unread(model: Any, unread: Mapping[str, tuple[int, torch.dtype]]) -> None:

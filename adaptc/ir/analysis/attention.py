@@ -194,7 +194,7 @@ def _upstream(tokens: Tokens) -> Tokens | None:
             swapped.get(axis, axis) for axis in (tokens.sequence, tokens.heads, tokens.features)
         )
         return Tokens(node, 0, sequence, heads, features)
-    if name in ("reshape", "view", "flatten") and tokens.heads == 1:
+    if name in ("reshape", "view", "_unsafe_view", "flatten") and tokens.heads == 1:
         return _upstream_of_repeat(tokens, node)
     if name == "repeat_interleave" and args[2:3] == (tokens.heads,):
         return replace(tokens, user=node, argument=0)

@@ -17,7 +17,7 @@ from adaptc.ir.analysis.token_map import Join, content_of
 from adaptc.ir.graph import Graph
 from adaptc.ir.nodes import operation, size_expression
 from adaptc.ir.verify import refresh
-from adaptc.rewriter.cache.inputs import drop_unread, token_ids
+from adaptc.rewriter.cache.inputs import drop_unread, forget_unread, token_ids
 from adaptc.rewriter.cache.past import add_input, as_input, as_operand
 from adaptc.rewriter.pipeline import Pass
 
@@ -58,8 +58,8 @@ class Encoder(Pass):
         end = next(node for node in graph.nodes if node.op == "output")
         with graph.module.graph.inserting_before(end):
             for join in crossed(graph):
-                results[join.present] = as_input(graph, join.tokens, join.tokens.node, _heads(graph, join))
-        _give(graph, results)
+                results[join.present] = as_input(graph, join.tokens, join.tokens.node, heads_of(graph, join))
+        give_alone(graph, results)
         return True
 
 
@@ -85,7 +85,7 @@ class Decoder(Pass):
             with graph.module.graph.inserting_before(join.tokens.user):
                 whole = as_operand(graph, join.tokens, node)
             replace_operand(join.tokens.user, join.tokens.argument, whole)
-        _give(graph, {name: node for name, node in _results(graph).items() if name not in encoder})
+        give_alone(graph, {name: node for name, node in _results(graph).items() if name not in encoder})
         return True
 
 
@@ -103,7 +103,7 @@ def _without_ids(graph: Graph) -> dict[str, fx.Node]:
     return {name: node for name, node in _results(graph).items() if node not in content}
 
 
-def _heads(graph: Graph, join: Join) -> int:
+def heads_of(graph: Graph, join: Join) -> int:
     """How many heads an attention's keys or values have."""
     batches = [node.meta["val"].shape[0] for node in graph.placeholders if node.meta["val"].dim()]
     heads = join.tokens.count(batches)
@@ -113,7 +113,7 @@ def _heads(graph: Graph, join: Join) -> int:
 
 def _insert(graph: Graph, join: Join) -> fx.Node:
     """Insert the input of keys or values that the encoder gives."""
-    tokens, heads = join.tokens, _heads(graph, join)
+    tokens, heads = join.tokens, heads_of(graph, join)
     value = tokens.node.meta["val"]
     batch = value.shape[0] if tokens.heads is not None else value.shape[0] // heads
     sizes = (batch, heads, value.shape[tokens.sequence], tokens.size)
@@ -133,7 +133,7 @@ def _spec(graph: Graph, join: Join, node: fx.Node) -> InputSpec:
     return InputSpec(join.name, str(value.dtype).removeprefix("torch."), dims)
 
 
-def _give(graph: Graph, results: dict[str, fx.Node]) -> None:
+def give_alone(graph: Graph, results: dict[str, fx.Node]) -> None:
     """Let a graph give these outputs, and take only the inputs that they need."""
     output = next(node for node in graph.nodes if node.op == "output")
     output.args = (tuple(results.values()),)
@@ -143,23 +143,26 @@ def _give(graph: Graph, results: dict[str, fx.Node]) -> None:
     nodes.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     _measure_elsewhere(graph)
     drop_unread(graph)
+    forget_unread(graph)
     refresh(graph)
 
 
 def _measure_elsewhere(graph: Graph) -> None:
-    """Read sizes and devices from inputs that are needed, where only those are read of another input."""
-    needed = [node for node in graph.placeholders if not all(_measures(user) for user in node.users)]
+    """Read sizes and devices from inputs that are needed, where only those are read of another value."""
+    output = next(node for node in graph.nodes if node.op == "output")
+    by_value = set(walk([output], lambda node: [] if _measures(node) else node.all_input_nodes))
+    needed = [node for node in graph.placeholders if node in by_value]
     places = {
         size_expression(size): (node, axis)
         for node in reversed(needed)
         for axis, size in enumerate(node.meta["val"].shape)
     }
-    for node in graph.placeholders:
-        for user in [] if node in needed else list(node.users):
-            if user.target is getattr:
-                user.replace_input_with(node, needed[0])
-            elif (place := places.get(size_expression(user.meta["val"]))) is not None:
-                user.args = place
+    for user in [node for node in graph.nodes if _measures(node) and node.args[0] not in by_value]:
+        if user.target is getattr:
+            user.args = (needed[0], *user.args[1:])
+        elif (place := places.get(size_expression(user.meta["val"]))) is not None:
+            user.args = place
+    graph.module.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     _in_order(graph)
 
 

@@ -37,6 +37,16 @@ def new_tokens(graph: Graph) -> str:
     return str(spec.dims[1])
 
 
+def forget_unread(graph: Graph) -> None:
+    """Forget the adaptations of which a graph reads no tensor any more."""
+    read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    graph.adaptations = [
+        adaptation
+        for adaptation in graph.adaptations
+        if any(name in read for name, _ in adaptation.params.values())
+    ]
+
+
 def drop_unread(graph: Graph) -> None:
     """Remove inputs that nothing reads."""
     pairs = list(zip(graph.placeholders, graph.inputs, strict=True))

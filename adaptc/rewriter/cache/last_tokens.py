@@ -114,7 +114,18 @@ class LastTokens:
             return self.call(operator.add, tokens, int(more), like=size)
         if times.is_Integer:
             return self.call(operator.mul, tokens, int(times), like=size)
+        others = self._read_from_input(more, size)
+        if others is not None:
+            return self.call(operator.add, tokens, others, like=size)
         raise MixesTokensError(f"%{size.name} counts other things than tokens")
+
+    def _read_from_input(self, formula: Any, like: fx.Node) -> fx.Node | None:
+        """A size as that of an input that is not along the tokens, such as of virtual ones; None without one."""
+        for node in self.graph.placeholders:
+            shape = [] if node not in self.traced or self.has_tokens(node) else self.shape(node)
+            if formula in shape:
+                return self.call(aten.sym_size.int, node, shape.index(formula), like=like)
+        return None
 
     def rows(self, node: Any) -> Any:
         """What has as many entries as there are rows, new tokens of all sequences: for those."""

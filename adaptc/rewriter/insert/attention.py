@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ from adaptc.rewriter.expression import splice
 from adaptc.rewriter.insert.base import Insert
 from adaptc.rewriter.insert.masks import Masks
 from adaptc.rewriter.insert.positions import move_positions
+from adaptc.rewriter.pipeline import Pass
 
 aten = torch.ops.aten
 FLOOR_DIVIDE = cast("Any", operator.floordiv)  # pyright: ignore[reportUnknownMemberType] (untyped in typeshed)
@@ -50,23 +52,48 @@ class InsertAttention(Insert[AttentionMethod, AttentionSite], inserts=AttentionM
         with graph.fake_mode:
             traced = self.traced(method, "tokens", sites[0], method.tokens, [], values)
         first = next(node for node in graph.nodes if node.op == "call_function")
-        by_product = {attention.mixed.name: attention for attention in find_attentions(graph.nodes)}
-        attentions = [by_product[site.uses[1].node] for site in sites]
-        tokens = splice(graph, traced, list(theta.values()), attentions[0].mixed, marks[0], before=first)
-        move_positions(graph, attentions, method.num_virtual_tokens)
-        masks = Masks(graph, method.num_virtual_tokens, self)
-        starts = method.columns(sites)[:-1]
-        for number, (site, attention) in enumerate(zip(sites, attentions, strict=True)):
-            masks.widen(attention)
-            start = starts[number * method.num_transformer_submodules % len(starts)]
-            heads = site.heads
-            assert heads is not None
-            for real, size in ((keys_of(attention), heads.key), (values_of(attention), heads.value)):
-                assert real is not None
-                _put_in_front(graph, real, tokens, start, heads.count, size)
-                start += heads.count * size
-        refresh(graph)
+        like = graph.by_name()[sites[0].uses[1].node]
+        tokens = splice(graph, traced, list(theta.values()), like, marks[0], before=first)
+        put_tokens(graph, method, sites, tokens, method.num_virtual_tokens, self)
         return True
+
+
+def put_tokens(
+    graph: Graph,
+    method: AttentionMethod,
+    sites: Sequence[AttentionSite],
+    tokens: fx.Node,
+    count: int | fx.Node,
+    source: Pass,
+) -> None:
+    """Put virtual tokens in front of attentions, let every mask show them, and count positions from behind them.
+
+    Args:
+        graph: changed.
+        method: says which columns of the tokens an attention reads.
+        sites: the attentions.
+        tokens: the node of the tokens `(count, columns)`.
+        count: how many there are, or the node of this number.
+        source: the pass that asks, which refusals name.
+
+    Raises:
+        RefusedError: a mask is not understood.
+    """
+    by_product = {attention.mixed.name: attention for attention in find_attentions(graph.nodes)}
+    attentions = [by_product[site.uses[1].node] for site in sites]
+    move_positions(graph, attentions, count)
+    masks = Masks(graph, count, source)
+    starts = method.columns(sites)[:-1]
+    for number, (site, attention) in enumerate(zip(sites, attentions, strict=True)):
+        masks.widen(attention)
+        start = starts[number * method.num_transformer_submodules % len(starts)]
+        heads = site.heads
+        assert heads is not None
+        for real, size in ((keys_of(attention), heads.key), (values_of(attention), heads.value)):
+            assert real is not None
+            _put_in_front(graph, real, tokens, start, heads.count, size)
+            start += heads.count * size
+    refresh(graph)
 
 
 def _put_in_front(graph: Graph, real: Tokens, tokens: fx.Node, start: int, heads: int, size: int) -> None:

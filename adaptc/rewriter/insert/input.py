@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
 from adaptc.errors import Refusal, RefusedError
-from adaptc.inputs import IGNORED, LABELS
 from adaptc.ir.graph import Graph
-from adaptc.ir.nodes import module_of
 from adaptc.ir.selection import Selection
 from adaptc.ir.verify import refresh
 from adaptc.methods.point_sites import InputSite
 from adaptc.methods.virtual_tokens import InputMethod
 from adaptc.rewriter.expression import splice
 from adaptc.rewriter.insert.base import Insert
-from adaptc.rewriter.insert.virtual_tokens import TokenPlacement
+from adaptc.rewriter.insert.virtual_tokens import TokenPlacement, end_of_module, filler_of
 from adaptc.weights import Held
 
 aten = torch.ops.aten
@@ -52,7 +49,7 @@ class InsertInput(Insert[InputMethod, InputSite], inserts=InputMethod):
             return [
                 Refusal(f"{reason}: make it dynamic, such as {ids.target}: {spec.dtype}[{dims}]", (ids.name,))
             ]
-        unknown = [str(n.target) for n, _ in _sequences(graph, ids) if _filler(graph, n, ids) is None]
+        unknown = [str(n.target) for n, _ in _sequences(graph, ids) if filler_of(graph, n, ids) is None]
         if unknown:
             reason = f"{self.name}: it is not known what the input {unknown[0]!r} is for a virtual token"
             note = (
@@ -84,9 +81,9 @@ class InsertInput(Insert[InputMethod, InputSite], inserts=InputMethod):
         positions = self._positions(graph, method)
         placement = TokenPlacement(graph, method.num_virtual_tokens, ids, embedding, positions)
         for node, axis in _sequences(graph, ids):
-            placement.lengthen(node, axis, _filler(graph, node, ids), first)
+            placement.lengthen(node, axis, filler_of(graph, node, ids), first)
         refresh(graph)
-        placement.put(tokens, _end_of_module(embedding))
+        placement.put(tokens, end_of_module(graph, embedding))
         refresh(graph)
         try:
             placement.restore_outputs()
@@ -119,32 +116,3 @@ def _sequences(graph: Graph, ids: fx.Node) -> list[tuple[fx.Node, int]]:
     length = dims[str(ids.target)][1]
     inputs = [(node, dims[str(node.target)]) for node in graph.placeholders]
     return [(node, sizes.index(length)) for node, sizes in inputs if length in sizes]
-
-
-def _filler(graph: Graph, node: fx.Node, ids: fx.Node) -> int | str | None:
-    """The value of an input for a virtual token; "position" where it counts tokens; None where that is not known."""
-    name = str(node.target)
-    if (
-        node is ids
-    ):  # its embedding is never read, but a mask may be computed from it: any id that is not padding
-        config = getattr(graph.source.pretrained, "config", None)
-        return 1 if getattr(config, "pad_token_id", 0) != 1 else 0
-    if name == LABELS:
-        return IGNORED
-    dtype = node.meta["val"].dtype
-    if (
-        "mask" in name and dtype.is_floating_point
-    ):  # a token is 1 in a mask that multiplies, 0 in one that is added
-        return None
-    if "padding_mask" in name and dtype == torch.bool:  # torch's own: true where a token is padding
-        return 0
-    fillers: Mapping[str, int | str] = {"position": "position", "mask": 1, "token_type_ids": 0}
-    return next((filler for part, filler in fillers.items() if part in name), None)
-
-
-def _end_of_module(embedding: fx.Node) -> fx.Node:
-    """The last operation of an embedding's module, which may scale the rows that it looked up."""
-    node, module = embedding, module_of(embedding)[0]
-    while len(node.users) == 1 and module and module_of(next(iter(node.users)))[0] == module:
-        node = next(iter(node.users))
-    return node

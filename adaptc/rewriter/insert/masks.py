@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ from adaptc.ir.analysis.attention import Attention
 from adaptc.ir.analysis.dataflow import ancestors, walk
 from adaptc.ir.graph import Graph
 from adaptc.ir.nodes import operation, provenance
+from adaptc.rewriter.insert.positions import behind
 from adaptc.rewriter.insert.relative_bias import RelativeBias, bias_table, numeric_ancestors
 from adaptc.rewriter.pipeline import Pass
 
@@ -31,11 +33,11 @@ class Masks:
 
     Args:
         graph: the host.
-        count: how many virtual tokens.
+        count: how many virtual tokens, or the node of this number.
         source: the pass that asks, which refusals name.
     """
 
-    def __init__(self, graph: Graph, count: int, source: Pass):
+    def __init__(self, graph: Graph, count: int | fx.Node, source: Pass):
         self.graph, self.count, self.source = graph, count, source
         self._padded: dict[tuple[fx.Node, float], fx.Node] = {}
         self._relative = RelativeBias(graph, count, self._padded_to)
@@ -104,8 +106,15 @@ class Masks:
             with self.graph.module.graph.inserting_before(node):
                 sizes[-1] = self._call(aten.sym_size.int, node.args[0], -1, like=node)
         elif last not in (-1, 1) and last == length:
-            sizes[-1] = last + self.count
+            with self.graph.module.graph.inserting_before(node):
+                sizes[-1] = self._more(last, node)
         node.update_arg(1, sizes)
+
+    def _more(self, length: int, like: fx.Node) -> int | fx.Node:
+        """How many keys there are with the virtual tokens."""
+        if isinstance(self.count, int):
+            return length + self.count
+        return self._call(operator.add, self.count, length, like=like)
 
     def _wider(self, mask: fx.Node, neutral: float, node: fx.Node) -> fx.Node:
         """A mask with `count` neutral columns in front; a bias that depends on positions is computed for those too.
@@ -130,7 +139,7 @@ class Masks:
     def _padded_to(self, mask: fx.Node, neutral: float) -> fx.Node:
         """A mask with `count` columns of a value in front; the same node each time it is asked for."""
         if (mask, neutral) not in self._padded:
-            with self.graph.module.graph.inserting_after(mask):
+            with self.graph.module.graph.inserting_after(behind(mask, self.count)):
                 value = bool(neutral) if mask.meta["val"].dtype == torch.bool else neutral
                 padded = self._call(aten.constant_pad_nd.default, mask, [self.count, 0], value, like=mask)
             self._padded[mask, neutral] = padded

@@ -22,7 +22,7 @@ LOOKUPS = frozenset({"embedding", "index", "index_select"})
 """Operations that look up rows of a table."""
 
 
-def move_positions(graph: Graph, attentions: Sequence[Attention], count: int) -> None:
+def move_positions(graph: Graph, attentions: Sequence[Attention], count: int | fx.Node) -> None:
     """Let the model count the tokens that these attentions see from `count` on.
 
     Two uses of positions are known: angles of rotary embeddings, and rows of a table that are looked up. A table that
@@ -33,9 +33,14 @@ def move_positions(graph: Graph, attentions: Sequence[Attention], count: int) ->
     for user, argument in dict.fromkeys([*_rotary(attentions), *_looked_up(graph, nodes, attentions, count)]):
         positions = operand(user, argument)
         if positions not in shifted:
-            with graph.module.graph.inserting_after(positions):
+            with graph.module.graph.inserting_after(behind(positions, count)):
                 shifted[positions] = graph.call(aten.add.Tensor, positions, count, like=user)
         replace_operand(user, argument, shifted[positions])
+
+
+def behind(node: fx.Node, count: int | fx.Node) -> fx.Node:
+    """The later one of a node and a count, which stands in front of all other operations."""
+    return count if isinstance(count, fx.Node) and node.op != "call_function" else node
 
 
 def _rotary(attentions: Iterable[Attention]) -> Iterator[PositionUse]:
@@ -76,7 +81,7 @@ def _reads_table(node: fx.Node) -> bool:
 
 
 def _looked_up(
-    graph: Graph, nodes: Sequence[fx.Node], attentions: Sequence[Attention], count: int
+    graph: Graph, nodes: Sequence[fx.Node], attentions: Sequence[Attention], count: int | fx.Node
 ) -> Iterator[PositionUse]:
     """Where rows of a table of positions are looked up, for tokens that one of these attentions is the first to see."""
     every = list(find_attentions(nodes))
@@ -120,11 +125,12 @@ def _counts(graph: Graph, positions: fx.Node) -> bool:
     return False
 
 
-def _has_room(node: fx.Node, positions: fx.Node, count: int) -> bool:
-    """Whether a table has `count` rows more than a sequence of fixed length reads."""
+def _has_room(node: fx.Node, positions: fx.Node, count: int | fx.Node) -> bool:
+    """Whether a table has `count` rows more than a sequence of fixed length reads; any, where the count is a node."""
     table: Any = node.args[0]
     rows, length = table.meta["val"].shape[0], positions.meta["val"].shape[-1]
-    return not isinstance(length, int) or length + count <= rows
+    more = count if isinstance(count, int) else 1
+    return not isinstance(length, int) or length + more <= rows
 
 
 def _reaches(start: fx.Node, end: fx.Node, order: dict[fx.Node, int]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -29,11 +30,11 @@ class RelativeBias:
 
     Args:
         graph: the host.
-        count: how many keys.
+        count: how many keys, or the node of this number.
         pad: makes a mask that is combined with such a bias wider: called with its node and its neutral value.
     """
 
-    def __init__(self, graph: Graph, count: int, pad: Callable[[fx.Node, float], fx.Node]):
+    def __init__(self, graph: Graph, count: int | fx.Node, pad: Callable[[fx.Node, float], fx.Node]):
         self.graph, self.count, self.pad = graph, count, pad
         self._extended: dict[tuple[fx.Node, int], fx.Node] = {}
 
@@ -71,7 +72,7 @@ class RelativeBias:
             start, end = (0, *args)[-2:]
             if not isinstance(start, int) or len(args) > 2:
                 raise ValueError("its positions do not start at a number and rise by one")
-            return [start - self.count, end]
+            return [self._before(start, node), end]
         if name in POINTWISE or torch.Tag.pointwise in getattr(node.target, "tags", ()):
             return [self._term(node, i, a, axis) for i, a in enumerate(args)]
         inner = axis
@@ -82,6 +83,13 @@ class RelativeBias:
         elif name not in PASSED and not (name == "slice" and keeps_shape(node)):
             raise ValueError(f"its bias comes through {name}, which is not followed")
         return [self.extended(args[0], inner), *args[1:]]
+
+    def _before(self, start: int, node: fx.Node) -> int | fx.Node:
+        """The number that is `count` before another."""
+        if isinstance(self.count, int):
+            return start - self.count
+        with self.graph.module.graph.inserting_before(node):
+            return self.graph.call(operator.sub, start, self.count, like=node)
 
     def _term(self, node: fx.Node, index: int, argument: object, axis: int) -> Any:
         """An operand of an operation on single numbers: extended where it depends on positions; a mask is padded."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import fx
 
+from adaptc.inputs import IGNORED, LABELS
 from adaptc.ir.analysis.dataflow import ancestors
 from adaptc.ir.graph import Graph
+from adaptc.ir.nodes import REAL, module_of
 
 aten = torch.ops.aten
 
@@ -79,6 +82,7 @@ class TokenPlacement:
                 full = self._call(aten.full_like.default, shown, filler)
                 virtual = self._call(aten.expand.default, full, sizes)
             longer = self.joined(virtual, real, axis)
+        self._mark(longer, node)
         for user in users:
             if user not in order:
                 user.replace_input_with(node, longer)
@@ -101,6 +105,7 @@ class TokenPlacement:
             if virtual.meta["val"].dtype != embedded.meta["val"].dtype:
                 virtual = self._call(aten.to.dtype, virtual, embedded.meta["val"].dtype)
             joined = self.joined(virtual, real, 1)
+        self._mark(joined, embedded)
         for user in users:
             user.replace_input_with(embedded, joined)
 
@@ -137,7 +142,47 @@ class TokenPlacement:
                     if grown.node.expr.simplify() != self.count:
                         raise ValueError(f"{node.name} has a length of {old}, which would be {new}")
                     result = self.without(result, axis)
+                    self._mark(result, node)
             output.replace_input_with(node, result)
+
+    def _mark(self, node: fx.Node, real: fx.Node) -> None:
+        """Note which node has the value for the real tokens alone, were there no virtual tokens."""
+        node.meta[REAL] = self.ids.name, real.name, self.order is None
 
     def _call(self, target: object, *args: Any, **kwargs: Any) -> fx.Node:
         return self.graph.call(target, *args, like=self.like, **kwargs)
+
+
+def filler_of(graph: Graph, node: fx.Node, ids: fx.Node) -> int | str | None:
+    """The value of an input for a virtual token; "position" where it counts tokens; None where that is not known."""
+    name = str(node.target)
+    if (
+        node is ids
+    ):  # its embedding is never read, but a mask may be computed from it: any id that is not padding
+        config = getattr(graph.source.pretrained, "config", None)
+        return 1 if getattr(config, "pad_token_id", 0) != 1 else 0
+    if name == LABELS:
+        return IGNORED
+    dtype = node.meta["val"].dtype
+    if (
+        "mask" in name and dtype.is_floating_point
+    ):  # a token is 1 in a mask that multiplies, 0 in one that is added
+        return None
+    if "padding_mask" in name and dtype == torch.bool:  # torch's own: true where a token is padding
+        return 0
+    fillers: Mapping[str, int | str] = {"position": "position", "mask": 1, "token_type_ids": 0}
+    return next((filler for part, filler in fillers.items() if part in name), None)
+
+
+def end_of_module(graph: Graph, embedding: fx.Node) -> fx.Node:
+    """The last operation of an embedding's module, which may scale the rows that it looked up.
+
+    Behind virtual tokens that are there already, it is what gives the embedded tokens without them.
+    """
+    node, module = embedding, module_of(embedding)[0]
+    lengthened = {other.meta[REAL][1] for other in graph.nodes if REAL in other.meta}
+    while len(node.users) == 1 and module and module_of(next(iter(node.users)))[0] == module:
+        before, node = node, next(iter(node.users))
+        if before.name in lengthened and node.name not in lengthened:
+            break
+    return node

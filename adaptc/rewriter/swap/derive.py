@@ -12,11 +12,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from adaptc.methods.method import WeightMethod
 from adaptc.methods.param import Param
-from adaptc.methods.point_sites import Site
+from adaptc.methods.point_sites import AttentionSite, Site
 from adaptc.methods.site import MATRIX_KINDS, WeightSite
+from adaptc.methods.virtual_tokens import AttentionMethod, InputMethod
 from adaptc.rewriter.expression import trace_expression
 from adaptc.rewriter.swap.algebra import form_of
 from adaptc.rewriter.swap.form import Form, NoFormError
+from adaptc.rewriter.swap.prefix import PrefixSlot
 
 Described = tuple[str, tuple[int, ...], torch.dtype]
 """A tensor by its name, shape and dtype."""
@@ -50,12 +52,16 @@ class AdapterForms:
     Attributes:
         weights: name of a site -> the site, whole, and the form of each of its matrices.
         whole: name of a tensor of the base -> what stands in its place: biases, and parameters that are trained whole.
+        prefixes: the virtual tokens of its attention methods, in the order of its entries.
+        prefix: where these are; None without any.
     """
 
     weights: dict[str, tuple[WeightSite, list[Form]]] = field(
         default_factory=dict[str, tuple[WeightSite, list[Form]]]
     )
     whole: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+    prefixes: list[torch.Tensor] = field(default_factory=list[torch.Tensor])
+    prefix: PrefixSlot | None = None
 
 
 def forms_of(members: Sequence[MethodOnSite], tensor: Read, base: Read) -> AdapterForms:
@@ -72,7 +78,10 @@ def forms_of(members: Sequence[MethodOnSite], tensor: Read, base: Read) -> Adapt
     forms = AdapterForms()
     for member in members:
         try:
-            _add(forms, member, tensor, base)
+            if isinstance(member.method, AttentionMethod):
+                _add_prefix(forms, member, members, tensor)
+            else:
+                _add(forms, member, tensor, base)
         except NoFormError as error:
             message = f"{member.method.name} on {member.site.module or 'the model'}: {error}"
             raise NoFormError(message, member.entry) from None
@@ -83,7 +92,7 @@ def _add(forms: AdapterForms, member: MethodOnSite, tensor: Read, base: Read) ->
     """Add a method on a site to what the methods before it make of the base."""
     method, site = member.method, member.site
     if not isinstance(method, WeightMethod) or not isinstance(site, WeightSite):
-        raise NoFormError("it changes no weight")
+        raise NoFormError(no_form(method))
     theta = {argument: tensor(name) for argument, (name, _) in member.tensors.items()}
     if site.kind not in MATRIX_KINDS:
         before = forms.whole.get(site.parameter)
@@ -101,6 +110,32 @@ def _add(forms: AdapterForms, member: MethodOnSite, tensor: Read, base: Read) ->
         forms.whole[site.bias] = site.bias_restored(
             method.bias(site.bias_of(b), **_unpacked(member, theta)), b
         )
+
+
+def no_form(method: object) -> str:
+    """Why a method that changes no weight, and is no prefix, has no form that a program takes."""
+    if isinstance(method, InputMethod):
+        return (
+            "its virtual tokens go through all layers, which a program without them has no place for; a prefix, "
+            "which has keys and values of its own, can be swapped"
+        )
+    return "it is computed between the layers, and changes no weight"
+
+
+def _add_prefix(
+    forms: AdapterForms, member: MethodOnSite, members: Sequence[MethodOnSite], tensor: Read
+) -> None:
+    """Add the virtual tokens of an attention method, which all its sites share, with the first of them."""
+    alike = [other for other in members if other.method == member.method and other.entry == member.entry]
+    if member is not alike[0]:
+        return
+    sites = tuple(other.site for other in alike if isinstance(other.site, AttentionSite))
+    theta = {argument: tensor(name) for argument, (name, _) in member.tensors.items()}
+    tokens = member.method.tokens(**theta)
+    forms.prefix = PrefixSlot(sites, member.method.num_transformer_submodules, sites[0].dtype).merged(
+        forms.prefix
+    )
+    forms.prefixes.append(tokens)
 
 
 def _composed(

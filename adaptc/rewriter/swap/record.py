@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from adaptc.methods.point_sites import AttentionSite, Heads
 from adaptc.methods.site import Layout, Use, WeightSite
+from adaptc.rewriter.swap.prefix import PrefixSlot
 from adaptc.rewriter.swap.slots import Slot, Slots
 
 KEY = "adaptc.swap"
@@ -59,6 +61,8 @@ class SlotRecord:
             name: site_json(p.site) | {"of": _dtype(p.dtype)} for name, p in self.parameters.items()
         }
         fields = {"base_sha256": self.base_sha256, "slots": slots, "parameters": parameters}
+        if self.slots.prefix is not None:
+            fields["virtual_tokens"] = prefix_json(self.slots.prefix)
         return json.dumps(fields | {"pieces": self.pieces, "modules": self.modules, "order": self.order})
 
     @classmethod
@@ -77,10 +81,33 @@ class SlotRecord:
             site: {name: _ranges(rows) for name, rows in pieces.items()}
             for site, pieces in data["pieces"].items()
         }
-        held = Slots({slot.site.name: slot for slot in slots}, tuple(parameters))
+        prefix = prefix_from_json(data["virtual_tokens"]) if "virtual_tokens" in data else None
+        held = Slots({slot.site.name: slot for slot in slots}, tuple(parameters), prefix)
         return cls(
             data["base_sha256"], held, parameters, pieces, tuple(data["modules"]), tuple(data["order"])
         )
+
+
+def prefix_json(prefix: PrefixSlot) -> dict[str, Any]:
+    """The place of a prefix as plain data."""
+    sites = [asdict(replace(site, dtype=_dtype(site.dtype))) for site in prefix.sites]  # type: ignore[arg-type]
+    return {"sites": sites, "submodules": prefix.submodules, "dtype": _dtype(prefix.dtype)}
+
+
+def prefix_from_json(data: Mapping[str, Any]) -> PrefixSlot:
+    """Read what `prefix_json` wrote."""
+    sites = tuple(
+        AttentionSite(
+            **site
+            | {
+                "uses": tuple(Use(**use) for use in site["uses"]),
+                "heads": Heads(**site["heads"]),
+                "dtype": getattr(torch, site["dtype"]),
+            }
+        )
+        for site in data["sites"]
+    )
+    return PrefixSlot(sites, data["submodules"], getattr(torch, data["dtype"]))
 
 
 def site_json(site: WeightSite) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from adaptc.rewriter.insert.base import parameter_name
 from adaptc.rewriter.insert.weight import InsertWeight
 from adaptc.rewriter.swap.derive import AdapterForms
 from adaptc.rewriter.swap.form import Form, NoFormError
+from adaptc.rewriter.swap.prefix import VIRTUAL_TOKENS, PrefixSlot, in_order
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -180,17 +181,21 @@ class Slots:
     Attributes:
         weights: name of a site -> its slot.
         whole: the names of the base's own tensors that an adapter may replace.
+        prefix: where virtual tokens go; None where no adapter has any.
     """
 
     weights: Mapping[str, Slot] = field(default_factory=dict[str, Slot])
     whole: tuple[str, ...] = ()
+    prefix: PrefixSlot | None = None
 
     @classmethod
     def of(cls, adapters: Iterable[AdapterForms]) -> Slots:
         """The slots that hold any one of these adapters."""
         weights: dict[str, Slot] = {}
         whole: dict[str, None] = {}
+        prefix: PrefixSlot | None = None
         for adapter in adapters:
+            prefix = adapter.prefix.merged(prefix) if adapter.prefix is not None else prefix
             for name, (site, forms) in adapter.weights.items():
                 slot = Slot(
                     site,
@@ -200,7 +205,7 @@ class Slots:
                 )
                 weights[name] = weights[name].merged(slot) if name in weights else slot
             whole |= dict.fromkeys(adapter.whole)
-        return cls(weights, tuple(whole))
+        return cls(weights, tuple(whole), prefix)
 
     def insertion(self, ranks: Mapping[str, int] | None = None) -> InsertSlots:
         """The pass that makes the slots.
@@ -217,13 +222,23 @@ class Slots:
 
     def dims(self) -> dict[str, tuple[int | str, ...]]:
         """Name of a tensor that goes into a slot -> its sizes, a name for a rank."""
-        return {name: dims for slot in self.weights.values() for name, dims in slot.dims.items()}
+        every = [*self.weights.values(), *([self.prefix] if self.prefix is not None else [])]
+        return {name: dims for slot in every for name, dims in slot.dims.items()}
 
     def tensors(self, adapter: AdapterForms) -> dict[str, Tensor]:
-        """An adapter as the tensors that a program takes: name -> tensor."""
+        """An adapter as the tensors that a program takes: name -> tensor.
+
+        Raises:
+            NoFormError: the program has no place for some of it.
+        """
         named: dict[str, Any] = {}
         for name, (_, forms) in adapter.weights.items():
             named |= self.weights[name].tensors(forms)
+        if adapter.prefixes:
+            if self.prefix is None:
+                raise NoFormError("the program has no place for virtual tokens")
+            self.prefix.merged(adapter.prefix)
+            named[VIRTUAL_TOKENS] = in_order(adapter.prefixes)
         return named | adapter.whole
 
 
