@@ -28,6 +28,7 @@ from adaptc.compiler.proofs import check_gradients
 from adaptc.compiler.provenance import provenance, without_times
 from adaptc.compiler.quantization_error import QuantizationErrors
 from adaptc.compiler.reference import with_labels
+from adaptc.compiler.rows_artifact import write_rows
 from adaptc.compiler.runners import BatchRunner, module_call
 from adaptc.compiler.schedule import bits_in_checkpoint
 from adaptc.compiler.swap import Swap
@@ -186,6 +187,8 @@ def _prove_torch(program: Program, module: fx.GraphModule, loaded: fx.GraphModul
 def _onnx(program: Program, entry: OnnxEmit, staging: Staging, final: Path) -> Artifact:
     if entry.adapters == "swap":
         return _onnx_swap(program, entry, staging, final)
+    if entry.adapters == "rows":
+        return _onnx_rows(program, entry, staging, final)
     written = write_program(program, entry, staging.path(final), final, staging.wrote)
     file, artifact = written.file, {"name": final.name, "format": "onnx", **written.about}
     _record_file(program, file.path, file.staged(staging), artifact, staging, final)
@@ -211,6 +214,13 @@ def _onnx_swap(program: Program, entry: OnnxEmit, staging: Staging, final: Path)
     artifact = {"name": final.name, "format": "onnx", "adapters": entry.adapters, **file.about}
     artifact |= {"overridable": swap.dims(), "alternatives": alternatives}
     artifact |= proved(program, proof, reference)
+    _record_file(program, file.path, file.staged(staging), artifact, staging, final)
+    return Artifact(final)
+
+
+def _onnx_rows(program: Program, entry: OnnxEmit, staging: Staging, final: Path) -> Artifact:
+    file, about = write_rows(program, entry, staging.path(final), final, staging.wrote)
+    artifact = {"name": final.name, "format": "onnx", **about}
     _record_file(program, file.path, file.staged(staging), artifact, staging, final)
     return Artifact(final)
 

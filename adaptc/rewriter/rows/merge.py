@@ -12,7 +12,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from adaptc.errors import Refusal, RefusedError
-from adaptc.inputs import InputSpec
+from adaptc.inputs import InputSpec, Values
 from adaptc.ir.graph import Graph
 from adaptc.rewriter.cache.past import add_input
 from adaptc.rewriter.pipeline import Pass
@@ -22,8 +22,6 @@ from adaptc.rewriter.rows.row_axis import Rows, batch_size, rows_of
 
 IDS = "adapter_ids"
 """The input that names the adapter of each row: its place in `adapters`, or -1 for the base."""
-Values = tuple[fx.Node, ...]
-"""One value for the base, and for each alternative in their order; many are the same node."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,9 @@ class MergeRows(Pass):
         ids = add_input(graph, IDS, (batch_size(graph),), torch.int64)
         merge = _Merge(graph, [graph, *self.others], rows, ids)
         merge.run(self)
-        graph.inputs = (*graph.inputs, InputSpec(IDS, "int64", (dims,), high=len(self.others)))
+        count = len(self.others)
+        values = Values(-1, count - 1, count / 2 - 1, count / 2, whole=True)
+        graph.inputs = (*graph.inputs, InputSpec(IDS, "int64", (dims,), values=values))
         _take_by_name(graph)
         return True
 
