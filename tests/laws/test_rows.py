@@ -34,10 +34,10 @@ def one(method: str) -> str:
 
 
 def alternatives(zoo: Zoo, method: str, name: str) -> Compiled:
-    """A base with three alternatives: the method, the same with other numbers beside (IA)³, and LoRA."""
+    """A base with three alternatives: the method, the same with other numbers and (IA)³ on top, and LoRA."""
     adapters = {
         "it": [entry(method, name)],
-        "both": [entry("ia3", name), entry(method, name, name="second")],
+        "both": [entry(method, name, name="second"), entry("ia3", name)],
         "other": [entry("lora", name, r=2)],
     }
     compiled = zoo.compiled(name, [], adapters=adapters)

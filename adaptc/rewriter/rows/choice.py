@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from adaptc.ir.analysis.dataflow import ancestors
 from adaptc.ir.analysis.token_axes import shape_of
 from adaptc.ir.nodes import is_tensor
+from adaptc.rewriter.rows.batched import UnbatchedError
 from adaptc.rewriter.rows.builder import Builder
+from adaptc.rewriter.rows.gather import Gather, NotAlikeError, structure
 from adaptc.rewriter.rows.row_axis import RowAxis, Rows
 
 aten = torch.ops.aten
@@ -28,6 +31,7 @@ class Chooser:
 
     def __init__(self, build: Builder, rows: Rows, ids: fx.Node, count: int):
         self.build, self.rows, self.ids, self.count = build, rows, ids, count
+        self._gather = Gather(build, rows, ids)
 
     def kind(self, value: fx.Node) -> Any:
         """What two values must have in common so that one of them can be chosen for each row."""
@@ -43,6 +47,37 @@ class Chooser:
         Args:
             values: number of a graph -> its value. Rows of other graphs get any.
         """
+        gathered: dict[int, fx.Node] = {}
+        for members in self._alike(values):
+            gathered |= dict.fromkeys(members, self._gathered({k: values[k] for k in members}))
+        return self._chosen(gathered)
+
+    def _alike(self, values: Mapping[int, fx.Node]) -> list[list[int]]:
+        """The graphs whose values are computed by the same operations, together; the first graph is with the others.
+
+        Returns:
+            Numbers of graphs, each once but for the first, which is in every group.
+        """
+        (first, base), *others = values.items()
+        shared = ancestors(base) | {base}
+        groups: dict[Any, list[int]] = {}
+        for k, value in others:
+            if value is base:
+                continue
+            groups.setdefault(structure(value, shared), []).append(k)
+        same = [first, *(k for k, value in others if value is base)]
+        return [[*same, *members] for members in groups.values()] or [same]
+
+    def _gathered(self, values: Mapping[int, fx.Node]) -> fx.Node:
+        """One value with the rows of several: gathered where they are computed alike, else chosen."""
+        first = next(iter(values.values()))
+        try:
+            return self._gather.value(tuple(values.get(k, first) for k in range(self.count)))
+        except (NotAlikeError, UnbatchedError):  # they are computed apart
+            return self._chosen(values)
+
+    def _chosen(self, values: Mapping[int, fx.Node]) -> fx.Node:
+        """One value with the rows of several, each computed for all rows."""
         by_node: dict[fx.Node, list[int]] = {}
         for k, value in values.items():
             by_node.setdefault(value, []).append(k)
