@@ -83,7 +83,9 @@ class ByRow:
             asked = {label for label, b in batches.items() if bool((b[IDS] == number - 1).any())}
             runs.append(Interpreter(graph, torch.float32).on({n: b for n, b in plain.items() if n in asked}))
         outcomes = {
-            label: _put_together(batch[IDS], [run.outcomes.get(label) for run in runs], _axes(self.graph, rows))
+            label: _put_together(
+                batch[IDS], [run.outcomes.get(label) for run in runs], _axes(self.graph, rows)
+            )
             for label, batch in batches.items()
         }
         return Run(batches, outcomes, tuple(self.graph.tensor_outputs), runs[0].coverage)
@@ -158,7 +160,6 @@ def check_ids(ids: torch.Tensor, names: Sequence[str]) -> None:
     if len(wrong):
         listed = ", ".join(f"{place} {name}" for place, name in enumerate(names))
         raise AdaptcError(
-            f"adapter_ids: expected -1 (the base) to {len(names) - 1}, got {int(wrong[0])}", f"they are: {listed}"
+            f"adapter_ids: expected -1 (the base) to {len(names) - 1}, got {int(wrong[0])}",
+            f"they are: {listed}",
         )
-
-

@@ -12,6 +12,7 @@ from adaptc.compiler.program import Program
 from adaptc.compiler.program_artifact import proved
 from adaptc.compiler.proofs import check_finite
 from adaptc.compiler.rows import ByRow
+from adaptc.compiler.rows_graph import with_stacks
 from adaptc.emit.onnx.export import Wrote
 from adaptc.spec.emit import OnnxEmit
 
@@ -35,8 +36,9 @@ def write_rows(
     _, expected = rows.prove()
     stand_in = rows.as_program()
     told = {"adaptc.rows": ", ".join(program.alternatives)}
-    file = write_onnx(stand_in, rows.graph, entry, path, final, wrote, told=told)
-    proof, reference, _ = prove_onnx(stand_in, rows.graph, expected, file)
+    graph = with_stacks(rows.graph)
+    file = write_onnx(stand_in, graph, entry, path, final, wrote, told=told)
+    proof, reference, _ = prove_onnx(stand_in, graph, expected, file)
     for held in rows.proofs.held:
         program.proofs.keep(held)
     about: dict[str, Any] = {"adapters": entry.adapters, **file.about, "rows": list(program.alternatives)}

@@ -9,6 +9,8 @@ import torch
 
 from adaptc.compiler.schedule import lowering
 from adaptc.ir.graph import Graph
+from adaptc.ir.nodes import ADAPTATION, node_arg
+from adaptc.rewriter.expression import FoldedWeight, extract_expression
 from adaptc.rewriter.pipeline import PASSES, Pass, run
 from adaptc.rewriter.rows.merge import MergeRows
 
@@ -27,6 +29,35 @@ def merged_rows(base: Graph, alternatives: Sequence[Graph]) -> Graph:
         RefusedError: there are no rows, or rows meet.
     """
     return run(split(base), [MergeRows(tuple(split(other) for other in alternatives))])
+
+
+def with_stacks(graph: Graph) -> Graph:
+    """A merged graph whose stacks of weights are weights, to be computed once where it is written.
+
+    Args:
+        graph: is not changed.
+    """
+    graph = graph.copy()
+    gathers = [node for node in graph.nodes if node.target is torch.ops.aten.index_select.default]
+    stacks = dict.fromkeys(node_arg(node, 0) for node in gathers if node_arg(node, 0).op == "call_function")
+    for number, stack in enumerate(stacks):
+        try:
+            expression = extract_expression(graph, stack)
+        except ValueError:  # of activations
+            continue
+        value, name = stack.meta["val"], f"rows.stack.{number}"
+        graph.attach(
+            name, FoldedWeight(tuple(value.shape), value.dtype, expression), trained=False, stored=False
+        )
+        stack.replace_all_uses_with(graph.parameter_node(name))
+    graph.clean()
+    read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    lost = [a for a in graph.adaptations if not {name for name, _ in a.params.values()} <= read]
+    graph.adaptations[:] = [a for a in graph.adaptations if a not in lost]
+    for node in graph.nodes:
+        if node.meta.get(ADAPTATION) in lost:
+            del node.meta[ADAPTATION]
+    return graph
 
 
 def split(adapted: Graph) -> Graph:

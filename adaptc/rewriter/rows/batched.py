@@ -94,9 +94,12 @@ class Batched:
         def call(target: Any, *args: Any) -> fx.Node:
             return self.build.call(target, *args, like=like)
 
-        turned = call(aten.transpose.int, weight, 1, 2)
+        stack, index = weight.args[0], weight.args[2]  # turned before rows gather their own
+        turned = call(aten.index_select.default, call(aten.transpose.int, stack, 1, 2), 0, index)
         if rank == 2:
-            return call(aten.squeeze.dim, call(aten.bmm.default, call(aten.unsqueeze.default, x, 1), turned), 1)
+            return call(
+                aten.squeeze.dim, call(aten.bmm.default, call(aten.unsqueeze.default, x, 1), turned), 1
+            )
         for _ in range(rank - 3):
             turned = call(aten.unsqueeze.default, turned, 1)
         return call(aten.matmul.default, x, turned)
@@ -112,9 +115,7 @@ class Batched:
             if operand not in self.own:
                 self._check_first(operand)
             named.append(letter + term)
-        return self.build.call(
-            like.target, f"{','.join(named)}->{letter}{result}", list(operands), like=like
-        )
+        return self.build.call(like.target, f"{','.join(named)}->{letter}{result}", list(operands), like=like)
 
     def _layer_norm(
         self, like: fx.Node, x: fx.Node, shape: Any, weight: Any = None, bias: Any = None, *rest: Any

@@ -42,7 +42,7 @@ class Gather:
         self.build, self.rows, self.ids = build, rows, ids
         self._batched = Batched(build, rows)
         self._weights: dict[fx.Node, bool] = {}
-        self._tables: dict[tuple[int, ...], str] = {}
+        self._constants: dict[Any, str] = {}
 
     def value(self, each: Each) -> fx.Node:
         """The rows of several values of one shape.
@@ -179,10 +179,9 @@ class Gather:
         if name != "mul" or not all(isinstance(value, (int, float)) for value in plain):
             raise NotAlikeError(f"{name} is called with different constants")
         numbers = iter(plain)
-        dtype = next(value.meta["val"].dtype for value in each if value is not None)
-        scales = torch.tensor([1.0 if value is None else float(next(numbers)) for value in each], dtype=dtype)
         like = next(value for value in each if value is not None)
-        stacked = self._attached(f"rows.scale.{'_'.join(map(str, scales.tolist()))}".replace(".", "-"), scales)
+        scales = tuple(plain[0] if value is None else next(numbers) for value in each)
+        stacked = self._attached("scale", torch.tensor(scales, dtype=like.meta["val"].dtype))
         return self._mine(stacked, self._index(tuple(range(len(each))), like), like)
 
     # Tensors of weights alone
@@ -230,7 +229,11 @@ class Gather:
         missing: list[int] = []
         for size, wide in reversed(list(zip(value.meta["val"].shape, widest, strict=True))):
             missing += [0, wide - size]
-        return self.build.call(aten.constant_pad_nd.default, value, missing, 0, like=value) if any(missing) else value
+        return (
+            self.build.call(aten.constant_pad_nd.default, value, missing, 0, like=value)
+            if any(missing)
+            else value
+        )
 
     def _mine(self, stacked: fx.Node, index: fx.Node, like: fx.Node) -> fx.Node:
         """The entry of each row; marked as its own."""
@@ -248,14 +251,16 @@ class Gather:
         counted = self.build.call(aten.add.Tensor, self.ids, 1, like=like)
         if places == tuple(range(len(places))):
             return counted
-        name = "rows.table." + "_".join(map(str, places))
-        table = self._attached(name, torch.tensor(places))
+        table = self._attached("table", torch.tensor(places))
         return self.build.call(aten.index_select.default, table, 0, counted, like=like)
 
-    def _attached(self, name: str, value: torch.Tensor) -> fx.Node:
-        if name not in self.build.graph.weights:
+    def _attached(self, word: str, value: torch.Tensor) -> fx.Node:
+        """A constant with an entry for each graph; the same constant once."""
+        key = word, str(value.dtype), *map(float, value.tolist())
+        if key not in self._constants:
+            self._constants[key] = name = f"rows.{word}.{len(self._constants)}"
             self.build.graph.attach(name, Held(value), trained=False, stored=False)
-        return self.build.tensor(name)
+        return self.build.tensor(self._constants[key])
 
     @property
     def _own(self) -> set[fx.Node]:
