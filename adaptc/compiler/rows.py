@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch.fx.graph import CodeGen
+from torch.utils import _pytree as pytree
 
-from adaptc.compiler.program import Program
 from adaptc.compiler.proof import Proof
 from adaptc.compiler.proofs import Proofs
 from adaptc.compiler.rows_graph import merged_rows, sizes_of
-from adaptc.errors import AdaptcError
+from adaptc.compiler.trainable import module_record
 from adaptc.ir.analysis.token_axes import TokenAxis
 from adaptc.ir.graph import Graph
 from adaptc.ir.interpreter import Batch, Batches, Interpreter, Outcome, Run
-from adaptc.rewriter.rows.merge import IDS
+from adaptc.ir.nodes import copy_nodes
+from adaptc.ir.switched import IDS, RowsGraph
+from adaptc.rewriter.rows.gather import CONSTANTS
 from adaptc.rewriter.rows.row_axis import Rows, rows_of
 
 TITLE = "rows, each beside its adapter alone"
@@ -22,43 +25,39 @@ TITLE = "rows, each beside its adapter alone"
 
 
 class ByRow:
-    """The alternatives of a program in one graph, in which each row of a batch has its own.
+    """Alternatives in one graph, in which each row of a batch has its own.
+
+    Args:
+        adapted: the adapted graph of what is always on, then that with each alternative; factored or not.
+        alone: the live graphs of the same.
+        base: the traced graph.
+        names: of the alternatives.
+        proofs: of the compile, whose tolerance holds here too.
 
     Attributes:
-        program: the program of what is always on.
-        graph: the merged graph, with the adapters as they stand.
-        alone: the live graph of the base, then that of each alternative.
-        proofs: of the merged graph, on inputs that name every adapter.
+        graph: the merged graph.
+        proofs: of it, on inputs that name every adapter.
 
     Raises:
         RefusedError: rows meet, or there are none.
     """
 
-    def __init__(self, program: Program):
-        self.program = program
-        others = list(program.alternatives.values())
-        self.alone: list[Graph] = [program.live_graph(), *(other.live_graph() for other in others)]
-        self.graph = merged_rows(program.graph, [other.graph for other in others])
+    def __init__(
+        self, adapted: Sequence[Graph], alone: Sequence[Graph], base: Graph, names: Sequence[str], proofs: Proofs
+    ):
+        self.alone, self.names = alone, names
+        self.graph = merged_rows(adapted[0], adapted[1:])
         self.graph.examples = {
-            label: {**batch, IDS: _cycled(batch, program.base, len(others))}
-            for label, batch in program.base.examples.items()
+            label: {**batch, IDS: _cycled(batch, base, len(names))} for label, batch in base.examples.items()
         }
-        self.proofs = Proofs(self.graph, program.spec.seed, program.proofs.stated)
-        self.proofs.batches = _with_all(self.proofs.batches, len(others))
+        self.proofs = Proofs(self.graph, proofs.seed, proofs.stated)
+        self.proofs.batches = _with_all(self.proofs.batches, len(names))
 
     @property
     def sizes(self) -> dict[str, dict[str, list[int]]]:
         """Outputs whose sizes differ between adapters: name -> adapter -> its sizes; others have zeros behind."""
-        names = ("", *self.program.alternatives)
+        names = ("", *self.names)
         return {name: dict(zip(names, each, strict=True)) for name, each in sizes_of(self.alone).items()}
-
-    def as_program(self) -> Program:
-        """The program with the proofs of the merged graph in place of its own."""
-        import copy
-
-        program = copy.copy(self.program)
-        program.proofs = self.proofs
-        return program
 
     def prove(self) -> tuple[Proof, Run]:
         """Prove that every row gets what its adapter alone gives.
@@ -150,16 +149,16 @@ def _with_all(batches: Batches, count: int) -> Batches:
     return result
 
 
-def check_ids(ids: torch.Tensor, names: Sequence[str]) -> None:
-    """Check that every row names an adapter.
+def rows_graph(graph: Graph, base: Mapping[str, str]) -> RowsGraph:
+    """A merged graph as a module with alternatives takes it.
 
-    Raises:
-        AdaptcError: one is out of range.
+    Args:
+        graph: the merged graph, in both modes.
+        base: what a checkpoint says of the base.
     """
-    wrong = ids[(ids < -1) | (ids >= len(names))]
-    if len(wrong):
-        listed = ", ".join(f"{place} {name}" for place, name in enumerate(names))
-        raise AdaptcError(
-            f"adapter_ids: expected -1 (the base) to {len(names) - 1}, got {int(wrong[0])}",
-            f"they are: {listed}",
-        )
+    nodes = copy_nodes(graph.module.graph)
+    output = next(node for node in nodes.nodes if node.op == "output")
+    output.args = (tuple(pytree.tree_leaves(output.args[0])),)
+    nodes.set_codegen(CodeGen())
+    constants = {name: w.load() for name, w in graph.weights.items() if name.startswith(f"{CONSTANTS}.")}
+    return RowsGraph(nodes, constants, module_record(graph, dict(base)))

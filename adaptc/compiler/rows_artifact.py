@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ from adaptc.compiler.onnx_proof import prove_onnx
 from adaptc.compiler.program import Program
 from adaptc.compiler.program_artifact import proved
 from adaptc.compiler.proofs import check_finite
-from adaptc.compiler.rows import ByRow
 from adaptc.compiler.rows_graph import with_stacks
 from adaptc.emit.onnx.export import Wrote
 from adaptc.spec.emit import OnnxEmit
@@ -32,9 +32,10 @@ def write_rows(
     """
     for other in program.alternatives.values():
         check_finite(other.graph)
-    rows = ByRow(program)
+    rows = program.by_row()
     _, expected = rows.prove()
-    stand_in = rows.as_program()
+    stand_in = copy(program)
+    stand_in.proofs = rows.proofs
     told = {"adaptc.rows": ", ".join(program.alternatives)}
     graph = with_stacks(rows.graph)
     file = write_onnx(stand_in, graph, entry, path, final, wrote, told=told)

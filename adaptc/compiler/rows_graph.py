@@ -12,6 +12,7 @@ from adaptc.ir.graph import Graph
 from adaptc.ir.nodes import ADAPTATION, node_arg
 from adaptc.rewriter.expression import FoldedWeight, extract_expression
 from adaptc.rewriter.pipeline import PASSES, Pass, run
+from adaptc.rewriter.rows.gather import CONSTANTS
 from adaptc.rewriter.rows.merge import MergeRows
 
 
@@ -45,7 +46,7 @@ def with_stacks(graph: Graph) -> Graph:
             expression = extract_expression(graph, stack)
         except ValueError:  # of activations
             continue
-        value, name = stack.meta["val"], f"rows.stack.{number}"
+        value, name = stack.meta["val"], f"{CONSTANTS}.stack_{number}"
         graph.attach(
             name, FoldedWeight(tuple(value.shape), value.dtype, expression), trained=False, stored=False
         )

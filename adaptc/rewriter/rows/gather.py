@@ -21,6 +21,8 @@ from adaptc.weights import Held
 aten = torch.ops.aten
 Each = tuple[fx.Node | None, ...]
 """A value for each graph; None where there is none, which counts as a zero of a sum and a one of a product."""
+CONSTANTS = "adapter_rows"
+"""The module that holds the constants of a merged graph."""
 ZERO_STAYS = frozenset({"mul", "dropout", "neg", "linear", "mm", "matmul", "to", "_to_copy", "alias"})
 """Operations that give zeros for zeros: a rank may be padded with them."""
 
@@ -258,7 +260,7 @@ class Gather:
         """A constant with an entry for each graph; the same constant once."""
         key = word, str(value.dtype), *map(float, value.tolist())
         if key not in self._constants:
-            self._constants[key] = name = f"rows.{word}.{len(self._constants)}"
+            self._constants[key] = name = f"{CONSTANTS}.{word}_{len(self._constants)}"
             self.build.graph.attach(name, Held(value), trained=False, stored=False)
         return self.build.tensor(self._constants[key])
 

@@ -14,14 +14,12 @@ from torch.utils import _pytree as pytree
 from adaptc.errors import Refusal, RefusedError
 from adaptc.inputs import InputSpec, Values
 from adaptc.ir.graph import Graph
+from adaptc.ir.switched import IDS
 from adaptc.rewriter.cache.past import add_input
 from adaptc.rewriter.pipeline import Pass
 from adaptc.rewriter.rows.builder import Builder
 from adaptc.rewriter.rows.choice import Chooser
 from adaptc.rewriter.rows.row_axis import Rows, batch_size, rows_of
-
-IDS = "adapter_ids"
-"""The input that names the adapter of each row: its place in `adapters`, or -1 for the base."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +119,7 @@ class _Merge:
         for node in self.build.original:
             if self._shared(node.name):
                 self._merge(node.name)
-        kept = {value for value in self._values[0].values()}
+        kept = set(self._values[0].values())
         results = [self._results(k) for k in range(len(self.graphs))]
         first, spec = pytree.tree_flatten(results[0])
         flat = [first, *(pytree.tree_leaves(other) for other in results[1:])]
