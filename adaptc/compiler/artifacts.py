@@ -39,7 +39,7 @@ from adaptc.emit.manifest import MANIFEST, product_entry, write_manifest
 from adaptc.emit.onnx.adapter_file import write_adapter
 from adaptc.emit.onnx.provenance import embed
 from adaptc.emit.staging import Staging
-from adaptc.emit.torch import PROGRAM, load_torch, program_of, save_torch
+from adaptc.emit.torch import PROGRAM, ROWS, load_torch, program_of, rows_of, save_torch
 from adaptc.errors import AdaptcError, ProofError, RefusedError
 from adaptc.ir.interpreter import Run
 from adaptc.ir.switched import SwitchedModule
@@ -141,6 +141,10 @@ def _torch(program: Program, entry: TorchEmit, staging: Staging, final: Path) ->
     if isinstance(module, SwitchedModule):
         artifact["module"] = module.meta_of(None)[META]
         artifact["alternatives"] = {name: module.meta_of(name)[META] for name in module.adapters}
+        rows = rows_of(module)
+        if rows is not None:
+            artifact["rows"] = rows.record
+            files.append(directory / ROWS)
     write_manifest(manifest, common, artifact, files)  # what is loaded below needs one
 
     proof, reference, candidate = _prove_torch(program, module, load_torch(directory))
@@ -174,6 +178,11 @@ def _prove_torch(program: Program, module: fx.GraphModule, loaded: fx.GraphModul
             program.proofs.prove(f"torch artifact, {name}", graph, runs, again)
         module.set_adapter(None)
         loaded.set_adapter(None)
+        if rows_of(module) is not None:
+            rows = program.by_row()
+            runs = BatchRunner(module_call(module)).on(rows.proofs.batches)
+            again = BatchRunner(module_call(loaded)).on(runs.taken)
+            program.proofs.keep(rows.proofs.prove("torch artifact, rows", rows.graph, runs, again))
     else:
         active = None
     reference = BatchRunner(module_call(module)).on(program.proofs.batches)

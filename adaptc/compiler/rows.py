@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch.fx.graph import CodeGen
@@ -161,4 +162,6 @@ def rows_graph(graph: Graph, base: Mapping[str, str]) -> RowsGraph:
     output.args = (tuple(pytree.tree_leaves(output.args[0])),)
     nodes.set_codegen(CodeGen())
     constants = {name: w.load() for name, w in graph.weights.items() if name.startswith(f"{CONSTANTS}.")}
-    return RowsGraph(nodes, constants, module_record(graph, dict(base)))
+    # Its adapters are told of by the graphs of the alternatives.
+    record = module_record(replace(graph, adaptations=[]), dict(base)) | {"trainable": graph.adapter_names}
+    return RowsGraph(nodes, constants, record)

@@ -112,6 +112,13 @@ class SwitchedModule(fx.GraphModule):
         """
         return self.__dict__["_rows"].graph
 
+    def place_constants(self) -> None:
+        """Have the constants of the graph of calls that name the adapter of each row."""
+        present = {name for name, _ in self.named_buffers()}
+        for name, value in self.rows_graph().constants.items():
+            if name not in present:
+                set_tensor(self, name, value, persistent=False)
+
     def recompile(self) -> Any:
         """Generate the code of the active graph; calls with `adapter_ids` go to another."""
         code = super().recompile()
@@ -124,9 +131,9 @@ class SwitchedModule(fx.GraphModule):
         if not torch.compiler.is_compiling():
             _check_ids(ids, self.adapters)
         rows: _Rows = self.__dict__["_rows"]
+        if not torch.compiler.is_compiling() or rows.forward is None:
+            self.place_constants()
         if rows.forward is None:
-            for name, value in rows.graph.constants.items():
-                set_tensor(self, name, value, persistent=False)
             untyped: Any = fx.GraphModule(self, rows.graph.graph)
             rows.forward = type(untyped).forward
         flat = rows.forward(self, *args, **kwargs, **{IDS: ids})
