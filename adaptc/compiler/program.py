@@ -129,7 +129,9 @@ class Program:
             RefusedError: rows meet, or there are none.
         """
         programs = [self, *self.alternatives.values()]
-        adapted = [program.adapted_in_both_modes.copy() if trainable else program.graph for program in programs]
+        adapted = [
+            program.adapted_in_both_modes.copy() if trainable else program.graph for program in programs
+        ]
         for graph, program in zip(adapted, programs, strict=True):
             graph.weights.update(program.graph.weights)
         alone = [program.live_graph() for program in programs]

@@ -44,7 +44,12 @@ class ByRow:
     """
 
     def __init__(
-        self, adapted: Sequence[Graph], alone: Sequence[Graph], base: Graph, names: Sequence[str], proofs: Proofs
+        self,
+        adapted: Sequence[Graph],
+        alone: Sequence[Graph],
+        base: Graph,
+        names: Sequence[str],
+        proofs: Proofs,
     ):
         self.alone, self.names = alone, names
         self.graph = merged_rows(adapted[0], adapted[1:])

@@ -66,7 +66,7 @@ class SwitchedModule(fx.GraphModule):
     Every alternative's tensors are in the state dict, under names of their own. Gradients flow to those of the active
     one, and of what is always on.
 
-    `module(..., adapter_ids=ids)` gives each row of a batch its own: ids `(batch,)` in int64, the place of an adapter in
+    `module(..., adapter_ids=ids)` gives each row of a batch its own: ids `(batch,)` in int64, an adapter's place in
     `adapters`, or -1 for the base. Which one is active does not matter then, and gradients flow to all that are named.
     """
 

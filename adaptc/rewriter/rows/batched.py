@@ -28,12 +28,12 @@ class Batched:
         rows: where rows are in a value.
 
     Attributes:
-        own: the nodes of such tensors, `(rows, *shape)`.
+        gathered: the nodes of such tensors, `(rows, *shape)`.
     """
 
     def __init__(self, build: Builder, rows: Rows):
         self.build, self.rows = build, rows
-        self.own: set[fx.Node] = set()
+        self.gathered: set[fx.Node] = set()
 
     def call(self, like: fx.Node, args: Sequence[Any]) -> fx.Node:
         """An operation on these arguments, some of them each row's own.
@@ -45,7 +45,9 @@ class Batched:
         Raises:
             UnbatchedError: it is not run so.
         """
-        mine = [arg for arg in pytree.tree_leaves(list(args)) if isinstance(arg, fx.Node) and arg in self.own]
+        mine = [
+            arg for arg in pytree.tree_leaves(list(args)) if isinstance(arg, fx.Node) and arg in self.gathered
+        ]
         if not mine:
             return self.build.call(like.target, *args, like=like)
         name = operation(like)
@@ -61,10 +63,10 @@ class Batched:
 
     def elementwise(self, target: Any, a: Any, b: Any) -> fx.Node:
         """An operation on single entries, of a value and a tensor that may be each row's own."""
-        if a in self.own and b in self.own:
+        if a in self.gathered and b in self.gathered:
             raise UnbatchedError("both operands are each row's own")
-        like, mine = (b, a) if a in self.own else (a, b)
-        if mine in self.own:
+        like, mine = (b, a) if a in self.gathered else (a, b)
+        if mine in self.gathered:
             spread = self._spread(mine, like)
             a, b = (spread, b) if mine is a else (a, spread)
         return self.build.call(target, a, b, like=like)
@@ -81,7 +83,7 @@ class Batched:
 
     def _linear(self, like: fx.Node, x: fx.Node, weight: fx.Node, bias: fx.Node | None = None) -> fx.Node:
         """`x W^T + b`, W and b each row's own or shared."""
-        if weight in self.own:
+        if weight in self.gathered:
             result = self._product(like, x, weight)
         else:
             result = self.build.call(aten.linear.default, x, weight, like=like)
@@ -112,7 +114,7 @@ class Batched:
             raise UnbatchedError("its result has no rows in front")
         named: list[str] = []
         for term, operand in zip(terms.split(","), operands, strict=True):
-            if operand not in self.own:
+            if operand not in self.gathered:
                 self._check_first(operand)
             named.append(letter + term)
         return self.build.call(like.target, f"{','.join(named)}->{letter}{result}", list(operands), like=like)

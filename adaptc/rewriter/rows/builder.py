@@ -13,7 +13,7 @@ from adaptc.ir.adaptation import Adaptation
 from adaptc.ir.graph import Graph
 from adaptc.ir.nodes import ADAPTATION, PROVENANCE, is_operator, writes_in_place
 
-KEPT = (*PROVENANCE, ADAPTATION, "val")
+COPIED = (*PROVENANCE, ADAPTATION, "val")
 """What a copied node keeps of the meta of its original."""
 
 
@@ -62,7 +62,7 @@ class Builder:
     def _made(self, node: fx.Node, args: Any, kwargs: Any) -> fx.Node:
         with self.graph.module.graph.inserting_before(self._output):
             made = self.graph.module.graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
-        made.meta = {k: v for k, v in node.meta.items() if k in KEPT}
+        made.meta = {k: v for k, v in node.meta.items() if k in COPIED}
         return made
 
     def call(self, target: Any, *args: Any, like: fx.Node, mark: Adaptation | None = None) -> fx.Node:
@@ -90,10 +90,14 @@ class Builder:
         """
         self._output.args = (results,)
 
-    def drop(self, kept: set[fx.Node]) -> None:
-        """Drop the original operations that others stand for now, though they may write to a tensor."""
+    def drop(self, read: set[fx.Node]) -> None:
+        """Drop the original operations that others stand for now, though they may write to a tensor.
+
+        Args:
+            read: those that stay.
+        """
         for node in reversed(self.original):
-            if node not in kept and not node.users:
+            if node not in read and not node.users:
                 self.graph.module.graph.erase_node(node)
 
 

@@ -140,12 +140,10 @@ class Gather:
             if not all(isinstance(operand, fx.Node) for operand in plain):
                 joined.append(self._constant(plain, each, name))
                 continue
-            own = len(set(map(_node, plain))) > 1 or lacking
             weights = all(self.is_weight(_node(operand)) for operand in plain)
             if lacking and not weights:
                 operands = [operand if operand is not None else plain[0] for operand in operands]
-            if own and weights:
-                zeroed = zeroed or lacking
+            zeroed = zeroed or weights
             nodes = tuple(None if operand is None else _node(operand) for operand in operands)
             pads = name in ZERO_STAYS
             joined.append(self._operand(nodes, pads, lacking and weights))
@@ -171,8 +169,8 @@ class Gather:
 
     def _zeroed(self, each: Each, first: fx.Node, joined: list[Any]) -> list[Any]:
         """The operands with zeros in the first one where a graph has no such value."""
-        own = tuple(None if value is None else _node(value.args[0]) for value in each)
-        return [self._alike(own, pads=True), *joined[1:]]
+        inner = tuple(None if value is None else _node(value.args[0]) for value in each)
+        return [self._alike(inner, pads=True), *joined[1:]]
 
     def _constant(self, plain: Sequence[Any], each: Each, name: str) -> Any:
         """An argument that is no value: the same for all; a number that scales may differ."""
@@ -240,7 +238,7 @@ class Gather:
     def _mine(self, stacked: fx.Node, index: fx.Node, like: fx.Node) -> fx.Node:
         """The entry of each row; marked as its own."""
         gathered = self.build.call(aten.index_select.default, stacked, 0, index, like=like)
-        self._own.add(gathered)
+        self._batched.gathered.add(gathered)
         return gathered
 
     def _index(self, places: tuple[int, ...], like: fx.Node) -> fx.Node:
@@ -263,10 +261,6 @@ class Gather:
             self._constants[key] = name = f"{CONSTANTS}.{word}_{len(self._constants)}"
             self.build.graph.attach(name, Held(value), trained=False, stored=False)
         return self.build.tensor(self._constants[key])
-
-    @property
-    def _own(self) -> set[fx.Node]:
-        return self._batched.own
 
     # Sums and products
 

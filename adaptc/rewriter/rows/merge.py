@@ -119,7 +119,7 @@ class _Merge:
         for node in self.build.original:
             if self._shared(node.name):
                 self._merge(node.name)
-        kept = set(self._values[0].values())
+        standing = set(self._values[0].values())
         results = [self._results(k) for k in range(len(self.graphs))]
         first, spec = pytree.tree_flatten(results[0])
         flat = [first, *(pytree.tree_leaves(other) for other in results[1:])]
@@ -131,7 +131,7 @@ class _Merge:
                 raise RefusedError([Refusal(reason, notes=("give each row an output of its own",))], source)
             merged.append(value[0])
         self.build.give(pytree.tree_unflatten(merged, spec))
-        self.build.drop(kept)
+        self.build.drop(standing)
 
     def _results(self, k: int) -> Any:
         """What a graph gives, as values of the merged one."""

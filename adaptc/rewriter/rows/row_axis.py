@@ -31,10 +31,10 @@ class Rows:
     def axis(self, node: fx.Node) -> RowAxis | None:
         """Where the rows are in a value; None if it is the same for all rows, or not told."""
         if node not in self._axes:
-            self._axes[node] = self._found(node)
+            self._axes[node] = self._read(node)
         return self._axes[node]
 
-    def _found(self, node: fx.Node) -> RowAxis | None:
+    def _read(self, node: fx.Node) -> RowAxis | None:
         if not is_tensor(node):
             return None
         shape = shape_of(node)
