@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -77,7 +77,7 @@ def sizes_of(graphs: Sequence[Graph]) -> dict[str, list[list[int]]]:
     for name, *nodes in zip(first.outputs, *(_results(output) for output in outputs), strict=True):
         values = [getattr(node, "meta", {}).get("val") for node in nodes]
         shapes = [
-            [size if isinstance(size, int) else -1 for size in value.shape]
+            [-1 if isinstance(size, torch.SymInt) else size for size in _sizes(value)]
             for value in values
             if isinstance(value, torch.Tensor)
         ]
@@ -88,4 +88,8 @@ def sizes_of(graphs: Sequence[Graph]) -> dict[str, list[list[int]]]:
 
 def _results(output: Any) -> list[Any]:
     results: Any = output.args[0]
-    return list(results) if isinstance(results, (list, tuple)) else [results]
+    return list(cast("list[Any]", results)) if isinstance(results, (list, tuple)) else [results]
+
+
+def _sizes(value: torch.Tensor) -> list[Any]:
+    return list(value.shape)

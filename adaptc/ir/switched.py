@@ -48,7 +48,8 @@ class _Rows:
     """Makes the graph of calls that name the adapter of each row, when the first one comes."""
 
     def __init__(self, make: Callable[[], RowsGraph]):
-        self.make, self.forward = make, cast("Callable[..., Any] | None", None)
+        self.make = make
+        self.forward: Any = None
 
     @functools.cached_property
     def graph(self) -> RowsGraph:
@@ -134,10 +135,11 @@ class SwitchedModule(fx.GraphModule):
         if not torch.compiler.is_compiling() or rows.forward is None:
             self.place_constants()
         if rows.forward is None:
-            untyped: Any = fx.GraphModule(self, rows.graph.graph)
-            rows.forward = type(untyped).forward
-        flat = rows.forward(self, *args, **kwargs, **{IDS: ids})
-        return pytree.tree_unflatten(list(flat), self._out_spec)
+            module: Any = fx.GraphModule(self, rows.graph.graph)
+            rows.forward = type(module).forward
+        flat: Any = rows.forward(self, *args, **kwargs, **{IDS: ids})
+        untyped: Any = self
+        return pytree.tree_unflatten(list(flat), untyped._out_spec)
 
     @property
     def _alternatives(self) -> Mapping[str | None, tuple[fx.Graph, Mapping[str, Any]]]:

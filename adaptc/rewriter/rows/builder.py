@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -114,7 +114,7 @@ def key_of(target: object, args: Any, kwargs: Mapping[str, Any]) -> Any:
 
 def _frozen(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
-        return tuple(map(_frozen, value))
-    if isinstance(value, slice):
-        return ("slice", _frozen(value.start), _frozen(value.stop), _frozen(value.step))
-    return value if isinstance(value, fx.Node) else (type(value), value)
+        return tuple(_frozen(item) for item in cast("list[Any]", value))
+    if isinstance(value, fx.Node):
+        return value
+    return type(value), repr(value) if isinstance(value, slice) else value

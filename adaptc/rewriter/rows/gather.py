@@ -256,7 +256,8 @@ class Gather:
 
     def _attached(self, word: str, value: torch.Tensor) -> fx.Node:
         """A constant with an entry for each graph; the same constant once."""
-        key = word, str(value.dtype), *map(float, value.tolist())
+        numbers: Any = value
+        key = word, str(value.dtype), *map(float, numbers.tolist())
         if key not in self._constants:
             self._constants[key] = name = f"{CONSTANTS}.{word}_{len(self._constants)}"
             self.build.graph.attach(name, Held(value), trained=False, stored=False)

@@ -200,5 +200,5 @@ def _operands(node: fx.Node) -> list[fx.Node]:
 def _constants(node: fx.Node) -> Any:
     """A node's operation and arguments, without which nodes it reads."""
     leaves, spec = pytree.tree_flatten((node.args, dict(node.kwargs)))
-    plain = [None if isinstance(leaf, fx.Node) else (type(leaf), leaf) for leaf in leaves]
+    plain: list[Any] = [None if isinstance(leaf, fx.Node) else (type(leaf), leaf) for leaf in leaves]
     return node.target, plain, spec
