@@ -135,8 +135,8 @@ class SwitchedModule(fx.GraphModule):
         if not torch.compiler.is_compiling() or rows.forward is None:
             self.place_constants()
         if rows.forward is None:
-            module: Any = fx.GraphModule(self, rows.graph.graph)
-            rows.forward = type(module).forward
+            made = fx.GraphModule(self, rows.graph.graph)
+            rows.forward = cast("Any", made).forward.__func__
         flat: Any = rows.forward(self, *args, **kwargs, **{IDS: ids})
         untyped: Any = self
         return pytree.tree_unflatten(list(flat), untyped._out_spec)

@@ -117,4 +117,4 @@ def _frozen(value: Any) -> Any:
         return tuple(_frozen(item) for item in cast("list[Any]", value))
     if isinstance(value, fx.Node):
         return value
-    return type(value), repr(value) if isinstance(value, slice) else value
+    return type(value), str(value) if type(value) is slice else value
