@@ -19,6 +19,7 @@ from adaptc.compiler.plan_report import PlanReport, plan_report
 from adaptc.compiler.program import Program
 from adaptc.compiler.proof_inputs import take_examples
 from adaptc.compiler.rewrite import After, rewrite
+from adaptc.compiler.rows_graph import rows_notes
 from adaptc.compiler.schedule import check_artifacts
 from adaptc.compiler.swap import swap_slots
 from adaptc.ir.graph import Graph
@@ -93,7 +94,8 @@ def program_of(
     check_artifacts(spec, rewritten.adapted, plan.closing)
     alternatives = make_alternatives(spec, graph, plan, rewritten)
     slots = swap_slots(spec, rewritten.adapted, alternatives)
-    report = plan_report(spec, graph, plan, rewritten, notes)
+    rows = rows_notes(spec, rewritten.adapted, [a.rewritten.adapted for a in alternatives.values()])
+    report = plan_report(spec, graph, plan, rewritten, [*notes, *rows])
     report.alternatives.update({name: other.plan for name, other in alternatives.items()})
     others = {name: Program(a.spec, a.plan, graph, a.rewritten) for name, a in alternatives.items()}
     return Program(spec, report, graph, rewritten, after, others, slots)

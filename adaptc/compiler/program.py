@@ -135,7 +135,7 @@ class Program:
         for graph, program in zip(adapted, programs, strict=True):
             graph.weights.update(program.graph.weights)
         alone = [program.live_graph() for program in programs]
-        return ByRow(adapted, alone, self.base, list(self.alternatives), self.proofs)
+        return ByRow(adapted, alone, self.base, list(self.alternatives), self.proofs, trainable)
 
     def _trainable_rows(self) -> RowsGraph:
         """The graph of calls of the module that name the adapter of each row, proved.

@@ -34,6 +34,7 @@ class ByRow:
         base: the traced graph.
         names: of the alternatives.
         proofs: of the compile, whose tolerance holds here too.
+        trains: the merged graph is trained.
 
     Attributes:
         graph: the merged graph.
@@ -50,9 +51,10 @@ class ByRow:
         base: Graph,
         names: Sequence[str],
         proofs: Proofs,
+        trains: bool = False,
     ):
         self.alone, self.names = alone, names
-        self.graph = merged_rows(adapted[0], adapted[1:])
+        self.graph = merged_rows(adapted[0], adapted[1:], trains)
         self.graph.examples = {
             label: {**batch, IDS: _cycled(batch, base, len(names))} for label, batch in base.examples.items()
         }

@@ -171,6 +171,12 @@ def test_rows_need_adapters_and_a_batch(tmp_path: Path) -> None:
     entry = {"format": "onnx", "path": str(tmp_path / "many.onnx"), "adapters": "rows"}
     with pytest.raises(SpecError, match="there are no `adapters:` to choose from"):
         compiled_small({}, emit=[entry])
+    with pytest.raises(
+        SpecError, match=r"emit\.0\.adapters: rows cannot have adapters of their own: no input has"
+    ):
+        adaptc.compile(
+            {"adapters": ADAPTERS, "emit": [entry]}, model=Small(), example_inputs=(torch.randn(2, 5, 16),)
+        )
     fixed = adaptc.compile({"adapters": ADAPTERS}, model=Small(), example_inputs=(torch.randn(2, 5, 16),))
     with pytest.raises(RefusedError, match="no input has a first axis of any size"):
         fixed.module(torch.randn(2, 5, 16), adapter_ids=torch.tensor([0, 1]))
@@ -207,3 +213,32 @@ def test_a_decoder_with_a_cache(zoo: Zoo, tmp_path: Path) -> None:
     assert set(inputs("llama")) <= {
         value.name for value in open_session(tmp_path / "many.onnx").get_inputs()
     } | {"position_ids"}
+
+
+def test_a_plan_tells_what_rows_cost(tmp_path: Path) -> None:
+    entry = {"format": "onnx", "path": str(tmp_path / "many.onnx"), "adapters": "rows"}
+    thin = {name: ADAPTERS[name] for name in ("alice", "carol")}
+    notes = compiled_small(thin, emit=[entry]).plan.notes
+    (note,) = [note for note in notes if note.startswith("rows: ")]
+    assert "stacks of " in note
+    assert "are computed for all rows" not in note
+    apart = compiled_small(
+        {**thin, "dave": [{"method": "oft", "target": "up", "r": 4}]}, emit=[entry]
+    ).plan.notes
+    assert any("1 values are computed for all rows and chosen" in note for note in apart)
+
+
+def test_adapters_of_one_kind_are_computed_once(tmp_path: Path) -> None:
+    from adaptc.compiler.rows_graph import merged_rows
+
+    def operations(count: int) -> int:
+        adapters = {
+            f"user{n}": [{"method": "lora", "target": "*", "r": 1 + n % 3, "alpha": n + 1}]
+            for n in range(count)
+        }
+        program = compiled_small(adapters).program
+        merged = merged_rows(program.graph, [other.graph for other in program.alternatives.values()])
+        products = {"aten.linear.default", "aten.matmul.default", "aten.where.self"}
+        return sum(name in products for name in merged.operations)
+
+    assert operations(6) == operations(2) == 6

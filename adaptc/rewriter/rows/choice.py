@@ -47,9 +47,11 @@ class Chooser:
         Args:
             values: number of a graph -> its value. Rows of other graphs get any.
         """
-        gathered: dict[int, fx.Node] = {}
+        gathered = dict(values)
         for members in self._alike(values):
-            gathered |= dict.fromkeys(members, self._gathered({k: values[k] for k in members}))
+            together = self._gathered({k: values[k] for k in members})
+            if together is not None:
+                gathered |= dict.fromkeys(members, together)
         return self._chosen(gathered)
 
     def _alike(self, values: Mapping[int, fx.Node]) -> list[list[int]]:
@@ -68,13 +70,13 @@ class Chooser:
         same = [first, *(k for k, value in others if value is base)]
         return [[*same, *members] for members in groups.values()] or [same]
 
-    def _gathered(self, values: Mapping[int, fx.Node]) -> fx.Node:
-        """One value with the rows of several: gathered where they are computed alike, else chosen."""
+    def _gathered(self, values: Mapping[int, fx.Node]) -> fx.Node | None:
+        """One value with the rows of several, each of which gathers its own; None where they are not alike."""
         first = next(iter(values.values()))
         try:
             return self._gather.value(tuple(values.get(k, first) for k in range(self.count)))
-        except (NotAlikeError, UnbatchedError):  # they are computed apart
-            return self._chosen(values)
+        except (NotAlikeError, UnbatchedError):
+            return None
 
     def _chosen(self, values: Mapping[int, fx.Node]) -> fx.Node:
         """One value with the rows of several, each computed for all rows."""
