@@ -13,6 +13,7 @@ from benchmarks.large import half_billion, seven_billion
 from benchmarks.minilm import minilm
 from benchmarks.qlora import qlora
 from benchmarks.quantized import half_billion_in_bits, orders
+from benchmarks.rows import rows
 from benchmarks.runtime import runtime
 from benchmarks.start import start
 from benchmarks.steps import steps
@@ -26,6 +27,7 @@ PARTS = {
     "qlora": qlora,
     "orders": orders,
     "swap": swap,
+    "rows": rows,
     "half-billion": half_billion,
     "half-billion-in-bits": half_billion_in_bits,
     "seven-billion": seven_billion,
