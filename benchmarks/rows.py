@@ -37,16 +37,16 @@ def rows(counts: tuple[int, ...] = COUNTS, layers: int = 6, hidden: int = 384) -
     work = Path(tempfile.mkdtemp(prefix="adaptc-bench-"))
     _save_base(work / "base", layers, hidden)
     print(
-        "\n| LoRA adapters | in ONNX Runtime, over the base | in torch, over the base | PEFT's `adapter_names`, over the "
-        "base in torch | PEFT over adaptc in torch | MB of the program for each | a swap in torch, ms |\n"
+        "\n| LoRA adapters | in ONNX Runtime, over the base | in torch, over the base | PEFT's `adapter_names`, "
+        "over the base in torch | PEFT over adaptc in torch | MB of the program for each | a swap in torch, ms |\n"
         "|---|---|---|---|---|---|---|"
     )
     for count in counts:
         print(f"| {count} | {' | '.join(_one(work, count))} |", flush=True)
     print(
-        f"\nMedians of {ROUNDS} interleaved runs on one thread that does not spin: {BATCH} rows of {LENGTH} tokens, each "
-        f"with the next adapter in turn; an encoder of {layers} layers of {hidden} with random weights, rank {RANK} on "
-        "queries and values."
+        f"\nMedians of {ROUNDS} interleaved runs on one thread that does not spin: {BATCH} rows of {LENGTH} tokens, "
+        f"each with the next adapter in turn; an encoder of {layers} layers of {hidden} with random weights, rank {RANK} "
+        "on queries and values."
     )
     shutil.rmtree(work)
 

@@ -44,6 +44,21 @@ class RowsGraph:
     record: Mapping[str, Any]
 
 
+GENERATED = ("_code", "_in_spec", "_out_spec")
+"""What torch generates of a graph, beside its forward."""
+
+
+class _Codes:
+    """The code of the graphs that were active: name -> the graph, and what was generated of it."""
+
+    def __init__(self) -> None:
+        self.of: dict[str | None, tuple[fx.Graph, dict[str, Any]]] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Codes:
+        """None: a copy of a module has graphs of its own."""
+        return _Codes()
+
+
 class _Rows:
     """Makes the graph of calls that name the adapter of each row, when the first one comes."""
 
@@ -94,7 +109,17 @@ class SwitchedModule(fx.GraphModule):
         if name not in self._alternatives:
             raise AdaptcError(unknown("adapter", name, self.adapters))
         graph, record = self._alternatives[name]
-        self.graph = graph
+        codes: _Codes = self.__dict__.setdefault("_codes", _Codes())
+        made, state = codes.of.get(name, (None, {}))
+        if made is graph:
+            self.__dict__["_graph"] = graph
+            self.__dict__.update({key: state[key] for key in GENERATED})
+            untyped: Any = type(self)
+            untyped.forward = state["forward"]
+        else:
+            self.graph = graph
+            state = {"forward": type(self).forward} | {key: self.__dict__.get(key) for key in GENERATED}
+            codes.of[name] = graph, state
         self.meta |= {"adaptc.active": name, **record}
 
     def let_choose(self, rows: Callable[[], RowsGraph]) -> None:
@@ -123,6 +148,8 @@ class SwitchedModule(fx.GraphModule):
     def recompile(self) -> Any:
         """Generate the code of the active graph; calls with `adapter_ids` go to another."""
         code = super().recompile()
+        codes: _Codes = self.__dict__.setdefault("_codes", _Codes())
+        codes.of = {name: made for name, made in codes.of.items() if made[0] is not self._graph}
         untyped: Any = type(self)
         untyped.forward = _by_row_too(untyped.forward)
         return code

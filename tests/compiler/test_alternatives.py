@@ -188,3 +188,30 @@ def test_two_alternatives_do_not_share_tensors() -> None:
     ) as error:
         adaptc.compile({"adapters": {"alice": [entry], "bob": [entry]}}, model=model, example_inputs=(x,))
     assert "give one of them another `name`" in str(error.value)
+
+
+def test_a_swap_generates_no_code_again() -> None:
+    entry = {"method": "lora", "target": "0", "r": 2}
+    model, x = nn.Sequential(nn.Linear(8, 4)).eval(), torch.randn(2, 8)
+    adapters = {"alice": [entry], "bob": [{**entry, "r": 1}]}
+    module: Any = adaptc.compile({"adapters": adapters}, model=model, example_inputs=(x,)).module
+    perturb(module)
+    outputs: dict[Any, torch.Tensor] = {}
+    forwards: dict[Any, Any] = {}
+    for name in ("alice", "bob", None):
+        module.set_adapter(name)
+        outputs[name], forwards[name] = module(x), type(module).forward
+    assert len(set(forwards.values())) == 3
+    for name in ("bob", None, "alice", "bob") * 25:
+        module.set_adapter(name)
+        assert type(module).forward is forwards[name]
+        assert torch.equal(module(x), outputs[name])
+        assert module.active == name
+    copied = copy.deepcopy(module)
+    for name in ("alice", "bob", None):
+        copied.set_adapter(name)
+        assert torch.equal(copied(x), outputs[name])
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    assert type(module).forward is not forwards["bob"]
+    assert torch.equal(module(x), outputs["bob"])
