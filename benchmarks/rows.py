@@ -45,8 +45,8 @@ def rows(counts: tuple[int, ...] = COUNTS, layers: int = 6, hidden: int = 384) -
         print(f"| {count} | {' | '.join(_one(work, count))} |", flush=True)
     print(
         f"\nMedians of {ROUNDS} interleaved runs on one thread that does not spin: {BATCH} rows of {LENGTH} "
-        f"tokens, each with the next adapter in turn; an encoder of {layers} layers of {hidden} with random weights, rank {RANK} "
-        "on queries and values."
+        f"tokens, each with the next adapter in turn; an encoder of {layers} layers of {hidden} with random "
+        f"weights, rank {RANK} on queries and values."
     )
     shutil.rmtree(work)
 
