@@ -110,8 +110,9 @@ class SwitchedModule(fx.GraphModule):
             raise AdaptcError(unknown("adapter", name, self.adapters))
         graph, record = self._alternatives[name]
         codes: _Codes = self.__dict__.setdefault("_codes", _Codes())
-        made, state = codes.of.get(name, (None, {}))
-        if made is graph:
+        made = codes.of.get(name)
+        if made is not None and made[0] is graph:
+            state = made[1]
             self.__dict__["_graph"] = graph
             self.__dict__.update({key: state[key] for key in GENERATED})
             untyped: Any = type(self)
