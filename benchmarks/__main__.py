@@ -15,6 +15,7 @@ from benchmarks.minilm import minilm
 from benchmarks.perplexity import perplexity
 from benchmarks.qlora import qlora
 from benchmarks.quantized import half_billion_in_bits, orders
+from benchmarks.rows import rows
 from benchmarks.runtime import runtime
 from benchmarks.start import start
 from benchmarks.steps import steps
@@ -31,6 +32,7 @@ PARTS = {
     "decoding": decoding,
     "decoding-half-billion": decoding_half_billion,
     "perplexity": perplexity,
+    "rows": rows,
     "half-billion": half_billion,
     "half-billion-in-bits": half_billion_in_bits,
     "seven-billion": seven_billion,

@@ -131,7 +131,7 @@ def _ours(work: Path, options: dict[str, Any], train: torch.Tensor, held: torch.
         path = work / f"ours-{round_activations}.onnx"
         compiled.emit("onnx", path, round_activations=round_activations)
         values.append(_perplexity(path, held))
-    return Measured(*values, _size(path))
+    return Measured(values[0], values[1], _size(path))
 
 
 def _builders(work: Path, options: dict[str, str], held: torch.Tensor) -> Measured:
@@ -141,7 +141,7 @@ def _builders(work: Path, options: dict[str, str], held: torch.Tensor) -> Measur
         more = {**SAME, **options, "accuracy_level": level}
         path = build(work / "base", work / f"builder-{level}", "int4", **more)
         values.append(_perplexity(path, held))
-    return Measured(*values, _size(path))
+    return Measured(values[0], values[1], _size(path))
 
 
 def _perplexity(path: Path, rows: torch.Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from adaptc.compiler.plan import Plan, plan_alternative
@@ -50,9 +51,28 @@ def make_alternatives(spec: Spec, graph: Graph, plan: Plan, base: Rewritten) -> 
             alternatives[name] = _alternative(spec.alternative(name), graph, plan, base)
         except SpecError as error:
             problems += error.problems
+    problems += _same_names(base.adapted, alternatives)
     if problems:
         raise SpecError(problems)
     return alternatives
+
+
+def _same_names(base: Graph, alternatives: Mapping[str, Alternative]) -> list[Problem]:
+    """Why alternatives cannot be in one module: two give a site tensors of the same name."""
+    taken: dict[str, str] = {}
+    problems: list[Problem] = []
+    for name, other in alternatives.items():
+        added = other.rewritten.adapted.adaptations[len(base.adaptations) :]
+        for adaptation in added:
+            clash = next((t for t, _ in adaptation.params.values() if taken.get(t, name) != name), None)
+            if clash is not None:
+                where = adaptation.site.module
+                message = f"{taken[clash]!r} has an adapter named {adaptation.adapter!r} on {where} too"
+                place = other.spec.place(adaptation.entry)
+                problems.append(other.spec.source.problem(place, message, "give one of them another `name`"))
+                break
+            taken |= {t: name for t, _ in adaptation.params.values()}
+    return problems
 
 
 def _alternative(spec: Spec, graph: Graph, base_plan: Plan, base: Rewritten) -> Alternative:

@@ -29,6 +29,7 @@ from adaptc.compiler.proofs import check_gradients
 from adaptc.compiler.provenance import provenance, without_times
 from adaptc.compiler.quantization_error import QuantizationErrors
 from adaptc.compiler.reference import with_labels
+from adaptc.compiler.rows_artifact import write_rows
 from adaptc.compiler.runners import BatchRunner, module_call
 from adaptc.compiler.schedule import bits_in_checkpoint
 from adaptc.compiler.swap import Swap
@@ -39,7 +40,7 @@ from adaptc.emit.manifest import MANIFEST, product_entry, write_manifest
 from adaptc.emit.onnx.adapter_file import write_adapter
 from adaptc.emit.onnx.provenance import embed
 from adaptc.emit.staging import Staging
-from adaptc.emit.torch import PROGRAM, load_torch, program_of, save_torch
+from adaptc.emit.torch import PROGRAM, ROWS, load_torch, program_of, rows_of, save_torch
 from adaptc.errors import AdaptcError, ProofError, RefusedError
 from adaptc.ir.interpreter import Run
 from adaptc.ir.switched import SwitchedModule
@@ -144,6 +145,10 @@ def _torch(program: Program, entry: TorchEmit, staging: Staging, final: Path) ->
     if isinstance(module, SwitchedModule):
         artifact["module"] = module.meta_of(None)[META]
         artifact["alternatives"] = {name: module.meta_of(name)[META] for name in module.adapters}
+        rows = rows_of(module)
+        if rows is not None:
+            artifact["rows"] = rows.record
+            files.append(directory / ROWS)
     write_manifest(manifest, common, artifact, files)  # what is loaded below needs one
 
     proof, reference, candidate = _prove_torch(program, module, load_torch(directory))
@@ -177,6 +182,11 @@ def _prove_torch(program: Program, module: fx.GraphModule, loaded: fx.GraphModul
             program.proofs.prove(f"torch artifact, {name}", graph, runs, again)
         module.set_adapter(None)
         loaded.set_adapter(None)
+        if rows_of(module) is not None:
+            rows = program.by_row()
+            runs = BatchRunner(module_call(module)).on(rows.proofs.batches)
+            again = BatchRunner(module_call(loaded)).on(runs.taken)
+            program.proofs.keep(rows.proofs.prove("torch artifact, rows", rows.graph, runs, again))
     else:
         active = None
     reference = BatchRunner(module_call(module)).on(program.proofs.batches)
@@ -188,6 +198,8 @@ def _prove_torch(program: Program, module: fx.GraphModule, loaded: fx.GraphModul
 
 
 def _onnx(program: Program, entry: OnnxEmit, staging: Staging, final: Path) -> Artifact:
+    if entry.adapters == "rows":
+        return _onnx_rows(program, entry, staging, final)
     write = write_swap_program if entry.adapters == "swap" else write_program
     written = write(program, entry, staging.path(final), final, staging.wrote)
     file, artifact = written.file, {"name": final.name, "format": "onnx", **written.about}
@@ -204,6 +216,13 @@ def _record_file(
     manifest = final.parent / MANIFEST
     earlier = staging.staged(manifest)
     write_manifest(staging.path(manifest), common, artifact, files, old=earlier or manifest)
+
+
+def _onnx_rows(program: Program, entry: OnnxEmit, staging: Staging, final: Path) -> Artifact:
+    file, about = write_rows(program, entry, staging.path(final), final, staging.wrote)
+    artifact = {"name": final.name, "format": "onnx", **about}
+    _record_file(program, file.path, file.staged(staging), artifact, staging, final)
+    return Artifact(final)
 
 
 def _onnx_adapters(

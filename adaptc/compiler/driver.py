@@ -20,6 +20,7 @@ from adaptc.compiler.plan_report import PlanReport, plan_report
 from adaptc.compiler.program import Program
 from adaptc.compiler.proof_inputs import take_examples
 from adaptc.compiler.rewrite import After, rewrite
+from adaptc.compiler.rows_graph import rows_notes
 from adaptc.compiler.schedule import check_artifacts
 from adaptc.compiler.swap import swap_slots
 from adaptc.ir.graph import Graph
@@ -94,7 +95,8 @@ def program_of(
     check_artifacts(spec, rewritten.adapted, plan.closing)
     alternatives = make_alternatives(spec, graph, plan, rewritten)
     slots = swap_slots(spec, rewritten.adapted, alternatives)
-    told = [*notes, *attention_notes(spec, graph, rewritten)]
+    rows = rows_notes(spec, rewritten.adapted, [a.rewritten.adapted for a in alternatives.values()])
+    told = [*notes, *attention_notes(spec, graph, rewritten), *rows]
     report = plan_report(spec, graph, plan, rewritten, told)
     report.alternatives.update({name: other.plan for name, other in alternatives.items()})
     others = {name: Program(a.spec, a.plan, graph, a.rewritten) for name, a in alternatives.items()}

@@ -20,6 +20,7 @@ from adaptc.compiler.plan_report import PlanReport
 from adaptc.compiler.proofs import Proofs
 from adaptc.compiler.quantization_error import QuantizationErrors, measure
 from adaptc.compiler.rewrite import After, Rewritten
+from adaptc.compiler.rows import ByRow, rows_graph
 from adaptc.compiler.schedule import lower
 from adaptc.compiler.trainable import (
     base_of_both_modes,
@@ -32,7 +33,7 @@ from adaptc.compiler.trainable import (
 from adaptc.ir.graph import Graph
 from adaptc.ir.interpreter import Interpreter, Run
 from adaptc.ir.module import bind
-from adaptc.ir.switched import SwitchedModule, switched
+from adaptc.ir.switched import RowsGraph, SwitchedModule, switched
 from adaptc.quantization.quantized_weight import QuantizedPart
 from adaptc.rewriter.insert.base import Insert
 from adaptc.rewriter.pipeline import PASSES, Pass, run
@@ -116,7 +117,37 @@ class Program:
         made = switched(module, modules)
         for other in self.alternatives.values():
             follow(other.graph, made)
+        made.let_choose(self._trainable_rows)
         return made
+
+    def by_row(self, trainable: bool = False) -> ByRow:
+        """The alternatives in one graph, in which each row of a batch has its own, with the adapters as they stand.
+
+        Args:
+            trainable: it reads `training`.
+
+        Raises:
+            RefusedError: rows meet, or there are none.
+        """
+        programs = [self, *self.alternatives.values()]
+        adapted = [
+            program.adapted_in_both_modes.copy() if trainable else program.graph for program in programs
+        ]
+        for graph, program in zip(adapted, programs, strict=True):
+            graph.weights.update(program.graph.weights)
+        alone = [program.live_graph() for program in programs]
+        return ByRow(adapted, alone, self.base, list(self.alternatives), self.proofs, trainable)
+
+    def _trainable_rows(self) -> RowsGraph:
+        """The graph of calls of the module that name the adapter of each row, proved.
+
+        Raises:
+            RefusedError: rows meet, or there are none.
+            ProofError: a row gets something else than from its adapter alone.
+        """
+        rows = self.by_row(trainable=True)
+        self.proofs.keep(rows.prove()[0])
+        return rows_graph(rows.graph, self.base_record)
 
     def load_adapter(self, directory: Path, ignore: Sequence[str] = ()) -> None:
         """Replace the adapters' weights by those of a checkpoint, in the module and in the adapted graph.
@@ -143,7 +174,12 @@ class Program:
     @cached_property
     def _both_modes(self) -> Graph:
         """The factored graph that reads `training`."""
-        return lower(run((self.main or self)._base_of_both_modes, self.plan.opening))
+        return lower(self.adapted_in_both_modes)
+
+    @cached_property
+    def adapted_in_both_modes(self) -> Graph:
+        """The adapted graph that reads `training`; its adapters are as initialised."""
+        return run((self.main or self)._base_of_both_modes, self.plan.opening)
 
     @cached_property
     def _base_of_both_modes(self) -> Graph:

@@ -30,6 +30,7 @@ class Proofs:
 
     Attributes:
         base: the traced graph.
+        seed: of the random inputs and adapters.
         stated: the relative error that the spec allows; None where it states none.
         drawn: the random inputs, by label.
         batches: a person's own inputs and the random ones, by label.
@@ -37,7 +38,7 @@ class Proofs:
     """
 
     def __init__(self, base: Graph, seed: int, stated: float | None = None):
-        self.base, self._seed, self.stated = base, seed, stated
+        self.base, self.seed, self.stated = base, seed, stated
         self.drawn = draws(base.inputs, seed, base.proof_shapes)
         self.batches = self._all_batches()
         self.held: list[Proof] = []
@@ -178,7 +179,7 @@ class Proofs:
             ProofError: they differ.
         """
         for strength in STRENGTHS:
-            reference, candidate = sides(randomised(adapted, self._seed, strength))
+            reference, candidate = sides(randomised(adapted, self.seed, strength))
             run = self.run(reference)
             strongest = strength == STRENGTHS[-1]
             if not strongest and not self.shows(run, self.tolerance(adapted)):

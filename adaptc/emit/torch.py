@@ -15,23 +15,24 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.graph import CodeGen, _PyTreeCodeGen
 from torch.utils import _pytree as pytree
 
 from adaptc.checkpoints.module_adapters import META
 from adaptc.emit.manifest import MANIFEST
-from adaptc.errors import WeightError
+from adaptc.errors import AdaptcError, RefusedError, WeightError
 from adaptc.inputs import InputSpec
 from adaptc.ir.counted import counted_by, let_count
 from adaptc.ir.example_inputs import example_sizes, example_tensors
 from adaptc.ir.module import Segment, kept_activations
 from adaptc.ir.nodes import set_tensor
-from adaptc.ir.switched import SwitchedModule, switched
+from adaptc.ir.switched import RowsGraph, SwitchedModule, switched
 from adaptc.ir.training_mode import mark_training_arguments
 from adaptc.optional import optional
 from adaptc.tracing.export import dynamic_shapes, normalise, traceable
 from adaptc.tracing.saved_program import load_program
 
-PROGRAM, ALTERNATIVES = "program.pt2", "adapters"
+PROGRAM, ALTERNATIVES, ROWS = "program.pt2", "adapters", "rows.pt2"
 LIBRARIES = ("builtins", "collections", "torch", "transformers")
 """The packages whose classes of outputs are known wherever a program is loaded."""
 
@@ -55,9 +56,23 @@ def save_torch(module: fx.GraphModule, directory: Path) -> None:
             module.set_adapter(name)
             path = directory / PROGRAM if name is None else directory / program_of(name)
             path.parent.mkdir(exist_ok=True)
-            _save(_alone(module, () if name is None else base), path)
+            elsewhere = () if name is None else base
+            _save(_alone(module, module.graph, module.meta[META], elsewhere), path)
     finally:
         module.set_adapter(active)
+    rows = rows_of(module)
+    if rows is not None:
+        module.place_constants()
+        others = {n for name in module.adapters for n in module.meta_of(name)[META]["names"]}
+        _save(_alone(module, rows.graph, rows.record, {*base, *others}), directory / ROWS)
+
+
+def rows_of(module: SwitchedModule) -> RowsGraph | None:
+    """The graph of calls that name the adapter of each row; None where rows meet, so that there is none."""
+    try:
+        return module.rows_graph()
+    except RefusedError:
+        return None
 
 
 def program_of(name: str) -> str:
@@ -65,16 +80,20 @@ def program_of(name: str) -> str:
     return f"{ALTERNATIVES}/{name}.pt2"
 
 
-def _alone(module: SwitchedModule, elsewhere: Collection[str]) -> fx.GraphModule:
-    """The active graph of a module as a module of its own.
+def _alone(
+    module: SwitchedModule, graph: fx.Graph, about: Mapping[str, Any], elsewhere: Collection[str]
+) -> fx.GraphModule:
+    """A graph of a module as a module of its own.
 
     Args:
         module: the module.
+        graph: the graph.
+        about: what an artifact says of it.
         elsewhere: the names of tensors that another program holds: a number stands for each.
     """
     alone = fx.GraphModule(nn.Module(), fx.Graph())
     tensors = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
-    about, made = module.meta[META], dict[str, torch.Tensor]()
+    made = dict[str, torch.Tensor]()
     for name, first in about["names"].items():
         tensor = tensors[name]
         if first not in made and name in elsewhere and not _may_be_written(tensor):
@@ -85,7 +104,7 @@ def _alone(module: SwitchedModule, elsewhere: Collection[str]) -> fx.GraphModule
     for name, child in module.named_children():
         if isinstance(child, Segment):
             alone.add_module(name, child)
-    alone.graph = module.graph
+    alone.graph = graph
     alone.meta[META] = about
     return alone.train(module.training)
 
@@ -136,6 +155,9 @@ def _plain_outputs(module: fx.GraphModule, about: Mapping[str, Any]) -> Generato
     A program must load where that class is not.
     """
     codegen: Any = module.graph._codegen
+    if not isinstance(codegen, _PyTreeCodeGen):  # a plain tuple already
+        yield
+        return
     info = codegen.pytree_info
     if not _is_portable(info.out_spec):
         plain = pytree.tree_structure(dict.fromkeys(about["outputs"], 0))
@@ -195,7 +217,27 @@ def load_torch(directory: Path) -> fx.GraphModule:
     if not others:
         return base
     modules = {name: _load(directory / program_of(name), record) for name, record in others.items()}
-    return switched(base, modules).train()
+    module = switched(base, modules).train()
+    rows = artifact.get("rows")
+    module.let_choose(lambda: _load_rows(module, directory, rows))
+    return module
+
+
+def _load_rows(module: SwitchedModule, directory: Path, record: Mapping[str, Any] | None) -> RowsGraph:
+    """The graph of calls that name the adapter of each row.
+
+    Raises:
+        AdaptcError: the artifact has none.
+        WeightError: it is broken.
+    """
+    if record is None:
+        raise AdaptcError("adapter_ids: rows meet in this model, so that they have no adapters of their own")
+    rows = _load(directory / ROWS, record)
+    present = {n for n, _ in (*module.named_parameters(remove_duplicate=False), *module.named_buffers())}
+    tensors = (*rows.named_parameters(remove_duplicate=False), *rows.named_buffers(remove_duplicate=False))
+    constants = {name: tensor.detach() for name, tensor in tensors if name not in present}
+    rows.graph.set_codegen(CodeGen())
+    return RowsGraph(rows.graph, constants, record)
 
 
 def _load(path: Path, about: Mapping[str, Any]) -> fx.GraphModule:

@@ -29,10 +29,11 @@ class OnnxEmit(Part):
 
     format: Literal["onnx"]
     path: OutputPath
-    adapters: Literal["folded", "live", "none", "swap"] = Field(
+    adapters: Literal["folded", "live", "none", "swap", "rows"] = Field(
         "folded",
         description="folded into the weights, kept as operations of their own, or left out; swap: those under "
-        "`adapters` are inputs of the program that can be left out",
+        "`adapters` are inputs of the program that can be left out; rows: the input adapter_ids names one for each "
+        "row of a batch",
     )
     opset: Annotated[int, Field(ge=18, le=25)] | None = Field(
         None, description="ONNX opset; 20 if left out, or what the attention and the weights' bits need"

@@ -143,7 +143,7 @@ class Spec(Part):
             if entry.format == "onnx-adapter" and entry.name not in names:
                 message = unknown("adapter", entry.name, names) if names else NO_ALTERNATIVES
                 faults.append(fault(message, loc=(index, "name")))
-            if isinstance(entry, PROGRAMS) and entry.adapters == "swap" and not names:
+            if isinstance(entry, PROGRAMS) and entry.adapters in ("swap", "rows") and not names:
                 faults.append(fault(NO_ALTERNATIVES, loc=(index, "adapters")))
         if faults:
             raise invalid(*faults)

@@ -14,7 +14,7 @@ from torch import nn
 
 import adaptc
 from adaptc.compiler.compiled import Compiled
-from adaptc.errors import AdaptcError
+from adaptc.errors import AdaptcError, SpecError
 from adaptc.ir.switched import SwitchedModule
 from tests.families import close, differs, perturb, randomise
 
@@ -142,7 +142,8 @@ def test_a_torch_artifact_has_every_adapter(made: Compiled, module: SwitchedModu
     files = json.loads((tmp_path / "module" / "manifest.json").read_text())["products"]["program.pt2"][
         "files"
     ]
-    assert {"adapters/alice.pt2", "adapters/bob.pt2", "adapters/carol.pt2", "program.pt2"} == set(files)
+    programs = {"adapters/alice.pt2", "adapters/bob.pt2", "adapters/carol.pt2", "program.pt2"}
+    assert programs | {"rows.pt2"} == set(files)
     proved = {proof.name for proof in made.proofs}
     assert {"torch artifact", "torch artifact, alice", "trainable module, bob"} <= proved
 
@@ -177,3 +178,40 @@ def test_torch_compile_follows_a_swap(module: SwitchedModule) -> None:
     for name in ("alice", None, "bob", "alice"):
         module.set_adapter(name)
         close(fast(X), values[name])
+
+
+def test_two_alternatives_do_not_share_tensors() -> None:
+    entry = {"method": "lora", "target": "0", "r": 2, "name": "same"}
+    model, x = nn.Sequential(nn.Linear(8, 4)).eval(), torch.randn(2, 8)
+    with pytest.raises(
+        SpecError, match=r"adapters\.bob\.0: 'alice' has an adapter named 'same' on 0"
+    ) as error:
+        adaptc.compile({"adapters": {"alice": [entry], "bob": [entry]}}, model=model, example_inputs=(x,))
+    assert "give one of them another `name`" in str(error.value)
+
+
+def test_a_swap_generates_no_code_again() -> None:
+    entry = {"method": "lora", "target": "0", "r": 2}
+    model, x = nn.Sequential(nn.Linear(8, 4)).eval(), torch.randn(2, 8)
+    adapters = {"alice": [entry], "bob": [{**entry, "r": 1}]}
+    module: Any = adaptc.compile({"adapters": adapters}, model=model, example_inputs=(x,)).module
+    perturb(module)
+    outputs: dict[Any, torch.Tensor] = {}
+    forwards: dict[Any, Any] = {}
+    for name in ("alice", "bob", None):
+        module.set_adapter(name)
+        outputs[name], forwards[name] = module(x), type(module).forward
+    assert len(set(forwards.values())) == 3
+    for name in ("bob", None, "alice", "bob") * 25:
+        module.set_adapter(name)
+        assert type(module).forward is forwards[name]
+        assert torch.equal(module(x), outputs[name])
+        assert module.active == name
+    copied = copy.deepcopy(module)
+    for name in ("alice", "bob", None):
+        copied.set_adapter(name)
+        assert torch.equal(copied(x), outputs[name])
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    assert type(module).forward is not forwards["bob"]
+    assert torch.equal(module(x), outputs["bob"])

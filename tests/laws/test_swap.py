@@ -13,7 +13,7 @@ from adaptc.compiler.compiled import Compiled
 from adaptc.compiler.swap_artifact import BASE
 from adaptc.emit.onnx.cached import read_signature
 from adaptc.emit.onnx.runtime import open_session, session_call
-from adaptc.errors import AdaptcError, RefusedError, SpecError
+from adaptc.errors import AdaptcError, SpecError
 from adaptc.ir.module import bind
 from adaptc.methods.method import METHODS
 from adaptc.weights import Held
@@ -150,15 +150,6 @@ def test_prefixes_are_swapped(zoo: Zoo, name: str, bits: str, cache: bool, tmp_p
         close(run(path), want(program), 4 * 512)
         differs(run(path), base)
     assert torch.equal(run(), base)
-
-
-@pytest.mark.slow
-def test_an_encoder_decoder_in_two_programs_takes_no_adapters(zoo: Zoo, tmp_path: Path) -> None:
-    compiled = alternatives(zoo, "lora", "t5")
-    with pytest.raises(RefusedError, match="an encoder-decoder with a cache is two programs") as caught:
-        compiled.emit("onnx", tmp_path / "base.onnx", adapters="swap", cache=True)
-    assert "leave `cache` out" in str(caught.value)
-    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.slow

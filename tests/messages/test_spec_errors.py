@@ -259,7 +259,7 @@ ONE_PROBLEM = {
     ),
     "adapters": (
         HEAD + "emit: [{format: onnx, path: x, adapters: fold}]\n", 3, 42, "emit.0.adapters",
-        "expected 'folded', 'live', 'none' or 'swap', got 'fold'; did you mean 'folded'?",
+        "expected 'folded', 'live', 'none', 'swap' or 'rows', got 'fold'; did you mean 'folded'?",
     ),
     "opset of torch": (
         HEAD + "emit: [{format: torch, path: x, opset: 20}]\n", 3, 33, "emit.0.opset", "unknown key 'opset'",

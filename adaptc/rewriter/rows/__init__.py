@@ -1,0 +1,1 @@
+"""One graph in which each row of a batch has its own adapter: the graphs of all alternatives, merged."""
