@@ -185,7 +185,8 @@ IN_PEFT = {
     "adalora": STORED | {"Conv2d"},
     **dict.fromkeys(("loha", "lokr"), PLAIN | {"Conv1d", "Conv2d", "grouped Conv1d"}),
     **dict.fromkeys(("vera", "fourierft", "gralora", "randlora", "vblora"), STORED),
-    **dict.fromkeys(("oft", "boft", "hra"), SQUARE),
+    "oft": SQUARE | {"Embedding"},
+    **dict.fromkeys(("boft", "hra"), SQUARE),
     **dict.fromkeys(("miss", "c3a", "road", "delora", "shira"), PLAIN),
     "trainable-tokens": frozenset({"Embedding"}),
 }

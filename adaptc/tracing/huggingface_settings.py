@@ -56,13 +56,15 @@ def set_for_tracing(config: object, model: nn.Module | None = None) -> list[str]
     Returns:
         A note for each change.
     """
-    for part in parts_of(config):
+    modules = list(model.modules()) if model is not None else []
+    copies: list[Any] = [
+        module.config for module in modules if hasattr(module, "config")
+    ]  # T5's stacks have some
+    for part in (part for each in (config, *copies) for part in parts_of(each)):
         for name in CACHES:
             if hasattr(part, name):
-                setattr(
-                    part, name, False
-                )  # a graph has no cache yet; nothing that a trace computes depends on it
-    parts = [*parts_of(config), *(model.modules() if model is not None else ())]
+                setattr(part, name, False)  # nothing that a trace computes depends on it
+    parts = [*parts_of(config), *modules]
     settings = [s for s in SETTINGS if model is None or not s.has or _has(model, s.has)]
     return list(dict.fromkeys(note for part in parts for note in _apply(settings, part)))
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+import adaptc
 from adaptc import passes
 from adaptc.compiler.follow_training import FollowTraining
 from adaptc.emit.onnx.casts import Casts
@@ -31,6 +32,7 @@ from adaptc.rewriter.cache.cross import Decoder, Encoder
 from adaptc.rewriter.cache.first_past import Behind, FirstPast, WithoutVirtualTokens
 from adaptc.rewriter.catalog import load_passes
 from adaptc.rewriter.pipeline import Pass
+from adaptc.rewriter.rows.merge import MergeRows
 from adaptc.rewriter.swap.prefix import PrefixSlot
 from adaptc.tracing.export import export
 from adaptc.weights import Held, Weight
@@ -79,6 +81,13 @@ def prefix_slot() -> PrefixSlot:
     return PrefixSlot(sites, 1, torch.float32)
 
 
+def rows() -> Case:
+    """A LoRA and a scale by (IA)³ beside the base, one of them for each row."""
+    graph = traced(models.Layer)
+    alice, bob = adaptc.run(graph, [lora()]), adaptc.run(graph, [passes.InsertIa3(target="*")])
+    return graph, [MergeRows((alice, bob), ("alice", "bob"))]
+
+
 def follows_training() -> Pass:
     source = traced(models.TwoLayers).source
     return FollowTraining(export(source.model, source.inputs, training=True))
@@ -125,6 +134,7 @@ def cases() -> dict[str, Callable[[], Case]]:
         "follow-training": lambda: (two, [follows_training()]),
         "evaluate": lambda: (two, [follows_training(), Evaluate()]),
         "functional": lambda: (traced(models.InPlace), [Evaluate(), Functional()]),
+        "merge-rows": rows,
         "cache": lambda: (traced(models.Writer), [Cache()]),
         "cache in buffers": lambda: (traced(models.Writer), [Cache(buffers=True)]),
         "encoder": lambda: (models.translating(), [Encoder()]),

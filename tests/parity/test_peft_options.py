@@ -131,7 +131,7 @@ ROWS: dict[str | tuple[str, str], Row] = {
     "hybrid_r": Row((2,), (-1,)),
     "boft_block_size": Row((8,), (-1,)),
     "boft_block_num": Row((0,), (-1,)),
-    "boft_n_butterfly_factor": Row((1,), (0,)),
+    "boft_n_butterfly_factor": Row((1, 0)),  # without CUDA PEFT trains one, whatever it is given
     "oft_block_size": Row((4,), (-1,)),
     "num_cayley_neumann_terms": Row((3,), (0,)),
     "variant": Row(("road_2", "road_4"), ("road_9",)),
