@@ -192,14 +192,18 @@ def with_adaptc(model: Any, task: str, work: Path) -> tuple[str, tuple[str, ...]
 
 
 def adapted(model: Any, adapter: Path, weights: Mapping[str, torch.Tensor]) -> Any:
-    """The eager model with an adapter by PEFT; with the folded weights where PEFT adapts no such parameters."""
+    """The eager model with an adapter that PEFT merges; with the folded weights where PEFT adapts no such parameters.
+
+    Merged, since some models read a layer's weight themselves (WavLM's attention), past the layer that PEFT put there.
+    """
     from peft import PeftModel
 
     set_for_tracing(model.config)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*adapter keys")
-            return PeftModel.from_pretrained(copy.deepcopy(model), str(adapter)).eval().get_base_model()
+            theirs: Any = PeftModel.from_pretrained(copy.deepcopy(model), str(adapter))
+            return theirs.merge_and_unload().eval()
     except (KeyError, ValueError, UserWarning):  # experts, routers; or PEFT takes names of layers for experts
         model.load_state_dict(weights, strict=False)
         return model.eval()
@@ -269,7 +273,10 @@ def _in_child(name: str, beside: bool, queue: Any) -> None:
         outcome = replace(outcome, task=task)
         queue.put(replace(outcome, adaptc="crash: the process ended"))
         model.save_pretrained(Path(folder) / "base")
-        ours, inputs = with_adaptc(copy.deepcopy(model), task, Path(folder))
+        stored = (
+            type(model).from_pretrained(Path(folder) / "base").eval()
+        )  # tables that are not saved are made anew
+        ours, inputs = with_adaptc(stored, task, Path(folder))
         outcome = replace(outcome, adaptc=ours, inputs=inputs)
         queue.put(outcome)
         if beside or ours != "right":
