@@ -57,9 +57,8 @@ def set_for_tracing(config: object, model: nn.Module | None = None) -> list[str]
         A note for each change.
     """
     modules = list(model.modules()) if model is not None else []
-    copies: list[Any] = [
-        module.config for module in modules if hasattr(module, "config")
-    ]  # T5's stacks have some
+    # some parts of a model have copies, such as T5's stacks
+    copies: list[Any] = [module.config for module in modules if hasattr(module, "config")]
     for part in (part for each in (config, *copies) for part in parts_of(each)):
         for name in CACHES:
             if hasattr(part, name):

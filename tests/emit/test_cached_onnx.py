@@ -140,14 +140,16 @@ def test_adapters_are_swapped_on_a_decoder_beside_its_encoder(zoo: Zoo, name: st
     compiled = adaptc.compile(
         {
             "base": zoo.base_of(name),
-            "adapters": {"alice": [entry("lora", name)], "bob": [entry("ia3", name)]},
+            "adapters": {
+                n: [entry(m, name)] for n, m in (("alice", "lora"), ("bob", "ia3"), ("eve", "prefix"))
+            },
         }
     )
     path = tmp_path / "base.onnx"
     model = emitted(compiled, path, adapters="swap")
     proved = {proof.name for proof in compiled.proofs}
-    for who in ("onnx, swap", "onnx, swap, alice", "onnx, swap, bob", "onnx, swap, other ranks"):
-        assert {f"{who}, with a cache, {way}" for way in SCHEDULES} <= proved
+    who = ("", ", alice", ", bob", ", eve", ", other ranks")
+    assert {f"onnx, swap{one}, with a cache, {way}" for one in who for way in SCHEDULES} <= proved
     declared = [
         {weight.name for weight in each.graph.initializer} & {value.name for value in each.graph.input}
         for each in (model, onnx.load(encoder_beside(path)))
