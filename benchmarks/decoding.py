@@ -1,4 +1,7 @@
-"""Decoding with a cache, one run: ours beside the builder's program, a plain export of PEFT's merge, and torch."""
+"""Decoding with a cache, one run: ours beside the builder's program, a plain export of PEFT's merge, and torch.
+
+On one thread the time is that of the processor, so that other work on the machine counts little.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +26,8 @@ from benchmarks.llama import HALF_BILLION, HUNDRED_MILLION, Shape
 from benchmarks.process import quiet
 
 PASTS, PROMPTS = (128, 1024), (128, 512)
-STEPS, PREFILLS = 21, 5
+STEPS, PREFILLS = 11, 3
+"""Of each order in which the programs are opened: one that is opened later may lie better in memory, worth a tenth."""
 BLOCK = 32
 """Columns of a weight that share a scale, the builder's default."""
 TARGET = ["all-linear", "lm_head"]
@@ -33,16 +38,19 @@ PLAIN = "adaptc, attention: plain"
 def decoding(shape: Shape = HUNDRED_MILLION) -> None:
     """Print the tables: float32 and int4, on one thread, then on two."""
     quiet()
-    with written(shape, 12) as work:
+    with written(shape, 16) as work:
         if work is None:
             return
         write_tokenizer(Path(__file__).read_text(), 600, work / "base")
         merged = _merged(work)
-        for bits in ("float32", "int4"):
-            programs = _programs(work, merged, bits)
-            peaks = {name: _peak(path, shared) for name, (path, shared) in programs.items()}
-            for threads in (1, 2):
-                _table(shape, bits, threads, programs, peaks, merged)
+        programs = {bits: _programs(work, merged, bits) for bits in ("float32", "int4")}
+        peaks = {
+            bits: {name: _peak(path, shared) for name, (path, shared) in some.items()}
+            for bits, some in programs.items()
+        }
+        for threads in (1, 2):
+            for bits, some in programs.items():
+                _table(shape, bits, threads, some, peaks[bits], merged)
         shutil.rmtree(merged)
 
 
@@ -151,32 +159,31 @@ def _table(
     peaks: Mapping[str, int],
     merged: Path,
 ) -> None:
-    from transformers import AutoModelForCausalLM
-
-    decoders: dict[str, Decoder] = {
-        name: OnnxDecoder(path, shared, threads) for name, (path, shared) in programs.items()
-    }
-    if bits == "float32":
-        torch.set_num_threads(threads)
-        model: Any = AutoModelForCausalLM.from_pretrained(merged).eval()
-        decoders["torch, static cache"] = TorchDecoder(model, compiled=False)
-        decoders["torch, static cache, compiled"] = TorchDecoder(model, compiled=True)
-    steps = [_steps(decoders, past) for past in PASTS]
-    prompts = [_prompts(decoders, length) for length in PROMPTS]
+    timings = [
+        _times(
+            programs if order else dict(reversed(programs.items())),
+            threads,
+            merged if bits == "float32" else None,
+        )
+        for order in (1, 0)
+    ]
+    columns = [
+        {name: statistics.mean([t[i][name] for t in timings]) for name in timings[0][i]} for i in range(4)
+    ]
     heads = [*(f"a token, past {past}" for past in PASTS), *(f"prompt of {length}" for length in PROMPTS)]
     millions = shape.nbytes / 4e6
     print(
         f"\n| {millions:.0f} M, {bits}, LoRA r 16, threads: {threads}; over `{PLAIN}` | {' | '.join(heads)} | "
         "peak memory | files |\n|---|---|---|---|---|---|---|"
     )
-    for name in decoders:
-        ratios = [f"{times[name] / times[PLAIN]:.2f}" for times in (*steps, *prompts)]
+    for name in columns[0]:
+        ratios = [f"{times[name] / times[PLAIN]:.2f}" for times in columns]
         memory, files = "", ""
         if name in programs:
             memory = f"{peaks[name] / peaks[PLAIN]:.2f}"
             files = f"{_size(programs[name][0]) / _size(programs[PLAIN][0]):.2f}"
         print(f"| {name} | {' | '.join(ratios)} | {memory} | {files} |", flush=True)
-    absolute = [f"{1e3 * times[PLAIN]:.1f} ms" for times in (*steps, *prompts)]
+    absolute = [f"{1e3 * times[PLAIN]:.1f} ms" for times in columns]
     print(
         f"| `{PLAIN}` itself | {' | '.join(absolute)} | {peaks[PLAIN] / 1e6:.0f} MB | "
         f"{_size(programs[PLAIN][0]) / 1e6:.0f} MB |",
@@ -184,27 +191,42 @@ def _table(
     )
 
 
-def _steps(decoders: Mapping[str, Decoder], past: int) -> dict[str, float]:
-    """The median time of a token behind a past, of steps in turn."""
-    for decoder in decoders.values():
-        decoder.prefill(past)
-    return _medians({name: decoder.step for name, decoder in decoders.items()}, STEPS)
+def _times(
+    programs: Mapping[str, tuple[Path, bool]], threads: int, merged: Path | None
+) -> list[dict[str, float]]:
+    """The median times of a token behind each past, and of each prompt; torch's too, of a merged model."""
+    from transformers import AutoModelForCausalLM
+
+    decoders: dict[str, Decoder] = {
+        name: OnnxDecoder(path, shared, threads) for name, (path, shared) in programs.items()
+    }
+    if merged is not None:
+        torch.set_num_threads(threads)
+        model: Any = AutoModelForCausalLM.from_pretrained(merged).eval()
+        decoders["torch, static cache"] = TorchDecoder(model, compiled=False)
+        decoders["torch, static cache, compiled"] = TorchDecoder(model, compiled=True)
+    clock = time.process_time if threads == 1 else time.perf_counter
+    times: list[dict[str, float]] = []
+    for past in PASTS:
+        for decoder in decoders.values():
+            decoder.prefill(past)
+        times.append(_medians({name: decoder.step for name, decoder in decoders.items()}, STEPS, clock))
+    for length in PROMPTS:
+        calls = {name: partial(decoder.prefill, length) for name, decoder in decoders.items()}
+        times.append(_medians(calls, PREFILLS, clock))
+    return times
 
 
-def _prompts(decoders: Mapping[str, Decoder], length: int) -> dict[str, float]:
-    """The median time to the first token of a prompt."""
-    calls = {name: lambda d=decoder: d.prefill(length) for name, decoder in decoders.items()}
-    return _medians(calls, PREFILLS)
-
-
-def _medians(calls: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+def _medians(
+    calls: Mapping[str, Callable[[], None]], rounds: int, clock: Callable[[], float]
+) -> dict[str, float]:
     times = {name: list[float]() for name in calls}
-    for number in range(rounds + 2):
+    for number in range(rounds + 1):
         for name in random.sample(list(calls), len(calls)):
-            start = time.perf_counter()
+            start = clock()
             calls[name]()
-            if number > 1:
-                times[name].append(time.perf_counter() - start)
+            if number > 0:
+                times[name].append(clock() - start)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
