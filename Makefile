@@ -67,5 +67,10 @@ check: $(READY) docs  ## lint, format, types, the documentation
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright --pythonpath $(PYTHON)
 
+package: $(READY)  ## the sdist and the wheel, checked, in dist
+	rm -rf dist
+	$(PYTHON) -m build --quiet
+	$(PYTHON) -m twine check --strict dist/*
+
 clean:  ## remove the virtual environment and build products
-	rm -rf $(VENV) .venv-newest .venv-oldest build *.egg-info
+	rm -rf $(VENV) .venv-newest .venv-oldest build dist *.egg-info

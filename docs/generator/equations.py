@@ -65,7 +65,7 @@ def typeset(text: str, block: bool = False) -> str:
 
 
 def tex(text: str) -> str:
-    """A formula in TeX: `W' = W + (alpha / r) B A` is `W' = W + \\frac{\\alpha}{r} B A`."""
+    r"""A formula in TeX: `W' = W + (alpha / r) B A` is `W' = W + \frac{\alpha}{r} B A`."""
     matches = list(TOKEN.finditer(text))
     written = []
     for i, match in enumerate(matches):

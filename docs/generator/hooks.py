@@ -17,7 +17,13 @@ import adaptc
 from docs.generator import commands, methods, schema
 
 ROOT = Path(__file__).parents[2]
-OUTSIDE = ("CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/results.md", "benchmarks/sst2.md", "benchmarks/sst2.svg")
+OUTSIDE = (
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "benchmarks/results.md",
+    "benchmarks/sst2.md",
+    "benchmarks/sst2.svg",
+)
 """Files of the repository that are pages of the site as they stand; the README is its first page."""
 API = "reference/python.md"
 LINK = re.compile(r"(\]\(|src=\")(?!https?:|#|mailto:)([^)\s\"#]+)")
@@ -25,7 +31,11 @@ LINK = re.compile(r"(\]\(|src=\")(?!https?:|#|mailto:)([^)\s\"#]+)")
 
 def made() -> dict[str, str]:
     """Path in the site -> text, for the pages that are made from the code."""
-    return {"reference/spec.md": schema.spec_page(), "reference/commands.md": commands.commands_page(), **methods.pages()}
+    return {
+        "reference/spec.md": schema.spec_page(),
+        "reference/commands.md": commands.commands_page(),
+        **methods.pages(),
+    }
 
 
 def on_config(config: Any) -> Any:
@@ -47,7 +57,9 @@ def on_files(files: Any, config: Any) -> Any:
     for path in OUTSIDE:
         files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
     files.append(File.generated(config, "index.md", abs_src_path=str(ROOT / "README.md")))
-    missing = set(adaptc.__all__) - set(re.findall(r"^::: adaptc\.(\w+)$", (ROOT / "docs" / API).read_text(), re.M))
+    missing = set(adaptc.__all__) - set(
+        re.findall(r"^::: adaptc\.(\w+)$", (ROOT / "docs" / API).read_text(), re.M)
+    )
     if missing - {"passes", "__version__"}:
         raise PluginError(f"docs/{API} lacks public names: {', '.join(sorted(missing))}")
     return files

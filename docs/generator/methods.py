@@ -44,12 +44,15 @@ def pages() -> dict[str, str]:
 
 
 def _index(title: str, key: str, registry: Any) -> str:
-    rows = [f"| [`{name}`]({name}.md) | {_first(cls)} | {_sits(cls)} |" for name, cls in sorted(registry.items())]
+    rows = [
+        f"| [`{name}`]({name}.md) | {_first(cls)} | {_sits(cls)} |" for name, cls in sorted(registry.items())
+    ]
     return "\n".join(
         [
             f"# {title}",
             "",
-            f"What `method:` may be in an entry under `{key}`. One page each: the equation, the options and their defaults, a spec.",
+            f"What `method:` may be in an entry under `{key}`. One page each: the equation, the options and",
+            "their defaults, a spec.",
             *(["Measured beside PEFT in [the table](../../methods.md)."] if key == "adapt" else []),
             "",
             "| name | equation | sits on |",
@@ -74,7 +77,8 @@ def _page(name: str, cls: Any, common: set[str]) -> str:
     lines += ["## In a spec", "", f"The file `specs/{name}.yaml`:", "", "```yaml", _spec(name), "```", ""]
     key = "adapt" if name in METHODS else "quantize"
     lines += ["## Options", "", schema.table(schema.entries()[name], common | {"method"}), ""]
-    lines += [f"What every entry takes besides (`target`, `exclude` and others) is in [the spec](../spec.md#{key}-a-{'method' if key == 'adapt' else 'scheme'}).", ""]
+    anchor = "adapt-a-method" if key == "adapt" else "quantize-a-scheme"
+    lines += [f"What every entry takes besides, such as `target`, is in [the spec](../spec.md#{anchor})."]
     return "\n".join(lines)
 
 
@@ -115,9 +119,10 @@ def passes_page() -> str:
         [
             "# Passes",
             "",
-            "What may stand under `passes` in a spec. `insert` means all entries of `adapt`, `quantize` all of `quantize`;",
-            "`insert-NAME` and `quantize-NAME` are there for every [method](methods/index.md) and every [scheme](schemes/index.md).",
-            "A graph is at one stage at a time: a pass says which it takes, and which it leaves ([architecture](../architecture.md)).",
+            "What may stand under `passes` in a spec. `insert` means all entries of `adapt`, `quantize` all of",
+            "`quantize`; `insert-NAME` and `quantize-NAME` are there for every [method](methods/index.md) and every",
+            "[scheme](schemes/index.md). A graph is at one stage at a time: a pass says which it takes, and which it",
+            "leaves ([architecture](../architecture.md)).",
             "",
             "| pass | does | takes | leaves |",
             "| --- | --- | --- | --- |",

@@ -54,18 +54,29 @@ def table(definition: Schema, leave_out: set[str] | None = None) -> str:
             spellings.setdefault(option["description"].removeprefix(ALIAS), []).append(name)
     also = {name for names in spellings.values() for name in names}
     rows = [
-        _row(name, option, spellings.get(name, []), definition) for name, option in properties.items() if name not in also
+        _row(name, option, spellings.get(name, []), definition)
+        for name, option in properties.items()
+        if name not in also
     ]
     if not rows:
         return "It has no options of its own.\n"
-    return "\n".join(["| option | takes | if left out | what it is |", "| --- | --- | --- | --- |", *rows]) + "\n"
+    return (
+        "\n".join(["| option | takes | if left out | what it is |", "| --- | --- | --- | --- |", *rows])
+        + "\n"
+    )
 
 
 def _row(name: str, option: Schema, spellings: list[str], definition: Schema) -> str:
     text = option.get("description") or _inner(option).get("description") or ""
     text += f" (also read as {', '.join(f'`{s}`' for s in spellings)})" if spellings else ""
     required = name in definition.get("required", ())
-    default = "required" if required else f"`{json.dumps(option['default'])}`" if option.get("default") is not None else ""
+    default = (
+        "required"
+        if required
+        else f"`{json.dumps(option['default'])}`"
+        if option.get("default") is not None
+        else ""
+    )
     return f"| `{name}` | {_escaped(_type(option))} | {default} | {_escaped(_linked(text))} |"
 
 
@@ -82,7 +93,9 @@ def _type(option: Schema) -> str:
         return ", ".join(f"`{json.dumps(value)}`".replace('"', "") for value in option["enum"])
     if "$ref" in option:
         return "a mapping"
-    kinds = [_type(kind) for kind in option.get("anyOf", option.get("oneOf", ())) if kind.get("type") != "null"]
+    kinds = [
+        _type(kind) for kind in option.get("anyOf", option.get("oneOf", ())) if kind.get("type") != "null"
+    ]
     if kinds:
         return " or ".join(dict.fromkeys(kinds))
     if option.get("type") == "array":
@@ -105,11 +118,14 @@ def _escaped(text: str) -> str:
 def spec_page() -> str:
     """The reference of the spec's keys."""
     whole = schema()
-    formats = sorted({e["properties"]["format"]["const"] for e in whole["$defs"].values() if "format" in e["properties"]})
+    formats = sorted(
+        {e["properties"]["format"]["const"] for e in whole["$defs"].values() if "format" in e["properties"]}
+    )
     lines = [
         "# The spec",
         "",
-        "Made from the JSON Schema that `adaptc schema` prints. Give that file to your editor, and it completes and checks specs.",
+        "Made from the JSON Schema that `adaptc schema` prints. Give that file to your editor, and it completes and",
+        "checks specs.",
         "An unknown key is an error that shows the file, the line and the nearest key there is.",
         "",
         "## A whole spec",
@@ -117,17 +133,25 @@ def spec_page() -> str:
         table(whole),
     ]
     for title, definition in SECTIONS:
-        lines += [f"## {title}", "", whole["$defs"][definition].get("description", ""), "", table(whole["$defs"][definition])]
+        lines += [
+            f"## {title}",
+            "",
+            whole["$defs"][definition].get("description", ""),
+            "",
+            table(whole["$defs"][definition]),
+        ]
     method_names, scheme_names = sorted(METHODS), sorted(SCHEMES)
     lines += [
         "## adapt, a method",
         "",
-        "What every entry under `adapt` takes. The other options are the method's own: see [methods](methods/index.md).",
+        "What every entry under `adapt` takes. The other options are the method's own:",
+        "see [methods](methods/index.md).",
         "",
         table({**entries()["lora"], "properties": _only("lora", shared(method_names) | {"name"})}),
         "## quantize, a scheme",
         "",
-        "What every entry under `quantize` takes. The other options are the scheme's own: see [schemes](schemes/index.md).",
+        "What every entry under `quantize` takes. The other options are the scheme's own:",
+        "see [schemes](schemes/index.md).",
         "",
         table({**entries()["nf4"], "properties": _only("nf4", shared(scheme_names))}),
         "## emit",
