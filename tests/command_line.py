@@ -27,9 +27,19 @@ class Ran:
 
 def run(*words: object) -> Ran:
     """Run `adaptc` with some words; an exception that escapes is a traceback on standard error, as in a shell."""
+    out, err = io.StringIO(), io.StringIO()
+    return Ran(_call(words, out, err), out.getvalue(), err.getvalue())
+
+
+def on_a_terminal(*words: object) -> tuple[int, str]:
+    """Run `adaptc` with some words: its exit code, and all that it printed, in the order of a terminal."""
+    screen = io.StringIO()
+    return _call(words, screen, screen), screen.getvalue()
+
+
+def _call(words: tuple[object, ...], out: io.StringIO, err: io.StringIO) -> int:
     from adaptc.cli import app as command_line
 
-    out, err = io.StringIO(), io.StringIO()
     with (
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
@@ -37,10 +47,9 @@ def run(*words: object) -> Ran:
     ):
         try:
             command_line.main()
-            code = 0
         except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+            return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         except Exception:
             traceback.print_exc(file=err)
-            code = 1
-    return Ran(code, out.getvalue(), err.getvalue())
+            return 1
+    return 0

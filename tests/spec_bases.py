@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 SPECS = sorted(ROOT.glob("specs/*.yaml"))
 
 
-def save_bert(directory: Path) -> Path:
+def save_bert(directory: Path, layers: int = 2) -> Path:
     """A small BERT with a tokenizer, in place of MiniLM; its weights are the same numbers on every machine."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -22,7 +22,7 @@ def save_bert(directory: Path) -> Path:
         "hidden_size": 64,
         "intermediate_size": 128,
         "num_attention_heads": 2,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": layers,
     }
     model = BertModel(BertConfig(vocab_size=3000, **small))
     _fill(dict(model.named_parameters()))
