@@ -66,13 +66,14 @@ def changes_of(base: Graph, adapted: Graph) -> dict[Use, Change]:
         biased = isinstance(method, WeightMethod) and method.adapts_bias() and site.bias is not None
         beside = site.bias_uses[:1] if biased else ()
         for use in (site.uses[0], *beside):
+            parameter = site.bias if use in beside else site.parameter
+            value = nodes[adapted.adapted_weights[str(parameter), use.node]]
+            before = adapted.base_value(str(parameter))
+            if value is before:  # a bias that the method leaves as it is here
+                continue
             if use not in changes:
-                place = sites[use]
-                parameter = site.bias if use in beside else site.parameter
-                value = nodes[adapted.adapted_weights[str(parameter), use.node]]
-                before = adapted.base_value(str(parameter))
                 changes[use] = Change(
-                    place,
+                    sites[use],
                     extract_expression(adapted, before).evaluate,
                     extract_expression(adapted, value).evaluate,
                 )

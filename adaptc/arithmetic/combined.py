@@ -1,4 +1,4 @@
-"""An adapter that is made of others: which tensors it has where, and their values, computed when they are first read."""
+"""An adapter that is made of others: which tensors it has where, and their values once they are read."""
 
 from __future__ import annotations
 
@@ -131,7 +131,9 @@ class Combined:
         for layer in self.layers:
             method: Any = self.method.at(layer.site)
             starts[layer.site.pattern] = {
-                argument: Deferred(param.shape, layer.site.dtype, partial(self._tensor, layer.site.pattern, argument))
+                argument: Deferred(
+                    param.shape, layer.site.dtype, partial(self._tensor, layer.site.pattern, argument)
+                )
                 for argument, param in method.stored(layer.site).items()
             }
         for whole in self.wholes:
@@ -145,8 +147,18 @@ class Combined:
         return self._evaluated[0][pattern][argument]
 
     @property
+    def ranks(self) -> dict[str, int]:
+        """Layer -> the rank of its product."""
+        return {layer_name(layer.site): layer.rank for layer in self.layers}
+
+    @property
+    def held_whole(self) -> list[str]:
+        """The tensors that are held whole and changed."""
+        return [whole.site.name for whole in self.wholes]
+
+    @property
     def errors(self) -> dict[str, float]:
-        """Layer -> the relative error of its product, in the Frobenius norm; computed with the tensors."""
+        """Layer -> the relative error of its product in the Frobenius norm, where it stands for a sum of changes."""
         return self._evaluated[1]
 
     @cached_property
@@ -158,7 +170,9 @@ class Combined:
         with torch.no_grad():
             for layer in self.layers:
                 method: Any = self.method.at(layer.site)
-                theta, errors[layer_name(layer.site)] = layer.make(method, generator)
+                theta, error = layer.make(method, generator)
+                if error is not None:
+                    errors[layer_name(layer.site)] = error
                 params = method.stored(layer.site)
                 tensors[layer.site.pattern] = {k: packed(params[k], value) for k, value in theta.items()}
             for whole in self.wholes:
@@ -220,7 +234,11 @@ def _largest_rank(parts: Sequence[Part]) -> int:
     Raises:
         PartError: none has a rank.
     """
-    ranks: list[int] = [r for p in parts for a in p.adapted.adaptations if (r := getattr(a.method, "r", None))]
+    ranks: list[int] = [
+        r for p in parts for a in p.adapted.adaptations if (r := getattr(a.method, "r", None))
+    ]
     if not ranks:
-        raise PartError(None, "no adapter here has a rank that the result could have", "give one: svd_rank: 16")
+        raise PartError(
+            None, "no adapter here has a rank that the result could have", "give one: svd_rank: 16"
+        )
     return max(ranks)

@@ -16,6 +16,7 @@ from adaptc.ir.graph import Graph
 from adaptc.methods.low_rank import Product
 from adaptc.methods.param import Param
 from adaptc.methods.site import Use, WeightSite
+from adaptc.methods.tensors import norm
 
 TINY = 1e-30
 """The smallest norm that an error is divided by."""
@@ -56,12 +57,12 @@ class Layer:
         site: the matrix.
         rank: the rank of its product.
         make: gives A and B as the method's expression takes them, for a method of this rank with a scale of one, and
-            their relative error; random numbers come from the generator.
+            their relative error where they stand for a change; random numbers come from the generator.
     """
 
     site: WeightSite
     rank: int
-    make: Callable[[Product, torch.Generator], tuple[Mapping[str, torch.Tensor], float]]
+    make: Callable[[Product, torch.Generator], tuple[Mapping[str, torch.Tensor], float | None]]
 
 
 def by_factors(parts: Sequence[Part], merge: Merge, uses: Sequence[Use]) -> list[Layer]:
@@ -115,18 +116,19 @@ def _factored(parts: Sequence[Part], members: Sequence[tuple[int, Adaptation]], 
             "put the factors side by side (how: cat), or combine changes of weights (how: svd)",
         )
 
-    def make(
-        _: Product, generator: torch.Generator
-    ) -> tuple[Mapping[str, torch.Tensor], float]:
+    def make(_: Product, generator: torch.Generator) -> tuple[Mapping[str, torch.Tensor], float | None]:
         scales = [parts[number].weight * _scale(a) for number, a in members]
         factors = {k: [_loaded(parts[n].adapted, a, k) for n, a in members] for k in ("A", "B")}
         if joined:
             scaled = [A * scale for A, scale in zip(factors["A"], scales, strict=True)]
-            return {"A": torch.cat(scaled, -2), "B": torch.cat(factors["B"], -1)}, 0.0
+            return {"A": torch.cat(scaled, -2), "B": torch.cat(factors["B"], -1)}, None
         roots = [abs(scale) ** 0.5 for scale in scales]
         signed = [root if scale >= 0 else -root for root, scale in zip(roots, scales, strict=True)]
         weights = {"A": signed, "B": roots}
-        return {k: merge(factors[k], weights[k], site.dtype, generator) for k in factors}, 0.0
+        theta = {k: merge(factors[k], weights[k], site.dtype, generator) for k in factors}
+        products = [s * (B @ A) for s, A, B in zip(scales, factors["A"], factors["B"], strict=True)]
+        wanted = torch.stack(products).sum(0)
+        return theta, _error(theta["B"] @ theta["A"], wanted) if merge.how == "linear" else None
 
     return Layer(site, sum(ranks) if joined else ranks[0], make)
 
@@ -163,9 +165,7 @@ def by_changes(parts: Sequence[Part], merge: Merge, rank: int, uses: Sequence[Us
 def _nearest(terms: Sequence[tuple[float, Change]], merge: Merge, rank: int) -> Layer:
     site = terms[0][1].site
 
-    def make(
-        method: Product, generator: torch.Generator
-    ) -> tuple[Mapping[str, torch.Tensor], float]:
+    def make(method: Product, generator: torch.Generator) -> tuple[Mapping[str, torch.Tensor], float]:
         merged = merge(
             [change.delta() for _, change in terms], [weight for weight, _ in terms], site.dtype, generator
         )
@@ -174,10 +174,14 @@ def _nearest(terms: Sequence[tuple[float, Change]], merge: Merge, rank: int) -> 
         stacked = {k: torch.stack([theta[k] for theta in one]).to(site.dtype) for k in one[0]}
         theta = stacked if site.batch is not None else {k: value[0] for k, value in stacked.items()}
         held = method.scale * (theta["B"].float() @ theta["A"].float())
-        error = (wanted - held).norm() / wanted.norm().clamp(min=TINY)
-        return theta, float(error)
+        return theta, _error(held, wanted)
 
     return Layer(site, min(rank, site.out_features, site.in_features), make)
+
+
+def _error(held: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The relative error in the Frobenius norm."""
+    return float(norm(wanted - held) / norm(wanted).clamp(min=TINY))
 
 
 def packed(param: Param, value: torch.Tensor) -> torch.Tensor:

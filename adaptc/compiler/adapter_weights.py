@@ -17,9 +17,7 @@ from adaptc.spec.spec import Spec
 from adaptc.weights import Deferred, Weight
 
 
-def load_checkpoints(
-    spec: Spec, entries: Sequence[PlannedInsertion], base: Graph, adapted: Graph
-) -> None:
+def load_checkpoints(spec: Spec, entries: Sequence[PlannedInsertion], base: Graph, adapted: Graph) -> None:
     """Give the adapters of a graph the weights of the checkpoints that the spec names.
 
     Args:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from adaptc.arithmetic.change import changes_of
-from adaptc.arithmetic.combined import combined
+from adaptc.arithmetic.combined import combined, product_methods
 from adaptc.arithmetic.layers import Part, PartError
 from adaptc.arithmetic.merging import Merge
 from adaptc.checkpoints.adapter import Checkpoint
 from adaptc.compiler.plan_adapters import PlannedInsertion
-from adaptc.errors import WeightError
+from adaptc.errors import WeightError, unknown
 from adaptc.ir.graph import Graph
+from adaptc.methods.method import METHODS
 from adaptc.spec.entries import CombineEntry
 from adaptc.spec.spec import Spec
 
@@ -42,20 +43,36 @@ def combined_entry(
         inserted, checkpoints = adapted(spec.alone(member.entry, (*place, number)))
         if inserted.staying:
             message = f"{inserted.staying} changes no weight, so nothing of it can be combined"
-            raise spec.error((*place, number, "adapter"), message, "leave it out, or write it as an entry of its own")
+            raise spec.error(
+                (*place, number, "adapter"), message, "leave it out, or write it as an entry of its own"
+            )
         _check_same_base(spec, (*place, number, "adapter"), [*sources, *checkpoints])
         parts.append(Part(member.weight, inserted, changes_of(graph, inserted)))
         sources += checkpoints
+    methods = product_methods()
+    if entry.to is not None and entry.to not in methods:
+        message = (
+            unknown("method", entry.to, sorted(METHODS))
+            if entry.to not in METHODS
+            else (f"{entry.to} cannot hold what other methods do; methods that can: {', '.join(methods)}")
+        )
+        raise spec.error((*spec.place(index), "to"), message)
+    cls = methods[entry.to] if entry.to is not None else None
     merge = Merge(entry.how, 1.0 if entry.density is None else entry.density, entry.majority_sign_method)
     try:
-        result = combined(graph, parts, merge, entry.svd_rank, seed=spec.seed)
+        result = combined(graph, parts, merge, entry.svd_rank, cls, spec.seed)
     except PartError as error:
         where = place[:-1] if error.part is None else (*place, error.part, "adapter")
         raise spec.error(where, error.message, *error.notes) from None
     name = entry.name or spec.default_name(index)
     return [
         PlannedInsertion(
-            index, item, item.selection(graph), starts=result.starts(), combined=result, sources=tuple(sources)
+            index,
+            item,
+            item.selection(graph),
+            starts=result.starts(),
+            combined=result,
+            sources=tuple(sources),
         )
         for item in result.inserts(name, index, entry.on_alias)
     ]

@@ -98,7 +98,9 @@ class Product(LowRank):
         (most, _), *_ = Counter(ranks.values()).most_common(1)
         others = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != most}
         options: dict[str, Any] = {"biases": biases, "rank_pattern": others}
-        return cls(r=most, alpha=float(most), alpha_pattern={k: float(r) for k, r in others.items()}, **options)
+        return cls(
+            r=most, alpha=float(most), alpha_pattern={k: float(r) for k, r in others.items()}, **options
+        )
 
     def nearest(self, change: Tensor) -> dict[str, Tensor]:
         """A `(r, in)` and B `(out, r)`, so that scale B A is nearest to a change `(out, in)` in the Frobenius norm.

@@ -94,8 +94,10 @@ class CombineEntry(Part):
         None, description="with ties, dare_... and magnitude_prune: the share of numbers that are kept"
     )
     majority_sign_method: Literal["total", "frequency"] = Field(
-        "total", description="with ties and dare_ties: the sign of the sum, or the one that more adapters have"
+        "total",
+        description="with ties and dare_ties: the sign of the sum, or the one that more adapters have",
     )
+    to: str | None = Field(None, description="the method of the result; the first that can hold any change")
     name: AdapterName | None = None
     on_alias: Alias = "refuse"
 
