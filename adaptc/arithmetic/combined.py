@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,6 +55,23 @@ class Whole:
         return (self.terms[0][1].base() + merged).to(self.site.dtype)
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What an adapter was made of: an adapter, or a model.
+
+    Attributes:
+        text: its path as a spec or a command states it.
+        path: the path itself.
+        sha256: its hash.
+        weight: what it was multiplied by.
+    """
+
+    text: str
+    path: Path
+    sha256: str
+    weight: float = 1.0
+
+
 @dataclass(eq=False)
 class Combined:
     """An adapter made of others: low-rank products on matrices, and what is no matrix held whole.
@@ -66,6 +84,7 @@ class Combined:
         wholes: what it holds whole.
         seed: of the random numbers that the rule draws.
         tied: it changes tied tensors under all their names.
+        origins: what it was made of.
     """
 
     base: Graph
@@ -75,6 +94,7 @@ class Combined:
     wholes: Sequence[Whole]
     seed: int
     tied: bool
+    origins: Sequence[Origin] = ()
 
     def inserts(self, adapter: str, entry: int, on_alias: OnAlias) -> list[Insert[Any, Any]]:
         """The passes that insert it, untrained; `starts` has its tensors.

@@ -21,7 +21,9 @@ def weights_of(text: str | None, count: int) -> list[float] | None:
     try:
         weights = [float(part) for part in text.split(",")]
     except ValueError:
-        raise SpecError([Problem(f"expected numbers such as 0.7,-0.3, got {text!r}", file="--weights")]) from None
+        raise SpecError(
+            [Problem(f"expected numbers such as 0.7,-0.3, got {text!r}", file="--weights")]
+        ) from None
     if len(weights) != count:
         message = f"expected one number for each of {count} adapters, got {len(weights)}"
         raise SpecError([Problem(message, file="--weights")])

@@ -35,6 +35,12 @@ def compile(
     dump_graphs: Annotated[
         Path | None, typer.Option(help="write the graph after every pass into this folder")
     ] = None,
+    locked: Annotated[
+        bool,
+        typer.Option(
+            "--locked", help="refuse what differs from the lock beside the spec; write one if there is none"
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Compile a spec: trace, insert, prove, and write what `emit` asks for."""
@@ -42,7 +48,7 @@ def compile(
     from adaptc.cli.screen import Screen
 
     screen = Screen(quiet=as_json)
-    result = compile_and_emit(spec, set_ or [], output_dir, print_after, dump_graphs, screen)
+    result = compile_and_emit(spec, set_ or [], output_dir, print_after, dump_graphs, screen, locked)
     if as_json:
         _print_json(result)
 
@@ -60,6 +66,27 @@ def plan(spec: SpecPath, set_: Sets = None, as_json: Json = False) -> None:
         _print_json(planned.to_json())
     else:
         screen.plan(planned)
+
+
+@app.command()
+def diff(
+    before: SpecPath,
+    after: SpecPath,
+    exit_code: Annotated[
+        bool, typer.Option("--exit-code", help="exit with 1 if they differ, as git diff does")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Tell which sites, options and products change from one spec to another. Reads no weights."""
+    from adaptc.cli.screen import Screen
+    from adaptc.compiler.spec_diff import diff_specs
+
+    screen = Screen(quiet=as_json)
+    with screen.working("planning both"):
+        found = diff_specs(before, after)
+    _print_json(found.to_json()) if as_json else screen.out.print(str(found), markup=False)
+    if exit_code and not found.same:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -208,15 +235,16 @@ def combine(
         str | None, typer.Option(help="what each is multiplied by, such as 0.7,-0.3; 1 if left out")
     ] = None,
     how: Annotated[
-        str, typer.Option(help="linear, cat, ties, dare_linear, dare_ties, magnitude_prune; svd, ties_svd, ...")
+        str,
+        typer.Option(help="linear, cat, ties, dare_linear, dare_ties, magnitude_prune; svd, ties_svd, ..."),
     ] = "svd",
-    svd_rank: Annotated[int | None, typer.Option(help="with svd: the rank; the adapters' if left out")] = None,
+    svd_rank: Annotated[
+        int | None, typer.Option(help="with svd: the rank; the adapters' if left out")
+    ] = None,
     density: Annotated[
         float | None, typer.Option(help="with ties, dare and magnitude_prune: the share of numbers kept")
     ] = None,
-    majority_sign_method: Annotated[
-        str, typer.Option(help="with ties: total or frequency")
-    ] = "total",
+    majority_sign_method: Annotated[str, typer.Option(help="with ties: total or frequency")] = "total",
     seed: Annotated[int, typer.Option(help="of what dare draws")] = 0,
     base: Base = None,
     task: Task = None,
@@ -246,7 +274,9 @@ def combine(
 
 @app.command()
 def convert(
-    adapter: Annotated[Path, typer.Argument(help="a trained adapter of any weight method", show_default=False)],
+    adapter: Annotated[
+        Path, typer.Argument(help="a trained adapter of any weight method", show_default=False)
+    ],
     r: Rank,
     to: Annotated[str | None, typer.Option(help="the method; lora if left out", show_default=False)] = None,
     output: Folder = None,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from adaptc.arithmetic.change import changes_between
-from adaptc.arithmetic.combined import combined
+from adaptc.arithmetic.combined import Origin, combined
 from adaptc.arithmetic.layers import Part
 from adaptc.arithmetic.merging import Merge
 from adaptc.compiler.adapter_base import BaseOf, base_of
@@ -19,7 +19,7 @@ from adaptc.compiler.compiled import Compiled
 from adaptc.compiler.driver import program_from, program_of
 from adaptc.compiler.plan import Plan
 from adaptc.compiler.plan_adapters import PlannedInsertion
-from adaptc.errors import WeightError
+from adaptc.errors import Problem, SpecError, WeightError
 from adaptc.ir.graph import Graph
 from adaptc.spec.source import Source
 from adaptc.spec.spec import Spec
@@ -82,8 +82,18 @@ def combine(
     seed = {"seed": options.pop("seed")} if "seed" in options else {}
     members = [{"adapter": str(path), "weight": float(w)} for path, w in zip(paths, factors, strict=True)]
     entry: dict[str, Any] = {"combine": members, "how": how, **options}
-    spec = _spec(base_of(paths[0] if paths else None, base, task), adapt=[entry], **seed)
-    return _write(Compiled(program_of(spec, trace(spec, make_base(spec)))), Path(directory))
+    try:
+        spec = _spec(base_of(paths[0] if paths else None, base, task), adapt=[entry], **seed)
+        program = program_of(spec, trace(spec, make_base(spec)))
+    except SpecError as error:
+        raise SpecError(_shown(problem) for problem in error.problems) from error
+    return _write(Compiled(program), Path(directory))
+
+
+def _shown(problem: Problem) -> Problem:
+    """A problem with an option, named as the command and the function name it."""
+    key = problem.key.removeprefix("adapt.0").removeprefix(".")
+    return problem if key == problem.key else replace(problem, file="combine", key=key)
 
 
 def convert(
@@ -145,7 +155,8 @@ def extract(
     if not parts[0].changes:
         raise WeightError(f"{tuned} has the same weights as {base}: there is nothing to extract")
     result = combined(graph, parts, Merge("svd"), r)
-    starts = result.starts()
+    starts, path = result.starts(), Path(str(tuned)) if not isinstance(tuned, Mapping) else Path()
+    result.origins = [Origin(str(path), path, after.base_sha256)]
     entries = [
         PlannedInsertion(0, item, item.selection(graph), starts=starts, combined=result)
         for item in result.inserts("default", 0, "share")

@@ -23,8 +23,8 @@ PEFT_TASKS = {
 SPECS = (".yaml", ".yml")
 """The endings of a spec's file."""
 BaseOf = str | Path | Mapping[str, Any] | None
-"""What names a base: a model directory, a hub id, a spec's file, or a mapping with a spec's `base` and `inputs`. None is
-what the adapter's configuration names."""
+"""What names a base: a model directory, a hub id, a spec's file, or a mapping with a spec's `base` and `inputs`. None
+is what the adapter's configuration names."""
 
 
 def trained_head(config: Mapping[str, Any], adapter: Path) -> tuple[str, str, int | None]:
@@ -68,7 +68,9 @@ def base_of(adapter: Path | None, base: BaseOf, task: str | None) -> Source:
         return Source(None, {"version": VERSION, **base})
     if base is not None and str(base).endswith(SPECS):
         stated = Source.read(Path(base)).data
-        return Source(Path(base), {key: stated[key] for key in ("version", "base", "inputs") if key in stated})
+        return Source(
+            Path(base), {key: stated[key] for key in ("version", "base", "inputs") if key in stated}
+        )
     config = _config(adapter) if adapter is not None else {}
     model = base or config.get("base_model_name_or_path")
     if not model:

@@ -54,7 +54,6 @@ class PlannedInsertion:
         starts: pattern of a site -> argument of the method's expression -> the tensor that it starts from: an
             earlier adapter's, or what several combine to.
         combined: what it is a part of, where an entry combines adapters.
-        sources: then, their checkpoints.
     """
 
     entry: int
@@ -64,7 +63,6 @@ class PlannedInsertion:
     whole: Method[Any] | None = None
     starts: Mapping[str, Mapping[str, Weight]] = field(default_factory=dict[str, Mapping[str, Weight]])
     combined: Combined | None = None
-    sources: tuple[Checkpoint, ...] = ()
 
     @property
     def stored_as(self) -> Method[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from adaptc.arithmetic.change import changes_of
-from adaptc.arithmetic.combined import combined, product_methods
+from adaptc.arithmetic.combined import Origin, combined, product_methods
 from adaptc.arithmetic.layers import Part, PartError
 from adaptc.arithmetic.merging import Merge
 from adaptc.checkpoints.adapter import Checkpoint
@@ -38,7 +38,8 @@ def combined_entry(
     """
     place = (*spec.place(index), "combine")
     parts: list[Part] = []
-    sources: list[Checkpoint] = []
+    read: list[Checkpoint] = []
+    origins: list[Origin] = []
     for number, member in enumerate(entry.combine):
         inserted, checkpoints = adapted(spec.alone(member.entry, (*place, number)))
         if inserted.staying:
@@ -46,9 +47,10 @@ def combined_entry(
             raise spec.error(
                 (*place, number, "adapter"), message, "leave it out, or write it as an entry of its own"
             )
-        _check_same_base(spec, (*place, number, "adapter"), [*sources, *checkpoints])
+        read += checkpoints
+        _check_same_base(spec, (*place, number, "adapter"), read)
         parts.append(Part(member.weight, inserted, changes_of(graph, inserted)))
-        sources += checkpoints
+        origins += [Origin(member.adapter, c.path, c.sha256, member.weight) for c in checkpoints]
     methods = product_methods()
     if entry.to is not None and entry.to not in methods:
         message = (
@@ -64,16 +66,11 @@ def combined_entry(
     except PartError as error:
         where = place[:-1] if error.part is None else (*place, error.part, "adapter")
         raise spec.error(where, error.message, *error.notes) from None
+    result.origins = origins
     name = entry.name or spec.default_name(index)
+    starts = result.starts()
     return [
-        PlannedInsertion(
-            index,
-            item,
-            item.selection(graph),
-            starts=result.starts(),
-            combined=result,
-            sources=tuple(sources),
-        )
+        PlannedInsertion(index, item, item.selection(graph), starts=starts, combined=result)
         for item in result.inserts(name, index, entry.on_alias)
     ]
 
