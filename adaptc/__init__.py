@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     __version__: str
     from adaptc import passes as passes
+    from adaptc.compiler.adapter_arithmetic import combine as combine
+    from adaptc.compiler.adapter_arithmetic import convert as convert
+    from adaptc.compiler.adapter_arithmetic import extract as extract
     from adaptc.compiler.api import load as load
     from adaptc.compiler.api import load_adapter as load_adapter
     from adaptc.compiler.api import run as run
@@ -58,7 +61,10 @@ __all__ = [
     "WeightMethod",
     "__version__",
     "bind",
+    "combine",
     "compile",
+    "convert",
+    "extract",
     "graph_pass",
     "load",
     "load_adapter",
@@ -71,6 +77,9 @@ __all__ = [
     "trace",
 ]
 _HOMES = {
+    "combine": "adaptc.compiler.adapter_arithmetic",
+    "convert": "adaptc.compiler.adapter_arithmetic",
+    "extract": "adaptc.compiler.adapter_arithmetic",
     "compile": "adaptc.compiler.driver",
     "Compiled": "adaptc.compiler.compiled",
     "Spec": "adaptc.spec.spec",

@@ -87,6 +87,7 @@ LAYERS = (
     ("checkpoints",),
     ("tracing",),
     ("rewriter",),
+    ("arithmetic",),
     ("emit",),
     ("generation",),
     ("compiler",),

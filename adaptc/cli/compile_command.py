@@ -10,6 +10,7 @@ from typing import Any
 from adaptc.cli.screen import Screen
 from adaptc.compiler.artifacts import emit_all
 from adaptc.compiler.driver import compile as compile_spec
+from adaptc.compiler.lock import check_lock, write_lock
 from adaptc.compiler.output_paths import output_paths
 from adaptc.errors import AdaptcError, Problem, SpecError, unknown
 from adaptc.ir.graph import Graph
@@ -24,6 +25,7 @@ def compile_and_emit(
     print_after: str | None,
     dump_graphs: Path | None,
     screen: Screen,
+    locked: bool = False,
 ) -> dict[str, Any]:
     """Compile a spec file and write its artifacts.
 
@@ -34,6 +36,7 @@ def compile_and_emit(
         print_after: the pass after which graphs are printed, `trace`, or `all`; None for no graph.
         dump_graphs: the folder for a text file of the graph after every pass; None for no files.
         screen: where the plan and the progress are shown.
+        locked: check that all is as the lock beside the spec says; write that where there is none.
 
     Returns:
         Plain data: `outputs` (the artifacts' paths), `plan`, `passes` (a record of each that ran) and `proofs`.
@@ -63,9 +66,11 @@ def compile_and_emit(
     with screen.working("tracing and planning"):
         compiled = compile_spec(spec, after=after)
     screen.plan(compiled.plan)
+    lock = locked and not check_lock(compiled.program)
     with screen.emitting() as progress:
         artifacts = emit_all(compiled.program, spec.emit, progress, output_dir)
     outputs = [artifact.path for artifact in artifacts]
+    outputs += [write_lock(compiled.program)] if lock else []
     screen.done(outputs)
     ran = {"all", "trace", *(record.name for record in compiled.records)}
     if print_after is not None and print_after not in ran:

@@ -49,12 +49,6 @@ EMIT_LIVE = """\
   # - {format: torch, path: build/trainable}         # to train on"""
 WRITES = "causal-lm"
 """The task of models that write texts."""
-PEFT_TASKS = {
-    "SEQ_CLS": "sequence-classification",
-    "TOKEN_CLS": "token-classification",
-    "QUESTION_ANS": "question-answering",
-}
-"""PEFT's name of a task whose head an adapter brings along -> the task."""
 
 
 def starter_spec(model: Path, adapter: Path | None, folder: Path) -> str:
@@ -72,6 +66,7 @@ def starter_spec(model: Path, adapter: Path | None, folder: Path) -> str:
         SpecError: there is no model, or no adapter, at the path.
     """
     from adaptc.checkpoints.sentence_transformer import is_sentence_transformer, read_sentence_transformer
+    from adaptc.compiler.adapter_base import trained_head
 
     whole = is_sentence_transformer(model)
     transformer = read_sentence_transformer(model).model if whole else model
@@ -80,11 +75,9 @@ def starter_spec(model: Path, adapter: Path | None, folder: Path) -> str:
     if adapter is not None:
         trained = _config(adapter, "adapter_config.json", "a trained adapter's directory")
         adapt = LOADED.format(adapter=_relative(adapter, folder))
-        task = PEFT_TASKS.get(str(trained.get("task_type")), task)
-        mapping: dict[str, Any] = trained.get("auto_mapping") or {}
-        architecture = str(mapping.get("base_model_class", ""))
-        labels = _labels(adapter)
-        if labels and (task in PEFT_TASKS.values() or architecture.endswith("Classification")):
+        wanted, architecture, labels = trained_head(trained, adapter)
+        task = wanted or task
+        if labels:
             override = f"\n  config: {{num_labels: {labels}}}   # as the adapter's head has them"
     task, inputs = _start(model, config, task, architecture)
     emit = EMIT_SERVED if task == WRITES else EMIT_FOLDED
@@ -97,16 +90,6 @@ def starter_spec(model: Path, adapter: Path | None, folder: Path) -> str:
         inputs=inputs,
         emit=EMIT_TRAIN if adapter is None else EMIT_LIVE if "quantization_config" in config else emit,
     )
-
-
-def _labels(adapter: Path) -> int | None:
-    """The number of classes of the head in an adapter's checkpoint; None if it holds no head."""
-    from adaptc.checkpoints.adapter import TENSORS
-    from adaptc.weights import read_safetensors
-
-    tensors = read_safetensors(adapter / TENSORS) if (adapter / TENSORS).is_file() else {}
-    rows = [w.shape[0] for key, w in tensors.items() if key.endswith((".classifier.weight", ".score.weight"))]
-    return rows[0] if rows else None
 
 
 def _start(directory: Path, config: dict[str, Any], task: str, architecture: str) -> tuple[str, str]:

@@ -17,21 +17,14 @@ from adaptc.spec.spec import Spec
 from adaptc.weights import Deferred, Weight
 
 
-def load_checkpoints(
-    spec: Spec,
-    entries: Sequence[PlannedInsertion],
-    base: Graph,
-    adapted: Graph,
-    base_sha256: Callable[[], str],
-) -> None:
+def load_checkpoints(spec: Spec, entries: Sequence[PlannedInsertion], base: Graph, adapted: Graph) -> None:
     """Give the adapters of a graph the weights of the checkpoints that the spec names.
 
     Args:
         spec: the spec, whose lines errors quote.
         entries: what was inserted, and from which checkpoint.
-        base: the traced graph.
+        base: the traced graph; its hash is computed only where a checkpoint names the base it was trained on.
         adapted: the adapted graph, whose weights are set.
-        base_sha256: computes the base's SHA-256; called only where a checkpoint names the base it was trained on.
 
     Raises:
         WeightError: a checkpoint does not fit the model, or was trained on another base.
@@ -48,7 +41,7 @@ def load_checkpoints(
         records = [(r, p) for r in inserted if (p := wanted.get((r.entry, r.method, r.adapter))) is not None]
         try:
             if checkpoint.base_sha256:
-                check_base(checkpoint, base_sha256())
+                check_base(checkpoint, base.base_sha256)
             check_base_weights(checkpoint, base.weights)
             values = assign(checkpoint, [_as_stored(adapted, r, p) for r, p in records])
         except WeightError as error:
@@ -62,9 +55,10 @@ def load_checkpoints(
             put_weight(adapted.weights[name], value.detach)
     for planned in entries:
         for adaptation in (a for a in adapted.adaptations if a.entry == planned.entry):
-            if adaptation.site.name in planned.starts:
-                for name, _ in adaptation.params.values():
-                    put_weight(adapted.weights[name], planned.starts[adaptation.site.name].load)
+            starts = planned.starts.get(adaptation.site.pattern, {})
+            for argument, (name, _) in adaptation.params.items():
+                if argument in starts:
+                    put_weight(adapted.weights[name], starts[argument].load)
 
 
 def _as_stored(adapted: Graph, record: AdapterRecord, planned: PlannedInsertion) -> AdapterRecord:

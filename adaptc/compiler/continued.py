@@ -36,7 +36,12 @@ def with_starts(spec: Spec, graph: Graph, entries: Sequence[PlannedInsertion]) -
             met = [s for s in earlier.selection.sites if isinstance(s, WeightSite) and s.name in wanted]
             wanted -= {site.name for site in met}
             if met and earlier.checkpoint is not None and earlier.insert.method.replaces:
-                starts = {site.name: _held(spec, graph, planned, earlier, site) for site in met}
+                starts = {
+                    site.pattern: dict.fromkeys(
+                        item.insert.method.at(site).stored(site), _held(spec, graph, planned, earlier, site)
+                    )
+                    for site in met
+                }
                 planned[position] = replace(planned[position], starts={**planned[position].starts, **starts})
                 planned[before] = without_sites(graph, earlier, met)
                 planned = [_told(one, earlier, met) for one in planned]

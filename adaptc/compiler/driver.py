@@ -15,7 +15,7 @@ from adaptc.compiler.changes import comparison
 from adaptc.compiler.compiled import Compiled
 from adaptc.compiler.genai_artifact import check_served
 from adaptc.compiler.onnx_artifact import check_cached
-from adaptc.compiler.plan import make_plan
+from adaptc.compiler.plan import Plan, make_plan
 from adaptc.compiler.plan_report import PlanReport, plan_report
 from adaptc.compiler.program import Program
 from adaptc.compiler.proof_inputs import take_examples
@@ -90,7 +90,23 @@ def program_of(
         SpecError: something cannot be done; holds every problem of a step.
         RefusedError: a pass refuses the graph.
     """
-    plan = make_plan(spec, graph, weighed)
+    return program_from(spec, graph, make_plan(spec, graph, weighed), notes, after, compare)
+
+
+def program_from(
+    spec: Spec,
+    graph: Graph,
+    plan: Plan,
+    notes: Sequence[str] = (),
+    after: After | None = None,
+    compare: Compare | None = None,
+) -> Program:
+    """Rewrite a traced graph by a plan, and check that every artifact can be made; see `program_of`.
+
+    Raises:
+        SpecError: an artifact cannot be made.
+        RefusedError: a pass refuses the graph.
+    """
     rewritten = rewrite(spec, graph, plan, after, compare)
     check_artifacts(spec, rewritten.adapted, plan.closing)
     alternatives = make_alternatives(spec, graph, plan, rewritten)

@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from adaptc.checkpoints.adapter import Checkpoint
 from adaptc.checkpoints.asked_for import asked_for
+from adaptc.compiler.adapter_weights import load_checkpoints
 from adaptc.compiler.continued import with_starts
 from adaptc.compiler.plan_adapters import PlannedInsertion, entries_of, match_checkpoints
+from adaptc.compiler.plan_combined import combined_entry
 from adaptc.compiler.plan_quantization import (
     PlannedQuantization,
     named_twice,
@@ -28,7 +31,8 @@ from adaptc.ir.selection import no_match
 from adaptc.methods.method import shared_name
 from adaptc.methods.point_sites import Site
 from adaptc.methods.virtual_tokens import PROMPT_KEY, PromptMethod
-from adaptc.rewriter.pipeline import Pass
+from adaptc.rewriter.pipeline import Pass, run
+from adaptc.spec.entries import CombineEntry
 from adaptc.spec.spec import Spec
 
 
@@ -85,7 +89,7 @@ def make_plan(spec: Spec, graph: Graph, weighed: bool = False) -> Plan:
             path to the output, or the order of the passes is impossible. All problems at once.
         WeightError: an adapter's checkpoint cannot be read.
     """
-    entries = [planned for index in range(len(spec.adapt)) for planned in entries_of(spec, graph, index)]
+    entries = [planned for index in range(len(spec.adapt)) for planned in _planned(spec, graph, index)]
     entries = with_starts(spec, graph, without_replaced(graph, entries))
     quantized = quantizations_of(spec, graph)
     problems = insertion_problems(spec, graph, entries)
@@ -114,7 +118,7 @@ def plan_alternative(spec: Spec, graph: Graph, base: Plan) -> Plan:
         WeightError: an adapter's checkpoint cannot be read.
     """
     first = sum(spec.place(index)[0] == "adapt" for index in range(len(spec.adapt)))
-    added = [p for index in range(first, len(spec.adapt)) for p in entries_of(spec, graph, index)]
+    added = [p for index in range(first, len(spec.adapt)) for p in _planned(spec, graph, index)]
     added = with_starts(spec, graph, without_replaced(graph, added))
     entries = [*base.entries, *added]
     problems = insertion_problems(spec, graph, entries)
@@ -124,6 +128,27 @@ def plan_alternative(spec: Spec, graph: Graph, base: Plan) -> Plan:
     inserts = [planned.insert for planned in added]
     passes = [*base.opening, *inserts, *base.closing]
     return Plan(entries, base.quantized, passes, base.closing, base.choice)
+
+
+def _planned(spec: Spec, graph: Graph, index: int) -> list[PlannedInsertion]:
+    """The methods that one entry inserts.
+
+    Raises:
+        SpecError: it cannot be done.
+        WeightError: a checkpoint cannot be read.
+    """
+    entry = spec.adapt[index]
+    if not isinstance(entry, CombineEntry):
+        return entries_of(spec, graph, index)
+
+    def adapted(alone: Spec) -> tuple[Graph, list[Checkpoint]]:
+        plan = make_plan(alone, graph)
+        inserted = run(graph, plan.opening)
+        load_checkpoints(alone, plan.entries, graph, inserted)
+        read = {planned.checkpoint.path: planned.checkpoint for planned in plan.entries if planned.checkpoint}
+        return inserted, list(read.values())
+
+    return combined_entry(spec, graph, index, entry, adapted)
 
 
 def insertion_problems(spec: Spec, graph: Graph, entries: Sequence[PlannedInsertion]) -> list[Problem]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from adaptc.arithmetic.combined import Combined
 from adaptc.checkpoints.adapter import Checkpoint, directories, read, why_missing
 from adaptc.checkpoints.adapter_checks import match
 from adaptc.checkpoints.asked_for import Layers
@@ -34,7 +35,7 @@ from adaptc.methods.param import Param
 from adaptc.methods.site import ATTENTION, MATRIX_KINDS, WeightSite
 from adaptc.patterns import literal
 from adaptc.rewriter.insert.base import Insert
-from adaptc.spec.entries import AdapterEntry
+from adaptc.spec.entries import AdapterEntry, MethodEntry
 from adaptc.spec.spec import Spec, resolve_path
 from adaptc.tracing.huggingface_module import pretrained
 from adaptc.weights import Weight
@@ -50,7 +51,9 @@ class PlannedInsertion:
         selection: the sites that its target matches.
         checkpoint: the checkpoint that holds its weights, if it is trained.
         whole: the method at the checkpoint's rank, where it is inserted at a smaller one.
-        starts: name of a site -> the tensor of an earlier adapter that its training starts from.
+        starts: pattern of a site -> argument of the method's expression -> the tensor that it starts from: an
+            earlier adapter's, or what several combine to.
+        combined: what it is a part of, where an entry combines adapters.
     """
 
     entry: int
@@ -58,7 +61,8 @@ class PlannedInsertion:
     selection: Selection[Any]
     checkpoint: Checkpoint | None = None
     whole: Method[Any] | None = None
-    starts: Mapping[str, Weight] = field(default_factory=dict[str, Weight])
+    starts: Mapping[str, Mapping[str, Weight]] = field(default_factory=dict[str, Mapping[str, Weight]])
+    combined: Combined | None = None
 
     @property
     def stored_as(self) -> Method[Any]:
@@ -90,6 +94,7 @@ def entries_of(spec: Spec, graph: Graph, index: int) -> list[PlannedInsertion]:
     entry = spec.adapt[index]
     if isinstance(entry, AdapterEntry):
         return _trained(spec, graph, index, entry)
+    assert isinstance(entry, MethodEntry)
     common = _Common(entry.name, index, spec.seed, entry.on_alias)
     item = common.insert(entry.build(), entry.target, exclude=entry.exclude)
     if item.method.calibrated:

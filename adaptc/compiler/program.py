@@ -41,7 +41,7 @@ from adaptc.rewriter.quantize import Quantize
 from adaptc.rewriter.swap.slots import Slots
 from adaptc.spec.spec import Spec
 from adaptc.tracing.huggingface_module import pretrained
-from adaptc.weights import Deferred, Held, sha256_of_files, sha256_of_tensors
+from adaptc.weights import Deferred, Held
 
 
 class Program:
@@ -80,7 +80,7 @@ class Program:
         self.records = list(rewritten.records)
         self._generator: tuple[bool, Generator] | None = None
         self.proofs = Proofs(base, spec.seed, spec.proof.tolerance if spec.proof else None)
-        load_checkpoints(spec, plan.entries, base, self.graph, lambda: self.base_sha256)
+        load_checkpoints(spec, plan.entries, base, self.graph)
 
     @cached_property
     def module(self) -> fx.GraphModule:
@@ -307,13 +307,10 @@ class Program:
         stored = [name for name, param in self.graph.inserted.items() if param.stored]
         return {name: self.graph.weights[name].exact() for name in stored}
 
-    @cached_property
+    @property
     def base_sha256(self) -> str:
         """SHA-256 of the base: of its weight files, or of its tensors where there are none."""
-        if self.base.source.files:
-            return sha256_of_files(self.base.source.files)
-        names = [n for n, first in self.base.aliases.items() if n == first]
-        return sha256_of_tensors((name, self.base.weights[name]) for name in names)
+        return self.base.base_sha256
 
     @property
     def base_record(self) -> dict[str, str]:

@@ -25,8 +25,8 @@ def provenance(program: Program, folder: Path) -> dict[str, Any]:
         folder: the folder of the manifest. Paths that the spec states relative to itself are told relative to that.
 
     Returns:
-        `versions`, `spec` and its folder `spec_folder`, `base`, `adapters`, `sites`, `alternatives` where there are
-        any, `passes`, `proved_on`, `proofs`.
+        `versions`, `spec` and its folder `spec_folder`, `base`, `adapters`, `sites`, `combined` and `alternatives`
+        where there are any, `passes`, `proved_on`, `proofs`.
     """
     source = program.base.source
     return {
@@ -42,6 +42,7 @@ def provenance(program: Program, folder: Path) -> dict[str, Any]:
         },
         "adapters": _adapters(program, folder),
         "sites": _sites(program),
+        **_combined(program),
         **({"alternatives": _alternatives(program, folder)} if program.alternatives else {}),
         "passes": [asdict(record) for record in program.records],
         "proved_on": _proved_on(program, folder),
@@ -72,6 +73,11 @@ def _adapters(program: Program, folder: Path) -> list[dict[str, Any]]:
     spec = program.spec
     rows: dict[Path, dict[str, Any]] = {}
     for planned in program.plan.entries:
+        if planned.combined is not None:
+            for origin in planned.combined.origins:
+                path = _told(spec, origin.text, origin.path, folder)
+                rows[origin.path] = {"path": path, "sha256": origin.sha256, "weight": origin.weight}
+            continue
         entry, checkpoint = spec.adapt[planned.entry], planned.checkpoint
         if checkpoint is not None and isinstance(entry, AdapterEntry):
             path = _told(spec, entry.adapter, checkpoint.path, folder)
@@ -79,6 +85,13 @@ def _adapters(program: Program, folder: Path) -> list[dict[str, Any]]:
             told = {"path": path, "sha256": checkpoint.sha256}
             rows.setdefault(checkpoint.path, told | ({"ignored": ignored} if ignored else {}))
     return list(rows.values())
+
+
+def _combined(program: Program) -> dict[str, Any]:
+    """How adapters were combined: of each entry that does so the rule, and the relative error of each layer."""
+    entries = {p.entry: p.combined for p in program.plan.entries if p.combined is not None}
+    told = [{"how": each.merge.how, "errors": each.errors} for each in entries.values()]
+    return {"combined": told} if told else {}
 
 
 def _alternatives(program: Program, folder: Path) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from adaptc.methods.param import Param
 from adaptc.methods.point_sites import AnyPoint
 from adaptc.methods.site import Use, WeightSite
 from adaptc.quantization.quantized_weight import QuantizedLeaf
-from adaptc.weights import Weight
+from adaptc.weights import Weight, sha256_of_files, sha256_of_tensors
 
 
 class FisherInformation(Protocol):
@@ -156,6 +156,18 @@ class Graph:
     @cached_property
     def _points(self) -> tuple[AnyPoint, ...]:
         return find_points(self.nodes, self.sites)
+
+    @property
+    def base_sha256(self) -> str:
+        """SHA-256 of the base: of its weight files, or of its tensors where there are none."""
+        return (self.as_traced or self)._base_sha256
+
+    @cached_property
+    def _base_sha256(self) -> str:
+        if self.source.files:
+            return sha256_of_files(self.source.files)
+        names = [name for name, first in self.aliases.items() if name == first]
+        return sha256_of_tensors((name, self.weights[name]) for name in names)
 
     def by_name(self) -> dict[str, fx.Node]:
         """Name -> node, for all nodes."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
@@ -76,6 +77,38 @@ class LowRank(Scaled):
     def scale(self) -> float:
         """alpha / r, or alpha / sqrt(r) with `rslora`."""
         return self.alpha / (self.r**0.5 if self.rslora else self.r)
+
+
+class Product(LowRank):
+    """A method that can hold any change of a weight: the best approximation of its rank, scale B A."""
+
+    @property
+    def only_product(self) -> bool:
+        """Whether with these options the change is scale B A, and nothing else changes."""
+        return True
+
+    @classmethod
+    def of_ranks(cls, ranks: Mapping[str, int], biases: str) -> Self:
+        """The method with a rank for each layer, by the layer's name, and a scale of one.
+
+        Args:
+            ranks: name of a layer -> its rank.
+            biases: the option `biases`.
+        """
+        (most, _), *_ = Counter(ranks.values()).most_common(1)
+        others = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != most}
+        options: dict[str, Any] = {"biases": biases, "rank_pattern": others}
+        return cls(
+            r=most, alpha=float(most), alpha_pattern={k: float(r) for k, r in others.items()}, **options
+        )
+
+    def nearest(self, change: Tensor) -> dict[str, Tensor]:
+        """A `(r, in)` and B `(out, r)`, so that scale B A is nearest to a change `(out, in)` in the Frobenius norm.
+
+        That is its truncated singular value decomposition (Eckart and Young 1936).
+        """
+        A, B = singular(change, self.r, self.scale)
+        return {"A": A, "B": B}
 
 
 class LowRankFormat(PeftFormat["LowRank"]):

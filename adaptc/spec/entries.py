@@ -6,7 +6,7 @@ import re
 from functools import cache
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BeforeValidator, Field, create_model
+from pydantic import BeforeValidator, Field, create_model, model_validator
 from pydantic_core import InitErrorDetails
 
 from adaptc.errors import got
@@ -59,6 +59,61 @@ class AdapterEntry(Part):
     r: Rank | None = Field(None, description="the rank to cut it to, where its ranks are nested")
 
 
+class WeightedAdapter(Part):
+    """One adapter of a combination."""
+
+    adapter: PathText = Field(description="a checkpoint's directory")
+    weight: float = Field(1.0, description="what it is multiplied by; less than zero takes its effect away")
+    allow_pickle: bool = Field(False, description="read pickled weights, which can run code")
+    ignore: Many[str] = Field((), description="options of its configuration to read it without")
+
+    @property
+    def entry(self) -> AdapterEntry:
+        """The entry that reads it alone."""
+        return AdapterEntry(adapter=self.adapter, allow_pickle=self.allow_pickle, ignore=self.ignore)
+
+
+How = Literal[
+    *("svd", "linear", "cat", "ties", "dare_linear", "dare_ties", "magnitude_prune"),
+    *("ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd"),
+]
+"""PEFT's `combination_type`s."""
+
+
+class CombineEntry(Part):
+    """Trained adapters as one: PEFT's `add_weighted_adapter`, of any methods that change weights."""
+
+    combine: Annotated[Many[WeightedAdapter], Field(min_length=1)] = Field(description="the adapters")
+    how: How = Field(
+        "svd",
+        description="how they become one: of the factors of LoRA (linear, cat, ties, ...), or of the changes of "
+        "weights of any method, approximated at a rank (svd, ties_svd, ...)",
+    )
+    svd_rank: Rank | None = Field(None, description="with svd: the rank; the largest of theirs if left out")
+    density: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="with ties, dare_... and magnitude_prune: the share of numbers that are kept"
+    )
+    majority_sign_method: Literal["total", "frequency"] = Field(
+        "total",
+        description="with ties and dare_ties: the sign of the sum, or the one that more adapters have",
+    )
+    to: str | None = Field(None, description="the method of the result; the first that can hold any change")
+    name: AdapterName | None = None
+    on_alias: Alias = "refuse"
+
+    @model_validator(mode="after")
+    def _fitting(self) -> CombineEntry:
+        prunes = self.how not in ("svd", "linear", "cat")
+        if prunes and self.density is None:
+            raise invalid(fault(f"{self.how} prunes: it needs density, such as density: 0.5", loc=("how",)))
+        if not prunes and self.density is not None:
+            raise invalid(fault(f"{self.how} prunes nothing: leave density out", loc=("density",)))
+        if self.svd_rank is not None and not self.how.endswith("svd"):
+            message = f"{self.how} has the ranks of its adapters: leave svd_rank out, or write an svd"
+            raise invalid(fault(message, loc=("svd_rank",)))
+        return self
+
+
 @cache
 def entry_model(cls: type[Method[Any]]) -> type[MethodEntry]:
     """The model of a method's entries. The fields of the method's dataclass are its keys, with their constraints."""
@@ -75,7 +130,8 @@ def _method_models() -> dict[str, type[MethodEntry]]:
 
 
 AdaptEntry: TypeAlias = Annotated[
-    MethodEntry | AdapterEntry, OneOf("method", _method_models, {"adapter": AdapterEntry})
+    MethodEntry | AdapterEntry | CombineEntry,
+    OneOf("method", _method_models, {"adapter": AdapterEntry, "combine": CombineEntry}),
 ]
 
 

@@ -99,7 +99,7 @@ class Spec(Part):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of new parameters and example inputs")
 
     _source: Source | None = PrivateAttr(default=None)
-    _alternative: tuple[str, int] | None = PrivateAttr(default=None)
+    _places: tuple[Loc, ...] | None = PrivateAttr(default=None)
 
     @model_validator(mode="before")
     @classmethod
@@ -186,15 +186,21 @@ class Spec(Part):
             for entry in self.adapters[name]
         ]
         spec = self.model_copy(update={"adapt": (*self.adapt, *entries), "adapters": {}, "emit": ()})
-        spec._source, spec._alternative = self.source, (name, len(self.adapt))
+        always: list[Loc] = [self.place(index) for index in range(len(self.adapt))]
+        added: list[Loc] = [("adapters", name, index) for index in range(len(entries))]
+        spec._source, spec._places = self.source, (*always, *added)
+        return spec
+
+    def alone(self, entry: AdaptEntry, place: Loc) -> Spec:
+        """The spec of one entry on the base, which stands at a place of this spec; nothing else is done."""
+        nothing: dict[str, Any] = {"adapters": {}, "quantize": (), "budget": None, "emit": (), "passes": None}
+        spec = self.model_copy(update={"adapt": (entry,), **nothing})
+        spec._source, spec._places = self.source, (place,)
         return spec
 
     def place(self, entry: int) -> Loc:
-        """The location of an entry of `adapt`, or of those of `adapters` that `alternative` put behind them."""
-        if self._alternative is None or entry < self._alternative[1]:
-            return ("adapt", entry)
-        name, first = self._alternative
-        return ("adapters", name, entry - first)
+        """The location of an entry of `adapt`; of what `alternative` and `alone` put there, where it was."""
+        return ("adapt", entry) if self._places is None else self._places[entry]
 
     def shown_place(self, entry: int) -> str:
         """The location of an entry in text: `adapt.0`."""

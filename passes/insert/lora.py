@@ -15,6 +15,7 @@ from adaptc.methods.low_rank import (
     CompensatesQuantization,
     LowRank,
     LowRankFormat,
+    Product,
     Rounds,
     Split,
     singular,
@@ -55,7 +56,7 @@ class LoraFormat(LowRankFormat):
 
 @method("lora")
 @dataclass(frozen=True)
-class Lora(CompensatesQuantization, LowRank):
+class Lora(CompensatesQuantization, Product):
     """W' = W + (alpha / r) B A,  b' = b + (alpha / r) c  with `lora_bias`     A (r, in)   B (out, r)   c (out,)
 
     Hu et al. 2021, section 4.1. A starts Kaiming-uniform, B and c at zero, as in PEFT. With `init_weights` "pissa"
@@ -85,6 +86,11 @@ class Lora(CompensatesQuantization, LowRank):
     def trained_options(cls, options: dict[str, Any]) -> dict[str, Any]:
         """The same whatever its initialisation, unless that one needs A0 and B0."""
         return options if options.get("init_weights") in SPLITS else super().trained_options(options)
+
+    @property
+    def only_product(self) -> bool:
+        """Not with a trained bias, nor where W is split into a part that is trained and one that is not."""
+        return not self.lora_bias and self.init_weights not in SPLITS
 
     def compensation(self, lost: Tensor) -> Tensor:
         """The best approximation of rank r of what a matrix lost: scale B A as it starts."""
