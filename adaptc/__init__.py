@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     __version__: str
+    from adaptc import losses as losses
     from adaptc import passes as passes
     from adaptc.compiler.api import load as load
     from adaptc.compiler.api import load_adapter as load_adapter
@@ -62,6 +63,7 @@ __all__ = [
     "graph_pass",
     "load",
     "load_adapter",
+    "losses",
     "method",
     "parameter_groups",
     "passes",
@@ -102,8 +104,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "passes":
-        return import_module("adaptc.passes")
+    if name in ("losses", "passes"):
+        return import_module(f"adaptc.{name}")
     if name == "__version__":
         return import_module("importlib.metadata").version("adaptc")
     if name not in _HOMES:

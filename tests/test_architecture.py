@@ -90,7 +90,7 @@ LAYERS = (
     ("emit",),
     ("generation",),
     ("compiler",),
-    ("training",),
+    ("training", "losses"),
     ("cli",),
     ("__init__",),
 )
