@@ -156,7 +156,7 @@ class Graph:
 
     @cached_property
     def _points(self) -> tuple[AnyPoint, ...]:
-        heads = find_heads(list(self.nodes), self.outputs, self.heads, self.sites)
+        heads = find_heads(list(self.nodes), self.inputs, self.outputs, self.heads, self.sites)
         return (*find_points(self.nodes, self.sites), *heads)
 
     def by_name(self) -> dict[str, fx.Node]:

@@ -31,7 +31,6 @@ class HeadMethod(Method[HeadSite]):
     kinds = sits_on
     everywhere = True
     identity_at_init = False
-    replaces = True
     dropout: float = 0.0
     output: str = "logits"
 

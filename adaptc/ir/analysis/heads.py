@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from torch import fx
 
+from adaptc.inputs import InputSpec
 from adaptc.ir.analysis.dataflow import walk
 from adaptc.ir.analysis.roles import weighted_products
 from adaptc.ir.nodes import is_tensor, module_of, operation, source_of
 from adaptc.methods.point_sites import HeadSite
 from adaptc.methods.site import HEAD, Use, WeightSite
 
-INTEGERS = (torch.int64, torch.int32)
-"""The dtypes of the numbers of tokens."""
-
 
 def find_heads(
-    nodes: Sequence[fx.Node], outputs: Sequence[str], heads: Collection[str], sites: Sequence[WeightSite]
-) -> Iterator[HeadSite]:
+    nodes: Sequence[fx.Node], inputs: Sequence[InputSpec], outputs: Sequence[str], heads: Collection[str],
+    sites: Sequence[WeightSite],
+) -> Iterator[HeadSite]:  # fmt: skip
     """Every place of a traced graph where a new head can be: the model's heads first, then its outputs.
 
     Args:
         nodes: of the graph as traced.
+        inputs: what the graph takes.
         outputs: the names of its outputs.
         heads: the modules that are output heads.
         sites: its weights.
@@ -43,10 +43,10 @@ def find_heads(
         )
         reached = set(walk([node], lambda n: list(n.users)))
         given = [name for name, value in named.items() if value in reached]
-        yield from _site(nodes, head, read, Use(node.name, index), given[0] if len(given) == 1 else "")
+        yield from _site(nodes, inputs, head, read, Use(node.name, index), given[0] if len(given) == 1 else "")
     for index, (name, value) in enumerate(named.items()):
         if is_tensor(value):
-            yield from _site(nodes, name, value, Use(end.name, index), name)
+            yield from _site(nodes, inputs, name, value, Use(end.name, index), name)
 
 
 def results_of(output: fx.Node) -> list[Any]:
@@ -63,7 +63,7 @@ def is_activation(node: fx.Node, weights: Collection[str]) -> bool:
 
 
 def _site(
-    nodes: Sequence[fx.Node], name: str, value: fx.Node, use: Use, output: str
+    nodes: Sequence[fx.Node], inputs: Sequence[InputSpec], name: str, value: fx.Node, use: Use, output: str
 ) -> Iterator[HeadSite]:
     """The place whose features are a value; none where they are no numbers on a last axis of a fixed size."""
     features: torch.Tensor = value.meta["val"]
@@ -73,8 +73,7 @@ def _site(
     if not isinstance(width, int):
         return
     tokens = features.dim() == 3
-    inputs = {n.name: n.meta["val"] for n in nodes if n.op == "placeholder"} if tokens else {}
-    beside = {n: v for n, v in inputs.items() if v.dim() == 2 and _sizes(v) == _sizes(features)[:2]}
+    beside = _of_tokens(nodes, inputs, features) if tokens else {}
     yield HeadSite(
         module=name,
         type=module_of(value)[1],
@@ -86,17 +85,25 @@ def _site(
         output=output,
         width=width,
         tokens=tokens,
-        mask=next((n for n, v in beside.items() if "mask" in n and not v.is_floating_point()), ""),
-        ids=_ids(beside),
+        mask=next((n for n, dtype in beside.items() if "mask" in n and not dtype.startswith("float")), ""),
+        ids=next((n for n, dtype in beside.items() if n.endswith("input_ids") and "int" in dtype), ""),
     )
 
 
-def _ids(inputs: Mapping[str, torch.Tensor]) -> str:
-    """The input with the numbers of tokens, by its name; "" where there is none."""
-    named = (n for n, v in inputs.items() if v.dtype in INTEGERS and n.endswith("input_ids"))
-    return next(named, "")
+def _of_tokens(
+    nodes: Sequence[fx.Node], inputs: Sequence[InputSpec], features: torch.Tensor
+) -> dict[str, str]:
+    """The inputs that have one number for each token: name of the node -> dtype.
 
-
-def _sizes(value: torch.Tensor) -> list[str]:
-    """The sizes of a value as text, since they may be symbolic."""
-    return [str(size) for size in value.shape]
+    Their dimensions have the names of the features': the trace may give one dimension several symbols.
+    """
+    placeholders = [node for node in nodes if node.op == "placeholder"]
+    names = {
+        str(size): dim
+        for node, spec in zip(placeholders, inputs, strict=True)
+        for size, dim in zip(node.meta["val"].shape, spec.dims, strict=True)
+    }
+    dims = tuple(names.get(str(size)) for size in features.shape[:2])
+    return {
+        node.name: spec.dtype for node, spec in zip(placeholders, inputs, strict=True) if spec.dims == dims
+    }

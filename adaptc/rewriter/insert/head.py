@@ -20,6 +20,7 @@ from adaptc.ir.selection import Selection
 from adaptc.ir.training_mode import training_node
 from adaptc.methods.head import HeadMethod
 from adaptc.methods.point_sites import HeadSite
+from adaptc.methods.site import WEIGHT_KINDS
 from adaptc.rewriter.expression import splice
 from adaptc.rewriter.insert.base import Insert
 
@@ -50,6 +51,14 @@ class InsertHead(Insert[HeadMethod, HeadSite], inserts=HeadMethod):
         features, replaced = _features(graph, site), site.output
         if self.method.output in names and self.method.output != replaced:
             return (f"the model gives {self.method.output} already", "give this entry another `output`")
+        cut_off = [a for a in graph.adaptations if f"{a.site.module}.".startswith(f"{site.module}.")]
+        cut_off = [a for a in cut_off if a.site.kind in WEIGHT_KINDS]
+        if cut_off:
+            first = cut_off[0]
+            return (
+                f"it takes the place of {site.module}, which {first.method.name} adapts",
+                f"leave {first.site.module} out of that entry: exclude: [{first.site.pattern}]",
+            )
         losses = [name for name, value in names.items() if name != replaced and _needs_labels(value)]
         if losses:
             return (
@@ -132,8 +141,7 @@ def _needs_labels(value: object) -> bool:
 
 def _same_sizes(features: fx.Node, mask: fx.Node) -> bool:
     """Whether a mask is of as many tokens as there are features of."""
-    sizes = [[str(size) for size in node.meta["val"].shape[:2]] for node in (features, mask)]
-    return sizes[0] == sizes[1]
+    return str(features.meta["val"].shape[1]) == str(mask.meta["val"].shape[1])
 
 
 def _real(graph: Graph, site: HeadSite, token: int | None, h: fx.Node) -> fx.Node:

@@ -14,6 +14,7 @@ from adaptc.methods.method import WeightMethod
 from adaptc.methods.param import Param
 from adaptc.methods.point_sites import AttentionSite, Site
 from adaptc.methods.site import MATRIX_KINDS, WeightSite
+from adaptc.methods.head import HeadMethod
 from adaptc.methods.virtual_tokens import AttentionMethod, InputMethod
 from adaptc.rewriter.expression import trace_expression
 from adaptc.rewriter.swap.algebra import form_of
@@ -119,6 +120,8 @@ def no_form(method: object) -> str:
             "its virtual tokens go through all layers, which a program without them has no place for; a prefix, "
             "which has keys and values of its own, can be swapped"
         )
+    if isinstance(method, HeadMethod):
+        return "it gives an output of its own, which a program with the base's has no place for"
     return "it is computed between the layers, and changes no weight"
 
 
