@@ -60,7 +60,7 @@ def sequence_log_probability(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def choice_scores(logits: Tensor, labels: Tensor) -> Tensor:
-    """`β = 1/T Σ_t log p(y_t | x, y_<t)` of every answer, by which answers are ranked.        Liu et al. 2022, section 3.2
+    """`β = 1/T Σ_t log p(y_t | x, y_<t)` of every answer, which ranks them.        Liu et al. 2022, section 3.2
 
     Args:
         logits: `(batch, choices, tokens, vocabulary)`.
@@ -126,7 +126,7 @@ def length_normalized_loss(logits: Tensor, labels: Tensor, correct: Tensor) -> T
 
 
 def t_few_loss(logits: Tensor, labels: Tensor, correct: Tensor) -> Tensor:
-    """`L = L_LM + L_UL + L_LN`, T-Few's loss for (IA)³; arguments and result as theirs.        Liu et al. 2022, section 3.2"""
+    """`L = L_LM + L_UL + L_LN`, T-Few's loss for (IA)³, of the same arguments.        Liu et al. 2022, section 3.2"""
     return sum(
         (f(logits, labels, correct) for f in (likelihood_loss, unlikelihood_loss, length_normalized_loss)),
         logits.new_zeros(()),

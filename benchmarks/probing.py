@@ -1,4 +1,4 @@
-"""Probing MiniLM: an epoch from the cached trunk beside one of the whole module, and the weights that each ends with."""
+"""Probing MiniLM: an epoch from the cached trunk beside one of the whole module, and the weights of each."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ def stored() -> list[dict[str, Tensor]]:
     return [tensors(data[start : start + BATCH]) for start in range(0, len(data), BATCH)]
 
 
-def epoch(module: nn.Module, batches: Iterable[Mapping[str, Tensor]], optimizer: torch.optim.Optimizer) -> float:
+def epoch(
+    module: nn.Module, batches: Iterable[Mapping[str, Tensor]], optimizer: torch.optim.Optimizer
+) -> float:
     """Train one epoch; the seconds that it took."""
     start = time.perf_counter()
     for batch in batches:
@@ -58,7 +60,9 @@ def probing() -> None:
     inputs = dict.fromkeys(("input_ids", "attention_mask"), "int64[batch, seq]")
     spec = {"base": {"model": str(minilm())}, "inputs": inputs}
     print(f"\nMiniLM, {ROWS} sentences of SST-2 in batches of {BATCH}, one epoch, without dropout:\n")
-    print("| trained | whole / trunk | whole | from the trunk | filling the cache | largest difference of a weight |")
+    print(
+        "| trained | whole / trunk | whole | from the trunk | filling the cache | largest difference of a weight |"
+    )
     print("|---|---|---|---|---|---|")
     for what, entry in CASES.items():
         probe = [] if entry["method"] == "probe" else [CASES["linear probe"]]

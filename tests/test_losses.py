@@ -66,7 +66,9 @@ def test_pairwise_ranking_and_dpo() -> None:
     near(losses.dpo_loss(a, b, *reference, beta=0.5), want)
 
 
-@pytest.mark.parametrize("loss", [losses.likelihood_loss, losses.unlikelihood_loss, losses.length_normalized_loss])
+@pytest.mark.parametrize(
+    "loss", [losses.likelihood_loss, losses.unlikelihood_loss, losses.length_normalized_loss]
+)
 def test_gradients_are_those_of_finite_differences(loss: object) -> None:
     torch.manual_seed(1)
     logits = torch.randn(2, 2, 3, 4, dtype=torch.float64, requires_grad=True)

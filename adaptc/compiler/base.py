@@ -22,8 +22,8 @@ from adaptc.spec.yaml_text import Loc
 from adaptc.tracing import huggingface
 from adaptc.tracing.huggingface_module import is_pretrained
 from adaptc.tracing.huggingface_tasks import SENTENCE_EMBEDDING, unknown_task
-from adaptc.tracing.proxy_tuning import proxy_tuned
 from adaptc.tracing.module import from_examples, from_factory, from_module, from_program
+from adaptc.tracing.proxy_tuning import proxy_tuned
 from adaptc.tracing.trace import trace_base
 from adaptc.tracing.wrappers import unwrapped
 

@@ -174,14 +174,14 @@ class Compiled:
     def trunk(self, batches: Iterable[Mapping[str, torch.Tensor]], cache: str | Path) -> Trunk:
         """Compute once what no training changes, up to the first adapted place, and store it.
 
-        A probe, another head, or adapters in the last layers are trained from what is stored: the gradients are those of
-        the whole module with its trunk in evaluation mode. What is trained is the adapters of `module`.
+        A probe, another head, or adapters in the last layers are trained from what is stored: the gradients are those
+        of the whole module with its trunk in evaluation mode. What is trained is the adapters of `module`.
 
         Args:
-            batches: the model's inputs by name, in the same order each time. What the model does not take, such as labels,
-                is stored along.
-            cache: the directory of the files. Called again after an interrupt, it goes on where it was; a broken file is
-                told by a warning, and computed again.
+            batches: the model's inputs by name, in the same order each time. What the model does not take, such as
+                labels, is stored along.
+            cache: the directory of the files. Called again after an interrupt, it goes on where it was; a broken file
+                is told by a warning, and computed again.
 
         Returns:
             the stored batches; `Trunk.module` takes them.

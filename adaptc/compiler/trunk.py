@@ -1,4 +1,4 @@
-"""The frozen trunk of a model, computed once: its outputs on disk, and the rest of the model, which trains from them."""
+"""The frozen trunk of a model, computed once: its outputs on disk, and the rest of the model, which trains on."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from adaptc.checkpoints.module_adapters import META, tensors_of
 from adaptc.compiler.program import Program
 from adaptc.compiler.trainable import module_record
 from adaptc.errors import AdaptcError, InputError, WeightError
-from adaptc.ir.counted import with_counted, counted_by
+from adaptc.ir.counted import counted_by, with_counted
 from adaptc.ir.graph import Graph
 from adaptc.ir.module import bind
 from adaptc.rewriter.trunk import Cut, cut_trunk
 from adaptc.weights import Held, sha256_of_tensors
 
 OF, DATA, CONTENT = "trunk", "batch", "content"
-"""What a file of the cache says of itself: the SHA-256 of its trunk, of the batch it was computed from, of its tensors."""
+"""What a file of the cache says of itself: the SHA-256 of its trunk, of the batch that it is of, of its tensors."""
 
 
 class Trunk:
@@ -156,7 +156,9 @@ class _Store:
         try:
             with safe_open(path, "pt") as file:  # pyright: ignore[reportUnknownVariableType] (it has no types)
                 said: dict[str, str] = cast("Any", file).metadata() or {}
-            broken = "its content has changed" if said and _sha256(_tensors(path)) != said.get(CONTENT) else ""
+            broken = (
+                "its content has changed" if said and _sha256(_tensors(path)) != said.get(CONTENT) else ""
+            )
         except (SafetensorError, OSError) as error:
             said, broken = {}, str(error)
         if not said and not broken:

@@ -20,10 +20,10 @@ Output = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$", description="the name o
 class HeadMethod(Method[HeadSite]):
     """A method that makes a new output of the features: `y = scores(pooled(h, m))`.
 
-    h `(batch, tokens, d)` are the features where the target's head, or output, has them: of a vector in each row there is
-    one token. m `(batch, tokens)` is true at real tokens. The new output takes the place of the one that followed from
-    these features. What the base computed from them alone is gone, so that the model does not start as its base. An
-    option named `dropout` acts on what `pooled` gives.
+    h `(batch, tokens, d)` are the features that the target's head reads, or that the target's output is: a vector in
+    each row is one token. m `(batch, tokens)` is true at real tokens. The new output takes the place of the one that
+    followed from these features, so that the model does not start as its base. An option named `dropout` acts on what
+    `pooled` gives.
     """
 
     expressions: ClassVar[Mapping[str, tuple[str, ...]]] = {"pooled": ("h", "m"), "scores": ("x",)}

@@ -83,8 +83,8 @@ def operands(hook: str, site: Site) -> tuple[Tensor, ...]:
     """What an expression gets on a site before its own tensors, in float32.
 
     Returns:
-        `W (out, in)` for `weight`, `b (out,)` for `bias`, `z (batch, tokens, in)` for `branch`, `h (batch, tokens, in)` and
-        `m (batch, tokens)` for `pooled`; nothing for `tokens`.
+        `W (out, in)` for `weight`, `b (out,)` for `bias`, `z (batch, tokens, in)` for `branch`,
+        `h (batch, tokens, in)` and `m (batch, tokens)` for `pooled`; nothing for `tokens`.
     """
     if hook == "weight":
         assert isinstance(site, WeightSite)

@@ -58,7 +58,9 @@ def cut_trunk(graph: Graph) -> Cut:
     if not features:
         first = next(node for node in graph.nodes if node in live and node.op == "call_function")
         reason = "what is trained comes first in the model, so that there is no trunk in front of it"
-        raise RefusedError([Refusal(reason, (first.name,), ("adapt later layers only, or put a head on it",))])
+        raise RefusedError(
+            [Refusal(reason, (first.name,), ("adapt later layers only, or put a head on it",))]
+        )
     if len(features) == 1:
         features = {FEATURES: next(iter(features.values()))}
     outputs = {

@@ -22,7 +22,9 @@ PROXIED = "causal-lm"
 class ProxyEntry(Part):
     """Two small models that steer the base: `logits = base + alpha (tuned - untuned)`, by Liu et al. 2024."""
 
-    tuned: PathText = Field(description="a small model after its tuning: a Hugging Face directory, or a hub id")
+    tuned: PathText = Field(
+        description="a small model after its tuning: a Hugging Face directory, or a hub id"
+    )
     untuned: PathText = Field(description="the same model before its tuning")
     alpha: float = Field(1.0, description="how strongly the base is steered")
 
@@ -63,7 +65,9 @@ class BaseEntry(Part):
         if self.config and self.model is None:
             raise invalid(fault("only a 'model' base has a config", loc=("config",), at_key=True))
         if self.proxy and (self.model is None or self.task != PROXIED):
-            raise invalid(fault(f"only a 'model' of task {PROXIED} is proxy-tuned", loc=("proxy",), at_key=True))
+            raise invalid(
+                fault(f"only a 'model' of task {PROXIED} is proxy-tuned", loc=("proxy",), at_key=True)
+            )
         if self.task != DEFAULT_TASK and self.model is None:
             raise invalid(fault("only a 'model' base has a task", loc=("task",), at_key=True))
         return self

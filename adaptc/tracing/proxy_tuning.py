@@ -2,7 +2,7 @@
 
 `logits = base(x) + α (tuned(x) - untuned(x))`        Liu et al. 2024, section 3.1
 
-The three share a vocabulary. The small models are children of the base, `tuned` and `untuned`; the base keeps its names.
+The three share a vocabulary. The small models are children of the base, `tuned` and `untuned`, which keeps its names.
 """
 
 # The children, and the tensors of a module, are replaced in torch's own dicts, as `huggingface` does.

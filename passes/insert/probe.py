@@ -36,8 +36,8 @@ class Probe(HeadMethod):
     """y = U x + c, x pooled from h        U (classes, d)   c (classes,)        Alain and Bengio 2016, section 3
 
     h `(tokens, d)` are the features of a frozen model. x is their mean, or the first or last real token. `mlp` is
-    `y = U tanh(V x + b) + c`, V `(width, d)`. `attention` is `x = softmax(h q / √d)ᵀ h`, q `(d,)`, over the real tokens.
-    The trunk computes what is frozen once for all epochs: `compiled.trunk(batches, cache=...)`.
+    `y = U tanh(V x + b) + c`, V `(width, d)`. `attention` is `x = softmax(h q / √d)ᵀ h`, q `(d,)`, over real tokens.
+    What is frozen is computed once for all epochs by `compiled.trunk(batches, cache=...)`.
     """
 
     classes: Classes = 2

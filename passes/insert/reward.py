@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class Reward(HeadMethod):
     """r = w · h_T        h_T (d,) the last real token   w (d,)        Ouyang et al. 2022, section 3.5
 
-    The reward `(batch,)` takes the place of the words that a decoder predicts, or of a classifier's classes. Padding may be
-    on either side. `adaptc.losses.pairwise_ranking_loss` trains it on pairs of texts.
+    The reward `(batch,)` takes the place of the words that a decoder predicts, or of a classifier's classes. Padding
+    may be on either side. `adaptc.losses.pairwise_ranking_loss` trains it on pairs of texts.
     """
 
     output: Output = "rewards"

@@ -42,7 +42,9 @@ def test_the_rest_gives_the_outputs_and_gradients_of_the_whole(zoo: Zoo, case: s
     module, given = compiled.module.eval(), batches()
     rest = compiled.trunk(given, cache=tmp_path)
     assert len(rest) == 3
-    assert {n for n, p in rest.module.named_parameters() if p.requires_grad} == set(compiled.graph.adapter_names)
+    assert {n for n, p in rest.module.named_parameters() if p.requires_grad} == set(
+        compiled.graph.adapter_names
+    )
     assert len(list(rest.module.parameters())) < len(list(module.parameters())) / 2
     for batch, stored in zip(given, rest, strict=True):
         target = batch["classes"]
@@ -103,7 +105,9 @@ def test_an_interrupted_cache_goes_on_where_it_was(zoo: Zoo, tmp_path: Path) -> 
 def test_a_cache_of_something_else_is_refused(zoo: Zoo, tmp_path: Path) -> None:
     compiled, given = compiled_of(zoo, "probe"), batches()
     compiled.trunk(given, cache=tmp_path)
-    with pytest.raises(adaptc.AdaptcError, match=r"000000\.safetensors: the cache is of another batch: \w{12}, here"):
+    with pytest.raises(
+        adaptc.AdaptcError, match=r"000000\.safetensors: the cache is of another batch: \w{12}, here"
+    ):
         compiled.trunk(given[::-1], cache=tmp_path)
     other = compiled_of(zoo, "lora in the last layer")
     with pytest.raises(adaptc.AdaptcError, match="the cache is of another trunk"):

@@ -69,7 +69,11 @@ def test_a_probe_is_its_equation(options: dict[str, Any]) -> None:
     assert made.graph.outputs == ("logits", "row")
     given = batch()
     given["attention_mask"][1, :2] = given["attention_mask"][2, 3:] = 0
-    theta = {name.split(".")[1]: dict[str, Tensor]() for name, _ in made.module.named_parameters() if "probe" in name}
+    theta = {
+        name.split(".")[1]: dict[str, Tensor]()
+        for name, _ in made.module.named_parameters()
+        if "probe" in name
+    }
     for name, p in made.module.named_parameters():
         if "probe" in name:
             theta[name.split(".")[1]][name.split(".")[-1]] = p
@@ -134,16 +138,22 @@ class Classifier(Encoder):
 
 def test_where_a_head_cannot_be_is_told() -> None:
     probe = {"method": "probe"}
-    with pytest.raises(adaptc.SpecError, match=r"the model gives row already\n.*give this entry another `output`"):
+    with pytest.raises(
+        adaptc.SpecError, match=r"the model gives row already\n.*give this entry another `output`"
+    ):
         compiled({**probe, "output": "row"})
-    with pytest.raises(adaptc.SpecError, match="none gives every token classes, and here is one vector in each row"):
+    with pytest.raises(
+        adaptc.SpecError, match="none gives every token classes, and here is one vector in each row"
+    ):
         compiled({**probe, "pool": "none", "target": "row"})
     with pytest.raises(adaptc.SpecError, match="attention pools all tokens"):
         compiled({**probe, "pool": "none", "head": "attention"})
     with pytest.raises(adaptc.SpecError, match=r"matches no head of .*\n.*such layers are: features, row"):
         compiled({**probe, "target": "nowhere"})
     labelled = {"input_ids": batch()["input_ids"], **batch(), "labels": torch.tensor([0, 1, 0])}
-    with pytest.raises(adaptc.SpecError, match=r"loss is computed from the head that the model had\n.*leave labels out"):
+    with pytest.raises(
+        adaptc.SpecError, match=r"loss is computed from the head that the model had\n.*leave labels out"
+    ):
         adaptc.compile(
             {"adapt": [{**probe, "target": "logits"}]}, model=Classifier().eval(), example_inputs=labelled
         )

@@ -43,7 +43,9 @@ def find_heads(
         )
         reached = set(walk([node], lambda n: list(n.users)))
         given = [name for name, value in named.items() if value in reached]
-        yield from _site(nodes, inputs, head, read, Use(node.name, index), given[0] if len(given) == 1 else "")
+        yield from _site(
+            nodes, inputs, head, read, Use(node.name, index), given[0] if len(given) == 1 else ""
+        )
     for index, (name, value) in enumerate(named.items()):
         if is_tensor(value):
             yield from _site(nodes, inputs, name, value, Use(end.name, index), name)

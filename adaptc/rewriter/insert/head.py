@@ -29,10 +29,10 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class InsertHead(Insert[HeadMethod, HeadSite], inserts=HeadMethod):
-    """`y` becomes `scores(pooled(h, m))`: h are the features that the target's head reads, m says which tokens are real."""
+    """`y` becomes `scores(pooled(h, m))`: h are the features that a head reads, m says which tokens are real."""
 
     def selection(self, graph: Graph) -> Selection[HeadSite]:
-        """The places that the target matches; of several the first, which a head of the model comes before its outputs."""
+        """The places that the target matches; of several the first: heads of the model come before its outputs."""
         selection = super().selection(graph)
         return dataclasses.replace(selection, sites=selection.sites[:1])
 
@@ -117,7 +117,7 @@ def _end(graph: Graph) -> fx.Node:
 
 
 def _key(site: HeadSite) -> str:
-    """Under which a graph notes the node of the features, which an earlier head may have cut off from the model's own."""
+    """Under which a graph notes the node of the features, which an earlier head may have cut off from the model."""
     return f"features of {site.module}"
 
 
@@ -145,7 +145,7 @@ def _same_sizes(features: fx.Node, mask: fx.Node) -> bool:
 
 
 def _real(graph: Graph, site: HeadSite, token: int | None, h: fx.Node) -> fx.Node:
-    """Which tokens a head reads `(batch, tokens)`: those of a number, or the real ones; all where no mask says which."""
+    """Which tokens a head reads `(batch, tokens)`: those of a number, or the real ones, which are all without a mask."""
     if token is not None:
         return graph.call(aten.eq.Scalar, graph.by_name()[site.ids], token, like=h)
     if site.mask:

@@ -50,7 +50,9 @@ class MergeRows(Pass):
         for name, other in zip(self.names, self.others, strict=True):
             if other.outputs != graph.outputs:
                 given, wanted = (", ".join(g.outputs) for g in (other, graph))
-                reason = f"{name} gives {given}, and the base {wanted}: rows of one batch have the same outputs"
+                reason = (
+                    f"{name} gives {given}, and the base {wanted}: rows of one batch have the same outputs"
+                )
                 refusals.append(
                     Refusal(reason, notes=("name the output of a head as the base's: `output: ...`",))
                 )

@@ -10,11 +10,11 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
+from adaptc.methods.head import HeadMethod
 from adaptc.methods.method import WeightMethod
 from adaptc.methods.param import Param
 from adaptc.methods.point_sites import AttentionSite, Site
 from adaptc.methods.site import MATRIX_KINDS, WeightSite
-from adaptc.methods.head import HeadMethod
 from adaptc.methods.virtual_tokens import AttentionMethod, InputMethod
 from adaptc.rewriter.expression import trace_expression
 from adaptc.rewriter.swap.algebra import form_of
