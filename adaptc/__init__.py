@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     __version__: str
+    from adaptc import losses as losses
     from adaptc import passes as passes
     from adaptc.compiler.adapter_arithmetic import combine as combine
     from adaptc.compiler.adapter_arithmetic import convert as convert
@@ -68,6 +69,7 @@ __all__ = [
     "graph_pass",
     "load",
     "load_adapter",
+    "losses",
     "method",
     "parameter_groups",
     "passes",
@@ -111,8 +113,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "passes":
-        return import_module("adaptc.passes")
+    if name in ("losses", "passes"):
+        return import_module(f"adaptc.{name}")
     if name == "__version__":
         return import_module("importlib.metadata").version("adaptc")
     if name not in _HOMES:

@@ -13,6 +13,7 @@ from benchmarks.decoding import decoding, decoding_half_billion
 from benchmarks.large import half_billion, seven_billion
 from benchmarks.minilm import minilm
 from benchmarks.perplexity import perplexity
+from benchmarks.probing import probing
 from benchmarks.qlora import qlora
 from benchmarks.quantized import half_billion_in_bits, orders
 from benchmarks.rows import rows
@@ -32,6 +33,7 @@ PARTS = {
     "decoding": decoding,
     "decoding-half-billion": decoding_half_billion,
     "perplexity": perplexity,
+    "probing": probing,
     "rows": rows,
     "half-billion": half_billion,
     "half-billion-in-bits": half_billion_in_bits,

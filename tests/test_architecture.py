@@ -91,7 +91,7 @@ LAYERS = (
     ("emit",),
     ("generation",),
     ("compiler",),
-    ("training",),
+    ("training", "losses"),
     ("cli",),
     ("__init__",),
 )

@@ -18,10 +18,12 @@ from adaptc.ir.graph import Graph
 from adaptc.optional import MissingPackageError
 from adaptc.spec.base import BaseEntry
 from adaptc.spec.spec import Spec, require_base, resolve_path
+from adaptc.spec.yaml_text import Loc
 from adaptc.tracing import huggingface
 from adaptc.tracing.huggingface_module import is_pretrained
 from adaptc.tracing.huggingface_tasks import SENTENCE_EMBEDDING, unknown_task
 from adaptc.tracing.module import from_examples, from_factory, from_module, from_program
+from adaptc.tracing.proxy_tuning import proxy_tuned
 from adaptc.tracing.trace import trace_base
 from adaptc.tracing.wrappers import unwrapped
 
@@ -52,10 +54,11 @@ def make_base(
             return from_factory(entry.python, entry.args, inputs, entry.dtype)
         if entry.program is not None:
             return from_program(resolve_path(spec, entry.program), inputs)
-        return _from_huggingface(spec, entry, inputs)
+        base = _from_huggingface(spec, entry, inputs)
     except (TraceError, WeightError, MissingPackageError) as error:
         key = next(k for k in ("python", "program", "model") if getattr(entry, k) is not None)
         raise spec.error(("base", key), error.message, *error.notes) from error
+    return base if entry.proxy is None else _proxy_tuned(spec, entry, base)
 
 
 def trace(spec: Spec, base: Base, after: After | None = None) -> Graph:
@@ -81,8 +84,36 @@ def _add_to_path(spec: Spec) -> None:
             sys.path.insert(0, folder)
 
 
-def _from_huggingface(spec: Spec, entry: BaseEntry, inputs: Sequence[InputSpec]) -> Base:
+def _proxy_tuned(spec: Spec, entry: BaseEntry, base: Base) -> Base:
+    """The base steered by the two small models that its entry names.
+
+    Raises:
+        SpecError: one cannot be made, or has another vocabulary.
+    """
+    assert entry.proxy is not None
+    place = ("base", "proxy")
+    parts: dict[str, Base] = {}
+    try:
+        for key in ("tuned", "untuned"):
+            place = ("base", "proxy", key)
+            small = entry.model_copy(update={"model": getattr(entry.proxy, key), "proxy": None, "config": {}})
+            parts[key] = _from_huggingface(spec, small, (), place)
+        place = ("base", "proxy")
+        return proxy_tuned(base, **parts, alpha=entry.proxy.alpha)
+    except (TraceError, WeightError) as error:
+        raise spec.error(place, error.message, *error.notes) from error
+
+
+def _from_huggingface(
+    spec: Spec, entry: BaseEntry, inputs: Sequence[InputSpec], place: Loc = ("base", "model")
+) -> Base:
     """A Hugging Face model: of a directory, or of a hub id.
+
+    Args:
+        spec: the spec.
+        entry: the model, its task and what overrides its configuration.
+        inputs: its inputs; derived where there are none.
+        place: where the spec names the model.
 
     Raises:
         SpecError: transformers is not installed, the task is unknown, or there is no such directory.
@@ -97,9 +128,9 @@ def _from_huggingface(spec: Spec, entry: BaseEntry, inputs: Sequence[InputSpec])
             expected = "expected a Hugging Face model directory"
             if is_sentence_transformer(directory):
                 expected = f"it is a SentenceTransformer: task: {SENTENCE_EMBEDDING}"
-            raise spec.error(("base", "model"), f"{directory} holds no {CONFIG}", expected)
+            raise spec.error(place, f"{directory} holds no {CONFIG}", expected)
         return huggingface.load(str(directory), entry, spec.seed, tuple(inputs))
     if entry.model.startswith((".", "/", "~")) or entry.model.count("/") > 1 or Path(entry.model).suffix:
         message = f"{directory}: no such directory"
-        raise spec.error(("base", "model"), message, "paths are relative to the spec file")
+        raise spec.error(place, message, "paths are relative to the spec file")
     return huggingface.load(entry.model, entry, spec.seed, tuple(inputs))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from adaptc.compiler.proofs import check_gradients
 from adaptc.compiler.quantization_error import QuantizationErrors
 from adaptc.compiler.runners import BatchRunner, module_call
 from adaptc.compiler.trainable import module_record
+from adaptc.compiler.trunk import Trunk, make_trunk
 from adaptc.errors import RefusedError
 from adaptc.ir.graph import Graph
 from adaptc.ir.module import bind
@@ -169,6 +170,28 @@ class Compiled:
                 model's table of positions.
         """
         return self.program.generator(compile).generate(input_ids, max_new_tokens, **options)
+
+    def trunk(self, batches: Iterable[Mapping[str, torch.Tensor]], cache: str | Path) -> Trunk:
+        """Compute once what no training changes, up to the first adapted place, and store it.
+
+        A probe, another head, or adapters in the last layers are trained from what is stored: the gradients are those
+        of the whole module with its trunk in evaluation mode. What is trained is the adapters of `module`.
+
+        Args:
+            batches: the model's inputs by name, in the same order each time. What the model does not take, such as
+                labels, is stored along.
+            cache: the directory of the files. Called again after an interrupt, it goes on where it was; a broken file
+                is told by a warning, and computed again.
+
+        Returns:
+            the stored batches; `Trunk.module` takes them.
+
+        Raises:
+            RefusedError: nothing trains, or the first layer does, so that there is no trunk.
+            InputError: a batch lacks an input.
+            AdaptcError: the cache is of another trunk or of other data.
+        """
+        return make_trunk(self.program, batches, Path(cache))
 
     def check_gradients(self) -> None:
         """Check with random inputs and adapters that every trained parameter gets a gradient.

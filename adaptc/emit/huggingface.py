@@ -63,6 +63,10 @@ def save_checkpoint(folded: Graph, base: Graph, directory: Path, max_shard_size:
     pretrained = base.source.pretrained
     if pretrained is None:
         raise AdaptcError(f"a Hugging Face checkpoint needs a Hugging Face base, got {base.source.describe}")
+    if base.source.beside:
+        parts = " and ".join(base.source.beside)
+        reason = f"the model has parts of other checkpoints, {parts}, and a Hugging Face checkpoint holds one model"
+        raise RefusedError([Refusal(reason, notes=("emit onnx or torch",))])
     if folded.staying:
         reason = f"{folded.staying} cannot be folded into weights, and a Hugging Face checkpoint holds nothing else"
         raise RefusedError(

@@ -72,6 +72,7 @@ class Base:
         examples: name of an input -> the tensor that the caller gave for it; empty where none was given.
         notes: what the loader chose or changed before it looked for weights, for the user.
         pretrained: the checkpoint of a Hugging Face base; None for any other.
+        beside: the names of the parts of the model that come from checkpoints of their own.
         left_out: what the model could take beside its inputs -> what stands for it, such as `zeros`.
     """
 
@@ -89,6 +90,7 @@ class Base:
     notes: list[str] = field(default_factory=list[str])
     pretrained: Pretrained | None = None
     left_out: Mapping[str, str] = field(default_factory=dict[str, str])
+    beside: tuple[str, ...] = ()
 
     @cached_property
     def bound(self) -> Bound:

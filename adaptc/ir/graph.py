@@ -13,6 +13,7 @@ from torch._dispatch.python import enable_python_dispatcher
 
 from adaptc.inputs import InputSpec
 from adaptc.ir.adaptation import Adaptation
+from adaptc.ir.analysis.heads import find_heads
 from adaptc.ir.analysis.points import find_points
 from adaptc.ir.analysis.roles import Roles, find_roles
 from adaptc.ir.base import Base
@@ -150,12 +151,13 @@ class Graph:
 
     @property
     def points(self) -> tuple[AnyPoint, ...]:
-        """The sites that are no weight: sub-layers, attentions and inputs of the graph as traced."""
+        """The sites that are no weight: sub-layers, attentions, inputs and heads of the graph as traced."""
         return (self.as_traced or self)._points
 
     @cached_property
     def _points(self) -> tuple[AnyPoint, ...]:
-        return find_points(self.nodes, self.sites)
+        heads = find_heads(list(self.nodes), self.inputs, self.outputs, self.heads, self.sites)
+        return (*find_points(self.nodes, self.sites), *heads)
 
     @property
     def base_sha256(self) -> str:

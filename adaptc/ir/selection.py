@@ -201,6 +201,7 @@ RECOGNISED: Mapping[str, str] = {
     "sub-layer": "a sub-layer is what ends in a matrix product and is added to the stream that it was computed from: "
     "name another point, target: {node: ...} (`--print-after all` shows the nodes)",
     "attention": "an attention is scaled_dot_product_attention, or two products of activations around a softmax",
+    "head": "a head is a module that makes an output, or an output `(batch, features)` or `(batch, tokens, features)`",
     "input": "an input is an integer input (batch, seq) that is looked up in an embedding",
 }
 """Kind of point -> how such a point is recognised."""

@@ -1,12 +1,13 @@
 """Adaptation methods: what the author of one writes, and the registry.
 
 A method is a frozen dataclass under `@method("its-name")` that extends `WeightMethod`, `ActivationMethod`,
-`AttentionMethod` or `InputMethod`. Its fields are the options of a spec. It must state three things:
+`AttentionMethod`, `InputMethod` or `HeadMethod`. Its fields are the options of a spec. It must state three things:
 
     kinds                     the kinds of site that it can sit on
     params(site)              its tensors on a site; `shared(sites)`: those that all sites use together
     weight(W, **theta)        what a weight becomes; `bias(b, **theta)`: what a bias becomes
-                              (`branch(z)` of an activation method, `tokens()` of one with virtual tokens)
+                              (`branch(z)` of an activation method, `tokens()` of one with virtual tokens,
+                              `pooled(h, m)` and `scores(x)` of a head)
 
 It may state where it goes:
 
@@ -178,7 +179,7 @@ def _check(name: str, cls: object, author: Author) -> None:
         DefinitionError: it is not; names the line.
     """
     base = next((c for c in getattr(cls, "__mro__", ()) if "expressions" in vars(c)), None)
-    bases = "WeightMethod, ActivationMethod, AttentionMethod or InputMethod"
+    bases = "WeightMethod, ActivationMethod, AttentionMethod, InputMethod or HeadMethod"
     definition = check_class("method", name, cls, base, bases, author)
     assert base is not None
     expressions: Mapping[str, tuple[str, ...]] = base.expressions

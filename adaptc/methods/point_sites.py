@@ -120,7 +120,33 @@ class InputSite(Point):
         return (self.width,)
 
 
-AnyPoint = SubLayer | AttentionSite | InputSite
+@dataclass(frozen=True)
+class HeadSite(Point):
+    """What an output of the model is made of: the input of one of its heads, or an output without a head.
+
+    `module` is the head's name, or that of the output. `uses` is where the features enter the head, or the output.
+
+    Attributes:
+        output: the name of the output that a new head takes the place of; "" where several follow from the features.
+        width: the number of features, on the last axis.
+        tokens: whether the features are those of each token `(batch, tokens, width)`; else `(batch, width)`.
+        mask: the input that says which tokens are real; "" where there is none.
+        ids: the input with the numbers of the tokens; "" where there is none.
+    """
+
+    output: str
+    width: int
+    tokens: bool
+    mask: str
+    ids: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(number of features,)."""
+        return (self.width,)
+
+
+AnyPoint = SubLayer | AttentionSite | InputSite | HeadSite
 """Any site that is not a weight."""
 Site = WeightSite | AnyPoint
 """Any site: a weight or a point."""

@@ -20,10 +20,10 @@ WEIGHT_KINDS = MATRIX_KINDS | {"parameter"}
 """The kinds of site that are weights: `parameter` is any parameter of a module."""
 DROPLESS = frozenset({"embedding", "experts"})
 """Kinds of site whose input dropout cannot act on: indices, and rows gathered for an expert."""
-SUBLAYER, ATTENTION_POINT, INPUT = "sub-layer", "attention", "input"
-POINTS = frozenset({SUBLAYER, ATTENTION_POINT, INPUT})
+SUBLAYER, ATTENTION_POINT, INPUT, HEAD = "sub-layer", "attention", "input", "head"
+POINTS = frozenset({SUBLAYER, ATTENTION_POINT, INPUT, HEAD})
 """The kinds of site that are points, not weights."""
-KINDS = ("linear", "conv", "embedding", "experts", "parameter", SUBLAYER, ATTENTION_POINT, INPUT)
+KINDS = ("linear", "conv", "embedding", "experts", "parameter", SUBLAYER, ATTENTION_POINT, INPUT, HEAD)
 """The kinds of site, as messages list them."""
 
 

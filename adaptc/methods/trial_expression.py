@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 CHANGE = 1e-3
 """The largest change at the start that counts as rounding, as a share of the largest number of the weight. Chosen, not
 measured: float32 rounds a thousand times less, and a start that is not the base's changes more."""
+FREE = ("pooled", "scores")
+"""Expressions whose result has a shape of its own."""
 AUTHORS_ERRORS = (TypeError, AttributeError, NameError)
 """Errors that a line causes whatever the site; others may be about sizes of the small site."""
 
@@ -91,7 +93,7 @@ class ExpressionTrial:
         import torch
         from torch._subclasses.fake_tensor import FakeTensorMode
 
-        given = operands(hook, self.site)
+        given = self._operands(hook, theta)
         try:
             result = self._call(hook, given, theta)
         except DefinitionError as error:
@@ -116,12 +118,18 @@ class ExpressionTrial:
                 f"{hook} gives another result each time; an expression draws no random numbers", hook
             )
         narrow = {k: t.bfloat16() if t.is_floating_point() else t for k, t in theta.items()}
-        self._attempt(hook, tuple(t.bfloat16() for t in given), narrow)
+        self._attempt(hook, tuple(t.bfloat16() if t.is_floating_point() else t for t in given), narrow)
         mode = FakeTensorMode()
         fakes: dict[str, Tensor] = {k: mode.from_tensor(t) for k, t in theta.items()}
         with mode:
             self._attempt(hook, tuple(mode.from_tensor(t) for t in given), fakes)
         return result
+
+    def _operands(self, hook: str, theta: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """What an expression gets before its own tensors: `scores` of a head what `pooled` gives."""
+        if hook != "scores":
+            return operands(hook, self.site)
+        return (self._call("pooled", operands("pooled", self.site), theta),)
 
     def _attempt(self, hook: str, given: tuple[Tensor, ...], theta: Mapping[str, Tensor]) -> Tensor | None:
         """The result of one call; None where it fails for a reason that may be the small site's or the dtype's."""
@@ -179,7 +187,7 @@ class ExpressionTrial:
         else:
             shape, dtype = tokens_shape(self.method, self.site), next(iter(theta.values())).dtype
         name = next(iter(self.definition.base.expressions[hook]), "the virtual tokens")
-        if result.shape != shape:
+        if hook not in FREE and result.shape != shape:
             raise self.definition.mistake(
                 f"{hook} gives a tensor of {name}'s shape {list(shape)}, got {list(result.shape)}", hook
             )
@@ -214,7 +222,10 @@ class ExpressionTrial:
         reached: set[str] = set()
         for hook in hooks:
             try:
-                result: Tensor = getattr(self.method, hook)(*operands(hook, self.site), **values)
+                given = operands(hook, self.site)
+                if hook == "scores":
+                    given = (self.method.pooled(*operands("pooled", self.site), **values),)
+                result: Tensor = getattr(self.method, hook)(*given, **values)
                 if not result.requires_grad:
                     continue
                 gradients = cast(

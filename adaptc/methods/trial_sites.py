@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
-from adaptc.methods.point_sites import AttentionSite, Heads, InputSite, Site, SubLayer
-from adaptc.methods.site import ATTENTION_POINT, INPUT, SUBLAYER, Layout, Use, WeightSite
+from adaptc.methods.point_sites import AttentionSite, Heads, HeadSite, InputSite, Site, SubLayer
+from adaptc.methods.site import ATTENTION_POINT, HEAD, INPUT, SUBLAYER, Layout, Use, WeightSite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,6 +38,11 @@ def trial_sites(kinds: Collection[str]) -> Iterator[Site]:
         yield InputSite(
             *("layer", "Block", INPUT, "embedding"), dtype, use, "",
             table="layer.weight", leaf="weight", width=IN, ids="ids",
+        )  # fmt: skip
+    if HEAD in kinds:
+        yield HeadSite(
+            *("layer", "Block", HEAD, "linear"), dtype, use, "",
+            output="output", width=IN, tokens=True, mask="mask", ids="ids",
         )  # fmt: skip
 
 
@@ -78,14 +83,16 @@ def operands(hook: str, site: Site) -> tuple[Tensor, ...]:
     """What an expression gets on a site before its own tensors, in float32.
 
     Returns:
-        `W (out, in)` for `weight`, `b (out,)` for `bias`, `z (batch, tokens, in)` for `branch`; nothing for `tokens`.
+        `W (out, in)` for `weight`, `b (out,)` for `bias`, `z (batch, tokens, in)` for `branch`,
+        `h (batch, tokens, in)` and `m (batch, tokens)` for `pooled`; nothing for `tokens`.
     """
     if hook == "weight":
         assert isinstance(site, WeightSite)
         return (site.matrix(numbers(*site.shape)),)
     if hook == "bias":
         return (numbers(OUT),)
-    return (numbers(BATCH, TOKENS, IN),) if hook == "branch" else ()
+    h = numbers(BATCH, TOKENS, IN)
+    return {"branch": (h,), "pooled": (h, h[..., 0].bool())}.get(hook, ())
 
 
 def tokens_shape(method: Any, site: Site) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from adaptc.quantization.scheme import SCHEMES, Scheme
 from adaptc.rewriter.insert.activation import InsertActivation
 from adaptc.rewriter.insert.attention import InsertAttention
 from adaptc.rewriter.insert.base import Insert
+from adaptc.rewriter.insert.head import InsertHead
 from adaptc.rewriter.insert.input import InsertInput
 from adaptc.rewriter.insert.weight import InsertWeight
 from adaptc.rewriter.pipeline import PASSES, Pass
@@ -22,7 +23,13 @@ from adaptc.rewriter.quantize import Quantize
 
 Body: TypeAlias = Method[Any] | Scheme
 """What such a pass inserts, or quantizes by."""
-ENGINES: tuple[type[Insert[Any, Any]], ...] = (InsertWeight, InsertActivation, InsertAttention, InsertInput)
+ENGINES: tuple[type[Insert[Any, Any]], ...] = (
+    InsertWeight,
+    InsertActivation,
+    InsertAttention,
+    InsertInput,
+    InsertHead,
+)
 """The engine for each kind of method. Importing them enters them, so that `Insert(method, ...)` finds the right one."""
 
 

@@ -15,6 +15,18 @@ from adaptc.spec.yaml_text import is_mapping
 
 DEFAULT_TASK = "feature-extraction"
 """The task of a `model` that names none: the model without a head."""
+PROXIED = "causal-lm"
+"""The task of a model that can be proxy-tuned."""
+
+
+class ProxyEntry(Part):
+    """Two small models that steer the base: `logits = base + alpha (tuned - untuned)`, by Liu et al. 2024."""
+
+    tuned: PathText = Field(
+        description="a small model after its tuning: a Hugging Face directory, or a hub id"
+    )
+    untuned: PathText = Field(description="the same model before its tuning")
+    alpha: float = Field(1.0, description="how strongly the base is steered")
 
 
 class BaseEntry(Part):
@@ -35,6 +47,9 @@ class BaseEntry(Part):
     config: dict[str, Any] = Field(
         {}, description="overrides of a `model`'s config.json, such as num_labels: 3"
     )
+    proxy: ProxyEntry | None = Field(
+        None, description="proxy-tuning: small models of the same vocabulary that steer a causal-lm"
+    )
     trust_remote_code: bool = Field(False, description="run code that comes with a Hugging Face model")
 
     @model_validator(mode="after")
@@ -49,6 +64,10 @@ class BaseEntry(Part):
             raise invalid(fault("only a 'python' base takes arguments", loc=("args",), at_key=True))
         if self.config and self.model is None:
             raise invalid(fault("only a 'model' base has a config", loc=("config",), at_key=True))
+        if self.proxy and (self.model is None or self.task != PROXIED):
+            raise invalid(
+                fault(f"only a 'model' of task {PROXIED} is proxy-tuned", loc=("proxy",), at_key=True)
+            )
         if self.task != DEFAULT_TASK and self.model is None:
             raise invalid(fault("only a 'model' base has a task", loc=("task",), at_key=True))
         return self

@@ -181,21 +181,38 @@ def fake_parameters(model: nn.Module) -> None:
 
     Meta constants in a trace would lose their values; fake tensors on the CPU keep devices and constants right.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fake_tensors(model, FakeTensorMode(allow_non_fake_inputs=True))
+    compute_buffers(model)
+
+
+def fake_mode_of(model: nn.Module) -> FakeTensorMode:
+    """The mode that the fake parameters of a model belong to."""
+    return next(cast(Any, p).fake_mode for p in model.parameters() if isinstance(p, FakeTensor))
+
+
+def fake_tensors(model: nn.Module, mode: FakeTensorMode) -> None:
+    """Give a model fake tensors of a mode, in place, for those that are on the meta device or fake already.
+
+    Parameters that are one stay one. Buffers that are in no checkpoint stay as they are.
+    """
     cpu = torch.device("cpu")
     fakes: dict[int, Any] = {}
     """The id of a tensor on the meta device -> its fake tensor, which tied parameters share."""
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:  # a legacy torch.Tensor(...) ignores the device and is on the CPU
-                fake = FakeTensor(mode, parameter.data.to("meta"), cpu)
+                fake = FakeTensor(mode, _meta(parameter), cpu)
                 fakes.setdefault(id(parameter), nn.Parameter(fake))
                 module._parameters[name] = fakes[id(parameter)]
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
-                fakes.setdefault(id(buffer), FakeTensor(mode, buffer.to("meta"), cpu))
+                fakes.setdefault(id(buffer), FakeTensor(mode, _meta(buffer), cpu))
                 module._buffers[name] = fakes[id(buffer)]
-    compute_buffers(model)
+
+
+def _meta(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor on the meta device like another one."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 def pretrained_weights(pretrained: Pretrained, seed: int) -> Bound:

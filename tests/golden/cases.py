@@ -54,6 +54,8 @@ def inserted(name: str) -> Case:
     factory, method = load_passes()[f"insert-{name}"], METHODS[name]
     given = {"target": "*", "r": 1, **method.small, **SHORT.get(name, {})}
     item: Any = factory(**{key: given[key] for key in given if key in inspect.signature(factory).parameters})
+    if method.kinds == {"head"}:
+        return traced(models.Words), [item]
     candidates = (models.Layer, models.Normed, models.FeedForward, models.Attention, models.Words)
     return next((traced(model), [item]) for model in candidates if item.selection(traced(model)).sites)
 

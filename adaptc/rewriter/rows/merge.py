@@ -44,9 +44,19 @@ class MergeRows(Pass):
     changes_results: ClassVar[bool] = True
 
     def requires(self, graph: Graph) -> list[Refusal]:
-        """There are rows, and tensors of different alternatives have different names."""
+        """There are rows, and every alternative has the outputs that the base has."""
         rows = rows_of(graph)
-        return [rows] if isinstance(rows, Refusal) else []
+        refusals = [rows] if isinstance(rows, Refusal) else []
+        for name, other in zip(self.names, self.others, strict=True):
+            if other.outputs != graph.outputs:
+                given, wanted = (", ".join(g.outputs) for g in (other, graph))
+                reason = (
+                    f"{name} gives {given}, and the base {wanted}: rows of one batch have the same outputs"
+                )
+                refusals.append(
+                    Refusal(reason, notes=("name the output of a head as the base's: `output: ...`",))
+                )
+        return refusals
 
     def call(self, graph: Graph) -> bool:
         """Merge the graphs.

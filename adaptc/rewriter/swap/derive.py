@@ -10,6 +10,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
+from adaptc.methods.head import HeadMethod
 from adaptc.methods.method import WeightMethod
 from adaptc.methods.param import Param
 from adaptc.methods.point_sites import AttentionSite, Site
@@ -119,6 +120,8 @@ def no_form(method: object) -> str:
             "its virtual tokens go through all layers, which a program without them has no place for; a prefix, "
             "which has keys and values of its own, can be swapped"
         )
+    if isinstance(method, HeadMethod):
+        return "it gives an output of its own, which a program with the base's has no place for"
     return "it is computed between the layers, and changes no weight"
 
 
