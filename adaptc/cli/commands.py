@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from adaptc.cli.output import print_json, show_described, show_rows
+from adaptc.cli.verbosity import CommandLine, Quiet, Verbose, is_quiet, set_verbosity
 from adaptc.errors import AdaptcError
 
-app = typer.Typer(
-    add_completion=False,
+app = CommandLine(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="A declarative graph-compiler for adapted models: one spec in, proved artifacts out.",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 SpecPath = Annotated[Path, typer.Argument(help="the spec, a YAML file", show_default=False)]
 Sets = Annotated[
     list[str] | None, typer.Option("--set", help="override a value: base.dtype=float16", show_default=False)
 ]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document on standard output")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import adaptc
+
+        sys.stdout.write(f"adaptc {adaptc.__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="print the version")
+    ] = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> None:
+    """A declarative graph-compiler for adapted models: one spec in, proved artifacts out."""
+    set_verbosity(verbose, quiet)
 
 
 @app.command()
@@ -41,10 +61,10 @@ def compile(
     from adaptc.cli.compile_command import compile_and_emit
     from adaptc.cli.screen import Screen
 
-    screen = Screen(quiet=as_json)
+    screen = Screen(quiet=as_json or is_quiet())
     result = compile_and_emit(spec, set_ or [], output_dir, print_after, dump_graphs, screen)
     if as_json:
-        _print_json(result)
+        print_json(result)
 
 
 @app.command()
@@ -54,10 +74,10 @@ def plan(spec: SpecPath, set_: Sets = None, as_json: Json = False) -> None:
     from adaptc.compiler.driver import plan as make_plan
 
     screen = Screen(quiet=as_json)
-    with screen.working("tracing"):
+    with screen.working():
         _, planned = make_plan(spec, set_ or [])
     if as_json:
-        _print_json(planned.to_json())
+        print_json(planned.to_json())
     else:
         screen.plan(planned)
 
@@ -88,10 +108,12 @@ def init(
 def inspect(path: Annotated[Path, typer.Argument(show_default=False)], as_json: Json = False) -> None:
     """Show what an artifact, an adapter's checkpoint or a model directory holds."""
     from adaptc.cli.inspection import inspect as rows_of
-    from adaptc.cli.screen import Screen
 
     rows = rows_of(path)
-    _print_json({row["what"]: row["value"] for row in rows}) if as_json else Screen().table(str(path), rows)
+    if as_json:
+        print_json({row["what"]: row["value"] for row in rows})
+    else:
+        show_rows(str(path), rows)
 
 
 @app.command()
@@ -100,8 +122,9 @@ def verify(path: Annotated[Path, typer.Argument(show_default=False)], as_json: J
     from adaptc.cli.inspection import verify as check
     from adaptc.cli.screen import Screen
 
-    rows = check(path)
-    _print_json(rows) if as_json else Screen().table(str(path), rows)
+    with Screen(quiet=True).working():
+        rows = check(path)
+    print_json(rows) if as_json else show_rows(str(path), rows)
 
 
 @app.command()
@@ -153,7 +176,7 @@ def generate(
     show = _silent if as_json else _write
     result = continue_text(path, prompt, settings, chat, tuple(stop or ()), tokenizer, show, adapter)
     if as_json:
-        _print_json(result)
+        print_json(result)
         return
     sys.stdout.write("\n")
     sys.stdout.flush()
@@ -177,39 +200,55 @@ def adapter(
 
     shapes = make_adapter(program, checkpoint, output)
     if as_json:
-        _print_json({"path": str(output), "tensors": shapes})
+        print_json({"path": str(output), "tensors": shapes})
     else:
         Screen().done([output])
 
 
-@app.command()
-def methods(as_json: Json = False) -> None:
-    """List the methods for `adapt`, with their equations and options."""
-    from adaptc.cli.listings import method_rows
-    from adaptc.cli.screen import Screen
+def _method_names(typed: str) -> list[str]:
+    """What a shell completes a method's name to."""
+    from adaptc.methods.method import METHODS
 
-    rows = method_rows()
-    _print_json(rows) if as_json else Screen().table("methods", rows)
+    return [name for name in METHODS if name.startswith(typed)]
+
+
+@app.command()
+def methods(
+    name: Annotated[
+        str | None, typer.Argument(help="a method, to see all of it", autocompletion=_method_names)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the methods for `adapt`; of one method its equation, its options and where it sits."""
+    from adaptc.cli.listings import described, method_rows
+
+    if name is None:
+        rows = method_rows()
+        print_json(rows) if as_json else show_rows("methods", rows, ("method", "equation", "sits on"))
+    elif as_json:
+        print_json(described(name))
+    else:
+        show_described(described(name))
 
 
 @app.command()
 def schemes(as_json: Json = False) -> None:
     """List the schemes for `quantize`, with their equations and options."""
     from adaptc.cli.listings import scheme_rows
-    from adaptc.cli.screen import Screen
 
     rows = scheme_rows()
-    _print_json(rows) if as_json else Screen().table("schemes", rows)
+    print_json(rows) if as_json else show_rows(
+        "schemes", rows, ("scheme", "equation", "stores", "chooses by")
+    )
 
 
 @app.command()
 def passes(as_json: Json = False) -> None:
     """List the passes for `passes`, with the stages each takes and leaves."""
     from adaptc.cli.listings import pass_rows
-    from adaptc.cli.screen import Screen
 
     rows = pass_rows()
-    _print_json(rows) if as_json else Screen().table("passes", rows)
+    print_json(rows) if as_json else show_rows("passes", rows)
 
 
 @app.command()
@@ -218,10 +257,6 @@ def schema() -> None:
     from adaptc.spec.spec import schema_text
 
     sys.stdout.write(schema_text())
-
-
-def _print_json(document: Any) -> None:
-    sys.stdout.write(json.dumps(document, indent=2, default=str) + "\n")
 
 
 def _write(text: str) -> None:

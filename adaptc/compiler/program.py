@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -34,6 +35,7 @@ from adaptc.ir.graph import Graph
 from adaptc.ir.interpreter import Interpreter, Run
 from adaptc.ir.module import bind
 from adaptc.ir.switched import RowsGraph, SwitchedModule, switched
+from adaptc.progress.steps import step
 from adaptc.quantization.quantized_weight import QuantizedPart
 from adaptc.rewriter.insert.base import Insert
 from adaptc.rewriter.pipeline import PASSES, Pass, run
@@ -42,6 +44,8 @@ from adaptc.rewriter.swap.slots import Slots
 from adaptc.spec.spec import Spec
 from adaptc.tracing.huggingface_module import pretrained
 from adaptc.weights import Deferred, Held, sha256_of_files, sha256_of_tensors
+
+LOG = logging.getLogger(__name__)
 
 
 class Program:
@@ -310,10 +314,11 @@ class Program:
     @cached_property
     def base_sha256(self) -> str:
         """SHA-256 of the base: of its weight files, or of its tensors where there are none."""
-        if self.base.source.files:
-            return sha256_of_files(self.base.source.files)
         names = [n for n, first in self.base.aliases.items() if n == first]
-        return sha256_of_tensors((name, self.base.weights[name]) for name in names)
+        with step(LOG, "hashing the base"):
+            if self.base.source.files:
+                return sha256_of_files(self.base.source.files)
+            return sha256_of_tensors((name, self.base.weights[name]) for name in names)
 
     @property
     def base_record(self) -> dict[str, str]:
