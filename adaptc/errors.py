@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import reprlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 
 class AdaptcError(Exception):
@@ -86,6 +86,18 @@ class SpecError(AdaptcError):
         return type(self), (self.problems,)
 
 
+def as_json(error: AdaptcError) -> dict[str, object]:
+    """An error as plain data: `kind`, `message`, `notes`; of a wrong spec its `problems`, each with its place."""
+    document: dict[str, object] = {
+        "kind": type(error).__name__,
+        "message": error.message,
+        "notes": list(error.notes),
+    }
+    if isinstance(error, SpecError):
+        document["problems"] = [asdict(problem) for problem in error.problems]
+    return document
+
+
 class TraceError(AdaptcError):
     """The model could not be traced into a graph. Quotes the user's own source line where there is one."""
 
@@ -141,10 +153,12 @@ class Fault:
     Attributes:
         option: the path of the option at fault inside its entry; empty where no option is at fault.
         reason: why, as a phrase that follows the name of the method or scheme.
+        advice: what to do: a line each.
     """
 
     option: tuple[str, ...]
     reason: str
+    advice: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import typer
 
 from adaptc.cli.output import print_json, show_described, show_rows
 from adaptc.cli.verbosity import CommandLine, Quiet, Verbose, is_quiet, set_verbosity
-from adaptc.errors import AdaptcError
 
 app = CommandLine(
     no_args_is_help=True,
@@ -20,6 +19,10 @@ app = CommandLine(
 SpecPath = Annotated[Path, typer.Argument(help="the spec, a YAML file", show_default=False)]
 Sets = Annotated[
     list[str] | None, typer.Option("--set", help="override a value: base.dtype=float16", show_default=False)
+]
+Plugins = Annotated[
+    list[str] | None,
+    typer.Option("--plugin", help="import a module or a .py file with methods or passes", show_default=False),
 ]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document on standard output")]
 
@@ -55,9 +58,11 @@ def compile(
     dump_graphs: Annotated[
         Path | None, typer.Option(help="write the graph after every pass into this folder")
     ] = None,
+    plugin: Plugins = None,
     as_json: Json = False,
 ) -> None:
     """Compile a spec: trace, insert, prove, and write what `emit` asks for."""
+    load_plugins(plugin)
     from adaptc.cli.compile_command import compile_and_emit
     from adaptc.cli.screen import Screen
 
@@ -68,8 +73,9 @@ def compile(
 
 
 @app.command()
-def plan(spec: SpecPath, set_: Sets = None, as_json: Json = False) -> None:
+def plan(spec: SpecPath, set_: Sets = None, plugin: Plugins = None, as_json: Json = False) -> None:
     """Show matched sites, near misses, the cost and the pipeline. Reads no weights."""
+    load_plugins(plugin)
     from adaptc.cli.screen import Screen
     from adaptc.compiler.driver import plan as make_plan
 
@@ -84,24 +90,41 @@ def plan(spec: SpecPath, set_: Sets = None, as_json: Json = False) -> None:
 
 @app.command()
 def init(
-    model: Annotated[Path, typer.Argument(help="a Hugging Face model directory", show_default=False)],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="a Hugging Face directory or hub id, or a function of one's own: package.module:build",
+            show_default=False,
+        ),
+    ],
     adapter: Annotated[Path | None, typer.Option(help="a trained PEFT adapter")] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="the file to write; standard output if left out")
+    input_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input", help="of one's own module: 'x: float32[batch, 16]'; may be given several times"
+        ),
     ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="the file to write; standard output if left out")
+    ] = None,
+    plugin: Plugins = None,
+    as_json: Json = False,
 ) -> None:
-    """Write a commented spec for a model, and a trained adapter if one is given."""
-    from adaptc.cli.starter import starter_spec
+    """Write a commented spec for a model, and a trained adapter if one is given. What plan would refuse is an error."""
+    load_plugins(plugin)
+    from adaptc.cli.init_command import first_spec
+    from adaptc.cli.screen import Screen
 
-    text = starter_spec(model, adapter, output.parent if output else Path.cwd())
-    if output is None:
-        sys.stdout.write(text)
-    elif output.exists():
-        raise AdaptcError(f"{output} exists already; remove it or choose another name")
-    else:
+    with Screen(quiet=True).working():
+        text = first_spec(model, adapter, input_ or (), output)
+    if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(text)
         sys.stderr.write(f"wrote {output}; next: adaptc plan {output}\n")
+    if as_json:
+        print_json({"path": output and str(output), "spec": text})
+    elif output is None:
+        sys.stdout.write(text)
 
 
 @app.command()
@@ -217,9 +240,11 @@ def methods(
     name: Annotated[
         str | None, typer.Argument(help="a method, to see all of it", autocompletion=_method_names)
     ] = None,
+    plugin: Plugins = None,
     as_json: Json = False,
 ) -> None:
     """List the methods for `adapt`; of one method its equation, its options and where it sits."""
+    load_plugins(plugin)
     from adaptc.cli.listings import described, method_rows
 
     if name is None:
@@ -232,8 +257,9 @@ def methods(
 
 
 @app.command()
-def schemes(as_json: Json = False) -> None:
+def schemes(plugin: Plugins = None, as_json: Json = False) -> None:
     """List the schemes for `quantize`, with their equations and options."""
+    load_plugins(plugin)
     from adaptc.cli.listings import scheme_rows
 
     rows = scheme_rows()
@@ -243,8 +269,9 @@ def schemes(as_json: Json = False) -> None:
 
 
 @app.command()
-def passes(as_json: Json = False) -> None:
+def passes(plugin: Plugins = None, as_json: Json = False) -> None:
     """List the passes for `passes`, with the stages each takes and leaves."""
+    load_plugins(plugin)
     from adaptc.cli.listings import pass_rows
 
     rows = pass_rows()
@@ -252,11 +279,21 @@ def passes(as_json: Json = False) -> None:
 
 
 @app.command()
-def schema() -> None:
-    """Print the spec's JSON Schema, for editors."""
+def schema(plugin: Plugins = None, as_json: Json = False) -> None:
+    """Print the spec's JSON Schema, for editors: one JSON document, with or without --json."""
+    load_plugins(plugin)
     from adaptc.spec.spec import schema_text
 
     sys.stdout.write(schema_text())
+
+
+def load_plugins(names: list[str] | None) -> None:
+    """Import what `--plugin` names; a relative path starts in the working directory."""
+    if names:
+        from adaptc.registry.plugins import load_plugin
+
+        for name in names:
+            load_plugin(name, Path.cwd())
 
 
 def _write(text: str) -> None:
