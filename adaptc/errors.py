@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import reprlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 
 class AdaptcError(Exception):
@@ -84,18 +84,6 @@ class SpecError(AdaptcError):
 
     def __reduce__(self) -> tuple[type[SpecError], tuple[Sequence[Problem]]]:
         return type(self), (self.problems,)
-
-
-def as_json(error: AdaptcError) -> dict[str, object]:
-    """An error as plain data: `kind`, `message`, `notes`; of a wrong spec its `problems`, each with its place."""
-    document: dict[str, object] = {
-        "kind": type(error).__name__,
-        "message": error.message,
-        "notes": list(error.notes),
-    }
-    if isinstance(error, SpecError):
-        document["problems"] = [asdict(problem) for problem in error.problems]
-    return document
 
 
 class TraceError(AdaptcError):

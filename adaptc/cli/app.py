@@ -17,17 +17,14 @@ def start() -> None:
 
 
 def main() -> None:
-    """Run the command line. Errors of adaptc's own are printed without a traceback, with --json as a document too."""
+    """Run the command line. Errors of adaptc's own are printed without a traceback."""
     from adaptc.cli.commands import app
-    from adaptc.cli.output import print_json
-    from adaptc.errors import AdaptcError, as_json
+    from adaptc.errors import AdaptcError
 
     try:
         app(prog_name="adaptc")
     except AdaptcError as error:
         sys.stderr.write(f"{error}\n")
-        if "--json" in sys.argv:
-            print_json({"error": as_json(error)})
         sys.exit(error.exit_code)
 
 

@@ -54,6 +54,7 @@ EMIT_LIVE = """\
   - {format: onnx, path: build/model.onnx, adapters: live}   # the base stays quantized, the adapter beside it
   # passes: [insert, fold, quantize] folds it in and quantizes again; [insert, fold] leaves floats
   # - {format: torch, path: build/trainable}         # to train on"""
+NOT_THERE = "no {name} there; expected {expected}"
 WRITES = "causal-lm"
 """The task of models that write texts."""
 PEFT_TASKS = {
@@ -185,7 +186,11 @@ def _start(model: str, config: dict[str, Any], task: str, architecture: str) -> 
         task = task or dashed(named.partition("For")[2]) or FEATURES
         return _Start(task, f"# {error.message}: {error.notes[0]}\n", whole=False)
     except TraceError as error:
-        raise SpecError([Problem(error.message, file=model, notes=error.notes)]) from error
+        message, notes = error.message, error.notes
+        if not Path(model).exists():
+            notes = (f"nor is it an id on the hub: {message.removeprefix(f'{model}: ')}", *notes)
+            message = NOT_THERE.format(name="config.json", expected="a Hugging Face model directory")
+        raise SpecError([Problem(message, file=model, notes=notes)]) from error
     return _Start(start.task, _inputs(start), whole=not start.problem)
 
 
@@ -201,7 +206,7 @@ def _inputs(start: Start) -> str:
 def _config(directory: Path, name: str, expected: str) -> dict[str, Any]:
     file = directory / name
     if not file.is_file():
-        raise SpecError([Problem(f"no {name} there; expected {expected}", file=str(directory))])
+        raise SpecError([Problem(NOT_THERE.format(name=name, expected=expected), file=str(directory))])
     try:
         return json.loads(file.read_text())
     except json.JSONDecodeError as error:

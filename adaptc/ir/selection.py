@@ -20,7 +20,7 @@ from adaptc.quantization.scheme import Scheme
 ALL_LINEAR = "all-linear"
 """The target that means every linear layer but the output heads: a library's own, or else a model's last layer."""
 Target = str | Sequence[str] | Mapping[str, Any]
-"""A pattern, several of them, or a mapping with the keys `name`, `type`, `layers`, `op`, `role` (one or several), `node`, `input`."""
+"""A pattern, several of them, or a mapping: `name`, `type`, `layers`, `op`, `role` (one or several), `node`, `input`."""
 
 
 @dataclass(frozen=True)

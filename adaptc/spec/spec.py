@@ -97,8 +97,8 @@ class Spec(Part):
     passes: Many[PassEntry] | None = Field(
         None, description="the pipeline; `adaptc plan` prints the one in force"
     )
-    plugins: Many[PathText] = Field(
-        (),
+    plugins: Many[PathText] | None = Field(
+        None,
         description="modules and .py files with methods, schemes and passes of one's own, which are imported; a "
         "relative path starts at the spec's folder",
     )
