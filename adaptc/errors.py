@@ -141,10 +141,12 @@ class Fault:
     Attributes:
         option: the path of the option at fault inside its entry; empty where no option is at fault.
         reason: why, as a phrase that follows the name of the method or scheme.
+        advice: what to do: a line each.
     """
 
     option: tuple[str, ...]
     reason: str
+    advice: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ def test_there_is_something_to_read() -> None:
 # imports
 
 LAYERS = (
-    ("errors",),
+    ("errors", "progress"),
     ("patterns", "registry", "inputs", "weights", "optional"),
     ("methods",),
     ("quantization",),
@@ -93,7 +93,7 @@ LAYERS = (
     ("compiler",),
     ("training", "losses"),
     ("cli",),
-    ("__init__",),
+    ("__init__", "__main__"),
 )
 """The rooms of `adaptc/`, lowest first. Each imports from lower rows, or from itself: at import time, under
 TYPE_CHECKING and inside functions alike."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from adaptc.arithmetic.combined import product_methods
+from adaptc.cli.output import show_rows
 from adaptc.cli.screen import Screen
 from adaptc.compiler.adapter_arithmetic import Written
 from adaptc.errors import Problem, SpecError
@@ -43,7 +44,7 @@ def show(screen: Screen, made: Written) -> None:
         for layer, rank in made.ranks.items()
     ]
     if rows:
-        screen.table("layers", rows)
+        show_rows("layers", rows)
     if made.whole:
         screen.out.print(f"held whole: {', '.join(made.whole)}", markup=False)
     for note in made.notes:

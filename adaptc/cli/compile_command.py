@@ -63,7 +63,7 @@ def compile_and_emit(
             _dump(dump_graphs / f"{steps:02}-{name}.txt", graph.text())
         steps += 1
 
-    with screen.working("tracing and planning"):
+    with screen.working():
         compiled = compile_spec(spec, after=after)
     screen.plan(compiled.plan)
     lock = locked and not check_lock(compiled.program)

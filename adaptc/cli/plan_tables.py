@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 
-from rich.markup import escape
-from rich.table import Table
-
+from adaptc.cli.tables import Fitted
 from adaptc.compiler.plan_adapters import PlannedInsertion
 from adaptc.compiler.plan_quantization import PlannedQuantization, expected_error
 from adaptc.compiler.plan_report import pattern_of
@@ -16,7 +14,7 @@ from adaptc.methods.site import POINTS
 from adaptc.quantization.quantized_weight import bytes_of, matrix_size
 
 
-def insertion_table(place: str, planned: PlannedInsertion) -> Table:
+def insertion_table(place: str, planned: PlannedInsertion) -> Fitted:
     """The sites of one entry, at a place of the spec. Sites that differ in the number of their layer share a row."""
     method, selection = planned.insert.method, planned.selection
     source = f", from {planned.checkpoint.path}" if planned.checkpoint else ""
@@ -30,15 +28,15 @@ def insertion_table(place: str, planned: PlannedInsertion) -> Table:
             shape = f"{site.out_features} x {site.in_features} of {shape}"
         kind = site.kind if site.kind in POINTS else site.type or site.kind
         rows[(pattern_of(site), kind, shape, each, site.source)] += 1
-    table = _table(title, ("site", "times", "kind", "shape", "trained each", "source"), rows)
+    caption = ""
     if selection.unused and planned.checkpoint is None:
-        table.caption = (
+        caption = (
             f"matches nothing: {', '.join(selection.unused)}; near: {', '.join(selection.near) or 'none'}"
         )
-    return table
+    return _table(title, ("site", "times", "kind", "shape", "trained each", "source"), rows, caption)
 
 
-def quantization_table(planned: PlannedQuantization, growth: float) -> Table:
+def quantization_table(planned: PlannedQuantization, growth: float) -> Fitted:
     """The sites of one entry of `quantize`, or of the weights that the base stores in few bits already.
 
     Args:
@@ -54,20 +52,15 @@ def quantization_table(planned: PlannedQuantization, growth: float) -> Table:
         kind, each = site.type or site.kind, shown_bytes(bytes_of(scheme, *size))
         rows[(pattern_of(site), kind, " x ".join(map(str, size)), each, error, site.source)] += 1
     columns = ("site", "times", "kind", "shape", "bytes each", "error", "source")
-    table = _table(f"{entry} {scheme.text}", columns, rows)
     orders = "; ".join(
         f"[{order}] {error:.3f} ({growth * error:.2f})" for order, error in planned.expected().items()
     )
-    caption = "expected relative error of a layer (and an upper estimate for the outputs)"
-    table.caption = escape(f"{planned.bits:.2f} bits a weight; {caption}: {orders}")
-    return table
+    errors = "expected relative error of a layer (and an upper estimate for the outputs)"
+    caption = f"{planned.bits:.2f} bits a weight; {errors}: {orders}"
+    return _table(f"{entry} {scheme.text}", columns, rows, caption)
 
 
-def _table(title: str, columns: tuple[str, ...], rows: Counter[tuple[str, ...]]) -> Table:
+def _table(title: str, columns: tuple[str, ...], rows: Counter[tuple[str, ...]], caption: str) -> Fitted:
     """A table of rows, each with the number of its occurrences in the second column."""
-    table = Table(title=escape(title), title_justify="left")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for (first, *others), times in rows.items():
-        table.add_row(first, str(times), *others)
-    return table
+    cells = [(first, str(times), *others) for (first, *others), times in rows.items()]
+    return Fitted(title, columns, cells, caption)

@@ -5,43 +5,26 @@ What a command was asked for goes to standard output, progress to standard error
 
 from __future__ import annotations
 
-import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-from rich.table import Table
 
 from adaptc.cli.plan_tables import insertion_table, quantization_table
+from adaptc.cli.tables import labelled
+from adaptc.cli.verbosity import is_quiet
 from adaptc.compiler.plan_report import PlanReport
 from adaptc.compiler.proof import Proof
 from adaptc.compiler.quantization_error import QuantizationErrors
 from adaptc.ir.cost import shown_bytes
+from adaptc.progress.bars import Bars
 
-COLUMNS = (
-    TextColumn("{task.description}"),
-    BarColumn(),
-    DownloadColumn(),
-    TransferSpeedColumn(),
-    TimeRemainingColumn(),
-)
-"""The columns of the progress bar: bytes, their rate, and the time left."""
+LABEL = 12
+"""How wide the labels of a plan's summary are."""
 WORST = 3
 """How many quantized layers are shown, those with the largest error first."""
-SECONDS_BETWEEN_LINES = 10
-"""How often the bytes written are printed where there is no terminal to draw a bar on."""
 
 
 class Screen:
@@ -53,12 +36,12 @@ class Screen:
 
     def __init__(self, quiet: bool = False):
         self.out = Console(quiet=quiet, highlight=False, soft_wrap=True)
-        self.err = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.err = Console(stderr=True, quiet=is_quiet(), highlight=False, soft_wrap=True)
 
     @contextmanager
-    def working(self, activity: str) -> Generator[None]:
-        """Show a spinner, with a text, while the block runs."""
-        with self.err.status(activity):
+    def working(self) -> Generator[None]:
+        """Draw what takes long in a block, with the time left, on standard error."""
+        with Bars(self.err).drawing():
             yield
 
     def graph(self, name: str, text: str) -> None:
@@ -77,62 +60,34 @@ class Screen:
             self.out.print(insertion_table(place, planned))
         for quantized, growth in zip(plan.quantized, plan.growth, strict=True):
             self.out.print(quantization_table(quantized, growth))
-        self.out.print(plan.summary, markup=False)
+        lines = plan.summary.splitlines()
+        self.out.print(labelled(lines, LABEL) if self.out.is_terminal else plan.summary, markup=False)
 
     @contextmanager
-    def emitting(self) -> Generator[EmitProgress]:
-        """Show the progress of writing and proving artifacts: a line for each, and on a terminal a bar."""
-        bar = Progress(*COLUMNS, console=self.err, transient=True, disable=not self.err.is_terminal)
-        with bar:
-            yield EmitProgress(self.err, bar)
+    def emitting(self) -> Generator[EmitLines]:
+        """Show the progress of writing and proving artifacts: a line for each, and on a terminal bars."""
+        with self.working():
+            yield EmitLines(self.err)
 
     def done(self, paths: Sequence[Path]) -> None:
         """Print the path and size of each artifact written."""
         for path in paths:
             self.out.print(f"wrote {path} ({shown_bytes(_size(path))})", markup=False)
 
-    def table(self, title: str, rows: Sequence[Mapping[str, object]]) -> None:
-        """Print rows as a table. Their keys, which are the same in each, are its columns."""
-        table = Table(title=title, show_lines=False)
-        for column in rows[0]:
-            table.add_column(column, overflow="fold")
-        for row in rows:
-            table.add_row(*(escape(str(value)) for value in row.values()))
-        Console(highlight=False).print(table)
-
 
 @dataclass
-class EmitProgress:
+class EmitLines:
     """Prints what happens while artifacts are written and proved; an `Observer` of `emit_all`.
 
     Attributes:
         console: where lines are printed.
-        bar: the progress bar, disabled where there is no terminal.
-        task: the artifact on the bar; None between artifacts.
-        last_line: when the bytes written were last printed, in seconds of the monotonic clock.
     """
 
     console: Console
-    bar: Progress
-    task: TaskID | None = None
-    last_line: float = 0.0
 
     def writing(self, what: str) -> None:
         """Print the format and path of the artifact that is being made."""
         self.console.print(f"writing {what}", markup=False)
-
-    def wrote(self, done: int, total: int) -> None:
-        """Show how many of an artifact's bytes are written: on the bar, or as a line now and then."""
-        if self.task is None:
-            self.task = self.bar.add_task("writing", total=total)
-            self.last_line = time.monotonic()
-        self.bar.update(self.task, completed=done, total=total)
-        if self.bar.disable and time.monotonic() - self.last_line > SECONDS_BETWEEN_LINES:
-            self.last_line = time.monotonic()
-            self.console.print(f"  {shown_bytes(done)} of {shown_bytes(total)}", markup=False)
-        if done >= total:
-            self.bar.remove_task(self.task)
-            self.task = None
 
     def measured(self, errors: QuantizationErrors) -> None:
         """Print what quantization costs: the error of the outputs, and the layers with the largest errors."""

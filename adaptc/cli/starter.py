@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +20,17 @@ TEXT = """\
 # adaptc compile {name}   writes what `emit` asks for, with proofs
 version: 1
 base:
-  model: {model}
-  task: {task}          # which head: feature-extraction, causal-lm, sequence-classification, ...{config}
+{base}
 {inputs}adapt:
 {adapt}
 emit:
 {emit}
 """
+MODEL = """\
+  model: {model}
+  task: {task}          # which head: feature-extraction, causal-lm, sequence-classification, ...{config}"""
+FACTORY = """\
+  python: "{factory}"   # what it returns is adapted; args: {{width: 64}} gives it arguments"""
 TRAIN = """\
   - method: lora              # adaptc methods lists the others
     target: all-linear        # or globs on module names: ["*.query", "*.value"]
@@ -47,20 +54,31 @@ EMIT_LIVE = """\
   - {format: onnx, path: build/model.onnx, adapters: live}   # the base stays quantized, the adapter beside it
   # passes: [insert, fold, quantize] folds it in and quantizes again; [insert, fold] leaves floats
   # - {format: torch, path: build/trainable}         # to train on"""
+NOT_THERE = "no {name} there; expected {expected}"
 WRITES = "causal-lm"
 """The task of models that write texts."""
 
 
-def starter_spec(model: Path, adapter: Path | None, folder: Path) -> str:
-    """A commented spec for a model directory.
+@dataclass(frozen=True)
+class Starter:
+    """A first spec.
+
+    Attributes:
+        text: what it says.
+        whole: whether it can be planned: not where a person must write its inputs, or a package is missing.
+    """
+
+    text: str
+    whole: bool
+
+
+def starter_spec(model: str | Path, adapter: Path | None, folder: Path) -> Starter:
+    """A commented spec for a Hugging Face model.
 
     Args:
-        model: the Hugging Face model directory.
+        model: its directory, or its id on the hub.
         adapter: a trained adapter's directory; None for an adapter to be trained.
         folder: the folder of the spec, which its paths are relative to.
-
-    Returns:
-        The text of the spec.
 
     Raises:
         SpecError: there is no model, or no adapter, at the path.
@@ -68,9 +86,11 @@ def starter_spec(model: Path, adapter: Path | None, folder: Path) -> str:
     from adaptc.checkpoints.sentence_transformer import is_sentence_transformer, read_sentence_transformer
     from adaptc.compiler.adapter_base import trained_head
 
-    whole = is_sentence_transformer(model)
-    transformer = read_sentence_transformer(model).model if whole else model
-    config = _config(transformer, "config.json", "a Hugging Face model directory")
+    directory = Path(model)
+    whole = is_sentence_transformer(directory)
+    transformer = read_sentence_transformer(directory).model if whole else directory
+    hub = not directory.exists() and is_hub_id(str(model))
+    config = {} if hub else _config(transformer, "config.json", "a Hugging Face model directory")
     task, architecture, adapt, override = "sentence-embedding" if whole else "", "", TRAIN, ""
     if adapter is not None:
         trained = _config(adapter, "adapter_config.json", "a trained adapter's directory")
@@ -79,21 +99,61 @@ def starter_spec(model: Path, adapter: Path | None, folder: Path) -> str:
         task = wanted or task
         if labels:
             override = f"\n  config: {{num_labels: {labels}}}   # as the adapter's head has them"
-    task, inputs = _start(model, config, task, architecture)
-    emit = EMIT_SERVED if task == WRITES else EMIT_FOLDED
-    return TEXT.format(
+    start = _start(str(model), config, task, architecture)
+    emit = EMIT_SERVED if start.task == WRITES else EMIT_FOLDED
+    name = str(model) if hub else _relative(directory, folder)
+    text = TEXT.format(
         name="spec.yaml",
-        model=_relative(model, folder),
-        task=task,
+        base=MODEL.format(model=name, task=start.task, config=override),
         adapt=adapt,
-        config=override,
-        inputs=inputs,
+        inputs=start.inputs,
         emit=EMIT_TRAIN if adapter is None else EMIT_LIVE if "quantization_config" in config else emit,
     )
+    return Starter(text, start.whole)
 
 
-def _start(directory: Path, config: dict[str, Any], task: str, architecture: str) -> tuple[str, str]:
-    """The task, and the comment on the inputs; without transformers the task that the class's name says.
+def factory_spec(factory: str, inputs: Sequence[str]) -> Starter:
+    """A commented spec for a module that a function returns.
+
+    Args:
+        factory: the function, as `package.module:function`.
+        inputs: what the module takes, each as `x: float32[batch, 16]`.
+
+    Raises:
+        SpecError: no input is given.
+    """
+    if not inputs:
+        advice = (
+            "name what forward takes, such as --input 'x: float32[batch, 16]'; a name is a size that varies"
+        )
+        raise SpecError([Problem("a module of one's own needs its inputs", file=factory, notes=(advice,))])
+    lines = "".join(f"  {line.strip()}\n" for line in inputs)
+    text = TEXT.format(
+        name="spec.yaml",
+        base=FACTORY.format(factory=factory),
+        adapt=TRAIN,
+        inputs=f"inputs:\n{lines}",
+        emit=EMIT_TRAIN,
+    )
+    return Starter(text, whole=True)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name can be a model's id on the hub: `org/model`, or `model`, and no path."""
+    return not name.startswith((".", "/", "~")) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None
+
+
+@dataclass(frozen=True)
+class _Start:
+    """The task, the comment on the inputs, and whether the inputs are derived."""
+
+    task: str
+    inputs: str
+    whole: bool
+
+
+def _start(model: str, config: dict[str, Any], task: str, architecture: str) -> _Start:
+    """What a first spec says of a model; without transformers the task that the class's name says.
 
     Raises:
         SpecError: transformers cannot read the configuration, or has no model for it.
@@ -103,13 +163,18 @@ def _start(directory: Path, config: dict[str, Any], task: str, architecture: str
     from adaptc.tracing.huggingface_tasks import FEATURES, dashed
 
     try:
-        start = start_of(directory, task, architecture)
+        start = start_of(model, task, architecture)
     except MissingPackageError as error:
         named = str((config.get("architectures") or [""])[0])
-        return task or dashed(named.partition("For")[2]) or FEATURES, f"# {error.message}: {error.notes[0]}\n"
+        task = task or dashed(named.partition("For")[2]) or FEATURES
+        return _Start(task, f"# {error.message}: {error.notes[0]}\n", whole=False)
     except TraceError as error:
-        raise SpecError([Problem(error.message, file=str(directory), notes=error.notes)]) from error
-    return start.task, _inputs(start)
+        message, notes = error.message, error.notes
+        if not Path(model).exists():
+            notes = (f"nor is it an id on the hub: {message.removeprefix(f'{model}: ')}", *notes)
+            message = NOT_THERE.format(name="config.json", expected="a Hugging Face model directory")
+        raise SpecError([Problem(message, file=model, notes=notes)]) from error
+    return _Start(start.task, _inputs(start), whole=not start.problem)
 
 
 def _inputs(start: Start) -> str:
@@ -124,7 +189,7 @@ def _inputs(start: Start) -> str:
 def _config(directory: Path, name: str, expected: str) -> dict[str, Any]:
     file = directory / name
     if not file.is_file():
-        raise SpecError([Problem(f"no {name} there; expected {expected}", file=str(directory))])
+        raise SpecError([Problem(NOT_THERE.format(name=name, expected=expected), file=str(directory))])
     try:
         return json.loads(file.read_text())
     except json.JSONDecodeError as error:

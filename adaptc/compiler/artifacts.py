@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -44,8 +45,11 @@ from adaptc.emit.torch import PROGRAM, ROWS, load_torch, program_of, rows_of, sa
 from adaptc.errors import AdaptcError, ProofError, RefusedError
 from adaptc.ir.interpreter import Run
 from adaptc.ir.switched import SwitchedModule
+from adaptc.progress.steps import Writing
 from adaptc.spec.emit import EmitEntry, GenaiEmit, HfEmit, OnnxAdapterEmit, OnnxEmit, PeftEmit, TorchEmit
 from adaptc.tracing.huggingface_module import pretrained
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,9 +75,6 @@ class Observer(Protocol):
     def writing(self, what: str) -> None:
         """Called before an artifact is made, with its format and path."""
 
-    def wrote(self, done: int, total: int) -> None:
-        """Called while an artifact is written: `done` of its `total` bytes are."""
-
     def measured(self, errors: QuantizationErrors) -> None:
         """Called with what quantization costs an artifact."""
 
@@ -84,15 +85,38 @@ class Observer(Protocol):
         """Called with what a person must know who uses an artifact."""
 
 
+class Records:
+    """An observer that makes a record of each at level INFO."""
+
+    def writing(self, what: str) -> None:
+        """Record the format and path of an artifact."""
+        LOG.info("writing %s", what)
+
+    def measured(self, errors: QuantizationErrors) -> None:
+        """Record what quantization costs the outputs."""
+        LOG.info("relative error of quantization: %s", dict(errors.outputs))
+
+    def proved(self, proof: Proof) -> None:
+        """Record a proof that held."""
+        LOG.info("proved %s", proof)
+
+    def noted(self, note: str) -> None:
+        """Record what a person must know."""
+        LOG.info("note: %s", note)
+
+
+RECORDS = Records()
+
+
 def emit_all(
-    program: Program, entries: Sequence[EmitEntry], observe: Observer | None = None, into: Path | None = None
+    program: Program, entries: Sequence[EmitEntry], observe: Observer = RECORDS, into: Path | None = None
 ) -> list[Artifact]:
     """Write the artifacts of a spec's `emit` entries; all are in place afterwards, or none.
 
     Args:
         program: the compiled program.
         entries: validated entries.
-        observe: called with each artifact, its bytes and proofs.
+        observe: called with each artifact and its proofs.
         into: a directory that replaces the spec's own folder.
 
     Returns:
@@ -104,7 +128,7 @@ def emit_all(
     """
     paths = output_paths(program.spec, entries, into)
     artifacts: list[Artifact] = []
-    with Staging(observe.wrote if observe else None) as staging:
+    with Staging(Writing(LOG)) as staging:
         adapters = {
             final: entry
             for entry, final in zip(entries, paths, strict=True)
@@ -114,19 +138,17 @@ def emit_all(
             if final in adapters:
                 artifacts.append(Artifact(final))
                 continue
-            if observe:
-                observe.writing(f"{entry.format} {final}")
+            observe.writing(f"{entry.format} {final}")
             before = list(program.proofs.held)
             artifact = WRITERS[entry.format](program, entry, staging, final)
             artifacts.append(artifact)
-            if observe and artifact.errors is not None:
+            if artifact.errors is not None:
                 observe.measured(artifact.errors)
             for proof in program.proofs.held:
-                if observe and not any(proof is other for other in before):
+                if not any(proof is other for other in before):
                     observe.proved(proof)
             for note in (*artifact.notes, *artifact.warnings):
-                if observe:
-                    observe.noted(note)
+                observe.noted(note)
         if adapters:
             _onnx_adapters(program, adapters, staging, observe)
     return artifacts
@@ -226,7 +248,7 @@ def _onnx_rows(program: Program, entry: OnnxEmit, staging: Staging, final: Path)
 
 
 def _onnx_adapters(
-    program: Program, entries: Mapping[Path, OnnxAdapterEmit], staging: Staging, observe: Observer | None
+    program: Program, entries: Mapping[Path, OnnxAdapterEmit], staging: Staging, observe: Observer
 ) -> None:
     """Write several adapters, and prove each from its file, in one program that is written for that alone."""
     swap, paths = Swap(program), {final: staging.path(final) for final in entries}
@@ -237,13 +259,11 @@ def _onnx_adapters(
         base = Path(folder) / exact.path
         file = write_swap(swap, exact, base, base)
         for final, entry in entries.items():
-            if observe:
-                observe.writing(f"{entry.format} {final}")
+            observe.writing(f"{entry.format} {final}")
             tensors = swap.tensors(entry.name)
             write_adapter(paths[final], tensors, program.base_sha256)
             proof = prove_adapter(swap, file, entry.name, tensors, paths[final]).proof
-            if observe:
-                observe.proved(proof)
+            observe.proved(proof)
             shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
             artifact = {
                 "name": final.name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from adaptc.inputs import InputSpec
 from adaptc.ir.base import Base
 from adaptc.ir.graph import Graph
 from adaptc.optional import MissingPackageError
+from adaptc.progress.steps import step
 from adaptc.spec.base import BaseEntry
 from adaptc.spec.spec import Spec, require_base, resolve_path
 from adaptc.spec.yaml_text import Loc
@@ -26,6 +28,8 @@ from adaptc.tracing.module import from_examples, from_factory, from_module, from
 from adaptc.tracing.proxy_tuning import proxy_tuned
 from adaptc.tracing.trace import trace_base
 from adaptc.tracing.wrappers import unwrapped
+
+LOG = logging.getLogger(__name__)
 
 
 def make_base(
@@ -69,7 +73,8 @@ def trace(spec: Spec, base: Base, after: After | None = None) -> Graph:
         TraceError: the model cannot be traced.
     """
     try:
-        graph = trace_base(base)
+        with step(LOG, "tracing the model"):
+            graph = trace_base(base)
     except InputError as error:
         raise spec.error(("inputs",), error.message, *error.notes) from error
     if after is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -10,6 +11,9 @@ from torch.utils import _pytree as pytree
 from adaptc.errors import InputError
 from adaptc.ir.graph import Graph
 from adaptc.ir.module import bind
+from adaptc.progress.steps import each
+
+LOG = logging.getLogger(__name__)
 
 
 class FisherInformation:
@@ -46,7 +50,8 @@ class FisherInformation:
         module = bind(self.graph, names).eval()
         parameters = {name: module.get_parameter(name) for name in names}
         sums = {name: torch.zeros(p.shape) for name, p in parameters.items()}
-        for number, row in enumerate(self.graph.calibration_rows, 1):
+        rows = each(LOG, "estimating the Fisher information", self.graph.calibration_rows, "rows")
+        for number, row in enumerate(rows, 1):
             module.zero_grad()
             try:
                 outputs = pytree.tree_leaves(module(**row))

@@ -178,6 +178,7 @@ def _problems(spec: Spec, graph: Graph, planned: PlannedInsertion) -> list[Probl
                     (*spec.place(planned.entry), *refused.option),
                     f"{method.name}: {refused.reason}",
                     f"site {site}",
+                    *refused.advice,
                 ),
             )
         elif not reaches_output(graph, site):

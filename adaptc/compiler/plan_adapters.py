@@ -388,6 +388,8 @@ def _table_sizes(graph: Graph) -> dict[str, int]:
     """The modules whose size is that of the vocabulary -> the entries it has."""
     tables = {site.module: site.in_features for site in graph.sites if site.kind == "embedding"}
     heads = {
-        s.module: s.out_features for s in graph.sites if s.module in graph.heads and s.kind in MATRIX_KINDS
+        s.module: s.out_features
+        for s in graph.sites
+        if s.module in graph.output_heads and s.kind in MATRIX_KINDS
     }
     return tables | {module: size for module, size in heads.items() if size in tables.values()}

@@ -222,7 +222,9 @@ def _entry_notes(spec: Spec, entries: Sequence[PlannedInsertion]) -> list[str]:
         if planned.checkpoint is not None:
             notes += [f"{where}: {note}" for note in _checkpoint_notes(planned.checkpoint)]
         if selection.heads:
-            notes.append(f"{where}: all-linear leaves out the output head {', '.join(selection.heads)}")
+            notes.append(
+                f"{where}: all-linear leaves out the output head {', '.join(selection.heads)}; name it to adapt it too"
+            )
         notes += [f"{where}: left out: {message}" for message in selection.computed]
     return list(dict.fromkeys(notes))
 

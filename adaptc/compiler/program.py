@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -34,6 +35,7 @@ from adaptc.ir.graph import Graph
 from adaptc.ir.interpreter import Interpreter, Run
 from adaptc.ir.module import bind
 from adaptc.ir.switched import RowsGraph, SwitchedModule, switched
+from adaptc.progress.steps import step
 from adaptc.quantization.quantized_weight import QuantizedPart
 from adaptc.rewriter.insert.base import Insert
 from adaptc.rewriter.pipeline import PASSES, Pass, run
@@ -42,6 +44,8 @@ from adaptc.rewriter.swap.slots import Slots
 from adaptc.spec.spec import Spec
 from adaptc.tracing.huggingface_module import pretrained
 from adaptc.weights import Deferred, Held
+
+LOG = logging.getLogger(__name__)
 
 
 class Program:
@@ -307,10 +311,11 @@ class Program:
         stored = [name for name, param in self.graph.inserted.items() if param.stored]
         return {name: self.graph.weights[name].exact() for name in stored}
 
-    @property
+    @cached_property
     def base_sha256(self) -> str:
         """SHA-256 of the base: of its weight files, or of its tensors where there are none."""
-        return self.base.base_sha256
+        with step(LOG, "hashing the base"):
+            return self.base.base_sha256
 
     @property
     def base_record(self) -> dict[str, str]:

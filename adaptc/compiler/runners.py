@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,9 @@ from torch.utils import _pytree as pytree
 
 from adaptc.ir.interpreter import Batch, Batches, Outcome, Run
 from adaptc.ir.state import stateless
+from adaptc.progress.steps import each
 
+LOG = logging.getLogger(__name__)
 Call = Callable[[Batch], Sequence[torch.Tensor]]
 
 
@@ -36,7 +39,8 @@ class BatchRunner:
 
     def on(self, batches: Batches) -> Run:
         """One run of every batch."""
-        return Run(batches, {name: self._one(batch) for name, batch in batches.items()})
+        labels = each(LOG, "running the program", list(batches), "batches", logging.DEBUG)
+        return Run(batches, {name: self._one(batches[name]) for name in labels})
 
     def _one(self, batch: Batch) -> Outcome:
         try:

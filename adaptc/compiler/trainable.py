@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from copy import copy
 from typing import Any
@@ -16,9 +17,12 @@ from adaptc.compiler.follow_training import FollowTraining
 from adaptc.compiler.proofs import Proofs
 from adaptc.ir.graph import Graph
 from adaptc.ir.nodes import get_tensor
+from adaptc.progress.steps import step
 from adaptc.rewriter.pipeline import run
 from adaptc.tracing.export import export, output_class
 from adaptc.weights import Deferred, Weight
+
+LOG = logging.getLogger(__name__)
 
 
 def base_of_both_modes(base: Graph) -> Graph:
@@ -30,7 +34,9 @@ def base_of_both_modes(base: Graph) -> Graph:
     source = base.source
     if source.model is None:
         return base
-    return run(base, [FollowTraining(export(source.model, source.inputs, training=True))])
+    with step(LOG, "tracing the model in training mode"):
+        traced = export(source.model, source.inputs, training=True)
+    return run(base, [FollowTraining(traced)])
 
 
 def module_record(graph: Graph, base: dict[str, str]) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class Base:
         inputs: the model's inputs.
         find: finds the weights; `bound` calls it once.
         program: the traced program, for a base that has no module.
-        heads: the names of the modules that are output heads.
+        heads: the names of the modules that are output heads; None where only the dataflow tells.
         real: the model holds its weights, so that it can be run.
         files: the base's weight files; empty for a base in memory.
         packed: name -> weight, for those that the base stores quantized.
@@ -81,7 +81,7 @@ class Base:
     inputs: tuple[InputSpec, ...]
     find: Callable[[], Bound]
     program: fx.GraphModule | None = None
-    heads: frozenset[str] = frozenset()
+    heads: frozenset[str] | None = None
     real: bool = False
     files: tuple[Path, ...] = ()
     packed: Mapping[str, PackedWeight] = field(default_factory=dict[str, PackedWeight])

@@ -15,7 +15,7 @@ from adaptc.inputs import InputSpec
 from adaptc.ir.adaptation import Adaptation
 from adaptc.ir.analysis.heads import find_heads
 from adaptc.ir.analysis.points import find_points
-from adaptc.ir.analysis.roles import Roles, find_roles
+from adaptc.ir.analysis.roles import HEAD, Roles, find_roles
 from adaptc.ir.base import Base
 from adaptc.ir.nodes import (
     ADAPTATION,
@@ -30,7 +30,7 @@ from adaptc.ir.nodes import (
 from adaptc.ir.text import line_of
 from adaptc.methods.param import Param
 from adaptc.methods.point_sites import AnyPoint
-from adaptc.methods.site import Use, WeightSite
+from adaptc.methods.site import MATRIX_KINDS, Use, WeightSite
 from adaptc.quantization.quantized_weight import QuantizedLeaf
 from adaptc.weights import Weight, sha256_of_files, sha256_of_tensors
 
@@ -75,7 +75,7 @@ class Graph:
         inputs: the model's inputs.
         outputs: the names of its outputs.
         sites: the weights that can be adapted.
-        heads: modules that are output heads, which `all-linear` leaves out.
+        heads: modules that are output heads, as the model's library says; None where it does not.
         source: where the model comes from.
         adaptations: what was inserted, in order.
         adapted_weights: (name of a weight, name of the first node that uses it) -> the name of the node that holds its
@@ -98,7 +98,7 @@ class Graph:
     inputs: tuple[InputSpec, ...]
     outputs: tuple[str, ...]
     sites: tuple[WeightSite, ...]
-    heads: frozenset[str]
+    heads: frozenset[str] | None
     source: Base
     adaptations: list[Adaptation] = field(default_factory=list[Adaptation])
     adapted_weights: dict[tuple[str, str], str] = field(default_factory=dict[tuple[str, str], str])
@@ -139,6 +139,21 @@ class Graph:
     def fake_mode(self) -> Any:
         """torch's fake-tensor mode that the recorded values of the nodes belong to."""
         return next(node.meta["val"].fake_mode for node in self.placeholders)
+
+    @property
+    def output_heads(self) -> frozenset[str]:
+        """The modules that are output heads, which `all-linear` leaves out.
+
+        Where nobody says, they are the layers whose result becomes an output without another layer after it, unless
+        the model has no other layers.
+        """
+        return (self.as_traced or self)._output_heads if self.heads is None else self.heads
+
+    @cached_property
+    def _output_heads(self) -> frozenset[str]:
+        layers = {site.module for site in self.sites if site.kind in MATRIX_KINDS}
+        last = {site.module for site in self.sites if HEAD in self.roles.of.get(site.uses[0], ())}
+        return frozenset(last if last < layers else ())
 
     @property
     def roles(self) -> Roles:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,6 +16,9 @@ from adaptc.ir.graph import Graph
 from adaptc.ir.nodes import map_operands
 from adaptc.ir.state import written_weights
 from adaptc.ir.tie_breaks import TieBreaks, makes_choice
+from adaptc.progress.steps import each
+
+LOG = logging.getLogger(__name__)
 
 Batch = Mapping[str, torch.Tensor]
 Batches = Mapping[str, Batch]
@@ -155,7 +159,7 @@ def _sweep(
     states: list[dict[str, torch.Tensor]] = [{} for _ in batches]
     inputs = {node: spec.name for node, spec in zip(graph.placeholders, graph.inputs, strict=True)}
     with torch.no_grad():
-        for node in graph.nodes:
+        for node in each(LOG, "running the graph", list(graph.nodes), "operations", logging.DEBUG):
             if node.op == "get_attr":
                 continue  # read by its users, so that it is loaded no earlier than they run
             read = [n for n in node.all_input_nodes if n.op == "get_attr"]

@@ -8,7 +8,7 @@ from typing import Any
 from adaptc.errors import nearest
 from adaptc.ir.analysis.roles import PIECES
 from adaptc.ir.graph import Graph
-from adaptc.ir.slices import roles_of, site_slices
+from adaptc.ir.slices import roles_in, roles_of, site_slices
 from adaptc.methods.point_sites import Site
 from adaptc.methods.site import KINDS, WeightSite
 from adaptc.patterns import SLICE_NAMES, matches
@@ -42,9 +42,11 @@ def lacking_criteria(criteria: Mapping[str, Any], candidates: Sequence[Site], gr
         candidates: the sites that the method can be applied to.
         graph: the graph.
     """
-    if criteria.get("role"):
+    wanted = roles_in(criteria)
+    if wanted:
         roles = sorted({role for site in candidates for role in roles_of(site, graph)})
-        yield f"role {criteria['role']!r}: the layers here are {', '.join(roles) or 'of none'}"
+        named = ", ".join(map(repr, wanted))
+        yield f"role {named}: the layers here are {', '.join(roles) or 'of none'}"
     if criteria.get("node"):
         nodes = [node.name for node in graph.nodes if node.op == "call_function"]
         similar = ", ".join(nearest(criteria["node"], nodes, 3)) or "none of that spelling"

@@ -10,7 +10,7 @@ from adaptc.ir.analysis.points import named_point
 from adaptc.ir.computed_weights import computed_weights
 from adaptc.ir.graph import Graph
 from adaptc.ir.near_misses import lacking_criteria, lacking_slices, similar_modules
-from adaptc.ir.slices import layers_beside, roles_of, site_slices, slices_with_role
+from adaptc.ir.slices import layers_beside, roles_in, roles_of, site_slices, slices_with_role
 from adaptc.methods.method import Method, S
 from adaptc.methods.point_sites import Site
 from adaptc.methods.site import KINDS, POINTS, SUBLAYER, Layout, WeightSite
@@ -18,9 +18,9 @@ from adaptc.patterns import layer_of, matches, matches_any, parse_layers, sliced
 from adaptc.quantization.scheme import Scheme
 
 ALL_LINEAR = "all-linear"
-"""The target that means every linear layer but the output heads."""
+"""The target that means every linear layer but the output heads: a library's own, or else a model's last layer."""
 Target = str | Sequence[str] | Mapping[str, Any]
-"""A pattern, several of them, or a mapping with the keys `name`, `type`, `layers`, `op`, `role`, `node`, `input`."""
+"""A pattern, several, or a mapping: `name`, `type`, `layers`, `op`, `role` (one or several), `node`, `input`."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,11 @@ def select(
     candidates = [site for site in sites if every or method.takes(site)]
     patterns, wanted = _patterns(target, graph)
     criteria = _criteria(target)
-    role = criteria.get("role")
+    roles = roles_in(criteria)
     heads = (
-        sorted({s.module for s in candidates if s.module in graph.heads}) if ALL_LINEAR in patterns else []
+        sorted({s.module for s in candidates if s.module in graph.output_heads})
+        if ALL_LINEAR in patterns
+        else []
     )
     used: set[str] = set()
     sought: dict[str, list[Site]] = {}
@@ -89,7 +91,7 @@ def select(
                 for piece in slices:
                     sought.setdefault(piece, []).append(site)
                 parts = [site] if not slices else [] if whole else site_slices(site, slices, graph)
-                parts = [rows for part in parts for rows in slices_with_role(part, role, graph)]
+                parts = [rows for part in parts for rows in slices_with_role(part, roles, graph)]
                 used.update([pattern] if parts else [])
                 matched += [part for part in parts if part not in matched]
         if any(matches_any(exclude, name) for name in names):
@@ -119,7 +121,7 @@ def _computed(
     """Messages on layers of these kinds that a pattern names, whose weight is not stored."""
 
     def wanted(name: str) -> bool:
-        linear = ALL_LINEAR in patterns and name not in graph.heads
+        linear = ALL_LINEAR in patterns and name not in graph.output_heads
         return (linear or matches_any(patterns, name)) and not matches_any(exclude, name)
 
     layers = {"linear"} & set(kinds) if ALL_LINEAR in patterns else kinds
@@ -152,7 +154,7 @@ def _named_by(pattern: str, names: Sequence[str], site: Site, graph: Graph) -> b
     """Whether a pattern matches one of a site's names, or is `all-linear` and the site is a linear layer's."""
     if pattern == ALL_LINEAR:
         linear = site.kind == "linear" or any(s.kind == "linear" for s in layers_beside(site, graph))
-        return linear and site.module not in graph.heads
+        return linear and site.module not in graph.output_heads
     return any(matches(pattern, name) for name in names)
 
 
@@ -167,7 +169,8 @@ def _patterns(target: Target, graph: Graph) -> tuple[list[str], Callable[[Site],
     criteria = _criteria(target)
     names = criteria.get("name") or "*"
     layers = parse_layers(criteria["layers"]) if criteria.get("layers") else None
-    kind, op, role, node = (criteria.get(key) for key in ("type", "op", "role", "node"))
+    kind, op, node = (criteria.get(key) for key in ("type", "op", "node"))
+    roles = roles_in(criteria)
 
     def wanted(site: Site) -> bool:
         return (
@@ -175,7 +178,7 @@ def _patterns(target: Target, graph: Graph) -> tuple[list[str], Callable[[Site],
             and (layers is None or layer_of(site.module) in layers)
             and (op is None or matches(op, site.op))
             and (node is None or site.kind == SUBLAYER or node in {use.node for use in site.uses})
-            and (role is None or any(matches(role, r) for r in roles_of(site, graph)))
+            and (not roles or any(matches_any(roles, r) for r in roles_of(site, graph)))
         )
 
     return [names] if isinstance(names, str) else list(names), wanted

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from adaptc.ir.analysis.roles import PIECES, SLICES
 from adaptc.ir.graph import Graph
 from adaptc.methods.point_sites import AttentionSite, Point, Site, SubLayer
 from adaptc.methods.site import MATRIX_KINDS, WeightSite
-from adaptc.patterns import matches
+from adaptc.patterns import matches_any
 
 
 def roles_of(site: Site, graph: Graph) -> Collection[str]:
@@ -30,11 +31,17 @@ def layers_beside(site: Site, graph: Graph) -> list[WeightSite]:
     return [s for s in graph.sites if s.module == site.module and s.kind in MATRIX_KINDS]
 
 
-def slices_with_role(site: Site, role: str | None, graph: Graph) -> list[Site]:
-    """The slices of a fused weight whose rows play a role, given as a pattern; the site itself if there are none."""
-    if role is None or not isinstance(site, WeightSite) or site.rows:
+def roles_in(criteria: Mapping[str, Any]) -> tuple[str, ...]:
+    """The patterns of roles that a target's mapping names, one or several; empty if it names none."""
+    roles: Any = criteria.get("role") or ()
+    return (roles,) if isinstance(roles, str) else tuple(roles)
+
+
+def slices_with_role(site: Site, roles: Sequence[str], graph: Graph) -> list[Site]:
+    """The slices of a fused weight whose rows play a role, given as patterns; the site itself if there are none."""
+    if not roles or not isinstance(site, WeightSite) or site.rows:
         return [site]
-    played = sorted(r for r in roles_of(site, graph) if matches(role, r))
+    played = sorted(r for r in roles_of(site, graph) if matches_any(roles, r))
     slices = [
         replace(site, rows=rows, piece=PIECES[r])
         for r in played

@@ -37,7 +37,14 @@ class Ranked(WeightMethod):
             return super().refuses_to_train(site)
         key = next((key for key in self.rank_pattern if matches_peft_key(key, peft_name(site))), None)
         place = ("r",) if key is None else ("rank_pattern", key)
-        return Fault(place, f"rank r must be at most {limit} here, got {rank}")
+        return Fault(
+            place,
+            f"rank r must be at most {limit} here, got {rank}",
+            (
+                f"leave the layer out: exclude: [{site.module}]",
+                f"or give it a rank of its own: rank_pattern: {{{peft_name(site)}: {limit}}}",
+            ),
+        )
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
-import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,9 +16,12 @@ from adaptc.errors import AdaptcError, Refusal, RefusedError, VerifyError, unkno
 from adaptc.ir.graph import Graph
 from adaptc.ir.stages import REWRITTEN, STAGES
 from adaptc.ir.verify import structure_checked, verify
+from adaptc.progress.steps import step
 from adaptc.registry.author import Author
 from adaptc.registry.definitions import check_call, check_class, check_defined, check_names, check_options
 from adaptc.registry.registry import Registry
+
+LOG = logging.getLogger(__name__)
 
 
 class Pass:
@@ -185,10 +188,11 @@ def run(
         if refusals:
             raise RefusedError(refusals, item)
         original = graph.copy() if compare is not None and not is_shipped(item) else None
-        start, before = time.perf_counter(), len(graph.module.graph.nodes)
-        modified = _rewritten(graph, item, done)
+        before = len(graph.module.graph.nodes)
+        with step(LOG, item.name, level=logging.DEBUG) as timed:
+            modified = _rewritten(graph, item, done)
         done.append(item.name)
-        seconds = time.perf_counter() - start
+        seconds = timed.seconds
         change = compare(item, original) if compare is not None and original is not None else ""
         if records is not None:
             nodes = len(graph.module.graph.nodes)

@@ -34,7 +34,16 @@ class Source:
         Raises:
             SpecError: the file cannot be read, is not one YAML document of plain data, or holds no mapping.
         """
-        text = YamlText.decode(str(path), _bytes_of(path))
+        return cls.of(path, _bytes_of(path))
+
+    @classmethod
+    def of(cls, path: Path, content: bytes) -> Source:
+        """A spec that is, or will be, the content of a file.
+
+        Raises:
+            SpecError: it is not one YAML document of plain data, or holds no mapping.
+        """
+        text = YamlText.decode(str(path), content)
         data = text.read()
         if not is_mapping(data):
             raise SpecError([text.problem((1, 1), "a spec is a mapping that starts with 'version: 1'")])

@@ -19,8 +19,9 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails
 
-from adaptc.errors import Problem, SpecError, WeightError, got, unknown
+from adaptc.errors import AdaptcError, Problem, SpecError, WeightError, got, unknown
 from adaptc.inputs import InputSpec
+from adaptc.registry.plugins import load_plugin
 from adaptc.spec.base import BaseEntry, Inputs
 from adaptc.spec.diagnostics import fault, invalid, problems
 from adaptc.spec.emit import PROGRAMS, EmitEntries
@@ -96,6 +97,11 @@ class Spec(Part):
     passes: Many[PassEntry] | None = Field(
         None, description="the pipeline; `adaptc plan` prints the one in force"
     )
+    plugins: Many[PathText] | None = Field(
+        None,
+        description="modules and .py files with methods, schemes and passes of one's own, which are imported; a "
+        "relative path starts at the spec's folder",
+    )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of new parameters and example inputs")
 
     _source: Source | None = PrivateAttr(default=None)
@@ -156,6 +162,7 @@ class Spec(Part):
         Raises:
             SpecError: holds everything found wrong, in the order of the file.
         """
+        _load_plugins(source)
         try:
             spec = cls.model_validate(source.data)
         except ValidationError as error:
@@ -224,6 +231,23 @@ class Spec(Part):
     def weight_error(self, loc: Loc, error: WeightError) -> WeightError:
         """An error about a file of weights, with the location in this spec that names the file."""
         return WeightError(str(self.source.problem(loc, error.message, *error.notes)))
+
+
+def _load_plugins(source: Source) -> None:
+    """Import what `plugins` names, before the entries that need it are read; another value than names is told later.
+
+    Raises:
+        SpecError: one cannot be imported.
+    """
+    names = source.data.get("plugins")
+    folder = Path.cwd() if source.path is None else source.path.absolute().parent
+    for index, name in enumerate(names if isinstance(names, list | tuple) else ()):
+        if not isinstance(name, str | os.PathLike) or not str(name):
+            continue
+        try:
+            load_plugin(os.fspath(name), folder)
+        except AdaptcError as error:
+            raise SpecError([source.problem(("plugins", index), error.message, *error.notes)]) from error
 
 
 def load(spec: str | os.PathLike[str] | Mapping[str, object] | Spec, overrides: Sequence[str] = ()) -> Spec:

@@ -38,6 +38,12 @@ Patterns = Annotated[
     Many[Pattern],
     BeforeValidator(lambda value: (value,) if isinstance(value, str) else value, str | list[str]),
 ]
+Role = Annotated[str, AfterValidator(_role)]
+Roles = Annotated[
+    Many[Role],
+    Field(min_length=1),
+    BeforeValidator(lambda value: (value,) if isinstance(value, str) else value, str | list[str]),
+]
 Layers = Annotated[
     str,
     AfterValidator(_layers),
@@ -57,8 +63,9 @@ class LayerTarget(Part):
     op: Annotated[str, Field(min_length=1)] | None = Field(
         None, description="the operation that reads the weight, such as conv2d"
     )
-    role: Annotated[str, AfterValidator(_role)] | None = Field(
-        None, description="what the layer does, read from the dataflow, such as attention.value"
+    role: Roles | None = Field(
+        None,
+        description="what the layer does, read from the dataflow, such as attention.value; or a list of such",
     )
     node: Annotated[str, Field(min_length=1)] | None = Field(
         None, description="a node of the graph by its name, as `--print-after` shows it"
@@ -85,7 +92,9 @@ _PATTERNS = TypeAdapter[tuple[str, ...]](
 
 def _target(value: object) -> tuple[str, ...] | dict[str, Any]:
     if is_mapping(value):
-        return LayerTarget.model_validate(value).model_dump(exclude_none=True)
+        criteria = LayerTarget.model_validate(value).model_dump(exclude_none=True)
+        roles = criteria.get("role", ())
+        return criteria | ({"role": roles[0]} if len(roles) == 1 else {})
     if not isinstance(value, str | list | tuple):
         raise invalid(fault(f"expected a pattern, a list of patterns or a mapping, got {got(value)}"))
     return _PATTERNS.validate_python(value)

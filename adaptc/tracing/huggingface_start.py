@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from adaptc.errors import TraceError
 from adaptc.inputs import InputSpec
@@ -31,11 +30,11 @@ class Start:
     problem: str
 
 
-def start_of(directory: Path, task: str, architecture: str) -> Start:
-    """What a first spec of a directory says. No weight is read.
+def start_of(model: str, task: str, architecture: str) -> Start:
+    """What a first spec of a model says. No weight is read.
 
     Args:
-        directory: the directory of a Hugging Face model, or of a SentenceTransformer.
+        model: the directory of a Hugging Face model or of a SentenceTransformer, or an id on the hub.
         task: the task, where it is given; "" for the one that makes a model of the class `architecture`.
         architecture: the name of the class; "" for the one that config.json names.
 
@@ -44,14 +43,14 @@ def start_of(directory: Path, task: str, architecture: str) -> Start:
         WeightError: it is quantized in a format that adaptc does not read.
     """
     if task != SENTENCE_EMBEDDING:
-        config = read_config(str(directory), False, {})
+        config = read_config(model, False, {})
         task = task or task_of(config, architecture or (config.architectures or [""])[0])
         if not model_classes(task, config):
             raise TraceError(f"no model of task {task!r} can be made from a {type(config).__name__}")
     try:
         base = load(
-            str(directory),
-            BaseEntry.model_validate({"model": str(directory), "task": task}),
+            model,
+            BaseEntry.model_validate({"model": model, "task": task}),
             seed=0,
             inputs=(),
         )

@@ -55,7 +55,11 @@ class Hra(WeightMethod):
                 "equal pairs cannot be made orthogonal, so such reflections do not start as the base",
             )
         if self.r > site.in_features:
-            return Fault(("r",), f"rank r must be at most {site.in_features} here, got {self.r}")
+            return Fault(
+                ("r",),
+                f"rank r must be at most {site.in_features} here, got {self.r}",
+                (f"leave the layer out: exclude: [{site.module}]",),
+            )
         return None
 
     def params(self, site: WeightSite) -> dict[str, Param]:

@@ -57,7 +57,7 @@ def write_model(model: Model, path: Path, **more: Any) -> Path:
 @pytest.mark.parametrize("model", [*MODELS.values(), *OTHERS.values()], ids=[*MODELS, *OTHERS])
 def test_the_first_spec_loads_the_class_that_was_saved(model: Model, tmp_path: Path) -> None:
     saved = json.loads((write_model(model, tmp_path) / "config.json").read_text())["architectures"]
-    text = starter_spec(tmp_path, None, tmp_path)
+    text = starter_spec(tmp_path, None, tmp_path).text
     (tmp_path / "spec.yaml").write_text(text)
     base = make_base(load(tmp_path / "spec.yaml"))
     assert [type(base.model).__name__] == saved
@@ -73,7 +73,7 @@ def uncommented(text: str) -> str:
 
 def test_the_inputs_that_the_first_spec_lists_can_be_chosen_from(tmp_path: Path) -> None:
     write_model(MODELS["bert"], tmp_path)
-    text = uncommented(starter_spec(tmp_path, None, tmp_path))
+    text = uncommented(starter_spec(tmp_path, None, tmp_path).text)
     taken = text.replace("  token_type_ids: int64[batch, seq]", "  position_ids: int64[batch, seq]")
     (tmp_path / "spec.yaml").write_text(taken)
     base = make_base(load(tmp_path / "spec.yaml"))
@@ -83,14 +83,14 @@ def test_the_inputs_that_the_first_spec_lists_can_be_chosen_from(tmp_path: Path)
 
 def test_a_class_that_no_task_makes_is_loaded_without_its_head(tmp_path: Path) -> None:
     write_model(MODELS["gpt2"], tmp_path, architectures=["GPT2DoubleHeadsModel"])
-    assert "task: feature-extraction " in starter_spec(tmp_path, None, tmp_path)
+    assert "task: feature-extraction " in starter_spec(tmp_path, None, tmp_path).text
 
 
 def test_inputs_that_cannot_be_derived_are_asked_for(tmp_path: Path) -> None:
     write_model(
         Model("Speech2TextConfig", "speech-seq2seq", ENCODER_DECODER | {"max_target_positions": 40}), tmp_path
     )
-    text = starter_spec(tmp_path, None, tmp_path)
+    text = starter_spec(tmp_path, None, tmp_path).text
     assert "task: speech-seq2seq " in text
     assert (
         "# inputs: must be written: the inputs of Speech2TextForConditionalGeneration cannot be derived"
@@ -120,7 +120,7 @@ def test_an_adapter_says_the_head_that_it_was_trained_with(
     write_model(Model("BertConfig", "masked-lm", TEXT), tmp_path / "model")
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(adapter))
-    assert f"task: {task} " in starter_spec(tmp_path / "model", tmp_path / "adapter", tmp_path)
+    assert f"task: {task} " in starter_spec(tmp_path / "model", tmp_path / "adapter", tmp_path).text
 
 
 @pytest.mark.slow

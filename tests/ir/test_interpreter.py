@@ -25,6 +25,7 @@ from adaptc.emit.onnx.runtime import onnx_runner
 from adaptc.ir.graph import Graph
 from adaptc.ir.interpreter import Interpreter, numbered
 from adaptc.ir.module import bind
+from adaptc.progress.steps import BYTES, Step, watched
 from adaptc.rewriter.catalog import load_passes
 from adaptc.spec.spec import load
 from adaptc.weights import Held, Weight
@@ -210,18 +211,18 @@ def test_an_interrupted_compile_leaves_nothing(
     monkeypatch.setattr(emit_onnx, "INLINE_LIMIT", 1000)
 
     class Stop:
-        def writing(self, what: str) -> None: ...
-        def proved(self, proof: Any) -> None: ...
+        def begin(self, step: Step) -> None: ...
+        def end(self, step: Step) -> None: ...
 
-        def wrote(self, done: int, total: int) -> None:
-            if done > total // 2:
+        def advance(self, step: Step) -> None:
+            if step.unit == BYTES and step.done > step.total // 2:
                 assert any(path.name.endswith(".data") for path in tmp_path.rglob("*"))
                 raise KeyboardInterrupt
 
     (tmp_path / "mine.txt").write_text("kept")
     entries = load({"emit": [{"format": "onnx", "path": str(tmp_path / "m.onnx")}]}).emit
-    with pytest.raises(KeyboardInterrupt):
-        emit_all(deep.program, entries, Stop())
+    with pytest.raises(KeyboardInterrupt), watched(Stop()):
+        emit_all(deep.program, entries)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 

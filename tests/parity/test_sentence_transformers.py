@@ -228,7 +228,7 @@ def test_all_linear_is_what_peft_adapts(whole: tuple[Path, Any]) -> None:
 
 
 def test_init_writes_the_task(whole: tuple[Path, Any], tmp_path: Path) -> None:
-    (tmp_path / "spec.yaml").write_text(starter_spec(whole[0], None, tmp_path))
+    (tmp_path / "spec.yaml").write_text(starter_spec(whole[0], None, tmp_path).text)
     spec: Any = load(tmp_path / "spec.yaml")
     assert spec.base.task == "sentence-embedding"
     assert plan_of(tmp_path / "spec.yaml").entries[0].selection.sites

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from adaptc.emit.onnx.translate import translate
 from adaptc.emit.onnx.widen import widen
 from adaptc.errors import AdaptcError
 from adaptc.ir.graph import Graph
+from adaptc.progress.steps import step
 from adaptc.rewriter.pipeline import run
 from adaptc.tracing.export import quietly
 from adaptc.weights import FileSlice, Weight
@@ -30,6 +32,7 @@ from adaptc.weights import FileSlice, Weight
 if TYPE_CHECKING:
     import torch
 
+LOG = logging.getLogger(__name__)
 INLINE_LIMIT = 2**28
 """Weights of more bytes in all go to a data file, which is written one tensor at a time. Chosen because a protobuf is
 made in memory as a whole."""
@@ -97,7 +100,8 @@ def export_onnx(
     attentions = [node for node in graph.nodes if node.target in attention_operations.STANDARD]
     packed = [weight.bits for weight in graph.weights.values() if isinstance(weight, Integers)]
     needed = [*map(opset_needed, packed), *(attention_operations.OPSET for _ in attentions)]
-    model = translate(graph, opset or max([OPSET, *needed]))
+    with step(LOG, "exporting to ONNX"):
+        model = translate(graph, opset or max([OPSET, *needed]))
     _attach(model, graph)
     with quietly():
         _clean_up(model, set(graph.weights))

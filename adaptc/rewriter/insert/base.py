@@ -146,7 +146,9 @@ class Insert(Pass, Generic[M, S]):
         for site in selection.sites:
             fault = self.refused(site)
             if fault:
-                refusals.append(Refusal(f"{method.name}: {fault.reason}", (site.node,), (f"site {site}",)))
+                refusals.append(
+                    Refusal(f"{method.name}: {fault.reason}", (site.node,), (f"site {site}", *fault.advice))
+                )
                 continue
             if any(name in graph.weights for name, _ in self.tensors(site, selection.sites).values()):
                 reason = (

@@ -1,0 +1,1 @@
+"""What takes long, told to whoever watches and to the loggers `adaptc.*`."""
