@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,19 +20,24 @@ version: 1
 base:
   model: {model}
   task: {task}          # which head: feature-extraction, causal-lm, sequence-classification, ...{config}
-{inputs}adapt:
-{adapt}
+{inputs}{adapt}
 emit:
 {emit}
 """
 TRAIN = """\
+adapt:
   - method: lora              # adaptc methods lists the others
     target: all-linear        # or globs on module names: ["*.query", "*.value"]
     r: 8
     alpha: 16
     dropout: 0.05"""
 LOADED = """\
+adapt:
   - adapter: {adapter}        # method, targets, options and weights come from it"""
+TOGETHER = """\
+adapters:                     # one at a time is active, or each row of a batch has its own
+{adapters}"""
+ONE_OF = "  {name}: [{{adapter: {adapter}}}]"
 EMIT_TRAIN = """\
   - {format: torch, path: build/trainable}           # adaptc.load brings it back; train it
   # - {format: onnx, path: build/model.onnx}         # folded: the adapter costs nothing"""
@@ -43,6 +49,10 @@ EMIT_SERVED = """\
   - {format: genai, path: build/serve}               # for onnxruntime-genai: adaptc generate build/serve --prompt ...
   # - {format: onnx, path: build/model.onnx, cache: true}
   # - {format: torch, path: build/trainable}         # to train on"""
+EMIT_TOGETHER = """\
+  - {format: torch, path: build/trainable}           # adaptc.load(...).set_adapter(name)
+  # - {format: onnx, path: build/many.onnx, adapters: rows}   # each row of a batch names its adapter
+  # - {format: onnx, path: build/base.onnx, adapters: swap}   # and one file for each: format onnx-adapter"""
 EMIT_LIVE = """\
   - {format: onnx, path: build/model.onnx, adapters: live}   # the base stays quantized, the adapter beside it
   # passes: [insert, fold, quantize] folds it in and quantizes again; [insert, fold] leaves floats
@@ -71,23 +81,26 @@ def starter_spec(model: Path, adapter: Path | None, folder: Path) -> str:
     Raises:
         SpecError: there is no model, or no adapter, at the path.
     """
+    from adaptc.checkpoints.adapter import saved_together
     from adaptc.checkpoints.sentence_transformer import is_sentence_transformer, read_sentence_transformer
 
     whole = is_sentence_transformer(model)
     transformer = read_sentence_transformer(model).model if whole else model
     config = _config(transformer, "config.json", "a Hugging Face model directory")
     task, architecture, adapt, override = "sentence-embedding" if whole else "", "", TRAIN, ""
+    together = saved_together(adapter) if adapter is not None else {}
     if adapter is not None:
-        trained = _config(adapter, "adapter_config.json", "a trained adapter's directory")
-        adapt = LOADED.format(adapter=_relative(adapter, folder))
+        first = next(iter(together.values()), adapter)
+        trained = _config(first, "adapter_config.json", "a trained adapter's directory")
+        adapt = _together(together, folder) or LOADED.format(adapter=_relative(adapter, folder))
         task = PEFT_TASKS.get(str(trained.get("task_type")), task)
         mapping: dict[str, Any] = trained.get("auto_mapping") or {}
         architecture = str(mapping.get("base_model_class", ""))
-        labels = _labels(adapter)
+        labels = _labels(first)
         if labels and (task in PEFT_TASKS.values() or architecture.endswith("Classification")):
             override = f"\n  config: {{num_labels: {labels}}}   # as the adapter's head has them"
     task, inputs = _start(model, config, task, architecture)
-    emit = EMIT_SERVED if task == WRITES else EMIT_FOLDED
+    emit = EMIT_TOGETHER if together else EMIT_SERVED if task == WRITES else EMIT_FOLDED
     return TEXT.format(
         name="spec.yaml",
         model=_relative(model, folder),
@@ -97,6 +110,12 @@ def starter_spec(model: Path, adapter: Path | None, folder: Path) -> str:
         inputs=inputs,
         emit=EMIT_TRAIN if adapter is None else EMIT_LIVE if "quantization_config" in config else emit,
     )
+
+
+def _together(together: Mapping[str, Path], folder: Path) -> str:
+    """The alternatives that adapters saved together are; "" where there are none."""
+    listed = [ONE_OF.format(name=name, adapter=_relative(path, folder)) for name, path in together.items()]
+    return TOGETHER.format(adapters="\n".join(listed)) if listed else ""
 
 
 def _labels(adapter: Path) -> int | None:
