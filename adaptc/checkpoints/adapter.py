@@ -100,10 +100,33 @@ def directories(path: Path) -> list[Path]:
     return [path / name for name in names]
 
 
+def saved_together(path: Path) -> dict[str, Path]:
+    """The adapters that PEFT's `save_pretrained` wrote into one folder, each that is not `default` in one of its name.
+
+    Returns:
+        Name -> folder, that of `default` first; empty where no adapter is in a folder of its own.
+    """
+    if not path.is_dir() or (path / ORDER).is_file():
+        return {}
+    below = {
+        p.name: p for p in sorted(path.iterdir()) if any((p / name).is_file() for name in (CONFIG, ORDER))
+    }
+    return {"default": path, **below} if below and (path / CONFIG).is_file() else below
+
+
+def of_name(path: Path, name: str) -> Path:
+    """Where the checkpoint of an adapter is: in a folder of its name below a path, or at the path itself."""
+    return saved_together(path).get(name, path)
+
+
 def why_missing(path: Path) -> str | None:
     """The message that says why there is no checkpoint at a path; None if there is one."""
     if not path.is_dir():
         return f"{path}: no such directory; expected an adapter's checkpoint with {CONFIG} and {TENSORS}"
+    together = saved_together(path)
+    if together and "default" not in together:
+        first = next(iter(together.values()))
+        return f"{path}: holds the adapters {', '.join(together)}, each in a folder of its own; name one: {first}"
     if not (path / CONFIG).is_file() and not (path / ORDER).is_file():
         return f"{path}: no {CONFIG} there, so this is no adapter's checkpoint (save_pretrained writes one)"
     return None

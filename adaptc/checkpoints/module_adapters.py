@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import fx, nn
 
-from adaptc.checkpoints.adapter import Checkpoint, directories, read
+from adaptc.checkpoints.adapter import Checkpoint, directories, of_name, read
 from adaptc.checkpoints.adapter_checks import check_base
 from adaptc.checkpoints.compaction import compacted
 from adaptc.checkpoints.config_keys import ignoring
@@ -25,10 +25,9 @@ from adaptc.checkpoints.saved_along import with_base_tensors
 from adaptc.checkpoints.whole_modules import with_state
 from adaptc.errors import WeightError
 from adaptc.ir.aliases import unread_modules
+from adaptc.ir.module import META
+from adaptc.ir.switched import SwitchedModule
 from adaptc.weights import Held
-
-META = "adaptc"
-"""The key in a module's `meta` under which adaptc stores its records of the adapters and the base."""
 
 
 def records(module: fx.GraphModule) -> list[AdapterRecord]:
@@ -45,8 +44,19 @@ def records(module: fx.GraphModule) -> list[AdapterRecord]:
     return [AdapterRecord.from_json(record) for record in stored["adapters"]]
 
 
+def own_records(module: SwitchedModule, name: str) -> list[AdapterRecord]:
+    """The records of an alternative of a module, without those of what is always on."""
+    always = module.meta_of(None)[META]["adapters"]
+    added = [record for record in module.meta_of(name)[META]["adapters"] if record not in always]
+    return [AdapterRecord.from_json(record) for record in added]
+
+
 def load_adapter_into(
-    module: fx.GraphModule, directory: Path, ignore: Sequence[str] = (), model: nn.Module | None = None
+    module: fx.GraphModule,
+    directory: Path,
+    ignore: Sequence[str] = (),
+    model: nn.Module | None = None,
+    held: Sequence[AdapterRecord] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Copy the tensors of checkpoints into a module's adapters; nothing is changed if they do not fit.
 
@@ -55,6 +65,8 @@ def load_adapter_into(
         directory: one checkpoint, or several with their order.
         ignore: options of their configurations to read them without.
         model: the base where it is a model of transformers; names of an earlier transformers are read by its table.
+
+        held: the records of the adapters to load; all that the module has if left out.
 
     Returns:
         Name -> tensor as the checkpoints hold it, in their dtype.
@@ -68,7 +80,7 @@ def load_adapter_into(
     modules = modules_holding(tensors_of(module))
     named = [with_names_of_base(shortened(checkpoint, modules), model, modules) for checkpoint in stored]
     checkpoints = [replace(checkpoint, unread=unread) for checkpoint in named]
-    groups = group(records(module))
+    groups = group(records(module) if held is None else held)
     if len(checkpoints) != len(groups):
         raise WeightError(
             f"{directory}: {len(checkpoints)} checkpoints there, but the module holds {len(groups)} adapters"
@@ -102,6 +114,23 @@ def save_adapter_of(module: fx.GraphModule, directory: Path) -> None:
         WeightError: adaptc did not compile the module, or it has no adapter.
     """
     save(*compacted(records(module), tensors_of(module)), directory, module.meta[META]["base"])
+
+
+class AlternativeFiles:
+    """Checkpoints of the alternatives of modules."""
+
+    def save(self, module: SwitchedModule, name: str, directory: Path) -> None:
+        """Write an alternative, without what is always on, as `save_adapter_of` writes all."""
+        saved = compacted(own_records(module, name), tensors_of(module))
+        save(*saved, directory, module.meta[META]["base"])
+
+    def load(self, module: SwitchedModule, name: str, directory: Path) -> None:
+        """Load an alternative, without what is always on, as `load_adapter_into` loads all.
+
+        Raises:
+            WeightError: the checkpoint does not fit it.
+        """
+        load_adapter_into(module, of_name(directory, name), held=own_records(module, name))
 
 
 def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -35,9 +35,10 @@ def inspect(path: Path) -> list[dict[str, Any]]:
     artifacts = _listed(path) or _from_metadata(path)
     if artifacts is not None:
         return _rows(_described(artifacts))
-    if path.is_dir() and checkpoint.why_missing(path) is None:
+    together = checkpoint.saved_together(path).values()
+    if together or (path.is_dir() and checkpoint.why_missing(path) is None):
         rows: list[dict[str, Any]] = []
-        for folder in checkpoint.directories(path):
+        for folder in (folder for each in together or [path] for folder in checkpoint.directories(each)):
             adapter = checkpoint.read(folder)
             kind = adapter.config.get("peft_type") or adapter.config.get("adaptc_method")
             base = adapter.config.get("base_model_name_or_path")

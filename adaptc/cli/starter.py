@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +21,7 @@ TEXT = """\
 version: 1
 base:
 {base}
-{inputs}adapt:
-{adapt}
+{inputs}{adapt}
 emit:
 {emit}
 """
@@ -32,13 +31,19 @@ MODEL = """\
 FACTORY = """\
   python: "{factory}"   # what it returns is adapted; args: {{width: 64}} gives it arguments"""
 TRAIN = """\
+adapt:
   - method: lora              # adaptc methods lists the others
     target: all-linear        # or globs on module names: ["*.query", "*.value"]
     r: 8
     alpha: 16
     dropout: 0.05"""
 LOADED = """\
+adapt:
   - adapter: {adapter}        # method, targets, options and weights come from it"""
+TOGETHER = """\
+adapters:                     # one at a time is active, or each row of a batch has its own
+{adapters}"""
+ONE_OF = "  {name}: [{{adapter: {adapter}}}]"
 EMIT_TRAIN = """\
   - {format: torch, path: build/trainable}           # adaptc.load brings it back; train it
   # - {format: onnx, path: build/model.onnx}         # folded: the adapter costs nothing"""
@@ -50,6 +55,10 @@ EMIT_SERVED = """\
   - {format: genai, path: build/serve}               # for onnxruntime-genai: adaptc generate build/serve --prompt ...
   # - {format: onnx, path: build/model.onnx, cache: true}
   # - {format: torch, path: build/trainable}         # to train on"""
+EMIT_TOGETHER = """\
+  - {format: torch, path: build/trainable}           # adaptc.load(...).set_adapter(name)
+  # - {format: onnx, path: build/many.onnx, adapters: rows}   # each row of a batch names its adapter
+  # - {format: onnx, path: build/base.onnx, adapters: swap}   # and one file for each: format onnx-adapter"""
 EMIT_LIVE = """\
   - {format: onnx, path: build/model.onnx, adapters: live}   # the base stays quantized, the adapter beside it
   # passes: [insert, fold, quantize] folds it in and quantizes again; [insert, fold] leaves floats
@@ -83,6 +92,7 @@ def starter_spec(model: str | Path, adapter: Path | None, folder: Path) -> Start
     Raises:
         SpecError: there is no model, or no adapter, at the path.
     """
+    from adaptc.checkpoints.adapter import saved_together
     from adaptc.checkpoints.sentence_transformer import is_sentence_transformer, read_sentence_transformer
     from adaptc.compiler.adapter_base import trained_head
 
@@ -92,15 +102,17 @@ def starter_spec(model: str | Path, adapter: Path | None, folder: Path) -> Start
     hub = not directory.exists() and is_hub_id(str(model))
     config = {} if hub else _config(transformer, "config.json", "a Hugging Face model directory")
     task, architecture, adapt, override = "sentence-embedding" if whole else "", "", TRAIN, ""
+    together = saved_together(adapter) if adapter is not None else {}
     if adapter is not None:
-        trained = _config(adapter, "adapter_config.json", "a trained adapter's directory")
-        adapt = LOADED.format(adapter=_relative(adapter, folder))
-        wanted, architecture, labels = trained_head(trained, adapter)
+        first = next(iter(together.values()), adapter)
+        trained = _config(first, "adapter_config.json", "a trained adapter's directory")
+        adapt = _together(together, folder) or LOADED.format(adapter=_relative(adapter, folder))
+        wanted, architecture, labels = trained_head(trained, first)
         task = wanted or task
         if labels:
             override = f"\n  config: {{num_labels: {labels}}}   # as the adapter's head has them"
     start = _start(str(model), config, task, architecture)
-    emit = EMIT_SERVED if start.task == WRITES else EMIT_FOLDED
+    emit = EMIT_TOGETHER if together else EMIT_SERVED if start.task == WRITES else EMIT_FOLDED
     name = str(model) if hub else _relative(directory, folder)
     text = TEXT.format(
         name="spec.yaml",
@@ -110,6 +122,12 @@ def starter_spec(model: str | Path, adapter: Path | None, folder: Path) -> Start
         emit=EMIT_TRAIN if adapter is None else EMIT_LIVE if "quantization_config" in config else emit,
     )
     return Starter(text, start.whole)
+
+
+def _together(together: Mapping[str, Path], folder: Path) -> str:
+    """The alternatives that adapters saved together are; "" where there are none."""
+    listed = [ONE_OF.format(name=name, adapter=_relative(path, folder)) for name, path in together.items()]
+    return TOGETHER.format(adapters="\n".join(listed)) if listed else ""
 
 
 def factory_spec(factory: str, inputs: Sequence[str]) -> Starter:

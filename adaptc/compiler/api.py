@@ -9,8 +9,10 @@ from torch import fx, nn
 
 from adaptc.checkpoints.module_adapters import load_adapter_into, save_adapter_of
 from adaptc.compiler.changes import comparison
+from adaptc.compiler.loaded import LoadedMaker
 from adaptc.emit.torch import load_torch
 from adaptc.ir.graph import Graph
+from adaptc.ir.switched import SwitchedModule
 from adaptc.rewriter.pipeline import Pass
 from adaptc.rewriter.pipeline import run as run_passes
 from adaptc.tracing.module import from_examples
@@ -54,7 +56,10 @@ def load(path: str | Path) -> fx.GraphModule:
     Raises:
         WeightError: it is no torch artifact, or broken.
     """
-    return load_torch(Path(path))
+    module = load_torch(Path(path))
+    if isinstance(module, SwitchedModule):
+        module.let_change(LoadedMaker(module))
+    return module
 
 
 def save_adapter(module: fx.GraphModule, directory: str | Path) -> None:

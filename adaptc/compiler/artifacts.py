@@ -17,7 +17,6 @@ from adaptc.checkpoints.compaction import compacted
 from adaptc.checkpoints.graph_records import records_of
 from adaptc.checkpoints.grouping import group
 from adaptc.checkpoints.left_out import left_out
-from adaptc.checkpoints.module_adapters import META
 from adaptc.checkpoints.peft_write import save
 from adaptc.checkpoints.records import AdapterRecord, assign
 from adaptc.compiler.folding import fold, prove_fold
@@ -44,6 +43,7 @@ from adaptc.emit.staging import Staging
 from adaptc.emit.torch import PROGRAM, ROWS, load_torch, program_of, rows_of, save_torch
 from adaptc.errors import AdaptcError, ProofError, RefusedError
 from adaptc.ir.interpreter import Run
+from adaptc.ir.module import META
 from adaptc.ir.switched import SwitchedModule
 from adaptc.progress.steps import Writing
 from adaptc.spec.emit import EmitEntry, GenaiEmit, HfEmit, OnnxAdapterEmit, OnnxEmit, PeftEmit, TorchEmit

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from adaptc.checkpoints.module_adapters import META
 from adaptc.compiler.artifacts import emit_all
 from adaptc.compiler.folding import fold, prove_fold
 from adaptc.compiler.output_paths import output_paths
@@ -24,7 +23,7 @@ from adaptc.compiler.trainable import module_record
 from adaptc.compiler.trunk import Trunk, make_trunk
 from adaptc.errors import RefusedError
 from adaptc.ir.graph import Graph
-from adaptc.ir.module import bind
+from adaptc.ir.module import META, bind
 from adaptc.rewriter.catalog import load_passes
 from adaptc.rewriter.pipeline import PassRecord, run
 from adaptc.spec.spec import Spec, load

@@ -14,6 +14,7 @@ from adaptc.compiler.calibration import calibrate
 from adaptc.compiler.changes import comparison
 from adaptc.compiler.compiled import Compiled
 from adaptc.compiler.genai_artifact import check_served
+from adaptc.compiler.maker import ProgramMaker
 from adaptc.compiler.onnx_artifact import check_cached
 from adaptc.compiler.plan import Plan, make_plan
 from adaptc.compiler.plan_report import PlanReport, plan_report
@@ -116,7 +117,10 @@ def program_from(
     report = plan_report(spec, graph, plan, rewritten, told)
     report.alternatives.update({name: other.plan for name, other in alternatives.items()})
     others = {name: Program(a.spec, a.plan, graph, a.rewritten) for name, a in alternatives.items()}
-    return Program(spec, report, graph, rewritten, after, others, slots)
+    program = Program(spec, report, graph, rewritten, after, others, slots)
+    if "adapters" in spec.model_fields_set:
+        program.maker = ProgramMaker(program)
+    return program
 
 
 def plan(

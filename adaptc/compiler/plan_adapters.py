@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptc.arithmetic.combined import Combined
-from adaptc.checkpoints.adapter import Checkpoint, directories, read, why_missing
+from adaptc.checkpoints.adapter import Checkpoint, directories, of_name, read, why_missing
 from adaptc.checkpoints.adapter_checks import match
 from adaptc.checkpoints.asked_for import Layers
 from adaptc.checkpoints.config_file import CONFIG, config_error
@@ -130,6 +130,7 @@ def _trained(spec: Spec, graph: Graph, index: int, entry: AdapterEntry) -> list[
         WeightError: a checkpoint cannot be read.
     """
     place, path = (*spec.place(index), "adapter"), resolve_path(spec, entry.adapter)
+    path = of_name(path, entry.name or spec.default_name(index))
     absent = why_missing(path)
     if absent:
         raise spec.error(place, absent)

@@ -14,7 +14,7 @@ from torch import fx
 
 from adaptc.checkpoints.compaction import compacted
 from adaptc.checkpoints.graph_records import records_of
-from adaptc.checkpoints.module_adapters import META, load_adapter_into, tensors_of
+from adaptc.checkpoints.module_adapters import AlternativeFiles, load_adapter_into, tensors_of
 from adaptc.compiler.adapter_weights import load_checkpoints
 from adaptc.compiler.generation import Generator
 from adaptc.compiler.plan_report import PlanReport
@@ -30,11 +30,14 @@ from adaptc.compiler.trainable import (
     module_record,
     prove_trainable,
     take_original_calls,
+    trainable_title,
 )
+from adaptc.ir.alternative import Maker
 from adaptc.ir.graph import Graph
 from adaptc.ir.interpreter import Interpreter, Run
-from adaptc.ir.module import bind
-from adaptc.ir.switched import RowsGraph, SwitchedModule, switched
+from adaptc.ir.module import META, bind
+from adaptc.ir.row_calls import RowsGraph
+from adaptc.ir.switched import SwitchedModule, switched
 from adaptc.progress.steps import step
 from adaptc.quantization.quantized_weight import QuantizedPart
 from adaptc.rewriter.insert.base import Insert
@@ -63,6 +66,7 @@ class Program:
         alternatives: the model with each of `adapters` beside what is always on, by name.
         slots: what an ONNX program has to take any one of them; None where there are none, or one does not fit.
         main: of an alternative's program, that of what is always on, with whose module its own shares all tensors.
+        maker: makes more alternatives and forgets them; None where the spec has no `adapters`.
     """
 
     def __init__(
@@ -78,6 +82,7 @@ class Program:
         self.spec, self.plan, self.base, self.after = spec, plan, base, after
         self.alternatives, self.slots = dict(alternatives or {}), slots
         self.main: Program | None = None
+        self.maker: Maker | None = None
         for other in self.alternatives.values():
             other.main = self
         self.graph, self.factored = rewritten.adapted, rewritten.factored
@@ -100,28 +105,41 @@ class Program:
         shared = tensors_of(self.main.module) if self.main is not None else None
         module = bind(graph, graph.adapter_names, shared)
         module.meta[META] = module_record(graph, self.base_record)
-        if self.alternatives:
-            module = self._switched(module)
+        if self.maker is not None:
+            module = self._switched(module, self.maker)
         take_original_calls(module, self.base.source.flatten)
         follow(self.graph, module)
         return module
 
-    def _switched(self, module: fx.GraphModule) -> SwitchedModule:
+    def _switched(self, module: fx.GraphModule, maker: Maker) -> SwitchedModule:
         """A module with a graph for each alternative beside its own; their adapted graphs follow it too.
 
         Raises:
             ProofError: the graph of one computes something else than its adapted graph.
         """
-        modules: dict[str, fx.GraphModule] = {}
-        for name, other in self.alternatives.items():
-            graph = other.trainable_graph()
-            prove_trainable(self.proofs, other.graph, graph, f"trainable module, {name}")
-            modules[name] = bind(graph, graph.adapter_names, tensors_of(module), f"{name}_")
-            modules[name].meta[META] = module_record(graph, self.base_record)
-        made = switched(module, modules)
+        modules = {name: self.bound(name, other, module) for name, other in self.alternatives.items()}
+        made = switched(module, modules, AlternativeFiles())
         for other in self.alternatives.values():
             follow(other.graph, made)
-        made.let_choose(self._trainable_rows)
+        made.let_choose(maker.rows)
+        made.let_change(maker)
+        return made
+
+    def bound(self, name: str, other: Program, module: fx.GraphModule) -> fx.GraphModule:
+        """The trainable module of an alternative, with the tensors of another where it has them.
+
+        Args:
+            name: of the alternative.
+            other: its program.
+            module: whose tensors are taken.
+
+        Raises:
+            ProofError: it computes something else than its adapted graph.
+        """
+        graph = other.trainable_graph()
+        prove_trainable(self.proofs, other.graph, graph, trainable_title(name))
+        made = bind(graph, graph.adapter_names, tensors_of(module), f"{name}_")
+        made.meta[META] = module_record(graph, self.base_record)
         return made
 
     def by_row(self, trainable: bool = False) -> ByRow:
@@ -142,7 +160,7 @@ class Program:
         alone = [program.live_graph() for program in programs]
         return ByRow(adapted, alone, self.base, list(self.alternatives), self.proofs, trainable)
 
-    def _trainable_rows(self) -> RowsGraph:
+    def trainable_rows(self) -> RowsGraph:
         """The graph of calls of the module that name the adapter of each row, proved.
 
         Raises:
@@ -317,7 +335,7 @@ class Program:
         with step(LOG, "hashing the base"):
             return self.base.base_sha256
 
-    @property
+    @cached_property
     def base_record(self) -> dict[str, str]:
         """What an adapter's checkpoint says of its base: `name`, `sha256` and `task`."""
         source = self.base.source

@@ -94,6 +94,10 @@ class Proofs:
         self.held = [p for p in self.held if p.name != proof.name] + [proof]
         return proof
 
+    def forget(self, name: str) -> None:
+        """Drop a proof of something that is no more."""
+        self.held = [proof for proof in self.held if proof.name != name]
+
     def _check_weights(self) -> None:
         """Check once that no proof fails, and no output is NaN, since a weight is not finite."""
         if not self._weights_checked:

@@ -72,12 +72,12 @@ def rewrite(
     return Rewritten(adapted, factored, run(adapted, [fold]) if stays else None, refusals, records)
 
 
-def rewrite_alternative(spec: Spec, base: Rewritten, plan: Plan, added: Sequence[Pass]) -> Rewritten:
+def rewrite_alternative(spec: Spec, base: Graph, plan: Plan, added: Sequence[Pass]) -> Rewritten:
     """Run the passes that an alternative adds to the adapted graph without it.
 
     Args:
         spec: `Spec.alternative` of it.
-        base: the graphs without it.
+        base: the adapted graph without it.
         plan: its plan.
         added: the passes.
 
@@ -86,7 +86,7 @@ def rewrite_alternative(spec: Spec, base: Rewritten, plan: Plan, added: Sequence
     """
     records: list[PassRecord] = []
     try:
-        adapted = run(base.adapted, added, records)
+        adapted = run(base, added, records)
         factored = run(adapted, lowering(adapted), records)
     except RefusedError as error:
         place = _place_of(spec, error.source)

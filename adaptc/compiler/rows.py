@@ -17,7 +17,7 @@ from adaptc.ir.analysis.token_axes import TokenAxis
 from adaptc.ir.graph import Graph
 from adaptc.ir.interpreter import Batch, Batches, Interpreter, Outcome, Run
 from adaptc.ir.nodes import copy_nodes
-from adaptc.ir.switched import IDS, RowsGraph
+from adaptc.ir.row_calls import IDS, RowsGraph
 from adaptc.rewriter.rows.gather import CONSTANTS
 from adaptc.rewriter.rows.row_axis import Rows, rows_of
 

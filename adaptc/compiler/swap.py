@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from adaptc.checkpoints.key_parts import modules_holding
-from adaptc.compiler.alternatives import Alternative
+from adaptc.compiler.alternatives import Adapted, Alternative
 from adaptc.compiler.folding import fold_always_on
 from adaptc.compiler.program import Program
 from adaptc.compiler.proofs import check_finite
@@ -35,10 +35,6 @@ from adaptc.spec.spec import Spec
 from adaptc.weights import Held
 
 WAY_OUT = "fold it into a program of its own: put it under `adapt`, and write `adapters: folded`"
-
-
-Adapted = Mapping[str, tuple[Spec, Graph]]
-"""Name of an alternative -> its spec, `Spec.alternative`, and the graph with it."""
 
 
 def emits_swap(spec: Spec) -> bool:

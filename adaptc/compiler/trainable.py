@@ -48,7 +48,8 @@ def module_record(graph: Graph, base: dict[str, str]) -> dict[str, Any]:
 
     Returns:
         `inputs`, `outputs` and `output_class`; `names` (each tensor -> the first name of the same tensor),
-        `buffers`, `transient` and `trainable` names; `adapters` as records, and `base`.
+        `buffers`, `transient` and `trainable` names; `adapters` as records, `heads`, whether it is `quantized`,
+        and `base`.
     """
     return {
         "inputs": [spec.to_json() for spec in graph.inputs],
@@ -59,6 +60,8 @@ def module_record(graph: Graph, base: dict[str, str]) -> dict[str, Any]:
         "transient": sorted(graph.transient),
         "trainable": graph.adapter_names,
         "adapters": as_json(records_of(graph)),
+        "heads": sorted(graph.heads),
+        "quantized": bool(graph.quantized),
         "base": base,
     }
 
@@ -77,6 +80,11 @@ def take_original_calls(
         module.register_forward_pre_hook(
             lambda module, args, kwargs: ((), flatten(args, kwargs)), with_kwargs=True
         )
+
+
+def trainable_title(name: str) -> str:
+    """What the proof of an alternative's trainable graph is called."""
+    return f"trainable module, {name}"
 
 
 def prove_trainable(proofs: Proofs, adapted: Graph, trainable: Graph, name: str = "trainable module") -> None:

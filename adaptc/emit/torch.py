@@ -18,15 +18,16 @@ from torch import fx, nn
 from torch.fx.graph import CodeGen, _PyTreeCodeGen
 from torch.utils import _pytree as pytree
 
-from adaptc.checkpoints.module_adapters import META
+from adaptc.checkpoints.module_adapters import AlternativeFiles
 from adaptc.emit.manifest import MANIFEST
 from adaptc.errors import AdaptcError, RefusedError, WeightError
 from adaptc.inputs import InputSpec
 from adaptc.ir.counted import counted_by, let_count
 from adaptc.ir.example_inputs import example_sizes, example_tensors
-from adaptc.ir.module import Segment, kept_activations
+from adaptc.ir.module import META, Segment, kept_activations
 from adaptc.ir.nodes import set_tensor
-from adaptc.ir.switched import RowsGraph, SwitchedModule, switched
+from adaptc.ir.row_calls import RowsGraph
+from adaptc.ir.switched import SwitchedModule, switched
 from adaptc.ir.training_mode import mark_training_arguments
 from adaptc.optional import optional
 from adaptc.tracing.export import dynamic_shapes, normalise, traceable
@@ -57,14 +58,14 @@ def save_torch(module: fx.GraphModule, directory: Path) -> None:
             path = directory / PROGRAM if name is None else directory / program_of(name)
             path.parent.mkdir(exist_ok=True)
             elsewhere = () if name is None else base
-            _save(_alone(module, module.graph, module.meta[META], elsewhere), path)
+            _save(alone(module, module.graph, module.meta[META], elsewhere), path)
     finally:
         module.set_adapter(active)
     rows = rows_of(module)
     if rows is not None:
         module.place_constants()
         others = {n for name in module.adapters for n in module.meta_of(name)[META]["names"]}
-        _save(_alone(module, rows.graph, rows.record, {*base, *others}), directory / ROWS)
+        _save(alone(module, rows.graph, rows.record, {*base, *others}), directory / ROWS)
 
 
 def rows_of(module: SwitchedModule) -> RowsGraph | None:
@@ -80,7 +81,7 @@ def program_of(name: str) -> str:
     return f"{ALTERNATIVES}/{name}.pt2"
 
 
-def _alone(
+def alone(
     module: SwitchedModule, graph: fx.Graph, about: Mapping[str, Any], elsewhere: Collection[str]
 ) -> fx.GraphModule:
     """A graph of a module as a module of its own.
@@ -207,17 +208,17 @@ def load_torch(directory: Path) -> fx.GraphModule:
         )
     try:
         artifact = json.loads(manifest.read_text())["products"][PROGRAM]
-        about, others = artifact["module"], artifact.get("alternatives", {})
+        about, others = artifact["module"], artifact.get("alternatives")
     except (json.JSONDecodeError, KeyError) as error:
         raise WeightError(f"{manifest}: broken, or not of a torch artifact ({error})") from None
     home = about["output_class"].rpartition(".")[0]
     if home.startswith("transformers."):
         optional(home)  # makes its output class known to torch.export
     base = _load(directory / PROGRAM, about)
-    if not others:
+    if others is None:
         return base
     modules = {name: _load(directory / program_of(name), record) for name, record in others.items()}
-    module = switched(base, modules).train()
+    module = switched(base, modules, AlternativeFiles()).train()
     rows = artifact.get("rows")
     module.let_choose(lambda: _load_rows(module, directory, rows))
     return module

@@ -17,6 +17,8 @@ from adaptc.ir.nodes import CUT, copy_nodes, set_tensor, writes_in_place
 
 # torch's checkpoint has no types.
 _checkpoint: Callable[..., Any] = cast(Any, torch.utils.checkpoint).checkpoint
+META = "adaptc"
+"""The key in a module's `meta` under which adaptc stores its records of the adapters and the base."""
 RUNNING_STATISTICS = frozenset({torch.ops.aten.batch_norm.default, torch.ops.aten.instance_norm.default})
 """Operations that write to running statistics, their fourth and fifth operand, without saying so in their schema."""
 

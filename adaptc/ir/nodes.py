@@ -246,6 +246,22 @@ def get_tensor(module: nn.Module, name: str) -> torch.Tensor:
     return getattr(module.get_submodule(path), leaf)
 
 
+def drop_tensor(module: nn.Module, name: str) -> None:
+    """Drop the parameter or buffer under a dotted name, and the submodules that held nothing else."""
+    *path, leaf = name.split(".")
+    owners = [module]
+    for part in path:
+        owners.append(owners[-1].get_submodule(part))
+    owners[-1]._parameters.pop(leaf, None)
+    owners[-1]._buffers.pop(leaf, None)
+    owners[-1]._non_persistent_buffers_set.discard(leaf)
+    for part in reversed(path):
+        left = owners.pop()
+        if left._parameters or left._buffers or left._modules:
+            return
+        del owners[-1]._modules[part]
+
+
 def set_tensor(module: nn.Module, name: str, value: torch.Tensor, persistent: bool = True) -> None:
     """Set a parameter or a buffer under a dotted name; submodules that are not there are created empty.
 

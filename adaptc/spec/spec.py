@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -29,7 +30,7 @@ from adaptc.spec.entries import AdaptEntry, Alternatives, MethodEntry, QuantizeE
 from adaptc.spec.part import Many, Part, PathText
 from adaptc.spec.proof import ProofEntry
 from adaptc.spec.source import Source
-from adaptc.spec.yaml_text import Loc, is_mapping
+from adaptc.spec.yaml_text import Loc, is_list, is_mapping
 
 VERSION = 1
 NO_ALTERNATIVES = "there are no `adapters:` to choose from; `adapt:` is always on"
@@ -205,6 +206,37 @@ class Spec(Part):
         spec._source, spec._places = self.source, (place,)
         return spec
 
+    def with_adapter(self, name: str, entries: str | os.PathLike[str] | Sequence[Mapping[str, Any]]) -> Spec:
+        """The spec with one more of `adapters`, that emits nothing.
+
+        Args:
+            name: its name.
+            entries: a checkpoint's folder, or entries as under `adapters`; paths are relative to the working directory.
+
+        Raises:
+            SpecError: an entry is wrong.
+        """
+        if isinstance(entries, str | os.PathLike):
+            entries = [{"adapter": os.fspath(entries)}]
+        stated: Any = entries
+        if is_list(stated):
+            stated = [_from_here(entry) if is_mapping(entry) else entry for entry in stated]
+        return self._with_adapters({**self._adapters, name: stated}, f"add_adapter({name!r})", name)
+
+    def without_adapter(self, name: str) -> Spec:
+        """The spec without one of `adapters`, that emits nothing."""
+        left = {other: entries for other, entries in self._adapters.items() if other != name}
+        return self._with_adapters(left, f"remove_adapter({name!r})", name)
+
+    @property
+    def _adapters(self) -> dict[str, Any]:
+        return self.source.data.get("adapters") or {}
+
+    def _with_adapters(self, adapters: Mapping[str, Any], origin: str, name: str) -> Spec:
+        data = {key: value for key, value in self.source.data.items() if key != "emit"}
+        changed = (*self.source.overrides, (("adapters", name), origin))
+        return Spec.from_source(replace(self.source, data=data | {"adapters": adapters}, overrides=changed))
+
     def place(self, entry: int) -> Loc:
         """The location of an entry of `adapt`; of what `alternative` and `alone` put there, where it was."""
         return ("adapt", entry) if self._places is None else self._places[entry]
@@ -276,6 +308,14 @@ def _source_of(spec: object) -> Source:
     if isinstance(spec, str | os.PathLike):
         return Source.read(Path(cast("str | os.PathLike[str]", spec)))
     raise SpecError([Problem(f"expected a file, a mapping or a Spec, got {got(spec)}")])
+
+
+def _from_here(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry whose checkpoint is found from the working directory, wherever the spec is."""
+    path = entry.get("adapter")
+    if not isinstance(path, str | os.PathLike):
+        return dict(entry)
+    return {**entry, "adapter": str(Path(cast("str", path)).expanduser().absolute())}
 
 
 def dump(spec: Spec) -> dict[str, Any]:

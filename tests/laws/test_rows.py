@@ -12,7 +12,7 @@ from adaptc.compiler.compiled import Compiled
 from adaptc.compiler.rows_graph import merged_rows
 from adaptc.emit.onnx.runtime import open_session, session_call
 from adaptc.ir.module import bind
-from adaptc.ir.switched import IDS
+from adaptc.ir.row_calls import IDS
 from adaptc.methods.method import METHODS
 from adaptc.weights import Held
 from tests.families import Zoo, close, differs, entry, inputs, outputs, perturbed

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from adaptc.errors import Refusal, RefusedError
 from adaptc.inputs import InputSpec, Values
 from adaptc.ir.graph import Graph
-from adaptc.ir.switched import IDS
+from adaptc.ir.row_calls import IDS
 from adaptc.rewriter.cache.past import add_input
 from adaptc.rewriter.pipeline import Pass
 from adaptc.rewriter.rows.builder import Builder
