@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-WORDS, WIDTH, HEADS, LONGEST = 50, 24, 2, 32
+WORDS, WIDTH, HEADS, LONGEST = 50, 24, 2, 128
 
 
 class Decoder(nn.Module):
@@ -142,6 +142,18 @@ BY_HAND = {
     cls.__name__: cls
     for cls in (Decoder, BufferMask, AddedMask, Alibi, Einsum, Window, HeadsInBatch, OneHot, OtherName)
 }
+
+
+class Wide(Decoder):
+    """Heads of 16 features."""
+
+    def __init__(self, **more: Any) -> None:
+        super().__init__(**more)
+        self.packed = nn.ModuleList(nn.Linear(WIDTH, 96) for _ in range(2))
+        self.out = nn.ModuleList(nn.Linear(32, WIDTH) for _ in range(2))
+
+
+WIDE: dict[str, type[Decoder]] = {name: type(f"Wide{name}", (Wide, cls), {}) for name, cls in BY_HAND.items()}
 
 
 class Bidirectional(Decoder):

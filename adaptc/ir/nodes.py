@@ -81,6 +81,9 @@ def arguments_by_name(node: fx.Node) -> dict[str, Any]:
 
 # Operations
 
+RESHAPES = frozenset({"view", "reshape", "_unsafe_view"})
+"""Operations that give a value axes of these sizes, and keep the order of its entries."""
+
 
 def is_operator(target: object) -> TypeGuard[OpOverload[..., Any]]:
     """Whether a node's target is a registered operation, such as `aten.mm.default`, and no Python function."""

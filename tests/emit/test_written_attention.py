@@ -61,7 +61,23 @@ def no_mask(q: Any, k: Any, v: Any, mask: Any) -> Any:
     return (q @ k.transpose(-2, -1)).softmax(-1) @ (v + mask.mean())
 
 
+def by_letters(q: Any, k: Any, v: Any, mask: Any) -> Any:
+    """Heads behind tokens, and a choice in the place of a mask."""
+    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(SIZE)
+    shares = torch.where(mask > -100, scores, torch.tensor(-1e9)).softmax(-1)
+    return torch.einsum("bhqk,bkhd->bqhd", shares, v)
+
+
+def chosen_otherwise(q: Any, k: Any, v: Any, mask: Any) -> Any:
+    """The letters of the features in front, and a number where the condition holds."""
+    scores = torch.einsum("bhqd,bhdk->bhqk", q, k.mT)
+    return torch.einsum("bhqk,bhkd->bhqd", torch.where(mask < -100, float("-inf"), scores).softmax(-1), v)
+
+
 EXACT: dict[str, tuple[Attend, float]] = {
+    "by letters": (by_letters, 0.0),
+    "chosen otherwise": (chosen_otherwise, 0.0),
     "softcapped": (softcapped, 5.0),
     "scaled": (scaled, 0.0),
     "unscaled": (unscaled, 0.0),
@@ -108,7 +124,23 @@ def subtracted(q: Any, k: Any, v: Any, mask: Any) -> Any:
     return (scores - scores.mean(-1, keepdim=True) + mask).softmax(-1) @ v
 
 
+def queries_behind(q: Any, k: Any, v: Any, mask: Any) -> Any:
+    scores = torch.einsum("bhkd,bhqd->bhqk", k, q)
+    return torch.einsum("bhqk,bhkd->bhqd", (scores + mask).softmax(-1), v)
+
+
+def over_heads_too(q: Any, k: Any, v: Any, mask: Any) -> Any:
+    return torch.einsum("bhqk,bhkd->bqd", torch.einsum("bhqd,bhkd->bhqk", q, k).softmax(-1), v) + mask.mean()
+
+
+def chosen_among_scores(q: Any, k: Any, v: Any, mask: Any) -> Any:
+    return torch.where(mask > -100, q @ k.mT, mask).softmax(-1) @ v
+
+
 NEAR: dict[str, tuple[Attend, str]] = {
+    "queries behind keys": (queries_behind, "its products are no matrix products of heads"),
+    "a sum over heads": (over_heads_too, "its products are no matrix products of heads"),
+    "a choice among tensors": (chosen_among_scores, "its scores are changed by where"),
     "another axis": (other_axis, "its softmax is not along the keys"),
     "mask behind the softmax": (masked_behind, "its shares are changed by mul behind the softmax"),
     "mask before the scale": (masked_before_scaled, "changed before they are scaled or capped, by add"),

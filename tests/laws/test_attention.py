@@ -10,7 +10,6 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from torch import nn
 
 from adaptc.compiler.base import make_base
 from adaptc.compiler.cached_runner import CachedRunner
@@ -29,11 +28,11 @@ from adaptc.rewriter.cache.inputs import new_tokens
 from adaptc.rewriter.pipeline import run
 from adaptc.spec.spec import load
 from adaptc.tracing.trace import trace_base
-from tests.decoders import BY_HAND, WIDTH, WORDS, AddedMask, Alibi, Decoder, Window
+from tests.decoders import BY_HAND, WIDE, WORDS
 from tests.families import VOCABULARY, Zoo, close, inputs, marked, outputs, randomise
 from tests.laws.test_cache import CHUNKS, DECODERS, left_padded, traced
 
-PLAIN_BY_HAND = ("Einsum", "HeadsInBatch")
+PLAIN_BY_HAND = ("HeadsInBatch",)
 """Decoders whose products are not those of heads."""
 
 
@@ -100,20 +99,6 @@ def test_decoders_written_by_hand(tmp_path: Path, name: str, form: str) -> None:
     assert (report["standard"], report["plain"]) == ((2, 0) if fused else (0, 2)), report
     assert all("a multiple of 8 is needed" in why or "no matrix products" in why for why in report["why"])
     held(graph, form, path, {ids: torch.randint(0, WORDS, (3, 9))})
-
-
-class Wide(Decoder):
-    """Heads of 16 features."""
-
-    def __init__(self, **more: Any) -> None:
-        super().__init__(**more)
-        self.packed = nn.ModuleList(nn.Linear(WIDTH, 96) for _ in range(2))
-        self.out = nn.ModuleList(nn.Linear(32, WIDTH) for _ in range(2))
-
-
-WIDE = {
-    cls.__name__: type(f"Wide{cls.__name__}", (Wide, cls), {}) for cls in (Decoder, AddedMask, Alibi, Window)
-}
 
 
 @pytest.mark.parametrize(

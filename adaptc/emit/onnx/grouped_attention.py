@@ -15,7 +15,7 @@ from adaptc.emit.onnx.standard_attention import Keys, drop_unread, full_mask, gi
 from adaptc.ir.analysis.attention import Attention, find_attentions, keys_of, values_of
 from adaptc.ir.analysis.dataflow import walk
 from adaptc.ir.graph import Graph
-from adaptc.ir.nodes import arguments_by_name, keeps_shape, operation
+from adaptc.ir.nodes import RESHAPES, arguments_by_name, keeps_shape, operation
 from adaptc.rewriter.cache.cache import token_ids
 from adaptc.rewriter.cache.past import PAST, TOTAL
 from adaptc.rewriter.pipeline import Pass
@@ -170,7 +170,7 @@ class _Grouping:
         """`(batch, tokens, heads * size)` of `(batch, heads, tokens, size)`."""
         heads, size = x.meta["val"].shape[1], x.meta["val"].shape[3]
         apart = _operand(x) if _swaps(x) else None
-        if apart is not None and operation(apart) in ("view", "reshape", "unflatten"):
+        if apart is not None and operation(apart) in {*RESHAPES, "unflatten"}:
             source = _operand(apart)
             if source.meta["val"].dim() == 3 and source.meta["val"].shape[-1] == heads * size:
                 return source
@@ -245,13 +245,13 @@ def _flattened(node: fx.Node, like: fx.Node) -> list[fx.Node]:
         for value in tokens_first
         for same in _same(value)
         for user in same.users
-        if operation(user) in ("view", "reshape", "flatten") and str(user.meta["val"].shape) == wanted
+        if operation(user) in {*RESHAPES, "flatten"} and str(user.meta["val"].shape) == wanted
     ]
 
 
 def _same(node: fx.Node) -> list[fx.Node]:
     """A node, and the views and copies of it that have its shape."""
-    views = ("view", "reshape", "contiguous", "clone")
+    views = RESHAPES | {"contiguous", "clone"}
     return list(walk([node], lambda n: [u for u in n.users if operation(u) in views and keeps_shape(u)]))
 
 

@@ -11,12 +11,12 @@ from torch import fx
 
 from adaptc.ir.analysis.attention import SAME, Attention, Tokens, find_attentions, keys_of, values_of
 from adaptc.ir.graph import Graph
-from adaptc.ir.nodes import arguments_by_name, operation, size_expression
+from adaptc.ir.nodes import RESHAPES, arguments_by_name, operation, size_expression
 from adaptc.rewriter.pipeline import Pass
 
 aten = torch.ops.aten
 onnx: Any = torch.ops.adaptc_onnx
-VIEWS = SAME | {"unsqueeze", "expand", "reshape", "view", "transpose", "repeat_interleave"}
+VIEWS = SAME | RESHAPES | {"unsqueeze", "expand", "flatten", "transpose", "repeat_interleave"}
 """Operations between keys and the attention that reads them."""
 RUN = (torch.float32, torch.float16, torch.bfloat16)
 """The dtypes that ONNX Runtime has the operation for; bfloat16 is computed in float32."""

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import fx
 
+from adaptc.emit.onnx.einsum_attention import spelled_with_matmul
 from adaptc.emit.onnx.standard_attention import unlike_standard
 from adaptc.ir.analysis.attention import SAME, Attention, find_attentions
 from adaptc.ir.graph import Graph
@@ -51,7 +52,9 @@ class FusedAttention(Pass):
 
     def call(self, graph: Graph) -> bool:
         """Replace every attention that is written out so."""
-        changed = False
+        written_out = [a for a in find_attentions(graph.nodes) if not a.fused]
+        spelled = [spelled_with_matmul(graph, attention) for attention in written_out]
+        changed = any(spelled)
         for attention in [a for a in find_attentions(graph.nodes) if not a.fused]:
             written = read_written(attention)
             if isinstance(written, Written):

@@ -14,13 +14,11 @@ import torch
 from torch import fx
 
 from adaptc.ir.analysis.matrix_products import MATRIX_PRODUCTS, bias_of, operands_of
-from adaptc.ir.nodes import operation
+from adaptc.ir.nodes import RESHAPES, operation
 
 aten = torch.ops.aten
 Emit = Callable[..., fx.Node]
 """Inserts an operation and gives its node: `emit(target, *args)`."""
-RESHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
-"""Operations that change the shape of a tensor and keep the order of its entries."""
 
 
 class AffineMap(Protocol):
@@ -163,7 +161,7 @@ class Convolution:
         matrix = emit(aten.t.default, E) if flipped else E
         rows, columns = matrix.meta["val"].shape
         shape = [rows, self.kernel[0] or columns, *self.kernel[1:]]
-        source = matrix.args[0] if matrix.target in RESHAPES else None
+        source = matrix.args[0] if operation(matrix) in RESHAPES else None
         if isinstance(source, fx.Node) and list(source.meta["val"].shape) == shape:
             return emit(self.target, x, source, bias, *self.options)
         return emit(self.target, x, emit(aten.reshape.default, matrix, shape), bias, *self.options)

@@ -10,7 +10,7 @@ from torch import fx
 
 from adaptc.ir.analysis.dataflow import activations_multiplied, downstream, upstream
 from adaptc.ir.analysis.matrix_products import MATRIX_PRODUCTS
-from adaptc.ir.nodes import keeps_shape, list_arg, node_arg, operation, size_expression
+from adaptc.ir.nodes import RESHAPES, keeps_shape, list_arg, node_arg, operation, size_expression
 
 FUSED = "scaled_dot_product_attention"
 SAME = frozenset({"contiguous", "clone", "to", "alias", "slice"})
@@ -194,7 +194,7 @@ def _upstream(tokens: Tokens) -> Tokens | None:
             swapped.get(axis, axis) for axis in (tokens.sequence, tokens.heads, tokens.features)
         )
         return Tokens(node, 0, sequence, heads, features)
-    if name in ("reshape", "view", "_unsafe_view", "flatten") and tokens.heads == 1:
+    if name in {*RESHAPES, "flatten"} and tokens.heads == 1:
         return _upstream_of_repeat(tokens, node)
     if name == "repeat_interleave" and args[2:3] == (tokens.heads,):
         return replace(tokens, user=node, argument=0)

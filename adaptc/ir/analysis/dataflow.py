@@ -12,6 +12,7 @@ from torch import fx
 
 from adaptc.ir.analysis.matrix_products import MATRIX_PRODUCTS, feature_axes, operands_of
 from adaptc.ir.nodes import (
+    RESHAPES,
     map_operands,
     memory_owner,
     node_arg,
@@ -23,7 +24,8 @@ from adaptc.ir.nodes import (
 
 VIEWS = frozenset(
     {
-        *("view", "reshape", "transpose", "permute", "t", "numpy_T", "mT"),
+        *RESHAPES,
+        *("transpose", "permute", "t", "numpy_T", "mT"),
         *("unflatten", "flatten", "unsqueeze", "squeeze", "expand"),
         *("split", "split_with_sizes", "chunk", "unbind", "slice", "select", "narrow", "getitem"),
         *("contiguous", "clone", "to"),
@@ -171,7 +173,7 @@ def _moved(node: fx.Node, labels: Mapping[fx.Node, object]) -> Any:
     if operation(node) == "to":
         return labels[node_arg(node, 0)]
     args, kwargs = map_operands(node, lambda n: labels[n] if n in labels else traced_size(n.meta["val"]))
-    call: Any = torch.reshape if operation(node) == "view" else node.target  # labels have other strides
+    call: Any = torch.reshape if operation(node) in RESHAPES else node.target  # labels have other strides
     return call(*args, **kwargs)
 
 

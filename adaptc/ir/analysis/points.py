@@ -11,7 +11,7 @@ from torch import fx
 from adaptc.ir.analysis.attention import Attention, find_attentions, keys_of, values_of
 from adaptc.ir.analysis.dataflow import VIEWS, ancestors, is_residual, unviewed, upstream, walk
 from adaptc.ir.analysis.roles import weighted_products
-from adaptc.ir.nodes import is_tensor, module_of, node_arg, operation, source_of
+from adaptc.ir.nodes import RESHAPES, is_tensor, module_of, node_arg, operation, source_of
 from adaptc.methods.point_sites import AnyPoint, AttentionSite, Heads, InputSite, SubLayer
 from adaptc.methods.site import ATTENTION_POINT, INPUT, SUBLAYER, Use, WeightSite
 from adaptc.patterns import ROLES
@@ -148,7 +148,7 @@ def _width(value: torch.Tensor, site: WeightSite) -> int | None:
 
 def _unflattened(node: fx.Node, rank: int) -> fx.Node:
     """The input of a matrix product upstream of views that join its rows in one axis."""
-    while operation(node) in ("view", "reshape") and node.meta["val"].dim() < rank:
+    while operation(node) in RESHAPES and node.meta["val"].dim() < rank:
         node = node_arg(node, 0)
     return node
 

@@ -20,7 +20,7 @@ from adaptc.ir.analysis.token_axes import (
     value_of,
     viewed,
 )
-from adaptc.ir.nodes import list_arg, operation
+from adaptc.ir.nodes import RESHAPES, list_arg, operation
 
 
 def _view(node: fx.Node, operands: Operands, tokens: Any) -> Axes:
@@ -119,7 +119,7 @@ def _repeat_interleave(node: fx.Node, operands: Operands, tokens: Any) -> Axes:
 
 
 VIEWS: Mapping[str, Rule] = {
-    **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze"), _view),
+    **dict.fromkeys((*RESHAPES, "flatten", "unflatten", "squeeze"), _view),
     "transpose": _renumbered(_transpose),
     "t": _renumbered(lambda node, rank: list(range(rank))[::-1]),
     "mT": _renumbered(lambda node, rank: [*range(rank - 2), rank - 1, rank - 2]),

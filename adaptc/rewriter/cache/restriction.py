@@ -14,7 +14,7 @@ from adaptc.ir.analysis.matrix_products import product_terms
 from adaptc.ir.analysis.token_axes import MixesTokensError, TokenAxis, TokenMap
 from adaptc.ir.analysis.token_rules import is_elementwise
 from adaptc.ir.graph import Graph
-from adaptc.ir.nodes import is_tensor, operation, provenance, size_expression
+from adaptc.ir.nodes import RESHAPES, is_tensor, operation, provenance, size_expression
 from adaptc.ir.verify import evaluate_again
 from adaptc.rewriter.cache.causal import is_causal, mask_of
 from adaptc.rewriter.cache.last_tokens import LastTokens
@@ -144,7 +144,7 @@ class Restriction:
             return
         axes = {axis.axis: axis for axis in self.map.axes[node]}
         name = operation(node)
-        if name in ("view", "reshape", "_unsafe_view", "expand"):
+        if name in {*RESHAPES, "expand"}:
             named = list(cast(list[Any], node.args[1]))
             node.update_arg(1, [self._sized(size, axes.get(position)) for position, size in enumerate(named)])
             return

@@ -15,7 +15,7 @@ from adaptc.errors import Fault
 from adaptc.ir.analysis.attention import Tokens, find_attentions, keys_of, replace_operand, values_of
 from adaptc.ir.analysis.dataflow import VIEWS
 from adaptc.ir.graph import Graph
-from adaptc.ir.nodes import evaluated, operation
+from adaptc.ir.nodes import RESHAPES, evaluated, operation
 from adaptc.ir.verify import refresh
 from adaptc.methods.point_sites import AttentionSite
 from adaptc.methods.virtual_tokens import AttentionMethod
@@ -133,7 +133,7 @@ def _put_in_front(graph: Graph, real: Tokens, tokens: fx.Node, start: int, heads
 def _resize(graph: Graph, node: fx.Node) -> None:
     """Let views of keys or values that name the number of tokens, on their last axis but one, name the larger one."""
     while operation(node) in VIEWS:
-        if operation(node) in ("expand", "reshape", "view"):
+        if operation(node) in {*RESHAPES, "expand"}:
             sizes: list[Any] = list(cast("Any", node.args[1]))
             with graph.module.graph.inserting_before(node):
                 sizes[-2] = graph.call(aten.sym_size.int, node.args[0], -2, like=node)

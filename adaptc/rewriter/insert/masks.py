@@ -13,7 +13,7 @@ from adaptc.errors import Refusal, RefusedError
 from adaptc.ir.analysis.attention import Attention
 from adaptc.ir.analysis.dataflow import ancestors, walk
 from adaptc.ir.graph import Graph
-from adaptc.ir.nodes import operation, provenance
+from adaptc.ir.nodes import RESHAPES, operation, provenance
 from adaptc.rewriter.insert.positions import behind
 from adaptc.rewriter.insert.relative_bias import RelativeBias, bias_table, numeric_ancestors
 from adaptc.rewriter.pipeline import Pass
@@ -24,7 +24,7 @@ NEUTRAL: Mapping[str, float] = {
     **dict.fromkeys(("mul", "mul_", "div", "div_", "where"), 1.0),
 }
 """Operation on scores -> the value of its other operand that leaves a score as it is."""
-SIZED = frozenset({"view", "reshape", "expand"})
+SIZED = RESHAPES | {"expand"}
 """Views that name the sizes of their result."""
 
 
