@@ -10,6 +10,8 @@ import torch
 from torch import fx
 
 from adaptc.checkpoints.graph_records import records_of
+from adaptc.checkpoints.module_adapters import MODEL
+from adaptc.checkpoints.recorded_model import record_of
 from adaptc.checkpoints.records import as_json
 from adaptc.compiler.adapter_weights import put_weight
 from adaptc.compiler.follow_training import FollowTraining
@@ -18,6 +20,7 @@ from adaptc.ir.graph import Graph
 from adaptc.ir.nodes import get_tensor
 from adaptc.rewriter.pipeline import run
 from adaptc.tracing.export import export, output_class
+from adaptc.tracing.huggingface_module import pretrained
 from adaptc.weights import Deferred, Weight
 
 
@@ -42,8 +45,10 @@ def module_record(graph: Graph, base: dict[str, str]) -> dict[str, Any]:
 
     Returns:
         `inputs`, `outputs` and `output_class`; `names` (each tensor -> the first name of the same tensor),
-        `buffers`, `transient` and `trainable` names; `adapters` as records, and `base`.
+        `buffers`, `transient` and `trainable` names; `adapters` as records, `base`, and `model` where that is one of
+        transformers.
     """
+    model = pretrained(graph.source.model)
     return {
         "inputs": [spec.to_json() for spec in graph.inputs],
         "outputs": list(graph.outputs),
@@ -54,6 +59,7 @@ def module_record(graph: Graph, base: dict[str, str]) -> dict[str, Any]:
         "trainable": graph.adapter_names,
         "adapters": as_json(records_of(graph)),
         "base": base,
+        **({MODEL: record_of(model)} if model is not None else {}),
     }
 
 
