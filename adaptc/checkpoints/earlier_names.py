@@ -49,6 +49,19 @@ def with_names_of_base(checkpoint: Checkpoint, model: Any, modules: Collection[s
     return put_together(renamed, model, fused, modules)
 
 
+def names_others(checkpoint: Checkpoint, modules: Collection[str]) -> bool:
+    """Whether a checkpoint names modules that a base does not have: more is behind them than a tensor's own name.
+
+    Args:
+        checkpoint: the checkpoint.
+        modules: the names of the base's modules.
+    """
+    own = len(("lora_A", "weight"))
+    return not checkpoint.in_adaptc_format and any(
+        len(behind_module(key, modules)) > own for key in checkpoint.tensors
+    )
+
+
 def _outside(keys: Iterable[str], modules: Collection[str]) -> int:
     """How many parts of keys name no module of the base."""
     return sum(len(behind_module(key, modules)) for key in keys)

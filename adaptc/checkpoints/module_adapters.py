@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,21 +13,26 @@ from adaptc.checkpoints.adapter import Checkpoint, directories, of_name, read
 from adaptc.checkpoints.adapter_checks import check_base
 from adaptc.checkpoints.compaction import compacted
 from adaptc.checkpoints.config_keys import ignoring
-from adaptc.checkpoints.earlier_names import with_names_of_base
+from adaptc.checkpoints.earlier_names import names_others, with_names_of_base
 from adaptc.checkpoints.grouping import group
 from adaptc.checkpoints.joined import check_joined
 from adaptc.checkpoints.key_parts import modules_holding
+from adaptc.checkpoints.left_out import left_out
 from adaptc.checkpoints.lengthened_keys import shortened
 from adaptc.checkpoints.peft_config import check_options
 from adaptc.checkpoints.peft_write import save
+from adaptc.checkpoints.recorded_model import recorded_model
 from adaptc.checkpoints.records import AdapterRecord, assign
 from adaptc.checkpoints.saved_along import with_base_tensors
 from adaptc.checkpoints.whole_modules import with_state
-from adaptc.errors import WeightError
+from adaptc.errors import ProofError, WeightError
 from adaptc.ir.aliases import unread_modules
 from adaptc.ir.module import META
 from adaptc.ir.switched import SwitchedModule
 from adaptc.weights import Held
+
+MODEL = "model"
+"""The key in a module's record of what the base is made of, where it is a model of transformers."""
 
 
 def records(module: fx.GraphModule) -> list[AdapterRecord]:
@@ -51,13 +56,26 @@ def own_records(module: SwitchedModule, name: str) -> list[AdapterRecord]:
     return [AdapterRecord.from_json(record) for record in added]
 
 
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """What was copied into a module.
+
+    Attributes:
+        values: name -> tensor as the checkpoints hold it, in their dtype.
+        notes: how the checkpoints were read, for the person.
+    """
+
+    values: Mapping[str, torch.Tensor]
+    notes: tuple[str, ...]
+
+
 def load_adapter_into(
     module: fx.GraphModule,
     directory: Path,
     ignore: Sequence[str] = (),
     model: nn.Module | None = None,
     held: Sequence[AdapterRecord] | None = None,
-) -> dict[str, torch.Tensor]:
+) -> LoadedAdapter:
     """Copy the tensors of checkpoints into a module's adapters; nothing is changed if they do not fit.
 
     Args:
@@ -65,11 +83,8 @@ def load_adapter_into(
         directory: one checkpoint, or several with their order.
         ignore: options of their configurations to read them without.
         model: the base where it is a model of transformers; names of an earlier transformers are read by its table.
-
+            Where it is not at hand it is made again of what the module knows of it.
         held: the records of the adapters to load; all that the module has if left out.
-
-    Returns:
-        Name -> tensor as the checkpoints hold it, in their dtype.
 
     Raises:
         WeightError: a checkpoint does not fit the module's adapters or its base.
@@ -78,7 +93,10 @@ def load_adapter_into(
     unread = unread_modules(module)
     stored = ignoring([read(path) for path in directories(directory)], ignore)
     modules = modules_holding(tensors_of(module))
-    named = [with_names_of_base(shortened(checkpoint, modules), model, modules) for checkpoint in stored]
+    named = [shortened(checkpoint, modules) for checkpoint in stored]
+    if model is None and any(names_others(checkpoint, modules) for checkpoint in named):
+        model = recorded_model(module.meta[META].get(MODEL, {}))
+    named = [with_names_of_base(checkpoint, model, modules) for checkpoint in named]
     checkpoints = [replace(checkpoint, unread=unread) for checkpoint in named]
     groups = group(records(module) if held is None else held)
     if len(checkpoints) != len(groups):
@@ -96,7 +114,7 @@ def load_adapter_into(
     with torch.no_grad():
         for name, value in values.items():
             tensors[name].copy_(value)
-    return values
+    return LoadedAdapter(values, tuple(f"{c.path}: {note}" for c in checkpoints for note in c.notes))
 
 
 def _beside(checkpoint: Checkpoint, members: Sequence[AdapterRecord], module: fx.GraphModule) -> Checkpoint:
@@ -107,13 +125,51 @@ def _beside(checkpoint: Checkpoint, members: Sequence[AdapterRecord], module: fx
     return with_base_tensors(with_state(checkpoint, state), keys, base)
 
 
-def save_adapter_of(module: fx.GraphModule, directory: Path) -> None:
+def save_adapter_of(module: fx.GraphModule, directory: Path) -> list[str]:
     """Write a module's adapters as PEFT checkpoints: one in `directory`, or several below it with their order.
+
+    Returns:
+        What the installed PEFT leaves out of them.
 
     Raises:
         WeightError: adaptc did not compile the module, or it has no adapter.
+        ProofError: a tensor is not read back as it was written.
     """
-    save(*compacted(records(module), tensors_of(module)), directory, module.meta[META]["base"])
+    written, values = compacted(records(module), tensors_of(module))
+    meta = module.meta[META]
+    return save_and_read(written, values, directory, meta["base"], recorded_model(meta.get(MODEL, {})))
+
+
+def save_and_read(
+    records: Sequence[AdapterRecord],
+    values: Mapping[str, torch.Tensor],
+    directory: Path,
+    base: Mapping[str, str],
+    model: nn.Module | None,
+) -> list[str]:
+    """Save adapters as checkpoints, and read them back.
+
+    Args:
+        records: of the adapters.
+        values: name -> tensor, those of their heads among them.
+        directory: of one checkpoint, or of several below it.
+        base: what a checkpoint says of the base.
+        model: the base where it is a model of transformers.
+
+    Returns:
+        What the installed PEFT leaves out of them.
+
+    Raises:
+        ProofError: a tensor is not read back as it was written.
+    """
+    save(records, values, directory, base)
+    notes: list[str] = []
+    for path, members in zip(directories(directory), group(records), strict=True):
+        for name, value in assign(read(path), members).items():
+            if not torch.equal(value, values[name].detach().to("cpu", value.dtype)):
+                raise ProofError(f"{name} was not read back as it was written")
+        notes += left_out(path, [m for member in members for m in member.modules], model)
+    return notes
 
 
 class AlternativeFiles:
@@ -121,8 +177,9 @@ class AlternativeFiles:
 
     def save(self, module: SwitchedModule, name: str, directory: Path) -> None:
         """Write an alternative, without what is always on, as `save_adapter_of` writes all."""
-        saved = compacted(own_records(module, name), tensors_of(module))
-        save(*saved, directory, module.meta[META]["base"])
+        written, values = compacted(own_records(module, name), tensors_of(module))
+        meta = module.meta[META]
+        save_and_read(written, values, directory, meta["base"], recorded_model(meta.get(MODEL, {})))
 
     def load(self, module: SwitchedModule, name: str, directory: Path) -> None:
         """Load an alternative, without what is always on, as `load_adapter_into` loads all.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -65,14 +66,20 @@ def load(path: str | Path) -> fx.GraphModule:
 def save_adapter(module: fx.GraphModule, directory: str | Path) -> None:
     """Write the adapters of a module that adaptc compiled as PEFT checkpoints.
 
+    A warning names the layers that the installed PEFT leaves out when it loads them.
+
     Raises:
         WeightError: the module is not one that adaptc compiled.
+        ProofError: a tensor is not read back as it was written.
     """
-    save_adapter_of(module, Path(directory))
+    for note in save_adapter_of(module, Path(directory)):
+        warnings.warn(note, stacklevel=2)
 
 
 def load_adapter(module: fx.GraphModule, directory: str | Path, ignore: Sequence[str] = ()) -> None:
     """Replace the weights of a module's adapters by those of a checkpoint: all of them, or none after an error.
+
+    A warning says what was read otherwise than it is written, such as names of an earlier transformers.
 
     Args:
         module: a module that adaptc compiled.
@@ -82,4 +89,5 @@ def load_adapter(module: fx.GraphModule, directory: str | Path, ignore: Sequence
     Raises:
         WeightError: the checkpoint does not fit what was inserted.
     """
-    load_adapter_into(module, Path(directory), ignore)
+    for note in load_adapter_into(module, Path(directory), ignore).notes:
+        warnings.warn(note, stacklevel=2)

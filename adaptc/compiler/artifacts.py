@@ -9,16 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import fx
 
-from adaptc.checkpoints.adapter import directories, read
 from adaptc.checkpoints.compaction import compacted
 from adaptc.checkpoints.graph_records import records_of
-from adaptc.checkpoints.grouping import group
-from adaptc.checkpoints.left_out import left_out
-from adaptc.checkpoints.peft_write import save
-from adaptc.checkpoints.records import AdapterRecord, assign
+from adaptc.checkpoints.module_adapters import save_and_read
+from adaptc.checkpoints.records import AdapterRecord
 from adaptc.compiler.folding import fold, prove_fold
 from adaptc.compiler.genai_artifact import write_genai
 from adaptc.compiler.output_paths import output_paths
@@ -41,7 +37,7 @@ from adaptc.emit.onnx.adapter_file import write_adapter
 from adaptc.emit.onnx.provenance import embed
 from adaptc.emit.staging import Staging
 from adaptc.emit.torch import PROGRAM, ROWS, load_torch, program_of, rows_of, save_torch
-from adaptc.errors import AdaptcError, ProofError, RefusedError
+from adaptc.errors import AdaptcError, RefusedError
 from adaptc.ir.interpreter import Run
 from adaptc.ir.module import META
 from adaptc.ir.switched import SwitchedModule
@@ -320,14 +316,8 @@ def _save_checkpoint(program: Program, inserted: Sequence[AdapterRecord], direct
     """
     records, values = compacted(inserted, program.tensors())
     heads = {name: program.base.weights[name].load() for record in records for name in record.heads}
-    save(records, heads | values, directory, program.base_record)
-    model, notes = pretrained(program.base.source.model), list[str]()
-    for path, members in zip(directories(directory), group(records), strict=True):
-        for name, value in assign(read(path), members).items():
-            if not torch.equal(value, values[name].to("cpu", value.dtype)):
-                raise ProofError(f"{name} was not read back as it was written")
-        notes += left_out(path, [m for member in members for m in member.modules], model)
-    return notes
+    model = pretrained(program.base.source.model)
+    return save_and_read(records, heads | values, directory, program.base_record, model)
 
 
 def _huggingface(program: Program, entry: HfEmit, staging: Staging, final: Path) -> Artifact:

@@ -239,6 +239,8 @@ class Compiled:
     def load_adapter(self, directory: str | Path, ignore: Sequence[str] = ()) -> None:
         """Replace the adapters' weights by those of a checkpoint.
 
+        A warning says what was read otherwise than it is written, such as names of an earlier transformers.
+
         Args:
             directory: the checkpoint.
             ignore: options of its configuration to read it without, as in an entry of a spec.
@@ -246,4 +248,5 @@ class Compiled:
         Raises:
             WeightError: it does not fit what was inserted.
         """
-        self.program.load_adapter(Path(directory), ignore)
+        for note in self.program.load_adapter(Path(directory), ignore):
+            warnings.warn(note, stacklevel=2)

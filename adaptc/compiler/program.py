@@ -171,21 +171,26 @@ class Program:
         self.proofs.keep(rows.prove()[0])
         return rows_graph(rows.graph, self.base_record)
 
-    def load_adapter(self, directory: Path, ignore: Sequence[str] = ()) -> None:
+    def load_adapter(self, directory: Path, ignore: Sequence[str] = ()) -> tuple[str, ...]:
         """Replace the adapters' weights by those of a checkpoint, in the module and in the adapted graph.
 
         Args:
             directory: the checkpoint.
             ignore: options of its configuration to read it without.
 
+        Returns:
+            How it was read, for the person.
+
         Raises:
             WeightError: it does not fit what was inserted.
         """
         module = self.module
         model = pretrained(self.graph.source.model)
-        for name, value in load_adapter_into(module, directory, ignore, model).items():
+        loaded = load_adapter_into(module, directory, ignore, model)
+        for name, value in loaded.values.items():
             stored = Deferred(tuple(value.shape), self.graph.weights[name].dtype, value.detach)
             self.graph.weights[name] = following(module, name, stored)
+        return loaded.notes
 
     def trainable_graph(self) -> Graph:
         """The factored graph in both modes, with the adapters as they stand."""

@@ -11,6 +11,8 @@ import torch
 from torch import fx
 
 from adaptc.checkpoints.graph_records import records_of
+from adaptc.checkpoints.module_adapters import MODEL
+from adaptc.checkpoints.recorded_model import record_of
 from adaptc.checkpoints.records import as_json
 from adaptc.compiler.adapter_weights import put_weight
 from adaptc.compiler.follow_training import FollowTraining
@@ -20,6 +22,7 @@ from adaptc.ir.nodes import get_tensor
 from adaptc.progress.steps import step
 from adaptc.rewriter.pipeline import run
 from adaptc.tracing.export import export, output_class
+from adaptc.tracing.huggingface_module import pretrained
 from adaptc.weights import Deferred, Weight
 
 LOG = logging.getLogger(__name__)
@@ -49,8 +52,9 @@ def module_record(graph: Graph, base: dict[str, str]) -> dict[str, Any]:
     Returns:
         `inputs`, `outputs` and `output_class`; `names` (each tensor -> the first name of the same tensor),
         `buffers`, `transient` and `trainable` names; `adapters` as records, `heads`, whether it is `quantized`,
-        and `base`.
+        `base`, and `model` where that is one of transformers.
     """
+    model = pretrained(graph.source.model)
     return {
         "inputs": [spec.to_json() for spec in graph.inputs],
         "outputs": list(graph.outputs),
@@ -63,6 +67,7 @@ def module_record(graph: Graph, base: dict[str, str]) -> dict[str, Any]:
         "heads": sorted(graph.heads),
         "quantized": bool(graph.quantized),
         "base": base,
+        **({MODEL: record_of(model)} if model is not None else {}),
     }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -182,17 +183,23 @@ def test_names_of_transformers_4(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", each(["vit", "llava", "gpt-neox", "mixtral", "olmoe"]))
 def test_an_adapter_that_is_loaded_later(name: str, tmp_path: Path) -> None:
-    """`load_adapter` reads the same names: into a module with another adapter of the same shapes."""
+    """`load_adapter` reads the same names and says so, with what is compiled and with the module alone, written too."""
     base = base_of(name, tmp_path / "base")
     merged = adapter_of(name, base, tmp_path / "adapter")
     result = compiled(name, base, tmp_path / "adapter")
-    with torch.no_grad():
-        for parameter in result.module.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.25)
-    differs(run(result.module, name), run(model_at(name, merged), name))
-    result.load_adapter(tmp_path / "adapter")
-    close(run(result.module, name), run(model_at(name, merged), name))
+    want = run(model_at(name, merged), name)
+    result.emit("torch", tmp_path / "module")
+    alone = adaptc.load(tmp_path / "module")
+    loaders = {result.module: result.load_adapter, alone: partial(adaptc.load_adapter, alone)}
+    for module, load_adapter in loaders.items():
+        with torch.no_grad():
+            for parameter in module.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.25)
+        differs(run(module, name), want)
+        with pytest.warns(UserWarning, match="this transformers|earlier transformers"):
+            load_adapter(tmp_path / "adapter")
+        close(run(module, name), want)
 
 
 @pytest.mark.slow
