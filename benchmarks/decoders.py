@@ -1,18 +1,26 @@
 """Decoders that are timed: a prompt taken whole, then one token behind a past of that length, again and again.
 
-`python -m benchmarks.decoders FILE SHARED` prints the peak of resident memory of a process that runs one, in bytes.
+`python -m benchmarks.decoders KIND PATH THREADS` times one in a process of its own and prints a JSON document: where
+programs share a process, one that is opened later may lie better in memory, which is worth a tenth.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
+import subprocess
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+PASTS, PROMPTS = (128, 1024), (128, 512)
+STEPS, PREFILLS = 15, 2
 CAPACITY = 1200
 """Tokens that fit in a shared buffer."""
 WORDS = 1000
@@ -148,15 +156,60 @@ class TorchDecoder:
         self._length += new
 
 
+@dataclass(frozen=True)
+class Timed:
+    """What one decoder took.
+
+    Attributes:
+        seconds: of a token behind each of `PASTS`, and of each of `PROMPTS`: medians.
+        peak: bytes of resident memory that the process had, at most, after the prompts.
+    """
+
+    seconds: list[float]
+    peak: int
+
+
+def timed(kind: str, path: Path, threads: int) -> Timed:
+    """Time a decoder in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.decoders", kind, str(path), str(threads)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return Timed(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def opened(kind: str, path: Path, threads: int) -> Decoder:
+    """A decoder of a kind: `onnx`, `shared` (past and present are one buffer), `torch` or `compiled`."""
+    if kind in ("onnx", "shared"):
+        return OnnxDecoder(path, kind == "shared", threads)
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(threads)
+    return TorchDecoder(AutoModelForCausalLM.from_pretrained(path).eval(), kind == "compiled")
+
+
 def main() -> None:
-    """Run one ONNX program, a prompt and some tokens, and print the peak of memory."""
-    path, shared = sys.argv[1:]
-    decoder = OnnxDecoder(Path(path), shared == "True")
-    decoder.prefill(512)
-    for _ in range(8):
-        decoder.step()
+    """Time one decoder; on one thread by the time of the processor, so that other work counts little."""
+    kind, path, threads = sys.argv[1:]
+    decoder = opened(kind, Path(path), int(threads))
+    clock = time.process_time if threads == "1" else time.perf_counter
+    prompts = [_median(partial(decoder.prefill, length), PREFILLS, clock) for length in PROMPTS]
     lines = Path("/proc/self/status").read_text().splitlines()
-    print(1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1]))
+    peak = 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+    steps: list[float] = []
+    for past in PASTS:
+        decoder.prefill(past)
+        steps.append(_median(decoder.step, STEPS, clock))
+    print(json.dumps(asdict(Timed([*steps, *prompts], peak))))
+
+
+def _median(call: Callable[[], None], times: int, clock: Callable[[], float]) -> float:
+    """The median time of a call, without that of the first."""
+    taken: list[float] = []
+    for _ in range(times + 1):
+        start = clock()
+        call()
+        taken.append(clock() - start)
+    return statistics.median(taken[1:])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Decoding with a cache, one run: ours beside the builder's program, a plain export of PEFT's merge, and torch.
 
-On one thread the time is that of the processor, so that other work on the machine counts little.
+Each program is timed in processes of its own, in turn with the others.
 """
 
 from __future__ import annotations
@@ -8,11 +8,7 @@ from __future__ import annotations
 import random
 import shutil
 import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +16,13 @@ import torch
 
 import adaptc
 from benchmarks.builder import build, write_tokenizer
-from benchmarks.decoders import Decoder, OnnxDecoder, TorchDecoder
+from benchmarks.decoders import PASTS, PROMPTS, Timed, timed
 from benchmarks.large import written
 from benchmarks.llama import HALF_BILLION, HUNDRED_MILLION, Shape
 from benchmarks.process import quiet
 
-PASTS, PROMPTS = (128, 1024), (128, 512)
-STEPS, PREFILLS = 11, 3
-"""Of each order in which the programs are opened: one that is opened later may lie better in memory, worth a tenth."""
+ROUNDS = 2
+"""How often each program is opened and timed."""
 BLOCK = 32
 """Columns of a weight that share a scale, the builder's default."""
 TARGET = ["all-linear", "lm_head"]
@@ -44,13 +39,9 @@ def decoding(shape: Shape = HUNDRED_MILLION) -> None:
         write_tokenizer(Path(__file__).read_text(), 600, work / "base")
         merged = _merged(work)
         programs = {bits: _programs(work, merged, bits) for bits in ("float32", "int4")}
-        peaks = {
-            bits: {name: _peak(path, shared) for name, (path, shared) in some.items()}
-            for bits, some in programs.items()
-        }
         for threads in (1, 2):
             for bits, some in programs.items():
-                _table(shape, bits, threads, some, peaks[bits], merged)
+                _table(shape, bits, threads, some)
         shutil.rmtree(merged)
 
 
@@ -72,8 +63,8 @@ def _merged(work: Path) -> Path:
     return folder
 
 
-def _programs(work: Path, merged: Path, bits: str) -> dict[str, tuple[Path, bool]]:
-    """Name -> file, and whether past and present are one buffer in it."""
+def _programs(work: Path, merged: Path, bits: str) -> dict[str, tuple[str, Path]]:
+    """Name -> the kind of decoder (see `opened`), and its file or folder."""
     spec: dict[str, Any] = {
         "base": {"model": str(work / "base"), "task": "causal-lm"},
         "adapt": [{"adapter": str(work / "adapter")}],
@@ -82,19 +73,22 @@ def _programs(work: Path, merged: Path, bits: str) -> dict[str, tuple[Path, bool
         quantize = {"method": "int4", "target": TARGET, "block_size": BLOCK, "symmetric": True}
         spec |= {"quantize": [quantize], "passes": ["insert", "fold", "quantize"]}
     compiled = adaptc.compile(spec)
-    programs: dict[str, tuple[Path, bool]] = {}
+    programs: dict[str, tuple[str, Path]] = {}
     for attention in ("plain", "standard", "gqa"):
         path = work / f"{bits}-{attention}.onnx"
         compiled.emit("onnx", path, adapters="folded", cache=True, attention=attention)
-        programs[f"adaptc, attention: {attention}"] = path, False
+        programs[f"adaptc, attention: {attention}"] = "onnx", path
     compiled.emit("genai", work / f"{bits}-genai")
-    programs["adaptc, genai (one buffer)"] = work / f"{bits}-genai" / "model.onnx", True
+    programs["adaptc, genai (one buffer)"] = "shared", work / f"{bits}-genai" / "model.onnx"
     del compiled
     more: dict[str, object] = {"block_size": BLOCK} if bits == "int4" else {}
     precision = "int4" if bits == "int4" else "fp32"
-    programs["builder (one buffer)"] = build(merged, work / f"{bits}-builder", precision, **more), True
+    built = build(merged, work / f"{bits}-builder", precision, **more)
+    programs["builder (one buffer)"] = "shared", built
     if bits == "float32":
-        programs["PEFT's merge, exported with transformers' cache"] = _exported(merged, work), False
+        programs["PEFT's merge, exported with transformers' cache"] = "onnx", _exported(merged, work)
+        programs["torch, static cache"] = "torch", merged
+        programs["torch, static cache, compiled"] = "compiled", merged
     return programs
 
 
@@ -151,89 +145,32 @@ def _exported(merged: Path, work: Path) -> Path:
     return path
 
 
-def _table(
-    shape: Shape,
-    bits: str,
-    threads: int,
-    programs: Mapping[str, tuple[Path, bool]],
-    peaks: Mapping[str, int],
-    merged: Path,
-) -> None:
-    timings = [
-        _times(
-            programs if order else dict(reversed(programs.items())),
-            threads,
-            merged if bits == "float32" else None,
-        )
-        for order in (1, 0)
-    ]
-    columns = [
-        {name: statistics.mean([t[i][name] for t in timings]) for name in timings[0][i]} for i in range(4)
-    ]
+def _table(shape: Shape, bits: str, threads: int, programs: Mapping[str, tuple[str, Path]]) -> None:
+    rounds = {name: list[Timed]() for name in programs}
+    for _ in range(ROUNDS):
+        for name in random.sample(list(programs), len(programs)):
+            rounds[name].append(timed(*programs[name], threads))
+    seconds = {
+        name: [statistics.median(column) for column in zip(*(r.seconds for r in results), strict=True)]
+        for name, results in rounds.items()
+    }
+    peaks = {name: statistics.median(r.peak for r in results) for name, results in rounds.items()}
+    sizes = {name: _size(path) for name, (_, path) in programs.items() if path.is_file()}
     heads = [*(f"a token, past {past}" for past in PASTS), *(f"prompt of {length}" for length in PROMPTS)]
-    millions = shape.nbytes / 4e6
     print(
-        f"\n| {millions:.0f} M, {bits}, LoRA r 16, threads: {threads}; over `{PLAIN}` | {' | '.join(heads)} | "
-        "peak memory | files |\n|---|---|---|---|---|---|---|"
+        f"\n| {shape.nbytes / 4e6:.0f} M, {bits}, LoRA r 16, threads: {threads}; over `{PLAIN}` | "
+        f"{' | '.join(heads)} | peak memory | files |\n|---|---|---|---|---|---|---|"
     )
-    for name in columns[0]:
-        ratios = [f"{times[name] / times[PLAIN]:.2f}" for times in columns]
-        memory, files = "", ""
-        if name in programs:
-            memory = f"{peaks[name] / peaks[PLAIN]:.2f}"
-            files = f"{_size(programs[name][0]) / _size(programs[PLAIN][0]):.2f}"
-        print(f"| {name} | {' | '.join(ratios)} | {memory} | {files} |", flush=True)
-    absolute = [f"{1e3 * times[PLAIN]:.1f} ms" for times in columns]
+    for name, times in seconds.items():
+        ratios = [f"{mine / plain:.2f}" for mine, plain in zip(times, seconds[PLAIN], strict=True)]
+        files = f"{sizes[name] / sizes[PLAIN]:.2f}" if name in sizes else ""
+        print(f"| {name} | {' | '.join(ratios)} | {peaks[name] / peaks[PLAIN]:.2f} | {files} |", flush=True)
+    absolute = [f"{1e3 * value:.1f} ms" for value in seconds[PLAIN]]
     print(
         f"| `{PLAIN}` itself | {' | '.join(absolute)} | {peaks[PLAIN] / 1e6:.0f} MB | "
-        f"{_size(programs[PLAIN][0]) / 1e6:.0f} MB |",
+        f"{sizes[PLAIN] / 1e6:.0f} MB |",
         flush=True,
     )
-
-
-def _times(
-    programs: Mapping[str, tuple[Path, bool]], threads: int, merged: Path | None
-) -> list[dict[str, float]]:
-    """The median times of a token behind each past, and of each prompt; torch's too, of a merged model."""
-    from transformers import AutoModelForCausalLM
-
-    decoders: dict[str, Decoder] = {
-        name: OnnxDecoder(path, shared, threads) for name, (path, shared) in programs.items()
-    }
-    if merged is not None:
-        torch.set_num_threads(threads)
-        model: Any = AutoModelForCausalLM.from_pretrained(merged).eval()
-        decoders["torch, static cache"] = TorchDecoder(model, compiled=False)
-        decoders["torch, static cache, compiled"] = TorchDecoder(model, compiled=True)
-    clock = time.process_time if threads == 1 else time.perf_counter
-    times: list[dict[str, float]] = []
-    for past in PASTS:
-        for decoder in decoders.values():
-            decoder.prefill(past)
-        times.append(_medians({name: decoder.step for name, decoder in decoders.items()}, STEPS, clock))
-    for length in PROMPTS:
-        calls = {name: partial(decoder.prefill, length) for name, decoder in decoders.items()}
-        times.append(_medians(calls, PREFILLS, clock))
-    return times
-
-
-def _medians(
-    calls: Mapping[str, Callable[[], None]], rounds: int, clock: Callable[[], float]
-) -> dict[str, float]:
-    times = {name: list[float]() for name in calls}
-    for number in range(rounds + 1):
-        for name in random.sample(list(calls), len(calls)):
-            start = clock()
-            calls[name]()
-            if number > 0:
-                times[name].append(clock() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def _peak(path: Path, shared: bool) -> int:
-    """Bytes that a process needs which takes a prompt of 512 tokens and some tokens more."""
-    command = [sys.executable, "-m", "benchmarks.decoders", str(path), str(shared)]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def _size(path: Path) -> int:
