@@ -17,7 +17,7 @@ from adaptc.quantization.scheme import SCHEMES
 from adaptc.rewriter.pipeline import PASSES
 
 DOCS = Path(__file__).parents[2] / "docs"
-GUIDES = [*sorted(DOCS.glob("writing-a-*.md")), DOCS / "adapters.md"]
+GUIDES = [*sorted(DOCS.glob("writing-a-*.md")), DOCS / "adapters.md", DOCS / "heads.md"]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
