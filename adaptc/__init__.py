@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from adaptc.ir.graph import Graph as Graph
     from adaptc.ir.module import bind as bind
     from adaptc.methods.activation import ActivationMethod as ActivationMethod
+    from adaptc.methods.head import HeadMethod as HeadMethod
     from adaptc.methods.method import WeightMethod as WeightMethod
     from adaptc.methods.method import method as method
     from adaptc.methods.param import Param as Param
@@ -51,6 +52,7 @@ __all__ = [
     "DefinitionError",
     "Fault",
     "Graph",
+    "HeadMethod",
     "InputMethod",
     "Param",
     "Pass",
@@ -102,6 +104,7 @@ _HOMES = {
     "WeightMethod": "adaptc.methods.method",
     "ActivationMethod": "adaptc.methods.activation",
     "AttentionMethod": "adaptc.methods.virtual_tokens",
+    "HeadMethod": "adaptc.methods.head",
     "InputMethod": "adaptc.methods.virtual_tokens",
     "AdaptcError": "adaptc.errors",
     "DefinitionError": "adaptc.errors",

@@ -14,6 +14,7 @@ from adaptc.compiler.artifacts import emit_all
 from adaptc.compiler.folding import fold, prove_fold
 from adaptc.compiler.output_paths import output_paths
 from adaptc.compiler.plan_report import PlanReport
+from adaptc.compiler.plan_texts import filled
 from adaptc.compiler.program import Program
 from adaptc.compiler.proof import Proof
 from adaptc.compiler.proofs import check_gradients
@@ -191,6 +192,17 @@ class Compiled:
             AdaptcError: the cache is of another trunk or of other data.
         """
         return make_trunk(self.program, batches, Path(cache))
+
+    def filled(self, rows: Sequence[str | Mapping[str, str]]) -> dict[str, torch.Tensor]:
+        """The model's inputs for texts in the template of its head, such as that of a cloze.
+
+        Args:
+            rows: a text for the slot `{text}`, or a text for each slot by its name.
+
+        Raises:
+            AdaptcError: no head has a template, a slot is missing, or a row is so long that its mask is cut off.
+        """
+        return filled(self.graph, rows)
 
     def check_gradients(self) -> None:
         """Check with random inputs and adapters that every trained parameter gets a gradient.

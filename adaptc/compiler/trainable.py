@@ -64,7 +64,7 @@ def module_record(graph: Graph, base: dict[str, str]) -> dict[str, Any]:
         "transient": sorted(graph.transient),
         "trainable": graph.adapter_names,
         "adapters": as_json(records_of(graph)),
-        "heads": sorted(graph.heads),
+        "heads": sorted(graph.output_heads),
         "quantized": bool(graph.quantized),
         "base": base,
         **({MODEL: record_of(model)} if model is not None else {}),

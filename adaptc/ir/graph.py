@@ -171,7 +171,7 @@ class Graph:
 
     @cached_property
     def _points(self) -> tuple[AnyPoint, ...]:
-        heads = find_heads(list(self.nodes), self.inputs, self.outputs, self.heads, self.sites)
+        heads = find_heads(list(self.nodes), self.inputs, self.outputs, self.output_heads, self.sites)
         return (*find_points(self.nodes, self.sites), *heads)
 
     @property

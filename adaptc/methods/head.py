@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from pydantic import Field
 
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Output = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$", description="the name of what the head gives")]
+
+GAP = "{mask}"
+"""Where the mask token is in a template."""
 
 
 class HeadMethod(Method[HeadSite]):
@@ -33,11 +36,27 @@ class HeadMethod(Method[HeadSite]):
     identity_at_init = False
     dropout: float = 0.0
     output: str = "logits"
+    template: str = ""
+    """The text that a row becomes, with slots in braces and the mask; "" for a method that takes texts as they are."""
 
     @property
     def token(self) -> int | None:
         """The number of the tokens that it reads in place of all real ones; None for these."""
         return None
+
+    @property
+    def texts(self) -> bool:
+        """Whether it names words that a tokenizer must turn into numbers first."""
+        return False
+
+    def tokenized(self, number_of: Callable[[str], int], mask: int) -> Self:
+        """The method with numbers in place of its words.
+
+        Args:
+            number_of: gives the number of a word that is one token.
+            mask: the number of the mask token.
+        """
+        return self
 
     def pooled(self, h: Tensor, m: Tensor, *_: Any, **theta: Any) -> Tensor:
         """What the head reads, in h's dtype: `(batch, d)`, or `(batch, tokens, d)` of a head for each token."""

@@ -62,11 +62,18 @@ def proxy_tuned(base: Base, tuned: Base, untuned: Base, alpha: float) -> Base:
         model=_join(base, parts, alpha),
         find=find,
         files=tuple(file for each in (base, tuned, untuned) for file in each.files),
-        heads=base.heads | {f"{name}.{head}" for name, part in parts.items() for head in part.heads},
+        heads=_heads(base, parts),
         packed={**base.packed, **packed},
         notes=[*base.notes, *(f"{name}: {note}" for name, part in parts.items() for note in part.notes)],
         beside=(TUNED, UNTUNED),
     )
+
+
+def _heads(base: Base, parts: Mapping[str, Base]) -> frozenset[str] | None:
+    """The output heads of all three; None where nobody says which the base's are."""
+    if base.heads is None:
+        return None
+    return base.heads | {f"{name}.{head}" for name, part in parts.items() for head in part.heads or ()}
 
 
 def _join(base: Base, parts: Mapping[str, Base], alpha: float) -> nn.Module:

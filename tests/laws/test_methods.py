@@ -49,7 +49,7 @@ FIRST = ("lora",)
 def one(method: str) -> str:
     """The base that stands for all."""
     kinds = METHODS[method].kinds
-    return "llama" if kinds <= {"embedding", "input"} else "bert" if "parameter" in kinds else "block"
+    return "llama" if kinds <= {"embedding", "input", "head"} else "bert" if "parameter" in kinds else "block"
 
 
 def quick(method: str, name: str) -> bool:

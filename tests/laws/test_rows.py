@@ -11,8 +11,10 @@ import torch
 from adaptc.compiler.compiled import Compiled
 from adaptc.compiler.rows_graph import merged_rows
 from adaptc.emit.onnx.runtime import open_session, session_call
+from adaptc.errors import AdaptcError
 from adaptc.ir.module import bind
 from adaptc.ir.row_calls import IDS
+from adaptc.methods.head import HeadMethod
 from adaptc.methods.method import METHODS
 from adaptc.weights import Held
 from tests.families import Zoo, close, differs, entry, inputs, outputs, perturbed
@@ -30,7 +32,7 @@ def marked() -> list[Any]:
 def one(method: str) -> str:
     """The base that stands for all."""
     kinds = METHODS[method].kinds
-    return "llama" if kinds <= {"embedding", "input"} else "bert" if "parameter" in kinds else "block"
+    return "llama" if kinds <= {"embedding", "input", "head"} else "bert" if "parameter" in kinds else "block"
 
 
 def alternatives(zoo: Zoo, method: str, name: str) -> Compiled:
@@ -65,7 +67,32 @@ def alone(
         ]
 
 
-@pytest.mark.parametrize("method", marked())
+def same_outputs() -> list[Any]:
+    """The methods whose alternatives have the base's outputs; a head has one of its own."""
+    return [m for m in marked() if not issubclass(METHODS[getattr(m, "values", (m,))[0]], HeadMethod)]
+
+
+@pytest.mark.slow
+def test_rows_of_heads_have_the_outputs_of_the_base(zoo: Zoo) -> None:
+    heads = {
+        "one": [{"method": "probe", "classes": 5, "target": "classifier"}],
+        "two": [{"method": "probe", "classes": 2, "target": "classifier"}],
+    }
+    compiled = zoo.compiled("bert", [], adapters=heads)
+    others = [other.graph for other in compiled.program.alternatives.values()]
+    module = bind(merged_rows(compiled.graph, others)).eval()
+    ids, batch = torch.tensor([1, -1, 0]), inputs("bert", 3)
+    want = alone(compiled, ids, batch)
+    with torch.no_grad():
+        got = module(**batch, **{IDS: ids})["logits"]
+    for row, expected in zip(got, want, strict=True):
+        close(row[: expected["logits"].shape[1]], expected["logits"][0])
+    rewards = zoo.compiled("bert", [], adapters={"reward": [{"method": "reward"}]})
+    with pytest.raises(AdaptcError, match="reward gives rewards, and the base logits"):
+        rewards.program.by_row()
+
+
+@pytest.mark.parametrize("method", same_outputs())
 def test_each_row_gets_what_its_adapter_alone_gives(zoo: Zoo, method: str, tmp_path: Path) -> None:
     name = one(method)
     compiled = alternatives(zoo, method, name)

@@ -43,7 +43,7 @@ def one(method: str) -> str:
     kinds = METHODS[method].kinds
     return (
         "llama"
-        if kinds <= {"embedding", "input", "attention"}
+        if kinds <= {"embedding", "input", "attention", "head"}
         else "bert"
         if "parameter" in kinds
         else "block"

@@ -145,7 +145,7 @@ def _same_sizes(features: fx.Node, mask: fx.Node) -> bool:
 
 
 def _real(graph: Graph, site: HeadSite, token: int | None, h: fx.Node) -> fx.Node:
-    """Which tokens a head reads `(batch, tokens)`: those of a number, or the real ones; without a mask all."""
+    """Which tokens a head reads `(batch, tokens)`: those of a number, or the real ones; all without a mask."""
     if token is not None:
         return graph.call(aten.eq.Scalar, graph.by_name()[site.ids], token, like=h)
     if site.mask:

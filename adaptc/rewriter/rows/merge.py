@@ -47,8 +47,9 @@ class MergeRows(Pass):
         """There are rows, and every alternative has the outputs that the base has."""
         rows = rows_of(graph)
         refusals = [rows] if isinstance(rows, Refusal) else []
-        for name, other in zip(self.names, self.others, strict=True):
+        for other in self.others:
             if other.outputs != graph.outputs:
+                name = other.adaptations[-1].adapter
                 given, wanted = (", ".join(g.outputs) for g in (other, graph))
                 reason = (
                     f"{name} gives {given}, and the base {wanted}: rows of one batch have the same outputs"
