@@ -90,6 +90,7 @@ LAYERS = (
     ("emit",),
     ("generation",),
     ("compiler",),
+    ("products",),
     ("training",),
     ("cli",),
     ("__init__", "__main__"),

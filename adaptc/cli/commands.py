@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from adaptc.cli.output import print_json, show_described, show_rows
+from adaptc.cli.product_commands import bench, run
 from adaptc.cli.verbosity import CommandLine, Quiet, Verbose, is_quiet, set_verbosity
 
 app = CommandLine(
@@ -204,6 +205,10 @@ def generate(
     sys.stdout.write("\n")
     sys.stdout.flush()
     sys.stderr.write(summary(result) + "\n")
+
+
+app.command()(run)
+app.command()(bench)
 
 
 @app.command()
