@@ -37,6 +37,11 @@ if TYPE_CHECKING:
     from adaptc.methods.param import Param as Param
     from adaptc.methods.virtual_tokens import AttentionMethod as AttentionMethod
     from adaptc.methods.virtual_tokens import InputMethod as InputMethod
+    from adaptc.products.bench import Bench as Bench
+    from adaptc.products.bench import bench as bench
+    from adaptc.products.prediction import Prediction as Prediction
+    from adaptc.products.predictor import Predictor as Predictor
+    from adaptc.products.predictor import predict as predict
     from adaptc.quantization.scheme import scheme as scheme
     from adaptc.rewriter.pipeline import Pass as Pass
     from adaptc.rewriter.pipeline import graph_pass as graph_pass
@@ -48,6 +53,7 @@ __all__ = [
     "ActivationMethod",
     "AdaptcError",
     "AttentionMethod",
+    "Bench",
     "Compiled",
     "DefinitionError",
     "Fault",
@@ -56,6 +62,8 @@ __all__ = [
     "InputMethod",
     "Param",
     "Pass",
+    "Prediction",
+    "Predictor",
     "ProofError",
     "RefusedError",
     "Spec",
@@ -63,6 +71,7 @@ __all__ = [
     "TrainingStep",
     "WeightMethod",
     "__version__",
+    "bench",
     "bind",
     "combine",
     "compile",
@@ -75,6 +84,7 @@ __all__ = [
     "method",
     "parameter_groups",
     "passes",
+    "predict",
     "run",
     "save_adapter",
     "scheme",
@@ -96,6 +106,11 @@ _HOMES = {
     "TrainingStep": "adaptc.training",
     "parameter_groups": "adaptc.training",
     "load_adapter": "adaptc.compiler.api",
+    "Bench": "adaptc.products.bench",
+    "bench": "adaptc.products.bench",
+    "Prediction": "adaptc.products.prediction",
+    "Predictor": "adaptc.products.predictor",
+    "predict": "adaptc.products.predictor",
     "Pass": "adaptc.rewriter.pipeline",
     "graph_pass": "adaptc.rewriter.pipeline",
     "Param": "adaptc.methods.param",

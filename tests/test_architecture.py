@@ -91,6 +91,7 @@ LAYERS = (
     ("emit",),
     ("generation",),
     ("compiler",),
+    ("products",),
     ("training", "losses"),
     ("cli",),
     ("__init__", "__main__"),

@@ -11,6 +11,7 @@ import typer
 from adaptc.cli.adapter_commands import combine, convert, diff, extract
 from adaptc.cli.application import Json, Plugins, Sets, SpecPath, app, load_plugins
 from adaptc.cli.output import print_json, show_described, show_rows
+from adaptc.cli.product_commands import bench, run
 from adaptc.cli.verbosity import is_quiet
 
 
@@ -208,7 +209,7 @@ def _method_names(typed: str) -> list[str]:
     return [name for name in METHODS if name.startswith(typed)]
 
 
-for command in (combine, convert, extract, diff):
+for command in (run, bench, combine, convert, extract, diff):
     app.command()(command)
 
 

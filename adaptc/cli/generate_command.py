@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +11,7 @@ from adaptc.emit.genai.files import CONFIG
 from adaptc.errors import AdaptcError, Problem, SpecError
 from adaptc.generation.settings import Decoder, Settings
 from adaptc.generation.stop import Stop
+from adaptc.products.memory import peak_memory
 
 ADVICE = "adaptc generate takes a directory of `{format: genai}`, or a file of `{format: onnx, cache: true}`"
 
@@ -97,12 +96,6 @@ def summary(result: dict[str, Any]) -> str:
         f"peak memory {result['peak_memory_bytes'] / 1e6:.0f} MB, "
         f"{f'drawn: {how}' if search['do_sample'] else 'the likeliest tokens'}"
     )
-
-
-def peak_memory() -> int:
-    """The most memory that this process has held, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _decoder(path: Path, tokenizer: str | None, adapter: Path | None) -> Decoder:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from adaptc.checkpoints import adapter as checkpoint
 from adaptc.emit.manifest import MANIFEST, is_unmodified
-from adaptc.errors import AdaptcError, Problem, ProofError, SpecError
+from adaptc.errors import Problem, ProofError, SpecError
+from adaptc.products.listing import from_metadata, listed
 from adaptc.weights import read_safetensors, sha256_of_files
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def inspect(path: Path) -> list[dict[str, Any]]:
         SpecError: the path holds none of these.
         WeightError: a file there is broken.
     """
-    artifacts = _listed(path) or _from_metadata(path)
+    artifacts = listed(path) or from_metadata(path)
     if artifacts is not None:
         return _rows(_described(artifacts))
     together = checkpoint.saved_together(path).values()
@@ -68,10 +69,10 @@ def verify(path: Path) -> list[dict[str, Any]]:
         ProofError: a file was changed, or the artifact computes something else.
     """
     folder = path if path.is_dir() else path.parent
-    artifacts = _listed(path)
+    artifacts = listed(path)
     if artifacts is not None and not is_unmodified(folder / MANIFEST):
         raise ProofError(f"{folder / MANIFEST}: changed since it was written (its own SHA-256 differs)")
-    artifacts = artifacts or _from_metadata(path)
+    artifacts = artifacts or from_metadata(path)
     if artifacts is None:
         raise _unlisted(path)
     rows: list[dict[str, Any]] = []
@@ -152,35 +153,6 @@ def _finite(folder: Path, artifact: Mapping[str, Any]) -> str:
             if not torch.isfinite(tensor).all():
                 raise ProofError(f"{file}: {key} contains NaN or infinity (non-finite)")
     return "every tensor is finite"
-
-
-def _listed(path: Path) -> dict[str, Any] | None:
-    """The manifest's entries of the artifacts at a path, by name: all of a folder's, or a file's own; None without."""
-    file = (path if path.is_dir() else path.parent) / MANIFEST
-    if not path.exists() or not file.is_file():
-        return None
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-        earlier = {"provenance": manifest}  # of versions that told it once for all artifacts
-        artifacts: dict[str, Any] = {name: earlier | entry for name, entry in manifest["products"].items()}
-        written_by_adaptc = bool(artifacts) and "adaptc" in manifest["versions"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise AdaptcError(f"{file}: broken, or not written by adaptc ({error!r})") from None
-    if not written_by_adaptc:
-        raise AdaptcError(f"{file}: not written by adaptc")
-    if path.is_dir():
-        return artifacts
-    return {path.name: artifacts[path.name]} if path.name in artifacts else None
-
-
-def _from_metadata(path: Path) -> dict[str, Any] | None:
-    """The entry in the metadata of a program that no manifest lists, such as a copy, by its name; None without."""
-    if path.suffix != ".onnx" or not path.is_file():
-        return None
-    from adaptc.emit.onnx.provenance import embedded
-
-    record = embedded(path)
-    return None if record is None else {path.name: record}
 
 
 def _unlisted(path: Path) -> SpecError:

@@ -84,6 +84,12 @@ class OnnxDecoder:
             if token in ends:
                 return
 
+    def next_scores(self, tokens: Sequence[int]) -> torch.Tensor:
+        """The logits of the token that follows a prompt: (vocabulary,), float32."""
+        text, encoded = self._begin(tokens)
+        outputs = self._run(text, 0, self.signature.empty(1), encoded)
+        return outputs[self.signature.results[0]][0, -1].float()
+
     def _begin(self, tokens: Sequence[int]) -> tuple[list[int], dict[str, torch.Tensor]]:
         """The text to continue, and what an encoder gives of the prompt: a decoder beside it begins an answer.
 
@@ -189,12 +195,24 @@ def base_of(path: Path) -> str:
     Raises:
         AdaptcError: the program does not name one that is there.
     """
-    record = embedded(path)
-    base: Mapping[str, Any] = (record or {}).get("provenance", {}).get("spec", {}).get("base") or {}
+    return base_in(embedded(path) or {}, path)
+
+
+def base_in(entry: Mapping[str, Any], path: Path) -> str:
+    """The base that an artifact was compiled from.
+
+    Args:
+        entry: what its manifest, or its metadata, says of it.
+        path: its file or folder.
+
+    Raises:
+        AdaptcError: the entry does not name one that is there.
+    """
+    base: Mapping[str, Any] = entry.get("provenance", {}).get("spec", {}).get("base") or {}
     model: str | None = base.get("model")
-    if record is None or model is None:
+    if model is None:
         raise AdaptcError(f"{path} names no base with a tokenizer", "name one: --tokenizer DIR")
-    folder = path.parent / record["provenance"]["spec_folder"]
+    folder = (path if path.is_dir() else path.parent) / entry["provenance"]["spec_folder"]
     directory = (folder / Path(model).expanduser()).resolve()
     if directory.is_dir():
         return str(directory)

@@ -166,12 +166,15 @@ class Graph:
 
     @property
     def points(self) -> tuple[AnyPoint, ...]:
-        """The sites that are no weight: sub-layers, attentions, inputs and heads of the graph as traced."""
+        """The sites that are no weight: sub-layers, attentions, inputs and heads of the graph as traced.
+
+        A head is one that somebody says is one: of a module of one's own new heads read the outputs.
+        """
         return (self.as_traced or self)._points
 
     @cached_property
     def _points(self) -> tuple[AnyPoint, ...]:
-        heads = find_heads(list(self.nodes), self.inputs, self.outputs, self.output_heads, self.sites)
+        heads = find_heads(list(self.nodes), self.inputs, self.outputs, self.heads or (), self.sites)
         return (*find_points(self.nodes, self.sites), *heads)
 
     @property

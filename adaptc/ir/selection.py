@@ -18,7 +18,7 @@ from adaptc.patterns import layer_of, matches, matches_any, parse_layers, sliced
 from adaptc.quantization.scheme import Scheme
 
 ALL_LINEAR = "all-linear"
-"""The target that means every linear layer but the output heads: a library's own, or else a model's last layer."""
+"""The target that means every linear layer but the output heads: the library's own, or else the last layers."""
 Target = str | Sequence[str] | Mapping[str, Any]
 """A pattern, several, or a mapping: `name`, `type`, `layers`, `op`, `role` (one or several), `node`, `input`."""
 
