@@ -22,7 +22,7 @@ def main() -> None:
     from adaptc.errors import AdaptcError
 
     try:
-        app()
+        app(prog_name="adaptc")
     except AdaptcError as error:
         sys.stderr.write(f"{error}\n")
         sys.exit(error.exit_code)

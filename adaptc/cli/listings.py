@@ -23,6 +23,7 @@ PLACES = {
     "sub-layer": "the outputs of sub-layers",
     "attention": "the keys and values of attentions",
     "input": "the embedded input",
+    "head": "the output head, or an output",
 }
 """Kind of site -> where that is, in words."""
 ORDERED = tuple(PLACES)
