@@ -43,14 +43,23 @@ def cases(names: Sequence[str] = ()) -> Iterator[Case]:
     Args:
         names: of the operations; all if empty.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from torch.testing._internal.common_methods_invocations import op_db
-    for info in op_db:
-        name = ".".join(part for part in (info.name, info.variant_test_name) if part)
+    for name, info in _database():
         if not names or name in names:
             for number, sample in enumerate(_chosen(info)):
                 yield Case(name, number, info.op, ((sample.input, *sample.args), dict(sample.kwargs)))
+
+
+def operation_names() -> list[str]:
+    """Every operation of torch's database."""
+    return list(dict.fromkeys(name for name, _ in _database()))
+
+
+def _database() -> list[tuple[str, Any]]:
+    """The entries of torch's database with the names of their operations."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from torch.testing._internal.common_methods_invocations import op_db
+    return [(".".join(part for part in (info.name, info.variant_test_name) if part), info) for info in op_db]
 
 
 def _chosen(info: Any) -> list[Any]:

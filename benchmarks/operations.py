@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import logging
 import multiprocessing
@@ -128,6 +129,24 @@ def judged(case: Setting, path: Path) -> str:
     return "right" if error <= max([BOUND, *rounding]) else f"wrong: by {error:.0e}"
 
 
+def once_each(names: Sequence[str]) -> Iterator[Outcome]:
+    """One outcome of every operation: its first call that PyTorch runs with a dynamic axis, else one of fixed sizes.
+
+    Args:
+        names: of the operations.
+
+    Returns:
+        An operation that PyTorch runs in no way has none.
+    """
+    left = list(names)
+    for kind, number in itertools.product(("dynamic", "fixed"), (0, 1)):
+        chosen = (case for case in cases(tuple(left)) if case.number == number) if left else ()
+        for outcome in outcomes(chosen, beside=False, kinds=(kind,)):
+            if outcome.adaptc:
+                left.remove(outcome.name)
+                yield outcome
+
+
 def _in_child(case: Case, kind: str, covered: set[str], beside: bool, queue: Any) -> None:
     """Put the outcome of a case, and before it what it is until the case is exported."""
     warnings.simplefilter("ignore")
@@ -141,7 +160,11 @@ def _in_child(case: Case, kind: str, covered: set[str], beside: bool, queue: Any
 
 
 def outcomes(
-    chosen: Iterable[Case], workers: int = 2, done: Sequence[Outcome] = (), beside: bool = True
+    chosen: Iterable[Case],
+    workers: int = 2,
+    done: Sequence[Outcome] = (),
+    beside: bool = True,
+    kinds: Sequence[str] = KINDS,
 ) -> Iterator[Outcome]:
     """Run cases in processes of their own, which may crash or hang.
 
@@ -150,6 +173,7 @@ def outcomes(
         workers: the number of processes at a time.
         done: outcomes of an earlier run, which are not given again.
         beside: run torch's exporter alone too where adaptc is right.
+        kinds: the ways to run each case, some of `KINDS`.
     """
     context: Any = multiprocessing.get_context("fork")
     keys, covered = {earlier.key for earlier in done}, {name for earlier in done for name in earlier.core}
@@ -172,7 +196,7 @@ def outcomes(
             time.sleep(0.01)
 
     for case in chosen:
-        for kind in KINDS:
+        for kind in kinds:
             unknown = Outcome(case.name, case.number, kind, unusable="it ends the process, or takes too long")
             if unknown.key in keys:
                 continue

@@ -31,6 +31,7 @@ def _traced_once(traces: Traces) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("adaptc.tracing.trace.export", traces.export)
         patch.setattr("adaptc.compiler.trainable.export", traces.export)
+        patch.setattr("adaptc.compiler.program.base_of_both_modes", traces.base_of_both_modes)
         yield
 
 

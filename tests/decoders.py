@@ -14,20 +14,24 @@ WORDS, WIDTH, HEADS, LONGEST = 50, 24, 2, 128
 
 
 class Decoder(nn.Module):
-    """Two layers of attention that subclasses mask in their own way.
+    """Layers of attention that subclasses mask in their own way.
 
     Args:
         mix: called with the hidden values before each attention: what else happens to the tokens.
+        depth: how many layers.
     """
 
     def __init__(
-        self, mix: Callable[[Any, torch.Tensor], torch.Tensor] = lambda _, x: x, **layers: nn.Module
+        self,
+        mix: Callable[[Any, torch.Tensor], torch.Tensor] = lambda _, x: x,
+        depth: int = 2,
+        **layers: nn.Module,
     ) -> None:
         super().__init__()
         self.embed, self.mix = nn.Embedding(WORDS, WIDTH), mix
         self.place = nn.Embedding(LONGEST, WIDTH)
-        self.packed = nn.ModuleList(nn.Linear(WIDTH, 3 * WIDTH) for _ in range(2))
-        self.out = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+        self.packed = nn.ModuleList(nn.Linear(WIDTH, 3 * WIDTH) for _ in range(depth))
+        self.out = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(depth))
         self.head = nn.Linear(WIDTH, WORDS)
         for name, layer in layers.items():
             self.add_module(name, layer)
@@ -200,11 +204,11 @@ def convolution() -> nn.Module:
     def mix(model: Any, x: torch.Tensor) -> torch.Tensor:
         return F.pad(model.filter(x.transpose(1, 2)), (0, 0)).transpose(1, 2)
 
-    return Decoder(mix, filter=nn.Conv1d(WIDTH, WIDTH, 3, padding=1))
+    return Decoder(mix, 1, filter=nn.Conv1d(WIDTH, WIDTH, 3, padding=1))
 
 
 def mixed(mix: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], nn.Module]:
-    return lambda: Decoder(lambda _, x: mix(x))
+    return lambda: Decoder(lambda _, x: mix(x), 1)
 
 
 MIXES_TOKENS: dict[str, tuple[Callable[[], nn.Module], str]] = {

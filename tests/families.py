@@ -200,6 +200,8 @@ DECODERS = ("llama", "gpt2", "qwen3", "mistral", "gemma2", "mixtral")
 """The families that write texts, and take the position of each token."""
 QUICK = ("llama", "gpt2", "bert", "t5", *PLAIN)
 """The families that stand for all in the quick laws."""
+KEPT = 16
+"""So many compiled models are kept at a time: the laws of one method on one base run after one another."""
 SHAPES = ((2, 7), (1, 5), (4, 1), (1, 1))
 """(batch, sequence) other than traced; the first is padded, among the others are one row and one token."""
 
@@ -433,6 +435,8 @@ class Zoo:
         """A compiled model with a method as initialised; shared, so not to be changed."""
         key = (method, name)
         if key not in self._compiled:
+            for oldest in list(self._compiled)[: 1 - KEPT]:
+                del self._compiled[oldest]
             self._compiled[key] = self.compiled(name, [entry(method, name)])
             _ = self._compiled[key].module
         return self._compiled[key]

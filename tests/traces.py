@@ -9,11 +9,16 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from adaptc.compiler.trainable import base_of_both_modes
 from adaptc.inputs import InputSpec
+from adaptc.ir.graph import Graph
 from adaptc.tracing.export import export
 
 ORIGIN = ("_name_or_path", "name_or_path", "architectures", "quantization_config", "transformers_version")
 """The keys of a configuration, and of a model, that say where it comes from."""
+
+IN_BOTH_MODES = "in_both_modes"
+"""The attribute of a traced graph under which tests keep it as it reads `training`."""
 
 
 class Traces:
@@ -44,6 +49,13 @@ class Traces:
         if self.fresh or key not in self._traces:
             self._traces[key] = export(model, inputs, training)
         return copied(self._traces[key])
+
+    def base_of_both_modes(self, base: Graph) -> Graph:
+        """`adaptc.compiler.trainable.base_of_both_modes`, once for all that is compiled on one traced graph."""
+        held = vars(base)
+        if self.fresh or IN_BOTH_MODES not in held:
+            held[IN_BOTH_MODES] = base_of_both_modes(base)
+        return held[IN_BOTH_MODES]
 
 
 def is_plain(model: nn.Module) -> bool:

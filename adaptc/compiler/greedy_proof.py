@@ -131,7 +131,7 @@ def _generated(
     model: GenaiModel, texts: Sequence[Sequence[int]], together: bool, sounds: torch.Tensor | None
 ) -> dict[str, list[list[int]]]:
     """What follows some texts: way of generating -> the answer to each."""
-    heard = [None if sounds is None else sounds[number, None] for number in range(len(texts))]
+    heard = _heard(sounds, len(texts))
     answers = [model.greedy([text], NEW, sound)[0] for text, sound in zip(texts, heard, strict=True)]
     return {ALONE: answers} | ({TOGETHER: model.greedy(texts, NEW, sounds)} if together else {})
 
@@ -150,6 +150,11 @@ def _sounds(about: tuple[Sequence[int], str, int] | None, count: int) -> torch.T
         return None
     shape, dtype, seed = about
     return torch.randn((count, *shape), generator=seeded(seed, "sound")).to(getattr(torch, dtype))
+
+
+def _heard(sounds: torch.Tensor | None, count: int) -> list[torch.Tensor | None]:
+    """What an encoder hears with each of so many texts: one of the sounds; None where there are none."""
+    return [None if sounds is None else sounds[number, None] for number in range(count)]
 
 
 def generated_again(answers: Mapping[str, Any] | str, directory: Path) -> str:
@@ -210,10 +215,11 @@ def _judged(
 ) -> list[list[_Token]]:
     """Every token of the answers beside the logits of a graph."""
     rows = [[*text, *answer] for text, answer in zip(texts, answers, strict=True)]
-    batches = {str(n): {**_batch(graph, decoder, row)} for n, row in enumerate(rows)}
-    if decoder.encoder is not None and sounds is not None:
-        for label, batch in batches.items():
-            batch[decoder.encoder.features.name] = sounds[int(label), None]
+    heard = _heard(sounds, len(texts))
+    batches = {
+        str(number): _batch(graph, decoder, row, sound=sound)
+        for number, (row, sound) in enumerate(zip(rows, heard, strict=True))
+    }
     logits = _logits(graph, decoder, batches)
     judged: list[list[_Token]] = []
     for number, (text, answer) in enumerate(zip(texts, answers, strict=True)):
@@ -238,17 +244,24 @@ def _logits(graph: Graph, decoder: Served, batches: Mapping[str, Batch]) -> dict
     return outcomes
 
 
-def _batch(graph: Graph, decoder: Served, row: Sequence[int], hidden: Sequence[int] = ()) -> Batch:
-    """One text as the inputs of the graph without a cache; positions count what is not hidden.
+def _batch(
+    graph: Graph,
+    decoder: Served,
+    row: Sequence[int],
+    hidden: Sequence[int] = (),
+    sound: torch.Tensor | None = None,
+) -> Batch:
+    """One text, and what an encoder hears with it, as the inputs of the graph without a cache.
 
-    The program may count positions itself where the graph takes them.
+    Positions count what is not hidden. The program may count them itself where the graph takes them.
     """
     ids = torch.tensor([row])
     seen = torch.ones_like(ids)
     seen[0, list(hidden)] = 0
     values = {IDS: ids, MASK: seen, POSITIONS: (seen.cumsum(1) - 1).clamp(min=0)}
     counted = {spec.name: values[POSITIONS] for spec in graph.inputs if spec.counted}
-    return {**counted, **{name: values[usual] for usual, name in decoder.inputs.items()}}
+    heard = {} if decoder.encoder is None or sound is None else {decoder.encoder.features.name: sound}
+    return {**counted, **heard, **{name: values[usual] for usual, name in decoder.inputs.items()}}
 
 
 def _sure(tokens: Sequence[_Token], allowed: float) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -103,11 +104,17 @@ def cost_of(base: Graph, adapted: Graph, factored: Graph, folded: Graph | None) 
 
 def flops(graph: Graph) -> int:
     """FLOPs of all matrix products and attentions of a graph, for the example sizes."""
-    sizes = example_sizes(graph)
-    return sum(flops_of(node, lambda n: example_shape(n.meta["val"], sizes)) for node in graph.nodes)
+    shape = example_shapes(graph)
+    return sum(flops_of(node, lambda n: shape(n.meta["val"])) for node in graph.nodes)
 
 
-def example_sizes(graph: Graph) -> dict[Any, int]:
+def example_shapes(graph: Graph) -> Callable[[torch.Tensor], list[int]]:
+    """Gives the shape of any value of a graph in the example, in numbers."""
+    number = cache(partial(_number, _example_sizes(graph)))  # the values of a graph have few sizes
+    return lambda value: [number(size_expression(size)) for size in value.shape]
+
+
+def _example_sizes(graph: Graph) -> dict[Any, int]:
     """Symbol of a dynamic size of the inputs -> its number in the example."""
     numbers: dict[Any, int] = {}
     specs = {spec.name: spec for spec in graph.inputs}
@@ -119,17 +126,7 @@ def example_sizes(graph: Graph) -> dict[Any, int]:
     return numbers
 
 
-def example_shape(value: torch.Tensor, sizes: Mapping[object, int]) -> list[int]:
-    """The shape of a value in numbers.
-
-    Args:
-        value: whose sizes may be symbolic.
-        sizes: symbol -> number, see `example_sizes`.
-    """
-
-    def number(size: object) -> int:
-        expression = size_expression(size).subs(sizes)
-        # Symbols that are left depend on values, not on the sizes of the inputs.
-        return int(expression.subs(dict.fromkeys(expression.free_symbols, LENGTH)))
-
-    return [number(size) for size in value.shape]
+def _number(numbers: Mapping[object, int], size: Any) -> int:
+    """A size in the example; symbols that no input gives depend on values, and count as a length."""
+    expression = size.subs(numbers)
+    return int(expression.subs(dict.fromkeys(expression.free_symbols, LENGTH)))

@@ -62,6 +62,13 @@ def _matrix_product(target: Any, values: Sequence[Any]) -> torch.Tensor | None:
     return x.new_empty((*x.shape[:-1], outer))
 
 
+class Uncompiled(fx.GraphModule):
+    """The nodes and tensors of a graph that is rewritten again and again, and run from a module that `bind` makes."""
+
+    def recompile(self) -> Any:
+        """Generate no code, which takes as long as a pass does."""
+
+
 @dataclass(repr=False)
 class Graph:
     """A model as a `torch.fx` graph of ATen operations. Passes rewrite it; weights are read when they are asked for.
@@ -285,7 +292,7 @@ class Graph:
 
     def copy(self) -> Graph:
         """A copy that can be rewritten without touching this graph; the weights are shared."""
-        module = fx.GraphModule(self.module, copy_nodes(self.module.graph))
+        module = Uncompiled(self.module, copy_nodes(self.module.graph))
         for name, value in list(self.module.named_parameters(remove_duplicate=False)):
             set_tensor(module, name, value)
         for name, value in list(self.module.named_buffers(remove_duplicate=False)):
@@ -311,10 +318,9 @@ class Graph:
                 node.meta[ADAPTATION] = revised[node.meta[ADAPTATION]]
 
     def clean(self) -> None:
-        """Drop dead nodes, check the graph's structure and regenerate its code."""
+        """Drop dead nodes, and check the graph's structure."""
         self.module.graph.eliminate_dead_code()
         self.module.graph.lint()
-        self.module.recompile()
 
     @property
     def inserted(self) -> dict[str, Param]:

@@ -86,6 +86,7 @@ def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False
             functions_traced() as backwards,
             restored(model),
             masks_by_broadcasting(),
+            each_operation_new(modes),
             images_together() if any(spec.placeholders for spec in inputs) else nullcontext(),
         ):
             program = for_every_size(model, traced_at, inputs, sizes)
@@ -263,6 +264,24 @@ def output_class(module: fx.GraphModule) -> str:
 def _output_spec(module: fx.GraphModule) -> Any:
     """The pytree spec of a module's outputs."""
     return cast(Any, module.graph)._codegen.pytree_info.out_spec
+
+
+@contextmanager
+def each_operation_new(modes: Sequence[Any]) -> Generator[None]:
+    """Let torch keep no result of an operation within a `with` block, for one that is like it.
+
+    A trace seldom runs the same operation on the same sizes, and keeping a result of symbolic sizes takes longer than
+    running it: without, traces of two layers of Llama take 4.7 s in place of 8.9 s.
+
+    Args:
+        modes: of fake tensors, those that are made in the block: they keep results after it, since passes run the
+            operations of a trace again.
+    """
+    with cast(Any, torch)._dynamo.config.patch(fake_tensor_cache_enabled=False):
+        yield
+    for mode in modes:
+        if mode is not None:
+            mode.cache_enabled = True
 
 
 LOGGERS = (

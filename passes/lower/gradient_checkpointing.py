@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import fx
 
-from adaptc.ir.cost import example_shape, example_sizes
+from adaptc.ir.cost import example_shapes
 from adaptc.ir.graph import Graph
 from adaptc.ir.nodes import ADAPTATION, CUT, memory_owner, writes_in_place
 from adaptc.rewriter.pipeline import Pass, graph_pass
@@ -95,9 +95,9 @@ def _is_weight(node: fx.Node) -> bool:
 
 def _sizes(graph: Graph) -> dict[fx.Node, int]:
     """Operation -> how many numbers its value has, for the example sizes that plans count with; as executed."""
-    symbols = example_sizes(graph)
+    shape = example_shapes(graph)
     return {
-        node: math.prod(example_shape(node.meta["val"], symbols))
+        node: math.prod(shape(node.meta["val"]))
         for node in graph.nodes
         if node.op == "call_function" and isinstance(node.meta.get("val"), torch.Tensor)
     }

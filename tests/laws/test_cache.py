@@ -60,6 +60,22 @@ def traced(model: nn.Module, name: str = "input_ids") -> Graph:
     return trace_base(make_base(load({"inputs": dims}), randomise(model).eval()))
 
 
+QUICK_MIXES = (
+    *(
+        "convolution",
+        "cumsum",
+        "mean",
+        "shift",
+        "first token",
+        "all with all",
+        "mask of the ids",
+        "bidirectional",
+    ),
+    "one ahead",
+)
+"""Those that stand for all in the quick tests: one of each rule."""
+
+
 @pytest.mark.parametrize("name", BY_HAND)
 def test_decoders_written_by_hand(name: str) -> None:
     ids = "tokens" if name == "OtherName" else "input_ids"
@@ -72,7 +88,7 @@ def test_decoders_written_by_hand(name: str) -> None:
         close(chunked(cached, tensors, ids, chunks), want)
 
 
-@pytest.mark.parametrize("name", MIXES_TOKENS)
+@pytest.mark.parametrize("name", marked(MIXES_TOKENS, QUICK_MIXES))
 def test_tokens_that_meet_elsewhere_are_refused_with_node_and_line(name: str) -> None:
     make, says = MIXES_TOKENS[name]
     with pytest.raises(RefusedError) as caught:

@@ -20,6 +20,10 @@ from tests.families import FAMILIES, Zoo, entry, inputs, marked
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
 
+QUICK = ("lora", "ia3", "fourierft", "shira", "bottleneck", "prefix", "prompt")
+"""Methods that stand for all in the quick tests: with constants of their own and without, on every kind of place."""
+
+
 class OneDevice(TorchDispatchMode):
     """No operation finds tensors on two devices, but for single numbers and those that move them."""
 
@@ -45,7 +49,7 @@ def test_a_graph_runs_where_its_weights_are(zoo: Zoo, name: str) -> None:
     assert elsewhere(bind(zoo.graph(name)).eval(), inputs(name)) == {"meta"}
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", marked(sorted(METHODS), QUICK))
 def test_every_method_runs_where_its_weights_are(zoo: Zoo, method: str) -> None:
     for name in ("mlp", "llama", "bert"):
         try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -58,18 +60,25 @@ def quick(method: str, name: str) -> bool:
     return name in QUICK and name != "t5"
 
 
-EVERY = [
-    pytest.param(method, name, id=f"{method}-{name}", marks=[pytest.mark.slow] * (not quick(method, name)))
-    for method in METHODS
-    for name in FAMILIES
-]
-"""Every method on every base."""
-ONCE = [
-    pytest.param(method, name, id=f"{method}-{name}", marks=[pytest.mark.slow] * (name != one(method)))
-    for method in METHODS
-    for name in FAMILIES
-]
-"""The same, quick on one base each: for laws of a method's own, whatever it is on."""
+Pair = tuple[str, str]
+"""A method and a base."""
+
+
+def pairs(quick: Callable[[str, str], bool], bases: Iterable[str] = FAMILIES) -> list[Any]:
+    """Every method on every base, slow where it is not quick; with `by_pair`, all laws run on one after the other."""
+    return [
+        pytest.param((method, name), id=f"{method}-{name}", marks=[pytest.mark.slow] * (not quick(method, name)))
+        for name in bases
+        for method in METHODS
+    ]  # fmt: skip
+
+
+by_pair = partial(pytest.mark.parametrize, "pair", scope="module")
+EVERY = pairs(quick)
+TWINS = ("qwen3", "mistral", "gemma2", "roberta")
+"""Bases with the layers of another one, under the same names: of Llama or BERT."""
+ONCE = pairs(lambda method, name: name == one(method), [name for name in FAMILIES if name not in TWINS])
+"""Every method on each base with layers of its own, quick on one: for laws of a method's own, whatever it is on."""
 
 
 def stays(method: str) -> bool:
@@ -111,16 +120,17 @@ def insert(method: str, name: str, **options: Any) -> Any:
     return load_passes()[f"insert-{method}"](**given)
 
 
-def adapted_graph(zoo: Zoo, method: str, name: str, dtype: str | None = None, **options: Any) -> Graph:
-    """The adapted graph with perturbed adapters."""
-    graph = run(zoo.graph(name, dtype), [insert(method, name, **options)])
+def adapted_graph(zoo: Zoo, method: str, name: str, dtype: str) -> Graph:
+    """The adapted graph in a dtype, with perturbed adapters."""
+    graph = run(zoo.graph(name, dtype), [insert(method, name)])
     values = perturbed({n: graph.weights[n].load() for n in graph.adapter_names})
     graph.weights.update({n: Held(value) for n, value in values.items()})
     return graph
 
 
-@pytest.mark.parametrize(("method", "name"), EVERY)
-def test_starts_as_the_base(zoo: Zoo, method: str, name: str) -> None:
+@by_pair(EVERY)
+def test_starts_as_the_base(zoo: Zoo, pair: Pair) -> None:
+    method, name = pair
     skip_without_site(zoo, method, name)
     if not METHODS[method].identity_at_init:
         pytest.skip(f"{method} says that it starts elsewhere")
@@ -134,11 +144,12 @@ def test_starts_as_the_base(zoo: Zoo, method: str, name: str) -> None:
             close(got[key], want[key])
 
 
-@pytest.mark.parametrize(("method", "name"), EVERY)
-def test_factored_and_folded_equal_the_expression(zoo: Zoo, method: str, name: str) -> None:
+@by_pair(EVERY)
+def test_factored_and_folded_equal_the_expression(zoo: Zoo, pair: Pair) -> None:
+    method, name = pair
     skip_without_site(zoo, method, name)
     base, passes = zoo.graph(name), load_passes()
-    graph = adapted_graph(zoo, method, name)
+    graph = zoo.adapted(method, name).graph
     new = is_head(method)
     factored, folded = run(graph, [passes["factor"]()]), run(graph, [passes["fold"]()])
     if stays(method):
@@ -161,8 +172,9 @@ def test_factored_and_folded_equal_the_expression(zoo: Zoo, method: str, name: s
             differs(want[base.outputs[0]], evaluate(base, tensors)[base.outputs[0]])
 
 
-@pytest.mark.parametrize(("method", "name"), EVERY)
-def test_compiled_module_equals_its_fold(zoo: Zoo, method: str, name: str) -> None:
+@by_pair(EVERY)
+def test_compiled_module_equals_its_fold(zoo: Zoo, pair: Pair) -> None:
+    method, name = pair
     skip_without_site(zoo, method, name)
     compiled = zoo.adapted(method, name)
     folded, module = compiled.fold(), compiled.module.eval()
@@ -180,8 +192,9 @@ def test_compiled_module_equals_its_fold(zoo: Zoo, method: str, name: str) -> No
     assert "fold" in {proof.name for proof in compiled.proofs}
 
 
-@pytest.mark.parametrize(("method", "name"), EVERY)
-def test_only_the_adaptation_trains(zoo: Zoo, method: str, name: str) -> None:
+@by_pair(EVERY)
+def test_only_the_adaptation_trains(zoo: Zoo, pair: Pair) -> None:
+    method, name = pair
     skip_without_site(zoo, method, name)
     compiled = zoo.adapted(method, name)
     module = compiled.module.train()
@@ -198,8 +211,9 @@ def test_only_the_adaptation_trains(zoo: Zoo, method: str, name: str) -> None:
             assert parameter.grad is None, f"{key} is frozen, but gets a gradient"
 
 
-@pytest.mark.parametrize(("method", "name"), EVERY)
-def test_training_lowers_the_loss(zoo: Zoo, method: str, name: str) -> None:
+@by_pair(EVERY)
+def test_training_lowers_the_loss(zoo: Zoo, pair: Pair) -> None:
+    method, name = pair
     skip_without_site(zoo, method, name)
     compiled = zoo.adapted(method, name)
     module = compiled.module.eval()  # without dropout, so that the loss is the same function at each step
@@ -221,8 +235,9 @@ def test_training_lowers_the_loss(zoo: Zoo, method: str, name: str) -> None:
             assert torch.equal(parameter, frozen[n]), n
 
 
-@pytest.mark.parametrize(("method", "name"), ONCE)
-def test_checkpoint_round_trip(zoo: Zoo, method: str, name: str, tmp_path: Path) -> None:
+@by_pair(ONCE)
+def test_checkpoint_round_trip(zoo: Zoo, pair: Pair, tmp_path: Path) -> None:
+    method, name = pair
     skip_without_site(zoo, method, name)
     compiled = zoo.adapted(method, name)
     tensors = inputs(name, 2, 5)
@@ -266,20 +281,22 @@ def test_checkpoint_round_trip(zoo: Zoo, method: str, name: str, tmp_path: Path)
         assert torch.equal(got[key], want[key])
 
 
-@pytest.mark.parametrize(("method", "name"), ONCE)
-def test_initialisation_follows_the_seed(zoo: Zoo, method: str, name: str) -> None:
+@by_pair(ONCE)
+def test_initialisation_follows_the_seed(zoo: Zoo, pair: Pair) -> None:
+    method, name = pair
     skip_without_site(zoo, method, name)
 
-    def initial(seed: int) -> dict[str, torch.Tensor]:
+    def initial(**seed: int) -> dict[str, torch.Tensor]:
         torch.manual_seed(torch.seed() % 2**31)  # the global generator must not matter
-        graph = run(zoo.graph(name), [insert(method, name, seed=seed)])
+        graph = run(zoo.graph(name), [insert(method, name, **seed)])
         return {n: graph.weights[n].load() for n in graph.adapter_names}
 
-    one, same, other = initial(3), initial(3), initial(4)
+    graph = zoo.initial(method, name).graph
+    one, same, other = {n: graph.weights[n].load() for n in graph.adapter_names}, initial(), initial(seed=4)
     assert list(one) == list(same)
     assert all(torch.equal(one[n], same[n]) for n in one)
     drawn = [n for n in one if one[n].numel() > 1 and not torch.equal(one[n], other[n])]
-    params = [p for a in _adaptations(zoo, method, name) for _, p in a.params.values() if p.trained]
+    params = [p for a in graph.adaptations for _, p in a.params.values() if p.trained]
     assert bool(drawn) == any(_draws(param.init) for param in params)
     random = [one[n] for n in drawn]
     for first, second in pairwise(random):
@@ -297,18 +314,11 @@ def _draws(init: Any) -> bool:
     return not torch.equal(before, used.get_state())
 
 
-def _adaptations(zoo: Zoo, method: str, name: str) -> list[Any]:
-    return run(zoo.graph(name), [insert(method, name)]).adaptations
-
-
 NARROW = [
     pytest.param(method, name, dtype, id=f"{method}-{name}-{dtype}", marks=[pytest.mark.slow] * later)
+    for name, dtype in (("gpt2", "float16"), ("llama", "bfloat16"), ("block", "bfloat16"))
     for method in METHODS
-    for name in ("gpt2", "llama", "block")
-    for dtype in ("float16", "bfloat16")
-    for later in [
-        (method, name, dtype) != ("lora", "gpt2", "float16") and (dtype == "float16" or name != one(method))
-    ]
+    for later in [(method, name) != ("lora", "gpt2") and (dtype == "float16" or name != one(method))]
 ]
 
 
@@ -372,18 +382,12 @@ def test_branch_dropout_is_on_the_branch_in_training_only(zoo: Zoo, method: str)
         close(still, outputs(twin.module.eval(), tensors, [key])[key])
 
 
-COMPILED = [
-    pytest.param(
-        method, name, id=f"{method}-{name}",
-        marks=[pytest.mark.slow] * (name != "block" or method not in ("lora", "dora")),
-    )
-    for method in METHODS
-    for name in FAMILIES
-]  # fmt: skip
+COMPILED = pairs(lambda method, name: name == "block" and method in ("lora", "dora"))
 
 
-@pytest.mark.parametrize(("method", "name"), COMPILED)
-def test_torch_compile_takes_the_whole_graph(zoo: Zoo, method: str, name: str) -> None:
+@by_pair(COMPILED)
+def test_torch_compile_takes_the_whole_graph(zoo: Zoo, pair: Pair) -> None:
+    method, name = pair
     skip_without_site(zoo, method, name)
     if method != "lora" and name in HUGGING_FACE:
         pytest.skip("lora stands for the others on these")

@@ -12,9 +12,10 @@ import adaptc
 from adaptc.checkpoints.module_adapters import tensors_of
 from adaptc.methods.method import METHODS, WeightMethod
 from tests.checkpoints.test_round_trip import entry
-from tests.families import perturb
+from tests.families import marked, perturb
 
 ON_WEIGHTS = sorted(name for name, cls in METHODS.items() if issubclass(cls, WeightMethod))
+QUICK = ("lora", *(name for name in ON_WEIGHTS if METHODS[name].replaces))
 INPUTS = {"x": torch.arange(12).reshape(3, 4), "labels": torch.arange(12).reshape(3, 4) % 8}
 
 
@@ -36,7 +37,7 @@ def targeted(name: str) -> str:
     return "lin.weight" if kinds & {"linear", "parameter"} else "emb.weight"
 
 
-@pytest.mark.parametrize("name", ON_WEIGHTS)
+@pytest.mark.parametrize("name", marked(ON_WEIGHTS, QUICK))
 def test_what_replaces_a_weight_does_not_depend_on_it(name: str) -> None:
     torch.manual_seed(0)
     parameter = "lin.bias" if name == "bitfit" else targeted(name)

@@ -30,12 +30,16 @@ SPELLED = (
 """The kinds whose products are each spelled in a way of their own when they are taken apart."""
 EVERYWHERE = ("lora", "dora", "ia3", "full")
 """Methods that are tested on every kind; the others on those above."""
+Pair = tuple[str, str]
+"""A kind and a method."""
 PAIRS = [
-    pytest.param(name, method, id=f"{name}-{method}", marks=[pytest.mark.slow] * (method != "lora"))
+    pytest.param((name, method), id=f"{name}-{method}", marks=[pytest.mark.slow] * (method != "lora"))
     for name, kind in KINDS.items()
     for method in METHODS
     if kind.takes(method) and (method in EVERYWHERE or name in SPELLED)
 ]
+for_each_pair = pytest.mark.parametrize("pair", PAIRS, scope="module")
+"""All laws run on one pair after the other."""
 
 
 @dataclass(frozen=True)
@@ -52,18 +56,20 @@ class Laws(Museums):
 
     def __init__(self) -> None:
         super().__init__()
-        self._sides: dict[tuple[str, str], Sides] = {}
+        self._last: tuple[Pair, Sides] | None = None
 
-    def sides(self, name: str, method: str) -> Sides:
-        if (name, method) not in self._sides:
+    def sides(self, pair: Pair) -> Sides:
+        """What is made of a pair; kept until another one is asked for."""
+        if self._last is None or self._last[0] != pair:
+            name, method = pair
             item = insert(name, method)
             skip_refused(self.graph(name), item)
             graph = run(self.graph(name), [item])
             values = perturbed({n: graph.weights[n].load() for n in graph.adapter_names})
             graph.weights.update({n: Held(value) for n, value in values.items()})
             # However short a sequence is, it is taken apart.
-            self._sides[name, method] = Sides(graph, run(graph, [Factor(tokens=1)]), run(graph, [Fold()]))
-        return self._sides[name, method]
+            self._last = pair, Sides(graph, run(graph, [Factor(tokens=1)]), run(graph, [Fold()]))
+        return self._last[1]
 
 
 @pytest.fixture(scope="module")
@@ -132,9 +138,10 @@ def rewritten(
     return matrix.write(W, torch.stack(each))
 
 
-@pytest.mark.parametrize(("name", "method"), PAIRS)
-def test_inserted_factored_and_folded_are_the_method_by_hand(museums: Laws, name: str, method: str) -> None:
-    base, kind, sides = museums.graph(name), KINDS[name], museums.sides(name, method)
+@for_each_pair
+def test_inserted_factored_and_folded_are_the_method_by_hand(museums: Laws, pair: Pair) -> None:
+    name = pair[0]
+    base, kind, sides = museums.graph(name), KINDS[name], museums.sides(pair)
     assert sides.folded.operations == base.operations
     assert not sides.folded.adapter_names
     want = by_hand(museums.fresh(name), kind, f"kinds.{name}.", sides.adapted)
@@ -152,9 +159,10 @@ def test_inserted_factored_and_folded_are_the_method_by_hand(museums: Laws, name
     differs(expected, plain)
 
 
-@pytest.mark.parametrize(("name", "method"), PAIRS)
-def test_factored_gradients_are_those_of_the_expression(museums: Laws, name: str, method: str) -> None:
-    sides, tensors = museums.sides(name, method), inputs([name], *SHAPES[2], pad=False)
+@for_each_pair
+def test_factored_gradients_are_those_of_the_expression(museums: Laws, pair: Pair) -> None:
+    name = pair[0]
+    sides, tensors = museums.sides(pair), inputs([name], *SHAPES[2], pad=False)
     found = []
     for graph in (sides.adapted, sides.factored):
         module = bind(graph, graph.adapter_names).eval()
@@ -219,12 +227,10 @@ def test_kinds_run_live_in_onnx_runtime(museums: Laws, method: str, tmp_path: Pa
             close(value, want[name])
 
 
-@pytest.mark.parametrize(
-    ("name", "method"),
-    [pytest.param(*p.values, id=p.id, marks=[pytest.mark.slow] * (p.values[1] != "lora")) for p in PAIRS],
-)
-def test_what_is_saved_is_what_is_loaded(museums: Laws, name: str, method: str, tmp_path: Path) -> None:
+@for_each_pair
+def test_what_is_saved_is_what_is_loaded(museums: Laws, pair: Pair, tmp_path: Path) -> None:
     """In PEFT's format where PEFT has this method on this kind, in adaptc's own where it has not."""
+    name, method = pair
     skip_refused(museums.graph(name), insert(name, method))
     compiled = museums.compiled([name], entry(method, [name]))
     perturb(compiled.module)

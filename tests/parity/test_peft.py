@@ -24,7 +24,6 @@ from tests.families import (
     close,
     differs,
     inputs,
-    marked,
     outputs,
     perturb,
     without_cache,
@@ -80,12 +79,21 @@ CASES = {
     "all-linear": Case("LoraConfig", {"r": 4, "target_modules": "all-linear"}, ("llama", "gpt2")),
     "excluded": Case("LoraConfig", {"r": 4, "exclude_modules": r".*\.0\..*"}, ("bert",)),
 }
+ONE = {
+    "rslora": "bert",
+    "patterns": "gpt2",
+    "dora": "llama",
+    "ia3": "gpt2",
+    "layers": "bert",
+    "all-linear": "gpt2",
+}
+"""Case -> the base that stands for its others in the quick tests."""
 PAIRS = [
     pytest.param(
         case,
         name,
         id=f"{case}-{name}",
-        marks=[pytest.mark.slow] * (name not in QUICK or (name == "t5" and case != "lora")),
+        marks=[pytest.mark.slow] * (name not in QUICK or name != ONE.get(case, name)),
     )
     for case in CASES
     for name in CASES[case].bases
@@ -218,8 +226,16 @@ def test_what_is_saved_loads_in_peft(zoo: Zoo, pairs: Any, case: str, name: str,
         assert written.get(key) == known.get(key), key
 
 
-@pytest.mark.parametrize("name", marked(HUGGING_FACE))
-@pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        pytest.param(
+            method, name, marks=[pytest.mark.slow] * (name not in QUICK or name != ONE.get(method, name))
+        )
+        for method in ("lora", "dora", "ia3")
+        for name in HUGGING_FACE
+    ],
+)
 def test_an_adapter_made_here_is_one_peft_makes(zoo: Zoo, name: str, method: str, tmp_path: Path) -> None:
     """The other direction: inserted by adaptc, trained (here: perturbed), opened in PEFT."""
     compiled = zoo.adapted(method, name)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch import fx
 
 from adaptc.ir.example_inputs import example_sizes, example_tensors
 from adaptc.ir.graph import Graph
@@ -28,7 +29,7 @@ class Functional(Pass):
             return False
         examples = example_tensors(graph.inputs, example_sizes(graph.inputs))
         shapes = dynamic_shapes(graph.inputs)
-        module = graph.module.eval()
+        module = fx.GraphModule(graph.module, graph.module.graph).eval()  # that can be run
         with traceable():
             program: Any = torch.export.export(module, (), examples, dynamic_shapes=shapes, strict=False)
             traced = normalise(program.run_decompositions({}).module(check_guards=False))
