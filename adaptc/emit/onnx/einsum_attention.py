@@ -65,7 +65,7 @@ def _letters(node: fx.Node) -> tuple[str, str, str] | None:
 
 
 def _scores(attention: Attention) -> _Product | None:
-    """The product of queries and keys, with the result `(batch, heads, queries, keys)`; None if it is no such einsum."""
+    """The product of queries and keys, `(batch, heads, queries, keys)`; None if it is no such einsum."""
     found = _letters(attention.scores)
     if found is None:
         return None
