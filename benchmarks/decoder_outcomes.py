@@ -111,18 +111,20 @@ def compared(want: Mapping[int, Text], got: Iterable[tuple[int, Text]], note: st
     return Cell(same, tokens, worst, note=note)
 
 
-def write(outcomes: Sequence[Outcome], total: int, lengths: Sequence[int], versions: str) -> None:
-    """Write docs/decoders.md, of the outcomes so far among a total."""
+def write(outcomes: Sequence[Outcome], names: Sequence[str], lengths: Sequence[int], versions: str) -> None:
+    """Write docs/decoders.md, of the outcomes so far of the decoders of these names."""
     lines = ["| decoder | | " + " | ".join(WAYS) + " |", "|" + "---|" * (2 + len(WAYS))]
-    for outcome in outcomes:
+    run = {(outcome.name, outcome.kind): outcome for outcome in outcomes}
+    for name, kind in ((name, kind) for name in names for kind in KINDS):
+        outcome = run.get((name, kind), Outcome(name, kind, crash="not run"))
         cells = [outcome.cells[way].shown if way in outcome.cells else outcome.crash for way in WAYS]
-        lines.append(f"| {outcome.name} | {outcome.kind} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name} | {kind} | " + " | ".join(cells) + " |")
     said = ", ".join(map(str, lengths[:-1])) + f" and {lengths[-1]}"
     text = TEXT.format(
         lengths=said,
         new=NEW,
         count=len(outcomes),
-        all=total,
+        all=len(names) * len(KINDS),
         bound=BOUND,
         versions=versions,
         rows="\n".join(lines),

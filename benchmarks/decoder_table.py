@@ -173,7 +173,7 @@ def main(chosen: Sequence[str]) -> int:
                 print(outcome.name, outcome.kind, outcome.crash or shown, flush=True)
     ordered = [results[name, kind] for name in names() for kind in KINDS if (name, kind) in results]
     if not chosen:
-        write(ordered, len(names()) * len(KINDS), LENGTHS, versions())
+        write(ordered, names(), LENGTHS, versions())
     return 0 if all(outcome.holds for outcome in ordered if not chosen or outcome.name in chosen) else 1
 
 
