@@ -114,11 +114,11 @@ def compared(want: Mapping[int, Text], got: Iterable[tuple[int, Text]], note: st
 def write(outcomes: Sequence[Outcome], names: Sequence[str], lengths: Sequence[int], versions: str) -> None:
     """Write docs/decoders.md, of the outcomes so far of the decoders of these names."""
     lines = ["| decoder | | " + " | ".join(WAYS) + " |", "|" + "---|" * (2 + len(WAYS))]
-    run = {(outcome.name, outcome.kind): outcome for outcome in outcomes}
-    for name, kind in ((name, kind) for name in names for kind in KINDS):
-        outcome = run.get((name, kind), Outcome(name, kind, crash="not run"))
+    for outcome in outcomes:
         cells = [outcome.cells[way].shown if way in outcome.cells else outcome.crash for way in WAYS]
-        lines.append(f"| {name} | {kind} | " + " | ".join(cells) + " |")
+        lines.append(f"| {outcome.name} | {outcome.kind} | " + " | ".join(cells) + " |")
+    run = {(outcome.name, outcome.kind) for outcome in outcomes}
+    left = {name: [kind for kind in KINDS if (name, kind) not in run] for name in names}
     said = ", ".join(map(str, lengths[:-1])) + f" and {lengths[-1]}"
     text = TEXT.format(
         lengths=said,
@@ -128,22 +128,24 @@ def write(outcomes: Sequence[Outcome], names: Sequence[str], lengths: Sequence[i
         bound=BOUND,
         versions=versions,
         rows="\n".join(lines),
-        notes="\n".join(_notes(outcomes)),
+        notes="\n".join(_notes(outcomes, {name: kinds for name, kinds in left.items() if kinds})),
     )
     PAGE.write_text(text)
 
 
-def _notes(outcomes: Sequence[Outcome]) -> list[str]:
-    """What is refused, and what else is to be known, with the cells that each is about."""
+def _notes(outcomes: Sequence[Outcome], left: Mapping[str, Sequence[str]]) -> list[str]:
+    """What is refused, what else is to be known, with the cells that each is about, and what has not been run."""
     refused = _by_words(outcomes, "refused")
     noted = _by_words(outcomes, "note")
-    lines = ["## Refused", "", *(f"- {where}: {words}" for words, where in refused.items())]
+    titles = {
+        "Refused": [f"{where}: {words}" for words, where in refused.items()],
+        "Written otherwise": [f"{where}: {words}" for words, where in noted.items()],
+        "Not run": [f"{name}: {', '.join(kinds)}" for name, kinds in left.items()],
+    }
     return [
-        *lines,
-        "",
-        "## Written otherwise",
-        "",
-        *(f"- {where}: {words}" for words, where in noted.items()),
+        "\n".join([f"## {title}\n", *(f"- {x}" for x in lines), ""])
+        for title, lines in titles.items()
+        if lines
     ]
 
 
