@@ -4,7 +4,7 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 PYTHON3 ?= python3
 
-.PHONY: help demo model docs test test-all compat bench families methods operations types sst2 check package clean
+.PHONY: help demo model docs test test-all compat bench families methods decoders operations types sst2 check package clean
 help:  ## list the commands
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -52,6 +52,9 @@ families: $(READY)  ## every base and method beside PEFT: writes docs/families.m
 
 methods: $(READY)  ## every method on MiniLM beside PEFT: writes docs/methods.md, takes a quarter of an hour
 	$(PYTHON) -m benchmarks.methods
+
+decoders: $(READY)  ## every decoder with a cache beside none and transformers: writes docs/decoders.md, takes an hour and a half
+	$(PYTHON) -m benchmarks.decoder_table
 
 operations: $(READY)  ## every operation of torch beside torch's own exporter: writes docs/operations.md, takes an hour
 	$(PYTHON) -m benchmarks.operations

@@ -13,24 +13,25 @@ from benchmarks.decoder_texts import NEW, Text
 PAGE = Path(__file__).parents[1] / "docs/decoders.md"
 KINDS = ("base", "LoRA folded", "LoRA live", "prefix", "int4")
 """How a decoder is adapted."""
-REFERENCE = "Hugging Face"
-WAYS = (REFERENCE, "torch", "onnx standard", "onnx gqa", "genai")
+WAYS = ("Hugging Face", "torch", "onnx standard", "onnx gqa", "genai")
 """The columns of the table."""
 BOUND = 1e-4
 """The largest error of logits that counts as right, over the largest logit of the text."""
 TEXT = """\
 # Decoders
 
-What a decoder writes with a cache is what it writes without one. Each decoder continues three texts in one batch, of {lengths}
-tokens, and the text of one token alone, {new} tokens each, past the sliding window of those that have one (4 tokens). A cell
-is the largest error of the logits of all steps, over the largest logit, beside the graph without a cache, which is run on the whole
-text for each token; every token is the same, unless the cell says otherwise. *Hugging Face* is that graph beside
-transformers' `generate` on the eager model, with the adapter by PEFT and, of int4, with the values that the bits stand
-for; of a decoder written by hand it is the eager module, token by token. No error may be above {bound:.0e}.
+What a decoder writes with a cache is what it writes without one. Each continues three texts as one batch, of {lengths}
+tokens, and the one of one token by itself, by {new} tokens, which is past the sliding window of those that have one
+(4 tokens). A cell is the largest error of the logits of all steps, over the largest logit of the text, beside the graph
+without a cache, which is run on the whole text for each token, each text alone. Every token is the same, unless the
+cell says otherwise. *Hugging Face* is that graph beside transformers' `generate` on the eager model, with the adapter
+by PEFT and, of int4, with the values that the bits stand for; of a decoder written by hand (`tests/decoders.py`) it is
+the eager module. No error may be above {bound:.0e}.
 
-Two-layer models with random weights, float32; LoRA on every linear layer, a prefix of 3 tokens, int4 with exact products. In torch
-(`compiled.generate`) and `attention: standard` shorter texts are padded in front, in `attention: gqa` and
-onnxruntime-genai behind. Made by `python -m benchmarks.decoder_table` ({versions}).
+Models of two layers with random weights, float32; LoRA on every linear layer, a prefix of 3 tokens, int4 with exact
+products. In torch (`compiled.generate`) and in `attention: standard` shorter texts are padded in front, in
+`attention: gqa` and in onnxruntime-genai behind; an encoder's always behind. {count} of {all} rows have been run. Made
+by `python -m benchmarks.decoder_table` ({versions}).
 
 {rows}
 
@@ -110,35 +111,41 @@ def compared(want: Mapping[int, Text], got: Iterable[tuple[int, Text]], note: st
     return Cell(same, tokens, worst, note=note)
 
 
-def write(outcomes: Sequence[Outcome], lengths: Sequence[int], versions: str) -> None:
-    """Write docs/decoders.md."""
+def write(outcomes: Sequence[Outcome], names: Sequence[str], lengths: Sequence[int], versions: str) -> None:
+    """Write docs/decoders.md, of the outcomes so far of the decoders of these names."""
     lines = ["| decoder | | " + " | ".join(WAYS) + " |", "|" + "---|" * (2 + len(WAYS))]
     for outcome in outcomes:
         cells = [outcome.cells[way].shown if way in outcome.cells else outcome.crash for way in WAYS]
         lines.append(f"| {outcome.name} | {outcome.kind} | " + " | ".join(cells) + " |")
+    run = {(outcome.name, outcome.kind) for outcome in outcomes}
+    left = {name: [kind for kind in KINDS if (name, kind) not in run] for name in names}
     said = ", ".join(map(str, lengths[:-1])) + f" and {lengths[-1]}"
     text = TEXT.format(
         lengths=said,
         new=NEW,
+        count=len(outcomes),
+        all=len(names) * len(KINDS),
         bound=BOUND,
         versions=versions,
         rows="\n".join(lines),
-        notes="\n".join(_notes(outcomes)),
+        notes="\n".join(_notes(outcomes, {name: kinds for name, kinds in left.items() if kinds})),
     )
     PAGE.write_text(text)
 
 
-def _notes(outcomes: Sequence[Outcome]) -> list[str]:
-    """What is refused, and what else is to be known, with the cells that each is about."""
+def _notes(outcomes: Sequence[Outcome], left: Mapping[str, Sequence[str]]) -> list[str]:
+    """What is refused, what else is to be known, with the cells that each is about, and what has not been run."""
     refused = _by_words(outcomes, "refused")
     noted = _by_words(outcomes, "note")
-    lines = ["## Refused", "", *(f"- {where}: {words}" for words, where in refused.items())]
+    titles = {
+        "Refused": [f"{where}: {words}" for words, where in refused.items()],
+        "Written otherwise": [f"{where}: {words}" for words, where in noted.items()],
+        "Not run": [f"{name}: {', '.join(kinds)}" for name, kinds in left.items()],
+    }
     return [
-        *lines,
-        "",
-        "## Written otherwise",
-        "",
-        *(f"- {where}: {words}" for words, where in noted.items()),
+        "\n".join([f"## {title}\n", *(f"- {x}" for x in lines), ""])
+        for title, lines in titles.items()
+        if lines
     ]
 
 

@@ -110,7 +110,7 @@ def with_exporter(case: Setting, folder: Path) -> str:
     return judged(case, path)
 
 
-def _build_once() -> None:
+def build_once() -> None:
     """Let the exporter build its table of forms once, which takes most of its time on a small module."""
     from torch.onnx._internal.exporter import _registration
 
@@ -221,7 +221,7 @@ def main(names: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         module, _ = prepared(next(cases(["add"])), "fixed")
         assert module is not None
-        _build_once()
+        build_once()
         with_adaptc(module, Path(folder))  # so that no process imports everything again
         with_exporter(module, Path(folder))
     if names:

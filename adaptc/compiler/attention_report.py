@@ -15,6 +15,7 @@ from adaptc.ir.graph import Graph
 from adaptc.ir.nodes import provenance, writes_in_place
 from adaptc.rewriter.cache.cache import Cache
 from adaptc.rewriter.cache.cross import Decoder
+from adaptc.rewriter.cache.first_past import Behind, WithoutVirtualTokens, first_past
 from adaptc.rewriter.pipeline import run
 from adaptc.spec.emit import GenaiEmit, OnnxEmit
 from adaptc.spec.spec import Spec
@@ -53,7 +54,9 @@ def _lines(graph: Graph, entry: OnnxEmit) -> Sequence[str]:
     try:
         written = evaluate(graph)
         if entry.cache:
-            written = run(written, [Decoder(), Cache()])
+            first = first_past(written)
+            behind = [Behind(first)] if first else []
+            written = run(written, [WithoutVirtualTokens(), Decoder(), Cache(), *behind])
     except RefusedError as error:
         return [f"it can have no cache: {refusal}" for refusal in error.refusals]
     return _told(written, entry)

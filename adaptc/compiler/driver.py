@@ -10,12 +10,12 @@ from torch import nn
 from adaptc.compiler.alternatives import make_alternatives
 from adaptc.compiler.attention_report import attention_notes
 from adaptc.compiler.base import make_base, trace
+from adaptc.compiler.cache_checks import check_cached, check_virtual_tokens
 from adaptc.compiler.calibration import calibrate
 from adaptc.compiler.changes import comparison
 from adaptc.compiler.compiled import Compiled
 from adaptc.compiler.genai_artifact import check_served
 from adaptc.compiler.maker import ProgramMaker
-from adaptc.compiler.onnx_artifact import check_cached
 from adaptc.compiler.plan import Plan, make_plan
 from adaptc.compiler.plan_report import PlanReport, plan_report
 from adaptc.compiler.program import Program
@@ -110,6 +110,7 @@ def program_from(
     """
     rewritten = rewrite(spec, graph, plan, after, compare)
     check_artifacts(spec, rewritten.adapted, plan.closing)
+    check_virtual_tokens(spec, rewritten.adapted)
     alternatives = make_alternatives(spec, graph, plan, rewritten)
     slots = swap_slots(spec, rewritten.adapted, alternatives)
     rows = rows_notes(spec, rewritten.adapted, [a.rewritten.adapted for a in alternatives.values()])

@@ -40,15 +40,13 @@ from adaptc.emit.staging import Staging
 from adaptc.ir.analysis.longest_text import longest_text
 from adaptc.ir.graph import Graph
 from adaptc.ir.interpreter import Batches, Run
-from adaptc.ir.nodes import writes_in_place
-from adaptc.rewriter.cache.cache import Cache, tokens_meet
+from adaptc.rewriter.cache.cache import Cache
 from adaptc.rewriter.cache.cross import Decoder, Encoder, crossed
 from adaptc.rewriter.cache.first_past import Behind, WithoutVirtualTokens, first_past
 from adaptc.rewriter.cache.inputs import new_tokens, token_ids
 from adaptc.rewriter.cache.signature import CacheSignature
 from adaptc.rewriter.pipeline import Pass, run
 from adaptc.spec.emit import OnnxEmit
-from adaptc.spec.spec import Spec
 from adaptc.weights import Weight
 
 
@@ -217,23 +215,6 @@ class ExactSession:
             }
             export_onnx(graph, exact, self.entry.opset, exact=True, **options)
             return open_session(exact, shown=self.path, exact=True)
-
-
-def check_cached(spec: Spec, base: Graph) -> None:
-    """Check that a model can have a cache, where the spec asks for one, as far as no weight need be read.
-
-    Of a model that writes into its tensors nothing is said yet.
-
-    Raises:
-        SpecError: it cannot; names the operation.
-    """
-    if any(writes_in_place(node.target) for node in base.nodes):
-        return
-    for index, entry in enumerate(spec.emit):
-        refusals = tokens_meet(base) if isinstance(entry, OnnxEmit) and entry.cache else []
-        if refusals:
-            notes = [note for refused in refusals for note in (refused.reason, *refused.notes)]
-            raise spec.error(("emit", index, "cache"), "this model can have no cache", *notes)
 
 
 def write_onnx(

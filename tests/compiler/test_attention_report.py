@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from adaptc.compiler.driver import plan
+from adaptc.errors import SpecError
 from tests.families import Zoo, entry, perturb
 
 
-def told(zoo: Zoo, name: str, **emit: Any) -> list[str]:
+def told(
+    zoo: Zoo, name: str, method: str = "lora", options: Mapping[str, Any] | None = None, **emit: Any
+) -> list[str]:
     """What the plan says of attention."""
-    spec = {"base": zoo.base_of(name), "adapt": [entry("lora", name)]}
+    spec = {"base": zoo.base_of(name), "adapt": [entry(method, name, **(options or {}))]}
     written = {"format": "onnx", "path": "build/model.onnx", **emit}
     notes = plan(spec | {"emit": [written]})[1].notes
     return [note.removeprefix("emit.0: ") for note in notes if note.startswith("emit.0: ")]
@@ -71,3 +75,30 @@ def test_a_model_that_writes_into_its_tensors_is_told_later(zoo: Zoo) -> None:
     assert told(zoo, "t5", cache=True) == [
         "how attention is computed is told when it is compiled: the model writes into its tensors"
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["prefix", "prompt"])
+def test_why_a_program_with_virtual_tokens_has_another_operation(zoo: Zoo, method: str) -> None:
+    first, *why = told(zoo, "llama", method, cache=True, attention="gqa")
+    assert first == "attention: 2 by Attention"
+    assert len(why) == 2
+    assert (
+        "virtual tokens are in front of its past, and it takes several tokens behind a past of one row"
+        in why[0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("emit", "place"),
+    [({"cache": True}, "emit.0.cache"), ({"format": "genai", "path": "serve"}, "emit.0.format")],
+)
+def test_virtual_tokens_among_real_ones_are_refused_by_the_plan(
+    zoo: Zoo, emit: dict[str, Any], place: str
+) -> None:
+    with pytest.raises(
+        SpecError, match=f"{place}: virtual tokens at given positions stand behind real"
+    ) as caught:
+        told(zoo, "llama", "p-tuning", {"positions": [0, 2, 4]}, **emit)
+    assert "leave `positions` out, or emit without a cache" in str(caught.value)
+    assert told(zoo, "llama", "p-tuning", {"positions": [0, 2, 4]}) == []

@@ -13,13 +13,13 @@ from adaptc.ir.analysis.attention import Attention
 from adaptc.ir.analysis.dataflow import VIEWS, unviewed
 from adaptc.ir.analysis.matrix_products import product_terms
 from adaptc.ir.graph import Graph
-from adaptc.ir.nodes import operation
+from adaptc.ir.nodes import node_arg, operation
 from adaptc.weights import Held
 
 aten = torch.ops.aten
 COPIES = frozenset({"detach", "detach_", "lift_fresh_copy"})
 """Operations between a constant of the code and what reads it."""
-FULL = {"full": 1, "full_like": 1, "scalar_tensor": 0}
+EVERYWHERE: dict[Any, int] = {aten.full.default: 1, aten.full_like.default: 1, aten.scalar_tensor.default: 0}
 """An operation that gives one number everywhere -> the position of that."""
 
 
@@ -54,22 +54,26 @@ class _Product:
 
 
 def _letters(node: fx.Node) -> tuple[str, str, str] | None:
-    """The letters of the operands and the result of an einsum, of four axes each."""
+    """The letters of the operands and the result of an einsum, of four axes each; None where any are repeated."""
     terms = product_terms(node) if operation(node) == "einsum" else None
     if terms is None or len(terms[0]) != 2:
         return None
-    (_, left), (_, right) = terms[0]
-    result = terms[1]
+    ((first, left), (second, right)), result = terms
     plain = all(len(letters) == len(set(letters)) == 4 for letters in (left, right, result))
-    return (left, right, result) if plain else None
+    sizes = dict(zip(left, first.meta["val"].shape, strict=plain))
+    repeated = any(  # an einsum repeats an axis of one
+        isinstance(size, int) and isinstance(sizes.get(letter), int) and size != sizes[letter]
+        for letter, size in zip(right, second.meta["val"].shape, strict=plain)
+    )
+    return (left, right, result) if plain and not repeated else None
 
 
 def _scores(attention: Attention) -> _Product | None:
-    """The product of queries and keys, with the result `(batch, heads, queries, keys)`; None if it is no such einsum."""
-    found = _letters(attention.scores)
-    if found is None:
+    """The product of queries and keys, `(batch, heads, queries, keys)`; None if it is no such einsum."""
+    letters = _letters(attention.scores)
+    if letters is None:
         return None
-    query, key, result = found
+    query, key, result = letters
     batch, heads, rows, columns = result
     inner = set(query) & set(key) - set(result)
     if len(inner) != 1 or rows in key or columns in query:
@@ -80,10 +84,10 @@ def _scores(attention: Attention) -> _Product | None:
 
 def _mixed(attention: Attention) -> _Product | None:
     """The product of shares `(batch, heads, queries, keys)` and values; None if it is no such einsum."""
-    found = _letters(attention.mixed)
-    if found is None:
+    letters = _letters(attention.mixed)
+    if letters is None:
         return None
-    shares, value, result = found
+    shares, value, result = letters
     batch, heads, rows, summed = shares
     columns = set(value) - set(shares)
     if len(columns) != 1 or summed in result or rows in value:
@@ -120,7 +124,7 @@ def _ordered(graph: Graph, node: fx.Node, order: Sequence[int]) -> fx.Node:
     if operation(node) == "permute":
         axes: Any = node.args[1]
         if [axes[axis] for axis in order] == [0, 1, 2, 3]:
-            return node.args[0]  # type: ignore[return-value]
+            return node_arg(node, 0)
     for pair in ((1, 2), (2, 3)):
         if list(order) == [pair[::-1][pair.index(a)] if a in pair else a for a in range(4)]:
             return graph.call(aten.transpose.int, node, *pair, like=node)
@@ -129,14 +133,14 @@ def _ordered(graph: Graph, node: fx.Node, order: Sequence[int]) -> fx.Node:
 
 def _choices(attention: Attention) -> list[fx.Node]:
     """The choices between the scores and something else, in front of the softmax."""
-    found: list[fx.Node] = []
+    choices: list[fx.Node] = []
     node: Any = attention.softmax.args[0]
     while isinstance(node, fx.Node) and node is not attention.scores and node.op == "call_function":
         chosen = operation(node) == "where"
-        found += [node] * chosen
+        choices += [node] * chosen
         among: Sequence[Any] = node.args[1:] if chosen else node.args[:1]
         node = next((n for n in among if isinstance(n, fx.Node) and n.meta["val"].dim() == 4), None)
-    return found
+    return choices
 
 
 def _put_masked_fill(graph: Graph, node: fx.Node) -> bool:
@@ -147,10 +151,8 @@ def _put_masked_fill(graph: Graph, node: fx.Node) -> bool:
         return False
     where_false = numbers[1] is not None
     scores: Any = first if where_false else second
-    if (str(scores.meta["val"].shape), scores.meta["val"].dtype) != (
-        str(node.meta["val"].shape),
-        node.meta["val"].dtype,
-    ):
+    before, value = scores.meta["val"], node.meta["val"]
+    if str(before.shape) != str(value.shape) or before.dtype != value.dtype:
         return False
     with graph.module.graph.inserting_before(node):
         hides = graph.call(aten.logical_not.default, condition, like=node) if where_false else condition
@@ -168,5 +170,5 @@ def _number(graph: Graph, value: Any) -> float | None:
     if source.op == "get_attr":
         weight = graph.weights.get(str(source.target))
         return float(weight.load()) if isinstance(weight, Held) and not weight.shape else None
-    number = source.args[FULL[operation(source)]] if operation(source) in FULL else None
+    number = source.args[EVERYWHERE[source.target]] if source.target in EVERYWHERE else None
     return float(number) if isinstance(number, (int, float)) else None

@@ -11,7 +11,15 @@ from torch import fx
 
 from adaptc.emit.onnx.probes import Probes
 from adaptc.emit.onnx.rotary import Rotated, rotated
-from adaptc.emit.onnx.standard_attention import Keys, drop_unread, full_mask, give, read_keys, unlike_standard
+from adaptc.emit.onnx.standard_attention import (
+    Keys,
+    behind_virtual_tokens,
+    drop_unread,
+    full_mask,
+    give,
+    read_keys,
+    unlike_standard,
+)
 from adaptc.ir.analysis.attention import Attention, find_attentions, keys_of, values_of
 from adaptc.ir.analysis.dataflow import walk
 from adaptc.ir.graph import Graph
@@ -60,6 +68,8 @@ def unlike_grouped(attention: Attention) -> str | None:
     key, value = _keys(attention)
     size, others = attention.query.meta["val"].shape[-1], attention.value.meta["val"].shape[-1]
     if key.past is None or value.past is None:
+        if behind_virtual_tokens(keys_of(attention)):
+            return "virtual tokens are in front of its past, and it takes several tokens behind a past of one row only"
         return "its keys are not those of the past and the new tokens alone"
     if size != others or size % 8:
         return f"the size of a head is {size}, and {others} of the values; a multiple of 8 is needed"

@@ -11,7 +11,7 @@ from torch import fx
 
 from adaptc.ir.analysis.attention import SAME, Attention, Tokens, find_attentions, keys_of, values_of
 from adaptc.ir.graph import Graph
-from adaptc.ir.nodes import RESHAPES, arguments_by_name, operation, size_expression
+from adaptc.ir.nodes import RESHAPES, arguments_by_name, list_arg, operation, size_expression
 from adaptc.rewriter.pipeline import Pass
 
 aten = torch.ops.aten
@@ -99,6 +99,17 @@ def read_keys(attention: Attention, tokens: Tokens | None, direct: fx.Node) -> K
     if len(parts) == 2 and parts[0].op == "placeholder" and _read_by(node, attention.mixed):
         return Keys(parts[1], parts[0], node)
     return Keys(node)
+
+
+def behind_virtual_tokens(tokens: Tokens | None) -> bool:
+    """Whether others stand in front of the keys or values of the past."""
+    joined = _joined(tokens.node) if tokens is not None else []
+    return any(part.op == "placeholder" for later in joined[1:] for part in (later, *_joined(later)))
+
+
+def _joined(node: fx.Node) -> list[fx.Node]:
+    """The values that a node joins."""
+    return list_arg(node, 0) if operation(node) == "cat" else []
 
 
 def _read_by(node: fx.Node, attention: fx.Node) -> bool:
