@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import adaptc
+from adaptc.methods.head import HeadMethod
 from adaptc.methods.method import METHODS
 from adaptc.spec.spec import load
 
@@ -62,8 +63,9 @@ ENTRIES: dict[str, dict[str, Any]] = {
 
 
 def known() -> list[str]:
-    """The methods that come with adaptc, in alphabetical order."""
-    return sorted(n for n, cls in METHODS.items() if cls.__module__.startswith("adaptc."))
+    """The methods that come with adaptc, in alphabetical order, but heads: a classifier has one here."""
+    shipped = {n: cls for n, cls in METHODS.items() if cls.__module__.startswith("adaptc.")}
+    return sorted(n for n, cls in shipped.items() if not issubclass(cls, HeadMethod))
 
 
 def entry_of(method: str) -> dict[str, Any]:

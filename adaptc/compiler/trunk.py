@@ -207,7 +207,14 @@ def _sha256(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def _digest(program: Program, trunk: Graph) -> str:
-    """SHA-256 of a trunk: of its operations, of the base's weights, and of how the spec quantizes them."""
+    """SHA-256 of a trunk: of its operations, the base's weights, the spec's quantization, and what is not the base's.
+
+    The last are tensors of adapters that no gradient changes, such as VeRA's, and buffers, which training changes.
+    """
     spec = program.spec.source.data
-    parts = [trunk.text(), program.base_sha256, repr(spec.get("quantize")), repr(spec.get("seed"))]
+    bits = {tensor for leaf in trunk.quantized.values() for tensor in leaf.tensors.values()}
+    names = {n for n in trunk.weights if n in program.graph.inserted or n in trunk.buffers} - bits
+    others = sha256_of_tensors((name, trunk.weights[name]) for name in names)
+    parts = [trunk.text(), program.base_sha256, others]
+    parts += [repr(spec.get(key)) for key in ("quantize", "budget", "calibration", "seed")]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -38,7 +38,7 @@ def save(directory: Path, mask: str | None = "[MASK]") -> tuple[Path, Any]:
 def compiled(path: Path, **options: Any) -> adaptc.Compiled:
     cloze = {"method": "cloze", "verbalizer": {"negative": ["bad"], "positive": ["good", "great"]}, **options}
     lora = {"method": "lora", "r": 2, "target": "*.query", "name": "lora"}
-    return adaptc.compile({"base": {"model": str(path), "task": "fill-mask"}, "adapt": [cloze, lora]})
+    return adaptc.compile({"base": {"model": str(path), "task": "masked-lm"}, "adapt": [cloze, lora]})
 
 
 def test_a_class_is_what_its_words_get_at_the_mask(tmp_path: Path) -> None:
