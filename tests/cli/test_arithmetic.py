@@ -22,7 +22,7 @@ from torch import nn
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
-        self.query, self.norm, self.value = nn.Linear(16, 12), nn.LayerNorm(12), nn.Linear(12, 16, bias=False)
+        self.query, self.norm, self.value = nn.Linear(16, 12), nn.LayerNorm(12), nn.Linear(12, 16)
 
     def forward(self, x):
         return self.value(torch.tanh(self.norm(self.query(x))))
@@ -50,7 +50,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for seed in (0, 1):
         (path / f"base{seed}.yaml").write_text(BASE.format(seed=seed))
     sys.path.insert(0, str(path))
-    for name, entry in {"a": "{method: lora, r: 3, target: '*'}", "b": "{method: ia3, target: '*'}"}.items():
+    for name, entry in {
+        "a": "{method: lora, r: 3, target: '*'}",
+        "b": "{method: ia3, target: '*', feedforward: value}",
+    }.items():
         compiled = adaptc.compile(path / "base0.yaml", overrides=[f"adapt=[{entry}]"])
         perturb(compiled.module)
         compiled.save_adapter(path / name)
@@ -79,6 +82,7 @@ def test_a_combination_of_two_methods_is_written(folder: Path) -> None:
         weights(folder, *({"adapter": str(folder / name)} for name in names))
         for names in ([], ["a"], ["b"], ["ab"])
     )
+    torch.testing.assert_close(both["value.bias"], base["value.bias"])
     for name in ("query.weight", "query.bias", "value.weight"):
         want = base[name] - 0.5 * (a[name] - base[name]) + 2 * (b[name] - base[name])
         differs(want, base[name])
@@ -102,7 +106,7 @@ def test_what_is_between_two_models_is_extracted(folder: Path) -> None:
     )
     assert made.code == 0, made.err
     assert made.json["ranks"] == {"query": 5, "value": 5}
-    assert set(made.json["whole"]) == {"query.bias", "norm.weight", "norm.bias"}
+    assert set(made.json["whole"]) == {"query.bias", "norm.weight", "norm.bias", "value.bias"}
     base, tuned = weights(folder), weights(folder, seed=1)
     got = weights(folder, {"adapter": str(folder / "between")})
     for name in made.json["whole"]:
