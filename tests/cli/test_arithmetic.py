@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     sys.path.insert(0, str(path))
     for name, entry in {
         "a": "{method: lora, r: 3, target: '*'}",
-        "b": "{method: ia3, target: '*', feedforward: value}",
+        "b": "{method: ia3, target: '*', feedforward: [value]}",
     }.items():
         compiled = adaptc.compile(path / "base0.yaml", overrides=[f"adapt=[{entry}]"])
         perturb(compiled.module)
