@@ -9,7 +9,6 @@ from typing import Any
 
 from adaptc.spec.yaml_text import flow, is_list, is_mapping
 
-
 NAMING = frozenset({"method", "adapter", "name", "format", "path"})
 """The keys of an entry that its name is made of."""
 

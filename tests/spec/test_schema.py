@@ -47,9 +47,10 @@ def test_it_names_itself() -> None:
 
 
 def test_entries_are_told_apart_by_method() -> None:
-    methods, adapter = schema()["properties"]["adapt"]["items"]["anyOf"]
+    methods, adapter, combination = schema()["properties"]["adapt"]["items"]["anyOf"]
     assert set(methods["discriminator"]["mapping"]) == set(METHODS)
     assert adapter == {"$ref": "#/$defs/AdapterEntry"}
+    assert combination == {"$ref": "#/$defs/CombineEntry"}
     assert definition("LoraEntry")["properties"]["method"]["const"] == "lora"
 
 
