@@ -20,17 +20,17 @@ from torch import nn
 
 
 class Net(nn.Module):
-    def __init__(self):
+    def __init__(self, width):
         super().__init__()
-        self.query, self.norm, self.value = nn.Linear(16, 12), nn.LayerNorm(12), nn.Linear(12, 16)
+        self.query, self.norm, self.value = nn.Linear(16, width), nn.LayerNorm(width), nn.Linear(width, 16)
 
     def forward(self, x):
         return self.value(torch.tanh(self.norm(self.query(x))))
 
 
-def build(seed=0):
+def build(seed=0, width=12):
     generator = torch.Generator().manual_seed(seed)
-    model = Net()
+    model = Net(width)
     for parameter in model.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator)
     return model
@@ -173,3 +173,16 @@ def test_an_adapter_of_another_base_is_told_with_both_hashes(folder: Path) -> No
     assert (
         f"this adapter was trained on another base: its own has SHA-256 {base}, this one {other}" in made.err
     )
+
+
+def test_models_that_cannot_be_compared_are_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    Path("narrow.yaml").write_text(BASE.format(seed="0, width: 10"))
+    made = run("extract", "base0.yaml", "narrow.yaml", "--r", 2, "-o", "refused")
+    assert made.code == 1
+    assert (
+        "narrow.yaml is of another shape than its base: query.weight is [10, 16], expected [12, 16]"
+        in made.err
+    )
+    same = run("extract", "base0.yaml", "base0.yaml", "--r", 2, "-o", "refused")
+    assert "base0.yaml has the same weights as base0.yaml: there is nothing to extract" in same.err
