@@ -46,8 +46,9 @@ Changes = Mapping[Use, Change]
 
 
 def places(base: Graph) -> dict[Use, WeightSite]:
-    """The first use of every weight -> its site in a traced graph."""
-    return {site.uses[0]: site for site in base.sites}
+    """Every use of a weight -> its site in a traced graph; where another module reads it too, that of its owner."""
+    foreign = {use: site for site in base.sites for use in site.foreign}
+    return foreign | {use: site for site in base.sites for use in site.uses}
 
 
 def changes_of(base: Graph, adapted: Graph) -> dict[Use, Change]:

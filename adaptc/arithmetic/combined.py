@@ -83,7 +83,7 @@ class Combined:
         layers: its matrices, in the order of the model.
         wholes: what it holds whole.
         seed: of the random numbers that the rule draws.
-        tied: it changes tied tensors under all their names.
+        on_alias: what its parts do about tensors that are used elsewhere too.
         origins: what it was made of.
     """
 
@@ -93,7 +93,7 @@ class Combined:
     layers: Sequence[Layer]
     wholes: Sequence[Whole]
     seed: int
-    tied: bool
+    on_alias: OnAlias
     origins: Sequence[Origin] = ()
 
     def inserts(self, adapter: str, entry: int, on_alias: OnAlias) -> list[Insert[Any, Any]]:
@@ -102,12 +102,12 @@ class Combined:
         Args:
             adapter: its name.
             entry: the number of the spec's entry that it comes from.
-            on_alias: as `Insert.on_alias`, unless it changes tied tensors under all their names.
+            on_alias: as `Insert.on_alias`, where its parts refuse.
         """
         shared: dict[str, Any] = {
             "adapter": adapter,
             "entry": entry,
-            "on_alias": "share" if self.tied else on_alias,
+            "on_alias": on_alias if self.on_alias == "refuse" else self.on_alias,
             "trained": True,
         }
         whole, inserts = _whole_method(), list[Insert[Any, Any]]()
@@ -132,18 +132,19 @@ class Combined:
     def _whole_targets(self) -> tuple[list[str], list[str]]:
         """Targets of what is held whole: layers whose bias goes with their product; modules, or single tensors.
 
-        PEFT saves modules whole. A single tensor is held of a module that has a product too.
+        PEFT saves the biases of all layers that have a product, or of none; and modules whole. A single tensor is held
+        of a module that has a product too.
         """
-        products = {layer.site.module for layer in self.layers}
-        biases: dict[str, None] = {}
+        products = dict.fromkeys(layer.site.module for layer in self.layers)
+        biases = False
         others: dict[str, None] = {}
         for site in (whole.site for whole in self.wholes):
             beside = site.module in products or any(name.startswith(f"{site.module}.") for name in products)
             if site.module in products and site.leaf == "bias":
-                biases[literal(site.module)] = None
+                biases = True
             else:
                 others[literal(site.name if beside or not site.module else site.module)] = None
-        return list(biases), list(others)
+        return [literal(module) for module in products] if biases else [], list(others)
 
     def starts(self) -> dict[str, dict[str, Weight]]:
         """Pattern of a site -> argument of the method's expression -> tensor, in the shape that checkpoints store."""
@@ -239,8 +240,8 @@ def combined(
         for use in uses
         if use not in on_matrix
     ]
-    tied = any(a.on_alias == "share" for part in parts for a in part.adapted.adaptations)
-    return Combined(base, merge, cls, layers, wholes, seed, tied)
+    stated = [a.on_alias for part in parts for a in part.adapted.adaptations if a.on_alias != "refuse"]
+    return Combined(base, merge, cls, layers, wholes, seed, stated[0] if stated else "refuse")
 
 
 def _whole(parts: Sequence[Part], use: Use) -> bool:

@@ -39,7 +39,7 @@ class Merge:
         dtype: torch.dtype,
         generator: torch.Generator,
     ) -> torch.Tensor:
-        """The merged tensor, of the shape and dtype of each.
+        """The merged tensor, of the shape of each, in float32 or wider.
 
         Args:
             tensors: of one shape.
@@ -49,7 +49,8 @@ class Merge:
         """
         rule = self.how.removesuffix("_svd")
         pruned = torch.stack([self._pruned(tensor, rule, dtype, generator) for tensor in tensors])
-        scale = torch.tensor(weights, dtype=pruned.dtype).reshape(-1, *(1,) * (pruned.dim() - 1))
+        wide = torch.promote_types(pruned.dtype, torch.float32)
+        scale = torch.tensor(weights, dtype=wide).reshape(-1, *(1,) * (pruned.dim() - 1))
         if rule not in SIGNS:
             return (pruned * scale).sum(0)
         votes = pruned.sum(0) if self.majority_sign_method == "total" else pruned.sign().sum(0)

@@ -143,7 +143,7 @@ def check_base(checkpoint: Checkpoint, sha256: str) -> None:
     if checkpoint.base_sha256 and checkpoint.base_sha256 != sha256:
         raise WeightError(
             f"{checkpoint.path}: this adapter was trained on another base: its own has SHA-256 "
-            f"{checkpoint.base_sha256[:12]}..., this one {sha256[:12]}..."
+            f"{checkpoint.base_sha256}, this one {sha256}"
         )
 
 

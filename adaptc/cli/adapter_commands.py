@@ -25,9 +25,9 @@ def diff(
 
     screen = Screen(quiet=as_json)
     with screen.working():
-        found = diff_specs(before, after)
-    print_json(found.to_json()) if as_json else screen.out.print(str(found), markup=False)
-    if exit_code and not found.same:
+        difference = diff_specs(before, after)
+    print_json(difference.to_json()) if as_json else screen.out.print(str(difference), markup=False)
+    if exit_code and not difference.same:
         raise typer.Exit(1)
 
 
@@ -98,7 +98,7 @@ def convert(
         Path, typer.Argument(help="a trained adapter of any weight method", show_default=False)
     ],
     r: Rank,
-    to: Annotated[str | None, typer.Option(help="the method; lora if left out", show_default=False)] = None,
+    to: Annotated[str | None, typer.Option(help="the method of the result", show_default=False)] = None,
     output: Folder = None,
     base: Base = None,
     task: Task = None,

@@ -174,10 +174,10 @@ def _spec(base: Source, **keys: object) -> Spec:
 
 
 def _check_one_shape(graph: Graph, tuned: Graph, shown: str) -> None:
-    """Check that two models have the same tensors.
+    """Check that two models have the same tensors and operations.
 
     Raises:
-        WeightError: a tensor is missing, added, or of another shape.
+        WeightError: a tensor is missing, added, of another shape or tied otherwise, or they compute otherwise.
     """
     ours, theirs = ({name: w.shape for name, w in g.weights.items()} for g in (graph, tuned))
     name = next((n for n in ours | theirs if ours.get(n) != theirs.get(n)), None)
@@ -185,6 +185,17 @@ def _check_one_shape(graph: Graph, tuned: Graph, shown: str) -> None:
         sides = [list(shapes[name]) if name in shapes else "none" for shapes in (ours, theirs)]
         raise WeightError(
             f"{shown} is of another shape than its base: {name} is {sides[1]}, expected {sides[0]}"
+        )
+    tied = next((n for n in graph.aliases if graph.aliases[n] != tuned.aliases[n]), None)
+    if tied is not None:
+        pairs = [
+            f"{tied} {'stands alone' if g.aliases[tied] == tied else f'is {g.aliases[tied]}'}"
+            for g in (graph, tuned)
+        ]
+        raise WeightError(f"{shown} ties other tensors than its base: there {pairs[0]}, here {pairs[1]}")
+    if graph.operations != tuned.operations:
+        raise WeightError(
+            f"{shown} has other operations than its base: it is another model, or configured otherwise"
         )
 
 

@@ -135,11 +135,11 @@ def _read(path: Path) -> dict[str, Any]:
         content: object = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise AdaptcError(f"{path}: cannot be read as a lock: {error}", "remove it to lock anew") from None
-    known = isinstance(content, dict) and all(
+    complete = isinstance(content, dict) and all(
         isinstance(cast("dict[str, Any]", content).get(section), dict) for section in SECTIONS
     )
     lock = cast("dict[str, Any]", content)
-    if not known or lock.get("lock") != FORMAT:
+    if not complete or lock.get("lock") != FORMAT:
         raise AdaptcError(
             f"{path}: no lock of format {FORMAT}, as this adaptc has it", "remove it to lock anew"
         )

@@ -13,7 +13,7 @@ from adaptc.compiler.driver import plan
 from adaptc.compiler.plan_report import PlanReport, pattern_of
 from adaptc.methods.point_sites import Site
 from adaptc.methods.site import WeightSite
-from adaptc.spec.changes import ValueChange, entry_changes, value_changes
+from adaptc.spec.changes import Entries, ValueChange, entry_changes, value_changes
 from adaptc.spec.spec import Spec, dump
 
 LISTS = ("adapt", "quantize")
@@ -101,7 +101,7 @@ def diff_specs(before: str | Path, after: str | Path) -> SpecDiff:
     return SpecDiff(
         _options(first, second, first_plan, second_plan),
         _sites(first_plan, second_plan),
-        entry_changes(dump(first)["emit"], dump(second)["emit"], _product, "emit"),
+        entry_changes(_entries(first, "emit"), _entries(second, "emit"), _product),
         value_changes(asdict(first_plan.budget), asdict(second_plan.budget)),
     )
 
@@ -112,12 +112,22 @@ def _options(first: Spec, second: Spec, first_plan: PlanReport, second_plan: Pla
     plain = [{k: v for k, v in d.items() if k not in (*LISTS, "adapters", "emit")} for d in (ours, theirs)]
     changes = value_changes(*plain)
     for key in LISTS:
-        changes += entry_changes(ours.get(key, []), theirs.get(key, []), _entry, key)
-    named: list[Mapping[str, Any]] = [ours.get("adapters", {}), theirs.get("adapters", {})]
-    for name in {**named[0], **named[1]}:
-        changes += entry_changes(*(d.get(name, []) for d in named), _entry, f"adapters.{name}")
+        changes += entry_changes(_entries(first, key), _entries(second, key), _entry, key)
+    for name in {**first.adapters, **second.adapters}:
+        sides = [_entries(spec, "adapters", name) for spec in (first, second)]
+        changes += entry_changes(*sides, _entry, f"adapters.{name}")
     pipelines = [" > ".join(each.pipeline) for each in (first_plan, second_plan)]
     return changes + value_changes(*pipelines, "pipeline")
+
+
+def _entries(spec: Spec, key: str, name: str | None = None) -> Entries:
+    """The entries under a key of a spec; with a name, those of an alternative."""
+    written: Any = spec.model_dump(mode="json", exclude_unset=True, exclude_none=True, fallback=repr)
+    sides = [
+        data.get(key, []) if name is None else data.get(key, {}).get(name, [])
+        for data in (dump(spec), written)
+    ]
+    return Entries(*sides)
 
 
 def _entry(entry: Mapping[str, Any]) -> str:

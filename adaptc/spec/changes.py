@@ -5,9 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from adaptc.spec.yaml_text import flow, is_list, is_mapping
+
+NAMING = frozenset({"method", "adapter", "name", "format", "path"})
+"""The keys of an entry that its name is made of."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +28,15 @@ class ValueChange:
     after: Any
 
     def __str__(self) -> str:
-        if self.before is None:
-            return f"+ {self.key}: {flow(self.after)}"
-        if self.after is None:
-            return f"- {self.key}: {flow(self.before)}"
-        return f"{self.key}: {flow(self.before)} -> {flow(self.after)}"
+        if self.before is None or self.after is None:
+            sign, value = ("+", self.after) if self.before is None else ("-", self.before)
+            return f"{sign} {self.key}" if value == {} else f"{sign} {self.key}: {_shown(value)}"
+        return f"{self.key}: {_shown(self.before)} -> {_shown(self.after)}"
+
+
+def _shown(value: object) -> str:
+    """A value in a line of text: a text as it is, anything else as YAML."""
+    return value if isinstance(value, str) else flow(value)
 
 
 def value_changes(before: object, after: object, key: str = "") -> list[ValueChange]:
@@ -40,7 +47,7 @@ def value_changes(before: object, after: object, key: str = "") -> list[ValueCha
         after: plain data.
         key: the way to both.
     """
-    start = f"{key}." if key else ""
+    start = f"{key} " if key.endswith(":") else f"{key}." if key else ""
     if is_mapping(before) and is_mapping(after):
         return [
             change
@@ -60,11 +67,25 @@ def _nested(items: Sequence[Any]) -> bool:
     return any(is_mapping(item) for item in items)
 
 
+@dataclass(frozen=True)
+class Entries:
+    """A list of a spec's entries.
+
+    Attributes:
+        resolved: the entries with defaults filled in.
+        written: the keys of each that the spec states.
+    """
+
+    resolved: Sequence[Mapping[str, Any]]
+    written: Sequence[Mapping[str, Any]]
+
+    def stated(self, index: int) -> dict[str, Any]:
+        """What an entry states besides its name."""
+        return {key: value for key, value in self.written[index].items() if key not in NAMING}
+
+
 def entry_changes(
-    before: Sequence[Mapping[str, Any]],
-    after: Sequence[Mapping[str, Any]],
-    name: Callable[[Mapping[str, Any]], str],
-    key: str,
+    before: Entries, after: Entries, name: Callable[[Mapping[str, Any]], str], key: str = ""
 ) -> list[ValueChange]:
     """What differs between two lists of entries, which are matched by their names in the order written.
 
@@ -74,18 +95,13 @@ def entry_changes(
         name: the name of an entry.
         key: the way to both lists.
     """
-    names = [[name(entry) for entry in entries] for entries in (before, after)]
+    ours, theirs = ([f"{key} {name(e)}".strip() for e in each.resolved] for each in (before, after))
     changes: list[ValueChange] = []
-    for kind, a, b, c, d in difflib.SequenceMatcher(None, *names, autojunk=False).get_opcodes():
+    for kind, a, b, c, d in difflib.SequenceMatcher(None, ours, theirs, autojunk=False).get_opcodes():
         if kind == "equal":
-            for old, new in zip(before[a:b], after[c:d], strict=True):
-                changes += value_changes(old, new, f"{key} {name(old)}")
+            for old, new in zip(range(a, b), range(c, d), strict=True):
+                changes += value_changes(before.resolved[old], after.resolved[new], f"{ours[old]}:")
         else:
-            changes += [ValueChange(f"{key} {name(old)}", _set(old), None) for old in before[a:b]]
-            changes += [ValueChange(f"{key} {name(new)}", None, _set(new)) for new in after[c:d]]
+            changes += [ValueChange(ours[old], before.stated(old), None) for old in range(a, b)]
+            changes += [ValueChange(theirs[new], None, after.stated(new)) for new in range(c, d)]
     return changes
-
-
-def _set(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of an entry whose values say something."""
-    return {key: value for key, value in entry.items() if cast(object, value) not in (None, [], {}, "")}

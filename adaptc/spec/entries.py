@@ -74,8 +74,17 @@ class WeightedAdapter(Part):
 
 
 How = Literal[
-    *("svd", "linear", "cat", "ties", "dare_linear", "dare_ties", "magnitude_prune"),
-    *("ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd"),
+    "svd",
+    "linear",
+    "cat",
+    "ties",
+    "dare_linear",
+    "dare_ties",
+    "magnitude_prune",
+    "ties_svd",
+    "dare_linear_svd",
+    "dare_ties_svd",
+    "magnitude_prune_svd",
 ]
 """PEFT's `combination_type`s."""
 

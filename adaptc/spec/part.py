@@ -142,14 +142,15 @@ class OneOf:
             return value
         if not is_mapping(value):
             raise invalid(fault(f"expected a mapping, got {got(value)}"))
-        expected = " or ".join(repr(key) for key in (self.key, *self.otherwise))
+        *others, last = [repr(key) for key in (self.key, *self.otherwise)]
+        expected = f"{', '.join(others)} or {last}" if others else last
         given = [key for key in (self.key, *self.otherwise) if key in value]
         if not given:
             raise invalid(
                 fault(f"an entry needs {expected}; its keys are: {', '.join(map(str, value)) or 'none'}")
             )
         if len(given) > 1:
-            raise invalid(fault(f"an entry has {expected}, not both", loc=(given[-1],), at_key=True))
+            raise invalid(fault(f"an entry has {expected}, only one of them", loc=(given[-1],), at_key=True))
         if given[0] in self.otherwise:
             return self.otherwise[given[0]].model_validate(value)
         models, name = self.models(), value[self.key]

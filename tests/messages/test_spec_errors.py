@@ -110,11 +110,11 @@ ONE_PROBLEM = {
     "method is a number": (HEAD + "adapt: [{method: 3}]\n", 3, 18, "adapt.0.method", "unknown method 3"),
     "method and adapter": (
         HEAD + "adapt:\n- method: lora\n  adapter: ./a\n", 5, 3, "adapt.0.adapter",
-        "an entry has 'method' or 'adapter', not both",
+        "an entry has 'method', 'adapter' or 'combine', only one of them",
     ),
     "no method": (
         HEAD + "adapt:\n- target: x\n", 4, 3, "adapt.0",
-        "an entry needs 'method' or 'adapter'; its keys are: target",
+        "an entry needs 'method', 'adapter' or 'combine'; its keys are: target",
     ),
     "entry is a word": (HEAD + "adapt: [lora]\n", 3, 9, "adapt.0", "expected a mapping, got 'lora'"),
     "entry is empty": (HEAD + "adapt:\n-\n", 4, 1, "adapt.0", "expected a mapping, got nothing"),
