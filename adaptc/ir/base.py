@@ -73,6 +73,7 @@ class Base:
         notes: what the loader chose or changed before it looked for weights, for the user.
         pretrained: the checkpoint of a Hugging Face base; None for any other.
         left_out: what the model could take beside its inputs -> what stands for it, such as `zeros`.
+        constants: what it takes beside its inputs, the same in every call.
     """
 
     describe: str
@@ -89,6 +90,7 @@ class Base:
     notes: list[str] = field(default_factory=list[str])
     pretrained: Pretrained | None = None
     left_out: Mapping[str, str] = field(default_factory=dict[str, str])
+    constants: tuple[InputSpec, ...] = ()
 
     @cached_property
     def bound(self) -> Bound:

@@ -22,6 +22,7 @@ from adaptc.ir.base import Base, Bound, Pretrained
 from adaptc.optional import optional
 from adaptc.spec.base import BaseEntry
 from adaptc.tracing.computed_buffers import compute_buffers
+from adaptc.tracing.constants import base_with_constants
 from adaptc.tracing.huggingface_heads import heads_of
 from adaptc.tracing.huggingface_inputs import chosen_inputs
 from adaptc.tracing.huggingface_processor import given_inputs
@@ -87,7 +88,7 @@ def load(model: str, entry: BaseEntry, seed: int, inputs: tuple[InputSpec, ...])
         stored = stored_weights(module, directory, others) if files else None
         return Bound(stored) if stored else pretrained_weights(replace(pretrained, config=config), seed)
 
-    return Base(
+    base = Base(
         describe=f"{model} ({type(module).__name__}, {dtype})",
         model=module,
         find=find,
@@ -99,6 +100,7 @@ def load(model: str, entry: BaseEntry, seed: int, inputs: tuple[InputSpec, ...])
         pretrained=pretrained,
         left_out=derived.left_out,
     )
+    return base_with_constants(base, derived.constants, derived.notes)
 
 
 def read_pretrained(model: str, task: str, trust: bool, overrides: Mapping[str, object]) -> Pretrained:
