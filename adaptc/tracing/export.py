@@ -6,7 +6,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from typing import Any, TextIO, cast
 
 import torch
@@ -73,7 +73,7 @@ def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False
     examples = example_tensors(inputs, sizes)
     training_of = {module: module.training for module in model.modules()}
     numbers, changed, modes = numbers_of(model), list[str](), list[Any]()
-    fixed = has_constants(model, inputs)
+    constants = has_constants(model, inputs)
     weights: dict[str, torch.Tensor] = {}
 
     def after_call(module: nn.Module, args: object, result: object) -> None:
@@ -94,9 +94,7 @@ def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False
             functions_traced() as backwards,
             restored(model),
             masks_by_broadcasting(),
-            images_together() if any(spec.placeholders for spec in inputs) else nullcontext(),
-            known() if fixed else nullcontext(),
-            images_not_empty() if fixed else nullcontext(),
+            _images_and_constants(inputs, constants),
         ):
             program = for_every_size(model, traced_at, inputs, sizes)
     except TraceError:
@@ -111,10 +109,22 @@ def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False
         hook.remove()
         for module, mode in training_of.items():
             module.training = mode
-    traced = normalise(program.module(check_guards=False), weights, fixed)
+    traced = normalise(program.module(check_guards=False), weights, constants)
     check_images_together(traced.graph.nodes)
     traced.meta[CHANGED] += [*changed, *backwards]
     return traced
+
+
+@contextmanager
+def _images_and_constants(inputs: Sequence[InputSpec], constants: bool) -> Generator[None]:
+    """A context in which images in a text are traced, and what a model reads of constants in Python."""
+    with ExitStack() as contexts:
+        if any(spec.placeholders for spec in inputs):
+            contexts.enter_context(images_together())
+        if constants:
+            contexts.enter_context(known())
+            contexts.enter_context(images_not_empty())
+        yield
 
 
 def dynamic_shapes(inputs: Sequence[InputSpec]) -> dict[str, dict[int, Any]]:

@@ -57,14 +57,7 @@ def load(model: str, entry: BaseEntry, seed: int, inputs: tuple[InputSpec, ...])
     quantization = _take_quantization(config)
     pretrained = replace(pretrained, config=copy.deepcopy(config))
     notes = set_for_tracing(config)
-    try:
-        with torch.device("meta"):
-            module: nn.Module = auto.from_config(
-                config, dtype=config.dtype, trust_remote_code=entry.trust_remote_code
-            )
-    except (ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise TraceError(f"{model} cannot be loaded for task {entry.task!r}: {reason}") from error
+    module = _on_meta(model, entry, auto, config)
     notes += alternative_notes(module)
     notes += left_out_notes(directory) if auto is optional("transformers").AutoModel else []
     files = tuple(sorted(directory.glob("*.safetensors"))) if directory.is_dir() else ()
@@ -101,6 +94,20 @@ def load(model: str, entry: BaseEntry, seed: int, inputs: tuple[InputSpec, ...])
         left_out=derived.left_out,
     )
     return base_with_constants(base, derived.constants, derived.notes)
+
+
+def _on_meta(model: str, entry: BaseEntry, auto: Any, config: Any) -> nn.Module:
+    """The model of a configuration, without memory for its tensors.
+
+    Raises:
+        TraceError: transformers makes none.
+    """
+    try:
+        with torch.device("meta"):
+            return auto.from_config(config, dtype=config.dtype, trust_remote_code=entry.trust_remote_code)
+    except (ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise TraceError(f"{model} cannot be loaded for task {entry.task!r}: {reason}") from error
 
 
 def read_pretrained(model: str, task: str, trust: bool, overrides: Mapping[str, object]) -> Pretrained:
