@@ -51,12 +51,12 @@ def with_constants(model: nn.Module, constants: Sequence[InputSpec]) -> nn.Modul
         return forward(**tensors, **constant_tensors(constants))
 
     names = {spec.name for spec in constants}
-    kept = [
+    others = [
         p.replace(kind=p.KEYWORD_ONLY) if p.kind is p.POSITIONAL_OR_KEYWORD else p
         for p in parameters.values()
         if p.name not in names
     ]
-    cast(Any, without).__signature__ = inspect.Signature(kept)
+    cast(Any, without).__signature__ = inspect.Signature(others)
     cast(Any, without).constants = tuple(constants)
     made.forward = without
     return made
@@ -112,7 +112,7 @@ def without_constants(
 
 
 @contextmanager
-def known() -> Generator[None]:
+def constants_followed() -> Generator[None]:
     """A context in which the values of `torch.tensor`, and what is computed of them, are known in a trace."""
     originals = fake_tensor.CONSTANT_NUMEL_LIMIT, torch.arange
     fake_tensor.CONSTANT_NUMEL_LIMIT = LARGEST

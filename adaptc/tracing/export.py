@@ -22,7 +22,7 @@ from adaptc.ir.nodes import follow_device, is_operator, writes_in_place
 from adaptc.ir.shape_rules import shape_rules
 from adaptc.ir.state import number_notes, numbers_of, restored
 from adaptc.tracing.autograd_functions import functions_traced
-from adaptc.tracing.constants import has_constants, known
+from adaptc.tracing.constants import constants_followed, has_constants
 from adaptc.tracing.containers import register_containers, step_of
 from adaptc.tracing.control_flow import inline_control_flow
 from adaptc.tracing.huggingface_code import (
@@ -122,7 +122,7 @@ def _images_and_constants(inputs: Sequence[InputSpec], constants: bool) -> Gener
         if any(spec.placeholders for spec in inputs):
             contexts.enter_context(images_together())
         if constants:
-            contexts.enter_context(known())
+            contexts.enter_context(constants_followed())
             contexts.enter_context(images_not_empty())
         yield
 

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from adaptc.errors import TraceError
 from adaptc.inputs import InputSpec
-from adaptc.tracing.constants import constant_tensors, known
+from adaptc.tracing.constants import constant_tensors, constants_followed
 from adaptc.tracing.huggingface_code import images_not_empty
 from adaptc.tracing.image_layouts import IMAGES, Layout, layouts
 
@@ -146,7 +146,7 @@ def _tokens_of_images(model: nn.Module, given: WithImages) -> int:
     """How many rows of features a model makes of its images, on fake tensors; of one image where any number may be."""
     fake = (tensor for tensor in model.parameters() if isinstance(tensor, FakeTensor))
     mode = next((tensor.fake_mode for tensor in fake), None) or FakeTensorMode(allow_non_fake_inputs=True)
-    with mode, torch.no_grad(), known():
+    with mode, torch.no_grad(), constants_followed():
         tensors = {spec.name: _empty(spec) for spec in given.inputs} | constant_tensors(given.constants)
         with _stopped_at_features(model) as stops:
             if stops:

@@ -38,15 +38,15 @@ def keep_known(module: fx.GraphModule, weights: Container[str]) -> None:
     """
     graph = module.graph
     values = _computed(module, weights)
-    kept: dict[fx.Node, torch.Tensor] = {}
+    snapshots: dict[fx.Node, torch.Tensor] = {}
     for node in [node for node in graph.nodes if node not in values]:
         for operand in [each for each in node.all_input_nodes if each in values]:
             value = values[operand]
             if not isinstance(value, torch.Tensor):
                 node.args, node.kwargs = _with(node, operand, value)
             elif operand.op != "get_attr":
-                kept.setdefault(operand, value.clone())
-    for operand, value in kept.items():
+                snapshots.setdefault(operand, value.clone())
+    for operand, value in snapshots.items():
         if not torch.equal(value, cast(torch.Tensor, values[operand])):
             raise TraceError(
                 f"a value that is computed of constants is written again after it was read: {operation(operand)}",
@@ -85,13 +85,13 @@ def _computed(module: fx.GraphModule, weights: Container[str]) -> dict[fx.Node, 
 
 def _memory(owner: fx.Node) -> set[fx.Node]:
     """A value and all views of it."""
-    found, rest = {owner}, [owner]
+    views, rest = {owner}, [owner]
     while rest:
         for user in rest.pop().users:
-            if returns_operand(user.target) and user not in found:
-                found.add(user)
+            if returns_operand(user.target) and user not in views:
+                views.add(user)
                 rest.append(user)
-    return found
+    return views
 
 
 def _is_fixed(node: fx.Node) -> bool:
