@@ -6,14 +6,16 @@ A word is a dynamic dimension, a number a fixed one.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 from adaptc.errors import unknown
 
 DTYPES = ("int64", "int32", "bool", "float32", "float16", "bfloat16", "float64")
 """The dtypes an input can have, by torch's names."""
+KINDS = {int: "int64", float: "float32", bool: "bool"}
+"""The type of a constant's values -> its dtype."""
 LABELS = "labels"
 """The input that only a loss needs. Programs for inference leave it out."""
 IGNORED = -100
@@ -65,6 +67,8 @@ class InputSpec:
             before top.
         values: what the values of examples are like; None where there are none.
         counted: whether the model counts `0..n-1` itself where a call leaves the input out.
+        constant: the values of an input that is the same in every call, such as the size of an image which the model
+            reads in Python; None for an input of a call.
         placeholders: a value, and how many places in each row have it and no others: the tokens of an image in a text.
     """
 
@@ -77,13 +81,21 @@ class InputSpec:
     values: Values | None = None
     placeholders: tuple[int, int] | None = None
     counted: bool = False
+    constant: tuple[Any, ...] | None = None
 
     def __str__(self) -> str:
+        if self.constant is not None:
+            return str(self.stated)
         return f"{self.dtype}[{', '.join(str(dim) for dim in self.dims)}]"
+
+    @property
+    def stated(self) -> Any:
+        """What a spec states of the input: `int64[batch, seq]`, or the values of a constant in lists."""
+        return str(self) if self.constant is None else _lists(self.constant)
 
     def to_json(self) -> dict[str, Any]:
         """The input as plain data, without what few inputs have."""
-        rare = ("boxes", "values", "placeholders", "counted")
+        rare = ("boxes", "values", "placeholders", "counted", "constant")
         return {key: value for key, value in asdict(self).items() if key not in rare or value}
 
     @classmethod
@@ -97,17 +109,42 @@ class InputSpec:
             values: dict[str, Any] = dict(fields["values"])
             values["pair"] = tuple(values["pair"]) if values["pair"] else None
             fields["values"] = Values(**values)
+        if fields.get("constant") is not None:
+            fields["constant"] = _tuples(fields["constant"])
         return cls(**fields)
 
     @classmethod
-    def parse(cls, name: str, text: str) -> InputSpec:
-        """Read `int64[batch, seq]`; `float32[]` is a scalar.
+    def of_constant(cls, name: str, values: Sequence[Any]) -> InputSpec:
+        """An input that is the same in every call.
+
+        Args:
+            name: the argument's name.
+            values: whole numbers, fractions or booleans in lists: `[[1, 16, 16]]`.
+
+        Raises:
+            ValueError: the lists are empty or of different lengths, or hold something else.
+        """
+        leaves, shape = _leaves(values)
+        kinds = {type(leaf) for leaf in leaves}
+        dtype = next(
+            (d for kind, d in KINDS.items() if kinds == {kind}), "float32" if kinds == {int, float} else ""
+        )
+        if not dtype:
+            raise ValueError(f"a constant is a list of numbers or of booleans, got {values!r}")
+        return cls(name, dtype, shape, constant=_tuples(values))
+
+    @classmethod
+    def parse(cls, name: str, text: object) -> InputSpec:
+        """Read `int64[batch, seq]`; `float32[]` is a scalar, and a list is the value of a constant.
 
         Raises:
             ValueError: the name is no identifier, the dtype is unknown, or a dimension is neither a word nor above 0.
         """
         if not name.isidentifier():
             raise ValueError(f"an input is named after an argument of the model, got {name!r}")
+        if isinstance(text, (list, tuple)):
+            return cls.of_constant(name, cast("Sequence[Any]", text))
+        text = str(text)
         match = re.fullmatch(r"(\w+)\s*\[(.*)\]", text.strip())
         if match is None:
             raise ValueError(f"expected a dtype and dimensions such as 'int64[batch, seq]', got {text!r}")
@@ -115,6 +152,28 @@ class InputSpec:
         if dtype not in DTYPES:
             raise ValueError(unknown("dtype", dtype, DTYPES))
         return cls(name, dtype, tuple(_dim(part.strip(), text) for part in dims.split(",")) if dims else ())
+
+
+def _leaves(values: Any) -> tuple[list[Any], tuple[int, ...]]:
+    """The values in nested lists, and the shape of these.
+
+    Raises:
+        ValueError: a list is empty, or lists differ in length.
+    """
+    if not isinstance(values, (list, tuple)):
+        return [values], ()
+    parts = [_leaves(part) for part in cast("Sequence[Any]", values)]
+    if not parts or any(shape != parts[0][1] for _, shape in parts):
+        raise ValueError(f"the lists of a constant are of one length, got {values!r}")
+    return [leaf for leaves, _ in parts for leaf in leaves], (len(parts), *parts[0][1])
+
+
+def _tuples(values: Any) -> Any:
+    return tuple(map(_tuples, values)) if isinstance(values, (list, tuple)) else values
+
+
+def _lists(values: Any) -> Any:
+    return [_lists(value) for value in values] if isinstance(values, (list, tuple)) else values
 
 
 def _dim(part: str, text: str) -> str | int:

@@ -56,9 +56,9 @@ def names_others(checkpoint: Checkpoint, modules: Collection[str]) -> bool:
         checkpoint: the checkpoint.
         modules: the names of the base's modules.
     """
-    own = len(("lora_A", "weight"))
+    parts = len(("lora_A", "weight"))
     return not checkpoint.in_adaptc_format and any(
-        len(behind_module(key, modules)) > own for key in checkpoint.tensors
+        len(behind_module(key, modules)) > parts for key in checkpoint.tensors
     )
 
 

@@ -43,6 +43,7 @@ from adaptc.ir.module import META
 from adaptc.ir.switched import SwitchedModule
 from adaptc.progress.steps import Writing
 from adaptc.spec.emit import EmitEntry, GenaiEmit, HfEmit, OnnxAdapterEmit, OnnxEmit, PeftEmit, TorchEmit
+from adaptc.tracing.constants import with_constants
 from adaptc.tracing.huggingface_module import pretrained
 
 LOG = logging.getLogger(__name__)
@@ -335,9 +336,9 @@ def _huggingface(program: Program, entry: HfEmit, staging: Staging, final: Path)
     errors = program.quantization_errors(graphs.quantized)
     artifact |= errors_of(errors)
     if fits_in_memory(graph):
-        origin = program.base.source.pretrained
-        assert origin is not None
-        loaded = load_checkpoint(origin, directory)
+        source = program.base.source
+        assert source.pretrained is not None
+        loaded = with_constants(load_checkpoint(source.pretrained, directory), source.constants)
         reference = program.reference(graph, folded)
         candidate = BatchRunner(module_call(loaded)).on(reference.taken)
         proof = program.proofs.prove("hf", graph, reference, candidate)

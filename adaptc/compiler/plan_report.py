@@ -36,6 +36,7 @@ class PlanReport(Plan):
         notes: patterns without a match, excluded heads, what cannot be folded, and the like; a line each.
         growth: for each of `quantized`, by how much a layer's error grows in the model's outputs at most.
         inputs: name -> dtype and dimensions, of every input of the model.
+        constants: what the model takes beside them, the same in every call -> its value.
         left_out: what the model could take beside them -> what stands for it.
         places: for each of `entries`, its place in the spec: `adapt.0`.
         alternatives: the plans of `adapters` by name, each with the entries that are always on in front.
@@ -45,6 +46,7 @@ class PlanReport(Plan):
     notes: list[str] = field(kw_only=True)
     growth: list[float] = field(kw_only=True)
     inputs: dict[str, str] = field(kw_only=True)
+    constants: dict[str, Any] = field(kw_only=True)
     left_out: dict[str, str] = field(kw_only=True)
     places: list[str] = field(kw_only=True)
     alternatives: dict[str, PlanReport] = field(kw_only=True, default_factory=dict[str, "PlanReport"])
@@ -89,12 +91,13 @@ class PlanReport(Plan):
         """The plan as plain data.
 
         Returns:
-            `inputs` and `left_out`, `entries`, `adapters` by name, `quantize`, `passes` as a spec states them,
-            `pipeline` by name, `budget` and `notes`.
+            `inputs`, `constants` and `left_out`, `entries`, `adapters` by name, `quantize`, `passes` as a spec states
+            them, `pipeline` by name, `budget` and `notes`.
         """
         quantized = zip(self.quantized, self.growth, strict=True)
         return {
             "inputs": self.inputs,
+            "constants": self.constants,
             "left_out": self.left_out,
             "entries": [_entry_json(planned) for planned in self.entries],
             "adapters": {name: self._alternative_json(name) for name in self.alternatives},
@@ -164,6 +167,7 @@ def plan_report(
         notes=notes,
         growth=[planned.growth(rewritten.adapted) for planned in plan.quantized],
         inputs={spec.name: str(spec) for spec in graph.inputs},
+        constants={spec.name: spec.stated for spec in graph.source.constants},
         left_out=dict(graph.source.left_out),
         places=[spec.shown_place(planned.entry) for planned in plan.entries],
     )

@@ -37,6 +37,7 @@ def provenance(program: Program, folder: Path) -> dict[str, Any]:
             "model": describe_base(program, folder),
             "sha256": program.base_sha256,
             "inputs": program.plan.inputs,
+            "constants": program.plan.constants,
             "left_out": program.plan.left_out,
             "notes": [*source.notes, *source.bound.notes, *state_notes(program.base.nodes)],
         },

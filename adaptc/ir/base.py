@@ -74,6 +74,7 @@ class Base:
         pretrained: the checkpoint of a Hugging Face base; None for any other.
         beside: the names of the parts of the model that come from checkpoints of their own.
         left_out: what the model could take beside its inputs -> what stands for it, such as `zeros`.
+        constants: what it takes beside its inputs, the same in every call.
     """
 
     describe: str
@@ -91,6 +92,7 @@ class Base:
     pretrained: Pretrained | None = None
     left_out: Mapping[str, str] = field(default_factory=dict[str, str])
     beside: tuple[str, ...] = ()
+    constants: tuple[InputSpec, ...] = ()
 
     @cached_property
     def bound(self) -> Bound:

@@ -80,7 +80,7 @@ def _inputs(texts: object) -> dict[str, InputSpec]:
     faults: list[InitErrorDetails] = []
     for name, text in texts.items():
         try:
-            inputs[name] = text if isinstance(text, InputSpec) else InputSpec.parse(str(name), str(text))
+            inputs[name] = text if isinstance(text, InputSpec) else InputSpec.parse(str(name), text)
         except ValueError as error:
             faults.append(fault(str(error), loc=(name,)))
     if faults:
@@ -91,7 +91,7 @@ def _inputs(texts: object) -> dict[str, InputSpec]:
 InputText = Annotated[str, StringConstraints(pattern=r"^\s*(" + "|".join(DTYPES) + r")\s*\[.*\]\s*$")]
 Inputs = Annotated[
     dict[str, InputSpec],
-    PlainValidator(_inputs, json_schema_input_type=dict[str, InputText]),
-    PlainSerializer(lambda inputs: {name: str(spec) for name, spec in inputs.items()}),
+    PlainValidator(_inputs, json_schema_input_type=dict[str, InputText | list[Any]]),
+    PlainSerializer(lambda inputs: {name: spec.stated for name, spec in inputs.items()}),
 ]
-"""The inputs of the base, by name. In the spec each is a text such as `int64[batch, seq]`."""
+"""The inputs of the base, by name: in a spec a text such as `int64[batch, seq]`, or the value of a constant."""

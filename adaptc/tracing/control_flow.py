@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import map_arg
 
 from adaptc.ir.nodes import provenance
@@ -16,13 +17,22 @@ aten = torch.ops.aten
 higher_order: Any = torch.ops.higher_order
 ADVICE: dict[Any, str] = {
     higher_order.cond: "a graph has no branches: both of torch.cond are computed and one is selected, which takes a "
-    "tensor as the condition, and results of the same shapes",
+    "tensor or the comparison of a size as the condition, and results of the same shapes",
     higher_order.scan: "a graph has no loops: write the size that scan runs over as a number, so that its steps are "
     "written out",
     higher_order.while_loop: "a graph has no loops: run the largest number of steps, and let torch.where keep each "
     "value once it is done",
 }
 """Operation -> what to do where it cannot be inlined."""
+COMPARED: dict[Any, Any] = {
+    operator.gt: aten.gt.Tensor,
+    operator.ge: aten.ge.Tensor,
+    operator.lt: aten.lt.Tensor,
+    operator.le: aten.le.Tensor,
+    operator.eq: aten.eq.Tensor,
+    operator.ne: aten.ne.Tensor,
+}
+"""The comparison of two sizes -> that of two tensors."""
 
 
 def inline_control_flow(module: fx.GraphModule, weights: Mapping[int, str]) -> list[str]:
@@ -96,30 +106,47 @@ def _copied(graph: fx.Graph, body: fx.Graph, operands: Iterable[fx.Node]) -> lis
     return list(cast(Sequence[Any], results)) if isinstance(results, (list, tuple)) else [results]
 
 
-def _call(graph: fx.Graph, node: fx.Node, target: Any, *args: Any) -> fx.Node:
+def _call(graph: fx.Graph, node: fx.Node, target: Any, *args: Any, **options: Any) -> fx.Node:
     """An operation in place of another node, with the value that it gives."""
-    call = graph.call_function(target, args)
+    call = graph.call_function(target, args, options)
     operands: Any = map_arg(args, lambda n: n.meta["val"])
-    mode = call.all_input_nodes[0].meta["val"].fake_mode
+    values = [n.meta.get("val") for n in graph.nodes]
+    mode = next(value.fake_mode for value in values if isinstance(value, FakeTensor))
     with mode, torch.no_grad():
-        call.meta = {**node.meta, "val": target(*operands)}
+        call.meta = {**node.meta, "val": target(*operands, **options)}
     return call
 
 
 def _selected(
     module: fx.GraphModule, node: fx.Node, notes: list[str], weights: Mapping[int, str]
 ) -> Sequence[fx.Node] | None:
-    """The results of both branches of a `torch.cond`, selected; None where its condition is no tensor."""
+    """The results of both branches of a `torch.cond`, selected; None where its condition is no flag."""
     condition, *branches, operands = cast(Any, node.args)
     bodies = [_body(module, branch, notes, weights) for branch in branches]
-    tensor = isinstance(condition, fx.Node) and isinstance(condition.meta["val"], torch.Tensor)
-    if not tensor or not _same_shapes(bodies):
+    if not _is_flag(condition) or not _same_shapes(bodies):
         return None
     graph = module.graph
     with graph.inserting_before(node):
         results = [_copied(graph, cast(fx.Graph, body), operands) for body in bodies]
-        flag = _call(graph, node, aten.reshape.default, condition, [])
+        flag = _flag(graph, node, condition)
         return [_call(graph, node, aten.where.self, flag, *pair) for pair in zip(*results, strict=True)]
+
+
+def _is_flag(condition: object) -> bool:
+    """Whether a condition is a tensor, or compares a size."""
+    if not isinstance(condition, fx.Node):
+        return False
+    return isinstance(condition.meta["val"], torch.Tensor) or condition.target in COMPARED
+
+
+def _flag(graph: fx.Graph, node: fx.Node, condition: fx.Node) -> fx.Node:
+    """A condition as a boolean tensor without dimensions."""
+    if isinstance(condition.meta["val"], torch.Tensor):
+        return _call(graph, node, aten.reshape.default, condition, [])
+    sizes = [
+        _call(graph, node, aten.scalar_tensor.default, size, dtype=torch.int64) for size in condition.args
+    ]
+    return _call(graph, node, COMPARED[condition.target], *sizes)
 
 
 def _same_shapes(bodies: Sequence[fx.Graph | None]) -> bool:

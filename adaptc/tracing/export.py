@@ -6,7 +6,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from typing import Any, TextIO, cast
 
 import torch
@@ -22,9 +22,16 @@ from adaptc.ir.nodes import follow_device, is_operator, writes_in_place
 from adaptc.ir.shape_rules import shape_rules
 from adaptc.ir.state import number_notes, numbers_of, restored
 from adaptc.tracing.autograd_functions import functions_traced
+from adaptc.tracing.constants import constants_followed, has_constants
 from adaptc.tracing.containers import register_containers, step_of
 from adaptc.tracing.control_flow import inline_control_flow
-from adaptc.tracing.huggingface_code import check_images_together, images_together, masks_by_broadcasting
+from adaptc.tracing.huggingface_code import (
+    check_images_together,
+    images_not_empty,
+    images_together,
+    masks_by_broadcasting,
+)
+from adaptc.tracing.known_values import keep_known
 from adaptc.tracing.shape_guards import fixing_line, for_every_size
 from adaptc.tracing.trace_errors import check_signature, check_traceable, explain, fixed_dimension
 
@@ -66,6 +73,7 @@ def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False
     examples = example_tensors(inputs, sizes)
     training_of = {module: module.training for module in model.modules()}
     numbers, changed, modes = numbers_of(model), list[str](), list[Any]()
+    constants = has_constants(model, inputs)
     weights: dict[str, torch.Tensor] = {}
 
     def after_call(module: nn.Module, args: object, result: object) -> None:
@@ -87,7 +95,7 @@ def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False
             restored(model),
             masks_by_broadcasting(),
             each_operation_new(modes),
-            images_together() if any(spec.placeholders for spec in inputs) else nullcontext(),
+            _images_and_constants(inputs, constants),
         ):
             program = for_every_size(model, traced_at, inputs, sizes)
     except TraceError:
@@ -102,10 +110,22 @@ def export(model: nn.Module, inputs: Sequence[InputSpec], training: bool = False
         hook.remove()
         for module, mode in training_of.items():
             module.training = mode
-    traced = normalise(program.module(check_guards=False), weights)
+    traced = normalise(program.module(check_guards=False), weights, constants)
     check_images_together(traced.graph.nodes)
     traced.meta[CHANGED] += [*changed, *backwards]
     return traced
+
+
+@contextmanager
+def _images_and_constants(inputs: Sequence[InputSpec], constants: bool) -> Generator[None]:
+    """A context in which images in a text are traced, and what a model reads of constants in Python."""
+    with ExitStack() as contexts:
+        if any(spec.placeholders for spec in inputs):
+            contexts.enter_context(images_together())
+        if constants:
+            contexts.enter_context(constants_followed())
+            contexts.enter_context(images_not_empty())
+        yield
 
 
 def dynamic_shapes(inputs: Sequence[InputSpec]) -> dict[str, dict[int, Any]]:
@@ -116,7 +136,9 @@ def dynamic_shapes(inputs: Sequence[InputSpec]) -> dict[str, dict[int, Any]]:
     }
 
 
-def normalise(module: fx.GraphModule, weights: Mapping[str, torch.Tensor] | None = None) -> fx.GraphModule:
+def normalise(
+    module: fx.GraphModule, weights: Mapping[str, torch.Tensor] | None = None, constants: bool = False
+) -> fx.GraphModule:
     """Normalise an exported module.
 
     Inputs have the names of forward's arguments, which torch spells in small letters. Regions without gradients or with
@@ -126,6 +148,7 @@ def normalise(module: fx.GraphModule, weights: Mapping[str, torch.Tensor] | None
     Args:
         module: the module.
         weights: name -> weight, as it was while the module was traced; branches and loops read these.
+        constants: whether what it computes of constants alone is computed once.
 
     Returns:
         A new graph module; the tensors are shared.
@@ -136,6 +159,8 @@ def normalise(module: fx.GraphModule, weights: Mapping[str, torch.Tensor] | None
     module = fx.GraphModule(module, module.graph)
     graph = module.graph
     _inline_regions(module)
+    if constants:
+        keep_known(module, set((weights or {}).keys()))
     names = {id(tensor): name for name, tensor in (weights or {}).items()}
     module.meta[CHANGED] = inline_control_flow(module, names)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]

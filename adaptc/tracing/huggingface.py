@@ -22,6 +22,7 @@ from adaptc.ir.base import Base, Bound, Pretrained
 from adaptc.optional import optional
 from adaptc.spec.base import BaseEntry
 from adaptc.tracing.computed_buffers import compute_buffers
+from adaptc.tracing.constants import base_with_constants
 from adaptc.tracing.huggingface_heads import heads_of
 from adaptc.tracing.huggingface_inputs import chosen_inputs
 from adaptc.tracing.huggingface_processor import given_inputs
@@ -56,14 +57,7 @@ def load(model: str, entry: BaseEntry, seed: int, inputs: tuple[InputSpec, ...])
     quantization = _take_quantization(config)
     pretrained = replace(pretrained, config=copy.deepcopy(config))
     notes = set_for_tracing(config)
-    try:
-        with torch.device("meta"):
-            module: nn.Module = auto.from_config(
-                config, dtype=config.dtype, trust_remote_code=entry.trust_remote_code
-            )
-    except (ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise TraceError(f"{model} cannot be loaded for task {entry.task!r}: {reason}") from error
+    module = _on_meta(model, entry, auto, config)
     notes += alternative_notes(module)
     notes += left_out_notes(directory) if auto is optional("transformers").AutoModel else []
     files = tuple(sorted(directory.glob("*.safetensors"))) if directory.is_dir() else ()
@@ -87,7 +81,7 @@ def load(model: str, entry: BaseEntry, seed: int, inputs: tuple[InputSpec, ...])
         stored = stored_weights(module, directory, others) if files else None
         return Bound(stored) if stored else pretrained_weights(replace(pretrained, config=config), seed)
 
-    return Base(
+    base = Base(
         describe=f"{model} ({type(module).__name__}, {dtype})",
         model=module,
         find=find,
@@ -99,6 +93,21 @@ def load(model: str, entry: BaseEntry, seed: int, inputs: tuple[InputSpec, ...])
         pretrained=pretrained,
         left_out=derived.left_out,
     )
+    return base_with_constants(base, derived.constants, derived.notes)
+
+
+def _on_meta(model: str, entry: BaseEntry, auto: Any, config: Any) -> nn.Module:
+    """The model of a configuration, without memory for its tensors.
+
+    Raises:
+        TraceError: transformers makes none.
+    """
+    try:
+        with torch.device("meta"):
+            return auto.from_config(config, dtype=config.dtype, trust_remote_code=entry.trust_remote_code)
+    except (ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise TraceError(f"{model} cannot be loaded for task {entry.task!r}: {reason}") from error
 
 
 def read_pretrained(model: str, task: str, trust: bool, overrides: Mapping[str, object]) -> Pretrained:

@@ -71,6 +71,34 @@ def images_together() -> Generator[None]:
         tensors.__iter__, tensors.__len__ = iterate, length
 
 
+@contextmanager
+def images_not_empty() -> Generator[list[str]]:
+    """A context in which no pixel is compared with zero, so that no image is dropped from a batch as padding.
+
+    Some models fill a batch up with images of zeros, which they drop again: the number of images would follow from the
+    values of the pixels.
+
+    Yields:
+        a note for the person, once a model has compared pixels.
+    """
+    tensors: Any = torch.Tensor
+    equal, notes = tensors.__eq__, list[str]()
+
+    def compared(tensor: torch.Tensor, other: object) -> torch.Tensor:
+        if type(other) is not float or other != 0.0 or tensor.dim() < len("nchw"):
+            return equal(tensor, other)
+        notes[:] = [
+            "an image of zeros is an image like any other: the model itself drops it from the batch as padding"
+        ]
+        return torch.tensor(False).expand(tensor.shape)
+
+    tensors.__eq__ = compared
+    try:
+        yield notes
+    finally:
+        tensors.__eq__ = equal
+
+
 def check_images_together(nodes: Iterable[fx.Node]) -> None:
     """Check that rows that were given as one are only concatenated, along their first dimension.
 

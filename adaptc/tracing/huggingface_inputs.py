@@ -17,7 +17,16 @@ from torch import nn
 
 from adaptc.errors import TraceError
 from adaptc.inputs import InputSpec
-from adaptc.tracing.image_tokens import IMAGES, MARKS, image_token, with_image_tokens
+from adaptc.tracing.constants import constant_note
+from adaptc.tracing.image_layouts import IMAGES, image_sides
+from adaptc.tracing.image_tokens import (
+    MARKS,
+    WithImages,
+    image_token,
+    in_first_layout,
+    takes_images,
+    with_image_tokens,
+)
 
 
 class UnknownInputsError(TraceError):
@@ -47,10 +56,14 @@ class DerivedInputs:
     Attributes:
         inputs: the inputs, in the order of the table.
         left_out: what its forward could take beside them -> what stands for it.
+        constants: what it takes beside them, the same in every call.
+        notes: what it computes otherwise than by itself, and constants, for the person.
     """
 
     inputs: tuple[InputSpec, ...]
     left_out: Mapping[str, str]
+    constants: tuple[InputSpec, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 TOKENS = "int64[batch, seq]"
@@ -98,6 +111,7 @@ STAND_INS = {
     "attention_mask": "ones",
     "decoder_attention_mask": "ones",
     "pixel_mask": "ones",
+    "pixel_attention_mask": "ones",
     "token_type_ids": "zeros",
     "position_ids": "0..n-1, as the model counts them",
     "decoder_position_ids": "0..n-1, as the model counts them",
@@ -182,26 +196,52 @@ def chosen_inputs(
 ) -> DerivedInputs:
     """The inputs that a spec states, with what the configuration says of their values; derived where it states none.
 
-    Derived inputs are without images where a model needs more beside them than images of one size. `others` are those
-    of `derive_inputs`.
+    Derived inputs are without images where a model runs with them in no layout that is known. `others` are those of
+    `derive_inputs`.
 
     Raises:
         UnknownInputsError: there are none, and they cannot be derived.
         TraceError: images are among those stated, and the model cannot be traced with them.
     """
-    stated = tuple(limited(spec, config) for spec in inputs)
-    derived = derive_inputs(model, config, given, others) if not inputs else None
-    chosen = derived or DerivedInputs(stated, left_out(model, [spec.name for spec in stated]))
+    if inputs:
+        return _stated(model, config, inputs)
+    derived = derive_inputs(model, config, given, others)
+    if not takes_images(model, config):
+        return derived
     try:
-        return replace(chosen, inputs=with_image_tokens(model, config, chosen.inputs))
+        made = in_first_layout(model, config, derived.inputs, cast(str, SIZES["dtype"](config)))
+    except TraceError as error:
+        return _without_images(
+            derived, config, f"{type(model).__name__} cannot be traced with it: {error.message}"
+        )
+    inputs = tuple(limited(spec, config) for spec in made.inputs)
+    names = [spec.name for spec in (*inputs, *made.constants)]
+    return DerivedInputs(inputs, left_out(model, names), made.constants, _notes(made))
+
+
+def _stated(model: nn.Module, config: object, inputs: Sequence[InputSpec]) -> DerivedInputs:
+    """The inputs that a spec states.
+
+    Raises:
+        TraceError: images are among them, and the model cannot be traced with them.
+    """
+    constants = tuple(spec for spec in inputs if spec.constant is not None)
+    stated = tuple(limited(spec, config) for spec in inputs if spec.constant is None)
+    others = left_out(model, [spec.name for spec in inputs])
+    try:
+        made = with_image_tokens(model, config, WithImages(stated, constants))
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if derived is None:
-            raise TraceError(
-                f"{IMAGES} is no input that {type(model).__name__} can be traced with: {reason}",
-                "take it out of `inputs` to compile the model for texts alone",
-            ) from error
-        return _without_images(derived, config, f"{type(model).__name__} cannot be traced with it: {reason}")
+        raise TraceError(
+            f"{IMAGES} is no input that {type(model).__name__} can be traced with: {reason}",
+            *(error.notes if isinstance(error, TraceError) else ()),
+            "take it out of `inputs` to compile the model for texts alone",
+        ) from error
+    return DerivedInputs(made.inputs, others, constants, _notes(made))
+
+
+def _notes(made: WithImages) -> tuple[str, ...]:
+    return (*map(constant_note, made.constants), *made.notes)
 
 
 def _without_images(derived: DerivedInputs, config: object, reason: str) -> DerivedInputs:
@@ -209,8 +249,8 @@ def _without_images(derived: DerivedInputs, config: object, reason: str) -> Deri
     dropped = {IMAGES} if _token_types(config) is not None else {IMAGES, *MARKS}
     inputs = tuple(spec for spec in derived.inputs if spec.name not in dropped)
     stand_ins = {spec.name: STAND_INS[spec.name] for spec in derived.inputs if spec.name in dropped}
-    stand_ins[IMAGES] = f"{STAND_INS[IMAGES]} ({reason})"
-    return DerivedInputs(inputs, {**stand_ins, **derived.left_out})
+    stand_ins |= {**derived.left_out, IMAGES: f"{STAND_INS[IMAGES]} ({reason})"}
+    return DerivedInputs(inputs, stand_ins)
 
 
 def left_out(model: nn.Module | type[nn.Module], names: Sequence[str]) -> dict[str, str]:
@@ -297,6 +337,5 @@ def _filled(text: str, config: object) -> str:
 
 def _image_side(config: object, index: int) -> int | None:
     """The height (0) or width (1) of an image in pixels; None where the configuration fixes none."""
-    vision = _vision(config)
-    size: Any = getattr(vision, "image_size", getattr(vision, "input_size", None))
-    return cast(Sequence[int], size)[index] if isinstance(size, (list, tuple)) else size
+    sides = image_sides(_vision(config))
+    return sides[index] if sides else None

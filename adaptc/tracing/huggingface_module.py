@@ -13,6 +13,7 @@ from torch import nn
 
 from adaptc.inputs import InputSpec
 from adaptc.ir.base import Base
+from adaptc.tracing.constants import base_with_constants
 from adaptc.tracing.huggingface_heads import heads_of
 from adaptc.tracing.huggingface_inputs import chosen_inputs
 from adaptc.tracing.huggingface_processor import given_inputs
@@ -66,10 +67,11 @@ def with_chosen_inputs(base: Base, inputs: Sequence[InputSpec]) -> Base:
     is_stored = directory != "" and Path(directory).is_dir()
     given, notes = given_inputs(directory, trust=False) if is_stored else (None, [])
     derived = chosen_inputs(model, config, inputs, given)
-    return replace(
+    chosen = replace(
         base,
         inputs=derived.inputs,
         left_out=derived.left_out,
         heads=heads_of(model),
         notes=[*base.notes, *notes],
     )
+    return base_with_constants(chosen, derived.constants, derived.notes)

@@ -19,7 +19,7 @@ class Start:
 
     Attributes:
         task: the task that loads it.
-        inputs: its inputs, as they are derived; none where they cannot be.
+        inputs: its inputs, as they are derived, and constants; none where they cannot be.
         left_out: what it could take beside them -> what stands for it.
         problem: why its inputs cannot be derived; "" where they are.
     """
@@ -56,4 +56,4 @@ def start_of(model: str, task: str, architecture: str) -> Start:
         )
     except UnknownInputsError as error:
         return Start(task, (), {}, error.message)
-    return Start(task, base.inputs, base.left_out, "")
+    return Start(task, (*base.inputs, *base.constants), base.left_out, "")

@@ -16,6 +16,7 @@ from adaptc.inputs import InputSpec
 from adaptc.ir.base import Base, Bound
 from adaptc.ir.training_mode import mark_training_arguments
 from adaptc.tracing.calls import called
+from adaptc.tracing.constants import base_with_constants, constant_note
 from adaptc.tracing.export import normalise
 from adaptc.tracing.huggingface_module import is_pretrained, set_copy, with_chosen_inputs
 from adaptc.tracing.saved_program import load_program
@@ -58,12 +59,15 @@ def _held(model: nn.Module, inputs: Sequence[InputSpec], notes: Sequence[str]) -
     base = Base(
         describe=f"{type(model).__module__}.{type(model).__qualname__}",
         model=model,
-        inputs=tuple(inputs),
+        inputs=tuple(spec for spec in inputs if spec.constant is None),
         find=lambda: Bound(held_weights(model)),
         real=True,
         notes=list(notes),
     )
-    return with_chosen_inputs(base, inputs) if is_pretrained(model) else base
+    if is_pretrained(model):
+        return with_chosen_inputs(base, inputs)
+    constants = tuple(spec for spec in inputs if spec.constant is not None)
+    return base_with_constants(base, constants, notes=map(constant_note, constants))
 
 
 def from_factory(
@@ -106,9 +110,15 @@ def from_program(path: Path, inputs: Sequence[InputSpec]) -> Base:
         inputs: the inputs as specified; those of the program if there are none.
 
     Raises:
-        TraceError: the file is missing.
+        TraceError: the file is missing, or a constant is among the inputs: a program was traced with its own.
         WeightError: it is broken, or holds more than a graph and tensors.
     """
+    constant = next((spec for spec in inputs if spec.constant is not None), None)
+    if constant is not None:
+        raise TraceError(
+            f"{constant.name} is {constant} in `inputs`, and a saved program takes no new constants",
+            "export the program again with that value, or state the dtype and dimensions of the input",
+        )
     if not path.is_file():
         raise TraceError(f"{path}: no such file; expected a program saved by torch.export.save")
     program = load_program(path)

@@ -142,6 +142,10 @@ REASONS = (
 """The reasons that are recognised; the first that fits is reported."""
 
 
+SMALL = 64
+"""The most values of a tensor that may be a size."""
+
+
 def check_signature(model: nn.Module, inputs: Sequence[InputSpec]) -> None:
     """Check that forward takes these inputs by name.
 
@@ -271,9 +275,24 @@ def explain(model: nn.Module, error: Exception, examples: Mapping[str, torch.Ten
         shapes = ", ".join(f"{name} of shape {list(value.shape)}" for name, value in examples.items())
         return TraceError(message, *notes, f"{type(error).__name__}, with {shapes}")
     notes += [f"expected {reason.expected}", reason.advice]
+    notes += _as_constants(examples) if reason.error == ON_VALUES else []
     if frames and INSTALLED in frames[-1][0]:
         notes.append("that line is a library's: a setting in base.config or another base.dtype may avoid it")
     return TraceError(message, *notes, f"torch.export says: {first}")
+
+
+def _as_constants(examples: Mapping[str, torch.Tensor]) -> list[str]:
+    """What to write where the tensor whose values are read is a size: a small one of integers, and no text or mask."""
+    small = [
+        name
+        for name, value in examples.items()
+        if value.numel() <= SMALL and not value.is_floating_point() and not re.search("ids|mask", name)
+    ]
+    return [
+        f"if {name} is the same in every call, write its value under `inputs`, such as {name}: "
+        f"{examples[name].tolist()}"
+        for name in small
+    ]
 
 
 def _model_frames(error: Exception, text: str) -> list[tuple[str, int]]:

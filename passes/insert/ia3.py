@@ -34,7 +34,7 @@ class Ia3(WeightMethod):
     """W' = l W,  b' = l b  (keys, values)   or   W' = W l  (input of a feed-forward)     l (out, 1) or (1, in)
 
     Liu et al. 2022, section 3.3. Sites named by `feedforward` scale their input, all others their output,
-    bias included, as in PEFT. l starts at one.
+    bias included, as in PEFT. l starts at one. The rows of a grouped convolution scale the channels of their group.
     """
 
     feedforward: Patterns = ()
@@ -53,11 +53,11 @@ class Ia3(WeightMethod):
         return replace(self, feedforward=("*",) if matches_any(self.feedforward, site.module) else ())
 
     def refuses(self, site: WeightSite) -> Fault | None:
-        """A grouped convolution's columns are not its input channels; a transposed one's rows are not its outputs."""
-        if site.rows_repeat or (site.groups > 1 and self.at(site).feedforward):
+        """A grouped transposed convolution's rows are not its outputs."""
+        if site.rows_repeat:
             return Fault(
                 ("feedforward",) if self.feedforward else (),
-                "a grouped convolution's weight has no such scale",
+                "a grouped transposed convolution's weight has no such scale",
             )
         return None
 
@@ -67,11 +67,18 @@ class Ia3(WeightMethod):
         if site.kind != "conv":
             return {"l": Param(shape, "ones", "ia3_l")}
         kernel = site.inner_shape[1:]
-        channels = site.inner_shape[0] if self.feedforward else site.out_features
+        inner, groups = site.inner_shape[0], site.groups
+        channels = inner * groups if self.feedforward else site.out_features
         ones = (1,) * len(kernel)
 
         def unpack(l: Tensor) -> Tensor:  # noqa: E741
-            return l.expand(1, channels, *kernel).reshape(shape) if self.feedforward else l.reshape(shape)
+            if not self.feedforward:
+                return l.reshape(shape)
+            if groups == 1:
+                return l.expand(1, channels, *kernel).reshape(shape)
+            rows = site.out_features // groups  # of each group, which has its own input channels
+            scales = l.reshape(groups, 1, inner, *ones).expand(groups, rows, inner, *kernel)
+            return scales.reshape(site.out_features, site.in_features)
 
         return {"l": Param((1, channels, *ones), "ones", "ia3_l", unpack)}
 

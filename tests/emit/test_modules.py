@@ -248,6 +248,12 @@ CASES: dict[str, Case] = {
         calls(lambda m, x: torch.cond(x.sum() > 0, lambda t: m.o(t), lambda t: t - 1, (m.l(x),)), o=nn.Linear(8, 8)),
         X, TIME,
     ),
+    "branch by a size": (
+        calls(
+            lambda m, x: torch.cond(x.shape[1] > 6, lambda t: m.o(t), lambda t: t - 1, (m.l(x),)), o=nn.Linear(8, 8)
+        ),
+        X, TIME,
+    ),
     "branch within a branch": (calls(nested_branches), X, TIME),
     "branches with two results": (
         calls(lambda m, x: torch.cond(
@@ -432,8 +438,8 @@ REFUSED: dict[str, tuple[Callable[..., Any], dict[str, Any], torch.dtype, str]] 
         "the trace holds while_loop, which is no operation on tensors\n  from small_models.py:LINE\n"
         "  a graph has no loops: run the largest number of steps, and let torch.where keep each value once it is done",
     ),
-    "branch by a size": (
-        lambda m, x: torch.cond(x.shape[0] > 6, lambda t: t * 2, lambda t: t - 1, (m.l(x),)), {}, torch.float32,
+    "branches of other shapes": (
+        lambda m, x: torch.cond(x.sum() > 6, lambda t: t[:2] + 1, lambda t: t * 2, (m.l(x),)), {}, torch.float32,
         "the trace holds cond, which is no operation on tensors\n  from small_models.py:LINE\n"
         "  a graph has no branches: both of torch.cond are computed",
     ),

@@ -141,7 +141,6 @@ ACROSS = "reaches across groups"
 REFUSED: dict[tuple[str, str], str] = {
     # PEFT leaves its adapter's name in these keys
     ("LN_TUNING", "attention"): "ln_tuning_layers.weight' is missing",
-    ("IA3", "grouped"): "a grouped convolution's weight has no such scale",
     ("LORA", "grouped"): ACROSS,
     ("OFT", "grouped"): ACROSS,
     ("TRAINABLE_TOKENS", "linear"): "the target matches no embedding layer",
