@@ -19,7 +19,7 @@ from adaptc.emit.onnx.adapter_check import base_number
 from adaptc.emit.onnx.adapter_file import read_adapter
 from adaptc.emit.onnx.runtime import open_session, session_call
 from adaptc.errors import AdaptcError, SpecError, WeightError
-from tests.families import close, differs, perturb, randomise
+from tests.families import Zoo, close, differs, entry, inputs, perturb, randomise
 
 ADAPTERS: Mapping[str, Any] = {
     "alice": [{"method": "lora", "target": ["up", "down"], "r": 3, "alpha": 12}],
@@ -303,3 +303,31 @@ def test_a_plan_notes_what_no_artifact_holds(model: nn.Module) -> None:
         "adapters.alice: no artifact holds it: emit {format: onnx-adapter, path: ..., name: alice}" in notes
     )
     assert not any("adapters.bob" in note for note in notes)
+
+
+@pytest.mark.slow
+def test_a_hundred_adapters_of_a_classifier_on_one_session(zoo: Zoo, tmp_path: Path) -> None:
+    adapters = {
+        "lora": [entry("lora", "bert", r=3, target=["*.query"]), {"method": "full", "target": "classifier"}],
+        "ia3": [entry("ia3", "bert"), {"method": "full", "target": "classifier"}],
+    }
+    made = zoo.compiled("bert", [], adapters=adapters)
+    module: Any = made.module.eval()
+    made.emit("onnx", tmp_path / "base.onnx", adapters="swap")
+    session, batch = open_session(tmp_path / "base.onnx"), inputs("bert", 3, pad=True)
+    with torch.no_grad():
+        base = session_call(session)(batch)[0]
+        calls: list[Any] = []
+        wanted: list[torch.Tensor] = []
+        for number in range(100):
+            module.set_adapter(list(adapters)[number % 2])
+            perturb(module, seed=number)
+            wanted.append(module(**batch).logits)
+            module.save_adapter(module.active, tmp_path / f"{number}")
+            file = tmp_path / f"{number}.onnx_adapter"
+            make_adapter(tmp_path / "base.onnx", tmp_path / f"{number}", file)
+            calls.append(session_call(session, file))
+    for number in torch.randperm(100, generator=torch.Generator().manual_seed(0)).tolist():
+        close(calls[number](batch)[0], wanted[number])
+    differs(wanted[0], wanted[2])
+    assert torch.equal(session_call(session)(batch)[0], base)

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+import adaptc
 from adaptc.compiler.compiled import Compiled
 from adaptc.compiler.rows_graph import merged_rows
 from adaptc.emit.onnx.runtime import open_session, session_call
@@ -17,7 +19,7 @@ from adaptc.ir.row_calls import IDS
 from adaptc.methods.head import HeadMethod
 from adaptc.methods.method import METHODS
 from adaptc.weights import Held
-from tests.families import Zoo, close, differs, entry, inputs, outputs, perturbed
+from tests.families import Zoo, close, differs, entry, inputs, outputs, perturb, perturbed
 
 QUICK = ("lora", "prefix")
 """The methods of the quick law."""
@@ -115,3 +117,101 @@ def test_each_row_gets_what_its_adapter_alone_gives(zoo: Zoo, method: str, tmp_p
         changed = alone(compiled, torch.tensor([number]), {n: t[:1] for n, t in inputs(name).items()})[0]
         for output, value in changed.items():
             differs(value, base[output])
+
+
+class Images(nn.Module):
+    """Convolutions: with a stride, of one pixel, dilated and without a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.pixel, self.last = nn.Conv2d(8, 6, 1), nn.Conv2d(6, 6, 3, dilation=2, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.relu(self.pixel(torch.relu(self.first(x))))).mean((2, 3))
+
+
+class Words(nn.Module):
+    """A table whose first entry is padding, and a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.out = nn.Embedding(40, 16, padding_idx=0), nn.Linear(16, 8)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.tanh(self.table(ids)))
+
+
+class Residual(nn.Module):
+    """A feed-forward layer on a stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 24), nn.Linear(24, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.relu(self.up(x)))
+
+
+LORA = {"method": "lora", "target": "*", "alpha": 5}
+GATHERED: dict[str, tuple[type[nn.Module], Any, Any]] = {
+    "bottleneck": (
+        Residual,
+        lambda rows: torch.randn(rows, 7, 16),
+        [{"method": "bottleneck", "target": "*", "r": width} for width in (4, 2)],
+    ),
+    "convolution": (
+        Images,
+        lambda rows: torch.randn(rows, 3, 17, 24),
+        [LORA | {"r": 3}, LORA | {"r": 2, "target": ["first", "last"]}],
+    ),
+    "embedding": (
+        Words,
+        lambda rows: torch.randint(0, 40, (rows, 7)),
+        [LORA | {"r": 3, "target": "table"}, LORA | {"r": 2}],
+    ),
+}
+"""What is not a linear layer -> a model, its inputs, and two adapters of different sizes."""
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [kind if kind == "bottleneck" else pytest.param(kind, marks=pytest.mark.slow) for kind in GATHERED],
+)
+def test_each_row_gathers_its_own(kind: str, tmp_path: Path) -> None:
+    model, draw, (first, second) = GATHERED[kind]
+    torch.manual_seed(0)
+    name = "ids" if kind == "embedding" else "x"
+    sizes = {axis: f"size{axis}" for axis in range(draw(2).dim()) if kind != "convolution" or axis != 1}
+    sizes = {axis: size for axis, size in sizes.items() if kind != "bottleneck" or axis != 2}
+    compiled = adaptc.compile(
+        {"adapters": {"a": [first], "b": [second]}},
+        model=model(),
+        example_inputs=(draw(2),),
+        dynamic={name: sizes},
+    )
+    others = [other.graph for other in compiled.program.alternatives.values()]
+    merged = merged_rows(compiled.graph, others)
+    operations = [name for name in merged.operations if name == "aten.where.self"]
+    assert len(operations) == (kind == "embedding")  # what keeps padding without a gradient
+    module: Any = compiled.module.eval()
+    perturb(module)
+    x, ids = draw(5), torch.tensor([0, -1, 1, 1, 0])
+    each: list[torch.Tensor] = []
+    for row, number in enumerate(ids):
+        module.set_adapter(None if number < 0 else module.adapters[int(number)])
+        each.append(module(x[row : row + 1]))
+    module.set_adapter(None)
+    torch.cat(each).square().sum().backward()
+    want = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
+    module.zero_grad()
+    rows = module(x, adapter_ids=ids)
+    close(rows, torch.cat(each))
+    rows.square().sum().backward()
+    for n, parameter in module.named_parameters():
+        if n in want:
+            close(parameter.grad, want[n])
+    if kind != "bottleneck":
+        compiled.emit("onnx", tmp_path / "many.onnx", adapters="rows")
+        run = session_call(open_session(tmp_path / "many.onnx"))
+        close(run({name: x, "adapter_ids": ids})[0], rows.detach(), 4 * 512)

@@ -11,13 +11,10 @@ from torch.utils import _pytree as pytree
 
 from adaptc.ir.nodes import operation
 from adaptc.rewriter.rows.builder import Builder
+from adaptc.rewriter.rows.convolution import UnbatchedError, convolved, looked_up
 from adaptc.rewriter.rows.row_axis import Rows
 
 aten = torch.ops.aten
-
-
-class UnbatchedError(Exception):
-    """An operation is not run with tensors of each row's own."""
 
 
 class Batched:
@@ -49,7 +46,7 @@ class Batched:
             arg for arg in pytree.tree_leaves(list(args)) if isinstance(arg, fx.Node) and arg in self.gathered
         ]
         if not mine:
-            return self.build.call(like.target, *args, like=like)
+            return self.build.call(like.target, *args, like=like, named=like.kwargs)
         name = operation(like)
         if name in ("add", "mul", "sub", "div") and len(args) == 2 and not like.kwargs:
             return self.elementwise(like.target, args[0], args[1])
@@ -59,6 +56,11 @@ class Batched:
             return self._einsum(like, args[0], args[1])
         if name == "layer_norm":
             return self._layer_norm(like, *args)
+        if name.startswith("conv") and args[0] not in self.gathered:
+            return self._convolution(like, *args)
+        if name == "embedding" and args[1] not in self.gathered:
+            self._check_first(args[1])
+            return looked_up(self.build, like, args[0], args[1], args[2:])
         raise UnbatchedError(f"{name} is not run with tensors of each row's own")
 
     def elementwise(self, target: Any, a: Any, b: Any) -> fx.Node:
@@ -126,6 +128,27 @@ class Batched:
         result = self.build.call(like.target, x, shape, None, None, *rest, like=like)
         result = result if weight is None else self.elementwise(aten.mul.Tensor, result, weight)
         return result if bias is None else self.elementwise(aten.add.Tensor, result, bias)
+
+    def _convolution(
+        self, like: fx.Node, x: fx.Node, weight: fx.Node, bias: fx.Node | None = None, *options: Any
+    ) -> fx.Node:
+        """A convolution, its kernel and bias each row's own or shared."""
+        self._check_first(x)
+        if weight in self.gathered:
+            result = convolved(self.build, like, x, weight, options)
+        else:
+            result = self.build.call(like.target, x, weight, None, *options, like=like)
+        if bias is None:
+            return result
+        ranks = [1] * (x.meta["val"].dim() - 2)
+        if bias not in self.gathered:
+            bias = self.build.call(aten.view.default, bias, [-1, *ranks], like=like)
+            return self.build.call(aten.add.Tensor, result, bias, like=like)
+        stack, index = bias.args[0], bias.args[2]
+        sizes = [int(size) for size in bias.meta["val"].shape[1:]]
+        mine = self.build.call(aten.index_select.default, stack, 0, index, like=like)
+        mine = self.build.call(aten.view.default, mine, [-1, *sizes, *ranks], like=like)
+        return self.build.call(aten.add.Tensor, result, mine, like=like)
 
     def _check_first(self, x: fx.Node) -> None:
         axis = self.rows.axis(x)

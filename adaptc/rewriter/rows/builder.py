@@ -65,7 +65,14 @@ class Builder:
         made.meta = {k: v for k, v in node.meta.items() if k in COPIED}
         return made
 
-    def call(self, target: Any, *args: Any, like: fx.Node, mark: Adaptation | None = None) -> fx.Node:
+    def call(
+        self,
+        target: Any,
+        *args: Any,
+        like: fx.Node,
+        mark: Adaptation | None = None,
+        named: Mapping[str, Any] | None = None,
+    ) -> fx.Node:
         """An operation of its own, whose value is computed.
 
         Args:
@@ -73,11 +80,12 @@ class Builder:
             args: its arguments.
             like: the node whose provenance it takes.
             mark: the adaptation that it belongs to.
+            named: its arguments by keyword.
         """
-        key = key_of(target, args, {})
+        key = key_of(target, args, named or {})
         if key not in self._nodes:
             with self.graph.module.graph.inserting_before(self._output):
-                self._nodes[key] = self.graph.call(target, *args, like=like)
+                self._nodes[key] = self.graph.call(target, *args, like=like, **(named or {}))
             if mark is not None:
                 self._nodes[key].meta[ADAPTATION] = mark
         return self._nodes[key]

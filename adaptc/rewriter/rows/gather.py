@@ -23,7 +23,11 @@ Each = tuple[fx.Node | None, ...]
 """A value for each graph; None where there is none, which counts as a zero of a sum and a one of a product."""
 CONSTANTS = "adapter_rows"
 """The module that holds the constants of a merged graph."""
-ZERO_STAYS = frozenset({"mul", "dropout", "neg", "linear", "mm", "matmul", "to", "_to_copy", "alias"})
+ZERO_STAYS = frozenset(
+    {"mul", "dropout", "neg", "linear", "mm", "matmul", "to", "_to_copy", "alias"}
+    | {"relu", "gelu", "silu", "tanh", "leaky_relu", "elu", "selu", "celu", "mish", "hardswish", "relu6"}
+    | {"conv1d", "conv2d", "conv3d", "embedding"}
+)
 """Operations that give zeros for zeros: a rank may be padded with them."""
 
 
@@ -116,10 +120,11 @@ class Gather:
         first = values[0]
         if first.op != "call_function" or any(value.target is not first.target for value in values):
             raise NotAlikeError(f"{first.name} is computed in different ways")
-        if len({str(value.meta["val"].shape) for value in values}) > 1 and not pads:
+        differ = len({str(value.meta["val"].shape) for value in values}) > 1
+        if differ and not pads:
             raise NotAlikeError(f"{first.name} has different shapes")
         name = operation(first)
-        if (pads or len(values) < len(each)) and name not in ZERO_STAYS:
+        if (differ or len(values) < len(each)) and name not in ZERO_STAYS:
             raise NotAlikeError(f"{name} of zeros need not be zero")
         return self._operands(each, first, name)
 
