@@ -25,9 +25,10 @@ from adaptc.checkpoints.saved_along import with_base_tensors
 from adaptc.checkpoints.whole_modules import with_state
 from adaptc.errors import WeightError
 from adaptc.ir.aliases import unread_modules
+from adaptc.ir.conversion import RECORD
 from adaptc.weights import Held
 
-META = "adaptc"
+META = RECORD
 """The key in a module's `meta` under which adaptc stores its records of the adapters and the base."""
 
 

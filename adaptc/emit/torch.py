@@ -22,6 +22,7 @@ from adaptc.checkpoints.module_adapters import META
 from adaptc.emit.manifest import MANIFEST
 from adaptc.errors import AdaptcError, RefusedError, WeightError
 from adaptc.inputs import InputSpec
+from adaptc.ir.conversion import ConvertedModule
 from adaptc.ir.counted import counted_by, let_count
 from adaptc.ir.example_inputs import example_sizes, example_tensors
 from adaptc.ir.module import Segment, kept_activations
@@ -263,7 +264,7 @@ def _restore(module: fx.GraphModule, about: Mapping[str, Any]) -> fx.GraphModule
     """
     trainable = set(about["trainable"])
     restored: dict[str, torch.Tensor] = {}
-    result = fx.GraphModule(nn.Module(), fx.Graph())
+    result = ConvertedModule(nn.Module(), fx.Graph())
     tensors = {
         **dict(module.named_parameters(remove_duplicate=False)),
         **dict(module.named_buffers(remove_duplicate=False)),

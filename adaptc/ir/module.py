@@ -11,6 +11,7 @@ import torch
 import torch.utils.checkpoint
 from torch import fx, nn
 
+from adaptc.ir.conversion import ConvertedModule
 from adaptc.ir.counted import counted_by, let_count
 from adaptc.ir.graph import Graph
 from adaptc.ir.nodes import CUT, copy_nodes, set_tensor, writes_in_place
@@ -155,7 +156,7 @@ def bind(
         prefix: of the names of segments.
     """
     trained = set(trainable)
-    module = fx.GraphModule(nn.Module(), fx.Graph())
+    module = ConvertedModule(nn.Module(), fx.Graph())
     tensors: dict[str, torch.Tensor] = dict(shared or {})
     for name in graph.weights:
         first = graph.aliases.get(name, name)

@@ -17,6 +17,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from adaptc.errors import AdaptcError, InputError, unknown
+from adaptc.ir.conversion import ConvertedModule
 from adaptc.ir.counted import COUNTED, let_count
 from adaptc.ir.module import Segment
 from adaptc.ir.nodes import set_tensor
@@ -76,7 +77,7 @@ class _Rows:
         return _Rows(self.make)
 
 
-class SwitchedModule(fx.GraphModule):
+class SwitchedModule(ConvertedModule):
     """A compiled module with alternatives: `set_adapter("alice")` makes one active, `set_adapter(None)` none.
 
     Every alternative's tensors are in the state dict, under names of their own. Gradients flow to those of the active
