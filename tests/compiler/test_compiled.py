@@ -16,23 +16,23 @@ from adaptc.progress import bars
 from adaptc.progress.steps import BYTES, Step, begin, each, step, watched
 
 
-class Normed(nn.Module):
-    """Its norm computes in float32, as those of language models do."""
+class Net(nn.Module):
+    """A layer, and another behind it, between them a constant of float32 if `wide`."""
 
-    def __init__(self, upcast: bool) -> None:
+    def __init__(self, wide: bool) -> None:
         super().__init__()
-        self.query, self.value, self.upcast = nn.Linear(8, 6), nn.Linear(6, 4), upcast
+        self.query, self.value, self.wide = nn.Linear(8, 6), nn.Linear(6, 4), wide
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.query(x)
-        h = h.to(torch.float32) if self.upcast else h
+        h = h * torch.ones(6) if self.wide else h
         return self.value(torch.tanh(h))
 
 
-def made(upcast: bool = False) -> adaptc.Compiled:
+def made(wide: bool = False) -> adaptc.Compiled:
     spec = {"adapt": [{"method": "lora", "target": "query", "r": 2}]}
     return adaptc.compile(
-        spec, model=Normed(upcast), example_inputs=(torch.randn(3, 8),), dynamic={"x": {0: "batch"}}
+        spec, model=Net(wide), example_inputs=(torch.randn(3, 8),), dynamic={"x": {0: "batch"}}
     )
 
 
@@ -43,7 +43,7 @@ def compiled() -> adaptc.Compiled:
 
 def test_its_text_is_short(compiled: adaptc.Compiled) -> None:
     text = repr(compiled)
-    assert text.endswith(".Normed: lora 'default'; 28 of 82 parameters train>")
+    assert text.endswith(".Net: lora 'default'; 28 of 82 parameters train>")
     assert len(text) < 120
 
 
@@ -71,7 +71,7 @@ def test_a_module_runs_in_the_dtype_that_it_is_converted_to(compiled: adaptc.Com
 
 
 def test_a_module_that_cannot_be_converted_says_what_to_do() -> None:
-    compiled = made(upcast=True)
+    compiled = made(wide=True)
     module = compiled.module
     before = {name: tensor.dtype for name, tensor in module.state_dict().items()}
     with pytest.raises(adaptc.AdaptcError) as error:
@@ -87,7 +87,7 @@ def test_a_module_that_cannot_be_converted_says_what_to_do() -> None:
 
 
 def test_an_artifact_that_was_loaded_says_so_too(tmp_path: Path) -> None:
-    compiled = made(upcast=True)
+    compiled = made(wide=True)
     compiled.emit("torch", tmp_path / "trainable")
     with pytest.raises(adaptc.AdaptcError, match="does not run in bfloat16"):
         adaptc.load(tmp_path / "trainable").to(torch.bfloat16)
@@ -159,9 +159,9 @@ def test_progress_in_python(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     monkeypatch.setattr(bars, "SECONDS_BETWEEN_LINES", -1.0)
     spec = {"adapt": [{"method": "lora", "target": "query", "r": 2}]}
     inputs = {"example_inputs": (torch.randn(3, 8),), "dynamic": {"x": {0: "batch"}}}
-    adaptc.compile(spec, model=Normed(False), **inputs)
+    adaptc.compile(spec, model=Net(False), **inputs)
     assert capsys.readouterr().err == ""
-    adaptc.compile(spec, model=Normed(False), progress=True, **inputs)
+    adaptc.compile(spec, model=Net(False), progress=True, **inputs)
     captured = capsys.readouterr()
     assert "running the graph: 3 of" in captured.err
     assert captured.out == ""
