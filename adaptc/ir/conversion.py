@@ -1,7 +1,7 @@
 """A module that is converted to another dtype, as by `module.to(torch.bfloat16)`: it runs in it, or says what to do.
 
 A traced graph may hold dtypes of its own: a constant, a cast to float32. After a conversion operations would then
-meet tensors of two dtypes. So the graph is run on fake tensors of the new dtype first, which reads and computes nothing.
+meet tensors of two dtypes. So the graph is run on fake tensors of the new dtype first, which computes nothing.
 """
 
 from __future__ import annotations
