@@ -27,7 +27,7 @@ from adaptc.checkpoints.saved_along import with_base_tensors
 from adaptc.checkpoints.whole_modules import with_state
 from adaptc.errors import ProofError, WeightError
 from adaptc.ir.aliases import unread_modules
-from adaptc.ir.module import META
+from adaptc.ir.conversion import META
 from adaptc.ir.switched import SwitchedModule
 from adaptc.weights import Held
 

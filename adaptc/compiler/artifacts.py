@@ -38,8 +38,8 @@ from adaptc.emit.onnx.provenance import embed
 from adaptc.emit.staging import Staging
 from adaptc.emit.torch import PROGRAM, ROWS, load_torch, program_of, rows_of, save_torch
 from adaptc.errors import AdaptcError, RefusedError
+from adaptc.ir.conversion import META
 from adaptc.ir.interpreter import Run
-from adaptc.ir.module import META
 from adaptc.ir.switched import SwitchedModule
 from adaptc.progress.steps import Writing
 from adaptc.spec.emit import EmitEntry, GenaiEmit, HfEmit, OnnxAdapterEmit, OnnxEmit, PeftEmit, TorchEmit

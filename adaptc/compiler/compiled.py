@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from adaptc.compiler.artifacts import emit_all
+from adaptc.compiler.artifacts import Artifact, emit_all
 from adaptc.compiler.folding import fold, prove_fold
 from adaptc.compiler.output_paths import output_paths
 from adaptc.compiler.plan_report import PlanReport
@@ -23,15 +23,21 @@ from adaptc.compiler.runners import BatchRunner, module_call
 from adaptc.compiler.trainable import module_record
 from adaptc.compiler.trunk import Trunk, make_trunk
 from adaptc.errors import RefusedError
+from adaptc.ir.conversion import META
 from adaptc.ir.graph import Graph
-from adaptc.ir.module import META, bind
+from adaptc.ir.module import bind
+from adaptc.progress.bars import shown
 from adaptc.rewriter.catalog import load_passes
 from adaptc.rewriter.pipeline import PassRecord, run
 from adaptc.spec.spec import Spec, load
 
 
 class Compiled:
-    """A compiled model.
+    """A compiled model: what can be made of it.
+
+    To use: `module` (train it), `fold()` and `inference()` (run it), `generate()`, `emit()` (write it),
+    `save_adapter()`, `load_adapter()`, `alternatives`. To read: `spec`, `plan`, `proofs`, `quantization_errors()`.
+    The graphs behind it: `base`, `graph`, `live_graph()`, `folded_graph()`, `records`, `base_sha256`, `program`.
 
     Attributes:
         program: the graphs behind it.
@@ -41,6 +47,15 @@ class Compiled:
     def __init__(self, program: Program):
         self.program = program
         self.errors: QuantizationErrors | None = None
+
+    def __repr__(self) -> str:
+        adapters = dict.fromkeys(f"{p.insert.method.name} {p.insert.adapter!r}" for p in self.plan.entries)
+        what = ", ".join([*adapters, *(f"alternative {name!r}" for name in self.plan.alternatives)])
+        budget = self.plan.budget
+        return (
+            f"<adaptc.Compiled {self.base.source.describe}: {what or 'no adapter'}; "
+            f"{budget.trainable:,} of {budget.parameters:,} parameters train>"
+        )
 
     @property
     def spec(self) -> Spec:
@@ -224,10 +239,19 @@ class Compiled:
         requantized = adapters == "folded" and bool(self.plan.closing[1:])
         return self.program.quantization_errors(fold(self.program).quantized if requantized else None)
 
-    def emit(self, format: str, path: str | Path, **options: Any) -> None:
+    def emit(self, format: str, path: str | Path, *, progress: bool = False, **options: Any) -> Artifact:
         """Write one artifact, as an `emit` entry of a spec would: `emit("onnx", path, adapters="folded")`.
 
         A warning says what another library does not read as it was written.
+
+        Args:
+            format: `onnx`, `torch`, `peft`, `hf`, `genai` or `onnx-adapter`.
+            path: the file or folder.
+            progress: draw what takes long on standard error.
+            **options: the other keys of such an entry.
+
+        Returns:
+            What was written: its `path`, what quantization costs it (`errors`), and `notes` for whoever uses it.
 
         Raises:
             SpecError: the format or an option is unknown.
@@ -236,10 +260,12 @@ class Compiled:
         entry = {"format": format, **options, "path": str(Path(path).absolute())}
         spec = load({"adapters": self.spec.source.data.get("adapters", {}), "emit": [entry]})
         output_paths(spec, spec.emit)
-        (artifact,) = emit_all(self.program, spec.emit)
+        with shown(progress):
+            (artifact,) = emit_all(self.program, spec.emit)
         self.errors = artifact.errors
         for warning in artifact.warnings:
             warnings.warn(warning, stacklevel=2)
+        return artifact
 
     def save_adapter(self, directory: str | Path) -> None:
         """Write the adapters as PEFT checkpoints.

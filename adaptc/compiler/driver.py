@@ -26,6 +26,7 @@ from adaptc.compiler.schedule import check_artifacts
 from adaptc.compiler.swap import swap_slots
 from adaptc.ir.graph import Graph
 from adaptc.ir.interpreter import Batch
+from adaptc.progress.bars import shown
 from adaptc.rewriter.pipeline import Compare
 from adaptc.spec.spec import Spec, load
 
@@ -39,6 +40,7 @@ def compile(
     overrides: Sequence[str] = (),
     calibration: Iterable[Batch] | None = None,
     after: After | None = None,
+    progress: bool = False,
 ) -> Compiled:
     """Compile a spec: load it, make its base, trace that, read the person's data, plan, rewrite, check and prove.
 
@@ -52,20 +54,22 @@ def compile(
         overrides: `--set` settings.
         calibration: batches of inputs with labels, for methods that choose by data, in place of the spec's file.
         after: called with a pass's name and the graph after each pass.
+        progress: draw what takes long, with the time left, on standard error.
 
     Raises:
         SpecError: the spec is wrong; holds every problem found.
         AdaptcError: the model cannot be traced, a pass refuses, or a proof does not hold.
     """
     spec = load(spec, overrides)
-    base = make_base(spec, model, example_inputs, dynamic)
-    graph = trace(spec, base, after)
-    check_served(spec, graph)
-    check_cached(spec, graph)
-    calibrate(spec, graph, calibration)
-    take_examples(spec, graph)
-    program = program_of(spec, graph, base.bound.notes, after, comparison(spec.seed), weighed=True)
-    program.prove_trace()
+    with shown(progress):
+        base = make_base(spec, model, example_inputs, dynamic)
+        graph = trace(spec, base, after)
+        check_served(spec, graph)
+        check_cached(spec, graph)
+        calibrate(spec, graph, calibration)
+        take_examples(spec, graph)
+        program = program_of(spec, graph, base.bound.notes, after, comparison(spec.seed), weighed=True)
+        program.prove_trace()
     return Compiled(program)
 
 

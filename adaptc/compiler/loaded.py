@@ -20,8 +20,8 @@ from adaptc.errors import AdaptcError
 from adaptc.inputs import InputSpec
 from adaptc.ir.alternative import Entries
 from adaptc.ir.base import Base, Bound
+from adaptc.ir.conversion import META
 from adaptc.ir.graph import Graph
-from adaptc.ir.module import META
 from adaptc.ir.nodes import copy_nodes
 from adaptc.ir.row_calls import RowsGraph
 from adaptc.ir.switched import SwitchedModule

@@ -33,9 +33,10 @@ from adaptc.compiler.trainable import (
     trainable_title,
 )
 from adaptc.ir.alternative import Maker
+from adaptc.ir.conversion import META
 from adaptc.ir.graph import Graph
 from adaptc.ir.interpreter import Interpreter, Run
-from adaptc.ir.module import META, bind
+from adaptc.ir.module import bind
 from adaptc.ir.row_calls import RowsGraph
 from adaptc.ir.switched import SwitchedModule, switched
 from adaptc.progress.steps import step

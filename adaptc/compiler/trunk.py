@@ -14,10 +14,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import fx
 
-from adaptc.checkpoints.module_adapters import META, tensors_of
+from adaptc.checkpoints.module_adapters import tensors_of
 from adaptc.compiler.program import Program
 from adaptc.compiler.trainable import module_record
 from adaptc.errors import AdaptcError, InputError, WeightError
+from adaptc.ir.conversion import META
 from adaptc.ir.counted import counted_by, with_counted
 from adaptc.ir.graph import Graph
 from adaptc.ir.module import bind

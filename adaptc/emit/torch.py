@@ -22,9 +22,10 @@ from adaptc.checkpoints.module_adapters import AlternativeFiles
 from adaptc.emit.manifest import MANIFEST
 from adaptc.errors import AdaptcError, RefusedError, WeightError
 from adaptc.inputs import InputSpec
+from adaptc.ir.conversion import META, ConvertedModule
 from adaptc.ir.counted import counted_by, let_count
 from adaptc.ir.example_inputs import example_sizes, example_tensors
-from adaptc.ir.module import META, Segment, kept_activations
+from adaptc.ir.module import Segment, kept_activations
 from adaptc.ir.nodes import set_tensor
 from adaptc.ir.row_calls import RowsGraph
 from adaptc.ir.switched import SwitchedModule, switched
@@ -264,7 +265,7 @@ def _restore(module: fx.GraphModule, about: Mapping[str, Any]) -> fx.GraphModule
     """
     trainable = set(about["trainable"])
     restored: dict[str, torch.Tensor] = {}
-    result = fx.GraphModule(nn.Module(), fx.Graph())
+    result = ConvertedModule(nn.Module(), fx.Graph())
     tensors = {
         **dict(module.named_parameters(remove_duplicate=False)),
         **dict(module.named_buffers(remove_duplicate=False)),

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from torch import fx
 
-from adaptc.ir.module import META
+from adaptc.ir.conversion import META
 from adaptc.ir.row_calls import RowsGraph
 
 Entries = str | os.PathLike[str] | Sequence[Mapping[str, Any]]

@@ -11,14 +11,13 @@ import torch
 import torch.utils.checkpoint
 from torch import fx, nn
 
+from adaptc.ir.conversion import ConvertedModule
 from adaptc.ir.counted import counted_by, let_count
 from adaptc.ir.graph import Graph
 from adaptc.ir.nodes import CUT, copy_nodes, set_tensor, writes_in_place
 
 # torch's checkpoint has no types.
 _checkpoint: Callable[..., Any] = cast(Any, torch.utils.checkpoint).checkpoint
-META = "adaptc"
-"""The key in a module's `meta` under which adaptc stores its records of the adapters and the base."""
 RUNNING_STATISTICS = frozenset({torch.ops.aten.batch_norm.default, torch.ops.aten.instance_norm.default})
 """Operations that write to running statistics, their fourth and fifth operand, without saying so in their schema."""
 
@@ -157,7 +156,7 @@ def bind(
         prefix: of the names of segments.
     """
     trained = set(trainable)
-    module = fx.GraphModule(nn.Module(), fx.Graph())
+    module = ConvertedModule(nn.Module(), fx.Graph())
     tensors: dict[str, torch.Tensor] = dict(shared or {})
     for name in graph.weights:
         first = graph.aliases.get(name, name)

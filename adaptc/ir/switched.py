@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from adaptc.errors import AdaptcError, unknown
 from adaptc.ir.alternative import Alternative, Entries, Files, Maker
+from adaptc.ir.conversion import ConvertedModule
 from adaptc.ir.counted import COUNTED, let_count
 from adaptc.ir.module import Segment
 from adaptc.ir.nodes import drop_tensor, get_tensor, set_tensor
@@ -42,7 +43,7 @@ class _Codes:
         return _Codes(dict(self.by_key))
 
 
-class SwitchedModule(fx.GraphModule):
+class SwitchedModule(ConvertedModule):
     """A compiled module with alternatives: `set_adapter("alice")` makes one active, `set_adapter(None)` none.
 
     Every alternative's tensors are in the state dict, under names of their own. While one is active, it and what is

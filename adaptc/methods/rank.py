@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Annotated, Self
+
+from pydantic import Field
 
 from adaptc.errors import Fault
 from adaptc.methods.method import Alpha, Rank, WeightMethod
@@ -16,13 +18,20 @@ from adaptc.methods.tensors import unflatten
 if TYPE_CHECKING:
     from adaptc.methods.site import WeightSite
 
+RankPattern = Annotated[
+    Mapping[LayerKey, Rank], Field(description="the end of a layer's name, or a regex, -> the rank there")
+]
+AlphaPattern = Annotated[
+    Mapping[LayerKey, Alpha], Field(description="the end of a layer's name, or a regex, -> alpha there")
+]
+
 
 @dataclass(frozen=True)
 class Ranked(WeightMethod):
     """A method with a rank; PEFT's `rank_pattern` sets it for single layers."""
 
     r: Rank = 8
-    rank_pattern: Mapping[LayerKey, Rank] = field(default_factory=dict[str, Rank])
+    rank_pattern: RankPattern = field(default_factory=dict[str, Rank])
 
     kinds = MATRIX_KINDS
 
@@ -52,7 +61,7 @@ class Scaled(Ranked):
     """A method whose product is scaled by alpha / r; PEFT's `alpha_pattern` sets alpha for single layers."""
 
     alpha: Alpha = 8.0
-    alpha_pattern: Mapping[LayerKey, Alpha] = field(default_factory=dict[str, Alpha])
+    alpha_pattern: AlphaPattern = field(default_factory=dict[str, Alpha])
 
     def at(self, site: WeightSite) -> Self:
         """The rank and alpha in force at this site."""
