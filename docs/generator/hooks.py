@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import posixpath
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ API = "reference/python.md"
 LINK = re.compile(r"(\]\(|src=\")(?!https?:|#|mailto:)([^)\s\"#]+)")
 
 
+@cache
 def made() -> dict[str, str]:
     """Path in the site -> text, for the pages that are made from the code."""
     return {
