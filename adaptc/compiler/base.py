@@ -25,6 +25,9 @@ from adaptc.tracing.module import from_examples, from_factory, from_module, from
 from adaptc.tracing.trace import trace_base
 from adaptc.tracing.wrappers import unwrapped
 
+EXAMPLE = "all-MiniLM-L6-v2"
+MAKE_MODEL = "the model of the specs that come with adaptc: `make model`, in adaptc's folder, puts it there"
+
 
 def make_base(
     spec: Spec,
@@ -101,5 +104,6 @@ def _from_huggingface(spec: Spec, entry: BaseEntry, inputs: Sequence[InputSpec])
         return huggingface.load(str(directory), entry, spec.seed, tuple(inputs))
     if entry.model.startswith((".", "/", "~")) or entry.model.count("/") > 1 or Path(entry.model).suffix:
         message = f"{directory}: no such directory"
-        raise spec.error(("base", "model"), message, "paths are relative to the spec file")
+        where = (MAKE_MODEL,) if directory.name == EXAMPLE else ()
+        raise spec.error(("base", "model"), message, "paths are relative to the spec file", *where)
     return huggingface.load(entry.model, entry, spec.seed, tuple(inputs))
