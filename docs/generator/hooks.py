@@ -41,14 +41,17 @@ def made() -> dict[str, str]:
 
 
 def on_config(config: Any) -> Any:
-    """Put the pages of methods and schemes where the navigation names their folder."""
-    names = sorted(made())
+    """Put the pages of methods and schemes where the menu names their folder, and pages it does not name at its end."""
+    listed = set()
     for section in config.nav:
-        for entries in section.values():
-            for entry in entries if isinstance(entries, list) else ():
-                for title, path in entry.items():
-                    if path.endswith("/"):
-                        entry[title] = [name for name in names if name.startswith(path)]
+        for entry in (entry for entries in section.values() for entry in entries):
+            for title, path in entry.items():
+                listed.add(path)
+                if path.endswith("/"):
+                    entry[title] = sorted(name for name in made() if name.startswith(path))
+    others = sorted({page.name for page in (ROOT / "docs").glob("*.md")} - listed)
+    if others:
+        config.nav.append({"More": others})
     return config
 
 
