@@ -39,6 +39,7 @@ def train(model: str, steps: int, output: Path) -> float:
         per_device_train_batch_size=16,
         learning_rate=1e-3,
         save_strategy="no",
+        label_names=["labels"],
         report_to=[],
         use_cpu=True,
         dataloader_pin_memory=False,

@@ -30,6 +30,8 @@ from adaptc.tracing.trace import trace_base
 from adaptc.tracing.wrappers import unwrapped
 
 LOG = logging.getLogger(__name__)
+EXAMPLE = "all-MiniLM-L6-v2"
+MAKE_MODEL = "the model of the specs that come with adaptc: `make model`, in adaptc's folder, puts it there"
 
 
 def make_base(
@@ -137,5 +139,6 @@ def _from_huggingface(
         return huggingface.load(str(directory), entry, spec.seed, tuple(inputs))
     if entry.model.startswith((".", "/", "~")) or entry.model.count("/") > 1 or Path(entry.model).suffix:
         message = f"{directory}: no such directory"
-        raise spec.error(place, message, "paths are relative to the spec file")
+        where = (MAKE_MODEL,) if directory.name == EXAMPLE else ()
+        raise spec.error(place, message, "paths are relative to the spec file", *where)
     return huggingface.load(entry.model, entry, spec.seed, tuple(inputs))

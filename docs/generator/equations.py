@@ -26,6 +26,8 @@ TOKEN = re.compile(
 )
 EQUATION = re.compile(r"[A-Z]'? = ")
 SOURCE = re.compile(r"\b(?:et al\.|and \w+) \d{4}")
+PRIME = re.compile(r"<msup>(<mi>[^<]*</mi>)<mi>&#x02032;</mi></msup>")
+"""A prime as a superscript, which fonts without tables for mathematics draw too small."""
 OPERATORS = "+-=/,;:≤∘⊗"
 SENTENCE = 4
 """From so many words on, a part without an equals sign is a sentence, and no formula."""
@@ -61,7 +63,9 @@ def parts(line: str) -> Summary:
 
 def typeset(text: str, block: bool = False) -> str:
     """A formula as MathML, in its own line or within one."""
-    return convert(tex(text), display="block" if block else "inline")
+    return PRIME.sub(
+        r"\1<mo lspace='0'>&#x2032;</mo>", convert(tex(text), display="block" if block else "inline")
+    )
 
 
 def tex(text: str) -> str:

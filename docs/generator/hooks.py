@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import posixpath
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ API = "reference/python.md"
 LINK = re.compile(r"(\]\(|src=\")(?!https?:|#|mailto:)([^)\s\"#]+)")
 
 
+@cache
 def made() -> dict[str, str]:
     """Path in the site -> text, for the pages that are made from the code."""
     return {
@@ -39,14 +41,17 @@ def made() -> dict[str, str]:
 
 
 def on_config(config: Any) -> Any:
-    """Put the pages of methods and schemes where the navigation names their folder."""
-    names = sorted(made())
+    """Put the pages of methods and schemes where the menu names their folder, and pages it does not name at its end."""
+    listed = set()
     for section in config.nav:
-        for entries in section.values():
-            for entry in entries if isinstance(entries, list) else ():
-                for title, path in entry.items():
-                    if path.endswith("/"):
-                        entry[title] = [name for name in names if name.startswith(path)]
+        for entry in (entry for entries in section.values() for entry in entries):
+            for title, path in entry.items():
+                listed.add(path)
+                if path.endswith("/"):
+                    entry[title] = sorted(name for name in made() if name.startswith(path))
+    others = sorted({page.name for page in (ROOT / "docs").glob("*.md")} - listed)
+    if others:
+        config.nav.append({"More": others})
     return config
 
 

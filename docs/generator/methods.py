@@ -45,7 +45,8 @@ def pages() -> dict[str, str]:
 
 def _index(title: str, key: str, registry: Any) -> str:
     rows = [
-        f"| [`{name}`]({name}.md) | {_first(cls)} | {_sits(cls)} |" for name, cls in sorted(registry.items())
+        f"| [`{name}`]({name}.md) | {_first(cls)} | {', '.join(sorted(cls.kinds))} |"
+        for name, cls in sorted(registry.items())
     ]
     return "\n".join(
         [

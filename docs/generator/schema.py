@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any
 
 from adaptc.methods.method import METHODS
@@ -24,11 +25,13 @@ SECTIONS = (
 """The mappings of a spec that are no method, no scheme and no format of `emit`."""
 
 
+@cache
 def schema() -> Schema:
     """The schema of a spec."""
     return json.loads(schema_text())
 
 
+@cache
 def entries() -> dict[str, Schema]:
     """Name -> the schema of its entry, for every method, every scheme, and every format of `emit`."""
     named = {}

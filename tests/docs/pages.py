@@ -50,7 +50,8 @@ def blocks(page: Path) -> Iterator[Block]:
 
 def masked(output: str) -> list[str]:
     """The lines of an output without what differs from run to run and machine to machine: numbers and widths."""
-    lines = [re.sub(r"\d[\d,]*(\.\d+)?(e[-+]\d+)?", "#", line) for line in output.splitlines()]
+    number = re.compile(r"\b[0-9a-f]{12,}\b|\d[\d,]*(\.\d+)?(e[-+]\d+)?")
+    lines = [number.sub("#", line) for line in output.splitlines()]
     return [re.sub(r"[━─═]+", "─", re.sub(r"\s+", " ", line)).strip() for line in lines if line.strip()]
 
 

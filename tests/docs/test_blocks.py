@@ -30,13 +30,16 @@ from adaptc.quantization.scheme import SCHEMES
 from adaptc.rewriter.pipeline import PASSES
 from tests.command_line import on_a_terminal
 from tests.docs.pages import PAGES, ROOT, RUN, SHOWN, Block, blocks, is_shown
-from tests.served import Served, Swapped
+from tests.served import Served
 from tests.spec_bases import save_bert, save_peft_adapter
 
 UPDATE = bool(os.environ.get("UPDATE_DOCS"))
 WITH_CODE = [page for page in PAGES if any(block.language in RUN for block in blocks(page))]
 BASE = {"model": "./all-MiniLM-L6-v2", "task": "feature-extraction"}
 """What stands under `base` where a page shows a part of a spec."""
+MODELS = ("llama", "tiny-llama")
+ADAPTERS = ("my-peft-adapter", "lora", "alice")
+"""Folders that pages name: those of a small Llama on pages with a Llama, else of the small model of `BASE`."""
 REAL = {"tutorial"}
 """Pages on the real all-MiniLM-L6-v2; the others have a small model of the same names in its place."""
 
@@ -57,15 +60,12 @@ def folder(
     page: Path = request.getfixturevalue("page")
     text = page.read_text()
     (tmp_path / "all-MiniLM-L6-v2").symlink_to(_minilm() if page.stem in REAL else small[0])
-    (tmp_path / "my-peft-adapter").symlink_to(small[1])
-    if "./llama" in text or "./tiny-llama" in text:
+    model, adapter = small
+    if "llama" in text:
         served: Served = request.getfixturevalue("served")
-        (tmp_path / "llama").symlink_to(served.base)
-        (tmp_path / "tiny-llama").symlink_to(served.base)
-        (tmp_path / "lora").symlink_to(served.adapter)
-    if "./alice" in text:
-        swapped: Swapped = request.getfixturevalue("swapped")
-        (tmp_path / "alice").symlink_to(swapped.adapters["alice"])
+        model, adapter = served.base, served.adapter
+    for name in sorted(set(re.findall(r"\./([\w-]+)", text)) & {*MODELS, *ADAPTERS}):
+        (tmp_path / name).symlink_to(model if name in MODELS else adapter)
     for name in ("specs", "demo"):
         shutil.copytree(
             ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("all-MiniLM-L6-v2", "build")
@@ -131,7 +131,7 @@ def check_spec(block: Block, folder: Path) -> None:
     path.parent.mkdir(exist_ok=True)
     spec = whole_spec(block)
     path.write_text(block.text if "base:" in block.text and "version:" in block.text else json.dumps(spec))
-    assert plan(path)[1].sites, block.place
+    plan(path)
 
 
 def run_commands(block: Block, folder: Path) -> None:
@@ -140,7 +140,10 @@ def run_commands(block: Block, folder: Path) -> None:
         for line in block.text.splitlines():
             run_command(line.split("#")[0].strip(), block)
         return
-    for part in re.split(r"^\$ ", block.text, flags=re.MULTILINE)[1:]:
+    before, *parts = re.split(r"^\$ ", block.text, flags=re.MULTILINE)
+    assert parts, f"{block.place}: in a console, commands stand behind `$ `"
+    assert not before, f"{block.place}: an output before any command"
+    for part in parts:
         command, _, expected = part.partition("\n")
         printed = run_command(command, block)
         compare(block, expected, re.sub(rf"(file://)?{re.escape(str(folder.resolve()))}/", "", printed))

@@ -187,6 +187,12 @@ def test_missing_directory(refused: Callable[..., tuple[str, str]], tmp_path: Pa
     assert place == "2:15"
     assert f"base.model: {tmp_path / 'nowhere'}: no such directory" in text
     assert "relative to the spec file" in text
+    assert "make model" not in text
+
+
+def test_the_model_of_the_specs_is_missing(refused: Callable[..., tuple[str, str]]) -> None:
+    text, _ = refused("base: {model: ./all-MiniLM-L6-v2}\n" + lora(target="*"))
+    assert "`make model`, in adaptc's folder, puts it there" in text
 
 
 def test_a_name_without_a_slash_that_is_nowhere(

@@ -28,7 +28,11 @@ def trained(zoo: Zoo, folder: Path, heads: bool) -> Any:
     more: dict[str, Any] = {"modules_to_save": ["classifier"]} if heads else {}
     configs = [
         peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, **more)
-        for rank, alpha, targets in ((4, 8, ["query", "value"]), (2, 7, ["query"]), (6, 3, ["value", "dense"]))
+        for rank, alpha, targets in (
+            (4, 8, ["query", "value"]),
+            (2, 7, ["query"]),
+            (6, 3, ["value", "dense"]),
+        )
     ]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -107,5 +111,7 @@ def test_a_folder_of_several_adapters_is_told(zoo: Zoo, tmp_path: Path) -> None:
     for file in (tmp_path / "saved").glob("adapter_*"):
         file.unlink()
     entry = {"adapter": str(tmp_path / "saved")}
-    with pytest.raises(SpecError, match="holds the adapters alice, bob, each in a folder of its own; name one"):
+    with pytest.raises(
+        SpecError, match="holds the adapters alice, bob, each in a folder of its own; name one"
+    ):
         adaptc.compile({"base": zoo.base_of("bert"), "adapt": [entry]})
