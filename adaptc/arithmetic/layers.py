@@ -170,7 +170,8 @@ def _nearest(terms: Sequence[tuple[float, Change]], merge: Merge, rank: int) -> 
             [change.delta() for _, change in terms], [weight for weight, _ in terms], site.dtype, generator
         )
         wanted = site.matrix(merged).float()
-        one = [method.nearest(M) for M in (wanted if site.batch is not None else wanted[None])]
+        matrices = (wanted,) if site.batch is None else wanted.unbind()
+        one = [method.nearest(M) for M in matrices]
         stacked = {k: torch.stack([theta[k] for theta in one]).to(site.dtype) for k in one[0]}
         theta = stacked if site.batch is not None else {k: value[0] for k, value in stacked.items()}
         held = method.scale * (theta["B"].float() @ theta["A"].float())

@@ -79,7 +79,7 @@ def combine(
     if len(factors) != len(adapters):
         raise WeightError(f"{len(adapters)} adapters have {len(factors)} weights; give one for each")
     paths = [Path(adapter).absolute() for adapter in adapters]
-    seed = {"seed": options.pop("seed")} if "seed" in options else {}
+    seed: dict[str, Any] = {"seed": options.pop("seed")} if "seed" in options else {}
     members = [{"adapter": str(path), "weight": float(w)} for path, w in zip(paths, factors, strict=True)]
     entry: dict[str, Any] = {"combine": members, "how": how, **options}
     try:
@@ -119,7 +119,7 @@ def convert(
         SpecError: the adapter changes no weights, or `to` cannot hold what others do.
         WeightError: the adapter cannot be read, or was trained on another base.
     """
-    options = {} if to is None else {"to": to}
+    options: dict[str, Any] = {} if to is None else {"to": to}
     return combine([adapter], directory, how="svd", svd_rank=r, base=base, task=task, **options)
 
 

@@ -110,14 +110,14 @@ def _options(first: Spec, second: Spec, first_plan: PlanReport, second_plan: Pla
     """What two specs state otherwise, but for what they emit; and their pipelines."""
     ours, theirs = dump(first), dump(second)
     plain = [{k: v for k, v in d.items() if k not in (*LISTS, "adapters", "emit")} for d in (ours, theirs)]
-    changes = value_changes(*plain)
+    changes = value_changes(plain[0], plain[1])
     for key in LISTS:
         changes += entry_changes(_entries(first, key), _entries(second, key), _entry, key)
     for name in {**first.adapters, **second.adapters}:
-        sides = [_entries(spec, "adapters", name) for spec in (first, second)]
-        changes += entry_changes(*sides, _entry, f"adapters.{name}")
+        before, after = (_entries(spec, "adapters", name) for spec in (first, second))
+        changes += entry_changes(before, after, _entry, f"adapters.{name}")
     pipelines = [" > ".join(each.pipeline) for each in (first_plan, second_plan)]
-    return changes + value_changes(*pipelines, "pipeline")
+    return changes + value_changes(pipelines[0], pipelines[1], "pipeline")
 
 
 def _entries(spec: Spec, key: str, name: str | None = None) -> Entries:
