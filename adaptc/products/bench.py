@@ -203,8 +203,8 @@ def _timed(
         for size in each(LOG, f"timing on {threads} threads", sizes, "sizes"):
             tensors = example_tensors(products[0].inputs(), size)
             measured = _durations(calls, tensors, seconds)
-            known = measured.get(reference)
-            whole = statistics.median(known) if isinstance(known, list) else None
+            compared = measured.get(reference)
+            whole = statistics.median(compared) if isinstance(compared, list) else None
             timings += [_timing(name, threads, size, got, whole) for name, got in measured.items()]
     return timings
 

@@ -28,8 +28,8 @@ def growth_of(path: Path, name: str, sizes: dict[str, int]) -> int:
     Raises:
         AdaptcError: it does not run.
     """
-    words = [sys.executable, "-m", __name__, str(path), name, json.dumps(sizes)]
-    ran = subprocess.run(words, capture_output=True, text=True)
+    command = [sys.executable, "-m", __name__, str(path), name, json.dumps(sizes)]
+    ran = subprocess.run(command, capture_output=True, text=True)
     if ran.returncode:
         reason = (ran.stderr.strip().splitlines() or ["no message"])[-1]
         raise AdaptcError(f"{name}: its memory cannot be measured: {reason}")

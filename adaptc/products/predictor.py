@@ -211,10 +211,10 @@ def _next(predictor: Predictor, text: str, pair: str | None) -> Prediction:
 def _masked(predictor: Predictor, text: str, pair: str | None) -> Prediction:
     """The likeliest tokens in the place of the first mask."""
     encoded = predictor.encoded(text, pair)
-    own = predictor.tokenizer.own
-    places = (encoded["input_ids"][0] == own.mask_token_id).nonzero()
+    tokenizer = predictor.tokenizer.own
+    places = (encoded["input_ids"][0] == tokenizer.mask_token_id).nonzero()
     if not len(places):
-        raise SpecError([Problem(f"there is no {own.mask_token} in the text", file="--text")])
+        raise SpecError([Problem(f"there is no {tokenizer.mask_token} in the text", file="--text")])
     logits = predictor.outputs(encoded)["logits"][0, int(places[0])]
     return Prediction(predictor.task, text, pair, predictor.top_tokens(logits))
 

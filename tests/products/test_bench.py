@@ -90,7 +90,7 @@ def test_a_size_that_does_not_run_is_told(build: Path) -> None:
             {"input_ids": [2, 3]},
             "rows.jsonl:1: no labels; a row has text and label, or the inputs and labels",
         ),
-        ({"input_ids": [2, 3], "labels": 1}, "rows.jsonl:1: token_type_ids, attention_mask missing"),
+        ({"input_ids": [2, 3], "labels": 1}, "rows.jsonl:1: attention_mask, token_type_ids missing"),
         (
             {"input_ids": [2], "token_type_ids": [0], "attention_mask": [1], "labels": -100},
             "there is no row with a label",
