@@ -159,7 +159,7 @@ def _differing(method: type[Method[Any]], options: Mapping[str, object], record:
     """The first option whose value differs from the one that the module was compiled with; "" if none does."""
     compiled = method.trained_options(dict(record.options))
     for key, value in options.items():
-        plain = list(cast(tuple[Any, ...], value)) if isinstance(value, tuple) else value
+        plain = json.loads(json.dumps(value, default=list))  # as a record has it, in tuples within tuples too
         per_layer = method.peft is not None and key in method.peft.modules
         if key not in method.while_training and not per_layer and plain != compiled.get(key):
             return key

@@ -50,6 +50,7 @@ class Cloze(HeadMethod):
     output: Output = "logits"
 
     small: ClassVar[Mapping[str, object]] = {"words": ((3,), (4, 5)), "mask_token": 7}
+    while_training = frozenset({"dropout", "template", "verbalizer"})
 
     @property
     def token(self) -> int | None:

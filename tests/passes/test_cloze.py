@@ -22,7 +22,7 @@ def save(directory: Path, mask: str | None = "[MASK]") -> tuple[Path, Any]:
     from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1}
-    model = randomise(BertForMaskedLM(BertConfig(vocab_size=len(WORDS), max_position_embeddings=12, **sizes)))
+    model = randomise(BertForMaskedLM(BertConfig(vocab_size=len(WORDS), max_position_embeddings=40, **sizes)))
     model.tie_weights()  # type: ignore[operator]
     model.save_pretrained(directory)  # type: ignore[operator]
     words = Tokenizer(WordLevel({word: number for number, word in enumerate(WORDS)}, "[UNK]"))
