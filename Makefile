@@ -53,7 +53,7 @@ families: $(READY)  ## every base and method beside PEFT: writes docs/families.m
 methods: $(READY)  ## every method on MiniLM beside PEFT: writes docs/methods.md, takes a quarter of an hour
 	$(PYTHON) -m benchmarks.methods
 
-decoders: $(READY)  ## every decoder with a cache beside none and transformers: writes docs/decoders.md, takes an hour and a half
+decoders: $(READY)  ## every decoder with a cache beside none and transformers: writes docs/decoders.md, takes two hours
 	$(PYTHON) -m benchmarks.decoder_table
 
 operations: $(READY)  ## every operation of torch beside torch's own exporter: writes docs/operations.md, takes an hour
