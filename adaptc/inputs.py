@@ -125,7 +125,7 @@ class InputSpec:
             ValueError: the lists are empty or of different lengths, or hold something else.
         """
         leaves, shape = _leaves(values)
-        kinds = {type(leaf) for leaf in leaves}
+        kinds: set[type[Any]] = {type(leaf) for leaf in leaves}
         dtype = next(
             (d for kind, d in KINDS.items() if kinds == {kind}), "float32" if kinds == {int, float} else ""
         )
@@ -169,11 +169,11 @@ def _leaves(values: Any) -> tuple[list[Any], tuple[int, ...]]:
 
 
 def _tuples(values: Any) -> Any:
-    return tuple(map(_tuples, values)) if isinstance(values, (list, tuple)) else values
+    return tuple(map(_tuples, cast("Sequence[Any]", values))) if isinstance(values, (list, tuple)) else values
 
 
 def _lists(values: Any) -> Any:
-    return [_lists(value) for value in values] if isinstance(values, (list, tuple)) else values
+    return list(map(_lists, cast("Sequence[Any]", values))) if isinstance(values, (list, tuple)) else values
 
 
 def _dim(part: str, text: str) -> str | int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from adaptc.optional import MissingPackageError, optional
 
 def record_of(model: Any) -> dict[str, Any]:
     """What is needed to make a model of transformers again: `class` and `config`; nothing for one of custom code."""
-    kind = type(model)
+    kind = cast("type[Any]", type(model))
     if not kind.__module__.startswith("transformers."):
         return {}
     config: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 from pydantic import TypeAdapter
 
@@ -120,7 +120,7 @@ def option_rows(cls: type[Method[Any]]) -> list[dict[str, str]]:
     for spelling, option in cls.aliases.items():
         spelled.setdefault(option, []).append(spelling)
     rows: list[dict[str, str]] = []
-    for field in dataclasses.fields(cls):
+    for field in dataclasses.fields(cast("Any", cls)):
         schema = properties[field.name]
         rows.append(
             {
@@ -162,5 +162,5 @@ def _shown(value: object) -> str:
     if value is None or value in ((), {}, frozenset()):
         return "none"
     if isinstance(value, list | tuple):
-        return f"[{', '.join(map(str, value))}]"
+        return f"[{', '.join(map(str, cast('Sequence[object]', value)))}]"
     return str(value)

@@ -103,6 +103,6 @@ def _task(model: str, task: str, architecture: str) -> str:
     from adaptc.tracing.huggingface_start import start_of
 
     try:
-        return start_of(Path(model), task, architecture).task or DEFAULT_TASK
+        return start_of(model, task, architecture).task or DEFAULT_TASK
     except TraceError as error:
         raise SpecError([Problem(error.message, file=model, notes=error.notes)]) from error

@@ -123,7 +123,7 @@ def _inserted_anew(program: Program, module: SwitchedModule, name: str) -> Progr
 
 def _insertion(record: AdapterRecord) -> Pass:
     """The pass that inserts what a record tells of."""
-    return Insert(
+    return Insert[Any, Any](
         record.instance,
         target=record.patterns,
         adapter=record.adapter,

@@ -36,10 +36,10 @@ class ConvertedModule(fx.GraphModule):
         after = {name: fn(tensor.new_empty(0)).dtype for name, tensor in tensors.items()} if record else {}
         changed = {name: dtype for name, dtype in after.items() if dtype != tensors[name].dtype}
         if record and changed:
-            self._check({**{name: t.dtype for name, t in tensors.items()}, **changed}, changed, record)
+            self._check_dtypes({**{name: t.dtype for name, t in tensors.items()}, **changed}, changed, record)
         return super()._apply(fn, recurse)
 
-    def _check(
+    def _check_dtypes(
         self, dtypes: Mapping[str, torch.dtype], changed: Mapping[str, torch.dtype], record: Mapping[str, Any]
     ) -> None:
         """Run the graph on fake tensors of these dtypes.

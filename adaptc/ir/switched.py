@@ -86,7 +86,7 @@ class SwitchedModule(ConvertedModule):
         self.__dict__["_graph"] = made.graph
         self.meta |= {"adaptc.active": name, **made.record}
         self._take_code()
-        self._let_learn(self.adapters if None in (before, name) else (before, name))
+        self._let_learn(self.adapters if before is None or name is None else (before, name))
 
     def add_adapter(self, name: str, entries: Entries) -> None:
         """Add an alternative: nothing is traced or compiled again, no tensor of another changes, and none is activated.
@@ -282,7 +282,8 @@ class SwitchedModule(ConvertedModule):
         if rows.forward is None:
             made = fx.GraphModule(self, rows.graph.graph)
             rows.forward = cast("Any", made).forward.__func__
-        return rows.forward(self, *args, **kwargs, **{IDS: ids})
+        forward = cast("Callable[..., Any]", rows.forward)
+        return forward(self, *args, **kwargs, **{IDS: ids})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SwitchedModule:
         """A copy with the tensors of every alternative: torch copies those that the active graph reads."""

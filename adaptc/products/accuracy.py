@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,9 @@ def accuracies(path: Path, products: Sequence[Product], other: Baseline | None) 
     if not products:
         raise SpecError([Problem("no product here gives logits of rows", file="--rows")])
     rows = _rows(path, products[0])
-    calls = {product.name: product.open(1) for product in products}
+    calls: dict[str, Callable[[Tensors], Mapping[str, torch.Tensor]]] = {
+        product.name: product.open(1) for product in products
+    }
     if other is not None:
         calls[other.name] = other.open(1)
     right = dict.fromkeys(calls, 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -139,7 +139,7 @@ def _classes(predictor: Predictor, text: str, pair: str | None) -> Prediction:
         scored = [Scored(labels.get(0, "value"), float(logits[0]))]
     else:
         several = predictor.config.problem_type == "multi_label_classification"
-        shares = (logits.sigmoid() if several else logits.softmax(-1)).tolist()
+        shares: list[float] = cast("Any", logits.sigmoid() if several else logits.softmax(-1)).tolist()
         scored = [Scored(labels.get(number, str(number)), share) for number, share in enumerate(shares)]
     ordered = tuple(sorted(scored, key=lambda each: -each.score))
     return Prediction(predictor.task, text, pair, ordered)
@@ -149,13 +149,19 @@ def _tokens(predictor: Predictor, text: str, pair: str | None) -> Prediction:
     """The likeliest class of every token."""
     encoded = predictor.encoded(text, pair)
     shares = predictor.outputs(encoded)["logits"][0].float().softmax(-1)
-    words: Sequence[str] = predictor.tokenizer.own.convert_ids_to_tokens(encoded["input_ids"][0].tolist())
+    ids: list[int] = cast("Any", encoded["input_ids"][0]).tolist()
+    tokens: Sequence[str] = predictor.tokenizer.own.convert_ids_to_tokens(ids)
     best = shares.max(-1)
     labels = predictor.labels
-    rows = zip(words, best.values.tolist(), best.indices.tolist(), strict=True)
+    scores: list[float] = cast("Any", best.values).tolist()
+    numbers: list[int] = cast("Any", best.indices).tolist()
     special = set(predictor.tokenizer.own.all_special_tokens)
-    scored = [Scored(labels.get(number, str(number)), share, word) for word, share, number in rows]
-    return Prediction(predictor.task, text, pair, tuple(each for each in scored if each.token not in special))
+    scored = [
+        Scored(labels.get(number, str(number)), share, token)
+        for token, share, number in zip(tokens, scores, numbers, strict=True)
+        if token not in special
+    ]
+    return Prediction(predictor.task, text, pair, tuple(scored))
 
 
 def _answer(predictor: Predictor, text: str, pair: str | None) -> Prediction:
@@ -174,17 +180,19 @@ def _answer(predictor: Predictor, text: str, pair: str | None) -> Prediction:
     spans = torch.outer(start, end).triu().tril(LONGEST_ANSWER - 1)
     best = int(spans.argmax())
     first, last = divmod(best, count)
-    answer: str = predictor.tokenizer.own.decode(encoded["input_ids"][0, first : last + 1].tolist())
+    ids: list[int] = cast("Any", encoded["input_ids"][0, first : last + 1]).tolist()
+    answer: str = predictor.tokenizer.own.decode(ids)
     return Prediction(predictor.task, text, pair, (Scored(answer, float(spans.flatten()[best])),))
 
 
 def _embedding(predictor: Predictor, text: str, pair: str | None) -> Prediction:
     """The embedding of a text, and how similar that of a second one is."""
     first = _embedded(predictor, text)
+    values: list[float] = cast("Any", first).tolist()
     similarity = None
     if pair is not None:
         similarity = float(F.cosine_similarity(first, _embedded(predictor, pair), dim=0))
-    return Prediction(predictor.task, text, pair, embedding=tuple(first.tolist()), similarity=similarity)
+    return Prediction(predictor.task, text, pair, embedding=tuple(values), similarity=similarity)
 
 
 def _embedded(predictor: Predictor, text: str) -> torch.Tensor:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -133,7 +133,8 @@ def called(model: nn.Module) -> Callable[[Tensors], dict[str, torch.Tensor]]:
     def run(tensors: Tensors) -> dict[str, torch.Tensor]:
         with torch.no_grad():
             result: Any = model(**tensors)
-        items = result.items() if isinstance(result, Mapping) else enumerate(result)
+        named = isinstance(result, Mapping)
+        items = cast("Iterable[tuple[Any, Any]]", cast("Any", result).items() if named else enumerate(result))
         return {str(name): value for name, value in items if isinstance(value, torch.Tensor)}
 
     return run

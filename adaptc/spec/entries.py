@@ -70,7 +70,7 @@ class WeightedAdapter(Part):
     @property
     def entry(self) -> AdapterEntry:
         """The entry that reads it alone."""
-        return AdapterEntry(adapter=self.adapter, allow_pickle=self.allow_pickle, ignore=self.ignore)
+        return AdapterEntry(adapter=self.adapter, allow_pickle=self.allow_pickle, ignore=self.ignore, r=None)
 
 
 How = Literal[

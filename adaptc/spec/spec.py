@@ -271,13 +271,14 @@ def _load_plugins(source: Source) -> None:
     Raises:
         SpecError: one cannot be imported.
     """
-    names = source.data.get("plugins")
+    names: Any = source.data.get("plugins")
     folder = Path.cwd() if source.path is None else source.path.absolute().parent
-    for index, name in enumerate(names if isinstance(names, list | tuple) else ()):
-        if not isinstance(name, str | os.PathLike) or not str(name):
+    listed = cast("Sequence[Any]", names) if isinstance(names, list | tuple) else ()
+    for index, name in enumerate(listed):
+        if not isinstance(name, str | Path) or not str(name):
             continue
         try:
-            load_plugin(os.fspath(name), folder)
+            load_plugin(str(name), folder)
         except AdaptcError as error:
             raise SpecError([source.problem(("plugins", index), error.message, *error.notes)]) from error
 
