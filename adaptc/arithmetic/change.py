@@ -103,4 +103,6 @@ def _one_a_tensor(base: Graph) -> Iterable[WeightSite]:
 
 
 def _wide(weight: Weight) -> Callable[[], torch.Tensor]:
-    return lambda: weight.exact().to(torch.promote_types(weight.dtype, torch.float32))
+    """Gives a weight in the dtype that expressions are evaluated in."""
+    wide = torch.float64 if weight.dtype in (torch.float32, torch.float64) else torch.float32
+    return lambda: weight.exact().to(wide)

@@ -169,12 +169,12 @@ def _nearest(terms: Sequence[tuple[float, Change]], merge: Merge, rank: int) -> 
         merged = merge(
             [change.delta() for _, change in terms], [weight for weight, _ in terms], site.dtype, generator
         )
-        wanted = site.matrix(merged).float()
+        wanted = site.matrix(merged)
         matrices = (wanted,) if site.batch is None else wanted.unbind()
         one = [method.nearest(M) for M in matrices]
         stacked = {k: torch.stack([theta[k] for theta in one]).to(site.dtype) for k in one[0]}
         theta = stacked if site.batch is not None else {k: value[0] for k, value in stacked.items()}
-        held = method.scale * (theta["B"].float() @ theta["A"].float())
+        held = method.scale * (theta["B"].to(wanted.dtype) @ theta["A"].to(wanted.dtype))
         return theta, _error(held, wanted)
 
     return Layer(site, min(rank, site.out_features, site.in_features), make)
