@@ -149,12 +149,12 @@ def _tokens(predictor: Predictor, text: str, pair: str | None) -> Prediction:
     """The likeliest class of every token."""
     encoded = predictor.encoded(text, pair)
     shares = predictor.outputs(encoded)["logits"][0].float().softmax(-1)
-    words: Sequence[str] = predictor.tokenizer.own.convert_ids_to_tokens(encoded["input_ids"][0].tolist())
+    tokens: Sequence[str] = predictor.tokenizer.own.convert_ids_to_tokens(encoded["input_ids"][0].tolist())
     best = shares.max(-1)
     labels = predictor.labels
-    rows = zip(words, best.values.tolist(), best.indices.tolist(), strict=True)
+    rows = zip(tokens, best.values.tolist(), best.indices.tolist(), strict=True)
     special = set(predictor.tokenizer.own.all_special_tokens)
-    scored = [Scored(labels.get(number, str(number)), share, word) for word, share, number in rows]
+    scored = [Scored(labels.get(number, str(number)), share, token) for token, share, number in rows]
     return Prediction(predictor.task, text, pair, tuple(each for each in scored if each.token not in special))
 
 

@@ -29,7 +29,7 @@ from adaptc.spec.entries import AdaptEntry, Alternatives, MethodEntry, QuantizeE
 from adaptc.spec.part import Many, Part, PathText
 from adaptc.spec.proof import ProofEntry
 from adaptc.spec.source import Source
-from adaptc.spec.yaml_text import Loc, is_mapping
+from adaptc.spec.yaml_text import Loc, is_list, is_mapping
 
 VERSION = 1
 NO_ALTERNATIVES = "there are no `adapters:` to choose from; `adapt:` is always on"
@@ -233,13 +233,13 @@ def _load_plugins(source: Source) -> None:
     Raises:
         SpecError: one cannot be imported.
     """
-    names = source.data.get("plugins")
+    names: object = source.data.get("plugins")
     folder = Path.cwd() if source.path is None else source.path.absolute().parent
-    for index, name in enumerate(names if isinstance(names, list | tuple) else ()):
-        if not isinstance(name, str | os.PathLike) or not str(name):
+    for index, name in enumerate(names if is_list(names) else ()):
+        if not isinstance(name, str | os.PathLike) or not str(cast(object, name)):
             continue
         try:
-            load_plugin(os.fspath(name), folder)
+            load_plugin(str(cast(object, name)), folder)
         except AdaptcError as error:
             raise SpecError([source.problem(("plugins", index), error.message, *error.notes)]) from error
 
