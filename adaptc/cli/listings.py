@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sized
 from typing import Any, cast
 
 from pydantic import TypeAdapter
@@ -13,6 +13,7 @@ from adaptc.errors import Problem, SpecError, unknown
 from adaptc.methods.method import METHODS, Method, summary
 from adaptc.quantization.scheme import SCHEMES
 from adaptc.spec.part import option_names
+from adaptc.spec.yaml_text import is_list
 
 PLACES = {
     "linear": "linear layers",
@@ -159,8 +160,8 @@ def _default(field: dataclasses.Field[Any]) -> str:
 def _shown(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    if value is None or value in ((), {}, frozenset()):
+    if value is None or (isinstance(value, Sized) and not isinstance(value, str) and not len(value)):
         return "none"
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(str, cast('Sequence[object]', value)))}]"
+    if is_list(value):
+        return f"[{', '.join(map(str, value))}]"
     return str(value)

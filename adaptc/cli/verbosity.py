@@ -10,12 +10,13 @@ import inspect
 import logging
 import sys
 from collections.abc import Callable
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any, TextIO, TypeVar
 
 import typer
 
 LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG)
 """The level for no `-v`, one, and two."""
+F = TypeVar("F", bound=Callable[..., Any])
 LOGGER = logging.getLogger("adaptc")
 Verbose = Annotated[
     int,
@@ -63,11 +64,11 @@ def is_quiet() -> bool:
 class CommandLine(typer.Typer):
     """A command line whose every command takes `-v` and `-q`."""
 
-    def command(self, *args: Any, **options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def command(self, *args: Any, **options: Any) -> Callable[[F], F]:
         """A decorator that makes a function a command."""
         register = super().command(*args, **options)
 
-        def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        def decorate(function: F) -> F:
             register(_with_verbosity(function))
             return function
 

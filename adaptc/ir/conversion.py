@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptc.errors import AdaptcError
 from adaptc.inputs import InputSpec
@@ -19,7 +21,34 @@ from adaptc.ir.example_inputs import example_sizes, example_tensors
 
 META = "adaptc"
 """The key in a module's `meta` under which adaptc stores what a module must know: its inputs, adapters and base."""
+PRODUCTS = frozenset(
+    getattr(torch.ops.aten, name)
+    for name in (
+        "linear",
+        "matmul",
+        "mm",
+        "addmm",
+        "bmm",
+        "baddbmm",
+        "convolution",
+        "scaled_dot_product_attention",
+    )
+)
+"""Operations that take operands of one dtype alone."""
 Apply = Callable[[torch.Tensor], torch.Tensor]
+
+
+class OneDtype(TorchDispatchMode):
+    """Raises where a product gets operands of two dtypes: on fake tensors torch's own kernels do not look."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operation."""
+        leaves: list[Any] = pytree.tree_leaves((args, kwargs or {}))
+        dtypes = {x.dtype for x in leaves if isinstance(x, torch.Tensor) and x.is_floating_point()}
+        if func.overloadpacket in PRODUCTS and len(dtypes) > 1:
+            names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+            raise TypeError(f"{func} gets {names}")
+        return func(*args, **(kwargs or {}))
 
 
 class ConvertedModule(fx.GraphModule):
@@ -52,7 +81,7 @@ class ConvertedModule(fx.GraphModule):
         state = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         before = state[next(iter(changed))].dtype
         inputs = example_tensors(specs, example_sizes(specs))
-        with FakeTensorMode(), torch.no_grad():
+        with FakeTensorMode(), torch.no_grad(), OneDtype():
             fake = {name: torch.empty(tensor.shape, dtype=dtypes[name]) for name, tensor in state.items()}
             given = {
                 name: torch.empty(value.shape, dtype=dtype if value.is_floating_point() else value.dtype)

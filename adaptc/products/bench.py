@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from adaptc.generation.settings import Settings
 from adaptc.inputs import InputSpec
 from adaptc.ir.example_inputs import example_tensors
 from adaptc.products.accuracy import Accuracy, accuracies
-from adaptc.products.baseline import baseline
+from adaptc.products.baseline import Baseline, baseline
 from adaptc.products.memory import growth_of
 from adaptc.products.product import Product, Tensors, products_at
 from adaptc.progress.bars import shown
@@ -188,7 +188,7 @@ def _sizes(
 
 def _timed(
     products: Sequence[Product],
-    other: Any,
+    other: Baseline | None,
     reference: str,
     sizes: Sequence[Mapping[str, int]],
     threads: int,
@@ -245,7 +245,7 @@ def _durations(calls: Mapping[str, Call], tensors: Tensors, seconds: float) -> d
 
 
 @contextmanager
-def _torch_threads(count: int) -> Any:
+def _torch_threads(count: int) -> Generator[None]:
     """Let torch compute with so many threads inside this block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)

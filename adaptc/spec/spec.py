@@ -271,14 +271,13 @@ def _load_plugins(source: Source) -> None:
     Raises:
         SpecError: one cannot be imported.
     """
-    names: Any = source.data.get("plugins")
+    names: object = source.data.get("plugins")
     folder = Path.cwd() if source.path is None else source.path.absolute().parent
-    listed = cast("Sequence[Any]", names) if isinstance(names, list | tuple) else ()
-    for index, name in enumerate(listed):
-        if not isinstance(name, str | Path) or not str(name):
+    for index, name in enumerate(names if is_list(names) else ()):
+        if not isinstance(name, str | os.PathLike) or not str(cast(object, name)):
             continue
         try:
-            load_plugin(str(name), folder)
+            load_plugin(str(cast(object, name)), folder)
         except AdaptcError as error:
             raise SpecError([source.problem(("plugins", index), error.message, *error.notes)]) from error
 
