@@ -63,7 +63,9 @@ def parts(line: str) -> Summary:
 
 def typeset(text: str, block: bool = False) -> str:
     """A formula as MathML, in its own line or within one."""
-    return PRIME.sub(r"\1<mo lspace='0'>&#x2032;</mo>", convert(tex(text), display="block" if block else "inline"))
+    return PRIME.sub(
+        r"\1<mo lspace='0'>&#x2032;</mo>", convert(tex(text), display="block" if block else "inline")
+    )
 
 
 def tex(text: str) -> str:
