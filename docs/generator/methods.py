@@ -45,7 +45,7 @@ def pages() -> dict[str, str]:
 
 def _index(title: str, key: str, registry: Any) -> str:
     rows = [
-        f"| [`{name}`]({name}.md) | {_first(cls)} | {', '.join(sorted(cls.kinds))} |"
+        f"| [`{name}`]({name}.md) | {', '.join(sorted(cls.kinds))} | {_first(cls)} |"
         for name, cls in sorted(registry.items())
     ]
     return "\n".join(
@@ -56,7 +56,7 @@ def _index(title: str, key: str, registry: Any) -> str:
             "their defaults, a spec.",
             *(["Measured beside PEFT in [the table](../../methods.md)."] if key == "adapt" else []),
             "",
-            "| name | equation | sits on |",
+            "| name | sits on | equation |",
             "| --- | --- | --- |",
             *rows,
         ]

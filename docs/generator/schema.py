@@ -86,7 +86,8 @@ def _row(name: str, option: Schema, spellings: list[str], definition: Schema) ->
 def _inner(option: Schema) -> Schema:
     """The one kind of value that an optional value has."""
     kinds = [kind for kind in option.get("anyOf", ()) if kind.get("type") != "null"]
-    return kinds[0] if len(kinds) == 1 else option.get("additionalProperties", option) or option
+    values = option.get("additionalProperties")
+    return kinds[0] if len(kinds) == 1 else values if isinstance(values, dict) else option
 
 
 def _type(option: Schema) -> str:
