@@ -125,7 +125,7 @@ class InputSpec:
             ValueError: the lists are empty or of different lengths, or hold something else.
         """
         leaves, shape = _leaves(values)
-        kinds: set[type[Any]] = {type(leaf) for leaf in leaves}
+        kinds: set[type[object]] = {type(leaf) for leaf in leaves}
         dtype = next(
             (d for kind, d in KINDS.items() if kinds == {kind}), "float32" if kinds == {int, float} else ""
         )
@@ -169,11 +169,15 @@ def _leaves(values: Any) -> tuple[list[Any], tuple[int, ...]]:
 
 
 def _tuples(values: Any) -> Any:
-    return tuple(map(_tuples, cast("Sequence[Any]", values))) if isinstance(values, (list, tuple)) else values
+    if not isinstance(values, (list, tuple)):
+        return values
+    return tuple(_tuples(value) for value in cast("Sequence[Any]", values))
 
 
 def _lists(values: Any) -> Any:
-    return list(map(_lists, cast("Sequence[Any]", values))) if isinstance(values, (list, tuple)) else values
+    if not isinstance(values, (list, tuple)):
+        return values
+    return [_lists(value) for value in cast("Sequence[Any]", values)]
 
 
 def _dim(part: str, text: str) -> str | int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from adaptc.optional import MissingPackageError, optional
 
 def record_of(model: Any) -> dict[str, Any]:
     """What is needed to make a model of transformers again: `class` and `config`; nothing for one of custom code."""
-    kind = cast("type[Any]", type(model))
+    kind: Any = model.__class__
     if not kind.__module__.startswith("transformers."):
         return {}
     config: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))

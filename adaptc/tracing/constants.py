@@ -100,11 +100,12 @@ def without_constants(
     """
     if args:
         raise InputError("expected every input by its name", f"such as {next(iter(given), 'input_ids')}=...")
-    for spec in constants:
-        value = given.get(spec.name)
-        if value is not None and torch.as_tensor(cast(Any, value)).tolist() != spec.stated:
+    for name, tensor in constant_tensors(constants).items():
+        value: Any = torch.as_tensor(cast(Any, given.get(name, tensor))).cpu()
+        if not torch.equal(value.to(tensor.dtype), tensor):
+            stated = next(spec for spec in constants if spec.name == name)
             raise InputError(
-                f"{spec.name} is {spec} in the trace, got {torch.as_tensor(cast(Any, value)).tolist()}",
+                f"{name} is {stated} in the trace, got {value.tolist()}",
                 "compile it again with that value under `inputs`",
             )
     names = {spec.name for spec in constants}
@@ -133,6 +134,7 @@ def _arange(arange: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
             or set(options) - {"dtype", "device"}
         ):
             return arange(*bounds, **options)
-        return torch.tensor(list(range(*bounds)), **{"dtype": torch.int64} | options)
+        made: Any = {"dtype": torch.int64} | options
+        return torch.tensor(list(range(*bounds)), **made)
 
     return counted

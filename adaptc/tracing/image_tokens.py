@@ -63,18 +63,18 @@ def in_first_layout(model: nn.Module, config: object, inputs: Sequence[InputSpec
         dtype: of images.
 
     Raises:
-        TraceError: it runs with none; the reason is that of the last.
+        TraceError: it runs with none; the reason is that of the first.
     """
     parameters = inspect.signature(model.forward).parameters
     others = [spec for spec in inputs if spec.name != IMAGES]
-    reason = "its configuration says nothing of the size of images"
+    reasons: list[str] = []
     for layout in layouts(config, parameters, _reads_sizes(model)):
         candidate = WithImages(_beside(model, others, layout, dtype), layout.constants)
         try:
             return with_image_tokens(model, config, candidate)
         except Exception as error:  # whatever the model raises where images are given in another layout
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    raise TraceError(reason)
+            reasons.append((str(error).strip().splitlines() or [type(error).__name__])[0])
+    raise TraceError(next(iter(reasons), "its configuration says nothing of the size of images"))
 
 
 def _reads_sizes(model: nn.Module) -> bool:

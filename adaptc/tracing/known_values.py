@@ -7,11 +7,12 @@ from typing import Any, cast
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from adaptc.errors import TraceError
 from adaptc.ir.nodes import (
     apply_operation,
+    is_operator,
+    map_operands,
     memory_owner,
     operation,
     provenance,
@@ -96,17 +97,14 @@ def _memory(owner: fx.Node) -> set[fx.Node]:
 
 def _is_fixed(node: fx.Node) -> bool:
     """Whether an operation gives the same in every call: it draws no random numbers and is no branch or loop."""
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not is_operator(node.target):
         return getattr(node.target, "__module__", "") == "_operator"
-    return torch.Tag.nondeterministic_seeded not in node.target.tags
+    return torch.Tag.nondeterministic_seeded not in cast(Any, node.target).tags
 
 
 def _with(node: fx.Node, operand: fx.Node, value: Any) -> tuple[Any, Any]:
     """The arguments of a node with a value in place of a node."""
-    replaced: Any = pytree.tree_map(
-        lambda leaf: value if leaf is operand else leaf, (node.args, dict(node.kwargs))
-    )
-    return replaced
+    return map_operands(node, lambda leaf: value if leaf is operand else leaf)
 
 
 def _keep(module: fx.GraphModule, operand: fx.Node, value: torch.Tensor, values: dict[fx.Node, Any]) -> None:

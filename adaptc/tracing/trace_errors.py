@@ -290,7 +290,7 @@ def _as_constants(examples: Mapping[str, torch.Tensor]) -> list[str]:
     ]
     return [
         f"if {name} is the same in every call, write its value under `inputs`, such as {name}: "
-        f"{examples[name].tolist()}"
+        f"{cast(Any, examples[name]).tolist()}"
         for name in small
     ]
 

@@ -243,12 +243,12 @@ def test_sizes_of_images_are_constants_that_a_spec_may_state(tmp_path: Path) -> 
     assert any(note.startswith("image_sizes is [[16, 32]] in every product") for note in base.notes)
     assert "#   image_sizes: [[16, 32]]\n" in starter_spec(tmp_path / "derived", None, tmp_path)
     stated = {
-        "input_ids": "int64[2, seq]",
+        "input_ids": "int64[3, seq]",
         "pixel_values": "float32[2, 3, 3, 16, 16]",
-        "image_sizes": [[32, 16], [10, 4]],
+        "image_sizes": [[16, 32], [16, 32]],
     }
     with pytest.raises(
-        SpecError, match=r"2 texts cannot share 25 tokens of images(.|\n)*take it out of `inputs`"
+        SpecError, match=r"3 texts cannot share 28 tokens of images(.|\n)*take it out of `inputs`"
     ):
         base_of(MODELS["llava-next"], tmp_path / "uneven", inputs=stated)
     open_batch = stated | {"input_ids": "int64[batch, seq]"}
