@@ -50,6 +50,9 @@ class Chooser:
         gathered = dict(values)
         for members in self._alike(values):
             together = self._gathered({k: values[k] for k in members})
+            if together is None:  # the base has no such computation; the others among themselves have
+                members = [k for k in members if values[k] is not next(iter(values.values()))]
+                together = self._gathered_alike({k: values[k] for k in members}) if len(members) > 1 else None
             if together is not None:
                 gathered |= dict.fromkeys(members, together)
         return self._chosen(gathered)
@@ -75,6 +78,14 @@ class Chooser:
         first = next(iter(values.values()))
         try:
             return self._gather.value(tuple(values.get(k, first) for k in range(self.count)))
+        except (NotAlikeError, UnbatchedError):
+            return None
+
+    def _gathered_alike(self, values: Mapping[int, fx.Node]) -> fx.Node | None:
+        """As `_gathered`, where none of the values is the base's."""
+        first = next(iter(values.values()))
+        try:
+            return self._gather.alike(tuple(values.get(k, first) for k in range(self.count)))
         except (NotAlikeError, UnbatchedError):
             return None
 

@@ -65,6 +65,17 @@ class Gather:
             terms = [[part for term in some for part in self._without_bias(term)] for some in terms]
         return self._sum(terms)
 
+    def alike(self, each: Each) -> fx.Node:
+        """The rows of several values of one shape, all computed by the same operations.
+
+        Args:
+            each: the value of each graph; none is the base's.
+
+        Raises:
+            NotAlikeError: they are not computed alike.
+        """
+        return self._alike(each, pads=False)
+
     def _sum(self, terms: Sequence[Sequence[fx.Node]]) -> fx.Node:
         """The sum of one value of the base and of what is added to it."""
         result = self._core(tuple(some[0] if some else None for some in terms))
