@@ -2,4 +2,5 @@
 
 from adaptc.cli.app import start
 
-start()
+if __name__ == "__main__":
+    start()
