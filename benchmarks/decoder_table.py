@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import GenerationMixin
@@ -98,9 +98,8 @@ def theirs(one: Model, module: Any, want: Mapping[int, Text]) -> Cell:
     if one.family is None:
         writer = without_cache(module, [one.ids])
     elif one.name == "Whisper" and not hasattr(module, "peft_config"):
-        writer = by_generate(
-            partial(GenerationMixin.generate, module)
-        )  # its own is for recordings of any length
+        # its own is for recordings of any length
+        writer = by_generate(partial(cast("Any", GenerationMixin).generate, module))
     else:
         writer = by_generate(module.generate)
     try:

@@ -150,7 +150,12 @@ def _classifier(work: Path) -> str:
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(0)
-    size = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 12}
+    size: dict[str, Any] = {
+        "hidden_size": 384,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 12,
+    }
     BertForSequenceClassification(BertConfig(vocab_size=2000, **size)).save_pretrained(work / "classifier")
     entries = [
         {"method": "lora", "target": ["*.query", "*.value"]},

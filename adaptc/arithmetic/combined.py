@@ -93,7 +93,7 @@ class Combined:
     layers: Sequence[Layer]
     wholes: Sequence[Whole]
     seed: int
-    on_alias: OnAlias
+    on_alias: OnAlias = "refuse"
     origins: Sequence[Origin] = ()
 
     def inserts(self, adapter: str, entry: int, on_alias: OnAlias) -> list[Insert[Any, Any]]:
@@ -240,9 +240,8 @@ def combined(
         for use in uses
         if use not in on_matrix
     ]
-    refuse: OnAlias = "refuse"
-    stated = (a.on_alias for part in parts for a in part.adapted.adaptations if a.on_alias != refuse)
-    return Combined(base, merge, cls, layers, wholes, seed, next(stated, refuse))
+    stated = [a.on_alias for part in parts for a in part.adapted.adaptations if a.on_alias != "refuse"]
+    return Combined(base, merge, cls, layers, wholes, seed, *stated[:1])
 
 
 def _whole(parts: Sequence[Part], use: Use) -> bool:

@@ -7,7 +7,7 @@ meet tensors of two dtypes. So the graph is run on fake tensors of the new dtype
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -66,7 +66,7 @@ class ConvertedModule(fx.GraphModule):
         changed = {name: dtype for name, dtype in after.items() if dtype != tensors[name].dtype}
         if record and changed:
             self._check_dtypes({**{name: t.dtype for name, t in tensors.items()}, **changed}, changed, record)
-        return super()._apply(fn, recurse)
+        return cast("Any", super())._apply(fn, recurse)
 
     def _check_dtypes(
         self, dtypes: Mapping[str, torch.dtype], changed: Mapping[str, torch.dtype], record: Mapping[str, Any]

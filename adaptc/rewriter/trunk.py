@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import fx
 from torch.utils import _pytree as pytree
@@ -148,4 +148,4 @@ def _take_by_name(graph: Graph) -> None:
     taken = pytree.tree_structure(((), dict.fromkeys(names, 0)))
     given = pytree.tree_structure(dict.fromkeys(graph.outputs, 0))
     codegen: Any = fx.graph._PyTreeCodeGen(fx.graph._PyTreeInfo(names, taken, given))  # pyright: ignore
-    graph.module.graph.set_codegen(codegen)
+    cast("Any", graph.module.graph).set_codegen(codegen)

@@ -77,7 +77,9 @@ class Probe(HeadMethod):
             scores = (h @ theta["q"]) * h.shape[-1] ** -0.5
             shares = scores.masked_fill(~m, -1e4).softmax(-1)
             return (shares.unsqueeze(1) @ h).squeeze(1)
-        pools = {"mean": mean_of_tokens, "first": first_token, "last": last_token, "none": lambda h, m: h}
+        if self.pool == "none":
+            return h
+        pools = {"mean": mean_of_tokens, "first": first_token, "last": last_token}
         return pools[self.pool](h, m)
 
     def scores(self, x: Tensor, **theta: Tensor) -> Tensor:
