@@ -33,12 +33,12 @@ def tokenized(spec: Spec, graph: Graph, index: int, item: Insert[Any, Any]) -> I
         heads = isinstance(method, HeadMethod)
         does = "names words" if heads else "starts from words"
         message = f"{method.name} {does}, and {graph.source.describe} has no tokenizer"
-        numbers = "words: [[7], [12]], mask_token: 4" if heads else "init_tokens: [[7], [12]]"
+        numbers = "label_tokens: [[7], [12]], mask_token: 4" if heads else "init_tokens: [[7], [12]]"
         advice = f"save one beside the model, or give the numbers: {numbers}"
         raise spec.error(spec.place(index), message, advice)
     if isinstance(method, HeadMethod):
         try:
-            return replace(item, method=method.tokenized(*_words(tokenizer)))
+            return replace(item, method=method.tokenized(*_tokens_of(tokenizer)))
         except InputError as error:
             raise spec.error(spec.place(index), error.message, *error.notes) from None
     by_number: dict[int, Any] = getattr(origin.config, "id2label", None) or {}
@@ -92,7 +92,7 @@ def _filled(template: str, row: str | Mapping[str, str], mask: str) -> str:
         ) from None
 
 
-def _words(tokenizer: Any) -> tuple[Callable[[str], int], int]:
+def _tokens_of(tokenizer: Any) -> tuple[Callable[[str], int], int]:
     """What gives the number of a word that is one token, and the number of the mask token.
 
     Raises:
@@ -100,7 +100,7 @@ def _words(tokenizer: Any) -> tuple[Callable[[str], int], int]:
     """
     mask: int | None = tokenizer.mask_token_id
     if mask is None:
-        raise InputError("a cloze needs a masked language model, and this tokenizer has no mask token")
+        raise InputError("words at a mask need a masked language model, and this tokenizer has no mask token")
 
     def number_of(word: str) -> int:
         spellings = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (f" {word}", word)]

@@ -27,7 +27,7 @@ Verbalizer = Annotated[
 ]
 Numbers = Annotated[
     tuple[Annotated[tuple[int, ...], Strict(False)], ...],
-    Field(description="numbers of the words of each class, in place of the verbalizer"),
+    Field(description="numbers of the tokens of each class, in place of the verbalizer"),
 ]
 Mask = Annotated[int | None, Field(ge=0, description="number of the mask token; the tokenizer's if left out")]
 
@@ -44,12 +44,12 @@ class Cloze(HeadMethod):
 
     template: Template = "{text} It was {mask}."
     verbalizer: Verbalizer = field(default_factory=dict[str, tuple[str, ...]])
-    words: Numbers = ()
+    label_tokens: Numbers = ()
     mask_token: Mask = None
     dropout: Dropout = 0.0
     output: Output = "logits"
 
-    small: ClassVar[Mapping[str, object]] = {"words": ((3,), (4, 5)), "mask_token": 7}
+    small: ClassVar[Mapping[str, object]] = {"label_tokens": ((3,), (4, 5)), "mask_token": 7}
     while_training = frozenset({"dropout", "template", "verbalizer"})
 
     @property
@@ -60,12 +60,12 @@ class Cloze(HeadMethod):
     @property
     def texts(self) -> bool:
         """Whether words must become numbers first."""
-        return bool(self.verbalizer) and (not self.words or self.mask_token is None)
+        return bool(self.verbalizer) and (not self.label_tokens or self.mask_token is None)
 
     def tokenized(self, number_of: Callable[[str], int], mask: int) -> Self:
         """The method with the numbers of its words."""
-        words = tuple(tuple(number_of(word) for word in words) for words in self.verbalizer.values())
-        return replace(self, words=words, mask_token=mask)
+        numbers = tuple(tuple(map(number_of, named)) for named in self.verbalizer.values())
+        return replace(self, label_tokens=numbers, mask_token=mask)
 
     def takes(self, site: HeadSite) -> bool:
         """An output of the model with the logits of each token."""
@@ -75,20 +75,24 @@ class Cloze(HeadMethod):
         """The template has one mask, and every class has words that the model knows."""
         if self.template.count(GAP) != 1:
             return Fault(("template",), f"a template has one {GAP}, got {self.template!r}")
-        if not self.words or not all(self.words):
+        if not self.label_tokens or not all(self.label_tokens):
             return Fault(
                 ("verbalizer",), "it names the words of each class: {negative: [bad], positive: [good]}"
             )
-        unknown = next((word for words in self.words for word in words if word >= site.width), None)
+        unknown = next(
+            (token for tokens in self.label_tokens for token in tokens if token >= site.width), None
+        )
         if unknown is not None:
-            return Fault(("words",), f"the model has {site.width} words, and none with the number {unknown}")
+            return Fault(
+                ("label_tokens",), f"the model has {site.width} words, and none with the number {unknown}"
+            )
         if self.mask_token is None:
-            return Fault(("mask_token",), "words by their numbers need the number of the mask token too")
+            return Fault(("mask_token",), "tokens by their numbers need the number of the mask token too")
         return None
 
     def params(self, site: HeadSite) -> dict[str, Param]:
         """b."""
-        return {"b": Param((len(self.words),), "zeros", "cloze_bias")}
+        return {"b": Param((len(self.label_tokens),), "zeros", "cloze_bias")}
 
     def pooled(self, h: Tensor, m: Tensor, **theta: Tensor) -> Tensor:
         """z `(batch, vocabulary)`; 0 where a row has no mask."""
@@ -98,5 +102,5 @@ class Cloze(HeadMethod):
         """The classes `(batch, classes)`."""
         from torch import stack
 
-        classes = [stack([x[:, number] for number in numbers]).mean(0) for numbers in self.words]
+        classes = [stack([x[:, number] for number in numbers]).mean(0) for numbers in self.label_tokens]
         return stack(classes, -1) + b

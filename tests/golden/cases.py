@@ -43,7 +43,7 @@ Case = tuple[Graph, Sequence[Pass]]
 SHORT = {
     "hra": {"r": 2},
     "trainable-tokens": {"token_indices": (1, 5)},
-    "cloze": {"words": ((0,), (1, 2)), "mask_token": 7},
+    "cloze": {"label_tokens": ((0,), (1, 2)), "mask_token": 7},
 }
 """Options other than a rank of 1 and the method's own small ones."""
 

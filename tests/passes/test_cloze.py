@@ -68,7 +68,7 @@ def test_what_a_cloze_lacks_is_told(tmp_path: Path) -> None:
     with pytest.raises(adaptc.SpecError, match="it names the words of each class"):
         compiled(path, verbalizer={})
     with pytest.raises(adaptc.SpecError, match="the model has 13 words, and none with the number 99"):
-        compiled(path, words=[[99]], mask_token=1)
+        compiled(path, label_tokens=[[99]], mask_token=1)
     without, _ = save(tmp_path / "without", mask=None)
     with pytest.raises(adaptc.SpecError, match="this tokenizer has no mask token"):
         compiled(without)

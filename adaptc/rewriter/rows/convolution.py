@@ -79,9 +79,9 @@ def looked_up(
     entries, rank = int(stack.meta["val"].shape[1]), ids.meta["val"].dim()
     first = call(aten.view.default, call(aten.mul.Tensor, index, entries), [-1, *[1] * (rank - 1)])
     table = call(aten.flatten.using_ints, stack, 0, 1)
-    found = call(aten.embedding.default, table, call(aten.add.Tensor, ids, first))
+    looked_up = call(aten.embedding.default, table, call(aten.add.Tensor, ids, first))
     padding = options[0] if options else -1
     if padding < 0:
-        return found
+        return looked_up
     is_padding = call(aten.unsqueeze.default, call(aten.eq.Scalar, ids, padding), -1)
-    return call(aten.where.self, is_padding, call(aten.detach.default, found), found)
+    return call(aten.where.self, is_padding, call(aten.detach.default, looked_up), looked_up)
