@@ -33,6 +33,12 @@ def _role(text: str) -> str:
     return text
 
 
+def _some(values: tuple[str, ...]) -> tuple[str, ...]:
+    if not values:
+        raise ValueError("must not be empty")
+    return values
+
+
 Pattern = Annotated[str, Field(min_length=1), AfterValidator(_pattern)]
 Patterns = Annotated[
     Many[Pattern],
@@ -41,7 +47,7 @@ Patterns = Annotated[
 Role = Annotated[str, AfterValidator(_role)]
 Roles = Annotated[
     Many[Role],
-    Field(min_length=1),
+    AfterValidator(_some),
     BeforeValidator(lambda value: (value,) if isinstance(value, str) else value, str | list[str]),
 ]
 Layers = Annotated[

@@ -10,10 +10,10 @@ from torch import fx
 
 from adaptc.errors import Refusal, RefusedError
 from adaptc.ir.adaptation import Adaptation
-from adaptc.ir.analysis.affine_maps import RESHAPES, AffineMap, Linear, as_affine_map
+from adaptc.ir.analysis.affine_maps import AffineMap, Linear, as_affine_map
 from adaptc.ir.analysis.dataflow import walk
 from adaptc.ir.graph import Graph
-from adaptc.ir.nodes import ADAPTATION
+from adaptc.ir.nodes import ADAPTATION, RESHAPES, operation
 from adaptc.ir.training_mode import training_node
 from adaptc.methods.method import WeightMethod
 from adaptc.rewriter.pipeline import Pass, graph_pass
@@ -107,9 +107,9 @@ class _Rewrite:
             return self.multiply(product, x, E, flipped, bias)
         if _transposes(E):
             return self.apply(product, x, args[0], not flipped, bias)
-        if E.target in RESHAPES and E.meta["val"].dim() > 2 and args[0].meta["val"].dim() == 2:
+        if operation(E) in RESHAPES and E.meta["val"].dim() > 2 and args[0].meta["val"].dim() == 2:
             return self.apply(product, x, args[0], flipped, bias)
-        if E.target in RESHAPES and args[0].target in RESHAPES and _same_shape(args[0].args[0], E):
+        if operation(E) in RESHAPES and operation(args[0]) in RESHAPES and _same_shape(args[0].args[0], E):
             # A reshape and its inverse, between two methods.
             return self.apply(product, x, args[0].args[0], flipped, bias)
         if E.target is aten.add.Tensor and not E.kwargs and all(_same_shape(a, E) for a in args):
@@ -258,7 +258,7 @@ def _without_exchange(E: object) -> fx.Node | None:
 
 def _unshaped(node: Any) -> fx.Node:
     """The value that a node reshapes, which keeps the order of its numbers; the node itself if it does not."""
-    while node.target in RESHAPES or node.target is aten.clone.default:
+    while operation(node) in RESHAPES or node.target is aten.clone.default:
         node = node.args[0]
     return node
 

@@ -17,7 +17,7 @@ from adaptc.methods.site import MATRIX_KINDS, WeightSite
 from adaptc.rewriter.pipeline import run
 from adaptc.spec.spec import load
 from tests.families import FAMILIES, Zoo, differs
-from tests.laws.test_methods import adapted_graph, one, skip_without_site
+from tests.laws.test_methods import one, skip_without_site
 
 METHODS_OF_WEIGHTS = [name for name, cls in METHODS.items() if issubclass(cls, WeightMethod)]
 QUICK = ("ia3", "dora", "full", "shira")
@@ -51,7 +51,7 @@ def converted(graph: Graph, adapted: Graph, rank: int) -> tuple[Graph, dict[str,
 @pytest.mark.parametrize(("method", "name"), EVERY)
 def test_a_conversion_is_the_best_of_its_rank(zoo: Zoo, method: str, name: str) -> None:
     skip_without_site(zoo, method, name)
-    graph, adapted = zoo.graph(name), adapted_graph(zoo, method, name)
+    graph, adapted = zoo.graph(name), zoo.adapted(method, name).graph
     wanted = {use: change.delta() for use, change in changes_of(graph, adapted).items()}
     inserted, errors = converted(graph, adapted, 10**4)
     after = changes_of(graph, inserted)
@@ -77,7 +77,7 @@ def test_a_conversion_is_the_best_of_its_rank(zoo: Zoo, method: str, name: str) 
 def test_a_combination_of_methods_is_the_sum_of_their_changes(zoo: Zoo) -> None:
     graph = zoo.graph("block")
     weights = {"ia3": 0.5, "lora": -2.0, "oft": 1.0}
-    parts = [Part(w, a := adapted_graph(zoo, m, "block"), changes_of(graph, a)) for m, w in weights.items()]
+    parts = [Part(w, a := zoo.adapted(m, "block").graph, changes_of(graph, a)) for m, w in weights.items()]
     result = combined(graph, parts, Merge("svd"), 64)
     tensors = result.starts()
     for layer in result.layers:

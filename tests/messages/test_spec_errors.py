@@ -300,7 +300,7 @@ ONE_PROBLEM = {
     "unknown key": (
         HEAD + "adpt: []\n", 3, 1, "adpt",
         "unknown key 'adpt'; did you mean 'adapt'? known: version, base, inputs, adapt, adapters, quantize, "
-        "budget, calibration, proof, emit, passes, seed",
+        "budget, calibration, proof, emit, passes, plugins, seed",
     ),
     "version missing": ("base: {model: m}\n", 1, 1, "version", "required, but missing"),
     "version is text": ("version: '1'\nbase: {model: m}\n", 1, 10, "version", "expected 1, got '1'"),

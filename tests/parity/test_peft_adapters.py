@@ -103,7 +103,7 @@ def test_a_folder_of_several_adapters_is_told(zoo: Zoo, tmp_path: Path) -> None:
     trained(zoo, tmp_path / "saved", heads=False)
     told = [row["value"] for row in inspect(tmp_path / "saved") if row["what"] == "adapter"]
     assert [Path(path).name for path in told] == ["saved", "alice", "bob"]
-    text = starter_spec(zoo.directory("bert"), tmp_path / "saved", tmp_path)
+    text = starter_spec(zoo.directory("bert"), tmp_path / "saved", tmp_path).text
     (tmp_path / "spec.yaml").write_text(text)
     assert "  alice: [{adapter: ./saved/alice}]" in text
     _, planned = plan(tmp_path / "spec.yaml")

@@ -241,7 +241,7 @@ def test_sizes_of_images_are_constants_that_a_spec_may_state(tmp_path: Path) -> 
         "image_sizes": "[[16, 32]]",
     }
     assert any(note.startswith("image_sizes is [[16, 32]] in every product") for note in base.notes)
-    assert "#   image_sizes: [[16, 32]]\n" in starter_spec(tmp_path / "derived", None, tmp_path)
+    assert "#   image_sizes: [[16, 32]]\n" in starter_spec(tmp_path / "derived", None, tmp_path).text
     stated = {
         "input_ids": "int64[3, seq]",
         "pixel_values": "float32[2, 3, 3, 16, 16]",

@@ -128,6 +128,8 @@ def open_session(
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # without it, sums of products of 8-bit numbers saturate on processors without VNNI
+    options.add_session_config_entry("session.x64quantprecision", "1")
     if exact:
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
     disabled = None
