@@ -240,8 +240,10 @@ def combined(
         for use in uses
         if use not in on_matrix
     ]
-    stated = [a.on_alias for part in parts for a in part.adapted.adaptations if a.on_alias != "refuse"]
-    return Combined(base, merge, cls, layers, wholes, seed, *stated[:1])
+    stated: list[OnAlias] = [
+        a.on_alias for part in parts for a in part.adapted.adaptations if a.on_alias != "refuse"
+    ]
+    return Combined(base, merge, cls, layers, wholes, seed, stated[0] if stated else "refuse")
 
 
 def _whole(parts: Sequence[Part], use: Use) -> bool:
