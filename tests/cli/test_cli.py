@@ -536,6 +536,7 @@ def test_init_for_an_adapter(cli: Callable[..., Ran], bert: Path, bert_adapter: 
     assert ran.json["plan"]["entries"][0]["checkpoint"] is not None
 
 
+@pytest.mark.slow
 def test_init_for_an_adapter_on_a_quantized_base(cli: Callable[..., Ran], tmp_path: Path) -> None:
     import adaptc
 

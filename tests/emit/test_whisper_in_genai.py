@@ -190,6 +190,7 @@ def test_few_bits(whisper: Whisper, tmp_path: Path, more: dict[str, Any]) -> Non
     assert "generates the same tokens" in verify(tmp_path / "serve")[-1]["checked"]
 
 
+@pytest.mark.slow
 def test_other_numbers_of_frames_are_refused(zoo: Zoo, tmp_path: Path) -> None:
     spec = {"base": zoo.base_of("whisper"), "emit": [{"format": "genai", "path": str(tmp_path / "serve")}]}
     with pytest.raises(adaptc.AdaptcError) as caught:

@@ -90,7 +90,14 @@ def deltas(model: Any, name: str) -> dict[str, torch.Tensor]:
     return {n: m.get_delta_weight(name).detach() for n, m in held.items()}
 
 
-@pytest.mark.parametrize("how", [*ON_FACTORS, *SVD])
+QUICK = ("linear", "dare_ties", "svd")
+"""Ways that stand for the others: of factors, with random numbers, of changes."""
+
+
+@pytest.mark.parametrize(
+    "how",
+    [pytest.param(how, marks=[pytest.mark.slow] * (how not in QUICK)) for how in (*ON_FACTORS, *SVD)],
+)
 def test_every_way_of_combining(
     graph: Graph, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

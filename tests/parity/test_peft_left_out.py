@@ -54,6 +54,7 @@ def by_peft(base: Path, adapter: Path) -> torch.Tensor:
         return logits(peft.PeftModel.from_pretrained(model, adapter))
 
 
+@pytest.mark.slow
 def test_dense_layers_with_names_of_experts_are_told(tmp_path: Path) -> None:
     compiled, base, said = saved(tmp_path, ["*.q_proj", f"{DENSE}.*_proj"])
     (text,) = said

@@ -181,6 +181,7 @@ def test_names_of_transformers_4(name: str, tmp_path: Path) -> None:
     assert any("this transformers" in note or "earlier transformers" in note for note in result.plan.notes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", each(["vit", "llava", "gpt-neox", "mixtral", "olmoe"]))
 def test_an_adapter_that_is_loaded_later(name: str, tmp_path: Path) -> None:
     """`load_adapter` reads the same names and says so, with what is compiled and with the module alone, written too."""

@@ -87,6 +87,7 @@ def test_products_of_a_quantized_base(name: str, runtime: str, tmp_path: Path) -
         assert torch.equal(found(**given)["logits"], made.module.eval()(**given)["logits"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", marked(["gptq", "gptq-ordered"], ["gptq"]))
 def test_folding_is_said_in_the_spec(name: str, tmp_path: Path) -> None:
     with pytest.raises(AdaptcError, match=r"fold into the dequantized weights, then quantize again"):

@@ -38,6 +38,7 @@ def rows(reviewer: Path, tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_side_by_side(build: Path, rows: Path) -> None:
     result = adaptc.bench(build, rows=rows, batches=(1, 2), lengths=(4, 8), seconds=0.01)
     assert result.against == "base.onnx"

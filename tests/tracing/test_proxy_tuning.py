@@ -41,6 +41,7 @@ def by_hand(three: dict[str, tuple[Path, nn.Module]], given: dict[str, Tensor]) 
     return base + ALPHA * (tuned - untuned)
 
 
+@pytest.mark.slow
 def test_the_logits_are_those_of_three_models_with_a_cache_too(three: Any) -> None:
     compiled = adaptc.compile(spec(three))
     assert set(three["base"][1].state_dict()) < set(compiled.module.state_dict())
