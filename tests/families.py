@@ -198,7 +198,7 @@ HUGGING_FACE = tuple(name for name, family in FAMILIES.items() if family.task)
 PLAIN = tuple(name for name, family in FAMILIES.items() if not family.task)
 DECODERS = ("llama", "gpt2", "qwen3", "mistral", "gemma2", "mixtral")
 """The families that write texts, and take the position of each token."""
-QUICK = ("llama", "gpt2", "bert", "t5", *PLAIN)
+QUICK = ("llama", "bert", *PLAIN)
 """The families that stand for all in the quick laws."""
 KEPT = 16
 """So many compiled models are kept at a time: the laws of one method on one base run after one another."""
