@@ -128,7 +128,8 @@ def _check_vocabulary(base: Base, part: Base, name: str) -> None:
     if tokens[0] is None or tokens[1] is None or tokens[0] == tokens[1]:
         return
     numbers = [tokens[0], tokens[1]]
-    word = next(w for w in {**numbers[0], **numbers[1]} if numbers[0].get(w) != numbers[1].get(w))
+    differing = (w for w in {**numbers[0], **numbers[1]} if numbers[0].get(w) != numbers[1].get(w))
+    word = min(differing, key=lambda w: (numbers[0].get(w, len(numbers[0])), w))
     raise TraceError(
         f"the vocabularies differ: {word!r} is token {numbers[0].get(word)} of the base, and {numbers[1].get(word)} of "
         f"the {name} model",

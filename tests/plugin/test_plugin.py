@@ -28,7 +28,7 @@ version: 1
 base: {python: "plugin_model:build"}
 inputs: {input: "float32[batch, 16]"}
 adapt:
-  - {method: diag-shift, target: all-linear, gain: 0.5}
+  - {method: diag-shift, target: "*", gain: 0.5}
 """
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
