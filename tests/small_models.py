@@ -68,3 +68,13 @@ class BothWays(nn.Module):
 class Halved(BothWays):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(torch.addmm(self.head.weight[0], x, self.weight, beta=0.5, alpha=2))
+
+
+def outputs_by_adapter(module: Any, x: torch.Tensor) -> dict[str | None, torch.Tensor]:
+    """What a module with alternatives gives with each of them active, and with none (None)."""
+    values: dict[str | None, torch.Tensor] = {}
+    with torch.no_grad():
+        for name in (*module.adapters, None):
+            module.set_adapter(name)
+            values[name] = module(x)
+    return values

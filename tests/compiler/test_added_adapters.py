@@ -15,6 +15,7 @@ import adaptc
 from adaptc.errors import AdaptcError, SpecError, WeightError
 from adaptc.ir.switched import SwitchedModule
 from tests.families import close, differs, perturb
+from tests.small_models import outputs_by_adapter
 
 LORA = {"method": "lora", "target": "*", "r": 2}
 HEAD = [{"method": "ia3", "target": "up"}, {"method": "full", "target": "down"}]
@@ -57,18 +58,9 @@ def add(module: Any) -> None:
                 parameter.add_(0.1 * torch.randn(parameter.shape))
 
 
-def outputs_of(module: Any) -> dict[str | None, torch.Tensor]:
-    values: dict[str | None, torch.Tensor] = {}
-    with torch.no_grad():
-        for name in (*module.adapters, None):
-            module.set_adapter(name)
-            values[name] = module(X)
-    return values
-
-
 def alone(module: Any) -> torch.Tensor:
     """What each row gets where its adapter is the active one."""
-    values = outputs_of(module)
+    values = outputs_by_adapter(module, X)
     names = [*module.adapters, None]
     return torch.stack([values[names[int(number)]][row] for row, number in enumerate(IDS)])
 
@@ -82,11 +74,11 @@ def made() -> adaptc.Compiled:
 
 def test_an_added_adapter_leaves_the_others_bit_for_bit() -> None:
     module: Any = compiled().module
-    before, state = outputs_of(module), module.state_dict()
+    before, state = outputs_by_adapter(module, X), module.state_dict()
     names = {name for name, _ in module.named_modules()}
     module.set_adapter("bob")
     add(module)
-    after = outputs_of(module)
+    after = outputs_by_adapter(module, X)
     assert module.adapters == ("alice", "bob", "carol", "dave")
     assert all(torch.equal(before[name], after[name]) for name in before)
     differs(after["dave"], after[None])
@@ -98,13 +90,13 @@ def test_an_added_adapter_leaves_the_others_bit_for_bit() -> None:
     assert module.state_dict().keys() == state.keys()
     assert {name for name, _ in module.named_modules()} == names
     assert not [name for name, _ in module.named_buffers()]  # no constant of the graph of rows is left
-    assert all(torch.equal(value, before[name]) for name, value in outputs_of(module).items())
+    assert all(torch.equal(value, before[name]) for name, value in outputs_by_adapter(module, X).items())
 
 
 def test_the_compile_has_it_too(made: adaptc.Compiled) -> None:
     module: Any = made.module
     assert list(made.alternatives) == list(module.adapters)
-    close(made.alternatives["dave"].fold()(X), outputs_of(module)["dave"])
+    close(made.alternatives["dave"].fold()(X), outputs_by_adapter(module, X)["dave"])
 
 
 @pytest.mark.slow
@@ -112,8 +104,8 @@ def test_what_is_emitted_next_has_it(made: adaptc.Compiled, tmp_path: Path) -> N
     module: Any = made.module
     made.emit("torch", tmp_path / "trainable")
     loaded: Any = adaptc.load(tmp_path / "trainable").eval()
-    values = outputs_of(module)
-    assert all(torch.equal(value, values[name]) for name, value in outputs_of(loaded).items())
+    values = outputs_by_adapter(module, X)
+    assert all(torch.equal(value, values[name]) for name, value in outputs_by_adapter(loaded, X).items())
 
 
 def test_training_trains_the_active_one_only(made: adaptc.Compiled) -> None:
@@ -139,17 +131,17 @@ def test_training_trains_the_active_one_only(made: adaptc.Compiled) -> None:
 def test_checkpoints_of_each(made: adaptc.Compiled, tmp_path: Path) -> None:
     module: Any = copy.deepcopy(made.module)
     module.set_adapter("alice")
-    values = outputs_of(module)
+    values = outputs_by_adapter(module, X)
     for name in module.adapters:
         module.save_adapter(name, tmp_path / name)
     perturb(module)
-    assert not torch.equal(outputs_of(module)["bob"], values["bob"])
+    assert not torch.equal(outputs_by_adapter(module, X)["bob"], values["bob"])
     for name in module.adapters:
         module.load_adapter(name, tmp_path / name if name != "carol" else tmp_path)
-    assert all(torch.equal(value, values[name]) for name, value in outputs_of(module).items())
+    assert all(torch.equal(value, values[name]) for name, value in outputs_by_adapter(module, X).items())
     with pytest.raises(WeightError):
         module.load_adapter("alice", tmp_path / "bob")
-    assert torch.equal(outputs_of(module)["alice"], values["alice"])
+    assert torch.equal(outputs_by_adapter(module, X)["alice"], values["alice"])
 
 
 def test_a_spec_may_start_without_any(tmp_path: Path) -> None:
@@ -162,17 +154,19 @@ def test_a_spec_may_start_without_any(tmp_path: Path) -> None:
     add(module)
     module.save_adapter("dave", tmp_path / "dave")
     loaded.add_adapter("dave", tmp_path / "dave")
-    close(outputs_of(loaded)["dave"], outputs_of(module)["dave"])
+    close(outputs_by_adapter(loaded, X)["dave"], outputs_by_adapter(module, X)["dave"])
 
 
 @pytest.mark.slow
 def test_an_artifact_takes_more_adapters(made: adaptc.Compiled, tmp_path: Path) -> None:
     compiled().emit("torch", tmp_path / "trainable")
     loaded: Any = adaptc.load(tmp_path / "trainable").eval()
-    before = outputs_of(loaded)
+    before = outputs_by_adapter(loaded, X)
     add(loaded)
     assert all(
-        torch.equal(value, before[name]) for name, value in outputs_of(loaded).items() if name in before
+        torch.equal(value, before[name])
+        for name, value in outputs_by_adapter(loaded, X).items()
+        if name in before
     )
     close(loaded(X, adapter_ids=IDS), alone(loaded))
     loaded.remove_adapter("bob")
@@ -282,9 +276,9 @@ def test_a_hundred_changes_leave_memory_flat() -> None:
 
     for _ in range(5):
         change()
-    values, before, bytes_before = outputs_of(module), held(), resident()
+    values, before, bytes_before = outputs_by_adapter(module, X), held(), resident()
     for _ in range(100):
         change()
     assert held() == before
     assert resident() - bytes_before < 32 * 2**20
-    assert all(torch.equal(value, values[name]) for name, value in outputs_of(module).items())
+    assert all(torch.equal(value, values[name]) for name, value in outputs_by_adapter(module, X).items())

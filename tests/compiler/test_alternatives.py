@@ -17,6 +17,7 @@ from adaptc.compiler.compiled import Compiled
 from adaptc.errors import AdaptcError, SpecError
 from adaptc.ir.switched import SwitchedModule
 from tests.families import close, differs, perturb, randomise
+from tests.small_models import outputs_by_adapter
 
 ADAPTERS: Mapping[str, Any] = {
     "alice": [{"method": "lora", "target": ["up", "down"], "r": 3}],
@@ -65,21 +66,11 @@ def module(made: Compiled) -> SwitchedModule:
     return made.module.eval()
 
 
-def outputs_of(module: SwitchedModule) -> dict[str | None, torch.Tensor]:
-    """The outputs with each adapter."""
-    values: dict[str | None, torch.Tensor] = {}
-    with torch.no_grad():
-        for name in (*module.adapters, None):
-            module.set_adapter(name)
-            values[name] = module(X)
-    return values
-
-
 def test_each_adapter_is_the_model_compiled_with_it_alone(made: Compiled, module: SwitchedModule) -> None:
     assert module.active is None
     assert module.adapters == tuple(ADAPTERS)
     model = randomise(Model()).eval()
-    values = outputs_of(module)
+    values = outputs_by_adapter(module, X)
     close(values[None], model(X))
     for name, entries in ADAPTERS.items():
         alone = adaptc.compile(
@@ -112,31 +103,31 @@ def test_only_the_active_adapter_learns() -> None:
 
 
 def test_a_swap_leaves_every_other_adapter_as_it_was(module: SwitchedModule) -> None:
-    first = outputs_of(module)
+    first = outputs_by_adapter(module, X)
     for _ in range(5):
-        again = outputs_of(module)
+        again = outputs_by_adapter(module, X)
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
 def test_a_copy_has_its_own_tensors_and_adapter(module: SwitchedModule) -> None:
-    values = outputs_of(module)
+    values = outputs_by_adapter(module, X)
     copied = copy.deepcopy(module)
     copied.set_adapter("bob")
     assert (module.active, copied.active) == (None, "bob")
     close(copied(X), values["bob"])
     perturb(copied, seed=3)
-    close(outputs_of(module)["bob"], values["bob"])
+    close(outputs_by_adapter(module, X)["bob"], values["bob"])
 
 
 def test_a_torch_artifact_has_every_adapter(made: Compiled, module: SwitchedModule, tmp_path: Path) -> None:
-    values = outputs_of(module)
+    values = outputs_by_adapter(module, X)
     module.set_adapter("alice")
     made.emit("torch", tmp_path / "module")
     assert module.active == "alice"
     loaded = adaptc.load(tmp_path / "module").eval()
     assert isinstance(loaded, SwitchedModule)
     assert loaded.active is None
-    again = outputs_of(loaded)
+    again = outputs_by_adapter(loaded, X)
     assert all(torch.equal(again[name], values[name]) for name in values)
     assert loaded.state_dict().keys() == module.state_dict().keys()
     files = json.loads((tmp_path / "module" / "manifest.json").read_text())["products"]["program.pt2"][
@@ -164,16 +155,16 @@ def test_what_is_always_on_stays_on() -> None:
     made = compiled(adapt=[{"method": "lora", "target": ["up"], "r": 2}])
     module = made.module.eval()
     assert isinstance(module, SwitchedModule)
-    values = outputs_of(module)
+    values = outputs_by_adapter(module, X)
     differs(values[None], randomise(Model()).eval()(X))
     with torch.no_grad():
         module.get_parameter("up.lora_B.default.weight").mul_(2)
-    for name, value in outputs_of(module).items():
+    for name, value in outputs_by_adapter(module, X).items():
         differs(value, values[name])
 
 
 def test_torch_compile_follows_a_swap(module: SwitchedModule) -> None:
-    values = outputs_of(module)
+    values = outputs_by_adapter(module, X)
     fast: Any = torch.compile(module, fullgraph=True, backend="eager")
     for name in ("alice", None, "bob", "alice"):
         module.set_adapter(name)
