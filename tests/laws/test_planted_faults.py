@@ -95,7 +95,7 @@ def test_a_planted_fault_fails_the_proof(zoo: Zoo, method: str) -> None:
 class Amplifying(nn.Module):
     """Each layer makes the rounding of the layers before it larger, so that no fold meets the dtype's tolerance."""
 
-    def __init__(self, depth: int = 14, gain: float = 4.0) -> None:
+    def __init__(self, depth: int = 14, gain: float = 5.0) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.gain = gain

@@ -104,7 +104,7 @@ errors = {what: refused(text) for what, text in json.loads(sys.argv[1]).items()}
 print(json.dumps(texts | errors))
 """
 MISTAKES = {
-    "a value": ("gain: 0.5", "gain: -1", "spec.yaml:5:52: adapt.0.gain: must be greater than 0, got -1"),
+    "a value": ("gain: 0.5", "gain: -1", "spec.yaml:5:45: adapt.0.gain: must be greater than 0, got -1"),
     "an option": ("gain: 0.5", "gian: 1", "unknown key 'gian'; did you mean 'gain'?"),
     "a name": ("diag-shift", "diag-shfit", "unknown method 'diag-shfit'; did you mean 'diag-shift'?"),
 }
