@@ -17,6 +17,7 @@ from adaptc.checkpoints.module_adapters import save_and_read
 from adaptc.checkpoints.records import AdapterRecord
 from adaptc.compiler.folding import fold, prove_fold
 from adaptc.compiler.genai_artifact import write_genai
+from adaptc.compiler.onnx_artifact import Destination
 from adaptc.compiler.output_paths import output_paths
 from adaptc.compiler.program import Program
 from adaptc.compiler.program_artifact import errors_of, losses, proved, write_program
@@ -220,7 +221,7 @@ def _onnx(program: Program, entry: OnnxEmit, staging: Staging, final: Path) -> A
     if entry.adapters == "rows":
         return _onnx_rows(program, entry, staging, final)
     write = write_swap_program if entry.adapters == "swap" else write_program
-    written = write(program, entry, staging.path(final), final, staging.wrote)
+    written = write(program, entry, Destination(staging.path(final), final, staging.wrote))
     file, artifact = written.file, {"name": final.name, "format": "onnx", **written.about}
     _record_file(program, file.path, file.staged(staging), artifact, staging, final)
     return Artifact(final, written.errors)
@@ -238,7 +239,7 @@ def _record_file(
 
 
 def _onnx_rows(program: Program, entry: OnnxEmit, staging: Staging, final: Path) -> Artifact:
-    file, about = write_rows(program, entry, staging.path(final), final, staging.wrote)
+    file, about = write_rows(program, entry, Destination(staging.path(final), final, staging.wrote))
     artifact = {"name": final.name, "format": "onnx", **about}
     _record_file(program, file.path, file.staged(staging), artifact, staging, final)
     return Artifact(final)
@@ -254,7 +255,7 @@ def _onnx_adapters(
             {"format": "onnx", "path": "base.onnx", "adapters": "swap", "round_activations": False}
         )
         base = Path(folder) / exact.path
-        file = write_swap(swap, exact, base, base)
+        file = write_swap(swap, exact, Destination(base, base))
         for final, entry in entries.items():
             observe.writing(f"{entry.format} {final}")
             tensors = swap.tensors(entry.name)

@@ -14,6 +14,7 @@ from adaptc.compiler.greedy_proof import (
     prove_greedy,
     prove_swapped,
 )
+from adaptc.compiler.onnx_artifact import Destination
 from adaptc.compiler.program import Program
 from adaptc.compiler.program_artifact import ProgramArtifact, write_program
 from adaptc.compiler.swap_artifact import write_swap_program
@@ -96,10 +97,9 @@ def write_genai(
         raise RefusedError([refusal])
     directory.mkdir(parents=True)
     try:
-        paths = directory / PROGRAM, final / PROGRAM
-        encoder = directory / ENCODER
+        to = Destination(directory / PROGRAM, final / PROGRAM, wrote, True, directory / ENCODER)
         write = write_swap_program if entry.adapters == "swap" else write_program
-        written = write(program, entry.program, *paths, wrote, beside=True, encoder_path=encoder)
+        written = write(program, entry.program, to)
     except RefusedError as error:  # what a cache cannot hold
         refusals = [
             Refusal(r.reason, r.nodes, (*r.notes, f"or without a cache: {WAY_OUT}")) for r in error.refusals

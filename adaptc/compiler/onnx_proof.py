@@ -13,7 +13,7 @@ from adaptc.compiler.cached_runner import (
     where_seen,
     without_hidden,
 )
-from adaptc.compiler.onnx_artifact import OnnxFile
+from adaptc.compiler.onnx_file import OnnxFile
 from adaptc.compiler.program import Program
 from adaptc.compiler.proof import Proof, effect
 from adaptc.compiler.reference import with_labels

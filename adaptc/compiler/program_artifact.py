@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from adaptc.compiler.folding import fold, prove_fold
-from adaptc.compiler.onnx_artifact import OnnxFile, write_onnx
+from adaptc.compiler.onnx_artifact import Destination, write_onnx
+from adaptc.compiler.onnx_file import OnnxFile
 from adaptc.compiler.onnx_proof import prove_onnx
 from adaptc.compiler.program import Program
 from adaptc.compiler.proof import Proof
 from adaptc.compiler.proofs import check_finite
 from adaptc.compiler.quantization_error import QuantizationErrors
 from adaptc.compiler.reference import recorded
-from adaptc.emit.onnx.export import Wrote
 from adaptc.ir.graph import Graph
 from adaptc.ir.interpreter import Run
 from adaptc.rewriter.expression import FoldedWeight
@@ -61,15 +60,7 @@ class ProvedAlternative:
     proof: Proof
 
 
-def write_program(
-    program: Program,
-    entry: OnnxEmit,
-    path: Path,
-    final: Path,
-    wrote: Wrote | None = None,
-    beside: bool = False,
-    encoder_path: Path | None = None,
-) -> ProgramArtifact:
+def write_program(program: Program, entry: OnnxEmit, to: Destination) -> ProgramArtifact:
     """Write a program as `write_onnx` does, and prove it.
 
     Raises:
@@ -78,7 +69,7 @@ def write_program(
     graphs = fold(program) if entry.adapters == "folded" else None
     graph = graphs.written if graphs is not None else _unfolded(program, entry.adapters)
 
-    file = write_onnx(program, graph, entry, path, final, wrote, beside, encoder_path)
+    file = write_onnx(program, graph, entry, to)
     rounding = losses(graph.weights)
     graph.weights.update({n: w for n, w in file.weights.items() if n in graph.weights})
 

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import copy
-from pathlib import Path
 from typing import Any
 
-from adaptc.compiler.onnx_artifact import OnnxFile, write_onnx
+from adaptc.compiler.onnx_artifact import Destination, write_onnx
+from adaptc.compiler.onnx_file import OnnxFile
 from adaptc.compiler.onnx_proof import prove_onnx
 from adaptc.compiler.program import Program
 from adaptc.compiler.program_artifact import proved
 from adaptc.compiler.proofs import check_finite
 from adaptc.compiler.rows_graph import with_stacks
-from adaptc.emit.onnx.export import Wrote
 from adaptc.spec.emit import OnnxEmit
 
 
-def write_rows(
-    program: Program, entry: OnnxEmit, path: Path, final: Path, wrote: Wrote | None = None
-) -> tuple[OnnxFile, Mapping[str, Any]]:
+def write_rows(program: Program, entry: OnnxEmit, to: Destination) -> tuple[OnnxFile, Mapping[str, Any]]:
     """Write all alternatives as one program with the input `adapter_ids`, and prove each row beside its adapter alone.
 
     Returns:
@@ -38,7 +35,7 @@ def write_rows(
     stand_in.proofs = rows.proofs
     told = {"adaptc.rows": ", ".join(program.alternatives)}
     graph = with_stacks(rows.graph)
-    file = write_onnx(stand_in, graph, entry, path, final, wrote, told=told)
+    file = write_onnx(stand_in, graph, entry, to, told=told)
     proof, reference, _ = prove_onnx(stand_in, graph, expected, file)
     for held in rows.proofs.held:
         program.proofs.keep(held)

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from adaptc.compiler.onnx_artifact import OnnxFile, write_onnx
+from adaptc.compiler.onnx_artifact import Destination, write_onnx
+from adaptc.compiler.onnx_file import OnnxFile
 from adaptc.compiler.onnx_proof import prove_onnx
 from adaptc.compiler.program import Program
 from adaptc.compiler.program_artifact import ProgramArtifact, ProvedAlternative, proved
 from adaptc.compiler.proofs import STRENGTHS
 from adaptc.compiler.swap import Swap
 from adaptc.emit.onnx.evaluate import evaluate
-from adaptc.emit.onnx.export import Wrote
 from adaptc.errors import ProofError
 from adaptc.ir.interpreter import Run
 from adaptc.rewriter.swap.prefix import VIRTUAL_TOKENS
@@ -30,43 +30,26 @@ RANKS = (3, 1, 5)
 """The ranks of the random adapter that a program is proved with, in turn: chosen to differ from site to site."""
 
 
-def write_swap(
-    swap: Swap,
-    entry: OnnxEmit,
-    path: Path,
-    final: Path,
-    wrote: Wrote | None = None,
-    beside: bool = False,
-    encoder_path: Path | None = None,
-) -> OnnxFile:
+def write_swap(swap: Swap, entry: OnnxEmit, to: Destination) -> OnnxFile:
     """Write the base as `write_onnx` does, as a program that takes adapters as inputs: without them it is the base.
 
     Raises:
         RefusedError: an operation has no ONNX form.
         AdaptcError: the exporter fails, or the file cannot be written.
     """
-    told, places = {KEY: swap.record().to_json()}, (path, final)
-    options = (wrote, beside, encoder_path, swap.dims(), told)
-    file = write_onnx(swap.program, swap.open_graph(), entry, *places, *options)
+    told = {KEY: swap.record().to_json()}
+    file = write_onnx(swap.program, swap.open_graph(), entry, to, swap.dims(), told)
     return file if file.unrounded is None else replace(file, unrounded=evaluate(swap.graph()))
 
 
-def write_swap_program(
-    program: Program,
-    entry: OnnxEmit,
-    path: Path,
-    final: Path,
-    wrote: Wrote | None = None,
-    beside: bool = False,
-    encoder_path: Path | None = None,
-) -> ProgramArtifact:
+def write_swap_program(program: Program, entry: OnnxEmit, to: Destination) -> ProgramArtifact:
     """Write a program as `write_swap` does, and prove it with each of its adapters.
 
     Raises:
         AdaptcError: it cannot be made or written, or a proof failed.
     """
     swap = Swap(program)
-    file = write_swap(swap, entry, path, final, wrote, beside, encoder_path)
+    file = write_swap(swap, entry, to)
     base, reference, alternatives = prove_swap(swap, file)
     proofs = {name: asdict(each.proof) for name, each in alternatives.items()}
     about: dict[str, Any] = {"adapters": entry.adapters, **file.about}
