@@ -251,6 +251,7 @@ def check(said: dict[str, Any]) -> None:
     assert "model: ./hf" in said["init"][1]
 
 
+@pytest.mark.slow
 def test_journeys_without_extras(tmp_path: Path) -> None:
     check(journeys(Path(sys.executable), tmp_path, BLOCKED))
 

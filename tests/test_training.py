@@ -35,6 +35,7 @@ class Rows(torch.utils.data.Dataset):
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": self.labels[index]}
 
 
+@pytest.mark.slow
 def test_trainer_trains_it_and_onnx_has_no_labels(zoo: Zoo, tmp_path: Path) -> None:
     from transformers import Trainer, TrainingArguments
 

@@ -60,6 +60,7 @@ def test_a_name_that_ends_another_is_saved_unmistakably(tmp_path: Path) -> None:
     assert near(again.module.eval()(x), first.module.eval()(x))
 
 
+@pytest.mark.slow
 def test_order_of_two_methods_is_kept_in_what_is_saved(zoo: Zoo, tmp_path: Path) -> None:
     name = "bert"
     found = {}

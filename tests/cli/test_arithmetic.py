@@ -69,6 +69,7 @@ def weights(folder: Path, *adapt: dict[str, object], seed: int = 0) -> dict[str,
     return {name: tensor.detach() for name, tensor in module.state_dict().items()}
 
 
+@pytest.mark.slow
 def test_a_combination_of_two_methods_is_written(folder: Path) -> None:
     made = run(
         *("combine", folder / "a", folder / "b", "--weights", "-0.5,2", "--svd-rank", 12),

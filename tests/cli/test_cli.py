@@ -417,6 +417,7 @@ def test_plan_is_the_pipeline_in_force(cli: Callable[..., Ran], small: Path) -> 
     assert again == before
 
 
+@pytest.mark.slow
 def test_a_process_prints_json_and_nothing_else(small: Path, tmp_path: Path) -> None:
     (tmp_path / "cli_models.py").write_text(MODEL)
     ran = python(

@@ -41,7 +41,14 @@ def expected(served: Served, prompt: str, new: int, chat: bool) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("words", "chat"), [((), True), (("--chat",), True), (("--raw",), False)])
+@pytest.mark.parametrize(
+    ("words", "chat"),
+    [
+        ((), True),
+        pytest.param(("--chat",), True, marks=pytest.mark.slow),
+        pytest.param(("--raw",), False, marks=pytest.mark.slow),
+    ],
+)
 def test_the_text_is_that_of_transformers(served: Served, kind: str, words: Any, chat: bool) -> None:
     from transformers import AutoTokenizer
 

@@ -96,8 +96,8 @@ MOMENTS = {
     ),
 }
 """When it comes -> the code that sends it then."""
-QUICK = {"typer is imported", "code that swallows errors", "removing"}
-"""What stands for the others: before anything, where no exception gets out, and while it is answered."""
+QUICK = {"typer is imported", "code that swallows errors"}
+"""What stands for the others: before anything, and where no exception gets out."""
 
 
 @pytest.fixture(scope="module")

@@ -119,6 +119,7 @@ def test_a_copy_has_its_own_tensors_and_adapter(module: SwitchedModule) -> None:
     close(outputs_by_adapter(module, X)["bob"], values["bob"])
 
 
+@pytest.mark.slow
 def test_a_torch_artifact_has_every_adapter(made: Compiled, module: SwitchedModule, tmp_path: Path) -> None:
     values = outputs_by_adapter(module, X)
     module.set_adapter("alice")

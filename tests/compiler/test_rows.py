@@ -145,6 +145,7 @@ def test_bad_ids_are_told(small: adaptc.Compiled, ids: torch.Tensor, message: st
     assert message in str(error.value)
 
 
+@pytest.mark.slow
 def test_an_artifact_in_torch_has_rows(small: adaptc.Compiled, tmp_path: Path) -> None:
     small.emit("torch", tmp_path / "trainable")
     loaded, x = adaptc.load(tmp_path / "trainable").eval(), torch.randn(6, 7, 16)

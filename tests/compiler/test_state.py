@@ -264,7 +264,17 @@ class Nulled(Base):
         return out
 
 
-@pytest.mark.parametrize("kind", [Filled, Placed, Copied, AddedToView, Flattened, Scattered, Nulled])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        Filled,
+        AddedToView,
+        *(
+            pytest.param(kind, marks=pytest.mark.slow)
+            for kind in (Placed, Copied, Flattened, Scattered, Nulled)
+        ),
+    ],
+)
 def test_what_is_written_into_a_view_reaches_the_output(kind: type[Base], tmp_path: Path) -> None:
     model = randomise(kind()).eval()
     compiled = made(model)

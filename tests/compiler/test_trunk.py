@@ -126,6 +126,7 @@ def test_batches_are_checked(zoo: Zoo, tmp_path: Path) -> None:
         compiled.trunk([[1]], cache=tmp_path)  # type: ignore[list-item]
 
 
+@pytest.mark.slow
 def test_without_a_trunk_it_is_refused(zoo: Zoo, tmp_path: Path) -> None:
     base = {"base": zoo.base_of("bert")}
     every = adaptc.compile({**base, "adapt": [{"method": "full", "target": "*"}]})

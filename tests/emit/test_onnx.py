@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -84,6 +85,7 @@ def test_labels_that_make_more_than_a_loss_stay(tmp_path: Path) -> None:
     ] * 2
 
 
+@pytest.mark.slow
 def test_a_query_that_a_float_mask_keeps_from_all_keys_is_zero(tmp_path: Path) -> None:
     class Attention(nn.Module):
         def __init__(self) -> None:

@@ -431,7 +431,7 @@ def test_a_full_disk_is_an_error_in_words(compiled: Any, tmp_path: Path, fails: 
 FORMATS = ["onnx", "onnx, weights beside it", "torch", "peft", "hf"]
 
 
-@pytest.fixture(params=FORMATS)
+@pytest.fixture(params=marked(FORMATS, ("onnx, weights beside it", "peft", "hf")))
 def product(
     request: pytest.FixtureRequest, zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[], None]:

@@ -30,7 +30,7 @@ def without_positions() -> dict[str, torch.Tensor]:
     return tensors
 
 
-@pytest.mark.parametrize("kind", ["module", "copy", "fold", "loaded"])
+@pytest.mark.parametrize("kind", ["module", "copy", "fold", pytest.param("loaded", marks=pytest.mark.slow)])
 def test_a_call_without_positions(compiled: adaptc.Compiled, kind: str, tmp_path: Path) -> None:
     tensors, module = without_positions(), compiled.module
     with torch.no_grad():

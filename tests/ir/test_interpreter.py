@@ -35,7 +35,7 @@ QUICK = ("llama", "mlp")
 
 
 IN_DTYPES = [
-    pytest.param(name, dtype, marks=[pytest.mark.slow] * (name not in QUICK))
+    pytest.param(name, dtype, marks=[pytest.mark.slow] * (name not in QUICK or dtype == "bfloat16"))
     for name in FAMILIES
     for dtype in ([None, "float16", "bfloat16"] if name in QUICK else [None, "bfloat16"])
 ]
@@ -281,6 +281,7 @@ def test_a_wrong_piece_is_found(deep: Any, tmp_path: Path, monkeypatch: pytest.M
 # bfloat16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EVERY)
 def test_bfloat16_is_stored_and_float32_computed(zoo: Zoo, name: str, tmp_path: Path) -> None:
     sizes = {}

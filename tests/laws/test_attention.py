@@ -80,7 +80,7 @@ PADDED = {"standard": left_padded, "gqa": right_padded}
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", marked(DECODERS, ("llama", "gpt2")))
+@pytest.mark.parametrize("name", marked(DECODERS, ("llama",)))
 def test_families(zoo: Zoo, tmp_path: Path, name: str, form: str) -> None:
     graph, path = zoo.graph(name), tmp_path / "decoder.onnx"
     report = write(graph, form, path)
@@ -103,7 +103,12 @@ def test_decoders_written_by_hand(tmp_path: Path, name: str, form: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "window", "added"),
-    [("Decoder", -1, False), ("AddedMask", -1, False), ("Alibi", -1, True), ("Window", 3, False)],
+    [
+        pytest.param("Decoder", -1, False, marks=pytest.mark.slow),
+        ("AddedMask", -1, False),
+        pytest.param("Alibi", -1, True, marks=pytest.mark.slow),
+        ("Window", 3, False),
+    ],
 )
 def test_masks(tmp_path: Path, name: str, window: int, added: bool) -> None:
     """A causal mask is counted, a window too; any other is added to the scores."""
@@ -129,6 +134,7 @@ ROTARY: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", marked(ROTARY, ("mistral",)))
 def test_rotary_positions_inside(tmp_path: Path, name: str) -> None:
     """Queries and keys are rotated by the operation itself, from a table of all positions."""

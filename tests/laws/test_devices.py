@@ -20,7 +20,7 @@ from tests.families import FAMILIES, Zoo, entry, inputs, marked
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
 
-QUICK = ("lora", "ia3", "fourierft", "shira", "bottleneck", "prefix", "prompt")
+QUICK = ("lora", "fourierft", "bottleneck", "prompt")
 """Methods that stand for all in the quick tests: with constants of their own and without, on every kind of place."""
 
 

@@ -100,6 +100,7 @@ def test_as_peft_writes(zoo: Zoo, name: str, kind: str, tmp_path: Path) -> None:
         assert torch.equal(batch[row, 7:], alone[0, -24:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind"),
     [

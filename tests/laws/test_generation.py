@@ -46,6 +46,7 @@ def test_as_transformers_writes(zoo: Zoo, name: str) -> None:
     assert torch.equal(compiled.generate(one, 12, **GREEDY), want)
 
 
+@pytest.mark.slow
 def test_a_model_handed_in_whose_configuration_has_no_cache(zoo: Zoo) -> None:
     """As after training, which switches the cache off."""
     model: Any = zoo.fresh("llama")

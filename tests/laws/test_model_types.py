@@ -49,7 +49,13 @@ def test_an_output_of_another_shape_is_no_small_error() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["falcon_h1", "siglip", "modernbert", pytest.param("kimi_k25", marks=pytest.mark.slow)]
+    "name",
+    [
+        "siglip",
+        "modernbert",
+        pytest.param("falcon_h1", marks=pytest.mark.slow),
+        pytest.param("kimi_k25", marks=pytest.mark.slow),
+    ],
 )
 def test_buffers_that_no_checkpoint_holds_are_those_of_the_model(name: str, tmp_path: Path) -> None:
     model, task = built(name)

@@ -20,7 +20,7 @@ from adaptc.weights import Held
 from tests.families import Zoo, entry, marked
 from tests.laws.test_methods import one
 
-QUICK = ("lora", "dora", "ia3", "oft", "bitfit", "bottleneck", "prefix", "prompt")
+QUICK = ("lora", "dora", "bitfit", "bottleneck", "prefix")
 """The methods that stand for all: of a product, a norm, scales, rotations, biases, and of each kind that stays."""
 
 

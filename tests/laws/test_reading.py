@@ -15,7 +15,7 @@ from adaptc.methods.method import METHODS
 from tests.families import Zoo, differs, entry, perturbed
 from tests.laws.test_methods import insert, one, skip_without_site
 
-QUICK = ("lora", "bottleneck", "prefix")
+QUICK = ("lora", "prefix")
 """One of each kind."""
 EVERY = [pytest.param(m, marks=[pytest.mark.slow] * (m not in QUICK)) for m in METHODS]
 

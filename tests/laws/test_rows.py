@@ -21,7 +21,7 @@ from adaptc.methods.method import METHODS
 from adaptc.weights import Held
 from tests.families import Zoo, close, differs, entry, inputs, outputs, perturb, perturbed
 
-QUICK = ("lora", "prefix")
+QUICK = ("lora",)
 """The methods of the quick law."""
 MIXED = ((0, -1, 1, 0, 2), (2,), (-1, -1), (1, 1, 1))
 """Which adapter each row of a batch has: all, one row, the base alone, one adapter alone."""

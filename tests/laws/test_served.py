@@ -85,6 +85,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "kind"), CASES)
 def test_tokens_are_those_of_the_graph_without_a_cache(
     zoo: Zoo, family: str, kind: str, tmp_path: Path

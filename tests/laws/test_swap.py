@@ -61,7 +61,7 @@ def alternatives(zoo: Zoo, method: str, name: str, **spec: Any) -> Compiled:
     return compiled
 
 
-QUICK = ("lora", "ia3", "oft", "bottleneck")
+QUICK = ("lora", "bottleneck")
 """The methods of the quick laws."""
 
 

@@ -89,6 +89,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "way", "bits"), CASES)
 def test_tokens_are_those_of_the_graph_without_a_cache(
     zoo: Zoo, method: str, way: str, bits: str, tmp_path: Path

@@ -277,6 +277,7 @@ def test_the_line_of_a_hugging_face_models_own_module(
     assert "use torch.where there" in result.err
 
 
+@pytest.mark.slow
 def test_the_line_of_transformers_itself(
     cli: Callable[..., Any], write: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -240,6 +240,7 @@ def test_in_bfloat16(zoo: Zoo, merged: Callable[[str], Merged], name: str, tmp_p
     assert product_of(tmp_path / "merged")["rounding"]
 
 
+@pytest.mark.slow
 def test_a_head_of_another_size(zoo: Zoo, tmp_path: Path) -> None:
     """The configuration is that of the spec: its overrides, the class of its task, and not what a trace needs."""
     zoo.directory("bert")
@@ -308,6 +309,7 @@ def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     return compiled
 
 
+@pytest.mark.slow
 def test_experts_stand_apart_in_the_checkpoint(mixtral: Compiled, tmp_path: Path) -> None:
     """As transformers saves them, for whatever else reads Mixtral; it fuses them again, bit for bit."""
     mixtral.emit("hf", tmp_path / "merged", max_shard_size=SHARD)

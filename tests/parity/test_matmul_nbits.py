@@ -50,8 +50,8 @@ def made() -> Compiled:
     )
 
 
-@pytest.mark.parametrize("shape", [(2, 5), (1, 1), (4, 33)])
-@pytest.mark.parametrize("runtime", ["onnxruntime", "standard"])
+@pytest.mark.parametrize("shape", [pytest.param((2, 5), marks=pytest.mark.slow), (1, 1), (4, 33)])
+@pytest.mark.parametrize("runtime", ["onnxruntime", pytest.param("standard", marks=pytest.mark.slow)])
 def test_with_activations_as_they_are(
     made: Compiled, runtime: str, shape: tuple[int, int], tmp_path: Path
 ) -> None:
@@ -63,6 +63,7 @@ def test_with_activations_as_they_are(
         close(a, b, epsilons=64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shape", [(2, 5), *(pytest.param(s, marks=pytest.mark.slow) for s in ((1, 1), (4, 33)))]
 )

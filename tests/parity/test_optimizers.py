@@ -46,6 +46,7 @@ def train(module: Any, optimizer: torch.optim.Optimizer, device: str, steps: int
     return losses
 
 
+@pytest.mark.slow
 def test_eight_bits() -> None:
     """As good as AdamW, in less than a third of its memory."""
     losses, held = {}, {}

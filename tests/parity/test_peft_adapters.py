@@ -56,6 +56,7 @@ def by_adapter(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Te
     return values
 
 
+@pytest.mark.slow
 def test_a_folder_of_several_adapters_in_and_out(zoo: Zoo, tmp_path: Path) -> None:
     model = trained(zoo, tmp_path / "saved", heads=True)
     batch = inputs("bert", 3, pad=True)

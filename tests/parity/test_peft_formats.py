@@ -454,6 +454,7 @@ def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return model, directory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parameters", [("down_proj", "gate_up_proj"), slow(("gate_up_proj",))])
 def test_experts_of_mixtral(mixtral: Any, parameters: tuple[str, ...], tmp_path: Path) -> None:
     """Fused experts, multiplied in groups, through `target_parameters`, beside layers of the attention."""

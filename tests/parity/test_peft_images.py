@@ -184,6 +184,7 @@ def a_picture_in_a_text(compiled: adaptc.Compiled, length: int, model: Any, batc
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [n if n == "llava" else pytest.param(n, marks=pytest.mark.slow) for n in MODELS]
 )

@@ -84,7 +84,8 @@ def test_a_pair_of_sentences_in_onnx_runtime_is_pefts(name: str, tmp_path: Path)
     assert "position_ids: 0..n-1" in compiled.plan.notes[0]
 
 
-@pytest.mark.parametrize("name", ["layoutlm", pytest.param("lilt", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["layoutlm", "lilt"])
 def test_a_page_with_boxes_in_onnx_runtime_is_pefts(name: str, tmp_path: Path) -> None:
     adapted = adapter_of(PAGES[name], tmp_path)
     compiled = compiled_of(PAGES[name], tmp_path)

@@ -68,6 +68,7 @@ def test_dense_layers_with_names_of_experts_are_told(tmp_path: Path) -> None:
     close(logits(compiled.module), ours)
 
 
+@pytest.mark.slow
 def test_what_peft_refuses_is_told(tmp_path: Path) -> None:
     """It wants all parts of what it takes for one tensor of experts."""
     _, base, said = saved(tmp_path, [f"{DENSE}.gate_proj"])

@@ -91,7 +91,7 @@ FAMILIES: dict[str, tuple[Model, str | list[str]]] = {
         ["gate_proj", "up_proj", "down_proj", "gate"],
     ),
 }
-QUICK = ("vit", "mixtral")
+QUICK = ("mixtral",)
 PEFT_CONVERTS = {"llava": r".*language_model.*\.(q_proj|v_proj)", "mixtral": None, "olmoe": None}
 """Families that PEFT converts too -> the target that both read, where PEFT cannot read that of `FAMILIES`."""
 

@@ -38,8 +38,8 @@ OURS: dict[str, dict[str, Any]] = {
     "mlp": {"method": "p-tuning", "encoder_hidden_size": 12},
     "lstm": {"method": "p-tuning", "encoder_hidden_size": 12, "encoder_reparameterization_type": "LSTM"},
 }
-QUICK = {("prefix", "t5"), ("prompt", "bert"), ("mlp", "llama")}
-OURS_QUICK = {("prefix", "llama"), ("v2", "bert"), ("lstm", "bert")}
+QUICK = {("prompt", "bert"), ("mlp", "llama")}
+OURS_QUICK = {("prefix", "llama")}
 CASES = [
     pytest.param(kind, name, marks=[pytest.mark.slow] * ((kind, name) not in QUICK))
     for kind in KINDS
@@ -123,6 +123,7 @@ def test_ours_are_read_there(zoo: Zoo, kind: str, name: str, tmp_path: Path) -> 
     compare(got, want)
 
 
+@pytest.mark.slow
 def test_a_head_goes_with_them(zoo: Zoo, tmp_path: Path) -> None:
     """PEFT trains the classifier along, and saves it beside the tokens."""
     model = theirs(zoo, "prompt", "bert")
@@ -159,6 +160,7 @@ def test_a_head_that_is_trained_under_another_name_is_not_written_untrained(zoo:
         peft.PeftModel.from_pretrained(zoo.fresh("bert"), str(tmp_path / "words"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [pytest.param("prefix", marks=pytest.mark.slow), "prompt"])
 def test_labels_line_up(zoo: Zoo, kind: str, tmp_path: Path) -> None:
     """The loss of a model that computes its own is PEFT's, and logits stand beside their tokens."""

@@ -137,6 +137,7 @@ def test_tied_tensors_that_are_both_whole(tmp_path: Path) -> None:
         compiled(base, tmp_path / "a", on_alias="live").emit("hf", tmp_path / "live")
 
 
+@pytest.mark.slow
 def test_a_later_head_replaces_an_earlier_one(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import BertConfig, BertForSequenceClassification

@@ -42,6 +42,7 @@ def program(zoo: Zoo, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_a_peft_adapter_on_a_deployed_program(
     zoo: Zoo, program: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

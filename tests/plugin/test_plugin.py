@@ -289,6 +289,7 @@ for setting in ("passes=[swap-activation, swap-activation, insert]", "passes=[{s
 """
 
 
+@pytest.mark.slow
 def test_the_pass_by_name_with_options(python: Run, spec: Path, tmp_path: Path) -> None:
     (tmp_path / "passes.py").write_text(textwrap.dedent(PASSES))
     ran = python(tmp_path / "passes.py", spec)

@@ -58,6 +58,7 @@ def test_side_by_side(build: Path, rows: Path) -> None:
     assert json.loads(json.dumps(result.to_json()))["accuracies"][0]["right"] == 4
 
 
+@pytest.mark.slow
 def test_against_the_base_in_transformers_and_against_a_file(build: Path, rows: Path) -> None:
     sizes: dict[str, Any] = {"batches": (1,), "lengths": (4,), "seconds": 0.01}
     against = adaptc.bench(build / "folded.onnx", rows=rows, against="base", **sizes)

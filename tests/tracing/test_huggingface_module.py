@@ -46,6 +46,7 @@ def test_a_model_that_was_loaded_has_the_inputs_that_its_tokenizer_gives(tmp_pat
     assert [spec.name for spec in make_base(load({}), model=model).inputs] == names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", pytest.param("t5", marks=pytest.mark.slow)])
 def test_a_model_with_a_cache_is_compiled_as_it_is(name: str, zoo: Zoo) -> None:
     model: Any = zoo.fresh(name)

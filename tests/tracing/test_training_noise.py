@@ -88,7 +88,13 @@ def compiled(model: type[Noisy]) -> tuple[adaptc.Compiled, Noisy]:
     return made, eager
 
 
-@pytest.mark.parametrize("model", [Jitter, StochasticDepth, Added, DroppedTwice])
+@pytest.mark.parametrize(
+    "model",
+    [
+        Jitter,
+        *(pytest.param(model, marks=pytest.mark.slow) for model in (StochasticDepth, Added, DroppedTwice)),
+    ],
+)
 def test_noise_follows_the_mode(model: type[Noisy], tmp_path: Path) -> None:
     made, eager = compiled(model)
     made.emit("torch", tmp_path / "saved")

@@ -337,6 +337,7 @@ class Padded(Reads):
         return super().forward(ids, (~key_padding_mask).long())
 
 
+@pytest.mark.slow
 def test_virtual_tokens_are_no_padding() -> None:
     model = randomise(Padded()).eval()
     entry = {"adapt": [{"method": "prompt", "num_virtual_tokens": 3}]}
@@ -367,6 +368,7 @@ ENCODED = {
 }
 
 
+@pytest.mark.slow
 def test_the_lstm_is_torchs() -> None:
     model = randomise(Reads()).eval()
     compiled = reads({**ENCODED["lstm"], "num_virtual_tokens": 5}, model)
@@ -459,6 +461,7 @@ def test_adapterdrop_leaves_out_layers(zoo: Zoo) -> None:
     assert [a.site.module for a in compiled.graph.adaptations] == ["bert.encoder.layer.1.output.dense"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", pytest.param("t5", marks=pytest.mark.slow)])
 def test_two_prefixes_are_a_longer_one(zoo: Zoo, name: str) -> None:
     """The second stands in front of the first, and everything counts on behind both."""
