@@ -17,6 +17,7 @@ import sys
 import tomllib
 import types
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -187,15 +188,20 @@ def _minilm() -> Path:
 # quick: what can be read without a run
 
 
+@cache
+def schema() -> jsonschema.Draft202012Validator:
+    """The schema of specs, checked once."""
+    return jsonschema.Draft202012Validator(json.loads((ROOT / "specs/schema.json").read_text()))
+
+
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.stem)
 def test_blocks_are_well_formed(page: Path) -> None:
-    schema = json.loads((ROOT / "specs/schema.json").read_text())
     for block in blocks(page):
         assert block.language in RUN | SHOWN, f"{block.place} is neither run nor output"
         if block.language in ("python", "py"):
             compile(block.text, block.place, "exec")
         if block.language == "yaml":
-            jsonschema.validate(whole_spec(block), schema)
+            schema().validate(whole_spec(block))
 
 
 def test_no_fence_is_missed() -> None:
