@@ -78,6 +78,10 @@ def pairs(quick: Callable[[str, str], bool], bases: Iterable[str] = FAMILIES) ->
 
 by_pair = partial(pytest.mark.parametrize, "pair", scope="module")
 EVERY = pairs(quick)
+ANYWHERE = ("lora", "bitfit", "bottleneck", "prefix", "prompt", "probe", "trainable-tokens")
+"""Methods that stand for their kind of place: a weight, a bias, an activation, attention, an input, a head, rows."""
+SPREAD = [pair for pair in EVERY for method, name in pair.values if method in ANYWHERE or name == one(method)]
+"""Every method on one base, and those that stand for a kind of place on all."""
 TWINS = ("qwen3", "mistral", "gemma2", "roberta")
 """Bases with the layers of another one, under the same names: of Llama or BERT."""
 ONCE_EACH = [name for name in FAMILIES if name not in TWINS]
@@ -85,8 +89,16 @@ ONCE = pairs(lambda method, name: name == one(method), ONCE_EACH)
 """Every method on each base with layers of its own, quick on one: for laws of a method's own, whatever it is on."""
 
 
-SEEDED = pairs(lambda method, name: method in ("lora", "vera", "prompt") and name == one(method), ONCE_EACH)
-"""As `ONCE`; quick are one method of each way to start: a matrix, tensors that all share, tokens."""
+SEEDED = [
+    pytest.param(
+        (method, name),
+        id=f"{method}-{name}",
+        marks=[pytest.mark.slow] * (method not in ("lora", "vera", "prompt")),
+    )
+    for method in METHODS
+    for name in [one(method)]
+]
+"""Every method once; quick are one of each way to start: a matrix, tensors that all share, tokens."""
 
 
 def stays(method: str) -> bool:
@@ -136,7 +148,7 @@ def adapted_graph(zoo: Zoo, method: str, name: str, dtype: str) -> Graph:
     return graph
 
 
-@by_pair(EVERY)
+@by_pair(SPREAD)
 def test_starts_as_the_base(zoo: Zoo, pair: Pair) -> None:
     method, name = pair
     skip_without_site(zoo, method, name)
@@ -200,7 +212,7 @@ def test_compiled_module_equals_its_fold(zoo: Zoo, pair: Pair) -> None:
     assert "fold" in {proof.name for proof in compiled.proofs}
 
 
-@by_pair(EVERY)
+@by_pair(SPREAD)
 def test_only_the_adaptation_trains(zoo: Zoo, pair: Pair) -> None:
     method, name = pair
     skip_without_site(zoo, method, name)
@@ -219,7 +231,7 @@ def test_only_the_adaptation_trains(zoo: Zoo, pair: Pair) -> None:
             assert parameter.grad is None, f"{key} is frozen, but gets a gradient"
 
 
-@by_pair(EVERY)
+@by_pair(SPREAD)
 def test_training_lowers_the_loss(zoo: Zoo, pair: Pair) -> None:
     method, name = pair
     skip_without_site(zoo, method, name)
@@ -393,7 +405,16 @@ def test_branch_dropout_is_on_the_branch_in_training_only(zoo: Zoo, method: str)
         close(still, outputs(twin.module.eval(), tensors, [key])[key])
 
 
-COMPILED = pairs(lambda method, name: name == "block" and method == "lora")
+COMPILED = [
+    pytest.param(
+        (method, name),
+        id=f"{method}-{name}",
+        marks=[pytest.mark.slow] * ((method, name) != ("lora", "block")),
+    )
+    for name in FAMILIES
+    for method in METHODS
+    if method == "lora" or name == one(method)
+]
 
 
 @by_pair(COMPILED)
