@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from adaptc.errors import TraceError
 from adaptc.ir.nodes import get_tensor, source_of, writes_in_place
 from adaptc.ir.training_mode import scaled_by_training, training_node
-from adaptc.tracing.training_noise import IDENTITIES, Noise, bare, is_size
+from adaptc.tracing.training_noise import IDENTITIES, Noise, is_size
 
 aten = torch.ops.aten
 
@@ -53,7 +53,9 @@ class _Merge:
 
     def run(self) -> None:
         evaluation = [
-            n for n in self.graph.nodes if not (n.op == "get_attr" or n.target in IDENTITIES or is_size(n))
+            node
+            for node in self.graph.nodes
+            if not (node.op == "get_attr" or node.target in IDENTITIES or is_size(node) or self._detaches(node))
         ]
         position = 0
         for theirs in self.training.graph.nodes:
@@ -125,7 +127,20 @@ class _Merge:
             return self.noise.stands_for(mapped, ours)
         if is_size(ours) and is_size(mapped):
             return str(ours.meta["val"]) == str(mapped.meta["val"]) or self._same_number(ours, mapped)
-        return bare(mapped) is bare(ours)
+        return self._bare(mapped) is self._bare(ours)
+
+    def _bare(self, node: fx.Node) -> fx.Node:
+        """The node upstream whose value this one only passes on, be it a buffer that is detached."""
+        while node.target in IDENTITIES or self._detaches(node):
+            node = cast(fx.Node, node.args[0])
+        return node
+
+    def _detaches(self, node: fx.Node) -> bool:
+        """Whether a node of ours detaches a buffer, which has no gradient."""
+        if node.target is not aten.detach.default:
+            return False
+        source = cast(fx.Node, node.args[0])
+        return source.op == "get_attr" and source.target in self.buffers
 
     def _same_number(self, ours: fx.Node, mapped: fx.Node) -> bool:
         """Whether two numbers are taken out of the same tensor, each under a symbol of its own trace."""

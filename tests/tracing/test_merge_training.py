@@ -69,3 +69,25 @@ def test_a_batch_norm_that_two_branches_share_follows_the_mode() -> None:
     assert near(module(x), model(x))
     assert near(module.get_buffer("norm.running_mean"), model.get_buffer("norm.running_mean"))
     assert int(module.get_buffer("norm.num_batches_tracked")) == 2
+
+
+class Angled(nn.Module):
+    """Reads a buffer in a region without gradients that writes to a part of what it computes, as Qwen3-VL does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 6), nn.Linear(6, 3)
+        self.frequencies = nn.Buffer(torch.linspace(0.1, 1, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            angles = x.detach().abs() * self.frequencies
+            angles[..., ::2] = angles[..., 1::2].sin()
+        return self.down(self.up(x) * angles)
+
+
+def test_a_buffer_read_where_something_is_written_without_gradients() -> None:
+    made = compiled(randomise(Angled()), [{"method": "lora", "target": "*", "r": 2}], torch.randn(4, 6))
+    perturb(made.module)
+    x = torch.randn(2, 6)
+    assert near(made.fold()(x), made.module.eval()(x))
