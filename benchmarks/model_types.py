@@ -90,7 +90,7 @@ def built(name: str) -> tuple[Any, str]:
     import transformers
 
     kind: Any = transformers.models.auto.configuration_auto.CONFIG_MAPPING[name]
-    reason = "no tiny configuration"
+    reason = ""
     for config in tiny_configurations(kind):
         config.dtype = torch.float32
         task = telling_task(config)
@@ -99,7 +99,8 @@ def built(name: str) -> tuple[Any, str]:
             with torch.device("meta"):
                 size = sum(tensor.numel() for tensor in auto.from_config(copy.deepcopy(config)).parameters())
             if size > LARGEST:
-                raise NoModelError(f"the smallest model that can be made has {size:,} parameters")
+                reason = reason or f"the smallest model that can be made has {size:,} parameters"
+                break
             torch.manual_seed(0)
             model = randomise(auto.from_config(config)).eval()
             inputs = chosen_inputs(model, config, (), None).inputs
@@ -112,7 +113,7 @@ def built(name: str) -> tuple[Any, str]:
             raise
         except Exception as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    raise NoModelError(reason)
+    raise NoModelError(reason or "no tiny configuration")
 
 
 def run(model: Any, tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:

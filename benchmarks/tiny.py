@@ -102,7 +102,25 @@ def shrunk(config: Any, factor: int, patches: int | None) -> dict[str, Any] | No
             options[key] = small
     if head and "head_dim" in values:
         options["head_dim"] = head // factor
+    _meet(values, options)
     return {**options, **_of_images(values, patches)}
+
+
+def _meet(values: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Let what a tower of images gives be as wide as the texts beside it, which some usual sizes are not.
+
+    So is the number of angles by which a head is turned: by time, height and width.
+    """
+    if "text_config" not in options or not hasattr(values["text_config"], "hidden_size"):
+        return
+    text: dict[str, Any] = {**vars(values["text_config"]), **options["text_config"]}
+    for name, value in values.items():
+        if hasattr(value, "out_hidden_size"):
+            options[name]["out_hidden_size"] = text["hidden_size"]
+    turned, half = text.get("rope_parameters"), (_head(text) or 0) // 2
+    if isinstance(turned, dict) and "mrope_section" not in turned:
+        sections = [half - 2 * (half // 3), half // 3, half // 3]
+        options["text_config"]["rope_parameters"] = {**turned, "mrope_section": sections}
 
 
 def _small(name: str, value: Any, factor: int) -> Any:
