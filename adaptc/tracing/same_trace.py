@@ -51,6 +51,8 @@ def _steps(graph: fx.Graph, sizes: Mapping[Any, int]) -> list[tuple[str, list[An
             continue
         places[node] = len(steps)
         arguments = [] if node.op == "placeholder" else pytree.tree_leaves((node.args, dict(node.kwargs)))
+        if node.target is aten.slice.Tensor and len(node.args) > 2 and node.args[2] is None:
+            arguments[2] = 0
         steps.append((str(node.target), [_argument(leaf, places, sizes) for leaf in arguments]))
     return steps
 

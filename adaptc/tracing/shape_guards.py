@@ -51,9 +51,9 @@ def for_every_size(
 ) -> torch.export.ExportedProgram:
     """The trace of a model: every condition on a named dimension, under which it was made, holds at larger sizes.
 
-    A size of the examples may be small by chance, such as one whose half is 1, which torch takes for a size that
-    broadcasts. So where a condition fails, the model is traced at twice the size, and that trace is taken if it is the
-    same at the smaller sizes.
+    A size of the examples may be small by chance, such as one whose half is 1, or that is a single chunk, which torch
+    takes for a size that broadcasts. So where a condition fails, the model is traced at the larger size, and that trace
+    is taken if it is what the model computes at the smaller sizes too.
 
     Args:
         model: the model.
@@ -68,11 +68,11 @@ def for_every_size(
     branch = _branch(model, program, inputs, sizes)
     if branch is None:
         return program
-    if any(larger > FACTORS[0] * sizes[name] for name, larger in branch.sizes.items()):
-        raise branch.error
     again = trace(branch.sizes)
     if _operations(again, inputs, sizes) != _operations(program, inputs, sizes):
-        raise branch.error
+        smaller = {symbol: sizes[dim] for symbol, dim in _symbols(again, inputs).items()}
+        if not is_same_trace(model, again, _examples(model, inputs, sizes), smaller):
+            raise branch.error
     if _branch(model, again, inputs, branch.sizes) is not None:
         raise branch.error
     return again

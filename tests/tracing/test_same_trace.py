@@ -53,3 +53,28 @@ def test_a_table_that_is_cut_to_the_length_is_traced_for_its_full_length_too() -
 def test_another_number_in_the_same_operations_is_another_branch() -> None:
     with pytest.raises(TraceError, match=r"takes another branch at seq=680 than at seq=17, where `seq < 40`"):
         export(Rolled(), TOKENS)
+
+
+class Chunked(nn.Module):
+    """A state that is carried from chunk to chunk, as in Mamba 2: a short text is one chunk, which would broadcast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, length, _ = x.shape
+        rest = (LENGTH - length % LENGTH) % LENGTH
+        chunks = torch.nn.functional.pad(self.layer(x), (0, 0, 0, rest)).reshape(batch, -1, LENGTH, 8)
+        sums = chunks.sum(2, keepdim=True)
+        before = torch.cat([torch.zeros_like(sums[:, :1]), sums], 1).cumsum(1)[:, :-1]
+        return (chunks + before.expand(chunks.shape)).reshape(batch, -1, 8)[:, :length]
+
+
+def test_a_text_of_one_chunk_is_traced_for_many() -> None:
+    torch.manual_seed(0)
+    model = Chunked()
+    traced = export(model, TOKENS)
+    for length in (1, 17, LENGTH, LENGTH + 1, 3 * LENGTH, 170):
+        x = torch.randn(2, length, 8)
+        assert torch.equal(traced(x=x), model(x)), length
