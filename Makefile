@@ -40,8 +40,8 @@ compat: .venv-newest/.ready .venv-oldest/.ready  ## the quick tests on the newes
 
 .venv-oldest/.ready: pyproject.toml
 	$(PYTHON3) -m venv .venv-oldest
-	grep -oE '"[a-z.-]+>=[0-9.]+"' pyproject.toml | tr -d '"' | sed -e /setuptools/d -e 's/>=/==/' > .venv-oldest/constraints.txt
-	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-oldest/constraints.txt -e '.[dev]' setuptools
+	grep -oE '"[a-z.-]+>=[0-9.]+"' pyproject.toml | tr -d '"' | sed -e /setuptools/d -e /mkdocs/d -e /genai/d -e 's/>=/==/' > .venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-oldest/constraints.txt -e '.[test]' setuptools
 	@touch $@
 
 bench: $(READY)  ## figures beside PEFT, as ratios from one run
