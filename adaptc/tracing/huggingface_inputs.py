@@ -85,14 +85,26 @@ INPUT_RULES = (
         ("num_mel_bins", "max_source_positions"),
         {"input_features": "{dtype}[batch, {num_mel_bins}, {frames}]"},
     ),
+    InputRule(
+        "input_features",
+        ("input_feat_per_channel",),
+        {"input_features": "{dtype}[batch, frames, {input_feat_per_channel}]"},
+    ),
+    InputRule(
+        "input_features",
+        ("feature_projection_input_dim",),
+        {"input_features": "{dtype}[batch, frames, {feature_projection_input_dim}]"},
+    ),
     InputRule("input_values", ("conv_stride",), {"input_values": "{dtype}[batch, samples]"}),
+    InputRule("input_values", ("encoder_num_hidden_layers",), {"input_values": "{dtype}[batch, samples]"}),
     InputRule(
         "input_values",
         ("max_length", "num_mel_bins"),
         {"input_values": "{dtype}[batch, {max_length}, {num_mel_bins}]"},
     ),
 )
-"""Texts, images, log-mel frames for an encoder that halves their number, waveforms, spectrograms of a fixed length."""
+"""Texts, images, log-mel frames for an encoder that halves their number, frames of features, waveforms, spectrograms
+of a fixed length."""
 DECODER_INPUTS = {"decoder_input_ids": "int64[batch, decoder_seq]"}
 """The inputs that an encoder-decoder takes in addition."""
 SIZES: Mapping[str, Callable[[Any], object]] = {
@@ -129,8 +141,8 @@ COMPUTED = re.compile(
 """The names of tensors that a loss takes, or that another part of the model has computed: no input of a person's."""
 IMAGE_SIZES = (1, 1, 160, 128)
 """The sizes at which images are traced where they are open: height and width differ, and can be halved six times."""
-FRAMES = 40
-"""How many frames a waveform is traced with."""
+FRAMES, STRIDE = 40, 320
+"""How many frames a waveform is traced with, and the samples of one where the configuration does not say: 20 ms."""
 BOXES = 1000
 """The largest coordinate of a box on a page: LayoutLM and its kind scale a page to it."""
 
@@ -275,8 +287,9 @@ def limited(spec: InputSpec, config: object) -> InputSpec:
         return replace(spec, high=_box_limit(config), boxes=True)
     if spec.name == IMAGES and len(spec.dims) == len(IMAGE_SIZES):
         return replace(spec, example=IMAGE_SIZES)
-    if spec.name == "input_values" and len(spec.dims) == 2 and hasattr(config, "conv_stride"):
-        return replace(spec, example=(1, FRAMES * math.prod(cast(Any, config).conv_stride)))
+    if spec.name == "input_values" and len(spec.dims) == 2:
+        stride = math.prod(getattr(config, "conv_stride", (STRIDE,)))
+        return replace(spec, example=(1, FRAMES * stride))
     return spec
 
 

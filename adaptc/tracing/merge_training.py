@@ -55,7 +55,9 @@ class _Merge:
         evaluation = [
             node
             for node in self.graph.nodes
-            if not (node.op == "get_attr" or node.target in IDENTITIES or is_size(node) or self._detaches(node))
+            if not (
+                node.op == "get_attr" or node.target in IDENTITIES or is_size(node) or self._detaches(node)
+            )
         ]
         position = 0
         for theirs in self.training.graph.nodes:

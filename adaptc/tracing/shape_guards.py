@@ -178,8 +178,9 @@ def _larger(sizes: Mapping[str, int], longest: int) -> Iterator[tuple[str, dict[
 
 def _longest(model: nn.Module) -> int:
     """The longest sequence that a Hugging Face configuration allows; beyond it some models make larger tables."""
-    length = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    return length if isinstance(length, int) else sys.maxsize
+    config = getattr(model, "config", None)
+    lengths = (getattr(config, name, None) for name in ("max_position_embeddings", "max_source_positions"))
+    return min([length for length in lengths if isinstance(length, int)], default=sys.maxsize)
 
 
 def _examples(

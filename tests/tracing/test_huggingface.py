@@ -20,6 +20,21 @@ from tests.families import close, outputs, randomise
 from tests.hugging_face import DECODER, ENCODER_DECODER, MODELS, TEXT, Model
 
 IDS = "int64[batch, seq]"
+FRAMES = Model(
+    "Speech2TextConfig",
+    "speech-seq2seq",
+    {
+        **{
+            "d_model": 16,
+            "encoder_layers": 1,
+            "decoder_layers": 1,
+            "encoder_ffn_dim": 8,
+            "decoder_ffn_dim": 8,
+        },
+        **{"encoder_attention_heads": 2, "decoder_attention_heads": 2, "vocab_size": 32, "conv_channels": 16},
+        **{"input_feat_per_channel": 12, "max_source_positions": 64, "max_target_positions": 32},
+    },
+)
 WAVEFORM = Model(
     "Wav2Vec2Config",
     "ctc",
@@ -58,9 +73,16 @@ UNTYPED = Model("DebertaV2Config", "masked-lm", TEXT | {"pooler_hidden_size": 32
 """Its tokenizer gives token types, and its configuration has no table of them."""
 PAGE = Model("LayoutLMConfig", "token-classification", TEXT)
 UNKNOWN = Model(
-    "Speech2TextConfig",
-    "speech-seq2seq",
-    ENCODER_DECODER | {"max_target_positions": 40},
+    "PerceiverConfig",
+    "masked-lm",
+    {
+        "d_model": 16,
+        "d_latents": 16,
+        "num_latents": 4,
+        "num_blocks": 1,
+        "num_self_attends_per_block": 1,
+        "vocab_size": 32,
+    },
 )
 
 
@@ -100,6 +122,13 @@ def base_of(model: Model, path: Path, **more: Any) -> Base:
         (
             MODELS["whisper"],
             {"input_features": "float32[batch, 8, 24]", "decoder_input_ids": "int64[batch, decoder_seq]"},
+        ),
+        (
+            FRAMES,
+            {
+                "input_features": "float32[batch, frames, 12]",
+                "decoder_input_ids": "int64[batch, decoder_seq]",
+            },
         ),
         (WAVEFORM, {"input_values": "float32[batch, samples]"}),
         (SPECTROGRAM, {"input_values": "float32[batch, 20, 16]"}),
@@ -199,9 +228,7 @@ def test_inputs_of_the_spec_stay(tmp_path: Path) -> None:
 
 
 def test_inputs_that_cannot_be_derived_are_asked_for(tmp_path: Path) -> None:
-    with pytest.raises(
-        SpecError, match=r"Speech2TextForConditionalGeneration cannot be derived(.|\n)*input_features: float"
-    ):
+    with pytest.raises(SpecError, match=r"PerceiverForMaskedLM cannot be derived(.|\n)*inputs: float"):
         base_of(UNKNOWN, tmp_path)
 
 
