@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from adaptc.tracing.huggingface_tasks import tasks
+from adaptc.tracing.huggingface.tasks import tasks
 from examples.own_model import build
 
 

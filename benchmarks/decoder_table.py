@@ -21,7 +21,7 @@ import torch
 from transformers import GenerationMixin
 
 import adaptc
-from adaptc.compiler.artifacts import emit_all
+from adaptc.compiler.artifacts.emit import emit_all
 from adaptc.compiler.generation import Generator
 from adaptc.emit.genai.files import PROGRAM
 from adaptc.errors import AdaptcError

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from adaptc.compiler.cached_runner import EncoderRunner
-from adaptc.compiler.runners import BatchRunner
+from adaptc.compiler.proof.cached_runner import EncoderRunner
+from adaptc.compiler.proof.runners import BatchRunner
 from adaptc.emit.onnx.cached import read_outputs, read_signature
 from adaptc.emit.onnx.runtime import onnx_runner
 from adaptc.generation.genai import PLAIN, GenaiModel

@@ -36,10 +36,10 @@ from adaptc.errors import AdaptcError
 from adaptc.inputs import InputSpec
 from adaptc.ir.example_inputs import example_sizes, example_tensors
 from adaptc.tracing.export import dynamic_shapes
-from adaptc.tracing.huggingface_heads import heads_of
-from adaptc.tracing.huggingface_inputs import UnknownInputsError, chosen_inputs
-from adaptc.tracing.huggingface_settings import set_for_tracing
-from adaptc.tracing.huggingface_tasks import FEATURES, PREFERRED, VAGUE, model_classes, tasks
+from adaptc.tracing.huggingface.heads import heads_of
+from adaptc.tracing.huggingface.inputs import UnknownInputsError, chosen_inputs
+from adaptc.tracing.huggingface.settings import set_for_tracing
+from adaptc.tracing.huggingface.tasks import FEATURES, PREFERRED, VAGUE, model_classes, tasks
 from benchmarks.model_outcomes import Outcome, write
 from benchmarks.table import versions
 from benchmarks.tiny import randomise, tiny_configurations

@@ -25,8 +25,8 @@ IMPORTS = (
     "onnx_ir",
     "onnxruntime",
     "onnxscript",
-    "adaptc.compiler.artifacts",
-    "adaptc.tracing.huggingface",
+    "adaptc.compiler.artifacts.emit",
+    "adaptc.tracing.huggingface.model",
 )
 """What either side imports, before anything is measured."""
 AUTO = {"causal-lm": "AutoModelForCausalLM", "feature-extraction": "AutoModel"}

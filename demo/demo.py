@@ -17,7 +17,7 @@ from rich.table import Table
 
 import adaptc
 from adaptc.cli.screen import Screen
-from adaptc.compiler.artifacts import emit_all
+from adaptc.compiler.artifacts.emit import emit_all
 from adaptc.emit.onnx.runtime import open_session
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,8 +9,8 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from adaptc.compiler.cached_runner import CachedRunner
-from adaptc.compiler.runners import BatchRunner
+from adaptc.compiler.proof.cached_runner import CachedRunner
+from adaptc.compiler.proof.runners import BatchRunner
 from adaptc.ir.graph import Graph
 from adaptc.ir.module import bind
 from adaptc.ir.nodes import size_expression

@@ -22,7 +22,7 @@ class Model:
         """The model, its weights as transformers initialises them."""
         import transformers
 
-        from adaptc.tracing.huggingface_tasks import tasks
+        from adaptc.tracing.huggingface.tasks import tasks
 
         config = getattr(transformers, self.config)(**self.options | more)
         return getattr(transformers, tasks()[self.task]).from_config(config)

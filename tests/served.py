@@ -126,7 +126,7 @@ def merged(base: Path, adapter: Path | None = None) -> Any:
 
 def save_served(root: Path) -> Served:
     """The model, its adapter, and what is compiled of them, in a folder."""
-    from adaptc.compiler.artifacts import emit_all
+    from adaptc.compiler.artifacts.emit import emit_all
 
     base = save_llama(root / "llama", do_sample=True, temperature=0.75, top_k=20, min_p=0.05)
     adapter = save_lora(base, root / "lora")
@@ -172,7 +172,7 @@ class Swapped:
 
 def save_swapped(root: Path) -> Swapped:
     """The model, two adapters of different ranks, and what is compiled of them, in a folder."""
-    from adaptc.compiler.artifacts import emit_all
+    from adaptc.compiler.artifacts.emit import emit_all
 
     base = save_llama(root / "llama")
     adapters = {

@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from adaptc.compiler.compiled import Compiled
-from adaptc.compiler.plan import make_plan
-from adaptc.compiler.plan_report import plan_report
+from adaptc.compiler.plan.plan import make_plan
+from adaptc.compiler.plan.report import plan_report
 from adaptc.compiler.program import Program
 from adaptc.compiler.rewrite import rewrite
 from adaptc.ir.graph import Graph

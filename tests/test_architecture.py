@@ -198,6 +198,18 @@ def test_analysis_reads_nodes_and_no_graph() -> None:
             assert set(parts[1:]) <= {*allowed, "__init__"}, f"{module} imports {parts[1:]}"
 
 
+def test_rooms_of_the_compiler() -> None:
+    """Proofs know no plan, plans no alternatives, and no one an artifact but what is above them all."""
+    order = ("proof", "plan", "alternatives", "artifacts")
+    found: list[str] = []
+    for module, others in needs().items():
+        _, _, here, *_ = [*module.split("."), "", ""]
+        if module.startswith("adaptc.compiler.") and here in order:
+            later = tuple(f"adaptc.compiler.{name}." for name in order[order.index(here) + 1 :])
+            found += [f"{module} imports {other}" for other in others if other.startswith(later or ("-",))]
+    assert not found
+
+
 def test_passes_by_folder() -> None:
     breaches = []
     for module, others in needs().items():

@@ -193,7 +193,7 @@ def adapter(
 ) -> None:
     """Make one more adapter for an ONNX program that is deployed, without the base's files."""
     from adaptc.cli.screen import Screen
-    from adaptc.compiler.deployed import make_adapter
+    from adaptc.compiler.artifacts.deployed import make_adapter
 
     shapes = make_adapter(program, checkpoint, output)
     if as_json:

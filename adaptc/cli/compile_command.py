@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from adaptc.cli.screen import Screen
-from adaptc.compiler.artifacts import emit_all
+from adaptc.compiler.artifacts.emit import emit_all
+from adaptc.compiler.artifacts.output_paths import output_paths
 from adaptc.compiler.driver import compile as compile_spec
 from adaptc.compiler.lock import check_lock, write_lock
-from adaptc.compiler.output_paths import output_paths
 from adaptc.errors import AdaptcError, Problem, SpecError, unknown
 from adaptc.ir.graph import Graph
 from adaptc.rewriter.catalog import load_passes

@@ -14,7 +14,7 @@ from adaptc.products.listing import from_metadata, listed
 from adaptc.weights import read_safetensors, sha256_of_files
 
 if TYPE_CHECKING:
-    from adaptc.compiler.runners import Runner
+    from adaptc.compiler.proof.runners import Runner
 
 SHOWN = (
     *("adapters", "opset", "nodes", "class", "dtype", "inputs", "outputs", "checked"),
@@ -100,21 +100,21 @@ def _proved(folder: Path, name: str, artifact: Mapping[str, Any]) -> str:
     Returns:
         What was checked, for the row.
     """
-    from adaptc.compiler.reference import proved_again
+    from adaptc.compiler.proof.reference import proved_again
 
     if "reference" not in artifact:
         return _finite(folder, artifact)
     result = proved_again(artifact["reference"], _runner(folder, name, artifact))
     if artifact["format"] == "genai":
-        from adaptc.compiler.greedy_proof import generated_again
+        from adaptc.compiler.artifacts.greedy_proof import generated_again
 
         result += f"; {generated_again(artifact['greedy'], folder)}"
     return result
 
 
 def _runner(folder: Path, name: str, artifact: Mapping[str, Any]) -> Runner:
-    from adaptc.compiler.cached_runner import in_chunks
-    from adaptc.compiler.runners import BatchRunner, module_call
+    from adaptc.compiler.proof.cached_runner import in_chunks
+    from adaptc.compiler.proof.runners import BatchRunner, module_call
     from adaptc.emit.genai.files import PROGRAM
     from adaptc.emit.onnx.export import INLINE_LIMIT
     from adaptc.emit.onnx.partitioned import PartitionedProgram
@@ -131,7 +131,7 @@ def _runner(folder: Path, name: str, artifact: Mapping[str, Any]) -> Runner:
             return in_chunks(file, runner)
         case _:
             from adaptc.emit.huggingface import load_checkpoint
-            from adaptc.tracing.huggingface import read_pretrained
+            from adaptc.tracing.huggingface.model import read_pretrained
 
             base = artifact["provenance"]["spec"]["base"]
             stored = read_pretrained(str(folder), base["task"], base["trust_remote_code"], {})

@@ -6,9 +6,9 @@ import math
 from collections import Counter
 
 from adaptc.cli.tables import Fitted
-from adaptc.compiler.plan_adapters import PlannedInsertion
-from adaptc.compiler.plan_quantization import PlannedQuantization, expected_error
-from adaptc.compiler.plan_report import pattern_of
+from adaptc.compiler.plan.adapters import PlannedInsertion
+from adaptc.compiler.plan.quantization import PlannedQuantization, expected_error
+from adaptc.compiler.plan.report import pattern_of
 from adaptc.ir.cost import shown_bytes
 from adaptc.methods.site import POINTS
 from adaptc.quantization.quantized_weight import bytes_of, matrix_size

@@ -15,9 +15,9 @@ from rich.console import Console
 from adaptc.cli.plan_tables import insertion_table, quantization_table
 from adaptc.cli.tables import labelled
 from adaptc.cli.verbosity import is_quiet
-from adaptc.compiler.plan_report import PlanReport
-from adaptc.compiler.proof import Proof
-from adaptc.compiler.quantization_error import QuantizationErrors
+from adaptc.compiler.plan.report import PlanReport
+from adaptc.compiler.proof.proof import Proof
+from adaptc.compiler.proof.quantization_error import QuantizationErrors
 from adaptc.ir.cost import shown_bytes
 from adaptc.progress.bars import Bars
 

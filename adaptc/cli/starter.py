@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from adaptc.errors import Problem, SpecError, TraceError
 
 if TYPE_CHECKING:
-    from adaptc.tracing.huggingface_start import Start
+    from adaptc.tracing.huggingface.start import Start
 
 TEXT = """\
 # adaptc plan {name}      shows what this matches and costs; reads no weights
@@ -177,8 +177,8 @@ def _start(model: str, config: dict[str, Any], task: str, architecture: str) -> 
         SpecError: transformers cannot read the configuration, or has no model for it.
     """
     from adaptc.optional import MissingPackageError
-    from adaptc.tracing.huggingface_start import start_of
-    from adaptc.tracing.huggingface_tasks import FEATURES, dashed
+    from adaptc.tracing.huggingface.start import start_of
+    from adaptc.tracing.huggingface.tasks import FEATURES, dashed
 
     try:
         start = start_of(model, task, architecture)

@@ -17,8 +17,8 @@ from adaptc.compiler.adapter_base import BaseOf, base_of
 from adaptc.compiler.base import make_base, trace
 from adaptc.compiler.compiled import Compiled
 from adaptc.compiler.driver import program_from, program_of
-from adaptc.compiler.plan import Plan
-from adaptc.compiler.plan_adapters import PlannedInsertion
+from adaptc.compiler.plan.adapters import PlannedInsertion
+from adaptc.compiler.plan.plan import Plan
 from adaptc.errors import Problem, SpecError, WeightError
 from adaptc.ir.graph import Graph
 from adaptc.spec.source import Source

@@ -100,7 +100,7 @@ def _task(model: str, task: str, architecture: str) -> str:
     Raises:
         SpecError: transformers cannot read its configuration, or has no model for it.
     """
-    from adaptc.tracing.huggingface_start import start_of
+    from adaptc.tracing.huggingface.start import start_of
 
     try:
         return start_of(model, task, architecture).task or DEFAULT_TASK

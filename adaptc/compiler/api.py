@@ -9,8 +9,8 @@ from pathlib import Path
 from torch import fx, nn
 
 from adaptc.checkpoints.module_adapters import load_adapter_into, save_adapter_of
+from adaptc.compiler.alternatives.loaded import LoadedMaker
 from adaptc.compiler.changes import comparison
-from adaptc.compiler.loaded import LoadedMaker
 from adaptc.emit.torch import load_torch
 from adaptc.ir.graph import Graph
 from adaptc.ir.switched import SwitchedModule

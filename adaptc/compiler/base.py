@@ -21,9 +21,9 @@ from adaptc.progress.steps import step
 from adaptc.spec.base import BaseEntry
 from adaptc.spec.spec import Spec, require_base, resolve_path
 from adaptc.spec.yaml_text import Loc
-from adaptc.tracing import huggingface
-from adaptc.tracing.huggingface_module import is_pretrained
-from adaptc.tracing.huggingface_tasks import SENTENCE_EMBEDDING, unknown_task
+from adaptc.tracing.huggingface.model import load
+from adaptc.tracing.huggingface.module import is_pretrained
+from adaptc.tracing.huggingface.tasks import SENTENCE_EMBEDDING, unknown_task
 from adaptc.tracing.module import from_examples, from_factory, from_module, from_program
 from adaptc.tracing.proxy_tuning import proxy_tuned
 from adaptc.tracing.trace import trace_base
@@ -136,9 +136,9 @@ def _from_huggingface(
             if is_sentence_transformer(directory):
                 expected = f"it is a SentenceTransformer: task: {SENTENCE_EMBEDDING}"
             raise spec.error(place, f"{directory} holds no {CONFIG}", expected)
-        return huggingface.load(str(directory), entry, spec.seed, tuple(inputs))
+        return load(str(directory), entry, spec.seed, tuple(inputs))
     if entry.model.startswith((".", "/", "~")) or entry.model.count("/") > 1 or Path(entry.model).suffix:
         message = f"{directory}: no such directory"
         where = (MAKE_MODEL,) if directory.name == EXAMPLE else ()
         raise spec.error(place, message, "paths are relative to the spec file", *where)
-    return huggingface.load(entry.model, entry, spec.seed, tuple(inputs))
+    return load(entry.model, entry, spec.seed, tuple(inputs))

@@ -6,8 +6,8 @@ from math import inf
 
 import torch
 
-from adaptc.compiler.proof import effect, prove, randomised, tolerance
-from adaptc.compiler.proof_inputs import batches
+from adaptc.compiler.proof.inputs import batches
+from adaptc.compiler.proof.proof import effect, prove, randomised, tolerance
 from adaptc.errors import ProofError, Refusal, RefusedError
 from adaptc.ir.graph import Graph
 from adaptc.ir.interpreter import Interpreter, Run

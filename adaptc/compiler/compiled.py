@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from adaptc.compiler.artifacts import Artifact, emit_all
+from adaptc.compiler.artifacts.emit import Artifact, emit_all
+from adaptc.compiler.artifacts.output_paths import output_paths
 from adaptc.compiler.folding import fold, prove_fold
-from adaptc.compiler.output_paths import output_paths
-from adaptc.compiler.plan_report import PlanReport
-from adaptc.compiler.plan_texts import filled
+from adaptc.compiler.plan.report import PlanReport
+from adaptc.compiler.plan.texts import filled
 from adaptc.compiler.program import Program
-from adaptc.compiler.proof import Proof
-from adaptc.compiler.proofs import check_gradients
-from adaptc.compiler.quantization_error import QuantizationErrors
-from adaptc.compiler.runners import BatchRunner, module_call
+from adaptc.compiler.proof.proof import Proof
+from adaptc.compiler.proof.proofs import check_gradients
+from adaptc.compiler.proof.quantization_error import QuantizationErrors
+from adaptc.compiler.proof.runners import BatchRunner, module_call
 from adaptc.compiler.trainable import module_record
 from adaptc.compiler.trunk import Trunk, make_trunk
 from adaptc.errors import RefusedError

@@ -7,23 +7,23 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
-from adaptc.compiler.alternatives import make_alternatives
-from adaptc.compiler.attention_report import attention_notes
+from adaptc.compiler.alternatives.alternatives import make_alternatives
+from adaptc.compiler.alternatives.maker import ProgramMaker
+from adaptc.compiler.alternatives.rows_graph import rows_notes
+from adaptc.compiler.alternatives.swap import swap_slots
+from adaptc.compiler.artifacts.genai import check_served
 from adaptc.compiler.base import make_base, trace
-from adaptc.compiler.cache_checks import check_cached, check_virtual_tokens
 from adaptc.compiler.calibration import calibrate
 from adaptc.compiler.changes import comparison
 from adaptc.compiler.compiled import Compiled
-from adaptc.compiler.genai_artifact import check_served
-from adaptc.compiler.maker import ProgramMaker
-from adaptc.compiler.plan import Plan, make_plan
-from adaptc.compiler.plan_report import PlanReport, plan_report
+from adaptc.compiler.plan.attention_report import attention_notes
+from adaptc.compiler.plan.cache_checks import check_cached, check_virtual_tokens
+from adaptc.compiler.plan.plan import Plan, make_plan
+from adaptc.compiler.plan.report import PlanReport, plan_report
+from adaptc.compiler.plan.schedule import check_artifacts
 from adaptc.compiler.program import Program
-from adaptc.compiler.proof_inputs import take_examples
+from adaptc.compiler.proof.inputs import take_examples
 from adaptc.compiler.rewrite import After, rewrite
-from adaptc.compiler.rows_graph import rows_notes
-from adaptc.compiler.schedule import check_artifacts
-from adaptc.compiler.swap import swap_slots
 from adaptc.ir.graph import Graph
 from adaptc.ir.interpreter import Batch
 from adaptc.progress.bars import shown

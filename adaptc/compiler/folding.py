@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from adaptc.compiler.plan.schedule import folds_into_bits, lower, lowering
 from adaptc.compiler.program import Program
-from adaptc.compiler.proofs import check_finite
-from adaptc.compiler.schedule import folds_into_bits, lower, lowering
+from adaptc.compiler.proof.proofs import check_finite
 from adaptc.errors import ProofError, Refusal, RefusedError
 from adaptc.ir.graph import Graph
 from adaptc.ir.interpreter import Run

@@ -15,14 +15,14 @@ from torch import fx
 from adaptc.checkpoints.compaction import compacted
 from adaptc.checkpoints.graph_records import records_of
 from adaptc.checkpoints.module_adapters import AlternativeFiles, load_adapter_into, tensors_of
-from adaptc.compiler.adapter_weights import load_checkpoints
+from adaptc.compiler.alternatives.rows import ByRow, rows_graph
 from adaptc.compiler.generation import Generator
-from adaptc.compiler.plan_report import PlanReport
-from adaptc.compiler.proofs import Proofs
-from adaptc.compiler.quantization_error import QuantizationErrors, measure
+from adaptc.compiler.plan.adapter_weights import load_checkpoints
+from adaptc.compiler.plan.report import PlanReport
+from adaptc.compiler.plan.schedule import lower
+from adaptc.compiler.proof.proofs import Proofs
+from adaptc.compiler.proof.quantization_error import QuantizationErrors, measure
 from adaptc.compiler.rewrite import After, Rewritten
-from adaptc.compiler.rows import ByRow, rows_graph
-from adaptc.compiler.schedule import lower
 from adaptc.compiler.trainable import (
     base_of_both_modes,
     follow,
@@ -46,7 +46,7 @@ from adaptc.rewriter.pipeline import PASSES, Pass, run
 from adaptc.rewriter.quantize import Quantize
 from adaptc.rewriter.swap.slots import Slots
 from adaptc.spec.spec import Spec
-from adaptc.tracing.huggingface_module import pretrained
+from adaptc.tracing.huggingface.module import pretrained
 from adaptc.weights import Deferred, Held
 
 LOG = logging.getLogger(__name__)

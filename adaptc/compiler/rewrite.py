@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from adaptc.compiler.plan import Plan
-from adaptc.compiler.schedule import folds_into_bits, lowering
+from adaptc.compiler.plan.plan import Plan
+from adaptc.compiler.plan.schedule import folds_into_bits, lowering
 from adaptc.errors import Refusal, RefusedError
 from adaptc.ir.graph import Graph
 from adaptc.rewriter.insert.base import Insert

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptc.compiler.driver import plan
-from adaptc.compiler.plan_report import PlanReport, pattern_of
+from adaptc.compiler.plan.report import PlanReport, pattern_of
 from adaptc.methods.point_sites import Site
 from adaptc.methods.site import WeightSite
 from adaptc.spec.changes import Entries, ValueChange, entry_changes, value_changes

@@ -14,15 +14,15 @@ from adaptc.checkpoints.graph_records import records_of
 from adaptc.checkpoints.module_adapters import MODEL
 from adaptc.checkpoints.recorded_model import record_of
 from adaptc.checkpoints.records import as_json
-from adaptc.compiler.adapter_weights import put_weight
 from adaptc.compiler.follow_training import FollowTraining
-from adaptc.compiler.proofs import Proofs
+from adaptc.compiler.plan.adapter_weights import put_weight
+from adaptc.compiler.proof.proofs import Proofs
 from adaptc.ir.graph import Graph
 from adaptc.ir.nodes import get_tensor
 from adaptc.progress.steps import step
 from adaptc.rewriter.pipeline import run
 from adaptc.tracing.export import export, output_class
-from adaptc.tracing.huggingface_module import pretrained
+from adaptc.tracing.huggingface.module import pretrained
 from adaptc.weights import Deferred, Weight
 
 LOG = logging.getLogger(__name__)

@@ -24,8 +24,8 @@ from adaptc.errors import AdaptcError, ProofError, Refusal, RefusedError, Weight
 from adaptc.ir.base import Pretrained
 from adaptc.ir.graph import Graph
 from adaptc.optional import optional
-from adaptc.tracing.huggingface import load_pretrained
-from adaptc.tracing.huggingface_settings import parts_of, set_for_tracing
+from adaptc.tracing.huggingface.model import load_pretrained
+from adaptc.tracing.huggingface.settings import parts_of, set_for_tracing
 from adaptc.weights import Weight
 
 GENERATION = "generation_config.json"

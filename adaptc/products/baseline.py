@@ -52,7 +52,7 @@ def baseline(against: str | Path, products: Sequence[Product]) -> Baseline:
 
 
 def _base_model(product: Product, task: str) -> torch.nn.Module:
-    from adaptc.tracing.huggingface import read_pretrained
+    from adaptc.tracing.huggingface.model import read_pretrained
 
     directory = base_in(product.entry, product.path)
     pretrained = read_pretrained(directory, task, trust=False, overrides=product.base.get("config", {}))

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from adaptc.compiler.runners import module_call
+from adaptc.compiler.proof.runners import module_call
 from adaptc.emit.onnx.cached import read_inputs, read_outputs, read_signature
 from adaptc.emit.onnx.runtime import open_session, session_call
 from adaptc.emit.torch import load_torch
@@ -106,7 +106,7 @@ class Product:
             AdaptcError: it is no Hugging Face checkpoint, or cannot be loaded.
         """
         from adaptc.emit.huggingface import load_checkpoint
-        from adaptc.tracing.huggingface import read_pretrained
+        from adaptc.tracing.huggingface.model import read_pretrained
 
         if self.format != "hf":
             raise AdaptcError(f"{self.path}: {self.format}, and no Hugging Face checkpoint")

@@ -25,7 +25,7 @@ from adaptc.tracing.autograd_functions import functions_traced
 from adaptc.tracing.constants import constants_followed, has_constants
 from adaptc.tracing.containers import register_containers, step_of
 from adaptc.tracing.control_flow import inline_control_flow
-from adaptc.tracing.huggingface_code import (
+from adaptc.tracing.huggingface.code import (
     check_images_together,
     images_not_empty,
     images_together,

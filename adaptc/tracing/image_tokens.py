@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from adaptc.errors import TraceError
 from adaptc.inputs import InputSpec
 from adaptc.tracing.constants import constant_tensors, constants_followed
-from adaptc.tracing.huggingface_code import images_not_empty
+from adaptc.tracing.huggingface.code import images_not_empty
 from adaptc.tracing.image_layouts import IMAGES, Layout, layouts
 
 MARKS = ("token_type_ids", "mm_token_type_ids")

@@ -18,7 +18,7 @@ from adaptc.ir.training_mode import mark_training_arguments
 from adaptc.tracing.calls import called
 from adaptc.tracing.constants import base_with_constants, constant_note
 from adaptc.tracing.export import normalise
-from adaptc.tracing.huggingface_module import is_pretrained, set_copy, with_chosen_inputs
+from adaptc.tracing.huggingface.module import is_pretrained, set_copy, with_chosen_inputs
 from adaptc.tracing.saved_program import load_program
 from adaptc.tracing.wrappers import unwrapped
 from adaptc.weights import Held, Weight

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from adaptc.errors import TraceError
 from adaptc.ir.base import Base, Bound, Pretrained
 from adaptc.optional import optional
-from adaptc.tracing.huggingface import fake_mode_of, fake_tensors
+from adaptc.tracing.huggingface.model import fake_mode_of, fake_tensors
 
 TUNED, UNTUNED = "tuned", "untuned"
 """The names of the small models below the base."""

@@ -10,7 +10,7 @@ import torch
 
 import adaptc
 from adaptc.cli.generate_command import generate
-from adaptc.compiler.deployed import make_adapter
+from adaptc.compiler.artifacts.deployed import make_adapter
 from adaptc.emit.onnx.adapter_check import base_number
 from adaptc.generation.genai import GenaiModel
 from adaptc.generation.settings import Settings

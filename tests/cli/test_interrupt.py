@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import adaptc
-from adaptc.compiler.artifacts import emit_all
+from adaptc.compiler.artifacts.emit import emit_all
 
 MODEL = """
 import torch

@@ -16,8 +16,8 @@ from adaptc.cli.starter import starter_spec
 from adaptc.compiler.base import make_base
 from adaptc.errors import SpecError, TraceError
 from adaptc.spec.spec import load
-from adaptc.tracing.huggingface_inputs import derive_inputs
-from adaptc.tracing.huggingface_tasks import model_classes, task_of, tasks
+from adaptc.tracing.huggingface.inputs import derive_inputs
+from adaptc.tracing.huggingface.tasks import model_classes, task_of, tasks
 from tests.hugging_face import ENCODER_DECODER, MODELS, TEXT, Model
 
 TINY_CLIP = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}

@@ -64,7 +64,7 @@ def test_an_artifact_that_computes_something_else_is_found(
     artifacts: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Even where every hash is right: as if another program stood there since it was compiled."""
-    from adaptc.compiler import reference
+    from adaptc.compiler.proof import reference
 
     again = reference._inputs_again
 

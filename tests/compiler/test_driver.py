@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 import adaptc
 from adaptc.compiler import driver as compiler
-from adaptc.compiler.plan import make_plan
+from adaptc.compiler.plan.plan import make_plan
+from adaptc.compiler.proof.runners import BatchRunner
 from adaptc.compiler.rewrite import rewrite
-from adaptc.compiler.runners import BatchRunner
 from adaptc.ir import interpreter as streaming
 from adaptc.ir.graph import Graph
 from adaptc.spec.spec import load

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import adaptc
-from adaptc.compiler.proof import prove
-from adaptc.compiler.runners import BatchRunner
+from adaptc.compiler.proof.proof import prove
+from adaptc.compiler.proof.runners import BatchRunner
 from adaptc.errors import ProofError
 from adaptc.ir.graph import Graph
 from adaptc.ir.interpreter import Interpreter, Run

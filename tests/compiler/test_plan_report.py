@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 
 from adaptc.cli.screen import Screen
-from adaptc.compiler.plan import make_plan
-from adaptc.compiler.plan_report import PlanReport, plan_report
+from adaptc.compiler.plan.plan import make_plan
+from adaptc.compiler.plan.report import PlanReport, plan_report
 from adaptc.compiler.rewrite import rewrite
 from adaptc.rewriter.pipeline import Pass
 from adaptc.spec.spec import load

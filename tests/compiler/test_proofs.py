@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import adaptc
-from adaptc.compiler.proof import prove
-from adaptc.compiler.runners import BatchRunner
+from adaptc.compiler.proof.proof import prove
+from adaptc.compiler.proof.runners import BatchRunner
 from adaptc.errors import ProofError, SpecError
 from tests.families import Zoo, randomise
 from tests.small_models import LORA, Calls, Normed, compiled, near

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from adaptc.compiler import reference
+from adaptc.compiler.proof import reference
 
 LOWEST = torch.finfo(torch.float32).min
 

@@ -14,7 +14,7 @@ from torch import nn
 
 import adaptc
 from adaptc.cli.inspection import verify
-from adaptc.compiler.rows import TITLE
+from adaptc.compiler.alternatives.rows import TITLE
 from adaptc.emit.onnx.runtime import open_session, session_call
 from adaptc.errors import AdaptcError, InputError, RefusedError, SpecError
 from tests.families import Zoo, close, inputs, perturb
@@ -230,7 +230,7 @@ def test_a_plan_tells_what_rows_cost(tmp_path: Path) -> None:
 
 
 def test_adapters_of_one_kind_are_computed_once(tmp_path: Path) -> None:
-    from adaptc.compiler.rows_graph import merged_rows
+    from adaptc.compiler.alternatives.rows_graph import merged_rows
 
     def operations(count: int) -> int:
         adapters = {

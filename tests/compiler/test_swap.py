@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 import adaptc
+from adaptc.compiler.artifacts.deployed import make_adapter
 from adaptc.compiler.compiled import Compiled
-from adaptc.compiler.deployed import make_adapter
 from adaptc.emit.onnx.adapter_check import base_number
 from adaptc.emit.onnx.adapter_file import read_adapter
 from adaptc.emit.onnx.runtime import open_session, session_call

@@ -12,9 +12,9 @@ import torch
 
 import adaptc
 from adaptc.cli.inspection import verify
-from adaptc.compiler.cached_runner import SCHEDULES, EncoderRunner, in_chunks, padded_left, where_seen
 from adaptc.compiler.compiled import Compiled
-from adaptc.compiler.runners import BatchRunner
+from adaptc.compiler.proof.cached_runner import SCHEDULES, EncoderRunner, in_chunks, padded_left, where_seen
+from adaptc.compiler.proof.runners import BatchRunner
 from adaptc.emit.onnx.cached import encoder_beside, read_outputs, read_signature
 from adaptc.emit.onnx.runtime import onnx_runner
 from adaptc.errors import AdaptcError

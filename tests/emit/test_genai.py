@@ -12,9 +12,9 @@ from torch import nn
 
 import adaptc
 from adaptc.cli.inspection import inspect, verify
-from adaptc.compiler.artifacts import emit_all
+from adaptc.compiler.artifacts.emit import emit_all
+from adaptc.compiler.artifacts.greedy_proof import generated_again
 from adaptc.compiler.driver import plan
-from adaptc.compiler.greedy_proof import generated_again
 from adaptc.emit.genai.tokenizer import copy_tokenizer
 from adaptc.generation.genai import GenaiModel
 from adaptc.ir.base import Pretrained

@@ -124,7 +124,7 @@ def test_paths_of_the_spec_are_told_from_the_manifest(tmp_path: Path) -> None:
     text = "version: 1\nbase: {program: ../base.pt2}\nadapt:\n  - {method: lora, target: all-linear, r: 2}\n"
     spec.write_text(text + "emit:\n  - {format: onnx, path: ../build/model.onnx}\n")
     made = adaptc.compile(spec)
-    from adaptc.compiler.artifacts import emit_all
+    from adaptc.compiler.artifacts.emit import emit_all
 
     emit_all(made.program, made.spec.emit)
     told = json.loads((tmp_path / "build/manifest.json").read_text())

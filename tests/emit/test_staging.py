@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 import adaptc
-from adaptc.compiler import artifacts
-from adaptc.compiler.artifacts import emit_all
+from adaptc.compiler.artifacts import emit as artifacts
+from adaptc.compiler.artifacts.emit import emit_all
 from adaptc.emit import staging
 from adaptc.emit.onnx import export as onnx
 from adaptc.emit.staging import Staging

@@ -14,7 +14,7 @@ import torch
 
 import adaptc
 from adaptc.cli.inspection import inspect, verify
-from adaptc.compiler.artifacts import emit_all
+from adaptc.compiler.artifacts.emit import emit_all
 from adaptc.compiler.driver import plan
 from adaptc.generation.genai import GenaiModel
 from tests.families import Zoo

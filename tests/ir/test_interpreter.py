@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import adaptc
-from adaptc.compiler.artifacts import emit_all
-from adaptc.compiler.proof import prove, tolerance
-from adaptc.compiler.proof_inputs import batches
-from adaptc.compiler.runners import module_call
+from adaptc.compiler.artifacts.emit import emit_all
+from adaptc.compiler.proof.inputs import batches
+from adaptc.compiler.proof.proof import prove, tolerance
+from adaptc.compiler.proof.runners import module_call
 from adaptc.emit.onnx import export as emit_onnx
 from adaptc.emit.onnx import partitioned as pieces
 from adaptc.emit.onnx.evaluate import evaluate

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import adaptc
-from adaptc.compiler.proof import prove
-from adaptc.compiler.runners import BatchRunner
+from adaptc.compiler.proof.proof import prove
+from adaptc.compiler.proof.runners import BatchRunner
 from adaptc.errors import ProofError
 from adaptc.ir.interpreter import Interpreter
 from adaptc.ir.near_ties import floats_behind_labels, near_ties

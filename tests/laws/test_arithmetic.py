@@ -9,8 +9,8 @@ from adaptc.arithmetic.change import changes_of
 from adaptc.arithmetic.combined import combined
 from adaptc.arithmetic.layers import Part
 from adaptc.arithmetic.merging import Merge
-from adaptc.compiler.adapter_weights import load_checkpoints
-from adaptc.compiler.plan_adapters import PlannedInsertion
+from adaptc.compiler.plan.adapter_weights import load_checkpoints
+from adaptc.compiler.plan.adapters import PlannedInsertion
 from adaptc.ir.graph import Graph
 from adaptc.methods.method import METHODS, WeightMethod
 from adaptc.methods.site import MATRIX_KINDS, WeightSite

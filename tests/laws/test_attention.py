@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from adaptc.compiler.base import make_base
-from adaptc.compiler.cached_runner import CachedRunner
-from adaptc.compiler.runners import BatchRunner
+from adaptc.compiler.proof.cached_runner import CachedRunner
+from adaptc.compiler.proof.runners import BatchRunner
 from adaptc.emit.onnx.attention_forms import with_attention
 from adaptc.emit.onnx.cached import NEW_TOKENS, read_signature
 from adaptc.emit.onnx.evaluate import evaluate

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from adaptc.compiler.follow_training import FollowTraining
-from adaptc.compiler.proof import prove, randomised, tolerance
-from adaptc.compiler.proof_inputs import batches
+from adaptc.compiler.proof.inputs import batches
+from adaptc.compiler.proof.proof import prove, randomised, tolerance
 from adaptc.emit.onnx.casts import Casts
 from adaptc.emit.onnx.decompose import OnnxOperations
 from adaptc.emit.onnx.evaluate import Evaluate

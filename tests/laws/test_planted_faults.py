@@ -11,7 +11,7 @@ from torch import nn
 
 import adaptc
 from adaptc.compiler.folding import _folded
-from adaptc.compiler.proofs import Proofs
+from adaptc.compiler.proof.proofs import Proofs
 from adaptc.errors import ProofError
 from adaptc.ir.graph import Graph
 from adaptc.ir.interpreter import Run

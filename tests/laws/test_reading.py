@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import adaptc
-from adaptc.compiler.adapter_weights import put_weight
 from adaptc.compiler.compiled import Compiled
+from adaptc.compiler.plan.adapter_weights import put_weight
 from adaptc.methods.method import METHODS
 from tests.families import Zoo, differs, entry, perturbed
 from tests.laws.test_methods import insert, one, skip_without_site

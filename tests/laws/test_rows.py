@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import adaptc
+from adaptc.compiler.alternatives.rows_graph import merged_rows
 from adaptc.compiler.compiled import Compiled
-from adaptc.compiler.rows_graph import merged_rows
 from adaptc.emit.onnx.runtime import open_session, session_call
 from adaptc.errors import AdaptcError
 from adaptc.ir.module import bind

@@ -8,7 +8,7 @@ import torch
 
 import adaptc
 from adaptc.compiler.base import make_base
-from adaptc.compiler.plan import make_plan
+from adaptc.compiler.plan.plan import make_plan
 from adaptc.ir.graph import Graph
 from adaptc.methods.method import METHODS
 from adaptc.spec.spec import load

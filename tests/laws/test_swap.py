@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from adaptc.compiler.artifacts.swap import BASE
 from adaptc.compiler.compiled import Compiled
-from adaptc.compiler.swap_artifact import BASE
 from adaptc.emit.onnx.cached import read_signature
 from adaptc.emit.onnx.runtime import open_session, session_call
 from adaptc.errors import AdaptcError, SpecError

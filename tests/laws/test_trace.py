@@ -113,7 +113,7 @@ def test_state_dict_names_are_the_bases(zoo: Zoo, name: str) -> None:
 
 @pytest.mark.parametrize("name", marked(HUGGING_FACE, ("bert",)))
 def test_planning_reads_no_weight(zoo: Zoo, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import adaptc.tracing.huggingface as huggingface
+    import adaptc.tracing.huggingface.model as huggingface
 
     def read(*args: object, **kwargs: object) -> None:
         raise AssertionError("a weight was read")

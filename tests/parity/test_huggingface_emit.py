@@ -20,7 +20,7 @@ import adaptc
 from adaptc.checkpoints import shards
 from adaptc.checkpoints.huggingface_layout import saved_weights
 from adaptc.cli.inspection import inspect, verify
-from adaptc.compiler.artifacts import emit_all
+from adaptc.compiler.artifacts.emit import emit_all
 from adaptc.compiler.compiled import Compiled
 from adaptc.emit import huggingface
 from adaptc.emit.huggingface import save_checkpoint
@@ -503,7 +503,7 @@ def test_a_model_larger_than_memory(zoo: Zoo, tmp_path: Path, monkeypatch: pytes
     """It is not loaded, which is said in place of a proof."""
     monkeypatch.setattr(huggingface, "LOADED_SHARE", 10**12)
     monkeypatch.setattr(
-        "adaptc.compiler.artifacts.load_checkpoint", lambda *args: pytest.fail("it was loaded")
+        "adaptc.compiler.artifacts.emit.load_checkpoint", lambda *args: pytest.fail("it was loaded")
     )
     zoo.compiled("bert", []).emit("hf", tmp_path / "merged")
     product = product_of(tmp_path / "merged")

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 import adaptc
 from adaptc.errors import AdaptcError
 from adaptc.optional import MissingPackageError
-from adaptc.tracing.huggingface_tasks import tasks
+from adaptc.tracing.huggingface.tasks import tasks
 from tests.families import close, differs, randomise
 from tests.hugging_face import DECODER, MODELS, TEXT, Model
 

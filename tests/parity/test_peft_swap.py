@@ -12,7 +12,7 @@ import torch
 
 import adaptc
 from adaptc.cli.app import main
-from adaptc.compiler.deployed import make_adapter
+from adaptc.compiler.artifacts.deployed import make_adapter
 from adaptc.emit.onnx.runtime import open_session, session_call
 from adaptc.errors import WeightError
 from tests.families import Zoo, close, differs, entry, inputs, perturb

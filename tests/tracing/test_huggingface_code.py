@@ -11,7 +11,7 @@ from torch import nn
 from adaptc.errors import TraceError
 from adaptc.inputs import InputSpec
 from adaptc.tracing.export import export
-from adaptc.tracing.huggingface_code import images_together
+from adaptc.tracing.huggingface.code import images_together
 
 IDS = replace(InputSpec.parse("ids", "int64[batch, seq]"), high=9, placeholders=(8, 2))
 IMAGES = InputSpec.parse("images", "float32[batch, 2, 4]")

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import adaptc
-from adaptc.compiler.plan import Plan, make_plan
+from adaptc.compiler.plan.plan import Plan, make_plan
 from adaptc.errors import SpecError
 from adaptc.ir.graph import Graph
 from adaptc.methods.site import MATRIX_KINDS
