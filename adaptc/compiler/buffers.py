@@ -25,7 +25,8 @@ class Buffers:
 
     is_compileable = False
     """What transformers asks a cache: whether it may compile the model by itself."""
-    is_sliding = (False,)
+    is_sliding = is_linear = is_dummy = (False,)
+    """And of the layers: whether they keep a window, a state in place of keys, or nothing."""
 
     def __init__(
         self, specs: Sequence[InputSpec], room: int, first: Mapping[str, torch.Tensor] | None = None

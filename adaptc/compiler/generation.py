@@ -180,6 +180,13 @@ def _logits(graph: Graph) -> int:
 
 
 @cache
+def name_of_cache() -> str:
+    """What the installed transformers calls keys and values: `past_key_values`, and from 5.24 on `cache`."""
+    outputs: Any = optional("transformers.modeling_outputs")
+    fields = outputs.Seq2SeqLMOutput.__dataclass_fields__
+    return "cache" if "cache" in fields else "past_key_values"
+
+
 def _writer_class() -> type[nn.Module]:
     """The class of a module that writes texts by `GenerationMixin`; it needs transformers."""
     transformers: Any = optional("transformers")
@@ -207,6 +214,7 @@ def _writer_class() -> type[nn.Module]:
             attention_mask: torch.Tensor | None = None,
             position_ids: torch.Tensor | None = None,
             past_key_values: Buffers | None = None,
+            cache: Buffers | None = None,
             decoder_input_ids: torch.Tensor | None = None,
             decoder_attention_mask: torch.Tensor | None = None,
             encoder_outputs: Mapping[str, torch.Tensor] | None = None,
@@ -215,7 +223,8 @@ def _writer_class() -> type[nn.Module]:
             """The logits of new tokens."""
             ids = input_ids if decoder_input_ids is None else decoder_input_ids
             assert ids is not None
-            past = past_key_values or self.step.empty(ids.shape[1])
+            held = cache or past_key_values
+            past = held or self.step.empty(ids.shape[1])
             tensors = {name: value for name, value in more.items() if isinstance(value, torch.Tensor)}
             if position_ids is not None:
                 tensors["position_ids"] = position_ids.expand(len(ids), -1)
@@ -228,7 +237,7 @@ def _writer_class() -> type[nn.Module]:
                     "attention_mask": ones if attention_mask is None else attention_mask,
                 }
             logits = self.step(ids, past, mask, tensors)
-            return outputs.Seq2SeqLMOutput(logits=logits, past_key_values=past_key_values)
+            return outputs.Seq2SeqLMOutput(logits=logits, **{name_of_cache(): held})
 
     return Writer
 
@@ -270,7 +279,7 @@ class Generator:
             _check_length(prompt, room, self._longest)
         if options.setdefault("use_cache", True):  # whatever the configuration says: training switches it off
             with torch.no_grad():
-                options["past_key_values"] = self.step.empty(room)
+                options[name_of_cache()] = self.step.empty(room)
         with torch.no_grad():
             return self._writer.generate(inputs, **options)
 

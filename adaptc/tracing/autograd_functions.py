@@ -34,7 +34,7 @@ def functions_traced() -> Generator[list[str]]:
         note = _note(cls)
         if note not in notes:
             notes.append(note)
-        return original.__func__(cls, *args, **kwargs)
+        return original.__get__(None, cls)(*args, **kwargs)
 
     function.apply = classmethod(apply)
     try:
