@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from adaptc.products.prediction import Prediction as Prediction
     from adaptc.products.predictor import Predictor as Predictor
     from adaptc.products.predictor import predict as predict
+    from adaptc.products.report.page import report as report
     from adaptc.quantization.scheme import scheme as scheme
     from adaptc.rewriter.pipeline import Pass as Pass
     from adaptc.rewriter.pipeline import graph_pass as graph_pass
@@ -85,6 +86,7 @@ __all__ = [
     "parameter_groups",
     "passes",
     "predict",
+    "report",
     "run",
     "save_adapter",
     "scheme",
@@ -111,6 +113,7 @@ _HOMES = {
     "Prediction": "adaptc.products.prediction",
     "Predictor": "adaptc.products.predictor",
     "predict": "adaptc.products.predictor",
+    "report": "adaptc.products.report.page",
     "Pass": "adaptc.rewriter.pipeline",
     "graph_pass": "adaptc.rewriter.pipeline",
     "Param": "adaptc.methods.param",

@@ -79,7 +79,7 @@ def test_there_is_something_to_read() -> None:
 
 LAYERS = (
     ("errors", "progress"),
-    ("patterns", "registry", "inputs", "weights", "optional"),
+    ("patterns", "registry", "inputs", "weights", "optional", "html_table"),
     ("methods",),
     ("quantization",),
     ("spec",),

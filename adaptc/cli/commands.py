@@ -11,7 +11,7 @@ import typer
 from adaptc.cli.adapter_commands import combine, convert, diff, extract
 from adaptc.cli.application import Json, Plugins, Sets, SpecPath, app, load_plugins
 from adaptc.cli.output import print_json, show_described, show_rows
-from adaptc.cli.product_commands import bench, run
+from adaptc.cli.product_commands import bench, report, run
 from adaptc.cli.verbosity import is_quiet
 
 
@@ -32,6 +32,9 @@ def compile(
             "--locked", help="refuse what differs from the lock beside the spec; write one if there is none"
         ),
     ] = False,
+    with_report: Annotated[
+        bool, typer.Option("--report", help="write report.html beside the products too, see `adaptc report`")
+    ] = False,
     plugin: Plugins = None,
     as_json: Json = False,
 ) -> None:
@@ -41,7 +44,9 @@ def compile(
     from adaptc.cli.screen import Screen
 
     screen = Screen(quiet=as_json or is_quiet())
-    result = compile_and_emit(spec, set_ or [], output_dir, print_after, dump_graphs, screen, locked)
+    result = compile_and_emit(
+        spec, set_ or [], output_dir, print_after, dump_graphs, screen, locked, with_report
+    )
     if as_json:
         print_json(result)
 
@@ -209,7 +214,7 @@ def _method_names(typed: str) -> list[str]:
     return [name for name in METHODS if name.startswith(typed)]
 
 
-for command in (run, bench, combine, convert, extract, diff):
+for command in (run, bench, report, combine, convert, extract, diff):
     app.command()(command)
 
 

@@ -14,6 +14,7 @@ from adaptc.compiler.driver import compile as compile_spec
 from adaptc.compiler.lock import check_lock, write_lock
 from adaptc.errors import AdaptcError, Problem, SpecError, unknown
 from adaptc.ir.graph import Graph
+from adaptc.products.report.page import report
 from adaptc.rewriter.catalog import load_passes
 from adaptc.spec.spec import load
 
@@ -26,6 +27,7 @@ def compile_and_emit(
     dump_graphs: Path | None,
     screen: Screen,
     locked: bool = False,
+    with_report: bool = False,
 ) -> dict[str, Any]:
     """Compile a spec file and write its artifacts.
 
@@ -37,6 +39,7 @@ def compile_and_emit(
         dump_graphs: the folder for a text file of the graph after every pass; None for no files.
         screen: where the plan and the progress are shown.
         locked: check that all is as the lock beside the spec says; write that where there is none.
+        with_report: write a report beside the artifacts.
 
     Returns:
         Plain data: `outputs` (the artifacts' paths), `plan`, `passes` (a record of each that ran) and `proofs`.
@@ -71,6 +74,7 @@ def compile_and_emit(
         artifacts = emit_all(compiled.program, spec.emit, progress, output_dir)
     outputs = [artifact.path for artifact in artifacts]
     outputs += [write_lock(compiled.program)] if lock else []
+    outputs += [report([artifact.path for artifact in artifacts])] if with_report else []
     screen.done(outputs)
     ran = {"all", "trace", *(record.name for record in compiled.records)}
     if print_after is not None and print_after not in ran:

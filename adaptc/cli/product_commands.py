@@ -72,6 +72,27 @@ def bench(
     print_json(result.to_json()) if as_json else _show(result)
 
 
+def report(
+    build: Annotated[
+        Path,
+        typer.Argument(help="a folder of products, a product's own folder, or its file", show_default=False),
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="the page to write; report.html in the folder if left out")
+    ] = None,
+    bench: Annotated[
+        Path | None, typer.Option(help="what `adaptc bench BUILD --json` printed, for latency and accuracy")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write one page of HTML on a build: graph, proofs, sizes, errors, latency, spec. It needs no network."""
+    from adaptc.cli.screen import Screen
+    from adaptc.products.report.page import report as write
+
+    path = write(build, output, bench=bench)
+    print_json({"path": str(path)}) if as_json else Screen().done([path])
+
+
 def _show(result: Bench) -> None:
     from adaptc.cli.bench_tables import bench_tables
     from adaptc.cli.tables import show

@@ -23,6 +23,7 @@ from adaptc.compiler.proof.runners import BatchRunner, module_call
 from adaptc.compiler.trainable import module_record
 from adaptc.compiler.trunk import Trunk, make_trunk
 from adaptc.errors import RefusedError
+from adaptc.html_table import html_table
 from adaptc.ir.conversion import META
 from adaptc.ir.graph import Graph
 from adaptc.ir.module import bind
@@ -56,6 +57,12 @@ class Compiled:
             f"<adaptc.Compiled {self.base.source.describe}: {what or 'no adapter'}; "
             f"{budget.trainable:,} of {budget.parameters:,} parameters train>"
         )
+
+    def _repr_html_(self) -> str:
+        """The model in a notebook: its plan, and the proofs that held."""
+        rows = [(p.name, f"{p.relative:.1e}", f"{p.tolerance:.1e}", ", ".join(p.shapes)) for p in self.proofs]
+        proofs = html_table("proofs", ("what is proved", "relative error", "allowed", "on"), rows)
+        return html_table(repr(self), (), ()) + self.plan.to_html() + proofs
 
     @property
     def spec(self) -> Spec:

@@ -12,6 +12,8 @@ from typing import Any, cast
 from adaptc.weights import sha256_of_files
 
 MANIFEST = "manifest.json"
+GRAPH = "graph"
+"""The key of the outline of a graph: once in a manifest, and in no product's own provenance, since it is long."""
 PACKAGES = ("adaptc", "torch", "onnx", "onnxruntime", "onnxruntime-genai", "onnxscript", "transformers")
 
 
@@ -65,7 +67,8 @@ def product_entry(
         _name(file, folder): {"bytes": file.stat().st_size, "sha256": sha256_of_files([file])}
         for file in files
     }
-    return {**artifact, "files": hashes, "provenance": dict(common)}
+    provenance = {key: value for key, value in common.items() if key != GRAPH}
+    return {**artifact, "files": hashes, "provenance": provenance}
 
 
 def is_unmodified(path: Path) -> bool:

@@ -442,6 +442,12 @@ def test_schemes(cli: Callable[..., Ran]) -> None:
     assert "nf4" in cli("schemes").out
 
 
+def test_a_compile_with_a_report(cli: Callable[..., Ran], small: Path) -> None:
+    ran = cli("compile", small, "--report", "--json")
+    assert ran.json["outputs"][-1] == str(small.parent / "out/adapter/report.html")
+    assert "query" in Path(ran.json["outputs"][-1]).read_text()
+
+
 def test_methods(cli: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
     from adaptc.methods.method import METHODS
 

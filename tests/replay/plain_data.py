@@ -21,8 +21,8 @@ LEFT_OUT = frozenset(
     }
 )
 """What a manifest says of times, hashes and measured numbers, and what it says twice."""
-ELSEWHERE = frozenset({"latest", "spec", "spec_folder", "sites", "versions"})
-"""What stands in the spec, in the plan or in the constraints too."""
+ELSEWHERE = frozenset({"cost", "graph", "latest", "spec", "spec_folder", "sites", "versions"})
+"""What stands in the spec, in the plan, in the text of the graphs or in the constraints too."""
 
 
 def plain_text(value: Any, path: str = "") -> Iterator[str]:

@@ -36,7 +36,9 @@ class Recording:
         for path, word in self._paths.items():
             text = text.replace(str(path), word)
         text = re.sub(r"[^\s\"]*/site-packages/", "", text)
-        text = re.sub(r"(\bmodeling_\w+\.py):\d+", r"\1", text)  # as this and the next are in each transformers
+        text = re.sub(
+            r"(\bmodeling_\w+\.py):\d+", r"\1", text
+        )  # as this and the next are in each transformers
         text = re.sub(r"(transformers_version\"?(?: =|:) \")[\d.]+", r"\1", text)
         text = re.sub(r"\bencoder([._])layer[._](?=\d)", "L", text)  # to be short
         symbols = {

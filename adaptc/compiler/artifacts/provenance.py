@@ -10,7 +10,8 @@ from typing import Any
 
 from adaptc.compiler.plan.report import site_json
 from adaptc.compiler.program import Program
-from adaptc.emit.manifest import versions
+from adaptc.emit.manifest import GRAPH, versions
+from adaptc.ir.outline import outline
 from adaptc.ir.state import state_notes
 from adaptc.spec.entries import AdapterEntry
 from adaptc.spec.spec import Spec, dump, resolve_path
@@ -26,7 +27,7 @@ def provenance(program: Program, folder: Path) -> dict[str, Any]:
 
     Returns:
         `versions`, `spec` and its folder `spec_folder`, `base`, `adapters`, `sites`, `combined` and `alternatives`
-        where there are any, `passes`, `proved_on`, `proofs`.
+        where there are any, `cost`, `passes`, `proved_on`, `proofs`, and the `graph` as an outline.
     """
     source = program.base.source
     return {
@@ -45,9 +46,11 @@ def provenance(program: Program, folder: Path) -> dict[str, Any]:
         "sites": _sites(program),
         **_combined(program),
         **({"alternatives": _alternatives(program, folder)} if program.alternatives else {}),
+        "cost": asdict(program.plan.budget),
         "passes": [asdict(record) for record in program.records],
         "proved_on": _proved_on(program, folder),
         "proofs": [asdict(proof) for proof in program.proofs.held],
+        GRAPH: outline(program.base, program.graph),
     }
 
 

@@ -13,6 +13,7 @@ from adaptc.compiler.plan.adapters import PlannedInsertion
 from adaptc.compiler.plan.plan import Plan
 from adaptc.compiler.plan.quantization import PlannedQuantization, expected_error, quantize_notes
 from adaptc.compiler.rewrite import Rewritten
+from adaptc.html_table import html_table
 from adaptc.ir.aliases import module_names, used_elsewhere
 from adaptc.ir.cost import Cost, cost_of
 from adaptc.ir.graph import Graph
@@ -50,6 +51,18 @@ class PlanReport(Plan):
     left_out: dict[str, str] = field(kw_only=True)
     places: list[str] = field(kw_only=True)
     alternatives: dict[str, PlanReport] = field(kw_only=True, default_factory=dict[str, "PlanReport"])
+
+    def _repr_html_(self) -> str:
+        return self.to_html()
+
+    def to_html(self) -> str:
+        """The plan as a notebook shows it: its cost and its sites."""
+        rows = [
+            (site.module, planned.insert.method.name, site.kind, " x ".join(map(str, site.shape)))
+            for planned in self.entries
+            for site in planned.selection.sites
+        ]
+        return html_table(str(self.budget), ("module", "method", "kind", "shape"), rows)
 
     @property
     def summary(self) -> str:

@@ -10,6 +10,7 @@ import torch
 from adaptc.compiler.proof.differences import Difference, difference
 from adaptc.compiler.proof.verdict import Verdict, judge
 from adaptc.errors import ProofError, WeightError
+from adaptc.html_table import html_table
 from adaptc.ir.graph import Graph
 from adaptc.ir.interpreter import Run
 from adaptc.weights import Held, seeded
@@ -57,6 +58,7 @@ class Proof:
         notes: what else must be told, such as labels that differ between near ties.
         skipped: the label of each batch that the model does not take -> why.
         uncompared: (the label of a batch, the position of an output), for each that is NaN or lost in rounding.
+        errors: output -> label of a batch -> the relative error there, where it was compared.
     """
 
     name: str
@@ -69,11 +71,20 @@ class Proof:
     notes: tuple[str, ...] = ()
     skipped: dict[str, str] = field(default_factory=dict[str, str])
     uncompared: tuple[tuple[str, int], ...] = ()
+    errors: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
 
     def __str__(self) -> str:
         measured = "" if self.rounding is None else f" (the model's own rounding is {self.rounding:.1e})"
         held = f"{self.name}: relative error {self.relative:.1e} of {self.tolerance:.1e} allowed{measured}"
         return "; ".join([f"{held}, on {', '.join(self.shapes)}", *self.notes])
+
+    def _repr_html_(self) -> str:
+        """The proof in a notebook: the error of each output on each size of inputs."""
+        rows = [
+            (output, *(f"{errors[label]:.1e}" if label in errors else "" for label in self.shapes))
+            for output, errors in self.errors.items()
+        ]
+        return html_table(str(self), ("output", *self.shapes), rows)
 
 
 def prove(
@@ -145,6 +156,10 @@ def _proof(
         tuple(dict.fromkeys((*candidate.notes, *reference.notes, *_notes(verdicts, titles)))),
         {name: str(error) for name, error in reference.outcomes.items() if isinstance(error, Exception)},
         tuple((verdict.batch, verdict.output) for verdict in verdicts if not verdict.judged),
+        {
+            title: {v.batch: v.difference.relative for v in verdicts if v.output == output and v.judged}
+            for output, title in titles.items()
+        },
     )
 
 
