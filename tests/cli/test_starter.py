@@ -87,15 +87,11 @@ def test_a_class_that_no_task_makes_is_loaded_without_its_head(tmp_path: Path) -
 
 
 def test_inputs_that_cannot_be_derived_are_asked_for(tmp_path: Path) -> None:
-    write_model(
-        Model("Speech2TextConfig", "speech-seq2seq", ENCODER_DECODER | {"max_target_positions": 40}), tmp_path
-    )
+    sizes = {"d_model": 16, "d_latents": 16, "num_latents": 4, "num_blocks": 1, "vocab_size": 32}
+    write_model(Model("PerceiverConfig", "masked-lm", sizes), tmp_path)
     text = starter_spec(tmp_path, None, tmp_path).text
-    assert "task: speech-seq2seq " in text
-    assert (
-        "# inputs: must be written: the inputs of Speech2TextForConditionalGeneration cannot be derived"
-        in text
-    )
+    assert "task: masked-lm " in text
+    assert "# inputs: must be written: the inputs of PerceiverForMaskedLM cannot be derived" in text
 
 
 @pytest.mark.parametrize("text", ['{"model_type": "no-such-model"}', '{"hidden_size": 4}', "[1]"])
