@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import math
 import random
 import statistics
 import time
@@ -23,8 +25,7 @@ from adaptc.emit.onnx.runtime import open_session
 ROOT = Path(__file__).resolve().parent.parent
 SPEC = ROOT / "specs" / "sentiment.yaml"
 BUILD = ROOT / "build" / "demo"  # the spec says build/..., below this
-DATA = ROOT.parent / "shared" / "data" / "sst2"
-SECONDS, BATCH, LENGTH = 40, 32, 48
+STEPS, BATCH, LENGTH = 300, 32, 48
 console = Console(highlight=False)
 
 
@@ -36,9 +37,10 @@ def minilm() -> Path:
     return Path(found.origin).parent / "model"
 
 
-def read(name: str) -> list[tuple[str, int]]:
-    """Sentences and labels: SST-2 where it is at hand, else the project's own reviews."""
-    path = DATA / f"{name}.tsv" if DATA.is_dir() else ROOT / "demo" / f"{name}.tsv"
+def read(path: Path) -> list[tuple[str, int]]:
+    """Sentences and labels, one `sentence<TAB>label` a line."""
+    if not path.is_file():
+        raise SystemExit(f"{path} is not there: --data names a directory with train.tsv and dev.tsv")
     rows = [line.rsplit("\t", 1) for line in path.read_text(encoding="utf-8").splitlines()]
     return [(text, int(label)) for text, label in rows]
 
@@ -85,23 +87,27 @@ def accuracy(module: Any, batches: Batches, rows: list[tuple[str, int]]) -> floa
     return right / len(rows)
 
 
-def train(module: Any, batches: Batches, rows: list[tuple[str, int]]) -> int:
-    """Train for a fixed time with a progress bar; gives the number of steps."""
+def interval(share: float, count: int) -> str:
+    """The share with its 95 % interval (Wilson): it is honest where a share is near 0 or 1."""
+    z = 1.96
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return f"{share:.1%} ({middle - half:.1%} to {middle + half:.1%})"
+
+
+def train(module: Any, batches: Batches, rows: list[tuple[str, int]]) -> None:
+    """Train for a fixed number of steps with a progress bar."""
     rng = random.Random(0)
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3)
-    started, steps = time.monotonic(), 0
     with Progress(console=console) as progress:
-        task = progress.add_task("training", total=SECONDS)
-        while time.monotonic() - started < SECONDS:
-            loss = module(**batches(rng.sample(rows, BATCH)))["loss"]
+        task = progress.add_task("training", total=STEPS)
+        for step in range(1, STEPS + 1):
+            loss = module(**batches(rng.sample(rows, min(BATCH, len(rows)))))["loss"]
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            steps += 1
-            left = time.monotonic() - started
-            progress.update(task, completed=left, description=f"step {steps}  loss {loss.item():.3f}")
-    return steps
+            progress.update(task, completed=step, description=f"step {step}  loss {loss.item():.3f}")
 
 
 def latencies(paths: list[Path], feeds: dict[str, Any], runs: int = 15) -> list[float]:
@@ -118,17 +124,21 @@ def latencies(paths: list[Path], feeds: dict[str, Any], runs: int = 15) -> list[
 
 def main() -> None:
     """Run the demo."""
+    parser = argparse.ArgumentParser(description="Adapt, train, fold, export and prove all-MiniLM-L6-v2.")
+    parser.add_argument(
+        "--data", type=Path, default=ROOT / "demo", help="directory with train.tsv and dev.tsv"
+    )
+    data = parser.parse_args().data
     warnings.simplefilter("ignore")
     directory = minilm()
-    batches, rows, held_out = Batches(directory), read("train"), read("dev")
-    source = "SST-2 sentences" if DATA.is_dir() else "reviews of its own"
-    console.print(f"[bold]adaptc[/] adapts the real all-MiniLM-L6-v2 on {len(rows)} {source}\n")
+    batches, rows, held_out = Batches(directory), read(data / "train.tsv"), read(data / "dev.tsv")
+    console.print(f"[bold]adaptc[/] adapts the real all-MiniLM-L6-v2 on {len(rows)} sentences of {data}\n")
 
     compiled = adaptc.compile(SPEC, overrides=[f"base.model={directory}"])
     cost = compiled.plan.budget
     module = compiled.module
     before = accuracy(module.eval(), batches, held_out)
-    steps = train(module.train(), batches, rows)
+    train(module.train(), batches, rows)
     after = accuracy(module.eval(), batches, held_out)
 
     console.print("\nfolding, exporting and proving:")
@@ -148,12 +158,15 @@ def main() -> None:
     table.add_row("graph operations", *map(str, counts))
     table.add_row("error against torch", *(f"{_error(compiled, k):.0e}" for k in ("none", "live", "folded")))
     exported = accuracy(Exported(folded), batches, held_out)
-    table.add_row(f"accuracy on {len(held_out)} unseen", f"{before:.1%}", f"{after:.1%}", f"{exported:.1%}")
+    table.add_row(
+        f"accuracy on {len(held_out)} unseen",
+        *(interval(share, len(held_out)) for share in (before, after, exported)),
+    )
     console.print(table)
     modules = len(compiled.plan.sites)
     console.print(
         f"{modules} weights adapted, {cost.trainable:,} of {cost.parameters:,} parameters trained "
-        f"({cost.share:.2%}) in {steps} steps; base latency {seconds[0] * 1e3:.1f} ms for 8 sentences on one thread\n"
+        f"({cost.share:.2%}) in {STEPS} steps; base latency {seconds[0] * 1e3:.1f} ms for 8 sentences on one thread\n"
         f"written to {paths[0].parent.relative_to(ROOT)}: " + ", ".join(path.name for path in paths)
     )
 
