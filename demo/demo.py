@@ -24,8 +24,8 @@ from adaptc.emit.onnx.runtime import open_session
 
 ROOT = Path(__file__).resolve().parent.parent
 SPEC = ROOT / "specs" / "sentiment.yaml"
-BUILD = ROOT / "build" / "demo"  # the spec says build/..., below this
-STEPS, BATCH, LENGTH = 300, 32, 48
+BUILD = ROOT / "build" / "demo"
+STEPS, BATCH, LENGTH = 100, 32, 48
 console = Console(highlight=False)
 
 
@@ -142,8 +142,9 @@ def main() -> None:
     after = accuracy(module.eval(), batches, held_out)
 
     console.print("\nfolding, exporting and proving:")
+    entries = [entry.model_copy(update={"path": Path(entry.path).name}) for entry in compiled.spec.emit]
     with Screen().emitting() as observer:
-        artifacts = emit_all(compiled.program, compiled.spec.emit, observer, BUILD)
+        artifacts = emit_all(compiled.program, entries, observer, BUILD)
     paths = [artifact.path for artifact in artifacts]
     folded, live, base = paths[:3]
     feeds = {k: v.numpy() for k, v in batches(held_out[:8]).items() if k != "labels"}
@@ -168,6 +169,14 @@ def main() -> None:
         f"{modules} weights adapted, {cost.trainable:,} of {cost.parameters:,} parameters trained "
         f"({cost.share:.2%}) in {STEPS} steps; base latency {seconds[0] * 1e3:.1f} ms for 8 sentences on one thread\n"
         f"written to {paths[0].parent.relative_to(ROOT)}: " + ", ".join(path.name for path in paths)
+    )
+    here = paths[0].parent.relative_to(ROOT)
+    console.print(
+        "\nnext:\n"
+        f'  adaptc run {here}/{folded.name} --text "a warm and funny film"\n'
+        f"  adaptc verify {here}/{folded.name}\n"
+        f"  adaptc report {here}/{folded.name}",
+        soft_wrap=True,
     )
 
 

@@ -21,6 +21,7 @@ def test_the_demo_ends_with_its_table() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     assert "latency in ONNX Runtime" in done.stdout
     assert "proved  fold" in done.stderr
+    assert done.stdout.rstrip().endswith("adaptc report build/demo/folded.onnx")
 
 
 def test_data_that_is_not_there_is_told(tmp_path: Path) -> None:
