@@ -13,7 +13,13 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' setuptools
 	@touch $(READY)
 
-demo: $(READY)  ## the main job on the real all-MiniLM-L6-v2: adapt, train, fold, export, prove
+# the demo needs no linters: its own, lighter set-up
+$(VENV)/.ready-demo: pyproject.toml constraints.txt
+	$(PYTHON3) -m venv $(VENV)
+	$(PYTHON) -m pip install --disable-pip-version-check -c constraints.txt -e '.[demo]'
+	@touch $@
+
+demo: $(VENV)/.ready-demo  ## the main job on the real all-MiniLM-L6-v2: adapt, train, fold, export, prove
 	$(PYTHON) demo/demo.py
 
 model: specs/all-MiniLM-L6-v2  ## the real all-MiniLM-L6-v2 beside the specs, which name it

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import math
 import random
 import statistics
+import tempfile
 import time
 import warnings
 from importlib.util import find_spec
@@ -22,9 +25,10 @@ from adaptc.emit.onnx.runtime import open_session
 
 ROOT = Path(__file__).resolve().parent.parent
 SPEC = ROOT / "specs" / "sentiment.yaml"
-BUILD = ROOT / "build" / "demo"  # the spec says build/..., below this
-DATA = ROOT.parent / "shared" / "data" / "sst2"
-SECONDS, BATCH, LENGTH = 40, 32, 48
+BUILD = ROOT / "build" / "demo"
+STEPS, BATCH, LENGTH = 100, 32, 48
+PROBED, EPOCHS = 2000, 30
+"""How many sentences the linear probe of the comparison is trained on at most, and how often it sees each."""
 console = Console(highlight=False)
 
 
@@ -36,9 +40,10 @@ def minilm() -> Path:
     return Path(found.origin).parent / "model"
 
 
-def read(name: str) -> list[tuple[str, int]]:
-    """Sentences and labels: SST-2 where it is at hand, else the project's own reviews."""
-    path = DATA / f"{name}.tsv" if DATA.is_dir() else ROOT / "demo" / f"{name}.tsv"
+def read(path: Path) -> list[tuple[str, int]]:
+    """Sentences and labels, one `sentence<TAB>label` a line."""
+    if not path.is_file():
+        raise SystemExit(f"{path} is not there: --data names a directory with train.tsv and dev.tsv")
     rows = [line.rsplit("\t", 1) for line in path.read_text(encoding="utf-8").splitlines()]
     return [(text, int(label)) for text, label in rows]
 
@@ -85,23 +90,56 @@ def accuracy(module: Any, batches: Batches, rows: list[tuple[str, int]]) -> floa
     return right / len(rows)
 
 
-def train(module: Any, batches: Batches, rows: list[tuple[str, int]]) -> int:
-    """Train for a fixed time with a progress bar; gives the number of steps."""
+def interval(share: float, count: int) -> str:
+    """The 95 % interval of a share (Wilson), which is honest near 0 and 1 too."""
+    z = 1.96
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return f"{middle - half:.0%} to {middle + half:.0%}"
+
+
+def train(module: Any, batches: Batches, rows: list[tuple[str, int]]) -> None:
+    """Train for a fixed number of steps with a progress bar."""
     rng = random.Random(0)
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3)
-    started, steps = time.monotonic(), 0
     with Progress(console=console) as progress:
-        task = progress.add_task("training", total=SECONDS)
-        while time.monotonic() - started < SECONDS:
-            loss = module(**batches(rng.sample(rows, BATCH)))["loss"]
+        task = progress.add_task("training", total=STEPS)
+        for step in range(1, STEPS + 1):
+            loss = module(**batches(rng.sample(rows, min(BATCH, len(rows)))))["loss"]
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            steps += 1
-            left = time.monotonic() - started
-            progress.update(task, completed=left, description=f"step {steps}  loss {loss.item():.3f}")
-    return steps
+            progress.update(task, completed=step, description=f"step {step}  loss {loss.item():.3f}")
+
+
+def probed(
+    directory: Path, batches: Batches, rows: list[tuple[str, int]], held_out: list[tuple[str, int]]
+) -> float:
+    """The accuracy of the base with a trained linear probe: what is there without any adapter.
+
+    The base is frozen, so that it reads each sentence once, for all epochs.
+    """
+    inputs = dict.fromkeys(("input_ids", "attention_mask"), "int64[batch, seq]")
+    probe = {
+        "base": {"model": str(directory)},
+        "inputs": inputs,
+        "adapt": [{"method": "probe", "classes": 2}],
+    }
+    compiled = adaptc.compile(probe)
+    some = random.Random(0).sample(rows, min(len(rows), PROBED))
+    stored = [batches(some[start : start + BATCH]) for start in range(0, len(some), BATCH)]
+    with tempfile.TemporaryDirectory() as cache:
+        rest = compiled.trunk(stored, cache=cache)
+        optimizer = torch.optim.AdamW([p for p in rest.module.parameters() if p.requires_grad], lr=1e-2)
+        for _ in range(EPOCHS):
+            for batch in rest:
+                labels = batch.pop("labels")
+                torch.nn.functional.cross_entropy(rest.module(**batch)["logits"], labels).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    module = compiled.module.eval()
+    return accuracy(lambda labels, **tensors: module(**tensors), batches, held_out)
 
 
 def latencies(paths: list[Path], feeds: dict[str, Any], runs: int = 15) -> list[float]:
@@ -118,43 +156,69 @@ def latencies(paths: list[Path], feeds: dict[str, Any], runs: int = 15) -> list[
 
 def main() -> None:
     """Run the demo."""
+    parser = argparse.ArgumentParser(description="Adapt, train, fold, export and prove all-MiniLM-L6-v2.")
+    parser.add_argument(
+        "--data", type=Path, default=ROOT / "demo", help="directory with train.tsv and dev.tsv"
+    )
+    data = parser.parse_args().data
     warnings.simplefilter("ignore")
     directory = minilm()
-    batches, rows, held_out = Batches(directory), read("train"), read("dev")
-    source = "SST-2 sentences" if DATA.is_dir() else "reviews of its own"
-    console.print(f"[bold]adaptc[/] adapts the real all-MiniLM-L6-v2 on {len(rows)} {source}\n")
+    batches, rows, held_out = Batches(directory), read(data / "train.tsv"), read(data / "dev.tsv")
+    console.print(f"[bold]adaptc[/] adapts the real all-MiniLM-L6-v2 on {len(rows)} sentences of {data}\n")
 
     compiled = adaptc.compile(SPEC, overrides=[f"base.model={directory}"])
-    cost = compiled.plan.budget
     module = compiled.module
-    before = accuracy(module.eval(), batches, held_out)
-    steps = train(module.train(), batches, rows)
-    after = accuracy(module.eval(), batches, held_out)
+    base = probed(directory, batches, rows, held_out)
+    train(module.train(), batches, rows)
+    adapted = accuracy(module.eval(), batches, held_out)
 
     console.print("\nfolding, exporting and proving:")
+    entries = [entry.model_copy(update={"path": Path(entry.path).name}) for entry in compiled.spec.emit]
     with Screen().emitting() as observer:
-        artifacts = emit_all(compiled.program, compiled.spec.emit, observer, BUILD)
+        artifacts = emit_all(compiled.program, entries, observer, BUILD)
     paths = [artifact.path for artifact in artifacts]
-    folded, live, base = paths[:3]
+    exported = accuracy(Exported(paths[0]), batches, held_out)
     feeds = {k: v.numpy() for k, v in batches(held_out[:8]).items() if k != "labels"}
-    seconds = latencies([base, live, folded], feeds)
+    console.print(comparison(compiled, paths, feeds, (base, adapted, exported), len(held_out)))
+    told(compiled, paths)
 
+
+def comparison(
+    compiled: adaptc.Compiled,
+    paths: list[Path],
+    feeds: dict[str, Any],
+    accuracies: tuple[float, float, float],
+    count: int,
+) -> Table:
+    """The base with a trained probe, the live adapter and the folded model, side by side."""
+    folded, live, base = paths[:3]
+    seconds = latencies([base, live, folded], feeds)
     table = Table(title="\nwhat you have now", title_justify="left")
-    for column in ("", "base, new head", "live adapter", "folded"):
+    for column in ("", "base, trained probe", "live adapter", "folded"):
         table.add_column(column, justify="left" if not column else "right")
+    table.add_row(f"accuracy on {count} unseen", *(f"{share:.1%}" for share in accuracies))
+    table.add_row("its 95 % interval", *(interval(share, count) for share in accuracies))
     table.add_row("latency in ONNX Runtime", *(f"{s / seconds[0]:.2f} x" for s in seconds))
     table.add_row("file", *(f"{p.stat().st_size / 1e6:.1f} MB" for p in (base, live, folded)))
     counts = [len(g.operations) for g in (compiled.base, compiled.live_graph(), compiled.folded_graph())]
     table.add_row("graph operations", *map(str, counts))
     table.add_row("error against torch", *(f"{_error(compiled, k):.0e}" for k in ("none", "live", "folded")))
-    exported = accuracy(Exported(folded), batches, held_out)
-    table.add_row(f"accuracy on {len(held_out)} unseen", f"{before:.1%}", f"{after:.1%}", f"{exported:.1%}")
-    console.print(table)
-    modules = len(compiled.plan.sites)
+    return table
+
+
+def told(compiled: adaptc.Compiled, paths: list[Path]) -> None:
+    """Say what was trained and written, and what to do next."""
+    cost, here = compiled.plan.budget, paths[0].parent.relative_to(ROOT)
     console.print(
-        f"{modules} weights adapted, {cost.trainable:,} of {cost.parameters:,} parameters trained "
-        f"({cost.share:.2%}) in {steps} steps; base latency {seconds[0] * 1e3:.1f} ms for 8 sentences on one thread\n"
-        f"written to {paths[0].parent.relative_to(ROOT)}: " + ", ".join(path.name for path in paths)
+        f"{len(compiled.plan.sites)} weights adapted, {cost.trainable:,} of {cost.parameters:,} parameters trained "
+        f"({cost.share:.2%}) in {STEPS} steps\nwritten to {here}: " + ", ".join(path.name for path in paths)
+    )
+    console.print(
+        "\nnext:\n"
+        f'  adaptc run {here}/folded.onnx --text "a warm and funny film"\n'
+        f"  adaptc verify {here}/folded.onnx\n"
+        f"  adaptc report {here}        writes {here}/report.html",
+        soft_wrap=True,
     )
 
 

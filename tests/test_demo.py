@@ -21,3 +21,21 @@ def test_the_demo_ends_with_its_table() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     assert "latency in ONNX Runtime" in done.stdout
     assert "proved  fold" in done.stderr
+    assert "base, trained probe" in done.stdout
+    assert done.stdout.rstrip().endswith("writes build/demo/report.html")
+
+
+@pytest.mark.slow
+def test_data_that_is_not_there_is_told(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "demo/demo.py", "--data", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert (
+        f"{tmp_path}/train.tsv is not there: --data names a directory with train.tsv and dev.tsv"
+        in done.stderr
+    )
