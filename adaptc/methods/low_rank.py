@@ -58,7 +58,7 @@ class LowRank(Scaled):
     """Options of a low-rank method. `rslora` scales by alpha / sqrt(r) (Kalajdzievski 2023, section 3)."""
 
     dropout: Dropout = 0.0
-    rslora: bool = False
+    rslora: Annotated[bool, Field(description="scale by alpha / sqrt(r)")] = False
     biases: Biases = "none"
 
     aliases: ClassVar[Mapping[str, str]] = {

@@ -73,16 +73,19 @@ class QuantizeBudget(Part):
 class Spec(Part):
     """A spec, validated: what to compile, with defaults filled in."""
 
-    version: Literal[1]
-    base: BaseEntry | None = None
+    version: Literal[1] = Field(description="of this language")
+    base: BaseEntry | None = Field(
+        None,
+        description="the model: a directory, a function or a program; left out where Python hands one in",
+    )
     inputs: Inputs = Field(
         {}, validate_default=True, description="name -> dtype[dims]; derived for `base.model`"
     )
-    adapt: Many[AdaptEntry] = ()
+    adapt: Many[AdaptEntry] = Field((), description="what is adapted, in the order in which it applies")
     adapters: Alternatives = Field(
         {}, description="alternatives on one base, by name: each a list of entries as under `adapt`"
     )
-    quantize: Many[QuantizeEntries] = ()
+    quantize: Many[QuantizeEntries] = Field((), description="what is stored in few bits, and how")
     budget: QuantizeBudget | None = Field(
         None, description="bits are chosen for each layer that `quantize` names, within this"
     )
@@ -94,7 +97,7 @@ class Spec(Part):
     proof: ProofEntry | None = Field(
         None, description="the inputs that proofs run on and the error they allow; chosen if left out"
     )
-    emit: EmitEntries = ()
+    emit: EmitEntries = Field((), description="what is written, and where")
     passes: Many[PassEntry] | None = Field(
         None, description="the pipeline; `adaptc plan` prints the one in force"
     )

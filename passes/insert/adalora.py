@@ -58,13 +58,15 @@ class Adalora(WeightMethod):
     target_r: Rank = 8
     alpha: Alpha = 8.0
     dropout: Dropout = 0.0
-    tinit: Steps = 0
-    tfinal: Steps = 0
+    tinit: Annotated[Steps, Field(description="steps before ranks begin to fall")] = 0
+    tfinal: Annotated[Steps, Field(description="steps at the end during which ranks stay")] = 0
     deltaT: Rank = 1  # noqa: N815 (the paper's spelling)
-    beta1: Decay = 0.85
-    beta2: Decay = 0.85
-    orth_reg_weight: Annotated[float, Field(ge=0)] = 0.5
-    total_step: Rank | None = None
+    beta1: Annotated[Decay, Field(description="how slowly the smoothed importance of a rank follows")] = 0.85
+    beta2: Annotated[Decay, Field(description="how slowly its smoothed uncertainty follows")] = 0.85
+    orth_reg_weight: Annotated[
+        float, Field(ge=0, description="weight of the loss that keeps P and Q orthogonal")
+    ] = 0.5
+    total_step: Annotated[Rank | None, Field(description="steps of the whole training")] = None
     rank_pattern: RankPattern = field(default_factory=dict[str, tuple[bool, ...]])
 
     kinds = MATRIX_KINDS

@@ -43,8 +43,10 @@ class Boft(WeightMethod):
     """
 
     block_size: Annotated[int, Field(ge=0, description="4, unless block_num is given")] = 0
-    block_num: Count = 0
-    n_butterfly_factor: Annotated[int, Field(ge=1)] = 1
+    block_num: Annotated[Count, Field(description="blocks of each rotation, in place of block_size")] = 0
+    n_butterfly_factor: Annotated[
+        int, Field(ge=1, description="rotations, each across the blocks of the last")
+    ] = 1
 
     kinds = MATRIX_KINDS - {"embedding"}
     small = {"block_size": 2}

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from adaptc.methods.site import WeightSite
 
 Count = Annotated[int, Field(gt=0, description="side of each circulant block")]
+Pattern = Annotated[Mapping[LayerKey, Count], Field(description="layer -> its own block_size")]
 
 
 @method("c3a")
@@ -33,7 +34,7 @@ class C3a(WeightMethod):
     """
 
     block_size: Count = 256
-    block_size_pattern: Mapping[LayerKey, Count] = field(default_factory=dict[str, Count])
+    block_size_pattern: Pattern = field(default_factory=dict[str, Count])
 
     kinds = MATRIX_KINDS
     small = {"block_size": 2}

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from adaptc.methods.site import WeightSite
 
 Boundary = Annotated[float, Field(description="how far the change may go: λ at the start")]
+Pattern = Annotated[Mapping[LayerKey, Boundary], Field(description="layer -> its own lambda_")]
 
 
 @method("delora")
@@ -33,7 +34,7 @@ class Delora(Ranked):
 
     lambda_: Boundary = 15.0
     dropout: Dropout = 0.0
-    lambda_pattern: Mapping[LayerKey, Boundary] = field(default_factory=dict[str, Boundary])
+    lambda_pattern: Pattern = field(default_factory=dict[str, Boundary])
 
     aliases = {
         "delora_lambda": "lambda_",

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from adaptc.methods.site import WeightSite
 
 Count = Annotated[int, Field(gt=0, description="how many frequencies are trained")]
+Pattern = Annotated[Mapping[LayerKey, Count], Field(description="layer -> its own n_frequency")]
 
 
 @method("fourierft")
@@ -33,9 +34,9 @@ class FourierFT(WeightMethod):
     """
 
     n_frequency: Count = 1000
-    scaling: float = 150.0
-    random_loc_seed: int = 777
-    n_frequency_pattern: Mapping[LayerKey, Count] = field(default_factory=dict[str, Count])
+    scaling: Annotated[float, Field(description="what the change is multiplied by")] = 150.0
+    random_loc_seed: Annotated[int, Field(description="seed of the places of the frequencies")] = 777
+    n_frequency_pattern: Pattern = field(default_factory=dict[str, Count])
 
     kinds = MATRIX_KINDS
     small = {"n_frequency": 9}

@@ -33,7 +33,7 @@ class Gralora(WeightMethod):
     """
 
     r: Rank = 32
-    hybrid_r: Annotated[int, Field(ge=0)] = 0
+    hybrid_r: Annotated[int, Field(ge=0, description="rank of a plain LoRA that is added")] = 0
     alpha: Alpha = 64.0
     k: Blocks = 2
     dropout: Dropout = 0.0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
 
 from adaptc.methods.method import method
 from adaptc.methods.param import Param
@@ -27,7 +29,9 @@ class Loha(Scaled):
     start Kaiming-uniform but B2, which is zero.
     """
 
-    use_effective_conv2d: bool = False
+    use_effective_conv2d: Annotated[
+        bool, Field(description="of a convolution, factor the kernel's sides too")
+    ] = False
 
     peft = PeftFormat(
         "LOHA",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
 
 from adaptc.methods.method import method
 from adaptc.methods.param import Param
@@ -28,9 +30,13 @@ class Lokr(Scaled):
     starts at zero, all else Kaiming-uniform.
     """
 
-    decompose_both: bool = False
-    decompose_factor: int = -1
-    use_effective_conv2d: bool = False
+    decompose_both: Annotated[bool, Field(description="make the left factor a low-rank product too")] = False
+    decompose_factor: Annotated[
+        int, Field(description="size of the left factor; -1: as square as can be")
+    ] = -1
+    use_effective_conv2d: Annotated[
+        bool, Field(description="of a convolution, factor the kernel's sides too")
+    ] = False
 
     small = {"r": 1}
     peft = PeftFormat(

@@ -67,7 +67,7 @@ class Lora(CompensatesQuantization, Product):
     and W minus it is quantized again, `loftq_iter` - 1 times.
     """
 
-    lora_bias: bool = False
+    lora_bias: Annotated[bool, Field(description="a trained bias b on the output of B")] = False
     init_weights: Initial = True
     loftq_iter: Rounds = 1
 

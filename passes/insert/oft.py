@@ -36,13 +36,15 @@ class Oft(WeightMethod):
     triangles and starts at zero.
     """
 
-    r: Count = 0
+    r: Annotated[Count, Field(description="number of blocks, in place of block_size")] = 0
     block_size: Annotated[int, Field(ge=0, description="32, unless r is given")] = 0
-    coft: bool = False
-    eps: float = 6e-5
-    block_share: bool = False
-    use_cayley_neumann: bool = True
-    num_cayley_neumann_terms: Annotated[int, Field(ge=1)] = 5
+    coft: Annotated[bool, Field(description="keep each rotation near the identity, by eps")] = False
+    eps: Annotated[float, Field(description="how far from the identity coft lets a rotation go")] = 6e-5
+    block_share: Annotated[bool, Field(description="one rotation for all blocks")] = False
+    use_cayley_neumann: Annotated[bool, Field(description="take a sum of powers in place of an inverse")] = (
+        True
+    )
+    num_cayley_neumann_terms: Annotated[int, Field(ge=1, description="how many powers that sum has")] = 5
 
     kinds = MATRIX_KINDS
     small = {"r": 0, "block_size": 4}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
 
 from adaptc.methods.method import Alpha, Dropout, Rank, WeightMethod, method
 from adaptc.methods.param import Param
@@ -32,10 +34,10 @@ class Randlora(WeightMethod):
     r: Rank = 32
     alpha: Alpha = 640.0
     dropout: Dropout = 0.0
-    projection_prng_key: int = 0
-    save_projection: bool = True
-    sparse: bool = False
-    very_sparse: bool = False
+    projection_prng_key: Annotated[int, Field(description="seed of the random bases")] = 0
+    save_projection: Annotated[bool, Field(description="save the bases, or draw them again")] = True
+    sparse: Annotated[bool, Field(description="random bases of -1, 0 and 1")] = False
+    very_sparse: Annotated[bool, Field(description="as sparse, with fewer that are not 0")] = False
 
     kinds = MATRIX_KINDS
     small = {"alpha": 20.0}

@@ -36,7 +36,10 @@ class Road(WeightMethod):
     at zero, a at one.
     """
 
-    variant: Variant = "road_1"
+    variant: Annotated[
+        Variant,
+        Field(description="an angle and a scale for each pair, for each output, or four numbers"),
+    ] = "road_1"
     group_size: Group = 64
 
     kinds = MATRIX_KINDS

@@ -34,12 +34,14 @@ class Vblora(WeightMethod):
     """
 
     r: Rank = 4
-    num_vectors: Count = 256
-    vector_length: Count = 256
-    topk: Count = 2
+    num_vectors: Annotated[Count, Field(description="vectors in the bank")] = 256
+    vector_length: Annotated[
+        Count, Field(description="length of a vector; it divides both sides of each weight")
+    ] = 256
+    topk: Annotated[Count, Field(description="how many vectors a part is mixed of")] = 2
     dropout: Dropout = 0.0
-    init_vector_bank_bound: float = 0.02
-    init_logits_std: float = 0.1
+    init_vector_bank_bound: Annotated[float, Field(description="vectors start in plus or minus this")] = 0.02
+    init_logits_std: Annotated[float, Field(description="spread of the logits at the start")] = 0.1
 
     kinds = MATRIX_KINDS
     small = {"vector_length": 2, "num_vectors": 12}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
 
 from adaptc.methods.method import Dropout, Rank, WeightMethod, method
 from adaptc.methods.param import Param
@@ -30,9 +32,9 @@ class Vera(WeightMethod):
 
     r: Rank = 256
     dropout: Dropout = 0.0
-    d_initial: float = 0.1
-    projection_prng_key: int = 0
-    save_projection: bool = True
+    d_initial: Annotated[float, Field(description="what d starts at")] = 0.1
+    projection_prng_key: Annotated[int, Field(description="seed of the random A and B")] = 0
+    save_projection: Annotated[bool, Field(description="save A and B, or draw them again")] = True
 
     kinds = MATRIX_KINDS
     aliases = {"vera_dropout": "dropout"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,13 @@ def test_entries_are_told_apart_by_method() -> None:
     assert adapter == {"$ref": "#/$defs/AdapterEntry"}
     assert combined == {"$ref": "#/$defs/CombineEntry"}
     assert definition("LoraEntry")["properties"]["method"]["const"] == "lora"
+
+
+def test_every_option_says_what_it_is() -> None:
+    for name, each in {"spec": schema(), **schema()["$defs"]}.items():
+        for key, option in each.get("properties", {}).items():
+            text = json.dumps(option)
+            assert "const" in option or '"description"' in text or "$ref" in text, f"{name}: {key}"
 
 
 def test_options_have_limits_defaults_and_words() -> None:
