@@ -41,7 +41,7 @@ def site(tmp_path: Path) -> Iterator[tuple[str, Path]]:
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=24, initializer_range=0.5, id2label={0: "bad", 1: "good"}, label2id={"bad": 0, "good": 1},
+        max_position_embeddings=24, initializer_range=0.5, id2label={0: "bad", 1: "good"},
     )  # fmt: skip
     folder = tmp_path / "site"
     shutil.copytree(PAGE, folder, ignore=shutil.ignore_patterns("node_modules", "model"))
