@@ -68,7 +68,10 @@ def for_every_size(
     branch = _branch(model, program, inputs, sizes)
     if branch is None:
         return program
-    again = trace(branch.sizes)
+    try:
+        again = trace(branch.sizes)
+    except Exception as error:  # such as a loop that runs as often as there are chunks
+        raise branch.error from error
     if _operations(again, inputs, sizes) != _operations(program, inputs, sizes):
         smaller = {symbol: sizes[dim] for symbol, dim in _symbols(again, inputs).items()}
         if not is_same_trace(model, again, _examples(model, inputs, sizes), smaller):

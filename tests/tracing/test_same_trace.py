@@ -78,3 +78,20 @@ def test_a_text_of_one_chunk_is_traced_for_many() -> None:
     for length in (1, 17, LENGTH, LENGTH + 1, 3 * LENGTH, 170):
         x = torch.randn(2, length, 8)
         assert torch.equal(traced(x=x), model(x)), length
+
+
+class Looped(Chunked):
+    """Goes through several chunks in a loop, which a trace keeps as it ran."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        chunks = super().forward(x)
+        if x.shape[1] <= LENGTH:
+            return chunks
+        for start in range(LENGTH, x.shape[1], LENGTH):
+            chunks = chunks + chunks[:, start : start + 1]
+        return chunks
+
+
+def test_a_loop_over_chunks_is_told_as_a_branch() -> None:
+    with pytest.raises(TraceError, match=r"takes another branch at seq=680 than at seq=17, where "):
+        export(Looped(), TOKENS)
